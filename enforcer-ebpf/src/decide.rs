@@ -1,0 +1,172 @@
+//! The decision: a verdict from an attempt, look-ups and a subject. Pure; the kernel runs it over maps, `check` over the
+//! same maps from outside, the tests over tables of their own.
+
+use crate::{
+    Address, EndpointKey, Generation, MAX_CGROUP_LEVEL, Owners, PrincipalKey, Verdict, flag, is_loopback,
+    is_unspecified, is_v4, kind, scope,
+};
+
+/// Where an attempt goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Destination {
+    /// [`crate::TCP`] or [`crate::UDP`].
+    pub protocol: u8,
+    /// Port in network byte order.
+    pub port: u16,
+    /// Canonical address (D4).
+    pub address: Address,
+}
+
+/// The rule set in force, look-up by look-up.
+pub trait Tables {
+    /// Whether any rule set in the kernel may have this port; never narrower than the one in use.
+    fn port(&self, port: u16) -> bool;
+    /// The slot in force.
+    fn active(&self) -> Option<u8>;
+    /// What holds for all of a slot.
+    fn generation(&self, slot: u8) -> Option<Generation>;
+    /// Owners of an exact endpoint, those of prefixes and `local` that cover it included.
+    fn exact(&self, key: &EndpointKey) -> Option<Owners>;
+    /// Owners of the longest prefix, those of shorter ones that cover it included.
+    fn prefix(&self, key: &EndpointKey) -> Option<Owners>;
+    /// Targets that admit a principal.
+    fn principal(&self, key: &PrincipalKey) -> Option<Owners>;
+}
+
+/// Owner of a socket as far as the kernel can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketUser {
+    /// `sk_uid`.
+    Uid(u32),
+    /// The kernel cannot tell for any socket: the task decides alone (D3).
+    Unsupported,
+    /// The kernel can tell, but did not for this one: nobody.
+    Unreadable,
+}
+
+/// Who asks; each part is looked at only when it matters.
+pub trait Subject {
+    /// Cookie of the socket's network namespace.
+    fn netns(&self) -> u64;
+    /// Real UID of the connecting task, in the initial user namespace.
+    fn task_user(&self) -> u32;
+    /// Owner of the socket, in the initial user namespace.
+    fn socket_user(&self) -> SocketUser;
+    /// Whether the connecting task is a kernel thread.
+    fn is_kernel_thread(&self) -> bool;
+    /// cgroup v2 id of the task's ancestor of this depth, 0 where there is none.
+    fn cgroup(&self, level: u32) -> u64;
+}
+
+/// The verdict and what it rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// What becomes of the attempt.
+    pub verdict: Verdict,
+    /// Targets that own the endpoint.
+    pub owners: Owners,
+    /// Those of them that do not admit the subject.
+    pub refused: Owners,
+    /// Slot that decided.
+    pub slot: u8,
+    /// Generation that decided.
+    pub generation: u64,
+}
+
+const UNJUDGED: Decision = Decision { verdict: Verdict::Unjudged, owners: 0, refused: 0, slot: 0, generation: 0 };
+
+/// Judges one attempt.
+#[inline(always)]
+pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Destination) -> Decision {
+    if !tables.port(destination.port) {
+        return UNJUDGED; // D1
+    }
+    // Read once: all that follows comes from one slot, so no attempt sees half of two generations (F2).
+    let Some(slot) = tables.active() else { return UNJUDGED };
+    let Some(generation) = tables.generation(slot) else { return UNJUDGED };
+    let Some(owners) = owners(tables, subject, destination, slot, &generation) else {
+        return UNJUDGED; // D1
+    };
+    let refused = owners & !admitted(tables, subject, owners, slot, generation.levels); // D2
+    let verdict = match refused {
+        0 => Verdict::Allow,
+        _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
+        _ => Verdict::Deny,
+    };
+    Decision { verdict, owners, refused, slot, generation: generation.number }
+}
+
+/// The targets that own a destination.
+#[inline(always)]
+fn owners<T: Tables, S: Subject>(
+    tables: &T,
+    subject: &S,
+    destination: &Destination,
+    slot: u8,
+    generation: &Generation,
+) -> Option<Owners> {
+    let Destination { protocol, port, address } = *destination;
+    let mut scope = slot;
+    if !is_v4(address) {
+        scope |= scope::V6;
+    }
+    let unspecified = is_unspecified(address);
+    if (unspecified || is_loopback(address)) && generation.netns != 0 && subject.netns() != generation.netns {
+        if !unspecified {
+            return None; // D6
+        }
+        scope |= scope::FOREIGN; // D5
+    }
+    let key = EndpointKey { scope, protocol, port, address };
+    let found = tables.exact(&key);
+    // An unspecified destination has an entry of its own for every port of the rule set (D5).
+    if found.is_some() || unspecified || generation.flags & flag::PREFIXES == 0 {
+        return found;
+    }
+    tables.prefix(&key)
+}
+
+/// The targets that admit the subject: both its users, or the kernel thread it is (D3).
+#[inline(always)]
+fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, levels: u64) -> Owners {
+    if subject.is_kernel_thread() {
+        let key = PrincipalKey { cgroup: 0, uid: 0, kind: kind::KERNEL, slot, zero: 0 };
+        return tables.principal(&key).unwrap_or(0);
+    }
+    let task_user = subject.task_user();
+    let task = admits(tables, subject, owners, task_user, slot, levels);
+    match subject.socket_user() {
+        SocketUser::Unsupported => task,
+        SocketUser::Uid(uid) if uid == task_user => task,
+        SocketUser::Uid(uid) => task & admits(tables, subject, owners, uid, slot, levels),
+        SocketUser::Unreadable => 0,
+    }
+}
+
+/// The targets that admit a user, wherever it is or where the connecting task is.
+#[inline(always)]
+fn admits<T: Tables, S: Subject>(
+    tables: &T,
+    subject: &S,
+    owners: Owners,
+    uid: u32,
+    slot: u8,
+    levels: u64,
+) -> Owners {
+    let mut key = PrincipalKey { cgroup: 0, uid, kind: kind::USER, slot, zero: 0 };
+    let mut admits = tables.principal(&key).unwrap_or(0);
+    if levels == 0 || owners & !admits == 0 {
+        return admits;
+    }
+    for level in 0..=MAX_CGROUP_LEVEL {
+        if levels >> level & 1 == 0 {
+            continue;
+        }
+        key.cgroup = subject.cgroup(level);
+        if key.cgroup == 0 {
+            break;
+        }
+        admits |= tables.principal(&key).unwrap_or(0);
+    }
+    admits
+}

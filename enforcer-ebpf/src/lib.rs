@@ -1,0 +1,256 @@
+//! What the kernel programs and the loader share: map keys and values, limits, and the pure decision.
+
+#![no_std]
+
+pub mod decide;
+
+/// Version of everything in this file; maps of another version are never reused.
+pub const ABI: u32 = 1;
+
+/// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
+pub const MAX_ENDPOINTS: u32 = 131_072;
+/// Endpoints of one rule set that name a prefix.
+pub const MAX_PREFIXES: u32 = 16_384;
+/// Principal keys (user, user in a cgroup, kernel) of one rule set, over all targets.
+pub const MAX_PRINCIPALS: u32 = 16_384;
+/// Targets of one rule set: the bits of [`Owners`].
+pub const MAX_TARGETS: u32 = 64;
+/// Bytes of a target's name.
+pub const MAX_TARGET_NAME: usize = 48;
+/// Depth of the deepest cgroup that a principal can name; the root has depth 0.
+pub const MAX_CGROUP_LEVEL: u32 = 31;
+/// Bytes of the event ring buffer.
+pub const EVENT_BYTES: u32 = 1 << 20;
+
+/// Every rule set in the kernel lies in one of two slots; readers use the active one, the loader writes the other.
+pub const SLOTS: u32 = 2;
+
+/// The targets that own an endpoint, or that admit a user: a bit a target.
+pub type Owners = u64;
+
+/// IANA protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IANA protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// Bits of [`EndpointKey::scope`].
+pub mod scope {
+    /// The slot, 0 or 1.
+    pub const SLOT: u8 = 1;
+    /// The address is not IPv4, so that an IPv6 prefix can hold no mapped address (D4).
+    pub const V6: u8 = 2;
+    /// The unspecified address as dialled in another network namespace (D5, D6).
+    pub const FOREIGN: u8 = 4;
+}
+
+/// An address as four words in network byte order; IPv4 is `::ffff:a.b.c.d`, unspecified is `::` (D4).
+pub type Address = [u32; 4];
+
+/// Key of the exact endpoints, and the data part of the prefixes' keys.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EndpointKey {
+    /// Bits of [`scope`].
+    pub scope: u8,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Port in network byte order.
+    pub port: u16,
+    /// Canonical address.
+    pub address: Address,
+}
+
+/// Bits of [`EndpointKey`] before the address: what a prefix's length counts besides its own bits.
+pub const KEY_BITS: u32 = 32;
+
+/// Who asks, as far as one look-up sees.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PrincipalKey {
+    /// A cgroup's id, or 0 for anywhere.
+    pub cgroup: u64,
+    /// The user; 0 where `kind` is not [`kind::USER`].
+    pub uid: u32,
+    /// One of [`kind`].
+    pub kind: u8,
+    /// The slot.
+    pub slot: u8,
+    /// Always 0.
+    pub zero: u16,
+}
+
+/// Kinds of principals.
+pub mod kind {
+    /// A user.
+    pub const USER: u8 = 0;
+    /// Kernel threads.
+    pub const KERNEL: u8 = 1;
+}
+
+/// What holds for a whole rule set.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Generation {
+    /// Counts rule sets; 0 is none.
+    pub number: u64,
+    /// Cookie of the network namespace that loopback endpoints belong to; 0 where the kernel cannot tell.
+    pub netns: u64,
+    /// Bit n: some principal names a cgroup of depth n.
+    pub levels: u64,
+    /// Bits of [`flag`].
+    pub flags: u64,
+}
+
+/// Bits of [`Generation::flags`].
+pub mod flag {
+    /// Refuse nothing.
+    pub const AUDIT: u64 = 1;
+    /// The rule set has prefixes.
+    pub const PREFIXES: u64 = 2;
+    /// Put in force by a daemon that means to stay.
+    pub const DAEMON: u64 = 4;
+}
+
+/// A target's name, padded with zeros.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetName(pub [u8; MAX_TARGET_NAME]);
+
+/// What a target did, a CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Attempts that the target admitted.
+    pub allowed: u64,
+    /// Attempts that it refused.
+    pub denied: u64,
+    /// Attempts that it would have refused, were it not for audit mode.
+    pub would_deny: u64,
+}
+
+/// What was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Verdict {
+    /// Not an endpoint of any target (D1).
+    Unjudged = 0,
+    /// Every owner admits it (D2).
+    Allow = 1,
+    /// Some owner does not.
+    Deny = 2,
+    /// Some owner does not, in audit mode.
+    WouldDeny = 3,
+}
+
+/// A denial as the ring buffer carries it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct EventRecord {
+    /// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`).
+    pub time: u64,
+    /// Generation that denied.
+    pub generation: u64,
+    /// cgroup v2 id of the task.
+    pub cgroup: u64,
+    /// Cookie of the socket's network namespace.
+    pub netns: u64,
+    /// Targets that refused.
+    pub refused: Owners,
+    /// Name of the first of them.
+    pub target: TargetName,
+    /// Address as given to the call, in the form that its family has.
+    pub dialled: Address,
+    /// Address as judged.
+    pub judged: Address,
+    /// Thread group id: what user space calls the process id.
+    pub pid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// Real UID of the task.
+    pub task_uid: u32,
+    /// Owner of the socket; [`NO_UID`] where the kernel cannot tell.
+    pub socket_uid: u32,
+    /// Name of the task.
+    pub task: [u8; 16],
+    /// Port in network byte order.
+    pub port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// A [`Verdict`].
+    pub verdict: u8,
+    /// 4 or 6: the family of the call.
+    pub family: u8,
+    /// 1 for a kernel thread.
+    pub kernel_thread: u8,
+    /// Always 0.
+    pub zero: u16,
+}
+
+/// The UID that no user has.
+pub const NO_UID: u32 = u32::MAX;
+
+const _: () = {
+    assert!(size_of::<EndpointKey>() == 20);
+    assert!(size_of::<PrincipalKey>() == 16);
+    assert!(size_of::<Generation>() == 32);
+    assert!(size_of::<TargetName>() == 48);
+    assert!(size_of::<Counters>() == 24);
+    assert!(size_of::<EventRecord>() == 160);
+};
+
+const MAPPED: u32 = 0xffff_u32.to_be();
+
+/// The canonical address of an IPv4 destination (D4, D5).
+#[inline(always)]
+#[must_use]
+pub const fn canonical4(address: u32) -> Address {
+    if address == 0 { [0; 4] } else { [0, 0, MAPPED, address] }
+}
+
+/// The canonical address of an IPv6 destination (D4, D5).
+#[inline(always)]
+#[must_use]
+pub const fn canonical6(address: Address) -> Address {
+    match address {
+        [0, 0, MAPPED, v4] => canonical4(v4),
+        _ => address,
+    }
+}
+
+/// Whether a canonical address is IPv4.
+#[inline(always)]
+#[must_use]
+pub const fn is_v4(address: Address) -> bool {
+    matches!(address, [0, 0, MAPPED, _])
+}
+
+/// Whether a canonical address is the unspecified one.
+#[inline(always)]
+#[must_use]
+pub const fn is_unspecified(address: Address) -> bool {
+    matches!(address, [0, 0, 0, 0])
+}
+
+/// Whether a canonical address is in 127.0.0.0/8 or is `::1`.
+#[inline(always)]
+#[must_use]
+pub const fn is_loopback(address: Address) -> bool {
+    const ONE: u32 = 1_u32.to_be();
+    match address {
+        [0, 0, MAPPED, v4] => u32::from_be(v4) >> 24 == 127,
+        [0, 0, 0, ONE] => true,
+        _ => false,
+    }
+}
+
+impl TargetName {
+    /// No target.
+    pub const NONE: Self = Self([0; MAX_TARGET_NAME]);
+
+    /// The name as text; empty where it is not UTF-8, which no loader writes.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(MAX_TARGET_NAME);
+        self.0.get(..end).and_then(|bytes| core::str::from_utf8(bytes).ok()).unwrap_or_default()
+    }
+}

@@ -1,0 +1,339 @@
+//! The hooks: a socket call's context becomes an attempt, the attempt a decision, a denial an event.
+
+#![no_std]
+#![no_main]
+#![allow(unsafe_code, reason = "contexts, helpers and kernel pointers are raw by nature; the verifier checks each access")]
+#![allow(missing_docs, reason = "a program has no API")]
+
+use core::mem::offset_of;
+
+use aya_ebpf::{
+    EbpfContext as _, Global,
+    bindings::bpf_sock_addr,
+    cty::c_void,
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
+        bpf_get_current_task, bpf_get_current_uid_gid, bpf_get_netns_cookie, bpf_ktime_get_boot_ns,
+        bpf_probe_read_kernel, bpf_skc_to_tcp_sock,
+    },
+    macros::{cgroup_sock_addr, map},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
+    programs::SockAddrContext,
+};
+use aya_log_ebpf::trace;
+use enforcer_ebpf::{
+    Address, Counters, EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES,
+    MAX_PRINCIPALS, MAX_TARGETS, NO_UID, Owners, PrincipalKey, SLOTS, TCP, TargetName, UDP, Verdict, canonical4,
+    canonical6,
+    decide::{self, Decision, Destination, SocketUser, Subject, Tables},
+};
+
+/// `IPPROTO_MPTCP`, of which some kernels show the low byte only, which is TCP's number.
+const MPTCP: u32 = 262;
+/// `PF_KTHREAD` of linux/sched.h.
+const PF_KTHREAD: u32 = 0x0020_0000;
+const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// Offset of `sk_uid` in `struct sock`, from the kernel's BTF; 0 where it has none.
+#[unsafe(no_mangle)]
+static SK_UID_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `flags` in `struct task_struct`, from the kernel's BTF; 0 where it has none.
+#[unsafe(no_mangle)]
+static TASK_FLAGS_OFFSET: Global<u32> = Global::new(0);
+
+/// 0: no rule set in force; else its slot plus 1. One byte, so that it is read and written whole.
+#[map(name = "active")]
+static ACTIVE: Array<u8> = Array::pinned(1, 0);
+#[map(name = "generations")]
+static GENERATIONS: Array<Generation> = Array::pinned(SLOTS, 0);
+/// By port: bit n is set where slot n may have an endpoint on it.
+#[map(name = "ports")]
+static PORTS: Array<u8> = Array::pinned(1 << 16, 0);
+#[map(name = "endpoints")]
+static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(SLOTS * MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+#[map(name = "prefixes")]
+static PREFIXES: LpmTrie<EndpointKey, Owners> = LpmTrie::pinned(SLOTS * MAX_PREFIXES, BPF_F_NO_PREALLOC);
+#[map(name = "principals")]
+static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(SLOTS * MAX_PRINCIPALS, BPF_F_NO_PREALLOC);
+/// Slot by slot, the names of its targets.
+#[map(name = "targets")]
+static TARGETS: Array<TargetName> = Array::pinned(SLOTS * MAX_TARGETS, 0);
+#[map(name = "counters")]
+static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(MAX_TARGETS, 0);
+#[map(name = "events")]
+static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
+/// Denials that found the ring buffer full.
+#[map(name = "lost")]
+static LOST: PerCpuArray<u64> = PerCpuArray::pinned(1, 0);
+
+#[cgroup_sock_addr(connect4)]
+fn connect4(context: SockAddrContext) -> i32 {
+    judge4(&context)
+}
+
+#[cgroup_sock_addr(connect6)]
+fn connect6(context: SockAddrContext) -> i32 {
+    judge6(&context)
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(context: SockAddrContext) -> i32 {
+    judge4(&context)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn sendmsg6(context: SockAddrContext) -> i32 {
+    judge6(&context)
+}
+
+#[inline(always)]
+fn judge4(context: &SockAddrContext) -> i32 {
+    let address = word(context, offset_of!(bpf_sock_addr, user_ip4));
+    judge(context, 4, [address, 0, 0, 0], canonical4(address))
+}
+
+#[inline(always)]
+fn judge6(context: &SockAddrContext) -> i32 {
+    let address = [
+        word(context, offset_of!(bpf_sock_addr, user_ip6)),
+        word(context, offset_of!(bpf_sock_addr, user_ip6) + 4),
+        word(context, offset_of!(bpf_sock_addr, user_ip6) + 8),
+        word(context, offset_of!(bpf_sock_addr, user_ip6) + 12),
+    ];
+    judge(context, 6, address, canonical6(address))
+}
+
+/// A word of the context. The verifier wants each read as a load of its own, which only a volatile read promises.
+#[inline(always)]
+fn word(context: &SockAddrContext, offset: usize) -> u32 {
+    // SAFETY: the kernel hands every program of this type a context, and the verifier checks offset and size.
+    unsafe { context.sock_addr.byte_add(offset).cast::<u32>().read_volatile() }
+}
+
+/// 1 lets the call go on, 0 makes it fail with EPERM (D8).
+#[inline(always)]
+fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Address) -> i32 {
+    #[allow(clippy::cast_possible_truncation, reason = "the kernel keeps the 16-bit port in a 32-bit field")]
+    let port = word(context, offset_of!(bpf_sock_addr, user_port)) as u16;
+    let protocol = match word(context, offset_of!(bpf_sock_addr, protocol)) {
+        6 | MPTCP => TCP,
+        17 => UDP,
+        _ => return 1, // D1
+    };
+    let destination = Destination { protocol, port, address };
+    let attempt = Attempt { context };
+    let decision = decide::decide(&Maps, &attempt, &destination);
+    match decision.verdict {
+        Verdict::Unjudged => return 1,
+        Verdict::Allow => {}
+        Verdict::Deny | Verdict::WouldDeny => report(&attempt, family, dialled, &destination, &decision),
+    }
+    count(&decision);
+    trace!(context, "owners {:x} refused {:x}", decision.owners, decision.refused);
+    i32::from(!matches!(decision.verdict, Verdict::Deny))
+}
+
+/// Adds an attempt to the counters of every target that owns its endpoint.
+#[inline(always)]
+fn count(decision: &Decision) {
+    let mut owners = decision.owners;
+    for _ in 0..MAX_TARGETS {
+        if owners == 0 {
+            break;
+        }
+        let target = owners.trailing_zeros();
+        let bit = owners & owners.wrapping_neg();
+        owners ^= bit;
+        let Some(counters) = COUNTERS.get_ptr_mut(target) else { break };
+        // SAFETY: the verifier proved the pointer; the element is this CPU's own.
+        unsafe {
+            if decision.refused & bit == 0 {
+                (*counters).allowed += 1;
+            } else if matches!(decision.verdict, Verdict::WouldDeny) {
+                (*counters).would_deny += 1;
+            } else {
+                (*counters).denied += 1;
+            }
+        }
+    }
+}
+
+/// Sends a denial to the ring buffer, or counts it as lost.
+#[inline(always)]
+fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Destination, decision: &Decision) {
+    let Some(mut entry) = EVENTS.reserve::<EventRecord>(0) else {
+        if let Some(lost) = LOST.get_ptr_mut(0) {
+            // SAFETY: the verifier proved the pointer; the element is this CPU's own.
+            unsafe { *lost += 1 };
+        }
+        return;
+    };
+    let name = u32::from(decision.slot) * MAX_TARGETS + (decision.refused.trailing_zeros() & (MAX_TARGETS - 1));
+    // SAFETY: helpers without pointer arguments.
+    let (time, cgroup, pid_tgid) =
+        unsafe { (bpf_ktime_get_boot_ns(), bpf_get_current_cgroup_id(), bpf_get_current_pid_tgid()) };
+    let mut task = [0_u8; 16];
+    // SAFETY: the buffer is 16 bytes, the size of a task's name.
+    unsafe { bpf_get_current_comm(task.as_mut_ptr().cast(), 16) };
+    #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
+    let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
+    entry.write(EventRecord {
+        time,
+        generation: decision.generation,
+        cgroup,
+        netns: attempt.netns(),
+        refused: decision.refused,
+        target: TARGETS.get(name).copied().unwrap_or(TargetName::NONE),
+        dialled,
+        judged: destination.address,
+        pid,
+        tid,
+        task_uid: attempt.task_user(),
+        socket_uid: match attempt.socket_user() {
+            SocketUser::Uid(uid) => uid,
+            SocketUser::Unsupported | SocketUser::Unreadable => NO_UID,
+        },
+        task,
+        port: destination.port,
+        protocol: destination.protocol,
+        verdict: decision.verdict as u8,
+        family,
+        kernel_thread: u8::from(attempt.is_kernel_thread()),
+        zero: 0,
+    });
+    entry.submit(0);
+}
+
+/// The maps as the decision sees them.
+struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn port(&self, port: u16) -> bool {
+        PORTS.get(u32::from(port)).is_some_and(|slots| *slots != 0)
+    }
+
+    #[inline(always)]
+    fn active(&self) -> Option<u8> {
+        ACTIVE.get_ptr(0).and_then(|active| {
+            // SAFETY: the verifier proved the pointer; volatile, because the loader flips it at any time.
+            match unsafe { active.read_volatile() } {
+                1 => Some(0),
+                2 => Some(1),
+                _ => None,
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn generation(&self, slot: u8) -> Option<Generation> {
+        GENERATIONS.get(u32::from(slot)).copied()
+    }
+
+    #[inline(always)]
+    fn exact(&self, key: &EndpointKey) -> Option<Owners> {
+        // SAFETY: elements of the slot in use are not removed before a grace period has passed.
+        unsafe { ENDPOINTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
+        PREFIXES.get(lpm_trie::Key::new(KEY_BITS + 128, *key)).copied()
+    }
+
+    #[inline(always)]
+    fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
+        // SAFETY: as in `exact`.
+        unsafe { PRINCIPALS.get(key) }.copied()
+    }
+}
+
+/// The attempt's context as the decision sees it.
+struct Attempt<'a> {
+    context: &'a SockAddrContext,
+}
+
+impl Subject for Attempt<'_> {
+    #[inline(always)]
+    fn netns(&self) -> u64 {
+        // SAFETY: the helper takes the context.
+        unsafe { bpf_get_netns_cookie(self.context.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn task_user(&self) -> u32 {
+        // SAFETY: a helper without arguments; the lower half is the real UID.
+        #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
+        unsafe {
+            bpf_get_current_uid_gid() as u32
+        }
+    }
+
+    #[inline(always)]
+    fn socket_user(&self) -> SocketUser {
+        let offset = SK_UID_OFFSET.load();
+        if offset == 0 {
+            return SocketUser::Unsupported; // D3
+        }
+        // SAFETY: the context's socket is never null, and the verifier knows its type.
+        let socket = unsafe { (&raw const (*self.context.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+        // SAFETY: the helper takes a socket; its result is checked before use, and the offset is the kernel's own.
+        let tcp = unsafe { bpf_skc_to_tcp_sock(socket.cast()) };
+        if !tcp.is_null() {
+            // SAFETY: as above; the verifier allows a load anywhere within the kernel's `struct tcp_sock`.
+            return SocketUser::Uid(unsafe { tcp.cast::<u8>().add(offset as usize).cast::<u32>().read_volatile() });
+        }
+        // UDP, and MPTCP's own socket: no typed pointer is to be had for them. The verifier forbids arithmetic on the
+        // socket but not reading the stack word that holds it, which gives the address as a number.
+        let mut word: u64 = 0;
+        // SAFETY: a stack word of our own.
+        unsafe { (&raw mut word).write_volatile(socket as u64) };
+        let Some(address) = read_kernel::<u64>((&raw const word).cast()) else { return SocketUser::Unreadable };
+        match read_kernel::<u32>((address + u64::from(offset)) as *const c_void) {
+            Some(uid) => SocketUser::Uid(uid),
+            None => SocketUser::Unreadable,
+        }
+    }
+
+    #[inline(always)]
+    fn is_kernel_thread(&self) -> bool {
+        let offset = TASK_FLAGS_OFFSET.load();
+        if offset == 0 {
+            return false;
+        }
+        // SAFETY: a helper without arguments.
+        let task = unsafe { bpf_get_current_task() };
+        read_kernel::<u32>((task + u64::from(offset)) as *const c_void).is_none_or(|flags| flags & PF_KTHREAD != 0)
+    }
+
+    #[inline(always)]
+    fn cgroup(&self, level: u32) -> u64 {
+        // SAFETY: a helper without pointer arguments; it answers 0 for a level that the task does not reach.
+        #[allow(clippy::cast_possible_wrap, reason = "levels are small")]
+        unsafe {
+            bpf_get_current_ancestor_cgroup_id(level as i32)
+        }
+    }
+}
+
+/// A value of kernel memory, or nothing where it cannot be read.
+#[inline(always)]
+fn read_kernel<T: Default>(address: *const c_void) -> Option<T> {
+    let mut value = T::default();
+    #[allow(clippy::cast_possible_truncation, reason = "words of 4 and 8 bytes")]
+    let size = size_of::<T>() as u32;
+    // SAFETY: the helper checks the address and writes at most `size` bytes.
+    let result = unsafe { bpf_probe_read_kernel((&raw mut value).cast(), size, address) };
+    (result == 0).then_some(value)
+}
+
+/// What the kernel checks before it lets a program use GPL-only helpers.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

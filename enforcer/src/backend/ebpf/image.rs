@@ -1,0 +1,265 @@
+//! Lowers a rule set to the map entries of one slot. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, Ipv6Addr},
+};
+
+use enforcer_ebpf::{
+    EndpointKey, KEY_BITS, MAX_TARGET_NAME, MAX_TARGETS, Owners, PrincipalKey, TCP, TargetName, UDP, canonical4,
+    canonical6, flag, kind, scope,
+};
+use ipnet::IpNet;
+
+use crate::{
+    policy::{Mode, Protocol},
+    ruleset::{Place, RulePrincipal, RuleSet, is_loopback, is_single},
+};
+
+/// Names by bit of [`Owners`].
+pub type Names = [TargetName; MAX_TARGETS as usize];
+
+/// Key of a prefix: its length, [`KEY_BITS`] included, and its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct PrefixKey {
+    /// Bits that count.
+    pub bits: u32,
+    /// Scope, protocol, port and address.
+    pub key: EndpointKey,
+}
+
+/// What one slot of the maps holds; keys are those of slot 0, each list sorted by key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Bits of [`flag`].
+    pub flags: u64,
+    /// Depths of the cgroups that principals name.
+    pub levels: u64,
+    /// Cookie of the network namespace of loopback endpoints.
+    pub netns: u64,
+    /// Ports in network byte order.
+    pub ports: BTreeSet<u16>,
+    /// Exact endpoints.
+    pub endpoints: Vec<(EndpointKey, Owners)>,
+    /// Prefixes.
+    pub prefixes: Vec<(PrefixKey, Owners)>,
+    /// Principals.
+    pub principals: Vec<(PrincipalKey, Owners)>,
+    /// Names of the targets.
+    pub names: Names,
+}
+
+impl Image {
+    /// A slot with nothing in it.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            flags: 0,
+            levels: 0,
+            netns: 0,
+            ports: BTreeSet::new(),
+            endpoints: Vec::new(),
+            prefixes: Vec::new(),
+            principals: Vec::new(),
+            names: [TargetName::NONE; MAX_TARGETS as usize],
+        }
+    }
+
+    /// Whether some endpoint is UDP, so that `sendmsg` must be judged.
+    #[must_use]
+    pub fn has_udp(&self) -> bool {
+        self.endpoints.iter().any(|(key, _)| key.protocol == UDP)
+            || self.prefixes.iter().any(|(key, _)| key.key.protocol == UDP)
+    }
+}
+
+/// Lowers a rule set. A target that `previous` names keeps its bit, so that its counters go on.
+#[must_use]
+pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Image {
+    let names = assign_bits(rules, previous);
+    let bits: Vec<Owners> = rules
+        .targets
+        .iter()
+        .map(|target| names.iter().position(|name| name.as_str() == target.name).map_or(0, |bit| 1 << bit))
+        .collect();
+    let covers = Covers::of(rules);
+    let mut image = Image { names, netns, ..Image::empty() };
+    for (place, own) in &rules.places {
+        let owners = permute(own | covers.above(place), &bits);
+        let key = endpoint_key(place);
+        image.ports.insert(key.port);
+        if is_single(&place.net) {
+            image.endpoints.push((key, owners));
+        } else {
+            let length = u32::from(place.net.prefix_len()) + if place.net.addr().is_ipv4() { 96 } else { 0 };
+            image.prefixes.push((PrefixKey { bits: KEY_BITS + length, key }, owners));
+        }
+    }
+    push_unspecified(rules, &bits, &mut image.endpoints);
+    image.principals = principals(rules, &bits, &mut image.levels);
+    image.endpoints.sort_unstable();
+    image.prefixes.sort_unstable();
+    image.flags = [
+        (rules.mode == Mode::Audit, flag::AUDIT),
+        (!image.prefixes.is_empty(), flag::PREFIXES),
+        (daemon, flag::DAEMON),
+    ]
+    .into_iter()
+    .filter_map(|(set, bit)| set.then_some(bit))
+    .fold(0, |flags, bit| flags | bit);
+    image
+}
+
+/// A target's name as the kernel keeps it.
+#[must_use]
+pub fn target_name(name: &str) -> TargetName {
+    let mut bytes = [0; MAX_TARGET_NAME];
+    bytes.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
+    TargetName(bytes)
+}
+
+/// The key of a place in slot 0.
+#[must_use]
+pub fn endpoint_key(place: &Place) -> EndpointKey {
+    key(place.protocol, place.port, place.net.addr())
+}
+
+/// The key of a protocol, a port and a canonical address in slot 0.
+fn key(protocol: Protocol, port: u16, address: IpAddr) -> EndpointKey {
+    EndpointKey {
+        scope: if address.is_ipv4() { 0 } else { scope::V6 },
+        protocol: match protocol {
+            Protocol::Tcp => TCP,
+            Protocol::Udp => UDP,
+        },
+        port: port.to_be(),
+        // Not through `canonical4`: the prefix 0.0.0.0/0 starts at an address that is unspecified by itself.
+        address: match address {
+            IpAddr::V4(v4) => words(v4.to_ipv6_mapped()),
+            IpAddr::V6(v6) => words(v6),
+        },
+    }
+}
+
+/// The address of an attempt as it is dialled, made canonical (D4).
+#[must_use]
+pub fn canonical_words(address: IpAddr) -> enforcer_ebpf::Address {
+    match address {
+        IpAddr::V4(v4) => canonical4(u32::from_ne_bytes(v4.octets())),
+        IpAddr::V6(v6) => canonical6(words(v6)),
+    }
+}
+
+/// Four words in network byte order.
+fn words(address: Ipv6Addr) -> enforcer_ebpf::Address {
+    let bits = u128::from(address);
+    [96, 64, 32, 0].map(|shift| {
+        #[allow(clippy::cast_possible_truncation, reason = "one word of four")]
+        let word = (bits >> shift) as u32;
+        word.to_be()
+    })
+}
+
+/// Bits for the targets: those of targets that go on first, then the lowest that were free, then the rest.
+fn assign_bits(rules: &RuleSet, previous: &Names) -> Names {
+    let wanted: Vec<TargetName> = rules.targets.iter().map(|target| target_name(&target.name)).collect();
+    let mut names = previous.map(|name| if wanted.contains(&name) { name } else { TargetName::NONE });
+    for name in wanted {
+        if names.contains(&name) {
+            continue;
+        }
+        let free = |names: &Names, fresh: bool| {
+            names
+                .iter()
+                .zip(previous)
+                .position(|(now, before)| *now == TargetName::NONE && (!fresh || *before == TargetName::NONE))
+        };
+        let bit = free(&names, true).or_else(|| free(&names, false));
+        if let Some(slot) = bit.and_then(|bit| names.get_mut(bit)) {
+            *slot = name;
+        }
+    }
+    names
+}
+
+/// Owners by index of target as owners by bit.
+fn permute(owners: u64, bits: &[Owners]) -> Owners {
+    bits.iter().enumerate().filter(|(index, _)| owners >> index & 1 == 1).fold(0, |all, (_, bit)| all | bit)
+}
+
+/// D5: for every port an entry of its own for the unspecified address, here and as seen from other network namespaces.
+fn push_unspecified(rules: &RuleSet, bits: &[Owners], endpoints: &mut Vec<(EndpointKey, Owners)>) {
+    let mut ports: BTreeMap<(Protocol, u16), (u64, u64)> = BTreeMap::new();
+    for (place, own) in &rules.places {
+        let (here, foreign) = ports.entry((place.protocol, place.port)).or_default();
+        *here |= own;
+        if !is_loopback(&place.net) {
+            *foreign |= own; // D6
+        }
+    }
+    for ((protocol, port), (here, foreign)) in ports {
+        let here_key = key(protocol, port, IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        endpoints.push((here_key, permute(here, bits)));
+        if foreign != 0 {
+            endpoints.push((EndpointKey { scope: here_key.scope | scope::FOREIGN, ..here_key }, permute(foreign, bits)));
+        }
+    }
+}
+
+fn principals(rules: &RuleSet, bits: &[Owners], levels: &mut u64) -> Vec<(PrincipalKey, Owners)> {
+    let mut admits: BTreeMap<PrincipalKey, Owners> = BTreeMap::new();
+    for (target, bit) in rules.targets.iter().zip(bits) {
+        for principal in &target.principals {
+            let (cgroup, uid, kind) = match principal {
+                RulePrincipal::User { uid, cgroup: None } => (0, uid.0, kind::USER),
+                RulePrincipal::User { uid, cgroup: Some((_, cgroup)) } => {
+                    *levels |= 1 << cgroup.level;
+                    (cgroup.id, uid.0, kind::USER)
+                }
+                RulePrincipal::Kernel => (0, 0, kind::KERNEL),
+            };
+            *admits.entry(PrincipalKey { cgroup, uid, kind, slot: 0, zero: 0 }).or_default() |= bit;
+        }
+    }
+    admits.into_iter().collect()
+}
+
+/// The prefixes of a rule set, to find those that cover a place.
+struct Covers {
+    /// By protocol and port.
+    groups: HashMap<(Protocol, u16), Group>,
+}
+
+#[derive(Default)]
+struct Group {
+    owners: HashMap<IpNet, u64>,
+    /// Lengths in use, IPv4 and IPv6.
+    lengths: [BTreeSet<u8>; 2],
+}
+
+impl Covers {
+    fn of(rules: &RuleSet) -> Self {
+        let mut groups: HashMap<(Protocol, u16), Group> = HashMap::new();
+        for (place, own) in rules.places.iter().filter(|(place, _)| !is_single(&place.net)) {
+            let group = groups.entry((place.protocol, place.port)).or_default();
+            *group.owners.entry(place.net).or_default() |= own;
+            let [v4, v6] = &mut group.lengths;
+            let lengths = if place.net.addr().is_ipv4() { v4 } else { v6 };
+            lengths.insert(place.net.prefix_len());
+        }
+        Self { groups }
+    }
+
+    /// Owners of all prefixes that hold the place (D2: every target that owns an endpoint is asked).
+    fn above(&self, place: &Place) -> u64 {
+        let Some(group) = self.groups.get(&(place.protocol, place.port)) else { return 0 };
+        let [v4, v6] = &group.lengths;
+        let lengths = if place.net.addr().is_ipv4() { v4 } else { v6 };
+        lengths
+            .range(..place.net.prefix_len())
+            .filter_map(|length| IpNet::new(place.net.addr(), *length).ok())
+            .filter_map(|net| group.owners.get(&net.trunc()))
+            .fold(0, |all, owners| all | owners)
+    }
+}

@@ -1,0 +1,132 @@
+//! The pin directory: made, owned and locked by us alone (F6), on a bpffs that is mounted if need be.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use super::BackendError;
+
+/// Where a bpffs belongs (Documentation/bpf, systemd's own mount).
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// A pin directory that is ours.
+#[derive(Debug)]
+pub struct Pins {
+    dir: PathBuf,
+}
+
+/// Held while this process is the one that writes.
+#[derive(Debug)]
+pub struct Lock(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
+
+impl Pins {
+    /// Takes an existing directory after checking that nobody else can write it; nothing where there is none.
+    pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
+        let meta = match fs::symlink_metadata(dir) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(BackendError::Io { action: "look at", object: dir.into(), error }),
+        };
+        if !meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o077 != 0 {
+            return Err(BackendError::Untrusted { path: dir.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
+        }
+        if !is_bpffs(dir) {
+            return Err(BackendError::NotBpffs { path: dir.into() });
+        }
+        Ok(Some(Self { dir: dir.into() }))
+    }
+
+    /// Opens the directory, or makes it.
+    pub fn create(dir: &Path) -> Result<Self, BackendError> {
+        let parent = dir.parent().unwrap_or(Path::new("/"));
+        if !is_bpffs(parent) && parent.starts_with(BPFFS) {
+            mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, Some("mode=0700"))
+                .map_err(|error| BackendError::Io { action: "mount a bpffs on", object: BPFFS.into(), error: error.into() })?;
+        }
+        if !is_bpffs(parent) {
+            return Err(BackendError::NotBpffs { path: dir.into() });
+        }
+        make_dir(dir)?;
+        Self::open(dir)?.ok_or_else(|| BackendError::NotBpffs { path: dir.into() })
+    }
+
+    /// Path of a pin.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// A directory below, made if missing.
+    pub fn subdir(&self, name: &str) -> Result<PathBuf, BackendError> {
+        let path = self.path(name);
+        make_dir(&path)?;
+        Self::open(&path)?;
+        Ok(path)
+    }
+
+    /// Claims the right to write; fails at once where another process holds it.
+    pub fn lock(&self) -> Result<Lock, BackendError> {
+        let file = File::open(&self.dir)
+            .map_err(|error| BackendError::Io { action: "open", object: self.dir.clone(), error })?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Lock(lock)),
+            Err((_, nix::Error::EWOULDBLOCK)) => Err(BackendError::Busy { path: self.dir.clone() }),
+            Err((_, error)) => {
+                Err(BackendError::Io { action: "lock", object: self.dir.clone(), error: error.into() })
+            }
+        }
+    }
+
+    /// Removes a pin, or a directory of pins; fine if there is none.
+    pub fn remove(&self, name: &str) -> Result<(), BackendError> {
+        let path = self.path(name);
+        let result = if path.is_dir() {
+            // On a bpffs there is nothing but directories and pins.
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        match result {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(BackendError::Io { action: "remove", object: path, error })
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Names of all that lies in the directory.
+    pub fn list(&self) -> Result<Vec<String>, BackendError> {
+        let failed = |error| BackendError::Io { action: "list", object: self.dir.clone(), error };
+        fs::read_dir(&self.dir)
+            .map_err(failed)?
+            .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
+            .collect()
+    }
+
+    /// Removes the directory itself, which must be empty.
+    pub fn remove_dir(self) -> Result<(), BackendError> {
+        fs::remove_dir(&self.dir).map_err(|error| BackendError::Io { action: "remove", object: self.dir, error })
+    }
+}
+
+fn make_dir(dir: &Path) -> Result<(), BackendError> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(BackendError::Io { action: "make", object: dir.into(), error })
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
+}

@@ -1,0 +1,409 @@
+//! The system calls that aya does not offer: batches, links by descriptor, pins, grace periods. All unsafe code of the eBPF backend.
+
+#![allow(unsafe_code, reason = "bpf(2) has no safe form; every structure here is the kernel's own, from linux/bpf.h")]
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use enforcer_ebpf::{Counters, EndpointKey, EventRecord, Generation, PrincipalKey, TargetName};
+
+use super::image::PrefixKey;
+
+/// A type whose bytes the kernel may read and write.
+///
+/// # Safety
+///
+/// No padding, and every bit pattern is a value.
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: integers and structures of integers; `enforcer_ebpf` asserts their sizes.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+// SAFETY: as above.
+unsafe impl Plain for EndpointKey {}
+// SAFETY: as above.
+unsafe impl Plain for PrefixKey {}
+// SAFETY: as above.
+unsafe impl Plain for PrincipalKey {}
+// SAFETY: as above.
+unsafe impl Plain for Generation {}
+// SAFETY: as above.
+unsafe impl Plain for TargetName {}
+// SAFETY: as above.
+unsafe impl Plain for Counters {}
+// SAFETY: as above.
+unsafe impl Plain for EventRecord {}
+
+const _: () = assert!(size_of::<PrefixKey>() == 24);
+
+/// A value of zeros.
+#[must_use]
+pub fn zeroed<T: Plain>() -> T {
+    // SAFETY: every bit pattern is a value of a plain type.
+    unsafe { std::mem::zeroed() }
+}
+
+/// What a link is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Id of its program.
+    pub program: u32,
+    /// Id of its cgroup; 0 where it was detached or the cgroup is gone.
+    pub cgroup: u64,
+    /// `BPF_CGROUP_…` number.
+    pub attach_type: u32,
+}
+
+/// What a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapInfo {
+    /// `BPF_MAP_TYPE_…` number.
+    pub map_type: u32,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value.
+    pub value_size: u32,
+    /// Most entries.
+    pub max_entries: u32,
+}
+
+/// Opens what is pinned at a path (`BPF_OBJ_GET`, Linux 4.4).
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, ..ObjAttr::default() };
+    owned(bpf(BPF_OBJ_GET, &mut attr)?)
+}
+
+/// Pins a map, program or link (`BPF_OBJ_PIN`, Linux 4.4); the pin's mode is 0600 less the umask.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, fd: raw(object), ..ObjAttr::default() };
+    bpf(BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Attaches a program to a cgroup by a link (`BPF_LINK_CREATE`, Linux 5.7). The link behaves as `BPF_F_ALLOW_MULTI`.
+pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr { program: raw(program), target: raw(cgroup), attach_type, flags: 0 };
+    owned(bpf(BPF_LINK_CREATE, &mut attr)?)
+}
+
+/// Replaces a link's program at once (`BPF_LINK_UPDATE`, Linux 5.7).
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr { link: raw(link), new_program: raw(program), flags: 0, old_program: 0 };
+    bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// Asks what a link is attached to.
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let info: RawLinkInfo = object_info(link)?;
+    Ok(LinkInfo { program: info.program, cgroup: info.cgroup, attach_type: info.attach_type })
+}
+
+/// Asks what a map is.
+pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    let info: RawMapInfo = object_info(map)?;
+    Ok(MapInfo {
+        map_type: info.map_type,
+        key_size: info.key_size,
+        value_size: info.value_size,
+        max_entries: info.max_entries,
+    })
+}
+
+/// Reads an element; nothing where there is none.
+pub fn lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &mut [V]) -> io::Result<bool> {
+    let mut attr = ElemAttr {
+        map: raw(map),
+        key: std::ptr::from_ref(key) as u64,
+        value: value.as_mut_ptr() as u64,
+        ..ElemAttr::default()
+    };
+    found(bpf(BPF_MAP_LOOKUP_ELEM, &mut attr))
+}
+
+/// Writes an element; `value` has one entry, or one a CPU for maps of that kind.
+pub fn update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
+    let mut attr = ElemAttr {
+        map: raw(map),
+        key: std::ptr::from_ref(key) as u64,
+        value: value.as_ptr() as u64,
+        ..ElemAttr::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Removes an element; false where there was none.
+pub fn delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    let mut attr = ElemAttr { map: raw(map), key: std::ptr::from_ref(key) as u64, ..ElemAttr::default() };
+    found(bpf(BPF_MAP_DELETE_ELEM, &mut attr))
+}
+
+/// The key after `key`, or the first.
+pub fn next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>, next: &mut K) -> io::Result<bool> {
+    let mut attr = ElemAttr {
+        map: raw(map),
+        key: key.map_or(0, |key| std::ptr::from_ref(key) as u64),
+        value: std::ptr::from_mut(next) as u64,
+        ..ElemAttr::default()
+    };
+    found(bpf(BPF_MAP_GET_NEXT_KEY, &mut attr))
+}
+
+/// Writes many elements of a hash or array (`BPF_MAP_UPDATE_BATCH`, Linux 5.6). Fails if not all were written (F3).
+pub fn update_batch<K: Plain, V: Plain>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
+    debug_assert_eq!(keys.len(), values.len());
+    whole(map, BPF_MAP_UPDATE_BATCH, keys.as_ptr() as u64, values.as_ptr() as u64, keys.len())
+}
+
+/// Removes many elements of a hash (`BPF_MAP_DELETE_BATCH`, Linux 5.6). Fails if not all were there.
+pub fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
+    whole(map, BPF_MAP_DELETE_BATCH, keys.as_ptr() as u64, 0, keys.len())
+}
+
+/// Reads on from `cursor` (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6): how many elements were read, and whether more remain.
+/// The slices must have room for a whole bucket, or the kernel answers `ENOSPC`.
+pub fn lookup_batch<K: Plain, V: Plain>(
+    map: BorrowedFd<'_>,
+    cursor: &mut Option<[u8; 32]>,
+    keys: &mut [K],
+    values: &mut [V],
+) -> io::Result<(usize, bool)> {
+    // The kernel's cursor is 4 bytes for a hash and a key for other maps: 32 bytes hold either.
+    let mut next = [0_u8; 32];
+    let mut attr = BatchAttr {
+        in_batch: cursor.as_ref().map_or(0, |cursor| cursor.as_ptr() as u64),
+        out_batch: next.as_mut_ptr() as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: u32::try_from(keys.len().min(values.len())).map_err(io::Error::other)?,
+        map: raw(map),
+        ..BatchAttr::default()
+    };
+    let more = found(bpf(BPF_MAP_LOOKUP_BATCH, &mut attr))?;
+    *cursor = Some(next);
+    Ok((attr.count as usize, more))
+}
+
+/// Returns when every program that was running at the call has ended.
+///
+/// An update of a map of maps waits for just that (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c, since Linux 4.18);
+/// `membarrier` would too, but not on kernels booted with `nohz_full`.
+pub fn wait_for_programs() -> io::Result<()> {
+    const ARRAY: u32 = 2;
+    const ARRAY_OF_MAPS: u32 = 12;
+    let create = |map_type, inner: Option<&OwnedFd>| {
+        let mut attr = CreateAttr {
+            map_type,
+            key_size: 4,
+            value_size: 4,
+            max_entries: 1,
+            flags: 0,
+            inner: inner.map_or(0, |fd| fd.as_raw_fd().cast_unsigned()),
+        };
+        owned(bpf(BPF_MAP_CREATE, &mut attr)?)
+    };
+    let inner = create(ARRAY, None)?;
+    let outer = create(ARRAY_OF_MAPS, Some(&inner))?;
+    let outer = std::os::fd::AsFd::as_fd(&outer);
+    update(outer, &0_u32, &[inner.as_raw_fd().cast_unsigned()])
+}
+
+/// Cookie of the network namespace that this process is in (`SO_NETNS_COOKIE`, Linux 5.14); none on older kernels.
+#[must_use]
+pub fn netns_cookie() -> Option<u64> {
+    const SO_NETNS_COOKIE: i32 = 71;
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Inet,
+        nix::sys::socket::SockType::Datagram,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .ok()?;
+    let mut cookie = 0_u64;
+    let mut length = 8 as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    (result == 0 && length == 8).then_some(cookie)
+}
+
+/// Reads a record out of bytes of the ring buffer; none where they are too few.
+#[must_use]
+pub fn read_record(bytes: &[u8]) -> Option<EventRecord> {
+    // SAFETY: long enough, every bit pattern is a value, and no alignment is asked for.
+    (bytes.len() >= size_of::<EventRecord>()).then(|| unsafe { bytes.as_ptr().cast::<EventRecord>().read_unaligned() })
+}
+
+const BPF_MAP_CREATE: i32 = 0;
+const BPF_MAP_LOOKUP_ELEM: i32 = 1;
+const BPF_MAP_UPDATE_ELEM: i32 = 2;
+const BPF_MAP_DELETE_ELEM: i32 = 3;
+const BPF_MAP_GET_NEXT_KEY: i32 = 4;
+const BPF_OBJ_PIN: i32 = 6;
+const BPF_OBJ_GET: i32 = 7;
+const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
+const BPF_MAP_LOOKUP_BATCH: i32 = 24;
+const BPF_MAP_UPDATE_BATCH: i32 = 26;
+const BPF_MAP_DELETE_BATCH: i32 = 27;
+const BPF_LINK_CREATE: i32 = 28;
+const BPF_LINK_UPDATE: i32 = 29;
+
+#[repr(C)]
+#[derive(Default)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+    inner: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ElemAttr {
+    map: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ObjAttr {
+    pathname: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreateAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdateAttr {
+    link: u32,
+    new_program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttr {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+/// Head of `struct bpf_link_info` for cgroup links.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RawLinkInfo {
+    link_type: u32,
+    id: u32,
+    program: u32,
+    _pad: u32,
+    cgroup: u64,
+    attach_type: u32,
+    _pad2: u32,
+}
+
+/// Head of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RawMapInfo {
+    map_type: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+fn object_info<T: Default>(object: BorrowedFd<'_>) -> io::Result<T> {
+    let mut info = T::default();
+    let length = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let mut attr = InfoAttr { fd: raw(object), length, info: std::ptr::from_mut(&mut info) as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
+}
+
+fn whole(map: BorrowedFd<'_>, command: i32, keys: u64, values: u64, count: usize) -> io::Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
+    let asked = u32::try_from(count).map_err(io::Error::other)?;
+    let mut attr = BatchAttr { keys, values, count: asked, map: raw(map), ..BatchAttr::default() };
+    bpf(command, &mut attr)?;
+    if attr.count == asked {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("the kernel took {} of {asked} entries", attr.count)))
+    }
+}
+
+/// `ENOENT` as false.
+fn found(result: io::Result<i32>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: `attr` is the kernel's structure for this command, and its pointers live until the call returns.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+}
+
+fn owned(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}

@@ -1,0 +1,402 @@
+//! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    net::{IpAddr, ToSocketAddrs},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use enforcer_ebpf::Verdict;
+use serde::Serialize;
+
+use crate::{
+    backend::{Pinned, ebpf},
+    config::Config,
+    control::{self, ControlError, Reply, Request},
+    daemon, host,
+    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
+    ruleset::{Attempt, Subject},
+    status::{Context, State, Status, status},
+};
+
+/// Lets only chosen local users open connections to this host's sensitive endpoints.
+///
+/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, nothing in force); 2 it could not be done.
+#[derive(Debug, Parser)]
+#[command(name = "enforcer", version, propagate_version = true)]
+pub struct Cli {
+    /// Configuration file
+    #[arg(long, global = true, value_name = "PATH", default_value = "/etc/enforcer/enforcer.toml")]
+    config: PathBuf,
+    /// Log format, on stderr
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// Least level to log: error, warn, info, debug, trace
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "info")]
+    log_level: tracing::Level,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run in the foreground: enforce, follow names, addresses and cgroups, serve the other commands
+    ///
+    /// Tells the service manager when the kernel enforces. SIGHUP reads the configuration again; SIGTERM ends the daemon
+    /// and leaves enforcement on.
+    Run,
+    /// Put the configuration in force once and exit; enforcement stays
+    Apply,
+    /// Show what is in force; exit code 1 if degraded or off
+    Status(Json),
+    /// Tell whether USER may connect to DESTINATION, by the rule set in force in the kernel, and why
+    Check(Check),
+    /// Show denials, as the daemon has seen them
+    Events(EventsArgs),
+    /// Look all names up now; returns when the kernel holds the result
+    Refresh(Refresh),
+    /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
+    Unload,
+    /// Check or show the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Debug, Args)]
+struct Json {
+    /// JSON on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    /// User name or UID
+    user: String,
+    /// [tcp://|udp://]ADDRESS:PORT, IPv6 in brackets; a name is looked up and each address checked
+    destination: String,
+    /// The socket's owner, if it is not USER
+    #[arg(long, value_name = "USER")]
+    socket_user: Option<String>,
+    /// The connecting task's cgroup, from the root of the cgroup v2 hierarchy
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    cgroup: String,
+    /// As a kernel thread; USER is not looked at
+    #[arg(long)]
+    kernel: bool,
+    /// From a network namespace other than the enforcer's
+    #[arg(long)]
+    foreign_netns: bool,
+    #[command(flatten)]
+    json: Json,
+}
+
+#[derive(Debug, Args)]
+struct EventsArgs {
+    /// Go on as they come
+    #[arg(long, short)]
+    follow: bool,
+    #[command(flatten)]
+    json: Json,
+}
+
+#[derive(Debug, Args)]
+struct Refresh {
+    /// How long to wait
+    #[arg(long, value_name = "DURATION", default_value = "10s")]
+    timeout: humantime::Duration,
+    #[command(flatten)]
+    json: Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Read the configuration and say what is wrong with it
+    Check,
+    /// Show it whole, defaults included, with what each key means
+    Show(Json),
+}
+
+/// What a command answered.
+enum Answer {
+    Yes,
+    No,
+}
+
+/// Runs the command line and says how the process should end.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.log_format, cli.log_level);
+    match run(&cli) {
+        Ok(Answer::Yes) => ExitCode::SUCCESS,
+        Ok(Answer::No) => ExitCode::from(1),
+        Err(error) => {
+            // One line, whatever the cause holds.
+            let text = format!("{error:#}").replace(['\n', '\r'], " ");
+            let _ = writeln!(io::stderr(), "enforcer: error: {text}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn start_log(format: LogFormat, level: tracing::Level) {
+    let builder = tracing_subscriber::fmt().with_writer(io::stderr).with_max_level(level).with_target(false);
+    match format {
+        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+fn run(cli: &Cli) -> Result<Answer> {
+    match &cli.command {
+        Command::Run => runtime()?.block_on(daemon::run(&cli.config)).map(|()| Answer::Yes).map_err(Into::into),
+        Command::Apply => apply(&cli.config),
+        Command::Status(json) => show_status(&cli.config, json),
+        Command::Check(check) => run_check(&cli.config, check),
+        Command::Events(events) => show_events(&cli.config, events),
+        Command::Refresh(refresh) => run_refresh(&cli.config, refresh),
+        Command::Unload => unload(&cli.config),
+        Command::Config(ConfigCommand::Check) => check_config(&cli.config),
+        Command::Config(ConfigCommand::Show(json)) => {
+            let config = Config::load(&cli.config)?;
+            print(&if json.json { serde_json::to_string_pretty(&config)? } else { config.show() })
+        }
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")
+}
+
+fn apply(config: &Path) -> Result<Answer> {
+    let status = runtime()?.block_on(daemon::apply_once(config))?;
+    print(&status.render())?;
+    Ok(answer_of(&status))
+}
+
+fn answer_of(status: &Status) -> Answer {
+    match status.state {
+        State::Enforcing | State::Audit => Answer::Yes,
+        State::Degraded | State::Off => Answer::No,
+    }
+}
+
+fn show_status(config: &Path, json: &Json) -> Result<Answer> {
+    let config = Config::load(config)?;
+    let settings = &config.settings;
+    let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
+    let status = match asked {
+        Ok(Reply::Status(status)) => *status,
+        Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
+        Err(ControlError::NoDaemon { .. }) => status_from_pins(&config)?,
+        Err(error) => return Err(error.into()),
+    };
+    print_one(&status, json, Status::render)?;
+    Ok(answer_of(&status))
+}
+
+/// What is in force, as the kernel alone tells.
+fn status_from_pins(config: &Config) -> Result<Status> {
+    let settings = &config.settings;
+    let observed = Pinned::open(&settings.pin_dir)?.map(|pinned| pinned.observe()).transpose()?;
+    let mount = host::cgroup2_mount()?;
+    let context = Context {
+        cgroup: settings.cgroup.clone().or(mount).unwrap_or_default().display().to_string(),
+        pin_dir: settings.pin_dir.display().to_string(),
+        ..Context::default()
+    };
+    Ok(status(observed.as_ref(), context))
+}
+
+/// `enforcer check --json`, one line an address.
+#[derive(Serialize)]
+struct CheckReport {
+    schema: &'static str,
+    verdict: &'static str,
+    judged: bool,
+    destination: String,
+    generation: u64,
+    targets: Vec<CheckTarget>,
+    reason: String,
+}
+
+#[derive(Serialize)]
+struct CheckTarget {
+    name: String,
+    admits: bool,
+    reason: String,
+}
+
+fn run_check(config: &Path, check: &Check) -> Result<Answer> {
+    let config = Config::load(config)?;
+    let pin_dir = &config.settings.pin_dir;
+    let pinned = Pinned::open(pin_dir)?
+        .ok_or_else(|| anyhow!("nothing is in force in {}; start enforcer run, or enforcer apply", pin_dir.display()))?;
+    let task = user(&check.user)?;
+    let mount = host::cgroup2_mount()?.unwrap_or_default();
+    let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
+    let cgroups = host::ancestors(&mount, &cgroup).with_context(|| format!("cgroup {cgroup} below {}", mount.display()))?;
+    let subject = Subject {
+        task,
+        socket: Some(check.socket_user.as_deref().map(user).transpose()?.unwrap_or(task)),
+        kernel_thread: check.kernel,
+        cgroups,
+    };
+    let (protocol, addresses, port) = destination(&check.destination)?;
+    let mut answer = Answer::Yes;
+    for address in addresses {
+        let attempt =
+            Attempt { protocol, address, port, foreign_netns: check.foreign_netns, subject: subject.clone() };
+        let report = judge(&pinned, &attempt)?;
+        if report.verdict != "allow" {
+            answer = Answer::No;
+        }
+        print_line(&report, &check.json, |report| {
+            let mut text = format!("{}  {}: {}", report.verdict, report.destination, report.reason);
+            for target in &report.targets {
+                text.push_str(&format!("\n      target {}: {}", target.name, target.reason));
+            }
+            text
+        })?;
+    }
+    Ok(answer)
+}
+
+fn judge(pinned: &Pinned, attempt: &Attempt) -> Result<CheckReport> {
+    let checked = pinned.check(attempt)?;
+    let subject = &attempt.subject;
+    let who = match (subject.kernel_thread, subject.socket) {
+        (true, _) => "kernel threads".to_owned(),
+        (false, Some(socket)) if socket != subject.task => format!("user {} with a socket of user {socket}", subject.task),
+        (false, _) => format!("user {}", subject.task),
+    };
+    let targets: Vec<CheckTarget> = checked
+        .owners
+        .iter()
+        .map(|(name, admits)| CheckTarget {
+            name: name.clone(),
+            admits: *admits,
+            reason: if *admits { format!("admits {who}") } else { format!("has no principal that matches {who}") },
+        })
+        .collect();
+    let refusing: Vec<&str> = targets.iter().filter(|target| !target.admits).map(|target| target.name.as_str()).collect();
+    let (verdict, reason) = match checked.verdict {
+        Verdict::Unjudged => ("allow", "not an endpoint of any target".to_owned()),
+        Verdict::Allow => ("allow", format!("every target that owns the endpoint admits {who}")),
+        Verdict::Deny => ("deny", format!("refused by {}", refusing.join(", "))),
+        Verdict::WouldDeny => ("would-deny", format!("audit mode lets it pass; {} would refuse", refusing.join(", "))),
+    };
+    let canonical = std::net::SocketAddr::new(attempt.address.to_canonical(), attempt.port);
+    Ok(CheckReport {
+        schema: "enforcer/check/1",
+        verdict,
+        judged: checked.verdict != Verdict::Unjudged,
+        destination: format!("{} {canonical}", attempt.protocol),
+        generation: checked.generation,
+        targets,
+        reason,
+    })
+}
+
+fn user(name: &str) -> Result<Uid> {
+    if let Ok(uid) = name.parse() {
+        return Ok(Uid(uid));
+    }
+    HostUsers
+        .uid(name)
+        .with_context(|| format!("look up user {name}"))?
+        .ok_or_else(|| anyhow!("user {name} does not exist; give its UID if it is to come"))
+}
+
+/// A destination as it is dialled: unlike an endpoint it may be unspecified.
+fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
+    let (protocol, rest) = match text.split_once("://") {
+        Some(("tcp" | "nats" | "tls", rest)) => (Protocol::Tcp, rest),
+        Some(("udp", rest)) => (Protocol::Udp, rest),
+        Some((scheme, _)) => bail!("destination {text}: {scheme} is not a protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT"),
+        None => (Protocol::Tcp, text),
+    };
+    if let Ok(address) = rest.parse::<std::net::SocketAddr>() {
+        return Ok((protocol, vec![address.ip()], address.port()));
+    }
+    let endpoint = Endpoint::parse(text).map_err(|error| anyhow!("destination {text}: {error}"))?;
+    let Destination::Name(name) = &endpoint.destination else {
+        bail!("destination {text}: give one address and port, such as tcp://10.0.0.5:4222");
+    };
+    let port = endpoint.port.get();
+    let found = (name.as_str(), port).to_socket_addrs().with_context(|| format!("look up {name}"))?;
+    Ok((protocol, found.map(|address| address.ip()).collect(), port))
+}
+
+fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
+    let config = Config::load(config)?;
+    let request = Request::Events { follow: events.follow };
+    runtime()?.block_on(control::ask_many(&config.settings.socket, &request, |reply| {
+        let Reply::Event(line) = reply else { return Ok(()) };
+        let mut out = io::stdout().lock();
+        if events.json.json { serde_json::to_writer(&mut out, &line)? } else { write!(out, "{line}")? }
+        writeln!(out)?;
+        out.flush()
+    }))?;
+    Ok(Answer::Yes)
+}
+
+fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
+    let config = Config::load(config)?;
+    let asked = control::ask(&config.settings.socket, &Request::Refresh, refresh.timeout.into());
+    match runtime()?.block_on(asked)? {
+        Reply::Status(status) => {
+            print_one(&*status, &refresh.json, Status::render)?;
+            Ok(answer_of(&status))
+        }
+        Reply::Event(_) | Reply::Done | Reply::Error(_) => bail!("the daemon answered something else; is it another version?"),
+    }
+}
+
+fn unload(config: &Path) -> Result<Answer> {
+    let config = Config::load(config)?;
+    let settings = &config.settings;
+    match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
+        Ok(_) => print("unloaded: nothing is in force any more; the daemon has ended\n"),
+        Err(ControlError::NoDaemon { .. }) => {
+            let was = ebpf::unload(&settings.pin_dir)?;
+            print(if was { "unloaded: nothing is in force any more\n" } else { "nothing was in force\n" })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn check_config(path: &Path) -> Result<Answer> {
+    let wanted = daemon::Wanted::load(path)?;
+    for warning in wanted.warnings() {
+        print(&format!("{}: warning: {warning}\n", path.display()))?;
+    }
+    print(&format!("{}: good, {} targets\n", path.display(), wanted.policy().targets.len()))
+}
+
+fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {
+    if json.json { print(&format!("{}\n", serde_json::to_string(value)?)) } else { print(&render(value)) }
+}
+
+fn print_line<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {
+    print_one(value, json, |value| format!("{}\n", render(value)))
+}
+
+/// Writes to stdout; a reader that has gone is no error.
+fn print(text: &str) -> Result<Answer> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("write to stdout"),
+        Ok(()) | Err(_) => Ok(Answer::Yes),
+    }
+}

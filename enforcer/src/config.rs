@@ -1,0 +1,235 @@
+//! The configuration file → `Config`: keys, types, defaults, line numbers. What endpoints and users mean is the policy's affair.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::policy::{Dns, Mode, shown};
+
+mod error;
+mod read;
+mod show;
+#[cfg(test)]
+mod tests;
+
+pub use error::{ConfigError, ConfigFault};
+
+/// Where the configuration is unless told otherwise.
+pub const DEFAULT_PATH: &str = "/etc/enforcer/enforcer.toml";
+
+/// Most bytes of a configuration file (F7): room for the most endpoints, and an end to `/dev/zero`.
+pub const MAX_BYTES: usize = 64 << 20;
+
+/// Longest name of a target (F7).
+pub const MAX_TARGET_NAME: usize = enforcer_ebpf::MAX_TARGET_NAME;
+
+/// Longest path of a socket (F7): `sun_path` with its terminating zero has 108 bytes (unix(7)).
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// Shortest duration of any kind.
+pub const MIN_DURATION: Duration = Duration::from_secs(1);
+
+/// Longest time between look-ups: a failed-over name must not stay unprotected longer.
+pub const MAX_REFRESH: Duration = Duration::from_hours(1);
+
+/// Longest time that an address stays protected after it left the answer.
+pub const MAX_RETAIN: Duration = Duration::from_hours(30 * 24);
+
+/// A configuration file as read, defaults filled in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The file, for messages.
+    pub path: PathBuf,
+    /// Enforce or audit.
+    pub mode: Mode,
+    /// How and where it is enforced.
+    pub settings: Settings,
+    /// How names are kept.
+    pub dns: Dns,
+    /// By name; never empty.
+    pub targets: BTreeMap<String, Target>,
+}
+
+/// What is no policy: how and where it is enforced. Paths are absolute, without `.` and `..`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// What enforces.
+    pub backend: Backend,
+    /// Whose descendants are judged; `None` means the root of the cgroup v2 mount found.
+    pub cgroup: Option<PathBuf>,
+    /// The directory of our pins, below a bpffs.
+    pub pin_dir: PathBuf,
+    /// Where the last known addresses of names are kept.
+    pub state_dir: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+}
+
+/// What enforces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// What a probe finds.
+    Auto,
+    /// eBPF at `connect`, or nothing.
+    Ebpf,
+}
+
+/// A section `[target.NAME]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The line of its name.
+    pub line: usize,
+    /// Endpoints as written.
+    pub endpoints: Vec<Line<EndpointText>>,
+    /// Who may connect.
+    pub allow: Vec<Line<Allow>>,
+}
+
+/// Who may connect, as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Allow {
+    /// A user, anywhere.
+    User(User),
+    /// A user below a cgroup.
+    Within {
+        /// The user.
+        user: User,
+        /// The cgroup's path.
+        cgroup: String,
+    },
+    /// Kernel threads.
+    Kernel,
+}
+
+/// A user as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// By name.
+    Name(String),
+    /// By number, not yet known to be a UID.
+    Uid(i64),
+}
+
+/// An endpoint as written. It may hold credentials: all that prints or compares it leaves them out (B2).
+#[derive(Clone)]
+pub struct EndpointText(String);
+
+/// A value and the line it came from, counted from 1.
+#[derive(Clone, Copy, Debug)]
+pub struct Line<T> {
+    /// The value.
+    pub value: T,
+    /// Its line.
+    pub line: usize,
+}
+
+impl Config {
+    /// Reads the configuration file at `path`.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let mut bytes = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
+            .map_err(|cause| unreadable(path, cause))?;
+        if bytes.len() > MAX_BYTES {
+            return Err(ConfigError::TooLong { path: path.into() });
+        }
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let valid = error.utf8_error().valid_up_to();
+            let line = 1 + error
+                .as_bytes()
+                .iter()
+                .take(valid)
+                .filter(|byte| **byte == b'\n')
+                .count();
+            ConfigError::At {
+                path: path.into(),
+                line,
+                fault: ConfigFault::NotUtf8,
+            }
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads a configuration; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        read::config(text, path)
+    }
+}
+
+fn unreadable(path: &Path, cause: io::Error) -> ConfigError {
+    let path = path.into();
+    if cause.kind() == io::ErrorKind::NotFound {
+        ConfigError::Missing { path }
+    } else {
+        ConfigError::Unreadable { path, cause }
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            backend: Backend::Auto,
+            cgroup: None,
+            pin_dir: "/sys/fs/bpf/enforcer".into(),
+            state_dir: "/var/lib/enforcer".into(),
+            socket: "/run/enforcer/control.sock".into(),
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
+        })
+    }
+}
+
+impl EndpointText {
+    /// The text whole, credentials and all: to be parsed, never to be printed.
+    pub(crate) fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl PartialEq for EndpointText {
+    fn eq(&self, other: &Self) -> bool {
+        shown(&self.0) == shown(&other.0)
+    }
+}
+
+impl Eq for EndpointText {}
+
+impl fmt::Display for EndpointText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        shown(&self.0).fmt(f)
+    }
+}
+
+impl fmt::Debug for EndpointText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&shown(&self.0), f)
+    }
+}
+
+impl<T> Line<T> {
+    /// Another value at the same line.
+    pub fn with<U>(&self, value: U) -> Line<U> {
+        Line { value, line: self.line }
+    }
+}
+
+impl<T: PartialEq> PartialEq for Line<T> {
+    /// Where a value stands does not matter to what it is.
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value
+    }
+}
+
+impl<T: Eq> Eq for Line<T> {}

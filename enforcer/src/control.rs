@@ -1,0 +1,251 @@
+//! The control socket: root only, one JSON line in, JSON lines out, every size and time bounded.
+
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
+
+use crate::{events::Line, status::Status};
+
+/// Longest request, in bytes.
+const MAX_REQUEST: u64 = 4096;
+/// How long a caller may take to ask, or to take an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Callers served at once.
+const MAX_CALLERS: usize = 32;
+
+/// What can be asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Request {
+    /// What is in force.
+    Status,
+    /// Look all names up now; answered when the kernel holds the result.
+    Refresh,
+    /// The last denials, and with `follow` those to come.
+    Events {
+        /// Go on until the caller hangs up.
+        #[serde(default)]
+        follow: bool,
+    },
+    /// Remove everything from the kernel and end.
+    Unload,
+}
+
+/// One line of an answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reply {
+    /// To `status` and `refresh`.
+    Status(Box<Status>),
+    /// To `events`.
+    Event(Line),
+    /// To `unload`.
+    Done,
+    /// It could not be done.
+    Error(String),
+}
+
+/// A request on its way to the daemon's loop, and the way back.
+#[derive(Debug)]
+pub struct Call {
+    /// What is asked.
+    pub request: Request,
+    /// Where the answer goes: replies, then closed.
+    pub replies: mpsc::Sender<Reply>,
+}
+
+/// Why the control socket does not work.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// A file operation.
+    #[error("{action} {}: {error}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// Somebody else could replace the socket (F6).
+    #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be root's and writable by nobody else", path.display())]
+    Untrusted {
+        /// The directory.
+        path: PathBuf,
+        /// Its owner.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Another daemon answers there.
+    #[error("{} is in use by another enforcer; name another socket, or stop that one", path.display())]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// No daemon answers.
+    #[error("no daemon answers on {}: {error}; start enforcer run", path.display())]
+    NoDaemon {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// The daemon said something else than an answer.
+    #[error("the daemon on {} did not answer as asked; is it another version?", path.display())]
+    Protocol {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The daemon refused or failed.
+    #[error("{0}")]
+    Refused(Box<str>),
+}
+
+/// Binds the socket, 0600 in a directory that nobody else can write (F6).
+pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
+    let failed = |action| move |error| ControlError::Io { action, path: path.into(), error };
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(ControlError::Io { action: "make", path: dir.into(), error });
+        }
+        Ok(()) | Err(_) => {}
+    }
+    let meta = fs::metadata(dir).map_err(failed("look at the directory of"))?;
+    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
+        return Err(ControlError::Untrusted { path: dir.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(ControlError::Busy { path: path.into() });
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove the old")(error)),
+        Ok(()) | Err(_) => {}
+    }
+    let umask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    nix::sys::stat::umask(umask);
+    let listener = listener.map_err(failed("bind"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of"))?;
+    Ok(listener)
+}
+
+/// Accepts callers for ever and hands their requests to the loop.
+pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
+    let places = std::sync::Arc::new(Semaphore::new(MAX_CALLERS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let calls = calls.clone();
+                tokio::spawn(async move {
+                    // A caller that hangs up is no fault of ours.
+                    let _ = answer(stream, calls).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!("accept on the control socket: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Asks the daemon and returns its one answer.
+pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, ControlError> {
+    let protocol = || ControlError::Protocol { path: path.into() };
+    let mut lines = call(path, request).await?;
+    let line = timeout(patience, lines.next_line()).await.map_err(|_| protocol())?;
+    parse(&line.ok().flatten().ok_or_else(protocol)?).ok_or_else(protocol).and_then(refused)
+}
+
+/// Asks the daemon and hands on each answer until it ends or `each` says so.
+pub async fn ask_many(
+    path: &Path,
+    request: &Request,
+    mut each: impl FnMut(Reply) -> io::Result<()>,
+) -> Result<(), ControlError> {
+    let mut lines = call(path, request).await?;
+    while let Ok(Some(line)) = lines.next_line().await {
+        let reply = parse(&line).ok_or_else(|| ControlError::Protocol { path: path.into() })?;
+        if each(refused(reply)?).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+type Lines = tokio::io::Lines<BufReader<UnixStream>>;
+
+async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
+    let failed = |error| ControlError::NoDaemon { path: path.into(), error };
+    let mut stream = UnixStream::connect(path).await.map_err(failed)?;
+    let mut line = serde_json::to_string(request).map_err(|error| failed(error.into()))?;
+    line.push('\n');
+    stream.write_all(line.as_bytes()).await.map_err(failed)?;
+    Ok(BufReader::new(stream).lines())
+}
+
+fn parse(line: &str) -> Option<Reply> {
+    serde_json::from_str(line).ok()
+}
+
+fn refused(reply: Reply) -> Result<Reply, ControlError> {
+    match reply {
+        Reply::Error(error) => Err(ControlError::Refused(error.into())),
+        Reply::Status(_) | Reply::Event(_) | Reply::Done => Ok(reply),
+    }
+}
+
+async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result<()> {
+    // The socket's mode keeps others out already; a descriptor handed on does not get round this (F6).
+    if stream.peer_cred()?.uid() != 0 {
+        return send(&mut stream, &Reply::Error("only root may ask".to_owned())).await;
+    }
+    let mut line = Vec::new();
+    let (read, mut write) = stream.split();
+    let mut read = BufReader::new(read.take(MAX_REQUEST));
+    let complete = timeout(PATIENCE, read.read_until(b'\n', &mut line)).await.is_ok_and(|read| read.is_ok()) && line.ends_with(b"\n");
+    let request = match serde_json::from_slice::<Request>(&line) {
+        Ok(request) if complete => request,
+        Ok(_) | Err(_) => {
+            let error = format!("a request is one line of JSON of at most {MAX_REQUEST} bytes, such as {{\"request\":\"status\"}}");
+            let mut text = serde_json::to_vec(&Reply::Error(error))?;
+            text.push(b'\n');
+            return write.write_all(&text).await;
+        }
+    };
+    let (replies, mut receiver) = mpsc::channel(64);
+    if calls.send(Call { request, replies }).await.is_err() {
+        return Ok(());
+    }
+    loop {
+        let mut hung_up = [0; 1];
+        tokio::select! {
+            reply = receiver.recv() => match reply {
+                Some(reply) => send(&mut stream, &reply).await?,
+                None => return Ok(()),
+            },
+            read = stream.read(&mut hung_up) => if !matches!(read, Ok(1..)) { return Ok(()) },
+        }
+    }
+}
+
+async fn send(stream: &mut UnixStream, reply: &Reply) -> io::Result<()> {
+    let mut text = serde_json::to_vec(reply)?;
+    text.push(b'\n');
+    timeout(PATIENCE, stream.write_all(&text)).await?
+}

@@ -1,0 +1,538 @@
+//! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    io,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::unix::AsyncFd,
+    signal::unix::{SignalKind, signal},
+    sync::{broadcast, mpsc},
+    task::JoinSet,
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    backend::{BackendError, Kernel, ebpf::Events},
+    config::{Config, ConfigError},
+    control::{self, Call, ControlError, Reply, Request},
+    events::{self, Line, Lost},
+    host::{self, AddressChanges},
+    policy::{Name, Policy, PolicyError, HostUsers},
+    resolve::{Answer, LOOKUP_TIMEOUT, Names, lookup},
+    ruleset::{CompileError, Host, compile},
+    state,
+    status::{Context, Status, status},
+};
+
+/// How often links and cgroups are looked at.
+const TICK: Duration = Duration::from_secs(1);
+/// Denials kept for callers that ask later.
+const KEPT_EVENTS: usize = 1024;
+
+/// Why the daemon cannot start, or an attempt to put a configuration in force failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The configuration file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What it says.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A limit.
+    #[error("{}: {error}", path.display())]
+    Compile {
+        /// The configuration file.
+        path: PathBuf,
+        /// Which limit.
+        error: CompileError,
+    },
+    /// The kernel.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A cgroup that a principal names.
+    #[error("{}: cgroup {cgroup} does not exist below {}; make it first, or start enforcer after the unit that does", path.display(), mount.display())]
+    NoCgroup {
+        /// The configuration file.
+        path: PathBuf,
+        /// The cgroup.
+        cgroup: String,
+        /// Where cgroups are looked for.
+        mount: PathBuf,
+    },
+    /// No cgroup v2 at all.
+    #[error("no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`")]
+    NoCgroup2,
+    /// Something of the operating system.
+    #[error("{action}: {error}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        error: io::Error,
+    },
+}
+
+/// A configuration that was read, understood and found possible on this host.
+#[derive(Debug)]
+pub struct Wanted {
+    path: PathBuf,
+    config: Config,
+    policy: Policy,
+    /// The cgroup to attach to.
+    cgroup: PathBuf,
+    /// Where cgroup paths of principals start.
+    mount: PathBuf,
+    warnings: Vec<String>,
+}
+
+impl Wanted {
+    /// Reads a configuration file.
+    pub fn load(path: &std::path::Path) -> Result<Self, DaemonError> {
+        let config = Config::load(path)?;
+        let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
+        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io { action: "read /proc/self/mountinfo", error })?;
+        let cgroup = config.settings.cgroup.clone().or_else(|| mount.clone()).ok_or(DaemonError::NoCgroup2)?;
+        let mount = mount.unwrap_or_else(|| cgroup.clone());
+        for path_of in policy.cgroups() {
+            if host::cgroup(&mount, &path_of).is_none() {
+                return Err(DaemonError::NoCgroup { path: path.into(), cgroup: path_of.to_string(), mount });
+            }
+        }
+        let warnings = warnings.iter().map(ToString::to_string).collect();
+        Ok(Self { path: path.into(), config, policy, cgroup, mount, warnings })
+    }
+
+    /// What it means.
+    #[must_use]
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// What is allowed, but probably not meant.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
+/// What runs.
+struct Daemon {
+    wanted: Wanted,
+    kernel: Kernel,
+    names: Names,
+    host: Host,
+    lookups: JoinSet<(Name, Answer)>,
+    /// Refresh requests that wait for look-ups begun after them.
+    waiting: Vec<Waiting>,
+    events: VecDeque<Line>,
+    followers: broadcast::Sender<Line>,
+    lost: u64,
+    /// Why what is in force is not what is wanted; logged once a change (F4).
+    apply_fault: Option<String>,
+    reload_fault: Option<String>,
+    state_fault: Option<String>,
+    saved: crate::ruleset::Resolved,
+}
+
+struct Waiting {
+    names: BTreeSet<Name>,
+    replies: mpsc::Sender<Reply>,
+}
+
+/// Puts a configuration in force once, looking every name up, and returns what is then in force.
+pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
+    let mut daemon = Daemon::start(Wanted::load(path)?, false)?;
+    daemon.look_up_all();
+    while let Some(joined) = daemon.lookups.join_next().await {
+        daemon.answered(joined);
+    }
+    daemon.apply_now()?;
+    let mut status = daemon.status();
+    status.daemon = crate::status::DaemonStatus { running: false, pid: None };
+    Ok(status)
+}
+
+/// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1).
+pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
+    let wanted = Wanted::load(path)?;
+    let socket = wanted.config.settings.socket.clone();
+    let listener = control::listen(&socket)?;
+    let mut daemon = Daemon::start(wanted, true)?;
+    let failed = |action| move |error| DaemonError::Io { action, error };
+    let mut hangup = signal(SignalKind::hangup()).map_err(failed("wait for SIGHUP"))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for SIGINT"))?;
+    let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
+    let addresses = AsyncFd::new(addresses).map_err(failed("watch addresses"))?;
+    let mut denials = AsyncFd::new(daemon.kernel.events()?).map_err(failed("watch the ring buffer"))?;
+    let (calls, mut requests) = mpsc::channel(64);
+    tokio::spawn(control::serve(listener, calls));
+
+    // Addresses and literals are in force before any look-up; readiness waits for the names' first answers.
+    daemon.apply_now()?;
+    daemon.look_up_all();
+    let mut ready = false;
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        if !ready && daemon.lookups.is_empty() {
+            ready = true;
+            daemon.ready()?;
+        }
+        let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
+        tokio::select! {
+            _ = hangup.recv() => daemon.reload(),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            Some(joined) = daemon.lookups.join_next() => {
+                daemon.answered(joined);
+                daemon.apply_or_keep();
+                daemon.answer_waiting();
+            }
+            () = tokio::time::sleep_until(due.into()) => daemon.look_up_due(Instant::now()),
+            Ok(mut guard) = addresses.readable() => {
+                guard.get_inner().drain();
+                guard.clear_ready();
+                daemon.look_at_host();
+            }
+            Ok(mut guard) = denials.readable_mut() => {
+                daemon.take_events(guard.get_inner_mut());
+                guard.clear_ready();
+            }
+            _ = tick.tick() => daemon.look_at_host(),
+            Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
+                let result = daemon.unload();
+                let reply = result.as_ref().map_or_else(|error| Reply::Error(error.to_string()), |()| Reply::Done);
+                let _ = replies.send(reply).await;
+                // The caller hangs up once it has read the answer.
+                let _ = tokio::time::timeout(TICK, replies.closed()).await;
+                let _ = std::fs::remove_file(&socket);
+                return result;
+            },
+        }
+    }
+    let _ = std::fs::remove_file(&socket);
+    info!("stopping; generation {} stays in force", daemon.kernel.observe()?.generation);
+    Ok(())
+}
+
+impl Daemon {
+    fn start(wanted: Wanted, stays: bool) -> Result<Self, DaemonError> {
+        for warning in &wanted.warnings {
+            warn!("{warning}");
+        }
+        let settings = &wanted.config.settings;
+        let mut names = Names::new(wanted.policy.dns);
+        names.set(wanted.policy.names(), Instant::now());
+        let known = match state::load(&settings.state_dir) {
+            Ok(known) => known,
+            Err(error) => {
+                warn!("{error}; starting without the addresses known before"); // F4
+                crate::ruleset::Resolved::new()
+            }
+        };
+        for (name, addresses) in &known {
+            names.seed(name, addresses, Instant::now());
+        }
+        let level = if tracing::enabled!(tracing::Level::TRACE) { TRACE_IN_KERNEL } else { 0 };
+        let kernel = Kernel::take_over(&settings.pin_dir, &wanted.cgroup, stays, level)?;
+        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups())
+            .map_err(|error| DaemonError::Io { action: "list this host's addresses", error })?;
+        Ok(Self {
+            wanted,
+            kernel,
+            names,
+            host,
+            lookups: JoinSet::new(),
+            waiting: Vec::new(),
+            events: VecDeque::new(),
+            followers: broadcast::channel(KEPT_EVENTS).0,
+            lost: 0,
+            apply_fault: None,
+            reload_fault: None,
+            state_fault: None,
+            saved: known,
+        })
+    }
+
+    /// Compiles what is wanted now and puts it in force.
+    fn apply_now(&mut self) -> Result<u64, DaemonError> {
+        let resolved = self.names.resolved(Instant::now());
+        let rules = compile(&self.wanted.policy, &resolved, &self.host)
+            .map_err(|error| DaemonError::Compile { path: self.wanted.path.clone(), error })?;
+        let generation = self.kernel.apply(&rules)?;
+        if resolved != self.saved {
+            // The kernel holds the rules; only the next start would miss the addresses (N7).
+            self.state_fault = state::save(&self.wanted.config.settings.state_dir, &resolved)
+                .err()
+                .map(|error| format!("{error}; after a restart names are unprotected until looked up"));
+            if let Some(fault) = &self.state_fault {
+                error!("{fault}");
+            }
+            self.saved = resolved;
+        }
+        Ok(generation)
+    }
+
+    /// As `apply_now`; a failure leaves in force what is (F4).
+    fn apply_or_keep(&mut self) {
+        let fault = self.apply_now().err().map(|error| error.to_string());
+        if fault != self.apply_fault {
+            match &fault {
+                Some(fault) => error!("{fault}; the rule set before stays in force"),
+                None => info!("the rule set is in force again as wanted"),
+            }
+        }
+        self.apply_fault = fault;
+    }
+
+    fn ready(&mut self) -> Result<(), DaemonError> {
+        let observed = self.kernel.observe()?;
+        drop_capabilities()?;
+        info!(
+            "enforcing generation {}: {} endpoints of {} targets on {}",
+            observed.generation,
+            observed.endpoints,
+            observed.targets.len(),
+            self.wanted.cgroup.display()
+        );
+        sd_notify::notify(&[sd_notify::NotifyState::Ready])
+            .map_err(|error| DaemonError::Io { action: "notify the service manager", error })
+    }
+
+    fn reload(&mut self) {
+        let loaded = Wanted::load(&self.wanted.path).and_then(|wanted| self.change_to(wanted));
+        match loaded {
+            Ok(()) => {
+                self.reload_fault = None;
+                info!("reloaded {}", self.wanted.path.display());
+            }
+            Err(error) => {
+                error!("reload: {error}; the rule set before stays in force");
+                self.reload_fault = Some(error.to_string());
+            }
+        }
+    }
+
+    /// Puts another configuration in force, or keeps this one whole.
+    fn change_to(&mut self, wanted: Wanted) -> Result<(), DaemonError> {
+        let (old, new) = (&self.wanted.config.settings, &wanted.config.settings);
+        if (&old.pin_dir, &old.socket, &old.state_dir) != (&new.pin_dir, &new.socket, &new.state_dir)
+            || self.wanted.cgroup != wanted.cgroup
+        {
+            return Err(DaemonError::Io {
+                action: "reload",
+                error: io::Error::other("cgroup, pin_dir, state_dir and socket cannot change while running; restart enforcer"),
+            });
+        }
+        for warning in &wanted.warnings {
+            warn!("{warning}");
+        }
+        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups())
+            .map_err(|error| DaemonError::Io { action: "list this host's addresses", error })?;
+        let before = (std::mem::replace(&mut self.wanted, wanted), std::mem::replace(&mut self.host, host));
+        self.follow_policy();
+        if let Err(error) = self.apply_now() {
+            (self.wanted, self.host) = before;
+            self.follow_policy();
+            return Err(error);
+        }
+        self.look_up_due(Instant::now());
+        Ok(())
+    }
+
+    fn follow_policy(&mut self) {
+        self.names.configure(self.wanted.policy.dns);
+        self.names.set(self.wanted.policy.names(), Instant::now());
+    }
+
+    fn look_up_all(&mut self) {
+        for name in self.wanted.policy.names() {
+            self.look_up(name);
+        }
+    }
+
+    fn look_up_due(&mut self, now: Instant) {
+        for name in self.names.due(now) {
+            self.look_up(name);
+        }
+        self.apply_or_keep(); // Retained addresses expire (N4).
+    }
+
+    fn look_up(&mut self, name: Name) {
+        self.names.begin(&name);
+        self.lookups.spawn(async move {
+            let answer = lookup(&name, LOOKUP_TIMEOUT).await;
+            (name, answer)
+        });
+    }
+
+    fn answered(&mut self, joined: Result<(Name, Answer), tokio::task::JoinError>) {
+        match joined {
+            Ok((name, answer)) => {
+                for note in self.names.answered(Instant::now(), &name, answer) {
+                    warn!("{note}");
+                }
+                for waiting in &mut self.waiting {
+                    waiting.names.remove(&name);
+                }
+            }
+            Err(error) => error!("a look-up ended by itself: {error}"),
+        }
+    }
+
+    fn answer_waiting(&mut self) {
+        let (done, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|one| one.names.is_empty());
+        self.waiting = waiting;
+        let done: Vec<Waiting> = done;
+        if !done.is_empty() {
+            let reply = self.applied_reply();
+            for one in done {
+                let _ = one.replies.try_send(reply.clone());
+            }
+        }
+    }
+
+    fn applied_reply(&self) -> Reply {
+        match &self.apply_fault {
+            Some(fault) => Reply::Error(fault.clone()),
+            None => Reply::Status(Box::new(self.status())),
+        }
+    }
+
+    /// Addresses and cgroups come and go; links may be taken away.
+    fn look_at_host(&mut self) {
+        match host::snapshot(Some(&self.wanted.mount), &self.wanted.policy.cgroups()) {
+            Ok(host) => self.host = host,
+            Err(error) => warn!("list this host's addresses: {error}"),
+        }
+        self.apply_or_keep();
+    }
+
+    fn take_events(&mut self, source: &mut Events) {
+        let Ok(boot) = events::boot_time() else { return };
+        while let Some(record) = source.next() {
+            self.publish(Line::Event(events::read(&record, boot)));
+        }
+        if let Ok(lost) = self.kernel.lost()
+            && lost > self.lost
+        {
+            self.publish(Line::Lost(Lost::new(lost - self.lost)));
+            self.lost = lost;
+        }
+    }
+
+    fn publish(&mut self, line: Line) {
+        if self.events.len() == KEPT_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(line.clone());
+        let _ = self.followers.send(line);
+    }
+
+    /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
+    fn answer(&mut self, call: Call) -> Option<mpsc::Sender<Reply>> {
+        let Call { request, replies } = call;
+        match request {
+            Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
+            Request::Refresh => {
+                let names = self.wanted.policy.names();
+                self.look_up_all();
+                self.waiting.push(Waiting { names, replies });
+                self.answer_waiting();
+            }
+            Request::Events { follow } => {
+                let kept: Vec<Line> = self.events.iter().cloned().collect();
+                let live = follow.then(|| self.followers.subscribe());
+                tokio::spawn(send_events(kept, live, replies));
+            }
+            Request::Unload => return Some(replies),
+        }
+        None
+    }
+
+    fn unload(self) -> Result<(), DaemonError> {
+        self.kernel.unload()?;
+        info!("unloaded: nothing is in force any more");
+        Ok(())
+    }
+
+    fn status(&self) -> Status {
+        let mut causes: Vec<String> = self.apply_fault.iter().chain(&self.reload_fault).chain(&self.state_fault).cloned().collect();
+        for path in self.wanted.policy.cgroups() {
+            if !self.host.cgroups.contains_key(&path) {
+                causes.push(format!("cgroup {path} is gone; its principals match nobody until it is made again"));
+            }
+        }
+        let observed = self.kernel.observe();
+        if let Err(error) = &observed {
+            causes.push(error.to_string());
+        }
+        let names = self.names.report();
+        let settings = &self.wanted.config.settings;
+        let context = Context {
+            daemon: Some(std::process::id()),
+            cgroup: self.wanted.cgroup.display().to_string(),
+            pin_dir: settings.pin_dir.display().to_string(),
+            names,
+            causes,
+        };
+        status(observed.as_ref().ok(), context)
+    }
+}
+
+/// aya-log's number for the level trace.
+const TRACE_IN_KERNEL: u8 = 5;
+
+async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, replies: mpsc::Sender<Reply>) {
+    for line in kept {
+        if replies.send(Reply::Event(line)).await.is_err() {
+            return;
+        }
+    }
+    let Some(mut live) = live else { return };
+    loop {
+        let line = match live.recv().await {
+            Ok(line) => line,
+            Err(broadcast::error::RecvError::Lagged(lost)) => Line::Lost(Lost::new(lost)),
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        if replies.send(Reply::Event(line)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Keeps what loading and attaching again needs, and nothing else, for us and for whatever we might ever run.
+fn drop_capabilities() -> Result<(), DaemonError> {
+    use caps::{CapSet, Capability};
+    let failed = |error: caps::errors::CapsError| DaemonError::Io {
+        action: "drop capabilities",
+        error: io::Error::other(error),
+    };
+    // Kernels before 5.8 know neither CAP_BPF nor CAP_PERFMON: CAP_SYS_ADMIN is what they ask for.
+    let supported = caps::runtime::procfs_all_supported(None).map_err(failed)?;
+    let wanted = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
+    if !wanted.iter().all(|capability| supported.contains(capability)) {
+        return Ok(());
+    }
+    let held = caps::read(None, CapSet::Permitted).map_err(failed)?;
+    let keep: caps::CapsHashSet = wanted.into_iter().filter(|capability| held.contains(capability)).collect();
+    if held.contains(&Capability::CAP_SETPCAP) {
+        for capability in supported.difference(&keep) {
+            caps::drop(None, CapSet::Bounding, *capability).map_err(failed)?;
+        }
+    }
+    caps::clear(None, CapSet::Ambient).map_err(failed)?;
+    caps::set(None, CapSet::Inheritable, &caps::CapsHashSet::new()).map_err(failed)?;
+    caps::set(None, CapSet::Effective, &keep).map_err(failed)?;
+    caps::set(None, CapSet::Permitted, &keep).map_err(failed)?;
+    nix::sys::prctl::set_no_new_privs().map_err(|error| failed(caps::errors::CapsError::from(error.to_string())))
+}

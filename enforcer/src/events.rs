@@ -1,0 +1,148 @@
+//! Denials as people and machines read them: a kernel record becomes an `Event`.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::{Duration, SystemTime},
+};
+
+use enforcer_ebpf::{Address, EventRecord, NO_UID, UDP, Verdict, is_v4};
+use serde::{Deserialize, Serialize};
+
+/// One line of `enforcer events --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Line {
+    /// A denial.
+    Event(Event),
+    /// Denials that nobody could be told of.
+    Lost(Lost),
+}
+
+/// A denial.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// `enforcer/event/1`.
+    pub schema: String,
+    /// RFC 3339, UTC.
+    pub time: String,
+    /// `deny` or `would-deny`.
+    pub verdict: String,
+    /// Process id, in the initial PID namespace.
+    pub pid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// Name of the task.
+    pub comm: String,
+    /// Whether the task is a kernel thread.
+    pub kernel_thread: bool,
+    /// Real UID of the task, in the initial user namespace.
+    pub task_uid: u32,
+    /// Owner of the socket; absent where the kernel cannot tell.
+    pub socket_uid: Option<u32>,
+    /// cgroup v2 id of the task.
+    pub cgroup_id: u64,
+    /// Cookie of the socket's network namespace.
+    pub netns_cookie: u64,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Destination as given to the call.
+    pub dialled: String,
+    /// Destination as judged.
+    pub judged: String,
+    /// First of the targets that refused.
+    pub target: String,
+    /// Generation of the rule set that decided.
+    pub generation: u64,
+}
+
+/// Denials that nobody could be told of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// `enforcer/lost/1`.
+    pub schema: String,
+    /// How many.
+    pub lost: u64,
+}
+
+impl Lost {
+    /// So many.
+    #[must_use]
+    pub fn new(lost: u64) -> Self {
+        Self { schema: "enforcer/lost/1".to_owned(), lost }
+    }
+}
+
+/// Reads a record; `boot` is the time at which `CLOCK_BOOTTIME` was zero.
+#[must_use]
+pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
+    let port = u16::from_be(record.port);
+    let dialled = match record.family {
+        4 => IpAddr::V4(Ipv4Addr::from(u32::from_be(first(record.dialled)))),
+        _ => IpAddr::V6(v6(record.dialled)),
+    };
+    let judged = if is_v4(record.judged) { v6(record.judged).to_canonical() } else { IpAddr::V6(v6(record.judged)) };
+    let name_end = record.task.iter().position(|byte| *byte == 0).unwrap_or(record.task.len());
+    let time = boot + Duration::from_nanos(record.time);
+    Event {
+        schema: "enforcer/event/1".to_owned(),
+        time: jiff::Timestamp::try_from(time).map_or_else(|_| String::new(), |time| format!("{time:.6}")),
+        verdict: if record.verdict == Verdict::WouldDeny as u8 { "would-deny" } else { "deny" }.to_owned(),
+        pid: record.pid,
+        tid: record.tid,
+        comm: String::from_utf8_lossy(record.task.get(..name_end).unwrap_or_default()).into_owned(),
+        kernel_thread: record.kernel_thread == 1,
+        task_uid: record.task_uid,
+        socket_uid: (record.socket_uid != NO_UID).then_some(record.socket_uid),
+        cgroup_id: record.cgroup,
+        netns_cookie: record.netns,
+        protocol: if record.protocol == UDP { "udp" } else { "tcp" }.to_owned(),
+        dialled: SocketAddr::new(dialled, port).to_string(),
+        judged: SocketAddr::new(judged, port).to_string(),
+        target: record.target.as_str().to_owned(),
+        generation: record.generation,
+    }
+}
+
+/// The time at which `CLOCK_BOOTTIME` was zero, by the wall clock of now.
+pub fn boot_time() -> std::io::Result<SystemTime> {
+    let since = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
+    Ok(SystemTime::now() - Duration::from(since))
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Event(event) => event.fmt(f),
+            Self::Lost(lost) => write!(f, "{} denials were lost: they came faster than they were read", lost.lost),
+        }
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A task chooses its name: nothing in it may steer a terminal.
+        let comm = self.comm.escape_debug();
+        write!(f, "{} {} {comm}[{}] uid {}", self.time, self.verdict, self.pid, self.task_uid)?;
+        if self.kernel_thread {
+            f.write_str(" (kernel thread)")?;
+        }
+        if self.socket_uid.is_some_and(|uid| uid != self.task_uid) {
+            write!(f, " with a socket of uid {}", self.socket_uid.unwrap_or_default())?;
+        }
+        write!(f, " → {} {}", self.protocol, self.dialled)?;
+        if self.judged != self.dialled {
+            write!(f, " (= {})", self.judged)?;
+        }
+        write!(f, ", target {}", self.target)
+    }
+}
+
+fn v6(address: Address) -> Ipv6Addr {
+    let [a, b, c, d] = address.map(u32::from_be).map(u128::from);
+    Ipv6Addr::from(a << 96 | b << 64 | c << 32 | d)
+}
+
+fn first([word, ..]: Address) -> u32 {
+    word
+}

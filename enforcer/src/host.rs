@@ -1,0 +1,118 @@
+//! What the rules depend on in this host: its addresses and its cgroups, and word of their changes.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    net::IpAddr,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+
+use crate::{
+    policy::CgroupPath,
+    ruleset::{Cgroup, Host},
+};
+
+/// Every address of every interface of this network namespace (D7).
+pub fn local_addresses() -> io::Result<BTreeSet<IpAddr>> {
+    Ok(nix::ifaddrs::getifaddrs()?
+        .filter_map(|interface| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        })
+        .collect())
+}
+
+/// Where the cgroup v2 hierarchy is mounted, from `/proc/self/mountinfo` (man 5 proc).
+pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
+    let mounts = fs::read("/proc/self/mountinfo")?;
+    Ok(mounts.split(|byte| *byte == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+        let separator = fields.iter().position(|field| *field == b"-")?;
+        (*fields.get(separator + 1)? == b"cgroup2")
+            .then(|| PathBuf::from(std::ffi::OsStr::from_bytes(fields.get(4).copied().unwrap_or_default())))
+    }))
+}
+
+/// The cgroup that a path names now, if it exists.
+#[must_use]
+pub fn cgroup(mount: &Path, path: &CgroupPath) -> Option<Cgroup> {
+    let relative = path.as_str().trim_start_matches('/');
+    let meta = fs::metadata(mount.join(relative)).ok().filter(fs::Metadata::is_dir)?;
+    let level = relative.split('/').filter(|part| !part.is_empty()).count();
+    Some(Cgroup { id: meta.ino(), level: u32::try_from(level).ok()? })
+}
+
+/// Ids of a cgroup and all its ancestors, the root's first; an error names what does not exist.
+pub fn ancestors(mount: &Path, path: &CgroupPath) -> io::Result<Vec<u64>> {
+    let mut at = mount.to_path_buf();
+    let mut ids = vec![fs::metadata(&at)?.ino()];
+    for part in path.as_str().split('/').filter(|part| !part.is_empty()) {
+        at.push(part);
+        ids.push(fs::metadata(&at)?.ino());
+    }
+    Ok(ids)
+}
+
+/// The path of the cgroup that has an id, below a mount.
+#[must_use]
+pub fn cgroup_path(mount: &Path, id: u64) -> Option<String> {
+    let mut waiting = vec![mount.to_path_buf()];
+    while let Some(dir) = waiting.pop() {
+        let Ok(meta) = fs::symlink_metadata(&dir) else { continue };
+        if meta.ino() == id {
+            let relative = dir.strip_prefix(mount).ok()?;
+            return Some(format!("/{}", relative.display()));
+        }
+        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+        waiting.extend(entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()));
+    }
+    None
+}
+
+/// This host as it is now; cgroups that do not exist are left out.
+pub fn snapshot(mount: Option<&Path>, cgroups: &BTreeSet<CgroupPath>) -> io::Result<Host> {
+    let found = |path: &CgroupPath| Some((path.clone(), cgroup(mount?, path)?));
+    Ok(Host { local: local_addresses()?, cgroups: cgroups.iter().filter_map(found).collect() })
+}
+
+/// Becomes readable when an address of this network namespace comes or goes (man 7 rtnetlink).
+#[derive(Debug)]
+pub struct AddressChanges(OwnedFd);
+
+impl AddressChanges {
+    /// Subscribes to changes of IPv4 and IPv6 addresses.
+    pub fn subscribe() -> io::Result<Self> {
+        const RTMGRP_IPV4_IFADDR: u32 = 0x10;
+        const RTMGRP_IPV6_IFADDR: u32 = 0x100;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))?;
+        Ok(Self(fd))
+    }
+
+    /// Takes all that has come. An overflow is a change too: what matters is to look again.
+    pub fn drain(&self) {
+        let mut buffer = [0; 8192];
+        loop {
+            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Ok(1..) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+}
+
+impl AsRawFd for AddressChanges {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
+    }
+}

@@ -1,0 +1,22 @@
+//! Lets only chosen local users open connections to a host's sensitive endpoints.
+//!
+//! In reading order: what is asked for, what it means, what it resolves to, the rules, the kernel, what is seen, the loop.
+
+pub mod config;
+pub mod policy;
+
+pub mod host;
+pub mod resolve;
+pub mod state;
+
+pub mod ruleset;
+
+pub mod backend;
+
+pub mod events;
+pub mod status;
+
+pub mod control;
+pub mod daemon;
+
+pub mod cli;

@@ -1,0 +1,275 @@
+//! The policy: `Config` read and meant. Every value here is proof that it was parsed; nothing is checked again later. Pure.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::{IpAddr, Ipv6Addr},
+    num::NonZeroU16,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+mod build;
+mod parse;
+mod users;
+
+pub use build::{MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
+pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
+pub use users::{HostUsers, Users};
+
+/// A user of the initial user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Uid(pub u32);
+
+/// A transport protocol that can be judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// TCP, whatever opens it: MPTCP and fast open too.
+    Tcp,
+    /// UDP, at `connect` and at `sendmsg`.
+    Udp,
+}
+
+/// A DNS name, lower case, without a trailing dot.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Name(pub(crate) String);
+
+/// Where an endpoint lies, addresses canonical (D4).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Destination {
+    /// One address, never unspecified.
+    Address(IpAddr),
+    /// A prefix shorter than an address; an IPv6 prefix holds no IPv4 address (D4).
+    Prefix(IpNet),
+    /// Every address of this host (D7).
+    Local,
+    /// Whatever the name resolves to.
+    Name(Name),
+}
+
+/// Protocol, place and port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    /// Transport.
+    pub protocol: Protocol,
+    /// Address, prefix, this host, or a name.
+    pub destination: Destination,
+    /// Port, never 0.
+    pub port: NonZeroU16,
+}
+
+/// A cgroup as named in the configuration: absolute from the root of the cgroup v2 hierarchy, `/` alone or without a trailing slash.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CgroupPath(pub(crate) String);
+
+/// Who may connect.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Principal {
+    /// A user, anywhere or below a cgroup.
+    User {
+        /// The user.
+        uid: Uid,
+        /// Where the connecting task must be, if anywhere in particular.
+        cgroup: Option<CgroupPath>,
+    },
+    /// Kernel threads (D3).
+    Kernel,
+}
+
+/// A named set of endpoints and the principals that may connect to them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// 1 to 48 of `[a-zA-Z0-9_-]`.
+    pub name: String,
+    /// What is protected.
+    pub endpoints: BTreeSet<Endpoint>,
+    /// Empty means nobody.
+    pub principals: BTreeSet<Principal>,
+}
+
+/// What a verdict against an attempt does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Refuse what is denied.
+    Enforce,
+    /// Judge, count and report; refuse nothing.
+    Audit,
+}
+
+/// What protects a name that never resolved (N5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Unresolved {
+    /// Nothing.
+    Open,
+    /// Its port on any address.
+    Closed,
+}
+
+/// How names are kept (N2, N4, N5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dns {
+    /// Shortest time between two look-ups of a name.
+    pub min_refresh: Duration,
+    /// Longest time between two look-ups of a name.
+    pub max_refresh: Duration,
+    /// How long an address stays protected after it has left the answer.
+    pub retain: Duration,
+    /// Before a name has ever resolved.
+    pub unresolved: Unresolved,
+}
+
+/// Everything asked for, users looked up, addresses canonical.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Enforce or audit.
+    pub mode: Mode,
+    /// How names are kept.
+    pub dns: Dns,
+    /// Sorted by name, names unique.
+    pub targets: Vec<Target>,
+}
+
+impl Policy {
+    /// The names to resolve.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<Name> {
+        self.targets
+            .iter()
+            .flat_map(|target| &target.endpoints)
+            .filter_map(|endpoint| match &endpoint.destination {
+                Destination::Name(name) => Some(name.clone()),
+                Destination::Address(_) | Destination::Prefix(_) | Destination::Local => None,
+            })
+            .collect()
+    }
+
+    /// The cgroups that principals name.
+    #[must_use]
+    pub fn cgroups(&self) -> BTreeSet<CgroupPath> {
+        self.targets
+            .iter()
+            .flat_map(|target| &target.principals)
+            .filter_map(|principal| match principal {
+                Principal::User { cgroup, .. } => cgroup.clone(),
+                Principal::Kernel => None,
+            })
+            .collect()
+    }
+}
+
+/// The address an attempt is judged by (D4): IPv4-mapped IPv6 is IPv4, anything unspecified is `::`.
+#[must_use]
+pub fn canonical(address: IpAddr) -> IpAddr {
+    let address = address.to_canonical();
+    if address.is_unspecified() {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    } else {
+        address
+    }
+}
+
+impl Default for Dns {
+    /// N2, N4, N5.
+    fn default() -> Self {
+        Self {
+            min_refresh: Duration::from_secs(5),
+            max_refresh: Duration::from_mins(1),
+            retain: Duration::from_hours(1),
+            unresolved: Unresolved::Open,
+        }
+    }
+}
+
+impl fmt::Display for Uid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(IpAddr::V4(address)) => address.fmt(f),
+            Self::Address(IpAddr::V6(address)) => write!(f, "[{address}]"),
+            Self::Prefix(IpNet::V4(net)) => net.fmt(f),
+            Self::Prefix(IpNet::V6(net)) => write!(f, "[{net}]"),
+            Self::Local => f.write_str("local"),
+            Self::Name(name) => name.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}:{}", self.protocol, self.destination, self.port)
+    }
+}
+
+impl fmt::Display for Principal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User { uid, cgroup: None } => write!(f, "user {uid}"),
+            Self::User {
+                uid,
+                cgroup: Some(cgroup),
+            } => write!(f, "user {uid} in {cgroup}"),
+            Self::Kernel => f.write_str("kernel"),
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enforce => "enforce",
+            Self::Audit => "audit",
+        })
+    }
+}
+
+impl fmt::Display for Unresolved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
+        })
+    }
+}
+
+impl fmt::Display for CgroupPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Name {
+    /// The name as looked up.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl CgroupPath {
+    /// The path from the root of the hierarchy.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}

@@ -1,0 +1,238 @@
+//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4).
+
+use std::{collections::BTreeSet, fmt, io, path::PathBuf};
+
+use thiserror::Error;
+
+use super::{CgroupPath, CgroupPathError, Endpoint, EndpointError, Policy, Principal, Target, Uid, Users};
+use crate::config::{self, Allow, Config, Line, User};
+
+#[cfg(test)]
+mod tests;
+
+/// Most targets of one policy (F7): a rule set has one bit for each.
+pub const MAX_TARGETS: usize = enforcer_ebpf::MAX_TARGETS as usize;
+
+/// Most endpoints of one policy, those that several targets own counted for each (F7).
+pub const MAX_ENDPOINTS: usize = enforcer_ebpf::MAX_ENDPOINTS as usize;
+
+/// Most principals of one target (F7).
+pub const MAX_PRINCIPALS: usize = 1024;
+
+/// The UID that the kernel keeps for "no user" (`(uid_t) -1`).
+const NOBODY_AT_ALL: u32 = u32::MAX;
+
+/// A configuration that is well formed and means nothing we can do.
+#[derive(Debug, Error)]
+#[error("{}:{line}: target {target}: {fault}", path.display())]
+pub struct PolicyError {
+    /// The configuration file.
+    pub path: PathBuf,
+    /// Its line, from 1.
+    pub line: usize,
+    /// The target at fault.
+    pub target: String,
+    /// What is wrong.
+    pub fault: PolicyFault,
+}
+
+/// What is wrong with a target.
+#[derive(Debug, Error)]
+pub enum PolicyFault {
+    /// F7.
+    #[error("there are {count} targets and the limit is {MAX_TARGETS}; merge those that allow the same users")]
+    Targets {
+        /// How many there are.
+        count: usize,
+    },
+    /// F7.
+    #[error("this is one endpoint more than the limit of {MAX_ENDPOINTS}; use prefixes")]
+    Endpoints,
+    /// F7.
+    #[error("this is one principal more than the limit of {MAX_PRINCIPALS}; allow fewer")]
+    Principals,
+    /// An endpoint that is none.
+    #[error(transparent)]
+    Endpoint(EndpointError),
+    /// A name without a user.
+    #[error("no user {name:?} on this host; create it, correct the name or write a UID as a number without quotes")]
+    UnknownUser {
+        /// As configured.
+        name: String,
+    },
+    /// The name service failed.
+    #[error("look up user {name:?}: {cause}; repair the name service or write the UID as a number")]
+    Lookup {
+        /// As configured.
+        name: String,
+        /// What it answered.
+        cause: io::Error,
+    },
+    /// A number that is no user.
+    #[error("{uid} is no user; a UID is a number from 0 to 4294967294")]
+    Uid {
+        /// As configured or looked up.
+        uid: i64,
+    },
+    /// A cgroup path that is none.
+    #[error("cgroup {path:?}: {fault}")]
+    Cgroup {
+        /// As configured.
+        path: String,
+        /// What is wrong with it.
+        fault: CgroupPathError,
+    },
+}
+
+/// Something permitted that is hardly meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warning {
+    /// The configuration file.
+    pub path: PathBuf,
+    /// Its line, from 1.
+    pub line: usize,
+    /// The target.
+    pub target: String,
+    /// What is odd.
+    pub kind: WarningKind,
+}
+
+/// What is odd about a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WarningKind {
+    /// It allows nobody.
+    Nobody,
+    /// It has no endpoints.
+    Nothing,
+}
+
+impl Policy {
+    /// What `config` asks for, its users looked up in `users`.
+    pub fn from_config(config: &Config, users: &dyn Users) -> Result<(Self, Vec<Warning>), PolicyError> {
+        let mut warnings = Vec::new();
+        let mut targets = Vec::with_capacity(config.targets.len());
+        let mut room = MAX_ENDPOINTS;
+        // By line, so that the one named is the one to look at.
+        let mut by_line: Vec<_> = config.targets.iter().collect();
+        by_line.sort_by_key(|(_, target)| target.line);
+        for (index, (name, source)) in by_line.iter().enumerate() {
+            let at = |line: usize, fault| PolicyError {
+                path: config.path.clone(),
+                line,
+                target: (*name).clone(),
+                fault,
+            };
+            if index == MAX_TARGETS {
+                return Err(at(
+                    source.line,
+                    PolicyFault::Targets {
+                        count: config.targets.len(),
+                    },
+                ));
+            }
+            let endpoints = endpoints(source, room).map_err(|fault| at(fault.line, fault.value))?;
+            room = room.saturating_sub(endpoints.len());
+            let principals = principals(source, users).map_err(|fault| at(fault.line, fault.value))?;
+            let odd = [
+                (principals.is_empty(), WarningKind::Nobody),
+                (endpoints.is_empty(), WarningKind::Nothing),
+            ];
+            warnings.extend(odd.into_iter().filter(|(is, _)| *is).map(|(_, kind)| Warning {
+                path: config.path.clone(),
+                line: source.line,
+                target: (*name).clone(),
+                kind,
+            }));
+            targets.push(Target {
+                name: (*name).clone(),
+                endpoints,
+                principals,
+            });
+        }
+        targets.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok((
+            Self {
+                mode: config.mode,
+                dns: config.dns,
+                targets,
+            },
+            warnings,
+        ))
+    }
+}
+
+type Fault = Line<PolicyFault>;
+
+fn endpoints(source: &config::Target, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
+    let mut endpoints = BTreeSet::new();
+    for text in &source.endpoints {
+        let endpoint = Endpoint::parse(text.value.expose()).map_err(|error| text.with(PolicyFault::Endpoint(error)))?;
+        endpoints.insert(endpoint);
+        if endpoints.len() > room {
+            return Err(text.with(PolicyFault::Endpoints));
+        }
+    }
+    Ok(endpoints)
+}
+
+fn principals(source: &config::Target, users: &dyn Users) -> Result<BTreeSet<Principal>, Fault> {
+    let mut principals = BTreeSet::new();
+    for allow in &source.allow {
+        principals.insert(principal(&allow.value, users).map_err(|fault| allow.with(fault))?);
+        if principals.len() > MAX_PRINCIPALS {
+            return Err(allow.with(PolicyFault::Principals));
+        }
+    }
+    Ok(principals)
+}
+
+fn principal(allow: &Allow, users: &dyn Users) -> Result<Principal, PolicyFault> {
+    match allow {
+        Allow::User(user) => Ok(Principal::User {
+            uid: uid(user, users)?,
+            cgroup: None,
+        }),
+        Allow::Within { user, cgroup } => {
+            let path = CgroupPath::parse(cgroup).map_err(|fault| PolicyFault::Cgroup {
+                path: cgroup.clone(),
+                fault,
+            })?;
+            Ok(Principal::User {
+                uid: uid(user, users)?,
+                cgroup: Some(path),
+            })
+        }
+        Allow::Kernel => Ok(Principal::Kernel),
+    }
+}
+
+fn uid(user: &User, users: &dyn Users) -> Result<Uid, PolicyFault> {
+    let uid = match user {
+        User::Uid(uid) => *uid,
+        User::Name(name) => match users.uid(name) {
+            Ok(Some(uid)) => i64::from(uid.0),
+            Ok(None) => return Err(PolicyFault::UnknownUser { name: name.clone() }),
+            Err(cause) => {
+                return Err(PolicyFault::Lookup {
+                    name: name.clone(),
+                    cause,
+                });
+            }
+        },
+    };
+    u32::try_from(uid)
+        .ok()
+        .filter(|uid| *uid != NOBODY_AT_ALL)
+        .map(Uid)
+        .ok_or(PolicyFault::Uid { uid })
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: target {}: ", self.path.display(), self.line, self.target)?;
+        f.write_str(match self.kind {
+            WarningKind::Nobody => "allow is empty: nobody may connect",
+            WarningKind::Nothing => "endpoints is empty: nothing is protected",
+        })
+    }
+}

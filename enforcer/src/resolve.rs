@@ -1,0 +1,323 @@
+//! Names to addresses: when to look up, what to keep, what to refuse, as a pure state machine. The clock is passed in.
+
+pub mod lookup;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    hash::{BuildHasher, Hasher},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+pub use self::lookup::{LOOKUP_TIMEOUT, lookup};
+use crate::{
+    policy::{Dns, Name, canonical},
+    ruleset::Resolved,
+    status::NameStatus,
+};
+
+/// Most addresses of a name (N4).
+pub const MAX_ADDRESSES: usize = 256;
+/// First wait after a failure, and how often it is used before it doubles (N2).
+const RETRY: Duration = Duration::from_secs(5);
+const QUICK_RETRIES: u32 = 10;
+/// Longest wait after a failure (N2).
+const MAX_RETRY: Duration = Duration::from_mins(2);
+
+/// What a look-up brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The hosts file names it; DNS was not asked.
+    Hosts(BTreeSet<IpAddr>),
+    /// DNS was asked, each family on its own (N1).
+    Dns {
+        /// IPv4.
+        a: Outcome,
+        /// IPv6.
+        aaaa: Outcome,
+    },
+}
+
+/// What DNS says of one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Addresses, and how long they may be kept.
+    Found {
+        /// At least one.
+        addresses: BTreeSet<IpAddr>,
+        /// The least of the records' TTLs.
+        ttl: Duration,
+    },
+    /// The name exists or not, and has no address of this family.
+    Empty,
+    /// No answer that means anything.
+    Failed(String),
+}
+
+/// Something an operator should read once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// The name went stale, or its cause changed.
+    Stale(Name, String),
+    /// The name is answered again.
+    Fresh(Name),
+    /// Addresses that no DNS answer may hold (N6).
+    Refused(Name, BTreeSet<IpAddr>),
+    /// More than [`MAX_ADDRESSES`].
+    TooMany(Name, usize),
+    /// The addresses changed.
+    Changed(Name, BTreeSet<IpAddr>),
+}
+
+/// All names and what is known of them.
+#[derive(Debug)]
+pub struct Names {
+    dns: Dns,
+    names: BTreeMap<Name, State>,
+    /// A number in 0..1.
+    random: fn() -> f64,
+}
+
+#[derive(Debug)]
+struct State {
+    /// By family, IPv4 and IPv6; the hosts file's too.
+    current: [BTreeSet<IpAddr>; 2],
+    /// When an address left the answers.
+    left: BTreeMap<IpAddr, Instant>,
+    /// Failures in a row.
+    failures: u32,
+    /// Why the last look-up failed (N3).
+    stale: Option<String>,
+    refused: BTreeSet<IpAddr>,
+    dropped: usize,
+    due: Instant,
+    in_flight: bool,
+}
+
+impl Names {
+    /// No names yet.
+    #[must_use]
+    pub fn new(dns: Dns) -> Self {
+        Self { dns, names: BTreeMap::new(), random: || f64::from(random_bits()) / f64::from(u32::MAX) }
+    }
+
+    /// Takes other settings; what is known stays.
+    pub fn configure(&mut self, dns: Dns) {
+        self.dns = dns;
+    }
+
+    /// Takes another set of names; those that stay keep what is known of them, new ones are due at once.
+    pub fn set(&mut self, names: BTreeSet<Name>, now: Instant) {
+        self.names.retain(|name, _| names.contains(name));
+        for name in names {
+            self.names.entry(name).or_insert_with(|| State {
+                current: Default::default(),
+                left: BTreeMap::new(),
+                failures: 0,
+                stale: None,
+                refused: BTreeSet::new(),
+                dropped: 0,
+                due: now,
+                in_flight: false,
+            });
+        }
+    }
+
+    /// Protects addresses known from before this process, as if they had just left an answer (N7).
+    pub fn seed(&mut self, name: &Name, addresses: &BTreeSet<IpAddr>, now: Instant) {
+        if let Some(state) = self.names.get_mut(name) {
+            state.left.extend(addresses.iter().take(MAX_ADDRESSES).map(|address| (canonical(*address), now)));
+        }
+    }
+
+    /// When the next look-up is due, or the next address has been retained long enough.
+    #[must_use]
+    pub fn next_due(&self) -> Option<Instant> {
+        let lookups = self.names.values().filter(|state| !state.in_flight).map(|state| state.due);
+        let expiries = self.names.values().flat_map(|state| state.left.values()).map(|left| *left + self.dns.retain);
+        lookups.chain(expiries).min()
+    }
+
+    /// The names to look up now. Addresses that were retained long enough are let go (N4).
+    pub fn due(&mut self, now: Instant) -> Vec<Name> {
+        for state in self.names.values_mut() {
+            state.left.retain(|_, left| now < *left + self.dns.retain);
+        }
+        let due = self.names.iter().filter(|(_, state)| !state.in_flight && state.due <= now);
+        due.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Takes note that a look-up has begun; false if one is under way already.
+    pub fn begin(&mut self, name: &Name) -> bool {
+        self.names.get_mut(name).is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
+    }
+
+    /// Takes an answer: only a newer positive one changes anything (N3).
+    pub fn answered(&mut self, now: Instant, name: &Name, answer: Answer) -> Vec<Note> {
+        let Some(state) = self.names.get_mut(name) else { return Vec::new() };
+        state.in_flight = false;
+        let before = state.addresses();
+        let (stale_before, refused_before, dropped_before) =
+            (state.stale.clone(), state.refused.clone(), state.dropped);
+        let ttl = match answer {
+            Answer::Hosts(addresses) => {
+                state.refused.clear();
+                let (v4, v6) = addresses.into_iter().map(canonical).partition(IpAddr::is_ipv4);
+                state.replace(0, v4, now);
+                state.replace(1, v6, now);
+                state.stale = None;
+                self.dns.max_refresh
+            }
+            Answer::Dns { a, aaaa } => {
+                state.refused.clear();
+                let (a, aaaa) = (state.take(0, a, now), state.take(1, aaaa, now));
+                let nothing = state.current.iter().all(BTreeSet::is_empty).then(|| "no address".to_owned());
+                state.stale = a.as_ref().err().or(aaaa.as_ref().err()).cloned().or(nothing);
+                a.into_iter().chain(aaaa).flatten().min().unwrap_or(self.dns.max_refresh)
+            }
+        };
+        state.cap();
+        let jitter = 0.9 + 0.2 * (self.random)();
+        state.due = now + match state.stale {
+            None => {
+                state.failures = 0;
+                let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
+                wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
+            }
+            Some(_) => {
+                state.failures = state.failures.saturating_add(1);
+                let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
+                (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
+            }
+        };
+        let mut notes = Vec::new();
+        let after = state.addresses();
+        if after != before {
+            notes.push(Note::Changed(name.clone(), after));
+        }
+        if state.stale != stale_before {
+            notes.push(match &state.stale {
+                Some(cause) => Note::Stale(name.clone(), cause.clone()),
+                None => Note::Fresh(name.clone()),
+            });
+        }
+        if state.refused != refused_before && !state.refused.is_empty() {
+            notes.push(Note::Refused(name.clone(), state.refused.clone()));
+        }
+        if state.dropped > dropped_before {
+            notes.push(Note::TooMany(name.clone(), state.dropped));
+        }
+        notes
+    }
+
+    /// The addresses to protect now.
+    #[must_use]
+    pub fn resolved(&self, now: Instant) -> Resolved {
+        let kept = |state: &State| {
+            let left = state.left.iter().filter(|(_, left)| now < **left + self.dns.retain).map(|(address, _)| *address);
+            state.current.iter().flatten().copied().chain(left).collect::<BTreeSet<_>>()
+        };
+        let all = self.names.iter().map(|(name, state)| (name.clone(), kept(state)));
+        all.filter(|(_, addresses)| !addresses.is_empty()).collect()
+    }
+
+    /// What is known of each name.
+    #[must_use]
+    pub fn report(&self) -> Vec<NameStatus> {
+        let report = |(name, state): (&Name, &State)| NameStatus {
+            name: name.to_string(),
+            addresses: state.addresses().iter().map(ToString::to_string).collect(),
+            stale: state.stale.is_some(),
+            cause: state.stale.clone(),
+        };
+        self.names.iter().map(report).collect()
+    }
+}
+
+impl State {
+    /// Current and retained.
+    fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.current.iter().flatten().chain(self.left.keys()).copied().collect()
+    }
+
+    /// Takes what DNS says of a family; the TTL of a positive answer, or why there was none.
+    fn take(&mut self, family: usize, outcome: Outcome, now: Instant) -> Result<Option<Duration>, String> {
+        let kind = if family == 0 { "A" } else { "AAAA" };
+        let known = self.current.get(family).is_some_and(|known| !known.is_empty());
+        match outcome {
+            Outcome::Found { addresses, ttl } => {
+                let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
+                    addresses.into_iter().map(canonical).partition(|address| may_be_answered(*address));
+                self.refused.extend(refused);
+                if good.is_empty() {
+                    return Err(format!("{kind}: every address in the answer is refused")); // N6
+                }
+                self.replace(family, good, now);
+                Ok(Some(ttl))
+            }
+            Outcome::Empty if known => Err(format!("{kind}: no address any more")), // N3
+            Outcome::Empty => Ok(None),
+            Outcome::Failed(cause) => Err(format!("{kind}: {cause}")),
+        }
+    }
+
+    fn replace(&mut self, family: usize, addresses: BTreeSet<IpAddr>, now: Instant) {
+        let Some(current) = self.current.get_mut(family) else { return };
+        self.left.retain(|address, _| !addresses.contains(address));
+        self.left.extend(current.difference(&addresses).map(|address| (*address, now))); // N4
+        *current = addresses;
+    }
+
+    /// N4: those that left first go first; an answer that is too large by itself is cut.
+    fn cap(&mut self) {
+        let mut over = self.addresses().len().saturating_sub(MAX_ADDRESSES);
+        self.dropped = over;
+        while over > 0 {
+            let oldest = self.left.iter().min_by_key(|(_, left)| **left).map(|(address, _)| *address);
+            let gone = match oldest {
+                Some(address) => self.left.remove(&address).is_some(),
+                None => self.current.iter_mut().rev().any(|family| family.pop_last().is_some()),
+            };
+            if !gone {
+                return;
+            }
+            over -= 1;
+        }
+    }
+}
+
+/// N6: what no DNS answer may name, lest a resolver turn our own rules against this host.
+fn may_be_answered(address: IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !(link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
+}
+
+fn random_bits() -> u32 {
+    #[allow(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
+    let bits = std::hash::RandomState::new().build_hasher().finish() as u32;
+    bits
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |addresses: &BTreeSet<IpAddr>| {
+            addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        };
+        match self {
+            Self::Stale(name, cause) => write!(f, "name {name} is stale ({cause}); what is known of it stays protected"),
+            Self::Fresh(name) => write!(f, "name {name} is answered again"),
+            Self::Refused(name, addresses) => {
+                write!(f, "name {name}: refused {} (a DNS answer may not name loopback, link-local, multicast or unspecified addresses)", list(addresses))
+            }
+            Self::TooMany(name, over) => write!(f, "name {name}: {over} addresses beyond {MAX_ADDRESSES} were let go, the oldest first"),
+            Self::Changed(name, addresses) => write!(f, "name {name} is now {}", list(addresses)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,172 @@
+//! The state machine of names, time passed in.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+    time::{Duration, Instant},
+};
+
+use proptest::prelude::*;
+
+use super::{Answer, MAX_ADDRESSES, Names, Outcome};
+use crate::policy::{Dns, Name, Unresolved};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn dns() -> Dns {
+    Dns { min_refresh: 5 * SECOND, max_refresh: 60 * SECOND, retain: 3600 * SECOND, unresolved: Unresolved::Open }
+}
+
+fn name(text: &str) -> Name {
+    Name(text.to_owned())
+}
+
+fn names(start: Instant) -> Names {
+    let mut names = Names::new(dns());
+    names.random = || 0.5;
+    names.set([name("bus"), name("other")].into(), start);
+    names
+}
+
+fn ips(list: &[&str]) -> BTreeSet<IpAddr> {
+    list.iter().filter_map(|text| text.parse().ok()).collect()
+}
+
+fn found(list: &[&str], ttl: u64) -> Outcome {
+    Outcome::Found { addresses: ips(list), ttl: ttl * SECOND }
+}
+
+fn answer(names: &mut Names, now: Instant, to: &str, a: Outcome, aaaa: Outcome) {
+    names.begin(&name(to));
+    names.answered(now, &name(to), Answer::Dns { a, aaaa });
+}
+
+fn known(names: &Names, now: Instant, of: &str) -> BTreeSet<IpAddr> {
+    names.resolved(now).get(&name(of)).cloned().unwrap_or_default()
+}
+
+fn failure() -> Outcome {
+    Outcome::Failed("SERVFAIL".to_owned())
+}
+
+#[test]
+fn only_a_positive_answer_changes_anything() {
+    for bad in [failure(), Outcome::Empty] {
+        let start = Instant::now();
+        let mut names = names(start);
+        answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), found(&["2001:db8::1"], 30));
+        answer(&mut names, start + 30 * SECOND, "bus", bad.clone(), bad.clone());
+        assert_eq!(known(&names, start + 30 * SECOND, "bus"), ips(&["10.0.0.1", "2001:db8::1"]), "{bad:?}");
+        assert!(names.report().iter().any(|report| report.name == "bus" && report.stale), "{bad:?}");
+        assert_eq!(known(&names, start + 7200 * SECOND, "bus"), ips(&["10.0.0.1", "2001:db8::1"]), "current never expires");
+    }
+}
+
+#[test]
+fn an_address_that_left_stays_for_retain() {
+    let start = Instant::now();
+    let mut names = names(start);
+    answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), Outcome::Empty);
+    let moved = start + 30 * SECOND;
+    answer(&mut names, moved, "bus", found(&["10.0.0.2"], 30), Outcome::Empty);
+    assert_eq!(known(&names, moved + 3599 * SECOND, "bus"), ips(&["10.0.0.1", "10.0.0.2"]));
+    assert_eq!(known(&names, moved + 3600 * SECOND, "bus"), ips(&["10.0.0.2"]));
+}
+
+#[test]
+fn one_family_never_answered_is_no_fault() {
+    let start = Instant::now();
+    let mut names = names(start);
+    answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), Outcome::Empty);
+    assert!(names.report().iter().all(|report| !report.stale));
+}
+
+#[test]
+fn a_dns_answer_may_not_name_this_host() {
+    let start = Instant::now();
+    let mut names = names(start);
+    let bad = ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "255.255.255.255"];
+    let bad6 = ["::1", "fe80::1", "ff02::1", "::", "::ffff:127.0.0.1"];
+    answer(&mut names, start, "bus", found(&bad, 30), found(&bad6, 30));
+    assert_eq!(known(&names, start, "bus"), ips(&[]));
+    names.answered(start, &name("bus"), Answer::Hosts(ips(&["127.0.0.1", "::1"])));
+    assert_eq!(known(&names, start, "bus"), ips(&["127.0.0.1", "::1"]), "the hosts file may (N6)");
+}
+
+#[test]
+fn ttl_is_clamped_and_failures_back_off() {
+    let start = Instant::now();
+    let mut names = names(start);
+    for (ttl, wait) in [(0, 5), (20, 20), (86_400, 60)] {
+        answer(&mut names, start, "bus", found(&["10.0.0.1"], ttl), Outcome::Empty);
+        answer(&mut names, start, "other", found(&["10.0.0.9"], 86_400), Outcome::Empty);
+        assert_eq!(names.names.get(&name("bus")).map(|state| state.due), Some(start + wait * SECOND), "ttl {ttl}");
+    }
+    let waits: Vec<u64> = (0..20)
+        .map(|_| {
+            answer(&mut names, start, "bus", failure(), failure());
+            names.names.get(&name("bus")).map_or(0, |state| (state.due - start).as_secs())
+        })
+        .collect();
+    assert_eq!(waits, [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 10, 20, 40, 80, 120, 120, 120, 120, 120, 120]);
+}
+
+#[test]
+fn too_many_addresses_drop_the_oldest_left() {
+    let start = Instant::now();
+    let mut names = names(start);
+    let block = |third: u8, count: u16| -> Outcome {
+        let addresses = (0..count).map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, third, u8::try_from(last).unwrap_or(255))));
+        Outcome::Found { addresses: addresses.collect(), ttl: 30 * SECOND }
+    };
+    answer(&mut names, start, "bus", block(1, 100), Outcome::Empty);
+    answer(&mut names, start + SECOND, "bus", block(2, 100), Outcome::Empty);
+    answer(&mut names, start + 2 * SECOND, "bus", block(3, 100), Outcome::Empty);
+    let now = known(&names, start + 2 * SECOND, "bus");
+    assert_eq!(now.len(), MAX_ADDRESSES);
+    let of = |third: u8| now.iter().filter(|address| matches!(address, IpAddr::V4(v4) if v4.octets()[2] == third)).count();
+    assert_eq!((of(3), of(2), of(1)), (100, 100, 56));
+}
+
+#[test]
+fn seeds_are_protected_before_any_answer() {
+    let start = Instant::now();
+    let mut names = names(start);
+    names.seed(&name("bus"), &ips(&["10.0.0.1"]), start);
+    answer(&mut names, start, "bus", failure(), failure());
+    assert_eq!(known(&names, start + 3599 * SECOND, "bus"), ips(&["10.0.0.1"]));
+}
+
+fn outcome() -> impl Strategy<Value = Outcome> {
+    let address = (0_u8..6).prop_map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, 0, last)));
+    prop_oneof![
+        (proptest::collection::btree_set(address, 1..4), 0_u64..200)
+            .prop_map(|(addresses, ttl)| Outcome::Found { addresses, ttl: ttl * SECOND }),
+        Just(Outcome::Empty),
+        Just(failure()),
+    ]
+}
+
+proptest! {
+    /// N3, N4: whatever was answered within `retain` is protected, whatever came since, and no name touches another.
+    #[test]
+    fn answered_within_retain_is_protected(answers in proptest::collection::vec((outcome(), 0_u64..900), 1..20)) {
+        let mut now = Instant::now();
+        let mut names = names(now);
+        answer(&mut names, now, "other", found(&["10.9.9.9"], 30), Outcome::Empty);
+        let mut seen: Vec<(IpAddr, Instant)> = Vec::new();
+        for (outcome, pause) in answers {
+            now += pause * SECOND;
+            names.due(now);
+            if let Outcome::Found { addresses, .. } = &outcome {
+                seen.extend(addresses.iter().map(|address| (*address, now)));
+            }
+            answer(&mut names, now, "bus", outcome, Outcome::Empty);
+            let protected = known(&names, now, "bus");
+            for (address, at) in &seen {
+                prop_assert!(now - *at >= 3600 * SECOND || protected.contains(address));
+            }
+            prop_assert_eq!(known(&names, now, "other"), ips(&["10.9.9.9"]));
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! Turns a policy, resolved names and this host's facts into the rule set, and explains verdicts from it. Pure: the oracle of all tests.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use enforcer_ebpf::{MAX_CGROUP_LEVEL, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, Verdict};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::policy::{CgroupPath, Destination, Mode, Name, Policy, Principal, Protocol, Uid, Unresolved, canonical};
+
+/// The addresses of each name; a name without any has never resolved.
+pub type Resolved = BTreeMap<Name, BTreeSet<IpAddr>>;
+
+/// What a rule set depends on besides policy and names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Addresses of this host's interfaces (D7).
+    pub local: BTreeSet<IpAddr>,
+    /// The cgroups that exist now.
+    pub cgroups: BTreeMap<CgroupPath, Cgroup>,
+}
+
+/// A cgroup as the kernel knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Cgroup {
+    /// Its id: the inode number of its directory.
+    pub id: u64,
+    /// Its depth below the root, which has depth 0.
+    pub level: u32,
+}
+
+/// An endpoint with nothing left to look up: a single address is a prefix of full length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    /// Transport.
+    pub protocol: Protocol,
+    /// Port in host byte order.
+    pub port: u16,
+    /// Canonical address or prefix.
+    pub net: IpNet,
+}
+
+/// A principal with nothing left to look up.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RulePrincipal {
+    /// A user, anywhere or below a cgroup.
+    User {
+        /// The user.
+        uid: Uid,
+        /// The cgroup below which the connecting task must be.
+        cgroup: Option<(CgroupPath, Cgroup)>,
+    },
+    /// Kernel threads.
+    Kernel,
+}
+
+/// A target's name and principals; its endpoints are in [`RuleSet::places`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleTarget {
+    /// Its name.
+    pub name: String,
+    /// Whom it admits.
+    pub principals: Vec<RulePrincipal>,
+}
+
+/// The complete compiled policy. A place's owners are a bit for each index of `targets`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleSet {
+    /// Enforce or audit.
+    pub mode: Mode,
+    /// At most [`MAX_TARGETS`].
+    pub targets: Vec<RuleTarget>,
+    /// Sorted; each place once, with the targets that name it. What covers it from elsewhere is not in its owners.
+    pub places: Vec<(Place, u64)>,
+}
+
+/// Why a policy does not compile; every message names the limit (F7).
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CompileError {
+    /// More than [`MAX_TARGETS`].
+    #[error("{found} targets are more than the maximum of {MAX_TARGETS}; merge targets that have the same allow list")]
+    Targets {
+        /// How many.
+        found: usize,
+    },
+    /// More than [`MAX_ENDPOINTS`] single addresses, with what their ports need.
+    #[error("{found} endpoints and {ports} entries for their ports are more than the maximum of {MAX_ENDPOINTS}; name prefixes instead of single addresses")]
+    Endpoints {
+        /// How many single addresses.
+        found: usize,
+        /// How many entries for unspecified destinations.
+        ports: usize,
+    },
+    /// More than [`MAX_PREFIXES`].
+    #[error("{found} prefix endpoints are more than the maximum of {MAX_PREFIXES}; name wider prefixes")]
+    Prefixes {
+        /// How many.
+        found: usize,
+    },
+    /// More than [`MAX_PRINCIPALS`].
+    #[error("{found} principals are more than the maximum of {MAX_PRINCIPALS}; name fewer users or cgroups")]
+    Principals {
+        /// How many.
+        found: usize,
+    },
+    /// A cgroup too deep.
+    #[error("cgroup {cgroup} lies {level} levels deep, more than the maximum of {MAX_CGROUP_LEVEL}; name an ancestor of it")]
+    Level {
+        /// Its path.
+        cgroup: CgroupPath,
+        /// Its depth.
+        level: u32,
+    },
+}
+
+/// Compiles a policy. A principal whose cgroup does not exist now matches nobody.
+pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<RuleSet, CompileError> {
+    if policy.targets.len() > MAX_TARGETS as usize {
+        return Err(CompileError::Targets { found: policy.targets.len() });
+    }
+    let mut places = Vec::new();
+    let mut targets = Vec::with_capacity(policy.targets.len());
+    for (index, target) in policy.targets.iter().enumerate() {
+        for endpoint in &target.endpoints {
+            expand(&endpoint.destination, policy.dns.unresolved, resolved, host, |net| {
+                places.push((Place { protocol: endpoint.protocol, port: endpoint.port.get(), net }, 1_u64 << index));
+            });
+        }
+        let principals =
+            target.principals.iter().filter_map(|principal| principal_now(principal, host)).collect::<Vec<_>>();
+        targets.push(RuleTarget { name: target.name.clone(), principals });
+    }
+    places.sort_unstable();
+    places.dedup_by(|later, kept| {
+        let same = later.0 == kept.0;
+        if same {
+            kept.1 |= later.1;
+        }
+        same
+    });
+    let rules = RuleSet { mode: policy.mode, targets, places };
+    check_limits(&rules)?;
+    Ok(rules)
+}
+
+/// An attempt to open a connection, as a caller makes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// Transport.
+    pub protocol: Protocol,
+    /// Destination as dialled.
+    pub address: IpAddr,
+    /// Port in host byte order.
+    pub port: u16,
+    /// Made in a network namespace other than the enforcer's.
+    pub foreign_netns: bool,
+    /// Who asks.
+    pub subject: Subject,
+}
+
+/// Who asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// Real UID of the task.
+    pub task: Uid,
+    /// Owner of the socket, where the kernel can tell.
+    pub socket: Option<Uid>,
+    /// Whether the task is a kernel thread.
+    pub kernel_thread: bool,
+    /// Ids of the task's cgroup and all its ancestors, the root's first.
+    pub cgroups: Vec<u64>,
+}
+
+/// A verdict with its reasons.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Explanation {
+    /// What becomes of the attempt.
+    pub verdict: Verdict,
+    /// Each target that owns the endpoint, by index, and whether it admits the subject.
+    pub owners: Vec<(usize, bool)>,
+}
+
+/// The verdict on an attempt, straight from the guarantees, without any of the kernel's short cuts.
+#[must_use]
+pub fn explain(rules: &RuleSet, attempt: &Attempt) -> Explanation {
+    let address = canonical(attempt.address); // D4
+    let unspecified = address.is_unspecified();
+    let mut owners = 0_u64;
+    for (place, bits) in &rules.places {
+        if (place.protocol, place.port) != (attempt.protocol, attempt.port) {
+            continue;
+        }
+        let owned = if unspecified {
+            !(attempt.foreign_netns && is_loopback(&place.net)) // D5
+        } else {
+            place.net.contains(&address) && !(attempt.foreign_netns && address.is_loopback()) // D6
+        };
+        if owned {
+            owners |= bits;
+        }
+    }
+    let owners: Vec<(usize, bool)> = rules
+        .targets
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| owners >> index & 1 == 1)
+        .map(|(index, target)| (index, target_admits(target, &attempt.subject)))
+        .collect();
+    let verdict = match () {
+        () if owners.is_empty() => Verdict::Unjudged,                    // D1
+        () if owners.iter().all(|(_, admits)| *admits) => Verdict::Allow, // D2
+        () if rules.mode == Mode::Audit => Verdict::WouldDeny,
+        () => Verdict::Deny,
+    };
+    Explanation { verdict, owners }
+}
+
+/// Whether a prefix holds loopback addresses only (D6).
+#[must_use]
+pub fn is_loopback(net: &IpNet) -> bool {
+    match net {
+        IpNet::V4(net) => LOOPBACK4.contains(net),
+        IpNet::V6(net) => net.prefix_len() == 128 && net.addr() == Ipv6Addr::LOCALHOST,
+    }
+}
+
+/// D3: the kernel thread that it is, or both of its users.
+fn target_admits(target: &RuleTarget, subject: &Subject) -> bool {
+    if subject.kernel_thread {
+        return target.principals.contains(&RulePrincipal::Kernel);
+    }
+    let admits = |user: Uid| {
+        target.principals.iter().any(|principal| match principal {
+            RulePrincipal::User { uid, cgroup: None } => *uid == user,
+            RulePrincipal::User { uid, cgroup: Some((_, cgroup)) } => {
+                *uid == user && subject.cgroups.contains(&cgroup.id)
+            }
+            RulePrincipal::Kernel => false,
+        })
+    };
+    admits(subject.task) && subject.socket.is_none_or(admits)
+}
+
+const LOOPBACK4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
+const ALL4: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0));
+const ALL6: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0));
+
+/// Every prefix that a destination means now.
+fn expand(
+    destination: &Destination,
+    unresolved: Unresolved,
+    resolved: &Resolved,
+    host: &Host,
+    mut push: impl FnMut(IpNet),
+) {
+    match destination {
+        Destination::Address(address) => push((*address).into()),
+        Destination::Prefix(net) => push(*net),
+        Destination::Local => {
+            push(IpNet::V4(LOOPBACK4)); // D7
+            push(IpAddr::V6(Ipv6Addr::LOCALHOST).into());
+            host.local
+                .iter()
+                .map(|address| canonical(*address))
+                .filter(|address| !address.is_loopback())
+                .for_each(|address| push(address.into()));
+        }
+        Destination::Name(name) => match resolved.get(name).filter(|addresses| !addresses.is_empty()) {
+            Some(addresses) => addresses.iter().for_each(|address| push(canonical(*address).into())),
+            None => match unresolved {
+                Unresolved::Open => {} // N5
+                Unresolved::Closed => {
+                    push(ALL4);
+                    push(ALL6);
+                }
+            },
+        },
+    }
+}
+
+/// A principal as it matches now; none where its cgroup does not exist.
+fn principal_now(principal: &Principal, host: &Host) -> Option<RulePrincipal> {
+    match principal {
+        Principal::User { uid, cgroup: None } => Some(RulePrincipal::User { uid: *uid, cgroup: None }),
+        Principal::User { uid, cgroup: Some(path) } => {
+            let cgroup = host.cgroups.get(path)?;
+            Some(RulePrincipal::User { uid: *uid, cgroup: Some((path.clone(), *cgroup)) })
+        }
+        Principal::Kernel => Some(RulePrincipal::Kernel),
+    }
+}
+
+fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
+    let singles = rules.places.iter().filter(|(place, _)| is_single(&place.net)).count();
+    let prefixes = rules.places.len() - singles;
+    // The kernel holds an entry of its own for every unspecified destination, as dialled here and from elsewhere (D5).
+    let unspecified: BTreeSet<_> =
+        rules.places.iter().map(|(place, _)| (place.protocol, place.port, is_loopback(&place.net))).collect();
+    if singles + unspecified.len() > MAX_ENDPOINTS as usize {
+        return Err(CompileError::Endpoints { found: singles, ports: unspecified.len() });
+    }
+    if prefixes > MAX_PREFIXES as usize {
+        return Err(CompileError::Prefixes { found: prefixes });
+    }
+    let principals: usize = rules.targets.iter().map(|target| target.principals.len()).sum();
+    if principals > MAX_PRINCIPALS as usize {
+        return Err(CompileError::Principals { found: principals });
+    }
+    for target in &rules.targets {
+        for principal in &target.principals {
+            if let RulePrincipal::User { cgroup: Some((path, Cgroup { level, .. })), .. } = principal
+                && *level > MAX_CGROUP_LEVEL
+            {
+                return Err(CompileError::Level { cgroup: path.clone(), level: *level });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a prefix is one address.
+#[must_use]
+pub fn is_single(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
+}

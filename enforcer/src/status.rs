@@ -1,0 +1,229 @@
+//! What is in force and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
+
+use std::fmt::Write as _;
+
+use comfy_table::{Table, presets};
+use serde::{Deserialize, Serialize};
+
+use crate::backend::Observed;
+
+/// `enforcer status --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// `enforcer/status/1`.
+    pub schema: String,
+    /// The state in a word.
+    pub state: State,
+    /// Why it is degraded, or off.
+    pub causes: Vec<String>,
+    /// `ebpf`.
+    pub backend: String,
+    /// `task+socket` where both users of an attempt are checked, `task` where the kernel has no BTF (D3).
+    pub subject: String,
+    /// `enforce` or `audit`.
+    pub mode: String,
+    /// Number of the rule set in force, 0 for none.
+    pub generation: u64,
+    /// The daemon.
+    pub daemon: DaemonStatus,
+    /// The cgroup whose tasks are judged.
+    pub cgroup: String,
+    /// Where the pins lie.
+    pub pin_dir: String,
+    /// Endpoints in force.
+    pub endpoints: u64,
+    /// The targets in force.
+    pub targets: Vec<TargetStatus>,
+    /// The names looked up; only the daemon knows them.
+    pub names: Vec<NameStatus>,
+    /// Denials that nobody could be told of.
+    pub events_lost: u64,
+}
+
+/// The state in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// All as asked for.
+    Enforcing,
+    /// All as asked for, and nothing is refused.
+    Audit,
+    /// Enforced, but not all as asked for.
+    Degraded,
+    /// Nothing is in force.
+    Off,
+}
+
+/// The daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Whether it answers.
+    pub running: bool,
+    /// Its process id.
+    pub pid: Option<u32>,
+}
+
+/// A target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetStatus {
+    /// Its name.
+    pub name: String,
+    /// Its endpoints.
+    pub endpoints: u64,
+    /// Its principals.
+    pub allow: Vec<String>,
+    /// Attempts it admitted.
+    pub allowed: u64,
+    /// Attempts it refused.
+    pub denied: u64,
+    /// Attempts it would have refused, in audit mode.
+    pub would_deny: u64,
+}
+
+/// A name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameStatus {
+    /// The name.
+    pub name: String,
+    /// The addresses that are protected for it.
+    pub addresses: Vec<String>,
+    /// Whether the last look-up failed (N3).
+    pub stale: bool,
+    /// Why.
+    pub cause: Option<String>,
+}
+
+/// What only the one who asks knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Context {
+    /// Process id of the daemon, if there is one.
+    pub daemon: Option<u32>,
+    /// The cgroup asked for.
+    pub cgroup: String,
+    /// The pin directory asked for.
+    pub pin_dir: String,
+    /// The names.
+    pub names: Vec<NameStatus>,
+    /// What else is wrong.
+    pub causes: Vec<String>,
+}
+
+/// Puts both together.
+#[must_use]
+pub fn status(observed: Option<&Observed>, context: Context) -> Status {
+    let mut causes = context.causes;
+    for name in context.names.iter().filter(|name| name.stale) {
+        let why = name.cause.as_deref().unwrap_or("the last look-up failed");
+        let kept = if name.addresses.is_empty() { "nothing is protected for it" } else { "its last addresses stay protected" };
+        causes.push(format!("name {} is stale ({why}); {kept}", name.name));
+    }
+    if let Some(observed) = observed {
+        causes.extend(observed.faults.iter().cloned());
+        if observed.by_daemon && context.daemon.is_none() {
+            causes.push("the daemon that put these rules in force does not answer; they stay, but names are not refreshed: start enforcer run".to_owned());
+        }
+    }
+    let on = observed.filter(|observed| observed.generation != 0);
+    let state = match on {
+        None => State::Off,
+        Some(_) if !causes.is_empty() => State::Degraded,
+        Some(observed) if observed.audit => State::Audit,
+        Some(_) => State::Enforcing,
+    };
+    if state == State::Off && causes.is_empty() {
+        causes.push("nothing is in force; start enforcer run, or enforcer apply".to_owned());
+    }
+    let targets = on.map(|observed| observed.targets.iter().map(target).collect()).unwrap_or_default();
+    Status {
+        schema: "enforcer/status/1".to_owned(),
+        state,
+        causes,
+        backend: "ebpf".to_owned(),
+        subject: if observed.is_none_or(|observed| observed.socket_user) { "task+socket" } else { "task" }.to_owned(),
+        mode: if on.is_some_and(|observed| observed.audit) { "audit" } else { "enforce" }.to_owned(),
+        generation: on.map_or(0, |observed| observed.generation),
+        daemon: DaemonStatus { running: context.daemon.is_some(), pid: context.daemon },
+        cgroup: context.cgroup,
+        pin_dir: context.pin_dir,
+        endpoints: on.map_or(0, |observed| observed.endpoints),
+        targets,
+        names: context.names,
+        events_lost: observed.map_or(0, |observed| observed.lost),
+    }
+}
+
+impl Status {
+    /// As a person reads it.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        let state = match self.state {
+            State::Enforcing => "enforcing",
+            State::Audit => "audit: judging and counting, refusing nothing",
+            State::Degraded => "degraded",
+            State::Off => "off",
+        };
+        let mut line = |key: &str, value: &str| {
+            let _ = writeln!(text, "{key:<12}{value}");
+        };
+        line("state", state);
+        for cause in &self.causes {
+            line("", &format!("! {cause}"));
+        }
+        if self.generation != 0 {
+            line("rule set", &format!("generation {}, {} endpoints", self.generation, self.endpoints));
+        }
+        let subject = match self.subject.as_str() {
+            "task" => "the connecting task's user only (this kernel has no BTF)",
+            _ => "the connecting task's user and the socket's owner",
+        };
+        line("backend", &format!("{}, checks {subject}", self.backend));
+        line("cgroup", &self.cgroup);
+        line("pins", &self.pin_dir);
+        line("daemon", &self.daemon.pid.map_or_else(|| "not running".to_owned(), |pid| format!("running, pid {pid}")));
+        if self.events_lost > 0 {
+            line("events", &format!("{} denials were lost (they came faster than they were read)", self.events_lost));
+        }
+        if !self.targets.is_empty() {
+            let mut table = table(&["target", "endpoints", "allow", "allowed", "denied", "would deny"]);
+            for target in &self.targets {
+                let allow = if target.allow.is_empty() { "nobody".to_owned() } else { target.allow.join(", ") };
+                table.add_row([
+                    target.name.clone(),
+                    target.endpoints.to_string(),
+                    allow,
+                    target.allowed.to_string(),
+                    target.denied.to_string(),
+                    target.would_deny.to_string(),
+                ]);
+            }
+            let _ = writeln!(text, "\n{table}");
+        }
+        if !self.names.is_empty() {
+            let mut table = table(&["name", "addresses", ""]);
+            for name in &self.names {
+                let note = if name.stale { "stale" } else { "" };
+                table.add_row([name.name.clone(), name.addresses.join(", "), note.to_owned()]);
+            }
+            let _ = writeln!(text, "\n{table}");
+        }
+        text
+    }
+}
+
+fn target(observed: &crate::backend::ObservedTarget) -> TargetStatus {
+    TargetStatus {
+        name: observed.name.clone(),
+        endpoints: observed.endpoints,
+        allow: observed.allow.clone(),
+        allowed: observed.counters.allowed,
+        denied: observed.counters.denied,
+        would_deny: observed.counters.would_deny,
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    table
+}

@@ -1,0 +1,2 @@
+//! Every developer task; `cargo xtask --help` lists them.
+fn main() {}
