@@ -1,8 +1,80 @@
-//! Builds the kernel programs.
-#![allow(unsafe_code, reason = "setting a variable before any thread starts")]
+//! Builds the kernel programs with whichever toolchain has the standard library's sources, or says how to get one.
+
+#![allow(unsafe_code, reason = "one environment variable, set before any thread starts")]
+
+use std::{
+    env, fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, exit},
+};
+
+use aya_build::{Package, Toolchain, build_ebpf};
+
+/// The distribution's compiler under the name that `cargo xtask setup` gives it.
+const DISTRIBUTION: &str = "debian";
+
 fn main() {
-    // SAFETY: single-threaded
-    unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
-    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../enforcer-ebpf");
-    aya_build::build_ebpf([aya_build::Package{name:"enforcer-ebpf", root_dir: root, no_default_features:false, features:&["kernel"]}], aya_build::Toolchain::Custom("debian")).unwrap();
+    let Some(toolchain) = toolchain() else { fail("no toolchain here has the sources of core for the kernel programs") };
+    if !has_linker() {
+        fail("bpf-linker is missing");
+    }
+    if let Err(error) = share_target_dir() {
+        fail(&format!("share the kernel programs' build directory: {error}"));
+    }
+    // SAFETY: no other thread runs. `-Z build-std` on a stable compiler needs the first; the second keeps the inner
+    // cargo's progress, which would appear as warnings, to itself.
+    unsafe {
+        env::set_var("RUSTC_BOOTSTRAP", "1");
+        env::set_var("CARGO_TERM_QUIET", "true");
+    }
+    let programs = Package {
+        name: "enforcer-ebpf",
+        root_dir: concat!(env!("CARGO_MANIFEST_DIR"), "/../enforcer-ebpf"),
+        no_default_features: false,
+        features: &["kernel"],
+    };
+    if let Err(error) = build_ebpf([programs], Toolchain::Custom(&toolchain)) {
+        fail(&format!("{error:#}"));
+    }
+}
+
+/// One line, and what to do.
+fn fail(what: &str) -> ! {
+    eprintln!("build the kernel programs: {}; run `cargo xtask setup`", what.replace('\n', " "));
+    exit(1)
+}
+
+/// The toolchain in use if it has rust-src, else the distribution's.
+fn toolchain() -> Option<String> {
+    let current = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
+    [current.as_str(), DISTRIBUTION].into_iter().find(|name| has_sources(name)).map(str::to_owned)
+}
+
+fn has_sources(toolchain: &str) -> bool {
+    let output = Command::new("rustup").args(["run", toolchain, "rustc", "--print", "sysroot"]).output();
+    let Ok(output) = output else { return false };
+    let sysroot = String::from_utf8_lossy(&output.stdout);
+    output.status.success() && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core").exists()
+}
+
+fn has_linker() -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|dir| dir.join("bpf-linker").exists())
+}
+
+/// Lets every profile, clippy and editors use one build: aya-build's own place is below `OUT_DIR`, one for each of them.
+fn share_target_dir() -> std::io::Result<()> {
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
+    // target/PROFILE/build/enforcer-HASH/out
+    let shared = out_dir.ancestors().nth(4).unwrap_or(&out_dir).join("ebpf");
+    fs::create_dir_all(&shared)?;
+    let link = out_dir.join("aya-build");
+    match fs::read_link(&link) {
+        Ok(there) if there == shared => return Ok(()),
+        Ok(_) => fs::remove_file(&link)?,
+        Err(_) if link.exists() => fs::remove_dir_all(&link)?,
+        Err(_) => {}
+    }
+    symlink(shared, link)
 }

@@ -2,7 +2,7 @@
 //! same maps from outside, the tests over tables of their own.
 
 use crate::{
-    Address, EndpointKey, Generation, MAX_CGROUP_LEVEL, Owners, PrincipalKey, Verdict, flag, is_loopback,
+    Address, EndpointKey, Generation, MAX_CGROUP_LEVELS, Owners, PrincipalKey, Verdict, flag, is_loopback,
     is_unspecified, is_v4, kind, scope,
 };
 
@@ -133,40 +133,36 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
         let key = PrincipalKey { cgroup: 0, uid: 0, kind: kind::KERNEL, slot, zero: 0 };
         return tables.principal(&key).unwrap_or(0);
     }
-    let task_user = subject.task_user();
-    let task = admits(tables, subject, owners, task_user, slot, levels);
+    let mut task = PrincipalKey { cgroup: 0, uid: subject.task_user(), kind: kind::USER, slot, zero: 0 };
+    let mut socket = task;
     match subject.socket_user() {
-        SocketUser::Unsupported => task,
-        SocketUser::Uid(uid) if uid == task_user => task,
-        SocketUser::Uid(uid) => task & admits(tables, subject, owners, uid, slot, levels),
-        SocketUser::Unreadable => 0,
+        SocketUser::Uid(uid) => socket.uid = uid,
+        SocketUser::Unsupported => {}
+        SocketUser::Unreadable => return 0,
     }
-}
-
-/// The targets that admit a user, wherever it is or where the connecting task is.
-#[inline(always)]
-fn admits<T: Tables, S: Subject>(
-    tables: &T,
-    subject: &S,
-    owners: Owners,
-    uid: u32,
-    slot: u8,
-    levels: u64,
-) -> Owners {
-    let mut key = PrincipalKey { cgroup: 0, uid, kind: kind::USER, slot, zero: 0 };
-    let mut admits = tables.principal(&key).unwrap_or(0);
-    if levels == 0 || owners & !admits == 0 {
-        return admits;
+    let mut admits_task = tables.principal(&task).unwrap_or(0);
+    let mut admits_socket = if task.uid == socket.uid { admits_task } else { tables.principal(&socket).unwrap_or(0) };
+    if levels == 0 || owners & !(admits_task & admits_socket) == 0 {
+        return admits_task & admits_socket;
     }
-    for level in 0..=MAX_CGROUP_LEVEL {
-        if levels >> level & 1 == 0 {
-            continue;
-        }
-        key.cgroup = subject.cgroup(level);
-        if key.cgroup == 0 {
+    // Each pass costs the verifier, and so every start, dearly: few depths, and no short cut for equal users.
+    let mut levels = levels;
+    for _ in 0..MAX_CGROUP_LEVELS {
+        #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
+        let level = levels as u32 & 0xff;
+        levels >>= 8;
+        if level == 0 {
             break;
         }
-        admits |= tables.principal(&key).unwrap_or(0);
+        // The connecting task's, for both users. A task that is less deep has 0 there, which no principal names.
+        let cgroup = subject.cgroup(level - 1);
+        if cgroup == 0 {
+            continue;
+        }
+        task.cgroup = cgroup;
+        socket.cgroup = cgroup;
+        admits_task |= tables.principal(&task).unwrap_or(0);
+        admits_socket |= tables.principal(&socket).unwrap_or(0);
     }
-    admits
+    admits_task & admits_socket
 }

@@ -17,8 +17,10 @@ pub const MAX_PRINCIPALS: u32 = 16_384;
 pub const MAX_TARGETS: u32 = 64;
 /// Bytes of a target's name.
 pub const MAX_TARGET_NAME: usize = 48;
+/// Different depths of all cgroups that principals name.
+pub const MAX_CGROUP_LEVELS: u32 = 8;
 /// Depth of the deepest cgroup that a principal can name; the root has depth 0.
-pub const MAX_CGROUP_LEVEL: u32 = 31;
+pub const MAX_CGROUP_DEPTH: u32 = 254;
 /// Bytes of the event ring buffer.
 pub const EVENT_BYTES: u32 = 1 << 20;
 
@@ -95,7 +97,7 @@ pub struct Generation {
     pub number: u64,
     /// Cookie of the network namespace that loopback endpoints belong to; 0 where the kernel cannot tell.
     pub netns: u64,
-    /// Bit n: some principal names a cgroup of depth n.
+    /// The depths of the cgroups that principals name, each plus 1 in a byte of its own, the lowest bytes first.
     pub levels: u64,
     /// Bits of [`flag`].
     pub flags: u64,

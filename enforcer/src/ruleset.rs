@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use enforcer_ebpf::{MAX_CGROUP_LEVEL, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, Verdict};
+use enforcer_ebpf::{MAX_CGROUP_DEPTH, MAX_CGROUP_LEVELS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, Verdict};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::policy::{CgroupPath, Destination, Mode, Name, Policy, Principal, Protocol, Uid, Unresolved, canonical};
@@ -106,12 +106,18 @@ pub enum CompileError {
         found: usize,
     },
     /// A cgroup too deep.
-    #[error("cgroup {cgroup} lies {level} levels deep, more than the maximum of {MAX_CGROUP_LEVEL}; name an ancestor of it")]
-    Level {
+    #[error("cgroup {cgroup} lies {level} levels deep, more than the maximum of {MAX_CGROUP_DEPTH}; name an ancestor of it")]
+    Depth {
         /// Its path.
         cgroup: CgroupPath,
         /// Its depth.
         level: u32,
+    },
+    /// Cgroups of too many depths.
+    #[error("the cgroups that principals name lie at {found} different depths, more than the maximum of {MAX_CGROUP_LEVELS}; name ancestors at fewer depths")]
+    Levels {
+        /// How many.
+        found: usize,
     },
 }
 
@@ -308,14 +314,17 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
     if principals > MAX_PRINCIPALS as usize {
         return Err(CompileError::Principals { found: principals });
     }
-    for target in &rules.targets {
-        for principal in &target.principals {
-            if let RulePrincipal::User { cgroup: Some((path, Cgroup { level, .. })), .. } = principal
-                && *level > MAX_CGROUP_LEVEL
-            {
-                return Err(CompileError::Level { cgroup: path.clone(), level: *level });
+    let mut levels = BTreeSet::new();
+    for principal in rules.targets.iter().flat_map(|target| &target.principals) {
+        if let RulePrincipal::User { cgroup: Some((path, Cgroup { level, .. })), .. } = principal {
+            if *level > MAX_CGROUP_DEPTH {
+                return Err(CompileError::Depth { cgroup: path.clone(), level: *level });
             }
+            levels.insert(*level);
         }
+    }
+    if levels.len() > MAX_CGROUP_LEVELS as usize {
+        return Err(CompileError::Levels { found: levels.len() });
     }
     Ok(())
 }

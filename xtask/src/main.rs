@@ -1,2 +1,61 @@
 //! Every developer task; `cargo xtask --help` lists them.
-fn main() {}
+
+mod ci;
+mod run;
+mod setup;
+mod suites;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Developer tasks of enforcer.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Find or install all that building and testing need; does nothing when nothing is missing
+    Setup {
+        /// Only say what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Show the main job on a real NATS server, then clean up
+    Demo,
+    /// Run all tests: unit, property, and the privileged suite (as root, or through sudo)
+    Test {
+        /// Run only privileged cases whose name contains this
+        filter: Option<String>,
+    },
+    /// Measure against the budgets, in one interleaved run
+    Bench,
+    /// Check format and lints, as CI does before the tests
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Setup { dry_run } => setup::run(dry_run),
+        Task::Demo => suites::demo(),
+        Task::Test { filter } => suites::test(filter.as_deref()),
+        Task::Bench => suites::bench(),
+        Task::Ci => ci::run(),
+    };
+    finish(result)
+}
+
+fn finish(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -34,7 +34,7 @@ pub struct PrefixKey {
 pub struct Image {
     /// Bits of [`flag`].
     pub flags: u64,
-    /// Depths of the cgroups that principals name.
+    /// Depths of the cgroups that principals name, as [`enforcer_ebpf::Generation`] has them.
     pub levels: u64,
     /// Cookie of the network namespace of loopback endpoints.
     pub netns: u64,
@@ -97,7 +97,7 @@ pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Ima
         }
     }
     push_unspecified(rules, &bits, &mut image.endpoints);
-    image.principals = principals(rules, &bits, &mut image.levels);
+    (image.principals, image.levels) = principals(rules, &bits);
     image.endpoints.sort_unstable();
     image.prefixes.sort_unstable();
     image.flags = [
@@ -207,14 +207,16 @@ fn push_unspecified(rules: &RuleSet, bits: &[Owners], endpoints: &mut Vec<(Endpo
     }
 }
 
-fn principals(rules: &RuleSet, bits: &[Owners], levels: &mut u64) -> Vec<(PrincipalKey, Owners)> {
+/// The principals, and the depths of the cgroups among them as [`enforcer_ebpf::Generation::levels`] has them.
+fn principals(rules: &RuleSet, bits: &[Owners]) -> (Vec<(PrincipalKey, Owners)>, u64) {
+    let mut depths = BTreeSet::new();
     let mut admits: BTreeMap<PrincipalKey, Owners> = BTreeMap::new();
     for (target, bit) in rules.targets.iter().zip(bits) {
         for principal in &target.principals {
             let (cgroup, uid, kind) = match principal {
                 RulePrincipal::User { uid, cgroup: None } => (0, uid.0, kind::USER),
                 RulePrincipal::User { uid, cgroup: Some((_, cgroup)) } => {
-                    *levels |= 1 << cgroup.level;
+                    depths.insert(cgroup.level);
                     (cgroup.id, uid.0, kind::USER)
                 }
                 RulePrincipal::Kernel => (0, 0, kind::KERNEL),
@@ -222,7 +224,8 @@ fn principals(rules: &RuleSet, bits: &[Owners], levels: &mut u64) -> Vec<(Princi
             *admits.entry(PrincipalKey { cgroup, uid, kind, slot: 0, zero: 0 }).or_default() |= bit;
         }
     }
-    admits.into_iter().collect()
+    let levels = depths.into_iter().rev().fold(0, |levels, depth| levels << 8 | u64::from(depth + 1));
+    (admits.into_iter().collect(), levels)
 }
 
 /// The prefixes of a rule set, to find those that cover a place.
