@@ -1,0 +1,22 @@
+//! The cases, by what they are about.
+
+pub mod decision;
+pub mod endurance;
+pub mod input;
+pub mod names;
+pub mod surfaces;
+
+use anyhow::Result;
+
+/// A case: a name that cites the guarantee, and what it does.
+pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
+
+/// All of them.
+#[must_use]
+pub fn all() -> Vec<Case> {
+    [decision::cases(), endurance::cases(), input::cases(), names::cases(), surfaces::cases()].into_iter().flatten().collect()
+}
+
+fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {
+    (name.to_owned(), Box::new(run))
+}

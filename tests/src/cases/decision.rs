@@ -1,0 +1,343 @@
+//! D1–D8: who reaches what by which way. Every attack succeeds without us first.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+};
+
+use anyhow::{Result, ensure};
+
+use super::{Case, case};
+use crate::{
+    attack::{Way, Who},
+    world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount},
+};
+
+/// Ways to the world's own loopback address.
+const TCP_WAYS: [Way; 13] = [
+    Way::Plain,
+    Way::Nonblocking,
+    Way::Thread,
+    Way::Mapped,
+    Way::Unspecified,
+    Way::UnspecifiedMapped,
+    Way::UnspecifiedUnbound,
+    Way::FastOpenSendto,
+    Way::FastOpenConnect,
+    Way::Mptcp,
+    Way::IoUring,
+    Way::IoUringSqpoll,
+    Way::Reconnect,
+];
+const UDP_WAYS: [Way; 5] = [Way::UdpConnect, Way::UdpSendto, Way::UdpSendmsg, Way::UdpMapped, Way::UdpIoUring];
+/// Mixtures of users, and whether the rules admit them when they admit root alone: none does.
+const MIXTURES: [Who; 8] = [
+    Who::SocketOfRoot,
+    Who::SocketForRoot,
+    Who::Chowned,
+    Who::EffectiveRoot,
+    Who::EffectiveUser,
+    Who::FilesystemRoot,
+    Who::UserNamespace,
+    Who::CgroupNamespace,
+];
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for way in TCP_WAYS.into_iter().chain(UDP_WAYS) {
+        cases.push(case(&format!("d2_d4_d5_way_{way:?}"), move || one_way(way, false)));
+        cases.push(case(&format!("d2_d4_d5_root_cgroup_way_{way:?}"), move || one_way(way, true)));
+    }
+    for who in MIXTURES {
+        cases.push(case(&format!("d3_who_{who:?}"), move || one_mixture(who)));
+    }
+    cases.push(case("d3_both_users_may_be_allowed_by_different_principals", both_allowed));
+    cases.push(case("d3_setuid_root_binary", setuid_binary));
+    cases.push(case("d3_root_polls_another_users_socket", root_polls));
+    cases.push(case("d1_nothing_else_is_touched", nothing_else));
+    cases.push(case("d2_deny_wins_among_targets", deny_wins));
+    cases.push(case("d2_prefix_owners_join_exact_owners", prefix_joins));
+    cases.push(case("d4_d5_ipv6_ways", ipv6));
+    cases.push(case("d5_bind_to_device", bind_to_device));
+    cases.push(case("d6_containers_loopback_is_their_own_routable_is_not", containers));
+    cases.push(case("d7_local_follows_addresses", local));
+    cases.push(case("principal_within_cgroup", within_cgroup));
+    cases.push(case("principal_kernel_admits_no_user", kernel_only));
+    cases.push(case("audit_refuses_nothing", audit));
+    cases
+}
+
+fn endpoint(way: Way, world: &World) -> String {
+    format!("{}://{}", if way.is_udp() { "udp" } else { "tcp" }, world.here())
+}
+
+fn one_way(way: Way, at_root: bool) -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let mut nobody = world.attack(NOBODY).way(way);
+    nobody.reaches()?;
+    let targets = format!("[target.main]\nendpoints = [{:?}]\nallow = [\"root\"]\n", endpoint(way, &world));
+    if at_root {
+        world.configure_on(&cgroup_mount()?, &targets)?;
+        nobody = nobody.anywhere();
+    } else {
+        world.configure(&targets)?;
+    }
+    world.apply()?;
+    nobody.is_refused()?;
+    world.attack(0).way(way).reaches()?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    nobody.reaches()
+}
+
+fn one_mixture(who: Who) -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    for way in [Way::Plain, Way::Mptcp, Way::UdpConnect, Way::UdpSendto] {
+        let attack = world.attack(NOBODY).who(who).way(way);
+        attack.reaches()?;
+        world.configure_one(&[endpoint(way, &world)], r#"["root"]"#)?;
+        world.apply()?;
+        attack.is_refused()?;
+        world.attack(0).way(way).reaches()?;
+        world.enforcer(&["unload"])?.demand(0)?;
+    }
+    Ok(())
+}
+
+fn both_allowed() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[endpoint(Way::Plain, &world)], &format!("[\"root\", {NOBODY}]"))?;
+    world.apply()?;
+    for who in [Who::User, Who::SocketOfRoot, Who::SocketForRoot, Who::EffectiveRoot] {
+        world.attack(NOBODY).who(who).reaches()?;
+    }
+    world.attack(1).is_refused()
+}
+
+fn setuid_binary() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let copy = world.path("setuid");
+    fs::copy(binary("attack")?, &copy)?;
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o4755))?;
+    let user = NOBODY.to_string();
+    let prefix = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"];
+    let as_is = world.attack(NOBODY).program(&prefix, copy).flag("--as-is");
+    as_is.reaches()?;
+    world.configure_one(&[endpoint(Way::Plain, &world)], r#"["root"]"#)?;
+    world.apply()?;
+    as_is.is_refused()
+}
+
+fn root_polls() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let attack = world.attack(NOBODY).who(Who::SocketForRoot).way(Way::IoUringSqpoll);
+    attack.reaches()?;
+    world.configure_one(&[endpoint(Way::Plain, &world)], r#"["root"]"#)?;
+    world.apply()?;
+    attack.is_refused()
+}
+
+fn nothing_else() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let other = IpAddr::V4(Ipv4Addr::new(127, 1, 2, 3));
+    let endpoints = [
+        format!("tcp://{other}:{}", world.port),
+        format!("tcp://{}:{}", world.address(), world.port ^ 1),
+        format!("udp://{}", world.here()),
+        format!("tcp://10.0.0.0/8:{}", world.port),
+        format!("tcp://[2001:db8::/32]:{}", world.port),
+    ];
+    world.configure_one(&endpoints, "[]")?;
+    world.apply()?;
+    world.attack(NOBODY).reaches()?;
+    world.attack(NOBODY).way(Way::Mapped).reaches()?;
+    world.attack(0).to(SocketAddr::new(other, world.port)).is_refused()?;
+    world.attack(NOBODY).way(Way::UdpSendto).is_refused()
+}
+
+fn deny_wins() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let (port, here) = (world.port, world.here());
+    let [a, b, ..] = match world.address() {
+        IpAddr::V4(v4) => v4.octets(),
+        IpAddr::V6(_) => [0; 4],
+    };
+    world.configure(&format!(
+        "[target.one]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\", {NOBODY}]\n\
+         [target.two]\nendpoints = [\"tcp://{a}.{b}.0.0/16:{port}\"]\nallow = [\"root\"]\n",
+    ))?;
+    world.apply()?;
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()?;
+    let checked = world.enforcer(&["check", "--json", "nobody", &here.to_string()])?.demand(1)?;
+    ensure!(checked.stdout.contains(r#""name":"one","admits":true"#), "{}", checked.stdout);
+    ensure!(checked.stdout.contains(r#""name":"two","admits":false"#), "{}", checked.stdout);
+    Ok(())
+}
+
+fn prefix_joins() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let port = world.port;
+    world.configure(&format!(
+        "[target.all]\nendpoints = [\"tcp://127.0.0.0/8:{port}\"]\nallow = [\"root\", {NOBODY}]\n\
+         [target.some]\nendpoints = [\"tcp://127.64.0.0/10:{port}\"]\nallow = [\"root\"]\n",
+    ))?;
+    world.apply()?;
+    world.attack(NOBODY).to(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port)).reaches()?;
+    world.attack(NOBODY).is_refused()?;
+    world.attack(NOBODY).way(Way::Mapped).is_refused()?;
+    world.attack(0).reaches()
+}
+
+fn ipv6() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let to = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), world.port);
+    let ways = [Way::Plain, Way::Nonblocking, Way::FastOpenSendto, Way::FastOpenConnect, Way::Mptcp, Way::IoUring, Way::Unspecified6];
+    for way in ways {
+        world.attack(NOBODY).to(to).way(way).reaches()?;
+    }
+    for way in [Way::UdpConnect, Way::UdpSendto, Way::UdpSendmsg, Way::UdpIoUring] {
+        world.attack(NOBODY).to(to).way(way).reaches()?;
+    }
+    world.configure_one(&[format!("tcp://{to}"), format!("udp://{to}")], r#"["root"]"#)?;
+    world.apply()?;
+    for way in ways.into_iter().chain([Way::UdpConnect, Way::UdpSendto, Way::UdpSendmsg, Way::UdpIoUring]) {
+        world.attack(NOBODY).to(to).way(way).is_refused()?;
+        world.attack(0).to(to).way(way).reaches()?;
+    }
+    Ok(())
+}
+
+fn bind_to_device() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let attack = world.attack(NOBODY).way(Way::BindToDevice);
+    attack.reaches()?;
+    world.configure_one(&[endpoint(Way::Plain, &world)], r#"["root"]"#)?;
+    world.apply()?;
+    attack.is_refused()?;
+    world.attack(0).way(Way::BindToDevice).reaches()
+}
+
+fn containers() -> Result<()> {
+    let world = World::new()?;
+    let (home, container) = (Netns::new(&world, "home")?, Netns::new(&world, "ctr")?);
+    home.join(&["10.77.0.1/24", "fd77::1/64"], &container, &["10.77.0.2/24", "fd77::2/64"])?;
+    let _here = Listener::start(Some(&home.file()), world.port)?;
+    let _there = Listener::start(Some(&container.file()), world.port)?;
+    let port = world.port;
+    let to = |address: &str| -> Result<SocketAddr> { Ok(SocketAddr::new(address.parse()?, port)) };
+    let from = |netns: &Netns, address: &str| -> Result<Attack> {
+        Ok(world.attack(NOBODY).to(to(address)?).option("--netns", &netns.file().display().to_string()))
+    };
+    let routable = [(&container, "10.77.0.1"), (&container, "fd77::1"), (&home, "10.77.0.2"), (&home, "fd77::2")];
+    for (netns, address) in routable {
+        from(netns, address)?.reaches()?;
+    }
+    let endpoints =
+        ["127.0.0.1", "[::1]", "10.77.0.1", "[fd77::1]", "10.77.0.2", "[fd77::2]"].map(|host| format!("tcp://{host}:{port}"));
+    world.configure_one(&endpoints, r#"["root"]"#)?;
+    // The daemon's namespace is the one that loopback endpoints belong to.
+    let daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
+    for (netns, address) in routable {
+        from(netns, address)?.is_refused()?;
+    }
+    for address in ["127.0.0.1", "::1"] {
+        from(&home, address)?.is_refused()?;
+        from(&container, address)?.reaches()?;
+    }
+    from(&home, "10.77.0.1")?.way(Way::Unspecified).is_refused()?;
+    // There the unspecified address could be that of a routable endpoint.
+    from(&container, "10.77.0.2")?.way(Way::Unspecified).is_refused()?;
+    // Without any routable endpoint it is the container's own affair.
+    world.configure_one(&[format!("tcp://127.0.0.1:{port}")], r#"["root"]"#)?;
+    daemon.reload()?;
+    from(&container, "10.77.0.2")?.way(Way::Unspecified).reaches()?;
+    from(&home, "10.77.0.1")?.way(Way::Unspecified).is_refused()
+}
+
+fn local() -> Result<()> {
+    let world = World::new()?;
+    let (home, peer) = (Netns::new(&world, "home")?, Netns::new(&world, "peer")?);
+    home.join(&["10.78.0.1/24", "fd78::1/64"], &peer, &["10.78.0.2/24", "fd78::2/64"])?;
+    let _listener = Listener::start(Some(&home.file()), world.port)?;
+    world.configure_one(&[format!("tcp://local:{}", world.port)], r#"["root"]"#)?;
+    let from = |netns: &Netns, address: &str| -> Result<Attack> {
+        let to = SocketAddr::new(address.parse()?, world.port);
+        Ok(world.attack(NOBODY).to(to).option("--netns", &netns.file().display().to_string()))
+    };
+    let addresses = ["127.0.0.1", "127.9.8.7", "::1", "10.78.0.1", "fd78::1"];
+    for address in addresses {
+        from(&home, address)?.reaches()?;
+    }
+    let _daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
+    for address in addresses {
+        from(&home, address)?.is_refused()?;
+    }
+    from(&peer, "10.78.0.1")?.is_refused()?;
+    home.ip(&["address", "add", "10.78.0.99/24", "dev", "veth0"])?;
+    crate::world::until("the new address is protected", || Ok(from(&home, "10.78.0.99")?.run()?.errno == Some(libc::EPERM)))?;
+    home.ip(&["address", "delete", "10.78.0.99/24", "dev", "veth0"])?;
+    let gone = format!("10.78.0.99:{}", world.port);
+    crate::world::until("the old address is let go", || Ok(world.enforcer(&["check", "nobody", &gone])?.code == 0))
+}
+
+fn within_cgroup() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let child = world.cgroup.join("child");
+    fs::create_dir(&child)?;
+    let path = PathBuf::from("/").join(child.strip_prefix(cgroup_mount()?)?);
+    let allow = format!("[\"root\", {{ user = {NOBODY}, cgroup = {path:?} }}]");
+    world.configure_one(&[endpoint(Way::Plain, &world), endpoint(Way::UdpSendto, &world)], &allow)?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    let inside = world.attack(NOBODY).in_cgroup(&child);
+    inside.reaches()?;
+    inside.clone().way(Way::UdpSendto).reaches()?;
+    inside.clone().who(Who::SocketOfRoot).reaches()?;
+    world.attack(1).in_cgroup(&child).is_refused()?;
+    fs::remove_dir(&child)?;
+    fs::create_dir(&child)?;
+    crate::world::until("the cgroup made again is followed", || Ok(inside.run()?.errno.is_none()))?;
+    world.attack(NOBODY).is_refused()
+}
+
+fn kernel_only() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[endpoint(Way::Plain, &world)], "[{ kernel = true }]")?;
+    world.apply()?;
+    world.attack(0).is_refused()?;
+    world.attack(0).way(Way::IoUringSqpoll).is_refused()?;
+    world.enforcer(&["check", "--kernel", "root", &world.here().to_string()])?.demand(0)?;
+    world.enforcer(&["check", "root", &world.here().to_string()])?.demand(1).map(drop)
+}
+
+fn audit() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let here = world.here();
+    world.configure(&format!("mode = \"audit\"\n[target.main]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\n"))?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).reaches()?;
+    world.enforcer(&["check", "nobody", &here.to_string()])?.demand(1)?;
+    crate::world::until("the event is there", || {
+        Ok(world.enforcer(&["events", "--json"])?.demand(0)?.stdout.contains(r#""verdict":"would-deny""#))
+    })?;
+    let status = world.status()?;
+    ensure!(status["state"] == "audit" && status["targets"][0]["would_deny"] == 1, "{status}");
+    Ok(())
+}

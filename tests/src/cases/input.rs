@@ -1,0 +1,198 @@
+//! Bad input: one line that names thing, place and remedy, exit code 2, and what was in force still is (F4).
+
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Case, case};
+use crate::world::{NOBODY, World, binary, ran};
+
+/// Name, what takes the place of the target's section, and what the message must say.
+const TEXTS: [(&str, &str, &[&str]); 16] = [
+    ("unknown_key", "allwo = []\n[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n", &["allwo", "toml:5"]),
+    ("unknown_key_in_target", "[target.main]\nendpoint = []\nallow = []\n", &["endpoint", "toml:6"]),
+    ("bad_port", "[target.main]\nendpoints = [\"tcp://10.0.0.1:99999\"]\nallow = []\n", &["99999", "toml:6"]),
+    ("bad_prefix", "[target.main]\nendpoints = [\"tcp://10.0.0.0/33:1\"]\nallow = []\n", &["10.0.0.0/33", "toml:6"]),
+    ("host_bits", "[target.main]\nendpoints = [\"tcp://10.0.0.1/8:1\"]\nallow = []\n", &["10.0.0.0/8", "toml:6"]),
+    ("unknown_user", "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"nosuchuser\"]\n", &["nosuchuser", "toml:7"]),
+    ("no_port", "[target.main]\nendpoints = [\"tcp://nats.example\"]\nallow = []\n", &["nats.example", "port"]),
+    ("no_port_no_password", "[target.main]\nendpoints = [\"nats://me:secret@nats.example\"]\nallow = []\n", &["nats.example", "port"]),
+    ("duplicate_target", "[target.main]\nendpoints = []\nallow = []\n[target.main]\nallow = []\n", &["main", "toml:8"]),
+    ("odd_ipv4", "[target.main]\nendpoints = [\"tcp://127.1:1\"]\nallow = []\n", &["127.1"]),
+    ("unspecified", "[target.main]\nendpoints = [\"tcp://0.0.0.0:1\"]\nallow = []\n", &["0.0.0.0", "local"]),
+    ("later_key", "existing = \"cut\"\n[target.main]\nendpoints = []\nallow = []\n", &["existing", "toml:5"]),
+    ("later_backend", "backend = \"nftables\"\n[target.main]\nendpoints = []\nallow = []\n", &["nftables", "toml:5"]),
+    ("no_target", "", &["target"]),
+    ("principal_cgroup_missing", "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [{ user = 0, cgroup = \"/no/such/group\" }]\n", &["/no/such/group"]),
+    ("not_toml", "[target.main\n", &["toml:5"]),
+];
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = TEXTS
+        .into_iter()
+        .map(|(name, text, says)| case(&format!("f4_{name}"), move || refused(text, says)))
+        .collect();
+    cases.push(case("f4_empty_allow_list_warns", empty_allow));
+    cases.push(case("f4_file_missing_or_unreadable", unreadable));
+    cases.push(case("f4_reload_with_a_bad_file_degrades", reload));
+    cases.push(case("f4_attach_cgroup_missing", no_cgroup));
+    cases.push(case("f4_pin_dir_not_on_a_bpffs", no_bpffs));
+    cases.push(case("f4_no_permission", no_permission));
+    cases.push(case("f5_another_program_forbids_sharing", forbidden));
+    cases.push(case("f6_pin_dir_of_somebody_else", foreign_pins));
+    cases.push(case("f4_pins_in_use", in_use));
+    cases
+}
+
+/// Runs `apply` with what should be refused, while other rules are in force.
+fn expect(world: &World, says: &[&str]) -> Result<()> {
+    let ran = world.enforcer(&["apply"])?.demand(2)?;
+    let text = &ran.stderr;
+    ensure!(text.trim_end().lines().count() == 1 && text.starts_with("enforcer: error: "), "not one line: {text}");
+    for say in says {
+        ensure!(text.contains(say), "{say:?} is not in: {text}");
+    }
+    ensure!(!text.contains("secret"), "a password is in: {text}");
+    Ok(())
+}
+
+/// A world with rules in force and its listener.
+fn guarded() -> Result<(World, crate::world::Listener)> {
+    let world = World::new()?;
+    let listener = world.listen()?;
+    world.attack(NOBODY).reaches()?;
+    good(&world)?;
+    world.apply()?;
+    Ok((world, listener))
+}
+
+fn good(world: &World) -> Result<()> {
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)
+}
+
+fn still_guarded(world: &World) -> Result<()> {
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()
+}
+
+fn refused(text: &str, says: &[&str]) -> Result<()> {
+    let (world, _listener) = guarded()?;
+    world.configure(text)?;
+    expect(&world, says)?;
+    let checked = world.enforcer(&["config", "check"])?;
+    ensure!(checked.code == 2, "config check: {checked:?}");
+    still_guarded(&world)
+}
+
+fn empty_allow() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], "[]")?;
+    let ran = world.enforcer(&["apply"])?.demand(0)?;
+    ensure!(ran.stderr.contains("WARN") && ran.stderr.contains("main"), "{}", ran.stderr);
+    world.attack(0).is_refused()
+}
+
+fn unreadable() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let config = world.path("enforcer.toml");
+    fs::remove_file(&config)?;
+    expect(&world, &["enforcer.toml"])?;
+    fs::create_dir(&config)?;
+    expect(&world, &["enforcer.toml"])?;
+    fs::remove_dir(&config)?;
+    good(&world)?;
+    still_guarded(&world)
+}
+
+fn reload() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    let daemon = world.daemon()?;
+    let toml = fs::read_to_string(world.path("enforcer.toml"))?;
+    fs::write(world.path("enforcer.toml"), format!("{toml}\nbogus = 1\n"))?;
+    daemon.reload()?;
+    still_guarded(&world)?;
+    fs::write(world.path("enforcer.toml"), &toml)?;
+    let status = world.status()?;
+    ensure!(status["state"] == "degraded" && status["causes"].to_string().contains("bogus"), "{status}");
+    daemon.reload()?;
+    let status = world.status()?;
+    ensure!(status["state"] == "enforcing", "{status}");
+    Ok(())
+}
+
+fn no_cgroup() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let main = "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n";
+    world.configure_on(&PathBuf::from("/sys/fs/cgroup/no-such-group"), main)?;
+    expect(&world, &["/sys/fs/cgroup/no-such-group", "cgroup"])?;
+    world.configure_on(&std::env::temp_dir(), main)?;
+    expect(&world, &["cgroup v2"])?;
+    good(&world)?;
+    still_guarded(&world)
+}
+
+fn no_bpffs() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let toml = fs::read_to_string(world.path("enforcer.toml"))?;
+    let elsewhere = world.path("pins");
+    fs::write(world.path("enforcer.toml"), toml.replace(&world.pins().display().to_string(), &elsewhere.display().to_string()))?;
+    expect(&world, &["bpffs", "pins"])?;
+    good(&world)?;
+    still_guarded(&world)
+}
+
+fn no_permission() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let user = NOBODY.to_string();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
+    // The build's directory may be closed to others.
+    let copy = world.path("enforcer");
+    fs::copy(binary("enforcer")?, &copy)?;
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+    command.arg(copy).arg("--config").arg(world.path("enforcer.toml"));
+    for action in ["apply", "run", "unload", "status", "events"] {
+        let mut one = Command::new(command.get_program());
+        let ran = ran(one.args(command.get_args()).arg(action))?.demand(2)?;
+        ensure!(ran.stderr.trim_end().lines().count() == 1 && ran.stderr.contains("ermission denied"), "{action}: {}", ran.stderr);
+    }
+    still_guarded(&world)
+}
+
+fn forbidden() -> Result<()> {
+    let world = World::new()?;
+    let _guard = crate::foreign::ExclusiveProgram::attach(&world.cgroup).context("attach another program")?;
+    good(&world)?;
+    let ran = world.enforcer(&["apply"])?.demand(2)?;
+    ensure!(ran.stderr.contains("sharing") && ran.stderr.contains("connect4"), "{}", ran.stderr);
+    ensure!(!world.pins().join("connect4").exists(), "a link was left");
+    Ok(())
+}
+
+fn foreign_pins() -> Result<()> {
+    let world = World::new()?;
+    good(&world)?;
+    world.apply()?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    for (mode, owner) in [(0o777, None), (0o700, Some(NOBODY))] {
+        fs::create_dir(world.pins())?;
+        fs::set_permissions(world.pins(), fs::Permissions::from_mode(mode))?;
+        std::os::unix::fs::chown(world.pins(), owner, owner)?;
+        expect(&world, &["0700", &world.pins().display().to_string()])?;
+        fs::remove_dir(world.pins())?;
+    }
+    Ok(())
+}
+
+fn in_use() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let _daemon = world.daemon()?;
+    expect(&world, &["in use"])?;
+    let second = world.enforcer(&["run"])?.demand(2)?;
+    ensure!(second.stderr.contains("in use"), "{}", second.stderr);
+    still_guarded(&world)
+}

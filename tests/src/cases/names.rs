@@ -1,0 +1,177 @@
+//! N1–N7 against a real DNS server that moves, fails, lies and falls silent.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::{Result, ensure};
+use hickory_proto::op::ResponseCode;
+use serde_json::Value;
+
+use super::{Case, case};
+use crate::{
+    dns::{DnsServer, Zone},
+    world::{Daemon, NOBODY, World, until},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("n1_a_aaaa_and_cname", families),
+        case("n3_n4_failures_keep_what_is_known", failures),
+        case("n3_one_name_never_touches_another", isolation),
+        case("n6_answers_that_name_this_host_are_refused", lies),
+        case("n5_unresolved_closed", closed),
+        case("n7_f1_a_restart_without_dns_keeps_the_names", restart),
+        case("b3_refresh_returns_when_the_kernel_holds_it", refresh),
+    ]
+}
+
+struct Named {
+    world: World,
+    dns: DnsServer,
+    _listener: crate::world::Listener,
+}
+
+impl Named {
+    fn new(names: &[&str], more: &str) -> Result<Self> {
+        let world = World::new()?;
+        let dns = DnsServer::start(None, world.address())?;
+        fs::write(world.path("resolv.conf"), format!("nameserver {}\noptions timeout:1 attempts:1\n", world.address()))?;
+        let mut text = format!("{more}\n[dns]\nmin_refresh = \"1s\"\nmax_refresh = \"2s\"\n");
+        for name in names {
+            let target = name.replace('.', "-");
+            text.push_str(&format!("[target.{target}]\nendpoints = [\"tcp://{name}:{}\"]\nallow = [\"root\"]\n", world.port));
+        }
+        world.configure(&text)?;
+        let listener = world.listen()?;
+        Ok(Self { world, dns, _listener: listener })
+    }
+
+    fn daemon(&self) -> Result<Daemon> {
+        self.world.daemon_with(&mut self.world.with_resolver()?)
+    }
+
+    /// Which of some hosts an ordinary user cannot reach: asked of the kernel's maps.
+    fn denied(&self, address: &str) -> Result<bool> {
+        let to = SocketAddr::new(address.parse()?, self.world.port);
+        Ok(self.world.enforcer(&["check", "nobody", &to.to_string()])?.code == 1)
+    }
+
+    fn name(&self, name: &str) -> Result<Value> {
+        let status = self.world.status()?;
+        let found = status["names"].as_array().and_then(|names| names.iter().find(|one| one["name"] == name)).cloned();
+        Ok(found.unwrap_or_default())
+    }
+}
+
+fn addresses(list: &[&str]) -> Zone {
+    Zone::Addresses(list.iter().filter_map(|text| text.parse::<IpAddr>().ok()).collect())
+}
+
+fn families() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", Zone::Alias("real.test".to_owned()));
+    named.dns.set("real.test", addresses(&["10.9.0.1", "10.9.0.2", "2001:db8::9"]));
+    let _daemon = named.daemon()?;
+    for address in ["10.9.0.1", "10.9.0.2", "2001:db8::9", "::ffff:10.9.0.1"] {
+        ensure!(named.denied(address)?, "{address} is open");
+    }
+    ensure!(!named.denied("10.9.0.3")?, "another address is judged");
+    ensure!(named.name("bus.test")?["stale"] == false, "{}", named.name("bus.test")?);
+    // It moves; what it had stays protected.
+    named.dns.set("real.test", addresses(&["10.9.0.7"]));
+    until("the move is followed", || named.denied("10.9.0.7"))?;
+    ensure!(named.denied("10.9.0.1")? && named.denied("2001:db8::9")?, "an address that left was let go (N4)");
+    Ok(())
+}
+
+fn failures() -> Result<()> {
+    for bad in [Zone::Code(ResponseCode::ServFail), Zone::Code(ResponseCode::NXDomain), Zone::Code(ResponseCode::Refused), Zone::Silence, addresses(&[])] {
+        let named = Named::new(&["bus.test"], "")?;
+        named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+        let _daemon = named.daemon()?;
+        named.dns.set("bus.test", bad.clone());
+        until("the name is stale", || Ok(named.name("bus.test")?["stale"] == true))?;
+        ensure!(named.denied("10.9.0.1")?, "{bad:?} opened the address");
+        let status = named.world.status()?;
+        ensure!(status["state"] == "degraded" && status["causes"].to_string().contains("bus.test"), "{status}");
+        named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+        named.world.enforcer(&["refresh"])?.demand(0)?;
+        ensure!(named.denied("10.9.0.2")? && named.world.status()?["state"] == "enforcing", "no recovery from {bad:?}");
+    }
+    Ok(())
+}
+
+fn isolation() -> Result<()> {
+    let named = Named::new(&["bus.test", "other.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    named.dns.set("other.test", addresses(&["10.9.1.1"]));
+    let _daemon = named.daemon()?;
+    named.dns.set("bus.test", Zone::Silence);
+    named.dns.set("other.test", addresses(&["10.9.1.2"]));
+    until("the other name is followed", || named.denied("10.9.1.2"))?;
+    ensure!(named.denied("10.9.0.1")?, "the silent name's address is open");
+    ensure!(named.name("other.test")?["stale"] == false, "{}", named.world.status()?);
+    Ok(())
+}
+
+fn lies() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["127.0.0.1", "169.254.169.254", "224.0.0.1", "10.9.0.1", "::1", "fe80::1"]));
+    let daemon = named.daemon()?;
+    ensure!(named.denied("10.9.0.1")?, "the good address is open");
+    for address in ["127.0.0.1", "169.254.169.254", "::1", "fe80::1"] {
+        ensure!(!named.denied(address)?, "{address} was taken from DNS");
+    }
+    ensure!(daemon.log().contains("refused") && daemon.log().contains("169.254.169.254"), "{}", daemon.log());
+    Ok(())
+}
+
+fn closed() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", Zone::Code(ResponseCode::ServFail));
+    let toml = named.world.path("enforcer.toml");
+    let text = fs::read_to_string(&toml)?;
+    let _daemon = named.daemon()?;
+    named.world.attack(NOBODY).reaches()?;
+    fs::write(&toml, text.replace("[dns]", "[dns]\nunresolved = \"closed\""))?;
+    _daemon.reload()?;
+    named.world.attack(NOBODY).is_refused()?;
+    named.world.attack(0).reaches()?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    named.world.enforcer(&["refresh"])?.demand(0)?;
+    named.world.attack(NOBODY).reaches()?;
+    ensure!(named.denied("10.9.0.1")?, "the address is open");
+    Ok(())
+}
+
+fn restart() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    named.daemon()?.kill()?;
+    ensure!(named.denied("10.9.0.1")?, "a crash opened the address");
+    named.dns.set("bus.test", Zone::Silence);
+    let _daemon = named.daemon()?;
+    ensure!(named.denied("10.9.0.1")?, "a restart without DNS opened the address");
+    ensure!(named.name("bus.test")?["stale"] == true, "{}", named.world.status()?);
+    Ok(())
+}
+
+fn refresh() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    let _daemon = named.daemon()?;
+    for host in 2..30_u8 {
+        let address = format!("10.9.0.{host}");
+        named.dns.set("bus.test", addresses(&[&address]));
+        named.world.enforcer(&["refresh"])?.demand(0)?;
+        ensure!(named.denied(&address)?, "{address} is open after refresh");
+    }
+    named.dns.set("bus.test", Zone::Silence);
+    let late = named.world.enforcer(&["refresh"])?;
+    ensure!(late.code == 1, "a refresh without an answer: {late:?}");
+    Ok(())
+}

@@ -1,0 +1,236 @@
+//! F6 and the surfaces: who may read and ask, and what is answered.
+
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path, process::Command};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::{Case, case};
+use crate::{
+    attack::Way,
+    world::{NOBODY, World, ask_raw, ran, until},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("f6_nothing_of_ours_is_open_to_others", closed),
+        case("control_socket_bears_anything", hostile_requests),
+        case("events_tell_who_and_where", events),
+        case("events_follow", follow),
+        case("status_counts_and_names_the_generation", status),
+        case("check_explains", check),
+        case("config_show_is_read_back", config_show),
+        case("f5_a_link_taken_away_comes_back", link_restored),
+        case("capabilities_are_dropped", capabilities),
+        case("help_names_every_command", help),
+    ]
+}
+
+fn guarded() -> Result<(World, crate::world::Listener)> {
+    let world = World::new()?;
+    let listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    Ok((world, listener))
+}
+
+fn closed() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let _daemon = world.daemon()?;
+    let mut waiting = vec![world.pins(), world.path("run")];
+    let mut seen = 0;
+    while let Some(path) = waiting.pop() {
+        let meta = fs::symlink_metadata(&path)?;
+        let wanted = if meta.is_dir() { 0o700 } else { 0o600 };
+        ensure!(meta.uid() == 0 && meta.mode() & 0o7777 == wanted, "{} has mode {:o}", path.display(), meta.mode());
+        if meta.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                waiting.push(entry?.path());
+            }
+        }
+        seen += 1;
+    }
+    ensure!(seen >= 14, "only {seen} paths were looked at");
+    let user = NOBODY.to_string();
+    let socket = world.path("run/control.sock");
+    let script = format!("import socket; socket.socket(socket.AF_UNIX).connect({:?})", socket.display().to_string());
+    let others = ran(Command::new("setpriv").args(["--reuid", &user, "--regid", &user, "--clear-groups", "python3", "-c", &script]))?;
+    ensure!(others.code != 0, "another user reached {}", socket.display());
+    Ok(())
+}
+
+fn hostile_requests() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let _daemon = world.daemon()?;
+    let socket = world.path("run/control.sock");
+    let long = vec![b'x'; 1 << 20];
+    let deep = [b"[".repeat(4000).as_slice(), b"\n"].concat();
+    for request in [b"\n".as_slice(), b"{}\n", b"\xff\xfe\n", b"{\"request\":\"format-disk\"}\n", b"null\n", &deep, b"{\"request\":\"status\""] {
+        let answer = ask_raw(&socket, request)?;
+        ensure!(answer.contains("error"), "{answer}");
+    }
+    let _ = ask_raw(&socket, &long);
+    ensure!(ask_raw(&socket, b"{\"request\":\"status\"}\n")?.contains("enforcer/status/1"), "it no longer answers");
+    world.attack(NOBODY).is_refused()
+}
+
+fn lines(world: &World) -> Result<Vec<Value>> {
+    let ran = world.enforcer(&["events", "--json"])?.demand(0)?;
+    ran.stdout.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+}
+
+fn events() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).way(Way::Mapped).run()?;
+    until("the event is there", || Ok(lines(&world)?.len() == 1))?;
+    let all = lines(&world)?;
+    let event = all.first().context("no event")?;
+    let here = world.here().to_string();
+    for (key, value) in [
+        ("schema", Value::from("enforcer/event/1")),
+        ("verdict", "deny".into()),
+        ("task_uid", NOBODY.into()),
+        ("socket_uid", NOBODY.into()),
+        ("protocol", "tcp".into()),
+        ("dialled", format!("[::ffff:{}]:{}", world.address(), world.port).into()),
+        ("judged", here.into()),
+        ("target", "main".into()),
+        ("comm", "attack".into()),
+        ("cgroup_id", fs::metadata(&world.cgroup)?.ino().into()),
+    ] {
+        ensure!(event[key] == value, "{key}: {event}");
+    }
+    ensure!(event["time"].as_str().is_some_and(|time| time.ends_with('Z')), "{event}");
+    ensure!(event["generation"].as_u64() == world.status()?["generation"].as_u64(), "{event}");
+    // A flood is counted where it cannot be told.
+    let fire = world.path("fire");
+    fs::write(&fire, "")?;
+    let hammer = world.attack(NOBODY).hammer(&fire)?;
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    fs::remove_file(&fire)?;
+    let refused = hammer.finish()?.refused + 1;
+    until("every denial is counted", || Ok(world.status()?["targets"][0]["denied"].as_u64() == Some(refused)))
+}
+
+fn follow() -> Result<()> {
+    use std::io::{BufRead as _, BufReader};
+    let (world, _listener) = guarded()?;
+    let _daemon = world.daemon()?;
+    let mut command = Command::new(crate::world::binary("enforcer")?);
+    command.arg("--config").arg(world.path("enforcer.toml")).args(["events", "--follow", "--json"]);
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn()?;
+    let mut reader = BufReader::new(child.stdout.take().context("no stdout")?);
+    let mut ports = Vec::new();
+    for _ in 0..3 {
+        world.attack(NOBODY).run()?;
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        ports.push(serde_json::from_str::<Value>(&line)?["judged"].clone());
+    }
+    child.kill()?;
+    child.wait()?;
+    ensure!(ports.iter().all(|port| *port == world.here().to_string()), "{ports:?}");
+    Ok(())
+}
+
+fn status() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let daemon = world.daemon()?;
+    let before = world.status()?;
+    world.attack(0).reaches()?;
+    world.attack(NOBODY).run()?;
+    world.attack(NOBODY).run()?;
+    let after = world.status()?;
+    ensure!(after["schema"] == "enforcer/status/1" && after["state"] == "enforcing", "{after}");
+    ensure!(after["daemon"]["pid"] == daemon.pid() && after["backend"] == "ebpf" && after["subject"] == "task+socket", "{after}");
+    let target = &after["targets"][0];
+    ensure!(target["name"] == "main" && target["allowed"] == 1 && target["denied"] == 2, "{after}");
+    ensure!(target["endpoints"] == 1 && after["endpoints"] == 1, "{after}");
+    daemon.reload()?;
+    ensure!(world.status()?["generation"] == before["generation"], "an unchanged rule set got a new generation");
+    world.configure_one(&[format!("tcp://{}", world.here()), "tcp://10.0.0.1:1".to_owned()], r#"["root"]"#)?;
+    daemon.reload()?;
+    let changed = world.status()?;
+    ensure!(changed["generation"].as_u64() > before["generation"].as_u64(), "{changed}");
+    ensure!(changed["targets"][0]["denied"] == 2, "a target that stays lost its counters: {changed}");
+    let table = world.enforcer(&["status"])?.demand(0)?;
+    ensure!(table.stdout.contains("main") && table.stdout.contains("enforcing"), "{}", table.stdout);
+    Ok(())
+}
+
+fn check() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let none = world.enforcer(&["check", "root", "127.0.0.1:1"])?.demand(2)?;
+    ensure!(none.stderr.contains("nothing is in force"), "{}", none.stderr);
+    world.apply()?;
+    let (here, port) = (world.here().to_string(), world.port);
+    for (arguments, code, says) in [
+        (vec!["root", &here], 0, "admits user 0"),
+        (vec!["0", &format!("tcp://{here}")], 0, "admits user 0"),
+        (vec!["nobody", &here], 1, "no principal that matches user 65534"),
+        (vec!["nobody", &format!("[::ffff:{}]:{port}", world.address())], 1, "refused by main"),
+        (vec!["nobody", &format!("0.0.0.0:{port}")], 1, "refused by main"),
+        (vec!["nobody", &format!("[::]:{port}")], 1, "refused by main"),
+        (vec!["nobody", &here, "--foreign-netns"], 0, "not an endpoint"),
+        (vec!["nobody", &format!("udp://{here}")], 0, "not an endpoint"),
+        (vec!["root", &here, "--socket-user", "nobody"], 1, "socket of user 65534"),
+        (vec!["root", &here, "--kernel"], 1, "kernel threads"),
+        (vec!["nosuchuser", &here], 2, "nosuchuser"),
+        (vec!["root", "127.0.0.1"], 2, "127.0.0.1"),
+        (vec!["root", &here, "--cgroup", "/no/such"], 2, "/no/such"),
+    ] {
+        let words: Vec<&str> = std::iter::once("check").chain(arguments).collect();
+        let ran = world.enforcer(&words)?.demand(code)?;
+        ensure!(format!("{}{}", ran.stdout, ran.stderr).contains(says), "{words:?}: {ran:?}");
+    }
+    let json = world.enforcer(&["check", "nobody", &here, "--json"])?.demand(1)?;
+    let report: Value = serde_json::from_str(&json.stdout)?;
+    ensure!(report["schema"] == "enforcer/check/1" && report["verdict"] == "deny" && report["judged"] == true, "{report}");
+    Ok(())
+}
+
+fn config_show() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let shown = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
+    fs::write(world.path("enforcer.toml"), &shown)?;
+    let again = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
+    ensure!(shown == again && shown.contains('#'), "{shown}\n---\n{again}");
+    serde_json::from_str::<Value>(&world.enforcer(&["config", "show", "--json"])?.demand(0)?.stdout)?;
+    world.enforcer(&["config", "check"])?.demand(0).map(drop)
+}
+
+fn link_restored() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let _daemon = world.daemon()?;
+    for name in ["connect4", "connect6"] {
+        fs::remove_file(world.pins().join(name))?;
+    }
+    world.attack(NOBODY).reaches()?;
+    until("the links are back", || Ok(world.attack(NOBODY).run()?.errno == Some(libc::EPERM)))?;
+    world.attack(NOBODY).way(Way::Mapped).is_refused()
+}
+
+fn capabilities() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let daemon = world.daemon()?;
+    let status = fs::read_to_string(Path::new("/proc").join(daemon.pid().to_string()).join("status"))?;
+    // CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39 (linux/capability.h).
+    let wanted = format!("{:016x}", 1_u64 << 12 | 1_u64 << 38 | 1_u64 << 39);
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        ensure!(status.lines().any(|line| line == format!("{set}:\t{wanted}")), "{set} is not {wanted}: {status}");
+    }
+    ensure!(status.contains("NoNewPrivs:\t1"), "{status}");
+    Ok(())
+}
+
+fn help() -> Result<()> {
+    let world = World::new()?;
+    let help = world.enforcer(&["--help"])?.demand(0)?.stdout;
+    for command in ["run", "apply", "status", "check", "events", "refresh", "unload", "config"] {
+        ensure!(help.contains(&format!("  {command} ")), "{command} is not in: {help}");
+        world.enforcer(&[command, "--help"])?.demand(0)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,638 @@
+//! A world for one case: scratch directory, cgroup, pins, network namespaces, listeners, the daemon. All gone when dropped.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    os::unix::net::UnixDatagram,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::attack::{GREETING, Way, Who};
+
+/// A user who may nothing.
+pub const NOBODY: u32 = 65534;
+/// How long anything may take before a case fails.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Begins the name of everything that a test makes.
+const MARK: &str = "enforcertest";
+
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// What one case needs; its address and port are nobody else's.
+#[derive(Debug)]
+pub struct World {
+    name: String,
+    number: u32,
+    dir: tempfile::TempDir,
+    /// Its cgroup, empty of processes at first.
+    pub cgroup: PathBuf,
+    /// A port that listeners of this world have.
+    pub port: u16,
+}
+
+impl World {
+    /// Makes a world.
+    pub fn new() -> Result<Self> {
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{MARK}_{}_{number}", std::process::id());
+        let cgroup = cgroup_mount()?.join(&name);
+        fs::create_dir(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
+        let dir = tempfile::Builder::new().prefix(&name).tempdir()?;
+        fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let port = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))?.local_addr()?.port();
+        Ok(Self { name, number, dir, cgroup, port })
+    }
+
+    /// A loopback address that nobody else uses.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let [.., number] = self.number.to_be_bytes();
+        IpAddr::from([127, 64 | high & 63, low, number | 1])
+    }
+
+    /// Where the world's own listener is dialled.
+    #[must_use]
+    pub fn here(&self) -> SocketAddr {
+        SocketAddr::new(self.address(), self.port)
+    }
+
+    /// A path in the scratch directory.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The pin directory.
+    #[must_use]
+    pub fn pins(&self) -> PathBuf {
+        Path::new("/sys/fs/bpf").join(&self.name)
+    }
+
+    /// Name for things that the world makes elsewhere.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Writes the configuration: this world's places, then `targets`.
+    pub fn configure(&self, targets: &str) -> Result<()> {
+        self.configure_on(&self.cgroup, targets)
+    }
+
+    /// As `configure`, for another cgroup.
+    pub fn configure_on(&self, cgroup: &Path, targets: &str) -> Result<()> {
+        let text = format!(
+            "cgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n{targets}",
+            cgroup,
+            self.pins(),
+            self.path("state"),
+            self.path("run/control.sock"),
+        );
+        fs::write(self.path("enforcer.toml"), text)?;
+        Ok(())
+    }
+
+    /// A configuration with one target `main` that owns `endpoints` and admits `allow`, both as in TOML lists.
+    pub fn configure_one(&self, endpoints: &[String], allow: &str) -> Result<()> {
+        self.configure(&format!("[target.main]\nendpoints = {endpoints:?}\nallow = {allow}\n"))
+    }
+
+    /// Runs the binary with this world's configuration.
+    pub fn enforcer<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<Ran> {
+        let mut command = Command::new(binary("enforcer")?);
+        command.arg("--config").arg(self.path("enforcer.toml")).args(arguments);
+        ran(&mut command)
+    }
+
+    /// Puts the configuration in force, and demands success.
+    pub fn apply(&self) -> Result<()> {
+        self.enforcer(&["apply"])?.demand(0).map(drop)
+    }
+
+    /// Starts the daemon and waits until it says that the kernel enforces.
+    pub fn daemon(&self) -> Result<Daemon> {
+        self.daemon_with(&mut Command::new(binary("enforcer")?))
+    }
+
+    /// As `daemon`, by a command that ends in the binary: inside namespaces.
+    pub fn daemon_with(&self, command: &mut Command) -> Result<Daemon> {
+        let notify = self.path("notify");
+        let _ = fs::remove_file(&notify);
+        let socket = UnixDatagram::bind(&notify)?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        command.arg("--config").arg(self.path("enforcer.toml")).arg("run").env("NOTIFY_SOCKET", &notify);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let log = Arc::new(Mutex::new(String::new()));
+        let stderr = child.stderr.take().context("no stderr")?;
+        let sink = Arc::clone(&log);
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(io::Result::ok) {
+                if let Ok(mut log) = sink.lock() {
+                    log.push_str(&line);
+                    log.push('\n');
+                }
+            }
+        });
+        let daemon = Daemon { child, log };
+        until("the daemon says READY", || {
+            let mut message = [0; 256];
+            let read = socket.recv(&mut message).unwrap_or(0);
+            Ok(String::from_utf8_lossy(message.get(..read).unwrap_or_default()).contains("READY=1"))
+        })
+        .map_err(|error| anyhow!("{error}; it said: {}", daemon.log()))?;
+        Ok(daemon)
+    }
+
+    /// The binary, to be started where `resolv.conf` in the scratch directory is the host's.
+    pub fn with_resolver(&self) -> Result<Command> {
+        let mut command = Command::new("unshare");
+        let script = "mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+        command.args(["--mount", "sh", "-c", script, "sh"]).arg(self.path("resolv.conf")).arg(binary("enforcer")?);
+        Ok(command)
+    }
+
+    /// Listens on every address of this host, this world's port, TCP and UDP, until the world ends.
+    pub fn listen(&self) -> Result<Listener> {
+        Listener::start(None, self.port)
+    }
+
+    /// An attack as `uid` from this world's cgroup on this world's listener.
+    #[must_use]
+    pub fn attack(&self, uid: u32) -> Attack {
+        Attack {
+            cgroup: Some(self.cgroup.clone()),
+            arguments: Vec::new(),
+            uid,
+            to: self.here(),
+            program: None,
+            prefix: Vec::new(),
+        }
+    }
+
+    /// The status, whatever its exit code.
+    pub fn status(&self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.enforcer(&["status", "--json"])?.stdout)?)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.pins());
+        for cgroup in [self.cgroup.join("child"), self.cgroup.clone()] {
+            let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+            for pid in processes.lines().filter_map(|line| line.parse().ok()) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            for _ in 0..100 {
+                if fs::remove_dir(&cgroup).is_ok() || !cgroup.exists() {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+}
+
+/// What is left of tests in the kernel: names of pins, cgroups, namespaces.
+pub fn leftovers() -> Result<Vec<String>> {
+    let mark = format!("{MARK}_{}_", std::process::id());
+    let mut left = Vec::new();
+    for dir in [PathBuf::from("/sys/fs/bpf"), cgroup_mount()?, "/run/netns".into(), std::env::temp_dir(), "/sys/class/net".into()] {
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&mark) {
+                left.push(entry.path().display().to_string());
+            }
+        }
+    }
+    Ok(left)
+}
+
+/// Where cgroup v2 is mounted.
+pub fn cgroup_mount() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let mount = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let path = words.next()?;
+        (words.next()? == "cgroup2").then(|| PathBuf::from(path))
+    });
+    mount.context("no cgroup v2 is mounted")
+}
+
+/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    if name == "enforcer"
+        && let Some(path) = std::env::var_os("ENFORCER_BIN")
+    {
+        return Ok(path.into());
+    }
+    let path = std::env::current_exe()?.with_file_name(name);
+    ensure!(path.exists(), "{} is not built; run cargo xtask test", path.display());
+    Ok(path)
+}
+
+/// Waits until `done` says so.
+pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if done()? {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    bail!("waited {} s in vain until {what}", PATIENCE.as_secs())
+}
+
+/// How a command ended.
+#[derive(Clone, Debug)]
+pub struct Ran {
+    /// Its exit code, -1 for a signal.
+    pub code: i32,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
+}
+
+impl Ran {
+    /// Fails unless the exit code is this.
+    pub fn demand(self, code: i32) -> Result<Self> {
+        ensure!(self.code == code, "exit code {} instead of {code}; stdout: {} stderr: {}", self.code, self.stdout, self.stderr);
+        Ok(self)
+    }
+}
+
+/// Runs a command to its end.
+pub fn ran(command: &mut Command) -> Result<Ran> {
+    let Output { status, stdout, stderr } = command.stdin(Stdio::null()).output().with_context(|| format!("run {command:?}"))?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok(Ran { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
+}
+
+/// A running daemon; killed when dropped, so that enforcement stays as after a crash.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: Arc<Mutex<String>>,
+}
+
+impl Daemon {
+    /// All it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.lock().map(|log| log.clone()).unwrap_or_default()
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
+    }
+
+    /// Sends SIGHUP and waits for the line that answers it.
+    pub fn reload(&self) -> Result<()> {
+        let answers = |log: &str| log.matches("reloaded ").count() + log.matches("reload: ").count();
+        let before = answers(&self.log());
+        self.signal(Signal::SIGHUP)?;
+        until("the daemon has reloaded", || Ok(answers(&self.log()) > before))
+    }
+
+    /// Waits for it to end by itself.
+    pub fn wait(&mut self) -> Result<i32> {
+        let mut code = None;
+        until("the daemon ends", || {
+            code = self.child.try_wait()?;
+            Ok(code.is_some())
+        })?;
+        Ok(code.and_then(|code| code.code()).unwrap_or(-1))
+    }
+
+    /// As `kill -9`.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An attempt to be made in a process of its own.
+#[derive(Clone, Debug)]
+pub struct Attack {
+    cgroup: Option<PathBuf>,
+    arguments: Vec<String>,
+    uid: u32,
+    to: SocketAddr,
+    program: Option<PathBuf>,
+    prefix: Vec<String>,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// `None` if the listener was reached.
+    pub errno: Option<i32>,
+    /// Length of the call.
+    pub time: Duration,
+}
+
+impl Attack {
+    /// By another way.
+    #[must_use]
+    pub fn way(self, way: Way) -> Self {
+        self.option("--way", &value(&way))
+    }
+
+    /// With other users.
+    #[must_use]
+    pub fn who(self, who: Who) -> Self {
+        self.option("--who", &value(&who))
+    }
+
+    /// To another destination.
+    #[must_use]
+    pub fn to(self, to: SocketAddr) -> Self {
+        Self { to, ..self }
+    }
+
+    /// From another cgroup.
+    #[must_use]
+    pub fn in_cgroup(self, cgroup: &Path) -> Self {
+        Self { cgroup: Some(cgroup.into()), ..self }
+    }
+
+    /// From the cgroup that the tests themselves run in.
+    #[must_use]
+    pub fn anywhere(self) -> Self {
+        Self { cgroup: None, ..self }
+    }
+
+    /// With a switch of the attack binary.
+    #[must_use]
+    pub fn flag(mut self, name: &str) -> Self {
+        self.arguments.push(name.to_owned());
+        self
+    }
+
+    /// With another option of the attack binary.
+    #[must_use]
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.arguments.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// With a copy of the attack binary, started by other means.
+    #[must_use]
+    pub fn program(mut self, prefix: &[&str], program: PathBuf) -> Self {
+        self.prefix = prefix.iter().map(ToString::to_string).collect();
+        Self { program: Some(program), ..self }
+    }
+
+    /// Makes it.
+    pub fn run(&self) -> Result<Outcome> {
+        let program = self.program.clone().map_or_else(|| binary("attack"), Ok)?;
+        let mut words = self.prefix.iter().map(Into::into).chain([program.into_os_string()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words).args(&self.arguments);
+        if let Some(cgroup) = &self.cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        command.args(["--uid", &self.uid.to_string()]).arg(self.to.to_string());
+        let ran = ran(&mut command)?.demand(0)?;
+        let words: Vec<&str> = ran.stdout.split_whitespace().collect();
+        let micros = |text: &str| text.parse().map(Duration::from_micros);
+        match words.as_slice() {
+            ["connected", time] => Ok(Outcome { errno: None, time: micros(time)? }),
+            ["errno", errno, time] => Ok(Outcome { errno: Some(errno.parse()?), time: micros(time)? }),
+            _ => bail!("the attack said {:?} {:?}", ran.stdout, ran.stderr),
+        }
+    }
+
+    /// Starts a process that connects again and again while `file` exists.
+    pub fn hammer(&self, file: &Path) -> Result<Hammer> {
+        let mut command = Command::new(binary("attack")?);
+        command.args(&self.arguments).arg("--hammer-while").arg(file).args(["--uid", &self.uid.to_string()]);
+        if let Some(cgroup) = &self.cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        let child = command.arg(self.to.to_string()).stdout(Stdio::piped()).spawn()?;
+        Ok(Hammer { child })
+    }
+
+    /// Fails unless the listener is reached.
+    pub fn reaches(&self) -> Result<()> {
+        let outcome = self.run()?;
+        ensure!(outcome.errno.is_none(), "{self:?} should reach the listener, but: {}", said(outcome));
+        Ok(())
+    }
+
+    /// Fails unless the call fails with EPERM, the fastest of five in under a millisecond (D8).
+    pub fn is_refused(&self) -> Result<()> {
+        let outcome = self.clone().option("--tries", "5").run()?;
+        ensure!(outcome.errno == Some(libc::EPERM), "{self:?} should fail with EPERM, but: {}", said(outcome));
+        ensure!(outcome.time < Duration::from_millis(1), "{self:?} was refused only after {:?}", outcome.time);
+        Ok(())
+    }
+}
+
+/// A process that connects again and again.
+#[derive(Debug)]
+pub struct Hammer {
+    child: Child,
+}
+
+/// What a hammer met.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Blows {
+    /// Reached the listener.
+    pub connected: u64,
+    /// EPERM.
+    pub refused: u64,
+    /// Any other error.
+    pub other: u64,
+}
+
+impl Hammer {
+    /// Waits for its end, once the file is gone.
+    pub fn finish(mut self) -> Result<Blows> {
+        let mut text = String::new();
+        self.child.stdout.take().context("no stdout")?.read_to_string(&mut text)?;
+        self.child.wait()?;
+        let words: Vec<&str> = text.split_whitespace().collect();
+        match words.as_slice() {
+            ["connected", connected, "refused", refused, "other", other] => {
+                Ok(Blows { connected: connected.parse()?, refused: refused.parse()?, other: other.parse()? })
+            }
+            _ => bail!("the hammer said {text:?}"),
+        }
+    }
+}
+
+impl Drop for Hammer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn said(outcome: Outcome) -> String {
+    outcome.errno.map_or_else(|| "it reached it".to_owned(), |errno| io::Error::from_raw_os_error(errno).to_string())
+}
+
+/// A clap value as written on a command line.
+fn value<T: clap::ValueEnum>(value: &T) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// A listener on every address of a network namespace, TCP and UDP, that greets whoever reaches it.
+#[derive(Debug)]
+pub struct Listener {
+    stop: Arc<std::sync::atomic::AtomicBool>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Listener {
+    /// Listens, in a namespace given by its file or in ours.
+    pub fn start(netns: Option<&Path>, port: u16) -> Result<Self> {
+        let netns = netns.map(Path::to_path_buf);
+        let bound = thread::spawn(move || -> Result<_> {
+            if let Some(netns) = netns {
+                setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
+            }
+            let tcp = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
+            tcp.set_only_v6(false)?;
+            tcp.set_reuse_address(true)?;
+            tcp.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+            tcp.listen(4096)?;
+            Ok((TcpListener::from(tcp), UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?))
+        });
+        let (tcp, udp) = bound.join().map_err(|_| anyhow!("the listener's thread panicked"))??;
+        tcp.set_nonblocking(true)?;
+        udp.set_read_timeout(Some(Duration::from_millis(20)))?;
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let (stop_tcp, stop_udp) = (Arc::clone(&stop), Arc::clone(&stop));
+        let greet_tcp = move || {
+            while !stop_tcp.load(Ordering::Relaxed) {
+                match tcp.accept() {
+                    Ok((mut stream, _)) => drop(stream.write_all(GREETING)),
+                    Err(_) => thread::sleep(Duration::from_micros(200)),
+                }
+            }
+        };
+        let greet_udp = move || {
+            let mut buffer = [0; 16];
+            while !stop_udp.load(Ordering::Relaxed) {
+                if let Ok((_, from)) = udp.recv_from(&mut buffer) {
+                    let _ = udp.send_to(GREETING, from);
+                }
+            }
+        };
+        Ok(Self { stop, threads: vec![thread::spawn(greet_tcp), thread::spawn(greet_udp)] })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A network namespace by name.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+}
+
+impl Netns {
+    /// Makes one, its loopback up.
+    pub fn new(world: &World, what: &str) -> Result<Self> {
+        let netns = Self { name: format!("{}_{what}", world.name()) };
+        ip(&["netns", "add", &netns.name])?;
+        ip(&["-n", &netns.name, "link", "set", "lo", "up"])?;
+        Ok(netns)
+    }
+
+    /// Joins two by a pair of devices with an address each, given with its prefix length.
+    pub fn join(&self, addresses: &[&str], other: &Self, others: &[&str]) -> Result<()> {
+        ip(&["link", "add", "veth0", "netns", &self.name, "type", "veth", "peer", "name", "veth0", "netns", &other.name])?;
+        for (netns, addresses) in [(self, addresses), (other, others)] {
+            for address in addresses {
+                let nodad: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
+                ip(&[&["-n", netns.name.as_str(), "address", "add", address, "dev", "veth0"], nodad].concat())?;
+            }
+            ip(&["-n", &netns.name, "link", "set", "veth0", "up"])?;
+        }
+        Ok(())
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn file(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
+    }
+
+    /// A command run in it; the other namespaces stay ours, so that cgroups and bpffs stay in view.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.file().display())).arg("--").arg(program);
+        command
+    }
+
+    /// Runs `ip` in it.
+    pub fn ip(&self, arguments: &[&str]) -> Result<()> {
+        ip(&[&["-n", self.name.as_str()], arguments].concat())
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = ip(&["netns", "delete", &self.name]);
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    ran(Command::new("ip").args(arguments))?.demand(0).with_context(|| format!("ip {}", arguments.join(" "))).map(drop)
+}
+
+/// Asks over a control socket as whoever we are.
+pub fn ask_raw(socket: &Path, request: &[u8]) -> Result<String> {
+    let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(request)?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
