@@ -15,7 +15,9 @@ use aya_build::{Package, Toolchain, build_ebpf};
 const DISTRIBUTION: &str = "debian";
 
 fn main() {
-    let Some(toolchain) = toolchain() else { fail("no toolchain here has the sources of core for the kernel programs") };
+    let Some(toolchain) = toolchain() else {
+        fail("no toolchain here has the sources of core for the kernel programs")
+    };
     if !has_linker() {
         fail("bpf-linker is missing");
     }
@@ -41,21 +43,32 @@ fn main() {
 
 /// One line, and what to do.
 fn fail(what: &str) -> ! {
-    eprintln!("build the kernel programs: {}; run `cargo xtask setup`", what.replace('\n', " "));
+    eprintln!(
+        "build the kernel programs: {}; run `cargo xtask setup`",
+        what.replace('\n', " ")
+    );
     exit(1)
 }
 
 /// The toolchain in use if it has rust-src, else the distribution's.
 fn toolchain() -> Option<String> {
     let current = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
-    [current.as_str(), DISTRIBUTION].into_iter().find(|name| has_sources(name)).map(str::to_owned)
+    [current.as_str(), DISTRIBUTION]
+        .into_iter()
+        .find(|name| has_sources(name))
+        .map(str::to_owned)
 }
 
 fn has_sources(toolchain: &str) -> bool {
-    let output = Command::new("rustup").args(["run", toolchain, "rustc", "--print", "sysroot"]).output();
+    let output = Command::new("rustup")
+        .args(["run", toolchain, "rustc", "--print", "sysroot"])
+        .output();
     let Ok(output) = output else { return false };
     let sysroot = String::from_utf8_lossy(&output.stdout);
-    output.status.success() && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core").exists()
+    output.status.success()
+        && Path::new(sysroot.trim())
+            .join("lib/rustlib/src/rust/library/core")
+            .exists()
 }
 
 fn has_linker() -> bool {

@@ -73,7 +73,13 @@ pub struct Decision {
     pub generation: u64,
 }
 
-const UNJUDGED: Decision = Decision { verdict: Verdict::Unjudged, owners: 0, refused: 0, slot: 0, generation: 0 };
+const UNJUDGED: Decision = Decision {
+    verdict: Verdict::Unjudged,
+    owners: 0,
+    refused: 0,
+    slot: 0,
+    generation: 0,
+};
 
 /// Judges one attempt.
 #[inline(always)]
@@ -83,7 +89,9 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
     }
     // Read once: all that follows comes from one slot, so no attempt sees half of two generations (F2).
     let Some(slot) = tables.active() else { return UNJUDGED };
-    let Some(generation) = tables.generation(slot) else { return UNJUDGED };
+    let Some(generation) = tables.generation(slot) else {
+        return UNJUDGED;
+    };
     let Some(owners) = owners(tables, subject, destination, slot, &generation) else {
         return UNJUDGED; // D1
     };
@@ -93,7 +101,13 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
         _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
         _ => Verdict::Deny,
     };
-    Decision { verdict, owners, refused, slot, generation: generation.number }
+    Decision {
+        verdict,
+        owners,
+        refused,
+        slot,
+        generation: generation.number,
+    }
 }
 
 /// The targets that own a destination.
@@ -105,7 +119,11 @@ fn owners<T: Tables, S: Subject>(
     slot: u8,
     generation: &Generation,
 ) -> Option<Owners> {
-    let Destination { protocol, port, address } = *destination;
+    let Destination {
+        protocol,
+        port,
+        address,
+    } = *destination;
     let mut scope = slot;
     if !is_v4(address) {
         scope |= scope::V6;
@@ -117,7 +135,12 @@ fn owners<T: Tables, S: Subject>(
         }
         scope |= scope::FOREIGN; // D5
     }
-    let key = EndpointKey { scope, protocol, port, address };
+    let key = EndpointKey {
+        scope,
+        protocol,
+        port,
+        address,
+    };
     let found = tables.exact(&key);
     // An unspecified destination has an entry of its own for every port of the rule set (D5).
     if found.is_some() || unspecified || generation.flags & flag::PREFIXES == 0 {
@@ -130,10 +153,22 @@ fn owners<T: Tables, S: Subject>(
 #[inline(always)]
 fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, levels: u64) -> Owners {
     if subject.is_kernel_thread() {
-        let key = PrincipalKey { cgroup: 0, uid: 0, kind: kind::KERNEL, slot, zero: 0 };
+        let key = PrincipalKey {
+            cgroup: 0,
+            uid: 0,
+            kind: kind::KERNEL,
+            slot,
+            zero: 0,
+        };
         return tables.principal(&key).unwrap_or(0);
     }
-    let mut task = PrincipalKey { cgroup: 0, uid: subject.task_user(), kind: kind::USER, slot, zero: 0 };
+    let mut task = PrincipalKey {
+        cgroup: 0,
+        uid: subject.task_user(),
+        kind: kind::USER,
+        slot,
+        zero: 0,
+    };
     let mut socket = task;
     match subject.socket_user() {
         SocketUser::Uid(uid) => socket.uid = uid,
@@ -141,7 +176,11 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
         SocketUser::Unreadable => return 0,
     }
     let mut admits_task = tables.principal(&task).unwrap_or(0);
-    let mut admits_socket = if task.uid == socket.uid { admits_task } else { tables.principal(&socket).unwrap_or(0) };
+    let mut admits_socket = if task.uid == socket.uid {
+        admits_task
+    } else {
+        tables.principal(&socket).unwrap_or(0)
+    };
     if levels == 0 || owners & !(admits_task & admits_socket) == 0 {
         return admits_task & admits_socket;
     }

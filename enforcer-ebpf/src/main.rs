@@ -2,7 +2,10 @@
 
 #![no_std]
 #![no_main]
-#![allow(unsafe_code, reason = "contexts, helpers and kernel pointers are raw by nature; the verifier checks each access")]
+#![allow(
+    unsafe_code,
+    reason = "contexts, helpers and kernel pointers are raw by nature; the verifier checks each access"
+)]
 #![allow(missing_docs, reason = "a program has no API")]
 
 use core::mem::offset_of;
@@ -113,14 +116,21 @@ fn word(context: &SockAddrContext, offset: usize) -> u32 {
 /// 1 lets the call go on, 0 makes it fail with EPERM (D8).
 #[inline(always)]
 fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Address) -> i32 {
-    #[allow(clippy::cast_possible_truncation, reason = "the kernel keeps the 16-bit port in a 32-bit field")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "the kernel keeps the 16-bit port in a 32-bit field"
+    )]
     let port = word(context, offset_of!(bpf_sock_addr, user_port)) as u16;
     let protocol = match word(context, offset_of!(bpf_sock_addr, protocol)) {
         6 | MPTCP => TCP,
         17 => UDP,
         _ => return 1, // D1
     };
-    let destination = Destination { protocol, port, address };
+    let destination = Destination {
+        protocol,
+        port,
+        address,
+    };
     let attempt = Attempt { context };
     let decision = decide::decide(&Maps, &attempt, &destination);
     match decision.verdict {
@@ -144,7 +154,9 @@ fn count(decision: &Decision) {
         let target = owners.trailing_zeros();
         let bit = owners & owners.wrapping_neg();
         owners ^= bit;
-        let Some(counters) = COUNTERS.get_ptr_mut(target) else { break };
+        let Some(counters) = COUNTERS.get_ptr_mut(target) else {
+            break;
+        };
         // SAFETY: the verifier proved the pointer; the element is this CPU's own.
         unsafe {
             if decision.refused & bit == 0 {
@@ -170,8 +182,13 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
     };
     let name = u32::from(decision.slot) * MAX_TARGETS + (decision.refused.trailing_zeros() & (MAX_TARGETS - 1));
     // SAFETY: helpers without pointer arguments.
-    let (time, cgroup, pid_tgid) =
-        unsafe { (bpf_ktime_get_boot_ns(), bpf_get_current_cgroup_id(), bpf_get_current_pid_tgid()) };
+    let (time, cgroup, pid_tgid) = unsafe {
+        (
+            bpf_ktime_get_boot_ns(),
+            bpf_get_current_cgroup_id(),
+            bpf_get_current_pid_tgid(),
+        )
+    };
     let mut task = [0_u8; 16];
     // SAFETY: the buffer is 16 bytes, the size of a task's name.
     unsafe { bpf_get_current_comm(task.as_mut_ptr().cast(), 16) };
@@ -288,7 +305,9 @@ impl Subject for Attempt<'_> {
         let mut word: u64 = 0;
         // SAFETY: a stack word of our own.
         unsafe { (&raw mut word).write_volatile(socket as u64) };
-        let Some(address) = read_kernel::<u64>((&raw const word).cast()) else { return SocketUser::Unreadable };
+        let Some(address) = read_kernel::<u64>((&raw const word).cast()) else {
+            return SocketUser::Unreadable;
+        };
         match read_kernel::<u32>((address + u64::from(offset)) as *const c_void) {
             Some(uid) => SocketUser::Uid(uid),
             None => SocketUser::Unreadable,

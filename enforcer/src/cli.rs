@@ -30,7 +30,12 @@ use crate::{
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
     /// Configuration file
-    #[arg(long, global = true, value_name = "PATH", default_value = "/etc/enforcer/enforcer.toml")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        default_value = "/etc/enforcer/enforcer.toml"
+    )]
     config: PathBuf,
     /// Log format, on stderr
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
@@ -151,7 +156,10 @@ pub fn main() -> ExitCode {
 }
 
 fn start_log(format: LogFormat, level: tracing::Level) {
-    let builder = tracing_subscriber::fmt().with_writer(io::stderr).with_max_level(level).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_max_level(level)
+        .with_target(false);
     match format {
         LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
         LogFormat::Json => builder.json().init(),
@@ -160,7 +168,10 @@ fn start_log(format: LogFormat, level: tracing::Level) {
 
 fn run(cli: &Cli) -> Result<Answer> {
     match &cli.command {
-        Command::Run => runtime()?.block_on(daemon::run(&cli.config)).map(|()| Answer::Yes).map_err(Into::into),
+        Command::Run => runtime()?
+            .block_on(daemon::run(&cli.config))
+            .map(|()| Answer::Yes)
+            .map_err(Into::into),
         Command::Apply => apply(&cli.config),
         Command::Status(json) => show_status(&cli.config, json),
         Command::Check(check) => run_check(&cli.config, check),
@@ -170,13 +181,20 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Config(ConfigCommand::Check) => check_config(&cli.config),
         Command::Config(ConfigCommand::Show(json)) => {
             let config = Config::load(&cli.config)?;
-            print(&if json.json { serde_json::to_string_pretty(&config)? } else { config.show() })
+            print(&if json.json {
+                serde_json::to_string_pretty(&config)?
+            } else {
+                config.show()
+            })
         }
     }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")
 }
 
 fn apply(config: &Path) -> Result<Answer> {
@@ -209,10 +227,18 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
 /// What is in force, as the kernel alone tells.
 fn status_from_pins(config: &Config) -> Result<Status> {
     let settings = &config.settings;
-    let observed = Pinned::open(&settings.pin_dir)?.map(|pinned| pinned.observe()).transpose()?;
+    let observed = Pinned::open(&settings.pin_dir)?
+        .map(|pinned| pinned.observe())
+        .transpose()?;
     let mount = host::cgroup2_mount()?;
     let context = Context {
-        cgroup: settings.cgroup.clone().or(mount).unwrap_or_default().display().to_string(),
+        cgroup: settings
+            .cgroup
+            .clone()
+            .or(mount)
+            .unwrap_or_default()
+            .display()
+            .to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
         ..Context::default()
     };
@@ -241,12 +267,17 @@ struct CheckTarget {
 fn run_check(config: &Path, check: &Check) -> Result<Answer> {
     let config = Config::load(config)?;
     let pin_dir = &config.settings.pin_dir;
-    let pinned = Pinned::open(pin_dir)?
-        .ok_or_else(|| anyhow!("nothing is in force in {}; start enforcer run, or enforcer apply", pin_dir.display()))?;
+    let pinned = Pinned::open(pin_dir)?.ok_or_else(|| {
+        anyhow!(
+            "nothing is in force in {}; start enforcer run, or enforcer apply",
+            pin_dir.display()
+        )
+    })?;
     let task = user(&check.user)?;
     let mount = host::cgroup2_mount()?.unwrap_or_default();
     let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
-    let cgroups = host::ancestors(&mount, &cgroup).with_context(|| format!("cgroup {cgroup} below {}", mount.display()))?;
+    let cgroups =
+        host::ancestors(&mount, &cgroup).with_context(|| format!("cgroup {cgroup} below {}", mount.display()))?;
     let subject = Subject {
         task,
         socket: Some(check.socket_user.as_deref().map(user).transpose()?.unwrap_or(task)),
@@ -256,8 +287,13 @@ fn run_check(config: &Path, check: &Check) -> Result<Answer> {
     let (protocol, addresses, port) = destination(&check.destination)?;
     let mut answer = Answer::Yes;
     for address in addresses {
-        let attempt =
-            Attempt { protocol, address, port, foreign_netns: check.foreign_netns, subject: subject.clone() };
+        let attempt = Attempt {
+            protocol,
+            address,
+            port,
+            foreign_netns: check.foreign_netns,
+            subject: subject.clone(),
+        };
         let report = judge(&pinned, &attempt)?;
         if report.verdict != "allow" {
             answer = Answer::No;
@@ -278,7 +314,9 @@ fn judge(pinned: &Pinned, attempt: &Attempt) -> Result<CheckReport> {
     let subject = &attempt.subject;
     let who = match (subject.kernel_thread, subject.socket) {
         (true, _) => "kernel threads".to_owned(),
-        (false, Some(socket)) if socket != subject.task => format!("user {} with a socket of user {socket}", subject.task),
+        (false, Some(socket)) if socket != subject.task => {
+            format!("user {} with a socket of user {socket}", subject.task)
+        }
         (false, _) => format!("user {}", subject.task),
     };
     let targets: Vec<CheckTarget> = checked
@@ -287,15 +325,26 @@ fn judge(pinned: &Pinned, attempt: &Attempt) -> Result<CheckReport> {
         .map(|(name, admits)| CheckTarget {
             name: name.clone(),
             admits: *admits,
-            reason: if *admits { format!("admits {who}") } else { format!("has no principal that matches {who}") },
+            reason: if *admits {
+                format!("admits {who}")
+            } else {
+                format!("has no principal that matches {who}")
+            },
         })
         .collect();
-    let refusing: Vec<&str> = targets.iter().filter(|target| !target.admits).map(|target| target.name.as_str()).collect();
+    let refusing: Vec<&str> = targets
+        .iter()
+        .filter(|target| !target.admits)
+        .map(|target| target.name.as_str())
+        .collect();
     let (verdict, reason) = match checked.verdict {
         Verdict::Unjudged => ("allow", "not an endpoint of any target".to_owned()),
         Verdict::Allow => ("allow", format!("every target that owns the endpoint admits {who}")),
         Verdict::Deny => ("deny", format!("refused by {}", refusing.join(", "))),
-        Verdict::WouldDeny => ("would-deny", format!("audit mode lets it pass; {} would refuse", refusing.join(", "))),
+        Verdict::WouldDeny => (
+            "would-deny",
+            format!("audit mode lets it pass; {} would refuse", refusing.join(", ")),
+        ),
     };
     let canonical = std::net::SocketAddr::new(attempt.address.to_canonical(), attempt.port);
     Ok(CheckReport {
@@ -324,7 +373,9 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
     let (protocol, rest) = match text.split_once("://") {
         Some(("tcp" | "nats" | "tls", rest)) => (Protocol::Tcp, rest),
         Some(("udp", rest)) => (Protocol::Udp, rest),
-        Some((scheme, _)) => bail!("destination {text}: {scheme} is not a protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT"),
+        Some((scheme, _)) => {
+            bail!("destination {text}: {scheme} is not a protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT")
+        }
         None => (Protocol::Tcp, text),
     };
     if let Ok(address) = rest.parse::<std::net::SocketAddr>() {
@@ -335,7 +386,9 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
         bail!("destination {text}: give one address and port, such as tcp://10.0.0.5:4222");
     };
     let port = endpoint.port.get();
-    let found = (name.as_str(), port).to_socket_addrs().with_context(|| format!("look up {name}"))?;
+    let found = (name.as_str(), port)
+        .to_socket_addrs()
+        .with_context(|| format!("look up {name}"))?;
     Ok((protocol, found.map(|address| address.ip()).collect(), port))
 }
 
@@ -345,7 +398,11 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
     runtime()?.block_on(control::ask_many(&config.settings.socket, &request, |reply| {
         let Reply::Event(line) = reply else { return Ok(()) };
         let mut out = io::stdout().lock();
-        if events.json.json { serde_json::to_writer(&mut out, &line)? } else { write!(out, "{line}")? }
+        if events.json.json {
+            serde_json::to_writer(&mut out, &line)?
+        } else {
+            write!(out, "{line}")?
+        }
         writeln!(out)?;
         out.flush()
     }))?;
@@ -360,7 +417,9 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
             print_one(&*status, &refresh.json, Status::render)?;
             Ok(answer_of(&status))
         }
-        Reply::Event(_) | Reply::Done | Reply::Error(_) => bail!("the daemon answered something else; is it another version?"),
+        Reply::Event(_) | Reply::Done | Reply::Error(_) => {
+            bail!("the daemon answered something else; is it another version?")
+        }
     }
 }
 
@@ -371,7 +430,11 @@ fn unload(config: &Path) -> Result<Answer> {
         Ok(_) => print("unloaded: nothing is in force any more; the daemon has ended\n"),
         Err(ControlError::NoDaemon { .. }) => {
             let was = ebpf::unload(&settings.pin_dir)?;
-            print(if was { "unloaded: nothing is in force any more\n" } else { "nothing was in force\n" })
+            print(if was {
+                "unloaded: nothing is in force any more\n"
+            } else {
+                "nothing was in force\n"
+            })
         }
         Err(error) => Err(error.into()),
     }
@@ -382,11 +445,19 @@ fn check_config(path: &Path) -> Result<Answer> {
     for warning in wanted.warnings() {
         print(&format!("{}: warning: {warning}\n", path.display()))?;
     }
-    print(&format!("{}: good, {} targets\n", path.display(), wanted.policy().targets.len()))
+    print(&format!(
+        "{}: good, {} targets\n",
+        path.display(),
+        wanted.policy().targets.len()
+    ))
 }
 
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {
-    if json.json { print(&format!("{}\n", serde_json::to_string(value)?)) } else { print(&render(value)) }
+    if json.json {
+        print(&format!("{}\n", serde_json::to_string(value)?))
+    } else {
+        print(&render(value))
+    }
 }
 
 fn print_line<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {

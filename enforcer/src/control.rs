@@ -115,17 +115,31 @@ pub enum ControlError {
 
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).
 pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
-    let failed = |action| move |error| ControlError::Io { action, path: path.into(), error };
+    let failed = |action| {
+        move |error| ControlError::Io {
+            action,
+            path: path.into(),
+            error,
+        }
+    };
     let dir = path.parent().unwrap_or(Path::new("/"));
     match fs::DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(ControlError::Io { action: "make", path: dir.into(), error });
+            return Err(ControlError::Io {
+                action: "make",
+                path: dir.into(),
+                error,
+            });
         }
         Ok(()) | Err(_) => {}
     }
     let meta = fs::metadata(dir).map_err(failed("look at the directory of"))?;
     if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
-        return Err(ControlError::Untrusted { path: dir.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
+        return Err(ControlError::Untrusted {
+            path: dir.into(),
+            uid: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        });
     }
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(ControlError::Busy { path: path.into() });
@@ -146,7 +160,9 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
     let places = std::sync::Arc::new(Semaphore::new(MAX_CALLERS));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let calls = calls.clone();
@@ -169,7 +185,9 @@ pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<R
     let protocol = || ControlError::Protocol { path: path.into() };
     let mut lines = call(path, request).await?;
     let line = timeout(patience, lines.next_line()).await.map_err(|_| protocol())?;
-    parse(&line.ok().flatten().ok_or_else(protocol)?).ok_or_else(protocol).and_then(refused)
+    parse(&line.ok().flatten().ok_or_else(protocol)?)
+        .ok_or_else(protocol)
+        .and_then(refused)
 }
 
 /// Asks the daemon and hands on each answer until it ends or `each` says so.
@@ -191,7 +209,19 @@ pub async fn ask_many(
 type Lines = tokio::io::Lines<BufReader<UnixStream>>;
 
 async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
-    let failed = |error| ControlError::NoDaemon { path: path.into(), error };
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::BrokenPipe => {
+            ControlError::NoDaemon {
+                path: path.into(),
+                error,
+            }
+        }
+        _ => ControlError::Io {
+            action: "connect to",
+            path: path.into(),
+            error,
+        },
+    };
     let mut stream = UnixStream::connect(path).await.map_err(failed)?;
     let mut line = serde_json::to_string(request).map_err(|error| failed(error.into()))?;
     line.push('\n');
@@ -218,16 +248,23 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result
     let mut line = Vec::new();
     let (read, mut write) = stream.split();
     let mut read = BufReader::new(read.take(MAX_REQUEST));
-    let complete = timeout(PATIENCE, read.read_until(b'\n', &mut line)).await.is_ok_and(|read| read.is_ok()) && line.ends_with(b"\n");
+    let complete = timeout(PATIENCE, read.read_until(b'\n', &mut line))
+        .await
+        .is_ok_and(|read| read.is_ok())
+        && line.ends_with(b"\n");
     let request = match serde_json::from_slice::<Request>(&line) {
         Ok(request) if complete => request,
         Ok(_) | Err(_) => {
-            let error = format!("a request is one line of JSON of at most {MAX_REQUEST} bytes, such as {{\"request\":\"status\"}}");
+            let error = format!(
+                "a request is one line of JSON of at most {MAX_REQUEST} bytes, such as {{\"request\":\"status\"}}"
+            );
             let mut text = serde_json::to_vec(&Reply::Error(error))?;
             text.push(b'\n');
             return write.write_all(&text).await;
         }
     };
+    // A caller that only follows has nothing more to say; any other may close its half and wait.
+    let follows = matches!(request, Request::Events { follow: true });
     let (replies, mut receiver) = mpsc::channel(64);
     if calls.send(Call { request, replies }).await.is_err() {
         return Ok(());
@@ -239,7 +276,7 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result
                 Some(reply) => send(&mut stream, &reply).await?,
                 None => return Ok(()),
             },
-            read = stream.read(&mut hung_up) => if !matches!(read, Ok(1..)) { return Ok(()) },
+            read = stream.read(&mut hung_up), if follows => if !matches!(read, Ok(1..)) { return Ok(()) },
         }
     }
 }

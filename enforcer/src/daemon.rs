@@ -21,7 +21,7 @@ use crate::{
     control::{self, Call, ControlError, Reply, Request},
     events::{self, Line, Lost},
     host::{self, AddressChanges},
-    policy::{Name, Policy, PolicyError, HostUsers},
+    policy::{HostUsers, Name, Policy, PolicyError},
     resolve::{Answer, LOOKUP_TIMEOUT, Names, lookup},
     ruleset::{CompileError, Host, compile},
     state,
@@ -30,6 +30,9 @@ use crate::{
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
+/// Denials read at once, and the rest after so many: what comes faster is counted as lost.
+const EVENTS_AT_ONCE: usize = 1024;
+const EVENT_REST: Duration = Duration::from_millis(50);
 /// Denials kept for callers that ask later.
 const KEPT_EVENTS: usize = 1024;
 
@@ -67,7 +70,9 @@ pub enum DaemonError {
         mount: PathBuf,
     },
     /// No cgroup v2 at all.
-    #[error("no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`")]
+    #[error(
+        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`"
+    )]
     NoCgroup2,
     /// Something of the operating system.
     #[error("{action}: {error}")]
@@ -97,16 +102,35 @@ impl Wanted {
     pub fn load(path: &std::path::Path) -> Result<Self, DaemonError> {
         let config = Config::load(path)?;
         let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
-        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io { action: "read /proc/self/mountinfo", error })?;
-        let cgroup = config.settings.cgroup.clone().or_else(|| mount.clone()).ok_or(DaemonError::NoCgroup2)?;
+        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
+            action: "read /proc/self/mountinfo",
+            error,
+        })?;
+        let cgroup = config
+            .settings
+            .cgroup
+            .clone()
+            .or_else(|| mount.clone())
+            .ok_or(DaemonError::NoCgroup2)?;
         let mount = mount.unwrap_or_else(|| cgroup.clone());
         for path_of in policy.cgroups() {
             if host::cgroup(&mount, &path_of).is_none() {
-                return Err(DaemonError::NoCgroup { path: path.into(), cgroup: path_of.to_string(), mount });
+                return Err(DaemonError::NoCgroup {
+                    path: path.into(),
+                    cgroup: path_of.to_string(),
+                    mount,
+                });
             }
         }
         let warnings = warnings.iter().map(ToString::to_string).collect();
-        Ok(Self { path: path.into(), config, policy, cgroup, mount, warnings })
+        Ok(Self {
+            path: path.into(),
+            config,
+            policy,
+            cgroup,
+            mount,
+            warnings,
+        })
     }
 
     /// What it means.
@@ -155,7 +179,10 @@ pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
     }
     daemon.apply_now()?;
     let mut status = daemon.status();
-    status.daemon = crate::status::DaemonStatus { running: false, pid: None };
+    status.daemon = crate::status::DaemonStatus {
+        running: false,
+        pid: None,
+    };
     Ok(status)
 }
 
@@ -179,6 +206,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     daemon.apply_now()?;
     daemon.look_up_all();
     let mut ready = false;
+    let mut rest = None;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -202,10 +230,14 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
                 guard.clear_ready();
                 daemon.look_at_host();
             }
-            Ok(mut guard) = denials.readable_mut() => {
-                daemon.take_events(guard.get_inner_mut());
-                guard.clear_ready();
+            Ok(mut guard) = denials.readable_mut(), if rest.is_none() => {
+                if daemon.take_events(guard.get_inner_mut()) {
+                    guard.clear_ready();
+                } else {
+                    rest = Some(Instant::now() + EVENT_REST);
+                }
             }
+            () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             _ = tick.tick() => daemon.look_at_host(),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
@@ -219,7 +251,10 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
         }
     }
     let _ = std::fs::remove_file(&socket);
-    info!("stopping; generation {} stays in force", daemon.kernel.observe()?.generation);
+    info!(
+        "stopping; generation {} stays in force",
+        daemon.kernel.observe()?.generation
+    );
     Ok(())
 }
 
@@ -241,10 +276,16 @@ impl Daemon {
         for (name, addresses) in &known {
             names.seed(name, addresses, Instant::now());
         }
-        let level = if tracing::enabled!(tracing::Level::TRACE) { TRACE_IN_KERNEL } else { 0 };
+        let level = if tracing::enabled!(tracing::Level::TRACE) {
+            TRACE_IN_KERNEL
+        } else {
+            0
+        };
         let kernel = Kernel::take_over(&settings.pin_dir, &wanted.cgroup, stays, level)?;
-        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups())
-            .map_err(|error| DaemonError::Io { action: "list this host's addresses", error })?;
+        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
+            action: "list this host's addresses",
+            error,
+        })?;
         Ok(Self {
             wanted,
             kernel,
@@ -265,8 +306,10 @@ impl Daemon {
     /// Compiles what is wanted now and puts it in force.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
         let resolved = self.names.resolved(Instant::now());
-        let rules = compile(&self.wanted.policy, &resolved, &self.host)
-            .map_err(|error| DaemonError::Compile { path: self.wanted.path.clone(), error })?;
+        let rules = compile(&self.wanted.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+            path: self.wanted.path.clone(),
+            error,
+        })?;
         let generation = self.kernel.apply(&rules)?;
         if resolved != self.saved {
             // The kernel holds the rules; only the next start would miss the addresses (N7).
@@ -303,8 +346,10 @@ impl Daemon {
             observed.targets.len(),
             self.wanted.cgroup.display()
         );
-        sd_notify::notify(&[sd_notify::NotifyState::Ready])
-            .map_err(|error| DaemonError::Io { action: "notify the service manager", error })
+        sd_notify::notify(&[sd_notify::NotifyState::Ready]).map_err(|error| DaemonError::Io {
+            action: "notify the service manager",
+            error,
+        })
     }
 
     fn reload(&mut self) {
@@ -329,15 +374,22 @@ impl Daemon {
         {
             return Err(DaemonError::Io {
                 action: "reload",
-                error: io::Error::other("cgroup, pin_dir, state_dir and socket cannot change while running; restart enforcer"),
+                error: io::Error::other(
+                    "cgroup, pin_dir, state_dir and socket cannot change while running; restart enforcer",
+                ),
             });
         }
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
-        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups())
-            .map_err(|error| DaemonError::Io { action: "list this host's addresses", error })?;
-        let before = (std::mem::replace(&mut self.wanted, wanted), std::mem::replace(&mut self.host, host));
+        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
+            action: "list this host's addresses",
+            error,
+        })?;
+        let before = (
+            std::mem::replace(&mut self.wanted, wanted),
+            std::mem::replace(&mut self.host, host),
+        );
         self.follow_policy();
         if let Err(error) = self.apply_now() {
             (self.wanted, self.host) = before;
@@ -389,7 +441,9 @@ impl Daemon {
     }
 
     fn answer_waiting(&mut self) {
-        let (done, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|one| one.names.is_empty());
+        let (done, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|one| one.names.is_empty());
         self.waiting = waiting;
         let done: Vec<Waiting> = done;
         if !done.is_empty() {
@@ -416,10 +470,14 @@ impl Daemon {
         self.apply_or_keep();
     }
 
-    fn take_events(&mut self, source: &mut Events) {
-        let Ok(boot) = events::boot_time() else { return };
-        while let Some(record) = source.next() {
+    /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
+    fn take_events(&mut self, source: &mut Events) -> bool {
+        let Ok(boot) = events::boot_time() else { return true };
+        let mut taken = 0;
+        while taken < EVENTS_AT_ONCE {
+            let Some(record) = source.next() else { break };
             self.publish(Line::Event(events::read(&record, boot)));
+            taken += 1;
         }
         if let Ok(lost) = self.kernel.lost()
             && lost > self.lost
@@ -427,6 +485,7 @@ impl Daemon {
             self.publish(Line::Lost(Lost::new(lost - self.lost)));
             self.lost = lost;
         }
+        taken < EVENTS_AT_ONCE
     }
 
     fn publish(&mut self, line: Line) {
@@ -465,10 +524,18 @@ impl Daemon {
     }
 
     fn status(&self) -> Status {
-        let mut causes: Vec<String> = self.apply_fault.iter().chain(&self.reload_fault).chain(&self.state_fault).cloned().collect();
+        let mut causes: Vec<String> = self
+            .apply_fault
+            .iter()
+            .chain(&self.reload_fault)
+            .chain(&self.state_fault)
+            .cloned()
+            .collect();
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) {
-                causes.push(format!("cgroup {path} is gone; its principals match nobody until it is made again"));
+                causes.push(format!(
+                    "cgroup {path} is gone; its principals match nobody until it is made again"
+                ));
             }
         }
         let observed = self.kernel.observe();
@@ -524,7 +591,10 @@ fn drop_capabilities() -> Result<(), DaemonError> {
         return Ok(());
     }
     let held = caps::read(None, CapSet::Permitted).map_err(failed)?;
-    let keep: caps::CapsHashSet = wanted.into_iter().filter(|capability| held.contains(capability)).collect();
+    let keep: caps::CapsHashSet = wanted
+        .into_iter()
+        .filter(|capability| held.contains(capability))
+        .collect();
     if held.contains(&Capability::CAP_SETPCAP) {
         for capability in supported.difference(&keep) {
             caps::drop(None, CapSet::Bounding, *capability).map_err(failed)?;

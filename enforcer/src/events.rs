@@ -69,7 +69,10 @@ impl Lost {
     /// So many.
     #[must_use]
     pub fn new(lost: u64) -> Self {
-        Self { schema: "enforcer/lost/1".to_owned(), lost }
+        Self {
+            schema: "enforcer/lost/1".to_owned(),
+            lost,
+        }
     }
 }
 
@@ -81,13 +84,26 @@ pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
         4 => IpAddr::V4(Ipv4Addr::from(u32::from_be(first(record.dialled)))),
         _ => IpAddr::V6(v6(record.dialled)),
     };
-    let judged = if is_v4(record.judged) { v6(record.judged).to_canonical() } else { IpAddr::V6(v6(record.judged)) };
-    let name_end = record.task.iter().position(|byte| *byte == 0).unwrap_or(record.task.len());
+    let judged = if is_v4(record.judged) {
+        v6(record.judged).to_canonical()
+    } else {
+        IpAddr::V6(v6(record.judged))
+    };
+    let name_end = record
+        .task
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(record.task.len());
     let time = boot + Duration::from_nanos(record.time);
     Event {
         schema: "enforcer/event/1".to_owned(),
         time: jiff::Timestamp::try_from(time).map_or_else(|_| String::new(), |time| format!("{time:.6}")),
-        verdict: if record.verdict == Verdict::WouldDeny as u8 { "would-deny" } else { "deny" }.to_owned(),
+        verdict: if record.verdict == Verdict::WouldDeny as u8 {
+            "would-deny"
+        } else {
+            "deny"
+        }
+        .to_owned(),
         pid: record.pid,
         tid: record.tid,
         comm: String::from_utf8_lossy(record.task.get(..name_end).unwrap_or_default()).into_owned(),
@@ -114,7 +130,11 @@ impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Event(event) => event.fmt(f),
-            Self::Lost(lost) => write!(f, "{} denials were lost: they came faster than they were read", lost.lost),
+            Self::Lost(lost) => write!(
+                f,
+                "{} denials were lost: they came faster than they were read",
+                lost.lost
+            ),
         }
     }
 }
@@ -123,7 +143,11 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // A task chooses its name: nothing in it may steer a terminal.
         let comm = self.comm.escape_debug();
-        write!(f, "{} {} {comm}[{}] uid {}", self.time, self.verdict, self.pid, self.task_uid)?;
+        write!(
+            f,
+            "{} {} {comm}[{}] uid {}",
+            self.time, self.verdict, self.pid, self.task_uid
+        )?;
         if self.kernel_thread {
             f.write_str(" (kernel thread)")?;
         }

@@ -11,9 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 
 use crate::{
     policy::CgroupPath,
@@ -48,7 +46,10 @@ pub fn cgroup(mount: &Path, path: &CgroupPath) -> Option<Cgroup> {
     let relative = path.as_str().trim_start_matches('/');
     let meta = fs::metadata(mount.join(relative)).ok().filter(fs::Metadata::is_dir)?;
     let level = relative.split('/').filter(|part| !part.is_empty()).count();
-    Some(Cgroup { id: meta.ino(), level: u32::try_from(level).ok()? })
+    Some(Cgroup {
+        id: meta.ino(),
+        level: u32::try_from(level).ok()?,
+    })
 }
 
 /// Ids of a cgroup and all its ancestors, the root's first; an error names what does not exist.
@@ -73,7 +74,11 @@ pub fn cgroup_path(mount: &Path, id: u64) -> Option<String> {
             return Some(format!("/{}", relative.display()));
         }
         let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        waiting.extend(entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()));
+        waiting.extend(
+            entries
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                .map(|e| e.path()),
+        );
     }
     None
 }
@@ -81,7 +86,10 @@ pub fn cgroup_path(mount: &Path, id: u64) -> Option<String> {
 /// This host as it is now; cgroups that do not exist are left out.
 pub fn snapshot(mount: Option<&Path>, cgroups: &BTreeSet<CgroupPath>) -> io::Result<Host> {
     let found = |path: &CgroupPath| Some((path.clone(), cgroup(mount?, path)?));
-    Ok(Host { local: local_addresses()?, cgroups: cgroups.iter().filter_map(found).collect() })
+    Ok(Host {
+        local: local_addresses()?,
+        cgroups: cgroups.iter().filter_map(found).collect(),
+    })
 }
 
 /// Becomes readable when an address of this network namespace comes or goes (man 7 rtnetlink).
@@ -95,7 +103,10 @@ impl AddressChanges {
         const RTMGRP_IPV6_IFADDR: u32 = 0x100;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
-        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))?;
+        bind(
+            fd.as_raw_fd(),
+            &NetlinkAddr::new(0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR),
+        )?;
         Ok(Self(fd))
     }
 

@@ -99,7 +99,11 @@ impl Names {
     /// No names yet.
     #[must_use]
     pub fn new(dns: Dns) -> Self {
-        Self { dns, names: BTreeMap::new(), random: || f64::from(random_bits()) / f64::from(u32::MAX) }
+        Self {
+            dns,
+            names: BTreeMap::new(),
+            random: || f64::from(random_bits()) / f64::from(u32::MAX),
+        }
     }
 
     /// Takes other settings; what is known stays.
@@ -127,15 +131,28 @@ impl Names {
     /// Protects addresses known from before this process, as if they had just left an answer (N7).
     pub fn seed(&mut self, name: &Name, addresses: &BTreeSet<IpAddr>, now: Instant) {
         if let Some(state) = self.names.get_mut(name) {
-            state.left.extend(addresses.iter().take(MAX_ADDRESSES).map(|address| (canonical(*address), now)));
+            state.left.extend(
+                addresses
+                    .iter()
+                    .take(MAX_ADDRESSES)
+                    .map(|address| (canonical(*address), now)),
+            );
         }
     }
 
     /// When the next look-up is due, or the next address has been retained long enough.
     #[must_use]
     pub fn next_due(&self) -> Option<Instant> {
-        let lookups = self.names.values().filter(|state| !state.in_flight).map(|state| state.due);
-        let expiries = self.names.values().flat_map(|state| state.left.values()).map(|left| *left + self.dns.retain);
+        let lookups = self
+            .names
+            .values()
+            .filter(|state| !state.in_flight)
+            .map(|state| state.due);
+        let expiries = self
+            .names
+            .values()
+            .flat_map(|state| state.left.values())
+            .map(|left| *left + self.dns.retain);
         lookups.chain(expiries).min()
     }
 
@@ -144,18 +161,25 @@ impl Names {
         for state in self.names.values_mut() {
             state.left.retain(|_, left| now < *left + self.dns.retain);
         }
-        let due = self.names.iter().filter(|(_, state)| !state.in_flight && state.due <= now);
+        let due = self
+            .names
+            .iter()
+            .filter(|(_, state)| !state.in_flight && state.due <= now);
         due.map(|(name, _)| name.clone()).collect()
     }
 
     /// Takes note that a look-up has begun; false if one is under way already.
     pub fn begin(&mut self, name: &Name) -> bool {
-        self.names.get_mut(name).is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
+        self.names
+            .get_mut(name)
+            .is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
     }
 
     /// Takes an answer: only a newer positive one changes anything (N3).
     pub fn answered(&mut self, now: Instant, name: &Name, answer: Answer) -> Vec<Note> {
-        let Some(state) = self.names.get_mut(name) else { return Vec::new() };
+        let Some(state) = self.names.get_mut(name) else {
+            return Vec::new();
+        };
         state.in_flight = false;
         let before = state.addresses();
         let (stale_before, refused_before, dropped_before) =
@@ -172,25 +196,34 @@ impl Names {
             Answer::Dns { a, aaaa } => {
                 state.refused.clear();
                 let (a, aaaa) = (state.take(0, a, now), state.take(1, aaaa, now));
-                let nothing = state.current.iter().all(BTreeSet::is_empty).then(|| "no address".to_owned());
+                let nothing = state
+                    .current
+                    .iter()
+                    .all(BTreeSet::is_empty)
+                    .then(|| "no address".to_owned());
                 state.stale = a.as_ref().err().or(aaaa.as_ref().err()).cloned().or(nothing);
-                a.into_iter().chain(aaaa).flatten().min().unwrap_or(self.dns.max_refresh)
+                a.into_iter()
+                    .chain(aaaa)
+                    .flatten()
+                    .min()
+                    .unwrap_or(self.dns.max_refresh)
             }
         };
         state.cap();
         let jitter = 0.9 + 0.2 * (self.random)();
-        state.due = now + match state.stale {
-            None => {
-                state.failures = 0;
-                let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
-                wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
-            }
-            Some(_) => {
-                state.failures = state.failures.saturating_add(1);
-                let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
-                (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
-            }
-        };
+        state.due = now
+            + match state.stale {
+                None => {
+                    state.failures = 0;
+                    let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
+                    wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
+                }
+                Some(_) => {
+                    state.failures = state.failures.saturating_add(1);
+                    let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
+                    (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
+                }
+            };
         let mut notes = Vec::new();
         let after = state.addresses();
         if after != before {
@@ -215,8 +248,18 @@ impl Names {
     #[must_use]
     pub fn resolved(&self, now: Instant) -> Resolved {
         let kept = |state: &State| {
-            let left = state.left.iter().filter(|(_, left)| now < **left + self.dns.retain).map(|(address, _)| *address);
-            state.current.iter().flatten().copied().chain(left).collect::<BTreeSet<_>>()
+            let left = state
+                .left
+                .iter()
+                .filter(|(_, left)| now < **left + self.dns.retain)
+                .map(|(address, _)| *address);
+            state
+                .current
+                .iter()
+                .flatten()
+                .copied()
+                .chain(left)
+                .collect::<BTreeSet<_>>()
         };
         let all = self.names.iter().map(|(name, state)| (name.clone(), kept(state)));
         all.filter(|(_, addresses)| !addresses.is_empty()).collect()
@@ -247,8 +290,10 @@ impl State {
         let known = self.current.get(family).is_some_and(|known| !known.is_empty());
         match outcome {
             Outcome::Found { addresses, ttl } => {
-                let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
-                    addresses.into_iter().map(canonical).partition(|address| may_be_answered(*address));
+                let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
+                    .into_iter()
+                    .map(canonical)
+                    .partition(|address| may_be_answered(*address));
                 self.refused.extend(refused);
                 if good.is_empty() {
                     return Err(format!("{kind}: every address in the answer is refused")); // N6
@@ -263,9 +308,12 @@ impl State {
     }
 
     fn replace(&mut self, family: usize, addresses: BTreeSet<IpAddr>, now: Instant) {
-        let Some(current) = self.current.get_mut(family) else { return };
+        let Some(current) = self.current.get_mut(family) else {
+            return;
+        };
         self.left.retain(|address, _| !addresses.contains(address));
-        self.left.extend(current.difference(&addresses).map(|address| (*address, now))); // N4
+        self.left
+            .extend(current.difference(&addresses).map(|address| (*address, now))); // N4
         *current = addresses;
     }
 
@@ -274,7 +322,11 @@ impl State {
         let mut over = self.addresses().len().saturating_sub(MAX_ADDRESSES);
         self.dropped = over;
         while over > 0 {
-            let oldest = self.left.iter().min_by_key(|(_, left)| **left).map(|(address, _)| *address);
+            let oldest = self
+                .left
+                .iter()
+                .min_by_key(|(_, left)| **left)
+                .map(|(address, _)| *address);
             let gone = match oldest {
                 Some(address) => self.left.remove(&address).is_some(),
                 None => self.current.iter_mut().rev().any(|family| family.pop_last().is_some()),
@@ -304,16 +356,24 @@ fn random_bits() -> u32 {
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |addresses: &BTreeSet<IpAddr>| {
-            addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-        };
+        let list =
+            |addresses: &BTreeSet<IpAddr>| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         match self {
-            Self::Stale(name, cause) => write!(f, "name {name} is stale ({cause}); what is known of it stays protected"),
+            Self::Stale(name, cause) => {
+                write!(f, "name {name} is stale ({cause}); what is known of it stays protected")
+            }
             Self::Fresh(name) => write!(f, "name {name} is answered again"),
             Self::Refused(name, addresses) => {
-                write!(f, "name {name}: refused {} (a DNS answer may not name loopback, link-local, multicast or unspecified addresses)", list(addresses))
+                write!(
+                    f,
+                    "name {name}: refused {} (a DNS answer may not name loopback, link-local, multicast or unspecified addresses)",
+                    list(addresses)
+                )
             }
-            Self::TooMany(name, over) => write!(f, "name {name}: {over} addresses beyond {MAX_ADDRESSES} were let go, the oldest first"),
+            Self::TooMany(name, over) => write!(
+                f,
+                "name {name}: {over} addresses beyond {MAX_ADDRESSES} were let go, the oldest first"
+            ),
             Self::Changed(name, addresses) => write!(f, "name {name} is now {}", list(addresses)),
         }
     }

@@ -5,7 +5,9 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use enforcer_ebpf::{MAX_CGROUP_DEPTH, MAX_CGROUP_LEVELS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, Verdict};
+use enforcer_ebpf::{
+    MAX_CGROUP_DEPTH, MAX_CGROUP_LEVELS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, Verdict,
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::policy::{CgroupPath, Destination, Mode, Name, Policy, Principal, Protocol, Uid, Unresolved, canonical};
@@ -86,7 +88,9 @@ pub enum CompileError {
         found: usize,
     },
     /// More than [`MAX_ENDPOINTS`] single addresses, with what their ports need.
-    #[error("{found} endpoints and {ports} entries for their ports are more than the maximum of {MAX_ENDPOINTS}; name prefixes instead of single addresses")]
+    #[error(
+        "{found} endpoints and {ports} entries for their ports are more than the maximum of {MAX_ENDPOINTS}; name prefixes instead of single addresses"
+    )]
     Endpoints {
         /// How many single addresses.
         found: usize,
@@ -106,7 +110,9 @@ pub enum CompileError {
         found: usize,
     },
     /// A cgroup too deep.
-    #[error("cgroup {cgroup} lies {level} levels deep, more than the maximum of {MAX_CGROUP_DEPTH}; name an ancestor of it")]
+    #[error(
+        "cgroup {cgroup} lies {level} levels deep, more than the maximum of {MAX_CGROUP_DEPTH}; name an ancestor of it"
+    )]
     Depth {
         /// Its path.
         cgroup: CgroupPath,
@@ -114,7 +120,9 @@ pub enum CompileError {
         level: u32,
     },
     /// Cgroups of too many depths.
-    #[error("the cgroups that principals name lie at {found} different depths, more than the maximum of {MAX_CGROUP_LEVELS}; name ancestors at fewer depths")]
+    #[error(
+        "the cgroups that principals name lie at {found} different depths, more than the maximum of {MAX_CGROUP_LEVELS}; name ancestors at fewer depths"
+    )]
     Levels {
         /// How many.
         found: usize,
@@ -124,19 +132,34 @@ pub enum CompileError {
 /// Compiles a policy. A principal whose cgroup does not exist now matches nobody.
 pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<RuleSet, CompileError> {
     if policy.targets.len() > MAX_TARGETS as usize {
-        return Err(CompileError::Targets { found: policy.targets.len() });
+        return Err(CompileError::Targets {
+            found: policy.targets.len(),
+        });
     }
     let mut places = Vec::new();
     let mut targets = Vec::with_capacity(policy.targets.len());
     for (index, target) in policy.targets.iter().enumerate() {
         for endpoint in &target.endpoints {
             expand(&endpoint.destination, policy.dns.unresolved, resolved, host, |net| {
-                places.push((Place { protocol: endpoint.protocol, port: endpoint.port.get(), net }, 1_u64 << index));
+                places.push((
+                    Place {
+                        protocol: endpoint.protocol,
+                        port: endpoint.port.get(),
+                        net,
+                    },
+                    1_u64 << index,
+                ));
             });
         }
-        let principals =
-            target.principals.iter().filter_map(|principal| principal_now(principal, host)).collect::<Vec<_>>();
-        targets.push(RuleTarget { name: target.name.clone(), principals });
+        let principals = target
+            .principals
+            .iter()
+            .filter_map(|principal| principal_now(principal, host))
+            .collect::<Vec<_>>();
+        targets.push(RuleTarget {
+            name: target.name.clone(),
+            principals,
+        });
     }
     places.sort_unstable();
     places.dedup_by(|later, kept| {
@@ -146,7 +169,11 @@ pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<Rule
         }
         same
     });
-    let rules = RuleSet { mode: policy.mode, targets, places };
+    let rules = RuleSet {
+        mode: policy.mode,
+        targets,
+        places,
+    };
     check_limits(&rules)?;
     Ok(rules)
 }
@@ -215,7 +242,7 @@ pub fn explain(rules: &RuleSet, attempt: &Attempt) -> Explanation {
         .map(|(index, target)| (index, target_admits(target, &attempt.subject)))
         .collect();
     let verdict = match () {
-        () if owners.is_empty() => Verdict::Unjudged,                    // D1
+        () if owners.is_empty() => Verdict::Unjudged,                     // D1
         () if owners.iter().all(|(_, admits)| *admits) => Verdict::Allow, // D2
         () if rules.mode == Mode::Audit => Verdict::WouldDeny,
         () => Verdict::Deny,
@@ -240,9 +267,10 @@ fn target_admits(target: &RuleTarget, subject: &Subject) -> bool {
     let admits = |user: Uid| {
         target.principals.iter().any(|principal| match principal {
             RulePrincipal::User { uid, cgroup: None } => *uid == user,
-            RulePrincipal::User { uid, cgroup: Some((_, cgroup)) } => {
-                *uid == user && subject.cgroups.contains(&cgroup.id)
-            }
+            RulePrincipal::User {
+                uid,
+                cgroup: Some((_, cgroup)),
+            } => *uid == user && subject.cgroups.contains(&cgroup.id),
             RulePrincipal::Kernel => false,
         })
     };
@@ -289,10 +317,19 @@ fn expand(
 /// A principal as it matches now; none where its cgroup does not exist.
 fn principal_now(principal: &Principal, host: &Host) -> Option<RulePrincipal> {
     match principal {
-        Principal::User { uid, cgroup: None } => Some(RulePrincipal::User { uid: *uid, cgroup: None }),
-        Principal::User { uid, cgroup: Some(path) } => {
+        Principal::User { uid, cgroup: None } => Some(RulePrincipal::User {
+            uid: *uid,
+            cgroup: None,
+        }),
+        Principal::User {
+            uid,
+            cgroup: Some(path),
+        } => {
             let cgroup = host.cgroups.get(path)?;
-            Some(RulePrincipal::User { uid: *uid, cgroup: Some((path.clone(), *cgroup)) })
+            Some(RulePrincipal::User {
+                uid: *uid,
+                cgroup: Some((path.clone(), *cgroup)),
+            })
         }
         Principal::Kernel => Some(RulePrincipal::Kernel),
     }
@@ -302,10 +339,16 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
     let singles = rules.places.iter().filter(|(place, _)| is_single(&place.net)).count();
     let prefixes = rules.places.len() - singles;
     // The kernel holds an entry of its own for every unspecified destination, as dialled here and from elsewhere (D5).
-    let unspecified: BTreeSet<_> =
-        rules.places.iter().map(|(place, _)| (place.protocol, place.port, is_loopback(&place.net))).collect();
+    let unspecified: BTreeSet<_> = rules
+        .places
+        .iter()
+        .map(|(place, _)| (place.protocol, place.port, is_loopback(&place.net)))
+        .collect();
     if singles + unspecified.len() > MAX_ENDPOINTS as usize {
-        return Err(CompileError::Endpoints { found: singles, ports: unspecified.len() });
+        return Err(CompileError::Endpoints {
+            found: singles,
+            ports: unspecified.len(),
+        });
     }
     if prefixes > MAX_PREFIXES as usize {
         return Err(CompileError::Prefixes { found: prefixes });
@@ -316,9 +359,16 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
     }
     let mut levels = BTreeSet::new();
     for principal in rules.targets.iter().flat_map(|target| &target.principals) {
-        if let RulePrincipal::User { cgroup: Some((path, Cgroup { level, .. })), .. } = principal {
+        if let RulePrincipal::User {
+            cgroup: Some((path, Cgroup { level, .. })),
+            ..
+        } = principal
+        {
             if *level > MAX_CGROUP_DEPTH {
-                return Err(CompileError::Depth { cgroup: path.clone(), level: *level });
+                return Err(CompileError::Depth {
+                    cgroup: path.clone(),
+                    level: *level,
+                });
             }
             levels.insert(*level);
         }

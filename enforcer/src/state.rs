@@ -62,17 +62,27 @@ pub fn load(dir: &Path) -> Result<Resolved, StateError> {
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Resolved::new()),
-        Err(error) => return Err(StateError::Io { action: "read", path, error }),
+        Err(error) => {
+            return Err(StateError::Io {
+                action: "read",
+                path,
+                error,
+            });
+        }
     };
     trusted(dir)?;
-    let saved: Saved = serde_json::from_slice(&text).map_err(|error| StateError::Malformed { path: path.clone(), error })?;
+    let saved: Saved = serde_json::from_slice(&text).map_err(|error| StateError::Malformed {
+        path: path.clone(),
+        error,
+    })?;
     if saved.schema != SCHEMA {
         let error = serde::de::Error::custom(format_args!("schema {}", saved.schema));
         return Err(StateError::Malformed { path, error });
     }
-    let named = saved.names.into_iter().filter_map(|(name, addresses)| {
-        Some((Name::parse(&name).ok()?, addresses.into_iter().collect()))
-    });
+    let named = saved
+        .names
+        .into_iter()
+        .filter_map(|(name, addresses)| Some((Name::parse(&name).ok()?, addresses.into_iter().collect())));
     Ok(named.collect())
 }
 
@@ -85,24 +95,52 @@ pub fn save(dir: &Path, resolved: &Resolved) -> Result<(), StateError> {
         let path = path.to_path_buf();
         move |error| StateError::Io { action, path, error }
     };
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed("make", dir))?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(failed("make", dir))?;
     trusted(dir)?;
-    let names = resolved.iter().map(|(name, addresses)| (name.to_string(), addresses.iter().copied().collect())).collect();
+    let names = resolved
+        .iter()
+        .map(|(name, addresses)| (name.to_string(), addresses.iter().copied().collect()))
+        .collect();
     let path = dir.join(FILE);
     let aside = dir.join(format!("{FILE}.new"));
-    let text = serde_json::to_vec_pretty(&Saved { schema: SCHEMA.to_owned(), names })
-        .map_err(|error| failed("write", &path)(error.into()))?;
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside).map_err(failed("write", &aside))?;
-    file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed("write", &aside))?;
+    let text = serde_json::to_vec_pretty(&Saved {
+        schema: SCHEMA.to_owned(),
+        names,
+    })
+    .map_err(|error| failed("write", &path)(error.into()))?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&aside)
+        .map_err(failed("write", &aside))?;
+    file.write_all(&text)
+        .and_then(|()| file.sync_all())
+        .map_err(failed("write", &aside))?;
     fs::rename(&aside, &path).map_err(failed("replace", &path))?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("sync", dir))
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(failed("sync", dir))
 }
 
 fn trusted(dir: &Path) -> Result<(), StateError> {
-    let meta = fs::metadata(dir).map_err(|error| StateError::Io { action: "look at", path: dir.into(), error })?;
+    let meta = fs::metadata(dir).map_err(|error| StateError::Io {
+        action: "look at",
+        path: dir.into(),
+        error,
+    })?;
     if meta.uid() == 0 && meta.mode() & 0o022 == 0 {
         Ok(())
     } else {
-        Err(StateError::Untrusted { path: dir.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 })
+        Err(StateError::Untrusted {
+            path: dir.into(),
+            uid: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        })
     }
 }

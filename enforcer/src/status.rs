@@ -114,7 +114,11 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
     let mut causes = context.causes;
     for name in context.names.iter().filter(|name| name.stale) {
         let why = name.cause.as_deref().unwrap_or("the last look-up failed");
-        let kept = if name.addresses.is_empty() { "nothing is protected for it" } else { "its last addresses stay protected" };
+        let kept = if name.addresses.is_empty() {
+            "nothing is protected for it"
+        } else {
+            "its last addresses stay protected"
+        };
         causes.push(format!("name {} is stale ({why}); {kept}", name.name));
     }
     if let Some(observed) = observed {
@@ -133,16 +137,31 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
     if state == State::Off && causes.is_empty() {
         causes.push("nothing is in force; start enforcer run, or enforcer apply".to_owned());
     }
-    let targets = on.map(|observed| observed.targets.iter().map(target).collect()).unwrap_or_default();
+    let targets = on
+        .map(|observed| observed.targets.iter().map(target).collect())
+        .unwrap_or_default();
     Status {
         schema: "enforcer/status/1".to_owned(),
         state,
         causes,
         backend: "ebpf".to_owned(),
-        subject: if observed.is_none_or(|observed| observed.socket_user) { "task+socket" } else { "task" }.to_owned(),
-        mode: if on.is_some_and(|observed| observed.audit) { "audit" } else { "enforce" }.to_owned(),
+        subject: if observed.is_none_or(|observed| observed.socket_user) {
+            "task+socket"
+        } else {
+            "task"
+        }
+        .to_owned(),
+        mode: if on.is_some_and(|observed| observed.audit) {
+            "audit"
+        } else {
+            "enforce"
+        }
+        .to_owned(),
         generation: on.map_or(0, |observed| observed.generation),
-        daemon: DaemonStatus { running: context.daemon.is_some(), pid: context.daemon },
+        daemon: DaemonStatus {
+            running: context.daemon.is_some(),
+            pid: context.daemon,
+        },
         cgroup: context.cgroup,
         pin_dir: context.pin_dir,
         endpoints: on.map_or(0, |observed| observed.endpoints),
@@ -171,7 +190,10 @@ impl Status {
             line("", &format!("! {cause}"));
         }
         if self.generation != 0 {
-            line("rule set", &format!("generation {}, {} endpoints", self.generation, self.endpoints));
+            line(
+                "rule set",
+                &format!("generation {}, {} endpoints", self.generation, self.endpoints),
+            );
         }
         let subject = match self.subject.as_str() {
             "task" => "the connecting task's user only (this kernel has no BTF)",
@@ -180,14 +202,30 @@ impl Status {
         line("backend", &format!("{}, checks {subject}", self.backend));
         line("cgroup", &self.cgroup);
         line("pins", &self.pin_dir);
-        line("daemon", &self.daemon.pid.map_or_else(|| "not running".to_owned(), |pid| format!("running, pid {pid}")));
+        line(
+            "daemon",
+            &self
+                .daemon
+                .pid
+                .map_or_else(|| "not running".to_owned(), |pid| format!("running, pid {pid}")),
+        );
         if self.events_lost > 0 {
-            line("events", &format!("{} denials were lost (they came faster than they were read)", self.events_lost));
+            line(
+                "events",
+                &format!(
+                    "{} denials were lost (they came faster than they were read)",
+                    self.events_lost
+                ),
+            );
         }
         if !self.targets.is_empty() {
             let mut table = table(&["target", "endpoints", "allow", "allowed", "denied", "would deny"]);
             for target in &self.targets {
-                let allow = if target.allow.is_empty() { "nobody".to_owned() } else { target.allow.join(", ") };
+                let allow = if target.allow.is_empty() {
+                    "nobody".to_owned()
+                } else {
+                    target.allow.join(", ")
+                };
                 table.add_row([
                     target.name.clone(),
                     target.endpoints.to_string(),

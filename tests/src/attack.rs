@@ -53,7 +53,10 @@ impl Way {
     /// Whether it is UDP.
     #[must_use]
     pub fn is_udp(self) -> bool {
-        matches!(self, Self::UdpConnect | Self::UdpSendto | Self::UdpSendmsg | Self::UdpMapped | Self::UdpIoUring)
+        matches!(
+            self,
+            Self::UdpConnect | Self::UdpSendto | Self::UdpSendmsg | Self::UdpMapped | Self::UdpIoUring
+        )
     }
 }
 
@@ -176,7 +179,13 @@ fn in_child(work: impl FnOnce() -> io::Result<Duration>) -> io::Result<(Result<(
             Err(error) => {
                 let text = error.to_string();
                 let time = text.rsplit(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0);
-                (error.raw_os_error().or_else(|| text.split(' ').next()?.parse().ok()).unwrap_or(-1), time)
+                (
+                    error
+                        .raw_os_error()
+                        .or_else(|| text.split(' ').next()?.parse().ok())
+                        .unwrap_or(-1),
+                    time,
+                )
             }
         };
         let _ = io::Write::write_all(&mut &writer, format!("{errno} {micros}").as_bytes());
@@ -193,7 +202,11 @@ fn in_child(work: impl FnOnce() -> io::Result<Duration>) -> io::Result<(Result<(
     let mut words = text.split(' ').map(|word| word.parse::<i64>().unwrap_or(-1));
     let (errno, micros) = (words.next().unwrap_or(-1), words.next().unwrap_or(0));
     let time = Duration::from_micros(u64::try_from(micros).unwrap_or(0));
-    let outcome = if errno == 0 { Ok(()) } else { Err(i32::try_from(errno).unwrap_or(-1)) };
+    let outcome = if errno == 0 {
+        Ok(())
+    } else {
+        Err(i32::try_from(errno).unwrap_or(-1))
+    };
     Ok((outcome, time))
 }
 
@@ -275,7 +288,11 @@ fn become_user(real: u32, effective: u32, saved: u32) -> io::Result<()> {
 }
 
 fn make(attempt: &Attempt) -> io::Result<Socket> {
-    let v6 = attempt.destination.is_ipv6() || matches!(attempt.way, Way::Mapped | Way::UnspecifiedMapped | Way::UdpMapped | Way::Unspecified6);
+    let v6 = attempt.destination.is_ipv6()
+        || matches!(
+            attempt.way,
+            Way::Mapped | Way::UnspecifiedMapped | Way::UdpMapped | Way::Unspecified6
+        );
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
     let (kind, protocol) = match attempt.way {
         Way::Mptcp => (Type::STREAM, Some(Protocol::MPTCP)),
@@ -289,14 +306,18 @@ fn make(attempt: &Attempt) -> io::Result<Socket> {
 
 /// The call itself on the clock, then proof that it reached the listener. An error ends with the microseconds.
 fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> {
-    let started = Instant::now();
-    let result = dial(attempt, socket, started);
+    let mut started = Instant::now();
+    let result = dial(attempt, socket, &mut started);
     let (result, time) = match result {
         Ok(time) => (Ok(()), time),
         Err(error) => (Err(error), started.elapsed()),
     };
     if let Err(error) = result {
-        return Err(io::Error::other(format!("{} {}", error.raw_os_error().unwrap_or(-1), time.as_micros())));
+        return Err(io::Error::other(format!(
+            "{} {}",
+            error.raw_os_error().unwrap_or(-1),
+            time.as_micros()
+        )));
     }
     let mut greeting = [0; 7];
     // SAFETY: a duplicate of a live descriptor, owned by the stream.
@@ -308,17 +329,24 @@ fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> {
         stream.set_nonblocking(false)?;
         stream.read_exact(&mut greeting).map(|()| greeting.len())?
     };
-    if greeting.get(..read) == Some(GREETING) { Ok(time) } else { Err(io::Error::other("reached another listener")) }
+    if greeting.get(..read) == Some(GREETING) {
+        Ok(time)
+    } else {
+        Err(io::Error::other("reached another listener"))
+    }
 }
 
-fn dial(attempt: &Attempt, socket: &Socket, started: Instant) -> io::Result<Duration> {
+/// `started` is set anew where there is something to set up first.
+fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result<Duration> {
     let to = attempt.destination;
     let port = to.port();
     let plain = |address: SocketAddr| socket.connect(&SockAddr::from(address));
     match attempt.way {
         Way::Plain | Way::Mptcp => plain(to)?,
         Way::Mapped => plain(mapped(to))?,
-        Way::Thread => std::thread::scope(|scope| scope.spawn(|| plain(to)).join()).map_err(|_| io::Error::other("panic"))??,
+        Way::Thread => {
+            std::thread::scope(|scope| scope.spawn(|| plain(to)).join()).map_err(|_| io::Error::other("panic"))??
+        }
         Way::Nonblocking => {
             socket.set_nonblocking(true)?;
             match plain(to) {
@@ -348,17 +376,33 @@ fn dial(attempt: &Attempt, socket: &Socket, started: Instant) -> io::Result<Dura
             let on = 1_i32;
             // SAFETY: an int option of the size given.
             check(unsafe {
-                libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, TCP_FASTOPEN_CONNECT, std::ptr::from_ref(&on).cast(), 4)
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::IPPROTO_TCP,
+                    TCP_FASTOPEN_CONNECT,
+                    std::ptr::from_ref(&on).cast(),
+                    4,
+                )
             })?;
             plain(to)?;
             socket.send(b"x")?;
         }
-        Way::IoUring => ring_connect(socket, to, io_uring::IoUring::new(4)?)?,
-        Way::IoUringSqpoll => ring_connect(socket, to, io_uring::IoUring::builder().setup_sqpoll(1000).build(4)?)?,
+        Way::IoUring | Way::IoUringSqpoll => {
+            let mut builder = io_uring::IoUring::builder();
+            if attempt.way == Way::IoUringSqpoll {
+                builder.setup_sqpoll(1000);
+            }
+            let ring = builder.build(4)?;
+            *started = Instant::now();
+            ring_connect(socket, to, ring)?;
+        }
         Way::Reconnect => {
             let elsewhere = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
             plain(elsewhere.local_addr()?)?;
-            let nowhere = libc::sockaddr { sa_family: 0, sa_data: [0; 14] };
+            let nowhere = libc::sockaddr {
+                sa_family: 0,
+                sa_data: [0; 14],
+            };
             // SAFETY: AF_UNSPEC dissolves the association (man 2 connect).
             check(unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, 16) })?;
             plain(to)?;
@@ -371,7 +415,12 @@ fn dial(attempt: &Attempt, socket: &Socket, started: Instant) -> io::Result<Dura
         Way::UdpMapped => drop(socket.send_to(b"x", &SockAddr::from(mapped(to)))?),
         Way::UdpSendmsg => {
             let data = [io::IoSlice::new(b"x")];
-            socket.sendmsg(&socket2::MsgHdr::new().with_addr(&SockAddr::from(to)).with_buffers(&data), 0)?;
+            socket.sendmsg(
+                &socket2::MsgHdr::new()
+                    .with_addr(&SockAddr::from(to))
+                    .with_buffers(&data),
+                0,
+            )?;
         }
         Way::UdpIoUring => ring_sendmsg(socket, to)?,
     }
@@ -386,7 +435,11 @@ fn mapped(address: SocketAddr) -> SocketAddr {
 }
 
 fn wait_writable(socket: &Socket) -> io::Result<()> {
-    let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
     // SAFETY: one entry, as said.
     check(unsafe { libc::poll(&raw mut poll, 1, 3000) })?;
     socket.take_error()?.map_or(Ok(()), Err)
@@ -401,7 +454,10 @@ fn ring_connect(socket: &Socket, to: SocketAddr, ring: io_uring::IoUring) -> io:
 
 fn ring_sendmsg(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     let address = SockAddr::from(to);
-    let mut data = libc::iovec { iov_base: b"x".as_ptr().cast_mut().cast(), iov_len: 1 };
+    let mut data = libc::iovec {
+        iov_base: b"x".as_ptr().cast_mut().cast(),
+        iov_len: 1,
+    };
     // SAFETY: a structure of integers and pointers, for which zeros are values.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_name = address.as_ptr().cast_mut().cast();
@@ -417,12 +473,23 @@ fn submit(mut ring: io_uring::IoUring, entry: &io_uring::squeue::Entry) -> io::R
     // SAFETY: what the entry points to outlives the wait for its completion below.
     unsafe { ring.submission().push(entry) }.map_err(io::Error::other)?;
     ring.submit_and_wait(1)?;
-    let result = ring.completion().next().map_or(-libc::EIO, |completion| completion.result());
-    if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+    let result = ring
+        .completion()
+        .next()
+        .map_or(-libc::EIO, |completion| completion.result());
+    if result < 0 {
+        Err(io::Error::from_raw_os_error(-result))
+    } else {
+        Ok(())
+    }
 }
 
 fn check(result: i32) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 const _: () = assert!(size_of::<libc::sockaddr>() == 16);

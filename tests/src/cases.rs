@@ -14,7 +14,16 @@ pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
 /// All of them.
 #[must_use]
 pub fn all() -> Vec<Case> {
-    [decision::cases(), endurance::cases(), input::cases(), names::cases(), surfaces::cases()].into_iter().flatten().collect()
+    [
+        decision::cases(),
+        endurance::cases(),
+        input::cases(),
+        names::cases(),
+        surfaces::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {

@@ -54,12 +54,18 @@ impl DnsServer {
             }
             Ok(UdpSocket::bind(SocketAddr::new(address, 53))?)
         });
-        let socket = bound.join().map_err(|_| anyhow!("the DNS server's thread panicked"))??;
+        let socket = bound
+            .join()
+            .map_err(|_| anyhow!("the DNS server's thread panicked"))??;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
         let (zones, stop) = (Arc::new(Mutex::new(BTreeMap::new())), Arc::new(AtomicBool::new(false)));
         let (served, stopped) = (Arc::clone(&zones), Arc::clone(&stop));
         let thread = thread::spawn(move || serve(&socket, &served, &stopped));
-        Ok(Self { zones, stop, thread: Some(thread) })
+        Ok(Self {
+            zones,
+            stop,
+            thread: Some(thread),
+        })
     }
 
     /// Changes what a name answers.
@@ -82,8 +88,12 @@ impl Drop for DnsServer {
 fn serve(socket: &UdpSocket, zones: &Mutex<BTreeMap<String, Zone>>, stop: &AtomicBool) {
     let mut buffer = [0; 4096];
     while !stop.load(Ordering::Relaxed) {
-        let Ok((read, from)) = socket.recv_from(&mut buffer) else { continue };
-        let Ok(request) = Message::from_vec(buffer.get(..read).unwrap_or_default()) else { continue };
+        let Ok((read, from)) = socket.recv_from(&mut buffer) else {
+            continue;
+        };
+        let Ok(request) = Message::from_vec(buffer.get(..read).unwrap_or_default()) else {
+            continue;
+        };
         let zones = zones.lock().map(|zones| zones.clone()).unwrap_or_default();
         if let Some(bytes) = answer(&request, &zones).and_then(|response| response.to_vec().ok()) {
             let _ = socket.send_to(&bytes, from);

@@ -73,5 +73,9 @@ fn fd_of(fd: &impl AsRawFd) -> u32 {
 fn bpf<T>(command: i32, attr: &T) -> io::Result<i32> {
     // SAFETY: the kernel reads the structure of this command and what it points to, all alive.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        i32::try_from(result).map_err(io::Error::other)
+    }
 }

@@ -10,7 +10,7 @@ use std::{
     process::{Child, Command, Output, Stdio},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -56,16 +56,22 @@ impl World {
         fs::create_dir(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
         let dir = tempfile::Builder::new().prefix(&name).tempdir()?;
         fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        let port = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))?.local_addr()?.port();
-        Ok(Self { name, number, dir, cgroup, port })
+        let port = free_port(number)?;
+        Ok(Self {
+            name,
+            number,
+            dir,
+            cgroup,
+            port,
+        })
     }
 
     /// A loopback address that nobody else uses.
     #[must_use]
     pub fn address(&self) -> IpAddr {
-        let [.., high, low] = std::process::id().to_be_bytes();
-        let [.., number] = self.number.to_be_bytes();
-        IpAddr::from([127, 64 | high & 63, low, number | 1])
+        let [.., pid] = std::process::id().to_be_bytes();
+        let [.., high, low] = (self.number + 1).to_be_bytes();
+        IpAddr::from([127, 64 | pid & 63, high, low])
     }
 
     /// Where the world's own listener is dialled.
@@ -138,8 +144,16 @@ impl World {
         let _ = fs::remove_file(&notify);
         let socket = UnixDatagram::bind(&notify)?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
-        command.arg("--config").arg(self.path("enforcer.toml")).arg("run").env("NOTIFY_SOCKET", &notify);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        command
+            .arg("--config")
+            .arg(self.path("enforcer.toml"))
+            .arg("run")
+            .env("NOTIFY_SOCKET", &notify);
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
         let log = Arc::new(Mutex::new(String::new()));
         let stderr = child.stderr.take().context("no stderr")?;
         let sink = Arc::clone(&log);
@@ -165,13 +179,16 @@ impl World {
     pub fn with_resolver(&self) -> Result<Command> {
         let mut command = Command::new("unshare");
         let script = "mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
-        command.args(["--mount", "sh", "-c", script, "sh"]).arg(self.path("resolv.conf")).arg(binary("enforcer")?);
+        command
+            .args(["--mount", "sh", "-c", script, "sh"])
+            .arg(self.path("resolv.conf"))
+            .arg(binary("enforcer")?);
         Ok(command)
     }
 
     /// Listens on every address of this host, this world's port, TCP and UDP, until the world ends.
     pub fn listen(&self) -> Result<Listener> {
-        Listener::start(None, self.port)
+        Listener::start(None, self.port, &[self.address(), Ipv6Addr::LOCALHOST.into()])
     }
 
     /// An attack as `uid` from this world's cgroup on this world's listener.
@@ -211,11 +228,28 @@ impl Drop for World {
     }
 }
 
+/// A port that nobody has, below those that the kernel gives out (ip_local_port_range).
+fn free_port(number: u32) -> Result<u16> {
+    let first = std::process::id()
+        .wrapping_mul(211)
+        .wrapping_add(number.wrapping_mul(3));
+    (0..20_000)
+        .filter_map(|offset| u16::try_from(10_000 + first.wrapping_add(offset) % 20_000).ok())
+        .find(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)).is_ok())
+        .context("no port is free")
+}
+
 /// What is left of tests in the kernel: names of pins, cgroups, namespaces.
 pub fn leftovers() -> Result<Vec<String>> {
     let mark = format!("{MARK}_{}_", std::process::id());
     let mut left = Vec::new();
-    for dir in [PathBuf::from("/sys/fs/bpf"), cgroup_mount()?, "/run/netns".into(), std::env::temp_dir(), "/sys/class/net".into()] {
+    for dir in [
+        PathBuf::from("/sys/fs/bpf"),
+        cgroup_mount()?,
+        "/run/netns".into(),
+        std::env::temp_dir(),
+        "/sys/class/net".into(),
+    ] {
         for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(&mark) {
                 left.push(entry.path().display().to_string());
@@ -274,16 +308,29 @@ pub struct Ran {
 impl Ran {
     /// Fails unless the exit code is this.
     pub fn demand(self, code: i32) -> Result<Self> {
-        ensure!(self.code == code, "exit code {} instead of {code}; stdout: {} stderr: {}", self.code, self.stdout, self.stderr);
+        ensure!(
+            self.code == code,
+            "exit code {} instead of {code}; stdout: {} stderr: {}",
+            self.code,
+            self.stdout,
+            self.stderr
+        );
         Ok(self)
     }
 }
 
 /// Runs a command to its end.
 pub fn ran(command: &mut Command) -> Result<Ran> {
-    let Output { status, stdout, stderr } = command.stdin(Stdio::null()).output().with_context(|| format!("run {command:?}"))?;
+    let Output { status, stdout, stderr } = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("run {command:?}"))?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ok(Ran { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
+    Ok(Ran {
+        code: status.code().unwrap_or(-1),
+        stdout: text(stdout),
+        stderr: text(stderr),
+    })
 }
 
 /// A running daemon; killed when dropped, so that enforcement stays as after a crash.
@@ -386,7 +433,10 @@ impl Attack {
     /// From another cgroup.
     #[must_use]
     pub fn in_cgroup(self, cgroup: &Path) -> Self {
-        Self { cgroup: Some(cgroup.into()), ..self }
+        Self {
+            cgroup: Some(cgroup.into()),
+            ..self
+        }
     }
 
     /// From the cgroup that the tests themselves run in.
@@ -413,7 +463,10 @@ impl Attack {
     #[must_use]
     pub fn program(mut self, prefix: &[&str], program: PathBuf) -> Self {
         self.prefix = prefix.iter().map(ToString::to_string).collect();
-        Self { program: Some(program), ..self }
+        Self {
+            program: Some(program),
+            ..self
+        }
     }
 
     /// Makes it.
@@ -430,8 +483,14 @@ impl Attack {
         let words: Vec<&str> = ran.stdout.split_whitespace().collect();
         let micros = |text: &str| text.parse().map(Duration::from_micros);
         match words.as_slice() {
-            ["connected", time] => Ok(Outcome { errno: None, time: micros(time)? }),
-            ["errno", errno, time] => Ok(Outcome { errno: Some(errno.parse()?), time: micros(time)? }),
+            ["connected", time] => Ok(Outcome {
+                errno: None,
+                time: micros(time)?,
+            }),
+            ["errno", errno, time] => Ok(Outcome {
+                errno: Some(errno.parse()?),
+                time: micros(time)?,
+            }),
             _ => bail!("the attack said {:?} {:?}", ran.stdout, ran.stderr),
         }
     }
@@ -439,7 +498,11 @@ impl Attack {
     /// Starts a process that connects again and again while `file` exists.
     pub fn hammer(&self, file: &Path) -> Result<Hammer> {
         let mut command = Command::new(binary("attack")?);
-        command.args(&self.arguments).arg("--hammer-while").arg(file).args(["--uid", &self.uid.to_string()]);
+        command
+            .args(&self.arguments)
+            .arg("--hammer-while")
+            .arg(file)
+            .args(["--uid", &self.uid.to_string()]);
         if let Some(cgroup) = &self.cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
@@ -450,15 +513,27 @@ impl Attack {
     /// Fails unless the listener is reached.
     pub fn reaches(&self) -> Result<()> {
         let outcome = self.run()?;
-        ensure!(outcome.errno.is_none(), "{self:?} should reach the listener, but: {}", said(outcome));
+        ensure!(
+            outcome.errno.is_none(),
+            "{self:?} should reach the listener, but: {}",
+            said(outcome)
+        );
         Ok(())
     }
 
     /// Fails unless the call fails with EPERM, the fastest of five in under a millisecond (D8).
     pub fn is_refused(&self) -> Result<()> {
         let outcome = self.clone().option("--tries", "5").run()?;
-        ensure!(outcome.errno == Some(libc::EPERM), "{self:?} should fail with EPERM, but: {}", said(outcome));
-        ensure!(outcome.time < Duration::from_millis(1), "{self:?} was refused only after {:?}", outcome.time);
+        ensure!(
+            outcome.errno == Some(libc::EPERM),
+            "{self:?} should fail with EPERM, but: {}",
+            said(outcome)
+        );
+        ensure!(
+            outcome.time < Duration::from_millis(1),
+            "{self:?} was refused only after {:?}",
+            outcome.time
+        );
         Ok(())
     }
 }
@@ -484,13 +559,19 @@ impl Hammer {
     /// Waits for its end, once the file is gone.
     pub fn finish(mut self) -> Result<Blows> {
         let mut text = String::new();
-        self.child.stdout.take().context("no stdout")?.read_to_string(&mut text)?;
+        self.child
+            .stdout
+            .take()
+            .context("no stdout")?
+            .read_to_string(&mut text)?;
         self.child.wait()?;
         let words: Vec<&str> = text.split_whitespace().collect();
         match words.as_slice() {
-            ["connected", connected, "refused", refused, "other", other] => {
-                Ok(Blows { connected: connected.parse()?, refused: refused.parse()?, other: other.parse()? })
-            }
+            ["connected", connected, "refused", refused, "other", other] => Ok(Blows {
+                connected: connected.parse()?,
+                refused: refused.parse()?,
+                other: other.parse()?,
+            }),
             _ => bail!("the hammer said {text:?}"),
         }
     }
@@ -504,25 +585,32 @@ impl Drop for Hammer {
 }
 
 fn said(outcome: Outcome) -> String {
-    outcome.errno.map_or_else(|| "it reached it".to_owned(), |errno| io::Error::from_raw_os_error(errno).to_string())
+    outcome.errno.map_or_else(
+        || "it reached it".to_owned(),
+        |errno| io::Error::from_raw_os_error(errno).to_string(),
+    )
 }
 
 /// A clap value as written on a command line.
 fn value<T: clap::ValueEnum>(value: &T) -> String {
-    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    value
+        .to_possible_value()
+        .map(|value| value.get_name().to_owned())
+        .unwrap_or_default()
 }
 
 /// A listener on every address of a network namespace, TCP and UDP, that greets whoever reaches it.
 #[derive(Debug)]
 pub struct Listener {
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Listener {
-    /// Listens, in a namespace given by its file or in ours.
-    pub fn start(netns: Option<&Path>, port: u16) -> Result<Self> {
+    /// Listens, in a namespace given by its file or in ours; UDP on single addresses, so that answers come from them.
+    pub fn start(netns: Option<&Path>, port: u16, udp: &[IpAddr]) -> Result<Self> {
         let netns = netns.map(Path::to_path_buf);
+        let udp = udp.to_vec();
         let bound = thread::spawn(move || -> Result<_> {
             if let Some(netns) = netns {
                 setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
@@ -532,13 +620,16 @@ impl Listener {
             tcp.set_reuse_address(true)?;
             tcp.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
             tcp.listen(4096)?;
-            Ok((TcpListener::from(tcp), UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?))
+            let udp = udp
+                .into_iter()
+                .map(|address| UdpSocket::bind((address, port)))
+                .collect::<io::Result<Vec<_>>>()?;
+            Ok((TcpListener::from(tcp), udp))
         });
         let (tcp, udp) = bound.join().map_err(|_| anyhow!("the listener's thread panicked"))??;
         tcp.set_nonblocking(true)?;
-        udp.set_read_timeout(Some(Duration::from_millis(20)))?;
-        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let (stop_tcp, stop_udp) = (Arc::clone(&stop), Arc::clone(&stop));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stop_tcp = Arc::clone(&stop);
         let greet_tcp = move || {
             while !stop_tcp.load(Ordering::Relaxed) {
                 match tcp.accept() {
@@ -547,15 +638,22 @@ impl Listener {
                 }
             }
         };
-        let greet_udp = move || {
-            let mut buffer = [0; 16];
-            while !stop_udp.load(Ordering::Relaxed) {
-                if let Ok((_, from)) = udp.recv_from(&mut buffer) {
-                    let _ = udp.send_to(GREETING, from);
-                }
-            }
-        };
-        Ok(Self { stop, threads: vec![thread::spawn(greet_tcp), thread::spawn(greet_udp)] })
+        let mut threads = vec![thread::spawn(greet_tcp)];
+        for socket in udp {
+            socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+            let stop = Arc::clone(&stop);
+            threads.push(thread::spawn(move || greet_udp(&socket, &stop)));
+        }
+        Ok(Self { stop, threads })
+    }
+}
+
+fn greet_udp(socket: &UdpSocket, stop: &AtomicBool) {
+    let mut buffer = [0; 16];
+    while !stop.load(Ordering::Relaxed) {
+        if let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(GREETING, from);
+        }
     }
 }
 
@@ -577,7 +675,9 @@ pub struct Netns {
 impl Netns {
     /// Makes one, its loopback up.
     pub fn new(world: &World, what: &str) -> Result<Self> {
-        let netns = Self { name: format!("{}_{what}", world.name()) };
+        let netns = Self {
+            name: format!("{}_{what}", world.name()),
+        };
         ip(&["netns", "add", &netns.name])?;
         ip(&["-n", &netns.name, "link", "set", "lo", "up"])?;
         Ok(netns)
@@ -585,11 +685,28 @@ impl Netns {
 
     /// Joins two by a pair of devices with an address each, given with its prefix length.
     pub fn join(&self, addresses: &[&str], other: &Self, others: &[&str]) -> Result<()> {
-        ip(&["link", "add", "veth0", "netns", &self.name, "type", "veth", "peer", "name", "veth0", "netns", &other.name])?;
+        ip(&[
+            "link",
+            "add",
+            "veth0",
+            "netns",
+            &self.name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "veth0",
+            "netns",
+            &other.name,
+        ])?;
         for (netns, addresses) in [(self, addresses), (other, others)] {
             for address in addresses {
                 let nodad: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
-                ip(&[&["-n", netns.name.as_str(), "address", "add", address, "dev", "veth0"], nodad].concat())?;
+                ip(&[
+                    &["-n", netns.name.as_str(), "address", "add", address, "dev", "veth0"],
+                    nodad,
+                ]
+                .concat())?;
             }
             ip(&["-n", &netns.name, "link", "set", "veth0", "up"])?;
         }
@@ -606,7 +723,10 @@ impl Netns {
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", self.file().display())).arg("--").arg(program);
+        command
+            .arg(format!("--net={}", self.file().display()))
+            .arg("--")
+            .arg(program);
         command
     }
 
@@ -623,7 +743,10 @@ impl Drop for Netns {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    ran(Command::new("ip").args(arguments))?.demand(0).with_context(|| format!("ip {}", arguments.join(" "))).map(drop)
+    ran(Command::new("ip").args(arguments))?
+        .demand(0)
+        .with_context(|| format!("ip {}", arguments.join(" ")))
+        .map(drop)
 }
 
 /// Asks over a control socket as whoever we are.

@@ -48,10 +48,17 @@ pub(crate) fn quiet(what: &str, command: &mut Command) -> Result<()> {
     } else {
         ProgressBar::hidden()
     };
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("run {}", text(command)))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("run {}", text(command)))?;
     spinner.finish_and_clear();
     if !output.status.success() {
-        eprint!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        eprint!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
         bail!("{} failed ({})", text(command), output.status);
     }
     Ok(())
@@ -59,8 +66,16 @@ pub(crate) fn quiet(what: &str, command: &mut Command) -> Result<()> {
 
 /// What a command prints on stdout, if it succeeds.
 pub(crate) fn read(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let output = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// Whether a program is on the path.
@@ -80,7 +95,10 @@ pub(crate) fn as_root(program: &Path) -> Result<Command> {
         return Ok(Command::new(program));
     }
     if !has("sudo") {
-        bail!("{} needs root, and there is no sudo; run this task as root", program.display());
+        bail!(
+            "{} needs root, and there is no sudo; run this task as root",
+            program.display()
+        );
     }
     let mut command = Command::new("sudo");
     command.arg("--preserve-env=ENFORCER_BIN,PATH").arg(program);
@@ -89,5 +107,8 @@ pub(crate) fn as_root(program: &Path) -> Result<Command> {
 
 fn text(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect::<Vec<_>>()
+        .join(" ")
 }

@@ -74,7 +74,10 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
             match (step, done) {
                 // rustup may have no network, or no such component: the distribution's compiler is next.
                 (Step::Component("rust-src"), Err(error)) => {
-                    eprintln!("setup: rustup has no rust-src here ({})", error.to_string().lines().next().unwrap_or(""));
+                    eprintln!(
+                        "setup: rustup has no rust-src here ({})",
+                        error.to_string().lines().next().unwrap_or("")
+                    );
                 }
                 (_, done) => done?,
             }
@@ -90,7 +93,10 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
 fn facts() -> Facts {
     let absent = |list: &[(&'static str, &str)]| {
         let there = |paths: &str| paths.split('|').any(|path| Path::new(path).exists());
-        list.iter().filter(|(_, paths)| !there(paths)).map(|(package, _)| *package).collect()
+        list.iter()
+            .filter(|(_, paths)| !there(paths))
+            .map(|(package, _)| *package)
+            .collect()
     };
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
     let sysroot = read("rustc", &["--print", "sysroot"]).unwrap_or_default();
@@ -105,7 +111,8 @@ fn facts() -> Facts {
             .filter(|(_, program)| !Path::new(&sysroot).join("bin").join(program).exists())
             .map(|(component, _)| *component)
             .collect(),
-        linked: read("rustup", &["run", LINKED, "rustc", "--print", "sysroot"]).is_some_and(|sysroot| sources(&sysroot)),
+        linked: read("rustup", &["run", LINKED, "rustc", "--print", "sysroot"])
+            .is_some_and(|sysroot| sources(&sysroot)),
         rust_src: sources(&sysroot),
         linker: read("bpf-linker", &["--version"]),
         can_install: has("apt-get") && (is_root() || sudo),
@@ -125,11 +132,24 @@ fn plan(facts: &Facts, second: bool) -> Vec<Step> {
     if !packages.is_empty() {
         steps.push(Step::Packages(packages));
     }
-    steps.extend(facts.missing_components.iter().map(|component| Step::Component(component)));
+    steps.extend(
+        facts
+            .missing_components
+            .iter()
+            .map(|component| Step::Component(component)),
+    );
     if !sources {
-        steps.push(if second { Step::Link } else { Step::Component("rust-src") });
+        steps.push(if second {
+            Step::Link
+        } else {
+            Step::Component("rust-src")
+        });
     }
-    if !facts.linker.as_deref().is_some_and(|version| version.ends_with(BPF_LINKER)) {
+    if !facts
+        .linker
+        .as_deref()
+        .is_some_and(|version| version.ends_with(BPF_LINKER))
+    {
         steps.push(Step::Linker);
     }
     steps
@@ -174,25 +194,46 @@ mod tests {
     use super::*;
 
     fn complete() -> Facts {
-        Facts { rust_src: true, linker: Some(format!("bpf-linker {BPF_LINKER}")), ..Facts::default() }
+        Facts {
+            rust_src: true,
+            linker: Some(format!("bpf-linker {BPF_LINKER}")),
+            ..Facts::default()
+        }
     }
 
     #[test]
     fn nothing_missing_is_nothing_to_do() {
         assert_eq!(plan(&complete(), false), []);
-        assert_eq!(plan(&Facts { rust_src: false, linked: true, ..complete() }, false), []);
+        assert_eq!(
+            plan(
+                &Facts {
+                    rust_src: false,
+                    linked: true,
+                    ..complete()
+                },
+                false
+            ),
+            []
+        );
     }
 
     #[test]
     fn rustup_is_asked_before_the_distribution() {
-        let facts = Facts { rust_src: false, missing_compiler: vec!["rustc-web"], ..complete() };
+        let facts = Facts {
+            rust_src: false,
+            missing_compiler: vec!["rustc-web"],
+            ..complete()
+        };
         assert_eq!(plan(&facts, false), [Step::Component("rust-src")]);
         assert_eq!(plan(&facts, true), [Step::Packages(vec!["rustc-web"]), Step::Link]);
     }
 
     #[test]
     fn another_linker_is_replaced() {
-        let facts = Facts { linker: Some("bpf-linker 0.9.0".to_owned()), ..complete() };
+        let facts = Facts {
+            linker: Some("bpf-linker 0.9.0".to_owned()),
+            ..complete()
+        };
         assert_eq!(plan(&facts, false), [Step::Linker]);
     }
 }

@@ -21,7 +21,11 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         shown(cargo().args(["test", "--workspace", "--lib", "--bins"]))?;
     }
-    shown(as_root(&built("privileged"))?.args(filter).env("ENFORCER_BIN", built("enforcer")))
+    shown(
+        as_root(&built("privileged"))?
+            .args(filter)
+            .env("ENFORCER_BIN", built("enforcer")),
+    )
 }
 
 /// Measures.
@@ -33,7 +37,18 @@ pub(crate) fn bench() -> Result<()> {
 fn build() -> Result<()> {
     setup::run(false)?;
     let what = "build enforcer and its suites (two minutes when nothing is built yet)";
-    quiet(what, cargo().args(["build", "--release", "--package", "enforcer", "--package", "tests", "--bins"]))
+    quiet(
+        what,
+        cargo().args([
+            "build",
+            "--release",
+            "--package",
+            "enforcer",
+            "--package",
+            "tests",
+            "--bins",
+        ]),
+    )
 }
 
 fn built(name: &str) -> PathBuf {

@@ -7,6 +7,8 @@ pub mod image;
 pub mod maps;
 pub mod pins;
 pub mod sys;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::File,
@@ -24,9 +26,9 @@ use aya::{
     programs::CgroupSockAddr,
 };
 use enforcer_ebpf::{
-    ABI, Counters, EventRecord, Verdict,
+    ABI, Counters, EventRecord, TargetName, Verdict,
     decide::{self, Destination, SocketUser, Subject},
-    flag, TargetName,
+    flag,
 };
 
 use self::{
@@ -106,7 +108,9 @@ pub enum BackendError {
         error: io::Error,
     },
     /// The programs do not load.
-    #[error("load {program}: {source}; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)")]
+    #[error(
+        "load {program}: {source}; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)"
+    )]
     Load {
         /// Which one.
         program: &'static str,
@@ -135,10 +139,26 @@ fn attach_hint(error: &io::Error) -> &'static str {
 
 /// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
 const HOOKS: [Hook; 4] = [
-    Hook { name: "connect4", attach_type: 10, udp_only: false },
-    Hook { name: "connect6", attach_type: 11, udp_only: false },
-    Hook { name: "sendmsg4", attach_type: 14, udp_only: true },
-    Hook { name: "sendmsg6", attach_type: 15, udp_only: true },
+    Hook {
+        name: "connect4",
+        attach_type: 10,
+        udp_only: false,
+    },
+    Hook {
+        name: "connect6",
+        attach_type: 11,
+        udp_only: false,
+    },
+    Hook {
+        name: "sendmsg4",
+        attach_type: 14,
+        udp_only: true,
+    },
+    Hook {
+        name: "sendmsg6",
+        attach_type: 15,
+        udp_only: true,
+    },
 ];
 
 struct Hook {
@@ -172,7 +192,10 @@ static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/
 impl Kernel {
     /// Takes over what is pinned, or makes it. Nothing is judged differently before the first [`Kernel::apply`].
     pub fn take_over(pin_dir: &Path, cgroup: &Path, daemon: bool, log_level: u8) -> Result<Self, BackendError> {
-        let cgroup_failed = |error| BackendError::Cgroup { path: cgroup.into(), error };
+        let cgroup_failed = |error| BackendError::Cgroup {
+            path: cgroup.into(),
+            error,
+        };
         let cgroup_fd = File::open(cgroup).map_err(cgroup_failed)?;
         let cgroup_id = cgroup_fd.metadata().map_err(cgroup_failed)?.ino();
         if !nix::sys::statfs::fstatfs(&cgroup_fd)
@@ -185,8 +208,11 @@ impl Kernel {
         let maps_dir = pins.subdir(&maps_name())?;
         // Each pin is the map it should be, or there is none: aya may reuse what it finds.
         let fresh = Maps::open(&maps_dir)?.is_none();
-        let offsets = btf::offsets()
-            .map_err(|error| BackendError::Io { action: "read", object: "/sys/kernel/btf/vmlinux".into(), error })?;
+        let offsets = btf::offsets().map_err(|error| BackendError::Io {
+            action: "read",
+            object: "/sys/kernel/btf/vmlinux".into(),
+            error,
+        })?;
         let programs = load(&maps_dir, offsets, log_level)?;
         let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Foreign { path: maps_dir })?;
         Ok(Self {
@@ -199,7 +225,11 @@ impl Kernel {
             cgroup_id,
             netns: sys::netns_cookie().unwrap_or(0),
             daemon,
-            slots: if fresh { [Some(Image::empty()), Some(Image::empty())] } else { [None, None] },
+            slots: if fresh {
+                [Some(Image::empty()), Some(Image::empty())]
+            } else {
+                [None, None]
+            },
             flipped: !fresh,
         })
     }
@@ -225,12 +255,19 @@ impl Kernel {
         let slot = active.map_or(0, |slot| 1 - slot);
         if std::mem::take(&mut self.flipped) {
             // Verdicts in flight may still read the slot that was in force before this one (F2).
-            sys::wait_for_programs()
-                .map_err(|error| BackendError::Map { action: "wait for readers of", map: "endpoints", error })?;
+            sys::wait_for_programs().map_err(|error| BackendError::Map {
+                action: "wait for readers of",
+                map: "endpoints",
+                error,
+            })?;
         }
         self.held(slot)?;
         // Not known again until it is written whole.
-        let have = self.slots.get_mut(usize::from(slot)).and_then(Option::take).unwrap_or_else(Image::empty);
+        let have = self
+            .slots
+            .get_mut(usize::from(slot))
+            .and_then(Option::take)
+            .unwrap_or_else(Image::empty);
         self.maps.write_slot(slot, &have, &image, number + 1)?;
         self.clear_reused_counters(&previous, &image.names)?;
         self.attach_missing(&image)?;
@@ -318,7 +355,11 @@ impl Kernel {
                 continue;
             }
             let path = self.pins.path(hook.name);
-            let failed = |error| BackendError::Io { action: "open link", object: path.clone(), error };
+            let failed = |error| BackendError::Io {
+                action: "open link",
+                object: path.clone(),
+                error,
+            };
             let link = sys::open_pin(&path).map_err(failed)?;
             let wanted = self.program_id(hook)?;
             let info = sys::link_info(link.as_fd()).map_err(failed)?;
@@ -328,8 +369,11 @@ impl Kernel {
                 let aside = format!("new_{}", hook.name);
                 self.pins.remove(&aside)?;
                 self.pin_link(hook, new.as_fd(), &aside)?;
-                std::fs::rename(self.pins.path(&aside), &path)
-                    .map_err(|error| BackendError::Io { action: "rename link to", object: path.clone(), error })?;
+                std::fs::rename(self.pins.path(&aside), &path).map_err(|error| BackendError::Io {
+                    action: "rename link to",
+                    object: path.clone(),
+                    error,
+                })?;
             } else if info.program != wanted {
                 let program = self.program_fd(hook)?;
                 sys::link_update(link.as_fd(), program.as_fd()).map_err(|error| self.attach_error(hook, error))?;
@@ -350,13 +394,23 @@ impl Kernel {
     fn pin_link(&self, hook: &Hook, link: std::os::fd::BorrowedFd<'_>, name: &str) -> Result<(), BackendError> {
         let _ = hook;
         let path = self.pins.path(name);
-        sys::pin(link, &path).map_err(|error| BackendError::Io { action: "pin link", object: path, error })
+        sys::pin(link, &path).map_err(|error| BackendError::Io {
+            action: "pin link",
+            object: path,
+            error,
+        })
     }
 
     /// The program of a hook, loaded when first asked for.
     fn program(&mut self, hook: &Hook) -> Result<&mut CgroupSockAddr, BackendError> {
-        let failed = |source| BackendError::Load { program: hook.name, source };
-        let program = self.programs.program_mut(hook.name).ok_or_else(|| failed("not in the object".into()))?;
+        let failed = |source| BackendError::Load {
+            program: hook.name,
+            source,
+        };
+        let program = self
+            .programs
+            .program_mut(hook.name)
+            .ok_or_else(|| failed("not in the object".into()))?;
         let program: &mut CgroupSockAddr = program.try_into().map_err(|error| failed(Box::from(error)))?;
         if program.fd().is_err() {
             program.load().map_err(|error| failed(Box::from(short(&error))))?;
@@ -367,16 +421,28 @@ impl Kernel {
     fn program_fd(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
         let program = self.program(hook)?;
         let fd = program.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?));
-        fd.map_err(|error| BackendError::Load { program: hook.name, source: Box::from(error) })
+        fd.map_err(|error| BackendError::Load {
+            program: hook.name,
+            source: Box::from(error),
+        })
     }
 
     fn program_id(&mut self, hook: &Hook) -> Result<u32, BackendError> {
         let info = self.program(hook)?.info();
-        Ok(info.map_err(|error| BackendError::Load { program: hook.name, source: Box::from(error) })?.id())
+        Ok(info
+            .map_err(|error| BackendError::Load {
+                program: hook.name,
+                source: Box::from(error),
+            })?
+            .id())
     }
 
     fn attach_error(&self, hook: &Hook, error: io::Error) -> BackendError {
-        BackendError::Attach { hook: hook.name, cgroup: self.cgroup.clone(), error }
+        BackendError::Attach {
+            hook: hook.name,
+            cgroup: self.cgroup.clone(),
+            error,
+        }
     }
 
     /// Maps of another ABI are of no use once every link runs a program of this one.
@@ -465,7 +531,9 @@ pub struct Checked {
 impl Pinned {
     /// Opens what is pinned; nothing where nothing is in force.
     pub fn open(pin_dir: &Path) -> Result<Option<Self>, BackendError> {
-        let Some(pins) = Pins::open(pin_dir)? else { return Ok(None) };
+        let Some(pins) = Pins::open(pin_dir)? else {
+            return Ok(None);
+        };
         let maps = Maps::open(&pins.path(&maps_name()))?;
         Ok(maps.map(|maps| Self { maps, pins }))
     }
@@ -498,13 +566,19 @@ impl Pinned {
             .filter(|(bit, _)| decision.owners >> bit & 1 == 1)
             .map(|(bit, name)| (name.as_str().to_owned(), decision.refused >> bit & 1 == 0))
             .collect();
-        Ok(Checked { verdict: decision.verdict, generation: decision.generation, owners })
+        Ok(Checked {
+            verdict: decision.verdict,
+            generation: decision.generation,
+            owners,
+        })
     }
 }
 
 /// Removes all of ours from the kernel; false where there was nothing. Fails while another process writes it.
 pub fn unload(pin_dir: &Path) -> Result<bool, BackendError> {
-    let Some(pins) = Pins::open(pin_dir)? else { return Ok(false) };
+    let Some(pins) = Pins::open(pin_dir)? else {
+        return Ok(false);
+    };
     let _lock = pins.lock()?;
     remove_all(pins)?;
     Ok(true)
@@ -518,7 +592,11 @@ struct Asker<'a> {
 
 impl Subject for Asker<'_> {
     fn netns(&self) -> u64 {
-        if self.attempt.foreign_netns { !self.home } else { self.home }
+        if self.attempt.foreign_netns {
+            !self.home
+        } else {
+            self.home
+        }
     }
 
     fn task_user(&self) -> u32 {
@@ -526,7 +604,10 @@ impl Subject for Asker<'_> {
     }
 
     fn socket_user(&self) -> SocketUser {
-        self.attempt.subject.socket.map_or(SocketUser::Unsupported, |uid| SocketUser::Uid(uid.0))
+        self.attempt
+            .subject
+            .socket
+            .map_or(SocketUser::Unsupported, |uid| SocketUser::Uid(uid.0))
     }
 
     fn is_kernel_thread(&self) -> bool {
@@ -534,7 +615,11 @@ impl Subject for Asker<'_> {
     }
 
     fn cgroup(&self, level: u32) -> u64 {
-        usize::try_from(level).ok().and_then(|level| self.attempt.subject.cgroups.get(level)).copied().unwrap_or(0)
+        usize::try_from(level)
+            .ok()
+            .and_then(|level| self.attempt.subject.cgroups.get(level))
+            .copied()
+            .unwrap_or(0)
     }
 }
 
@@ -543,7 +628,10 @@ fn maps_name() -> String {
 }
 
 fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf, BackendError> {
-    let Offsets { sk_uid, task_flags } = offsets.unwrap_or(Offsets { sk_uid: 0, task_flags: 0 });
+    let Offsets { sk_uid, task_flags } = offsets.unwrap_or(Offsets {
+        sk_uid: 0,
+        task_flags: 0,
+    });
     EbpfLoader::new()
         .btf(None)
         .default_map_pin_directory(maps_dir)
@@ -551,7 +639,10 @@ fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf
         .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(PROGRAMS)
-        .map_err(|error| BackendError::Load { program: "the programs", source: Box::from(short(&error)) })
+        .map_err(|error| BackendError::Load {
+            program: "the programs",
+            source: Box::from(short(&error)),
+        })
 }
 
 /// An error and its causes on one line, without the verifier's log.
@@ -569,6 +660,10 @@ fn short(error: &dyn std::error::Error) -> String {
 }
 
 fn remove_all(pins: Pins) -> Result<(), BackendError> {
+    // The kernel ends links some time after their last pin has gone; this ends their judging at once, and for all hooks.
+    if let Some(maps) = Maps::open(&pins.path(&maps_name()))? {
+        maps.deactivate()?;
+    }
     let names = pins.list()?;
     let (maps, links): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with("maps_v"));
     for name in links.iter().chain(&maps) {
@@ -584,23 +679,36 @@ fn observe(maps: &Maps, pins: &Pins, cgroup: Option<u64>) -> Result<Observed, Ba
         None => (Image::empty(), 0),
     };
     let mut faults = Vec::new();
-    for hook in HOOKS.iter().filter(|hook| slot.is_some() && (image.has_udp() || !hook.udp_only)) {
+    for hook in HOOKS
+        .iter()
+        .filter(|hook| slot.is_some() && (image.has_udp() || !hook.udp_only))
+    {
         let info = sys::open_pin(&pins.path(hook.name)).and_then(|link| sys::link_info(link.as_fd()));
         match info {
             Ok(info) if info.cgroup == 0 || cgroup.is_some_and(|wanted| wanted != info.cgroup) => {
                 faults.push(format!("the link of {} is not attached; restart enforcer", hook.name));
             }
             Ok(_) => {}
-            Err(error) => faults.push(format!("the link of {} cannot be opened: {error}; restart enforcer", hook.name)),
+            Err(error) => faults.push(format!(
+                "the link of {} cannot be opened: {error}; restart enforcer",
+                hook.name
+            )),
         }
     }
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);
     let mut targets = Vec::new();
-    for (bit, name) in (0_u32..).zip(&image.names).filter(|(_, name)| **name != TargetName::NONE) {
+    for (bit, name) in (0_u32..)
+        .zip(&image.names)
+        .filter(|(_, name)| **name != TargetName::NONE)
+    {
         let endpoints = real().filter(|(_, owners)| placed(*owners, bit)).count()
             + image.prefixes.iter().filter(|(_, owners)| placed(*owners, bit)).count();
-        let allow = image.principals.iter().filter(|(_, owners)| placed(*owners, bit)).map(|(key, _)| describe(key));
+        let allow = image
+            .principals
+            .iter()
+            .filter(|(_, owners)| placed(*owners, bit))
+            .map(|(key, _)| describe(key));
         targets.push(ObservedTarget {
             name: name.as_str().to_owned(),
             endpoints: endpoints as u64,

@@ -28,7 +28,16 @@ struct Keys {
 }
 
 const TOP: Keys = Keys {
-    known: &["mode", "backend", "cgroup", "pin_dir", "state_dir", "socket", "dns", "target"],
+    known: &[
+        "mode",
+        "backend",
+        "cgroup",
+        "pin_dir",
+        "state_dir",
+        "socket",
+        "dns",
+        "target",
+    ],
     later: &["existing", "forward", "nft_table", "bosh"],
 };
 const DNS: Keys = Keys {

@@ -1,6 +1,5 @@
 //! `Config` → TOML, with a comment for each key, and → JSON. Both from one tree, without credentials (B2).
 
-
 use humantime::format_duration;
 use serde::{Serialize, Serializer};
 use toml::{Table, Value};
@@ -32,7 +31,11 @@ const KEYS: [Key; 10] = [
         "pin_dir",
         "Where links and maps are pinned, below a bpffs; no dot in the last part.",
     ),
-    Key("", "state_dir", "Where the last known addresses of names are kept, so that a restart protects them at once."),
+    Key(
+        "",
+        "state_dir",
+        "Where the last known addresses of names are kept, so that a restart protects them at once.",
+    ),
     Key("", "socket", "The control socket."),
     Key("dns", "min_refresh", "Shortest time between two look-ups of a name."),
     Key("dns", "max_refresh", "Longest time between two look-ups of a name."),

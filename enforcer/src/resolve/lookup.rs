@@ -35,8 +35,15 @@ fn in_hosts_file(name: &Name) -> Option<BTreeSet<IpAddr>> {
     let dns_name = DnsName::from_utf8(name.as_str()).ok()?;
     let found = |kind| hosts.lookup_static_host(&Query::query(dns_name.clone(), kind));
     let lookups = [RecordType::A, RecordType::AAAA].into_iter().filter_map(found);
-    let addresses: BTreeSet<IpAddr> =
-        lookups.flat_map(|lookup| lookup.answers().iter().filter_map(|record| record.data.ip_addr()).collect::<Vec<_>>()).collect();
+    let addresses: BTreeSet<IpAddr> = lookups
+        .flat_map(|lookup| {
+            lookup
+                .answers()
+                .iter()
+                .filter_map(|record| record.data.ip_addr())
+                .collect::<Vec<_>>()
+        })
+        .collect();
     (!addresses.is_empty()).then_some(addresses)
 }
 
@@ -65,7 +72,10 @@ async fn ask(resolver: &TokioResolver, name: &Name, patience: Duration) -> Answe
             if addresses.is_empty() {
                 Outcome::Empty
             } else {
-                Outcome::Found { addresses, ttl: Duration::from_secs(ttl.into()) }
+                Outcome::Found {
+                    addresses,
+                    ttl: Duration::from_secs(ttl.into()),
+                }
             }
         }
     };
@@ -85,5 +95,8 @@ fn failed(error: &NetError) -> Outcome {
 }
 
 fn both(outcome: &Outcome) -> Answer {
-    Answer::Dns { a: outcome.clone(), aaaa: outcome.clone() }
+    Answer::Dns {
+        a: outcome.clone(),
+        aaaa: outcome.clone(),
+    }
 }

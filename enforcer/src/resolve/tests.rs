@@ -14,7 +14,12 @@ use crate::policy::{Dns, Name, Unresolved};
 const SECOND: Duration = Duration::from_secs(1);
 
 fn dns() -> Dns {
-    Dns { min_refresh: 5 * SECOND, max_refresh: 60 * SECOND, retain: 3600 * SECOND, unresolved: Unresolved::Open }
+    Dns {
+        min_refresh: SECOND * 5,
+        max_refresh: SECOND * 60,
+        retain: SECOND * 3600,
+        unresolved: Unresolved::Open,
+    }
 }
 
 fn name(text: &str) -> Name {
@@ -32,8 +37,11 @@ fn ips(list: &[&str]) -> BTreeSet<IpAddr> {
     list.iter().filter_map(|text| text.parse().ok()).collect()
 }
 
-fn found(list: &[&str], ttl: u64) -> Outcome {
-    Outcome::Found { addresses: ips(list), ttl: ttl * SECOND }
+fn found(list: &[&str], ttl: u32) -> Outcome {
+    Outcome::Found {
+        addresses: ips(list),
+        ttl: SECOND * ttl,
+    }
 }
 
 fn answer(names: &mut Names, now: Instant, to: &str, a: Outcome, aaaa: Outcome) {
@@ -54,11 +62,28 @@ fn only_a_positive_answer_changes_anything() {
     for bad in [failure(), Outcome::Empty] {
         let start = Instant::now();
         let mut names = names(start);
-        answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), found(&["2001:db8::1"], 30));
-        answer(&mut names, start + 30 * SECOND, "bus", bad.clone(), bad.clone());
-        assert_eq!(known(&names, start + 30 * SECOND, "bus"), ips(&["10.0.0.1", "2001:db8::1"]), "{bad:?}");
-        assert!(names.report().iter().any(|report| report.name == "bus" && report.stale), "{bad:?}");
-        assert_eq!(known(&names, start + 7200 * SECOND, "bus"), ips(&["10.0.0.1", "2001:db8::1"]), "current never expires");
+        answer(
+            &mut names,
+            start,
+            "bus",
+            found(&["10.0.0.1"], 30),
+            found(&["2001:db8::1"], 30),
+        );
+        answer(&mut names, start + SECOND * 30, "bus", bad.clone(), bad.clone());
+        assert_eq!(
+            known(&names, start + SECOND * 30, "bus"),
+            ips(&["10.0.0.1", "2001:db8::1"]),
+            "{bad:?}"
+        );
+        assert!(
+            names.report().iter().any(|report| report.name == "bus" && report.stale),
+            "{bad:?}"
+        );
+        assert_eq!(
+            known(&names, start + SECOND * 7200, "bus"),
+            ips(&["10.0.0.1", "2001:db8::1"]),
+            "current never expires"
+        );
     }
 }
 
@@ -67,10 +92,13 @@ fn an_address_that_left_stays_for_retain() {
     let start = Instant::now();
     let mut names = names(start);
     answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), Outcome::Empty);
-    let moved = start + 30 * SECOND;
+    let moved = start + SECOND * 30;
     answer(&mut names, moved, "bus", found(&["10.0.0.2"], 30), Outcome::Empty);
-    assert_eq!(known(&names, moved + 3599 * SECOND, "bus"), ips(&["10.0.0.1", "10.0.0.2"]));
-    assert_eq!(known(&names, moved + 3600 * SECOND, "bus"), ips(&["10.0.0.2"]));
+    assert_eq!(
+        known(&names, moved + SECOND * 3599, "bus"),
+        ips(&["10.0.0.1", "10.0.0.2"])
+    );
+    assert_eq!(known(&names, moved + SECOND * 3600, "bus"), ips(&["10.0.0.2"]));
 }
 
 #[test]
@@ -85,12 +113,22 @@ fn one_family_never_answered_is_no_fault() {
 fn a_dns_answer_may_not_name_this_host() {
     let start = Instant::now();
     let mut names = names(start);
-    let bad = ["127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "255.255.255.255"];
+    let bad = [
+        "127.0.0.1",
+        "169.254.169.254",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+    ];
     let bad6 = ["::1", "fe80::1", "ff02::1", "::", "::ffff:127.0.0.1"];
     answer(&mut names, start, "bus", found(&bad, 30), found(&bad6, 30));
     assert_eq!(known(&names, start, "bus"), ips(&[]));
     names.answered(start, &name("bus"), Answer::Hosts(ips(&["127.0.0.1", "::1"])));
-    assert_eq!(known(&names, start, "bus"), ips(&["127.0.0.1", "::1"]), "the hosts file may (N6)");
+    assert_eq!(
+        known(&names, start, "bus"),
+        ips(&["127.0.0.1", "::1"]),
+        "the hosts file may (N6)"
+    );
 }
 
 #[test]
@@ -100,15 +138,27 @@ fn ttl_is_clamped_and_failures_back_off() {
     for (ttl, wait) in [(0, 5), (20, 20), (86_400, 60)] {
         answer(&mut names, start, "bus", found(&["10.0.0.1"], ttl), Outcome::Empty);
         answer(&mut names, start, "other", found(&["10.0.0.9"], 86_400), Outcome::Empty);
-        assert_eq!(names.names.get(&name("bus")).map(|state| state.due), Some(start + wait * SECOND), "ttl {ttl}");
+        assert_eq!(
+            names.names.get(&name("bus")).map(|state| state.due),
+            Some(start + SECOND * wait),
+            "ttl {ttl}"
+        );
     }
     let waits: Vec<u64> = (0..20)
         .map(|_| {
             answer(&mut names, start, "bus", failure(), failure());
-            names.names.get(&name("bus")).map_or(0, |state| (state.due - start).as_secs())
+            names
+                .names
+                .get(&name("bus"))
+                .map_or(0, |state| (state.due - start).as_secs())
         })
         .collect();
-    assert_eq!(waits, [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 10, 20, 40, 80, 120, 120, 120, 120, 120, 120]);
+    assert_eq!(
+        waits,
+        [
+            5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 10, 20, 40, 80, 120, 120, 120, 120, 120, 120
+        ]
+    );
 }
 
 #[test]
@@ -116,15 +166,23 @@ fn too_many_addresses_drop_the_oldest_left() {
     let start = Instant::now();
     let mut names = names(start);
     let block = |third: u8, count: u16| -> Outcome {
-        let addresses = (0..count).map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, third, u8::try_from(last).unwrap_or(255))));
-        Outcome::Found { addresses: addresses.collect(), ttl: 30 * SECOND }
+        let addresses =
+            (0..count).map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, third, u8::try_from(last).unwrap_or(255))));
+        Outcome::Found {
+            addresses: addresses.collect(),
+            ttl: SECOND * 30,
+        }
     };
     answer(&mut names, start, "bus", block(1, 100), Outcome::Empty);
     answer(&mut names, start + SECOND, "bus", block(2, 100), Outcome::Empty);
-    answer(&mut names, start + 2 * SECOND, "bus", block(3, 100), Outcome::Empty);
-    let now = known(&names, start + 2 * SECOND, "bus");
+    answer(&mut names, start + SECOND * 2, "bus", block(3, 100), Outcome::Empty);
+    let now = known(&names, start + SECOND * 2, "bus");
     assert_eq!(now.len(), MAX_ADDRESSES);
-    let of = |third: u8| now.iter().filter(|address| matches!(address, IpAddr::V4(v4) if v4.octets()[2] == third)).count();
+    let of = |third: u8| {
+        now.iter()
+            .filter(|address| matches!(address, IpAddr::V4(v4) if v4.octets()[2] == third))
+            .count()
+    };
     assert_eq!((of(3), of(2), of(1)), (100, 100, 56));
 }
 
@@ -134,14 +192,16 @@ fn seeds_are_protected_before_any_answer() {
     let mut names = names(start);
     names.seed(&name("bus"), &ips(&["10.0.0.1"]), start);
     answer(&mut names, start, "bus", failure(), failure());
-    assert_eq!(known(&names, start + 3599 * SECOND, "bus"), ips(&["10.0.0.1"]));
+    assert_eq!(known(&names, start + SECOND * 3599, "bus"), ips(&["10.0.0.1"]));
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
     let address = (0_u8..6).prop_map(|last| IpAddr::V4(Ipv4Addr::new(10, 0, 0, last)));
     prop_oneof![
-        (proptest::collection::btree_set(address, 1..4), 0_u64..200)
-            .prop_map(|(addresses, ttl)| Outcome::Found { addresses, ttl: ttl * SECOND }),
+        (proptest::collection::btree_set(address, 1..4), 0_u32..200).prop_map(|(addresses, ttl)| Outcome::Found {
+            addresses,
+            ttl: SECOND * ttl
+        }),
         Just(Outcome::Empty),
         Just(failure()),
     ]
@@ -150,13 +210,13 @@ fn outcome() -> impl Strategy<Value = Outcome> {
 proptest! {
     /// N3, N4: whatever was answered within `retain` is protected, whatever came since, and no name touches another.
     #[test]
-    fn answered_within_retain_is_protected(answers in proptest::collection::vec((outcome(), 0_u64..900), 1..20)) {
+    fn answered_within_retain_is_protected(answers in proptest::collection::vec((outcome(), 0_u32..900), 1..20)) {
         let mut now = Instant::now();
         let mut names = names(now);
         answer(&mut names, now, "other", found(&["10.9.9.9"], 30), Outcome::Empty);
         let mut seen: Vec<(IpAddr, Instant)> = Vec::new();
         for (outcome, pause) in answers {
-            now += pause * SECOND;
+            now += SECOND * pause;
             names.due(now);
             if let Outcome::Found { addresses, .. } = &outcome {
                 seen.extend(addresses.iter().map(|address| (*address, now)));
@@ -164,7 +224,7 @@ proptest! {
             answer(&mut names, now, "bus", outcome, Outcome::Empty);
             let protected = known(&names, now, "bus");
             for (address, at) in &seen {
-                prop_assert!(now - *at >= 3600 * SECOND || protected.contains(address));
+                prop_assert!(now - *at >= SECOND * 3600 || protected.contains(address));
             }
             prop_assert_eq!(known(&names, now, "other"), ips(&["10.9.9.9"]));
         }

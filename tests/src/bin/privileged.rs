@@ -11,9 +11,9 @@ fn main() -> ExitCode {
         eprintln!("the privileged suite did not run: it needs root; run it through `cargo xtask test`");
         return ExitCode::from(2);
     }
-    let trials = tests::cases::all().into_iter().map(|(name, run)| {
-        Trial::test(name, move || run().map_err(|error| Failed::from(format!("{error:?}"))))
-    });
+    let trials = tests::cases::all()
+        .into_iter()
+        .map(|(name, run)| Trial::test(name, move || run().map_err(|error| Failed::from(format!("{error:?}")))));
     let conclusion: Conclusion = libtest_mimic::run(&arguments, trials.collect());
     match tests::world::leftovers() {
         Ok(left) if left.is_empty() => conclusion.exit_code(),

@@ -31,7 +31,13 @@ const TCP_WAYS: [Way; 13] = [
     Way::IoUringSqpoll,
     Way::Reconnect,
 ];
-const UDP_WAYS: [Way; 5] = [Way::UdpConnect, Way::UdpSendto, Way::UdpSendmsg, Way::UdpMapped, Way::UdpIoUring];
+const UDP_WAYS: [Way; 5] = [
+    Way::UdpConnect,
+    Way::UdpSendto,
+    Way::UdpSendmsg,
+    Way::UdpMapped,
+    Way::UdpIoUring,
+];
 /// Mixtures of users, and whether the rules admit them when they admit root alone: none does.
 const MIXTURES: [Who; 8] = [
     Who::SocketOfRoot,
@@ -50,12 +56,17 @@ pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for way in TCP_WAYS.into_iter().chain(UDP_WAYS) {
         cases.push(case(&format!("d2_d4_d5_way_{way:?}"), move || one_way(way, false)));
-        cases.push(case(&format!("d2_d4_d5_root_cgroup_way_{way:?}"), move || one_way(way, true)));
+        cases.push(case(&format!("d2_d4_d5_root_cgroup_way_{way:?}"), move || {
+            one_way(way, true)
+        }));
     }
     for who in MIXTURES {
         cases.push(case(&format!("d3_who_{who:?}"), move || one_mixture(who)));
     }
-    cases.push(case("d3_both_users_may_be_allowed_by_different_principals", both_allowed));
+    cases.push(case(
+        "d3_both_users_may_be_allowed_by_different_principals",
+        both_allowed,
+    ));
     cases.push(case("d3_setuid_root_binary", setuid_binary));
     cases.push(case("d3_root_polls_another_users_socket", root_polls));
     cases.push(case("d1_nothing_else_is_touched", nothing_else));
@@ -80,7 +91,10 @@ fn one_way(way: Way, at_root: bool) -> Result<()> {
     let _listener = world.listen()?;
     let mut nobody = world.attack(NOBODY).way(way);
     nobody.reaches()?;
-    let targets = format!("[target.main]\nendpoints = [{:?}]\nallow = [\"root\"]\n", endpoint(way, &world));
+    let targets = format!(
+        "[target.main]\nendpoints = [{:?}]\nallow = [\"root\"]\n",
+        endpoint(way, &world)
+    );
     if at_root {
         world.configure_on(&cgroup_mount()?, &targets)?;
         nobody = nobody.anywhere();
@@ -179,9 +193,19 @@ fn deny_wins() -> Result<()> {
     world.apply()?;
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()?;
-    let checked = world.enforcer(&["check", "--json", "nobody", &here.to_string()])?.demand(1)?;
-    ensure!(checked.stdout.contains(r#""name":"one","admits":true"#), "{}", checked.stdout);
-    ensure!(checked.stdout.contains(r#""name":"two","admits":false"#), "{}", checked.stdout);
+    let checked = world
+        .enforcer(&["check", "--json", "nobody", &here.to_string()])?
+        .demand(1)?;
+    ensure!(
+        checked.stdout.contains(r#""name":"one","admits":true"#),
+        "{}",
+        checked.stdout
+    );
+    ensure!(
+        checked.stdout.contains(r#""name":"two","admits":false"#),
+        "{}",
+        checked.stdout
+    );
     Ok(())
 }
 
@@ -194,7 +218,10 @@ fn prefix_joins() -> Result<()> {
          [target.some]\nendpoints = [\"tcp://127.64.0.0/10:{port}\"]\nallow = [\"root\"]\n",
     ))?;
     world.apply()?;
-    world.attack(NOBODY).to(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port)).reaches()?;
+    world
+        .attack(NOBODY)
+        .to(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
+        .reaches()?;
     world.attack(NOBODY).is_refused()?;
     world.attack(NOBODY).way(Way::Mapped).is_refused()?;
     world.attack(0).reaches()
@@ -204,7 +231,15 @@ fn ipv6() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let to = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), world.port);
-    let ways = [Way::Plain, Way::Nonblocking, Way::FastOpenSendto, Way::FastOpenConnect, Way::Mptcp, Way::IoUring, Way::Unspecified6];
+    let ways = [
+        Way::Plain,
+        Way::Nonblocking,
+        Way::FastOpenSendto,
+        Way::FastOpenConnect,
+        Way::Mptcp,
+        Way::IoUring,
+        Way::Unspecified6,
+    ];
     for way in ways {
         world.attack(NOBODY).to(to).way(way).reaches()?;
     }
@@ -213,7 +248,10 @@ fn ipv6() -> Result<()> {
     }
     world.configure_one(&[format!("tcp://{to}"), format!("udp://{to}")], r#"["root"]"#)?;
     world.apply()?;
-    for way in ways.into_iter().chain([Way::UdpConnect, Way::UdpSendto, Way::UdpSendmsg, Way::UdpIoUring]) {
+    for way in ways
+        .into_iter()
+        .chain([Way::UdpConnect, Way::UdpSendto, Way::UdpSendmsg, Way::UdpIoUring])
+    {
         world.attack(NOBODY).to(to).way(way).is_refused()?;
         world.attack(0).to(to).way(way).reaches()?;
     }
@@ -234,20 +272,32 @@ fn bind_to_device() -> Result<()> {
 fn containers() -> Result<()> {
     let world = World::new()?;
     let (home, container) = (Netns::new(&world, "home")?, Netns::new(&world, "ctr")?);
-    home.join(&["10.77.0.1/24", "fd77::1/64"], &container, &["10.77.0.2/24", "fd77::2/64"])?;
-    let _here = Listener::start(Some(&home.file()), world.port)?;
-    let _there = Listener::start(Some(&container.file()), world.port)?;
+    home.join(
+        &["10.77.0.1/24", "fd77::1/64"],
+        &container,
+        &["10.77.0.2/24", "fd77::2/64"],
+    )?;
+    let _here = Listener::start(Some(&home.file()), world.port, &[])?;
+    let _there = Listener::start(Some(&container.file()), world.port, &[])?;
     let port = world.port;
     let to = |address: &str| -> Result<SocketAddr> { Ok(SocketAddr::new(address.parse()?, port)) };
     let from = |netns: &Netns, address: &str| -> Result<Attack> {
-        Ok(world.attack(NOBODY).to(to(address)?).option("--netns", &netns.file().display().to_string()))
+        Ok(world
+            .attack(NOBODY)
+            .to(to(address)?)
+            .option("--netns", &netns.file().display().to_string()))
     };
-    let routable = [(&container, "10.77.0.1"), (&container, "fd77::1"), (&home, "10.77.0.2"), (&home, "fd77::2")];
+    let routable = [
+        (&container, "10.77.0.1"),
+        (&container, "fd77::1"),
+        (&home, "10.77.0.2"),
+        (&home, "fd77::2"),
+    ];
     for (netns, address) in routable {
         from(netns, address)?.reaches()?;
     }
-    let endpoints =
-        ["127.0.0.1", "[::1]", "10.77.0.1", "[fd77::1]", "10.77.0.2", "[fd77::2]"].map(|host| format!("tcp://{host}:{port}"));
+    let endpoints = ["127.0.0.1", "[::1]", "10.77.0.1", "[fd77::1]", "10.77.0.2", "[fd77::2]"]
+        .map(|host| format!("tcp://{host}:{port}"));
     world.configure_one(&endpoints, r#"["root"]"#)?;
     // The daemon's namespace is the one that loopback endpoints belong to.
     let daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
@@ -272,11 +322,14 @@ fn local() -> Result<()> {
     let world = World::new()?;
     let (home, peer) = (Netns::new(&world, "home")?, Netns::new(&world, "peer")?);
     home.join(&["10.78.0.1/24", "fd78::1/64"], &peer, &["10.78.0.2/24", "fd78::2/64"])?;
-    let _listener = Listener::start(Some(&home.file()), world.port)?;
+    let _listener = Listener::start(Some(&home.file()), world.port, &[])?;
     world.configure_one(&[format!("tcp://local:{}", world.port)], r#"["root"]"#)?;
     let from = |netns: &Netns, address: &str| -> Result<Attack> {
         let to = SocketAddr::new(address.parse()?, world.port);
-        Ok(world.attack(NOBODY).to(to).option("--netns", &netns.file().display().to_string()))
+        Ok(world
+            .attack(NOBODY)
+            .to(to)
+            .option("--netns", &netns.file().display().to_string()))
     };
     let addresses = ["127.0.0.1", "127.9.8.7", "::1", "10.78.0.1", "fd78::1"];
     for address in addresses {
@@ -288,10 +341,14 @@ fn local() -> Result<()> {
     }
     from(&peer, "10.78.0.1")?.is_refused()?;
     home.ip(&["address", "add", "10.78.0.99/24", "dev", "veth0"])?;
-    crate::world::until("the new address is protected", || Ok(from(&home, "10.78.0.99")?.run()?.errno == Some(libc::EPERM)))?;
+    crate::world::until("the new address is protected", || {
+        Ok(from(&home, "10.78.0.99")?.run()?.errno == Some(libc::EPERM))
+    })?;
     home.ip(&["address", "delete", "10.78.0.99/24", "dev", "veth0"])?;
     let gone = format!("10.78.0.99:{}", world.port);
-    crate::world::until("the old address is let go", || Ok(world.enforcer(&["check", "nobody", &gone])?.code == 0))
+    crate::world::until("the old address is let go", || {
+        Ok(world.enforcer(&["check", "nobody", &gone])?.code == 0)
+    })
 }
 
 fn within_cgroup() -> Result<()> {
@@ -301,7 +358,10 @@ fn within_cgroup() -> Result<()> {
     fs::create_dir(&child)?;
     let path = PathBuf::from("/").join(child.strip_prefix(cgroup_mount()?)?);
     let allow = format!("[\"root\", {{ user = {NOBODY}, cgroup = {path:?} }}]");
-    world.configure_one(&[endpoint(Way::Plain, &world), endpoint(Way::UdpSendto, &world)], &allow)?;
+    world.configure_one(
+        &[endpoint(Way::Plain, &world), endpoint(Way::UdpSendto, &world)],
+        &allow,
+    )?;
     let _daemon = world.daemon()?;
     world.attack(NOBODY).is_refused()?;
     let inside = world.attack(NOBODY).in_cgroup(&child);
@@ -311,7 +371,9 @@ fn within_cgroup() -> Result<()> {
     world.attack(1).in_cgroup(&child).is_refused()?;
     fs::remove_dir(&child)?;
     fs::create_dir(&child)?;
-    crate::world::until("the cgroup made again is followed", || Ok(inside.run()?.errno.is_none()))?;
+    crate::world::until("the cgroup made again is followed", || {
+        Ok(inside.run()?.errno.is_none())
+    })?;
     world.attack(NOBODY).is_refused()
 }
 
@@ -322,22 +384,36 @@ fn kernel_only() -> Result<()> {
     world.apply()?;
     world.attack(0).is_refused()?;
     world.attack(0).way(Way::IoUringSqpoll).is_refused()?;
-    world.enforcer(&["check", "--kernel", "root", &world.here().to_string()])?.demand(0)?;
-    world.enforcer(&["check", "root", &world.here().to_string()])?.demand(1).map(drop)
+    world
+        .enforcer(&["check", "--kernel", "root", &world.here().to_string()])?
+        .demand(0)?;
+    world
+        .enforcer(&["check", "root", &world.here().to_string()])?
+        .demand(1)
+        .map(drop)
 }
 
 fn audit() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let here = world.here();
-    world.configure(&format!("mode = \"audit\"\n[target.main]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\n"))?;
+    world.configure(&format!(
+        "mode = \"audit\"\n[target.main]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\n"
+    ))?;
     let _daemon = world.daemon()?;
     world.attack(NOBODY).reaches()?;
     world.enforcer(&["check", "nobody", &here.to_string()])?.demand(1)?;
     crate::world::until("the event is there", || {
-        Ok(world.enforcer(&["events", "--json"])?.demand(0)?.stdout.contains(r#""verdict":"would-deny""#))
+        Ok(world
+            .enforcer(&["events", "--json"])?
+            .demand(0)?
+            .stdout
+            .contains(r#""verdict":"would-deny""#))
     })?;
     let status = world.status()?;
-    ensure!(status["state"] == "audit" && status["targets"][0]["would_deny"] == 1, "{status}");
+    ensure!(
+        status["state"] == "audit" && status["targets"][0]["would_deny"] == 1,
+        "{status}"
+    );
     Ok(())
 }

@@ -36,7 +36,9 @@ fn under_fire() -> Result<()> {
     let mut daemon = world.daemon()?;
     let fire = world.path("fire");
     fs::write(&fire, "")?;
-    let denied = (0..4).map(|_| world.attack(NOBODY).hammer(&fire)).collect::<Result<Vec<_>>>()?;
+    let denied = (0..4)
+        .map(|_| world.attack(NOBODY).hammer(&fire))
+        .collect::<Result<Vec<_>>>()?;
     let allowed = world.attack(0).hammer(&fire)?;
     for round in 0..12_u16 {
         rules(&world, 10 + round * 17)?;
@@ -62,14 +64,25 @@ fn under_fire() -> Result<()> {
     let mut sum = Blows::default();
     for hammer in denied {
         let blows = hammer.finish()?;
-        sum = Blows { connected: sum.connected + blows.connected, refused: sum.refused + blows.refused, other: sum.other + blows.other };
+        sum = Blows {
+            connected: sum.connected + blows.connected,
+            refused: sum.refused + blows.refused,
+            other: sum.other + blows.other,
+        };
     }
     let good = allowed.finish()?;
     println!("    denied user: {sum:?}; allowed user: {good:?}");
     ensure!(sum.connected == 0 && sum.other == 0, "the denied user: {sum:?}");
     ensure!(good.refused == 0 && good.other == 0, "the allowed user: {good:?}");
-    ensure!(sum.refused + good.connected >= 100_000, "only {} attempts", sum.refused + good.connected);
-    ensure!(!world.pins().join("maps_v0").exists(), "the old version's maps were left");
+    ensure!(
+        sum.refused + good.connected >= 100_000,
+        "only {} attempts",
+        sum.refused + good.connected
+    );
+    ensure!(
+        !world.pins().join("maps_v0").exists(),
+        "the old version's maps were left"
+    );
     drop(daemon);
     Ok(())
 }
@@ -86,7 +99,10 @@ fn outlives() -> Result<()> {
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()?;
     let status = world.status()?;
-    ensure!(status["state"] == "degraded" && status["daemon"]["running"] == false, "{status}");
+    ensure!(
+        status["state"] == "degraded" && status["daemon"]["running"] == false,
+        "{status}"
+    );
     let daemon = world.daemon()?;
     daemon.kill()?;
     world.attack(NOBODY).is_refused()?;
@@ -117,7 +133,10 @@ fn unload_one_of_two() -> Result<()> {
     one.attack(NOBODY).reaches()?;
     two.attack(NOBODY).is_refused()?;
     let status = two.status()?;
-    ensure!(status["state"] == "enforcing" && status["targets"][0]["denied"].as_u64() >= Some(1), "{status}");
+    ensure!(
+        status["state"] == "enforcing" && status["targets"][0]["denied"].as_u64() >= Some(1),
+        "{status}"
+    );
     Ok(())
 }
 
@@ -131,16 +150,27 @@ fn random_rule_sets() -> Result<()> {
     for _ in 0..10 {
         let mut lists = [Vec::new(), Vec::new(), Vec::new()];
         for _ in 0..random.random_range(0..200) {
-            let (a, b, length) = (random.random::<u8>(), random.random::<u8>(), random.random_range(8..=32));
+            let (a, b, length) = (
+                random.random::<u8>(),
+                random.random::<u8>(),
+                random.random_range(8..=32),
+            );
             let network = u32::from_be_bytes([10, a & 3, b & 3, random.random()]) & (u32::MAX << (32 - length));
-            let endpoint = format!("tcp://{}/{length}:{}", std::net::Ipv4Addr::from(network), random.random_range(1..5));
+            let endpoint = format!(
+                "tcp://{}/{length}:{}",
+                std::net::Ipv4Addr::from(network),
+                random.random_range(1..5)
+            );
             if let Some(list) = lists.get_mut(random.random_range(0..3)) {
                 list.push(endpoint);
             }
         }
         let guarded = random.random_bool(0.5);
         if guarded {
-            lists.first_mut().into_iter().for_each(|list| list.push(format!("tcp://{here}")));
+            lists
+                .first_mut()
+                .into_iter()
+                .for_each(|list| list.push(format!("tcp://{here}")));
         }
         let [one, two, three] = &lists;
         world.configure(&format!(
@@ -148,14 +178,25 @@ fn random_rule_sets() -> Result<()> {
         ))?;
         world.apply()?;
         world.attack(0).reaches()?;
-        if guarded { world.attack(NOBODY).is_refused()? } else { world.attack(NOBODY).reaches()? }
+        if guarded {
+            world.attack(NOBODY).is_refused()?
+        } else {
+            world.attack(NOBODY).reaches()?
+        }
         // What `check` finds in the kernel's maps is what the lists say.
         for _ in 0..20 {
-            let address = std::net::Ipv4Addr::new(10, random.random_range(0..4), random.random_range(0..4), random.random());
+            let address = std::net::Ipv4Addr::new(
+                10,
+                random.random_range(0..4),
+                random.random_range(0..4),
+                random.random(),
+            );
             let port = random.random_range(1..5_u16);
             let owns = |list: &[String]| list.iter().any(|endpoint| covers(endpoint, address, port));
             let denied = owns(one) || owns(three);
-            world.enforcer(&["check", "nobody", &format!("{address}:{port}")])?.demand(i32::from(denied))?;
+            world
+                .enforcer(&["check", "nobody", &format!("{address}:{port}")])?
+                .demand(i32::from(denied))?;
         }
     }
     Ok(())
@@ -164,14 +205,20 @@ fn random_rule_sets() -> Result<()> {
 /// Whether an endpoint `tcp://PREFIX/LENGTH:PORT` owns an address and port: written anew, to be independent.
 fn covers(endpoint: &str, address: std::net::Ipv4Addr, port: u16) -> bool {
     let parts: Vec<&str> = endpoint.trim_start_matches("tcp://").split(['/', ':']).collect();
-    let [network, length, of] = parts.as_slice() else { return false };
-    let (Ok(network), Ok(length)) = (network.parse::<std::net::Ipv4Addr>(), length.parse::<u32>()) else { return false };
+    let [network, length, of] = parts.as_slice() else {
+        return false;
+    };
+    let (Ok(network), Ok(length)) = (network.parse::<std::net::Ipv4Addr>(), length.parse::<u32>()) else {
+        return false;
+    };
     let shift = 32 - length;
     *of == port.to_string() && u64::from(network.to_bits()) >> shift == u64::from(address.to_bits()) >> shift
 }
 
 fn block(count: u32, port: u16) -> Vec<String> {
-    (0..count).map(|host| format!("tcp://{}:{port}", std::net::Ipv4Addr::from(0x0a00_0000 + host))).collect()
+    (0..count)
+        .map(|host| format!("tcp://{}:{port}", std::net::Ipv4Addr::from(0x0a00_0000 + host)))
+        .collect()
 }
 
 fn many_endpoints() -> Result<()> {
@@ -182,7 +229,10 @@ fn many_endpoints() -> Result<()> {
     world.configure_one(&endpoints, r#"["root"]"#)?;
     let started = std::time::Instant::now();
     world.apply()?;
-    println!("    100,000 endpoints read, compiled, loaded and read back in {:?}", started.elapsed());
+    println!(
+        "    100,000 endpoints read, compiled, loaded and read back in {:?}",
+        started.elapsed()
+    );
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()?;
     let mut random = StdRng::seed_from_u64(1);
@@ -194,7 +244,12 @@ fn many_endpoints() -> Result<()> {
     for _ in 0..1000 {
         let host = random.random_range(0..200_000_u32);
         let to = format!("{}:{}", std::net::Ipv4Addr::from(0x0a00_0000 + host), world.port);
-        let ran = crate::world::ran(Command::new(&binary).arg("--config").arg(&config).args(["check", "nobody", &to]))?;
+        let ran = crate::world::ran(
+            Command::new(&binary)
+                .arg("--config")
+                .arg(&config)
+                .args(["check", "nobody", &to]),
+        )?;
         ran.demand(expected(host))?;
     }
     Ok(())
@@ -207,7 +262,11 @@ fn too_many() -> Result<()> {
     world.apply()?;
     world.configure_one(&block(131_073, world.port), r#"["root"]"#)?;
     let ran = world.enforcer(&["apply"])?.demand(2)?;
-    ensure!(ran.stderr.contains("131072") && ran.stderr.lines().count() == 1, "{}", ran.stderr);
+    ensure!(
+        ran.stderr.contains("131072") && ran.stderr.lines().count() == 1,
+        "{}",
+        ran.stderr
+    );
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()?;
     ensure!(Path::new(&world.pins()).exists(), "the pins are gone");

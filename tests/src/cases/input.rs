@@ -9,21 +9,77 @@ use crate::world::{NOBODY, World, binary, ran};
 
 /// Name, what takes the place of the target's section, and what the message must say.
 const TEXTS: [(&str, &str, &[&str]); 16] = [
-    ("unknown_key", "allwo = []\n[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n", &["allwo", "toml:5"]),
-    ("unknown_key_in_target", "[target.main]\nendpoint = []\nallow = []\n", &["endpoint", "toml:6"]),
-    ("bad_port", "[target.main]\nendpoints = [\"tcp://10.0.0.1:99999\"]\nallow = []\n", &["99999", "toml:6"]),
-    ("bad_prefix", "[target.main]\nendpoints = [\"tcp://10.0.0.0/33:1\"]\nallow = []\n", &["10.0.0.0/33", "toml:6"]),
-    ("host_bits", "[target.main]\nendpoints = [\"tcp://10.0.0.1/8:1\"]\nallow = []\n", &["10.0.0.0/8", "toml:6"]),
-    ("unknown_user", "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"nosuchuser\"]\n", &["nosuchuser", "toml:7"]),
-    ("no_port", "[target.main]\nendpoints = [\"tcp://nats.example\"]\nallow = []\n", &["nats.example", "port"]),
-    ("no_port_no_password", "[target.main]\nendpoints = [\"nats://me:secret@nats.example\"]\nallow = []\n", &["nats.example", "port"]),
-    ("duplicate_target", "[target.main]\nendpoints = []\nallow = []\n[target.main]\nallow = []\n", &["main", "toml:8"]),
-    ("odd_ipv4", "[target.main]\nendpoints = [\"tcp://127.1:1\"]\nallow = []\n", &["127.1"]),
-    ("unspecified", "[target.main]\nendpoints = [\"tcp://0.0.0.0:1\"]\nallow = []\n", &["0.0.0.0", "local"]),
-    ("later_key", "existing = \"cut\"\n[target.main]\nendpoints = []\nallow = []\n", &["existing", "toml:5"]),
-    ("later_backend", "backend = \"nftables\"\n[target.main]\nendpoints = []\nallow = []\n", &["nftables", "toml:5"]),
+    (
+        "unknown_key",
+        "allwo = []\n[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n",
+        &["allwo", "toml:5"],
+    ),
+    (
+        "unknown_key_in_target",
+        "[target.main]\nendpoint = []\nallow = []\n",
+        &["endpoint", "toml:6"],
+    ),
+    (
+        "bad_port",
+        "[target.main]\nendpoints = [\"tcp://10.0.0.1:99999\"]\nallow = []\n",
+        &["99999", "toml:6"],
+    ),
+    (
+        "bad_prefix",
+        "[target.main]\nendpoints = [\"tcp://10.0.0.0/33:1\"]\nallow = []\n",
+        &["10.0.0.0/33", "toml:6"],
+    ),
+    (
+        "host_bits",
+        "[target.main]\nendpoints = [\"tcp://10.0.0.1/8:1\"]\nallow = []\n",
+        &["10.0.0.0/8", "toml:6"],
+    ),
+    (
+        "unknown_user",
+        "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"nosuchuser\"]\n",
+        &["nosuchuser", "toml:7"],
+    ),
+    (
+        "no_port",
+        "[target.main]\nendpoints = [\"tcp://nats.example\"]\nallow = []\n",
+        &["nats.example", "port"],
+    ),
+    (
+        "no_port_no_password",
+        "[target.main]\nendpoints = [\"nats://me:secret@nats.example\"]\nallow = []\n",
+        &["nats.example", "port"],
+    ),
+    (
+        "duplicate_target",
+        "[target.main]\nendpoints = []\nallow = []\n[target.main]\nallow = []\n",
+        &["main", "toml:8"],
+    ),
+    (
+        "odd_ipv4",
+        "[target.main]\nendpoints = [\"tcp://127.1:1\"]\nallow = []\n",
+        &["127.1"],
+    ),
+    (
+        "unspecified",
+        "[target.main]\nendpoints = [\"tcp://0.0.0.0:1\"]\nallow = []\n",
+        &["0.0.0.0", "local"],
+    ),
+    (
+        "later_key",
+        "existing = \"cut\"\n[target.main]\nendpoints = []\nallow = []\n",
+        &["existing", "toml:5"],
+    ),
+    (
+        "later_backend",
+        "backend = \"nftables\"\n[target.main]\nendpoints = []\nallow = []\n",
+        &["nftables", "toml:5"],
+    ),
     ("no_target", "", &["target"]),
-    ("principal_cgroup_missing", "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [{ user = 0, cgroup = \"/no/such/group\" }]\n", &["/no/such/group"]),
+    (
+        "principal_cgroup_missing",
+        "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [{ user = 0, cgroup = \"/no/such/group\" }]\n",
+        &["/no/such/group"],
+    ),
     ("not_toml", "[target.main\n", &["toml:5"]),
 ];
 
@@ -50,7 +106,10 @@ pub fn cases() -> Vec<Case> {
 fn expect(world: &World, says: &[&str]) -> Result<()> {
     let ran = world.enforcer(&["apply"])?.demand(2)?;
     let text = &ran.stderr;
-    ensure!(text.trim_end().lines().count() == 1 && text.starts_with("enforcer: error: "), "not one line: {text}");
+    ensure!(
+        text.trim_end().lines().count() == 1 && text.starts_with("enforcer: error: "),
+        "not one line: {text}"
+    );
     for say in says {
         ensure!(text.contains(say), "{say:?} is not in: {text}");
     }
@@ -91,7 +150,11 @@ fn empty_allow() -> Result<()> {
     let _listener = world.listen()?;
     world.configure_one(&[format!("tcp://{}", world.here())], "[]")?;
     let ran = world.enforcer(&["apply"])?.demand(0)?;
-    ensure!(ran.stderr.contains("WARN") && ran.stderr.contains("main"), "{}", ran.stderr);
+    ensure!(
+        ran.stderr.contains("WARN") && ran.stderr.contains("main"),
+        "{}",
+        ran.stderr
+    );
     world.attack(0).is_refused()
 }
 
@@ -117,7 +180,10 @@ fn reload() -> Result<()> {
     still_guarded(&world)?;
     fs::write(world.path("enforcer.toml"), &toml)?;
     let status = world.status()?;
-    ensure!(status["state"] == "degraded" && status["causes"].to_string().contains("bogus"), "{status}");
+    ensure!(
+        status["state"] == "degraded" && status["causes"].to_string().contains("bogus"),
+        "{status}"
+    );
     daemon.reload()?;
     let status = world.status()?;
     ensure!(status["state"] == "enforcing", "{status}");
@@ -126,7 +192,7 @@ fn reload() -> Result<()> {
 
 fn no_cgroup() -> Result<()> {
     let (world, _listener) = guarded()?;
-    let main = "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n";
+    let main = "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"root\"]\n";
     world.configure_on(&PathBuf::from("/sys/fs/cgroup/no-such-group"), main)?;
     expect(&world, &["/sys/fs/cgroup/no-such-group", "cgroup"])?;
     world.configure_on(&std::env::temp_dir(), main)?;
@@ -139,7 +205,10 @@ fn no_bpffs() -> Result<()> {
     let (world, _listener) = guarded()?;
     let toml = fs::read_to_string(world.path("enforcer.toml"))?;
     let elsewhere = world.path("pins");
-    fs::write(world.path("enforcer.toml"), toml.replace(&world.pins().display().to_string(), &elsewhere.display().to_string()))?;
+    fs::write(
+        world.path("enforcer.toml"),
+        toml.replace(&world.pins().display().to_string(), &elsewhere.display().to_string()),
+    )?;
     expect(&world, &["bpffs", "pins"])?;
     good(&world)?;
     still_guarded(&world)
@@ -155,10 +224,14 @@ fn no_permission() -> Result<()> {
     fs::copy(binary("enforcer")?, &copy)?;
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
     command.arg(copy).arg("--config").arg(world.path("enforcer.toml"));
-    for action in ["apply", "run", "unload", "status", "events"] {
+    for action in ["apply", "run", "unload", "status"] {
         let mut one = Command::new(command.get_program());
         let ran = ran(one.args(command.get_args()).arg(action))?.demand(2)?;
-        ensure!(ran.stderr.trim_end().lines().count() == 1 && ran.stderr.contains("ermission denied"), "{action}: {}", ran.stderr);
+        ensure!(
+            ran.stderr.trim_end().lines().count() == 1 && ran.stderr.contains("ermission denied"),
+            "{action}: {}",
+            ran.stderr
+        );
     }
     still_guarded(&world)
 }
@@ -168,7 +241,11 @@ fn forbidden() -> Result<()> {
     let _guard = crate::foreign::ExclusiveProgram::attach(&world.cgroup).context("attach another program")?;
     good(&world)?;
     let ran = world.enforcer(&["apply"])?.demand(2)?;
-    ensure!(ran.stderr.contains("sharing") && ran.stderr.contains("connect4"), "{}", ran.stderr);
+    ensure!(
+        ran.stderr.contains("sharing") && ran.stderr.contains("connect4"),
+        "{}",
+        ran.stderr
+    );
     ensure!(!world.pins().join("connect4").exists(), "a link was left");
     Ok(())
 }

@@ -39,15 +39,25 @@ impl Named {
     fn new(names: &[&str], more: &str) -> Result<Self> {
         let world = World::new()?;
         let dns = DnsServer::start(None, world.address())?;
-        fs::write(world.path("resolv.conf"), format!("nameserver {}\noptions timeout:1 attempts:1\n", world.address()))?;
+        fs::write(
+            world.path("resolv.conf"),
+            format!("nameserver {}\noptions timeout:1 attempts:1\n", world.address()),
+        )?;
         let mut text = format!("{more}\n[dns]\nmin_refresh = \"1s\"\nmax_refresh = \"2s\"\n");
         for name in names {
             let target = name.replace('.', "-");
-            text.push_str(&format!("[target.{target}]\nendpoints = [\"tcp://{name}:{}\"]\nallow = [\"root\"]\n", world.port));
+            text.push_str(&format!(
+                "[target.{target}]\nendpoints = [\"tcp://{name}:{}\"]\nallow = [\"root\"]\n",
+                world.port
+            ));
         }
         world.configure(&text)?;
         let listener = world.listen()?;
-        Ok(Self { world, dns, _listener: listener })
+        Ok(Self {
+            world,
+            dns,
+            _listener: listener,
+        })
     }
 
     fn daemon(&self) -> Result<Daemon> {
@@ -62,7 +72,10 @@ impl Named {
 
     fn name(&self, name: &str) -> Result<Value> {
         let status = self.world.status()?;
-        let found = status["names"].as_array().and_then(|names| names.iter().find(|one| one["name"] == name)).cloned();
+        let found = status["names"]
+            .as_array()
+            .and_then(|names| names.iter().find(|one| one["name"] == name))
+            .cloned();
         Ok(found.unwrap_or_default())
     }
 }
@@ -74,7 +87,9 @@ fn addresses(list: &[&str]) -> Zone {
 fn families() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", Zone::Alias("real.test".to_owned()));
-    named.dns.set("real.test", addresses(&["10.9.0.1", "10.9.0.2", "2001:db8::9"]));
+    named
+        .dns
+        .set("real.test", addresses(&["10.9.0.1", "10.9.0.2", "2001:db8::9"]));
     let _daemon = named.daemon()?;
     for address in ["10.9.0.1", "10.9.0.2", "2001:db8::9", "::ffff:10.9.0.1"] {
         ensure!(named.denied(address)?, "{address} is open");
@@ -84,12 +99,21 @@ fn families() -> Result<()> {
     // It moves; what it had stays protected.
     named.dns.set("real.test", addresses(&["10.9.0.7"]));
     until("the move is followed", || named.denied("10.9.0.7"))?;
-    ensure!(named.denied("10.9.0.1")? && named.denied("2001:db8::9")?, "an address that left was let go (N4)");
+    ensure!(
+        named.denied("10.9.0.1")? && named.denied("2001:db8::9")?,
+        "an address that left was let go (N4)"
+    );
     Ok(())
 }
 
 fn failures() -> Result<()> {
-    for bad in [Zone::Code(ResponseCode::ServFail), Zone::Code(ResponseCode::NXDomain), Zone::Code(ResponseCode::Refused), Zone::Silence, addresses(&[])] {
+    for bad in [
+        Zone::Code(ResponseCode::ServFail),
+        Zone::Code(ResponseCode::NXDomain),
+        Zone::Code(ResponseCode::Refused),
+        Zone::Silence,
+        addresses(&[]),
+    ] {
         let named = Named::new(&["bus.test"], "")?;
         named.dns.set("bus.test", addresses(&["10.9.0.1"]));
         let _daemon = named.daemon()?;
@@ -97,10 +121,16 @@ fn failures() -> Result<()> {
         until("the name is stale", || Ok(named.name("bus.test")?["stale"] == true))?;
         ensure!(named.denied("10.9.0.1")?, "{bad:?} opened the address");
         let status = named.world.status()?;
-        ensure!(status["state"] == "degraded" && status["causes"].to_string().contains("bus.test"), "{status}");
+        ensure!(
+            status["state"] == "degraded" && status["causes"].to_string().contains("bus.test"),
+            "{status}"
+        );
         named.dns.set("bus.test", addresses(&["10.9.0.2"]));
         named.world.enforcer(&["refresh"])?.demand(0)?;
-        ensure!(named.denied("10.9.0.2")? && named.world.status()?["state"] == "enforcing", "no recovery from {bad:?}");
+        ensure!(
+            named.denied("10.9.0.2")? && named.world.status()?["state"] == "enforcing",
+            "no recovery from {bad:?}"
+        );
     }
     Ok(())
 }
@@ -120,13 +150,27 @@ fn isolation() -> Result<()> {
 
 fn lies() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
-    named.dns.set("bus.test", addresses(&["127.0.0.1", "169.254.169.254", "224.0.0.1", "10.9.0.1", "::1", "fe80::1"]));
+    named.dns.set(
+        "bus.test",
+        addresses(&[
+            "127.0.0.1",
+            "169.254.169.254",
+            "224.0.0.1",
+            "10.9.0.1",
+            "::1",
+            "fe80::1",
+        ]),
+    );
     let daemon = named.daemon()?;
     ensure!(named.denied("10.9.0.1")?, "the good address is open");
     for address in ["127.0.0.1", "169.254.169.254", "::1", "fe80::1"] {
         ensure!(!named.denied(address)?, "{address} was taken from DNS");
     }
-    ensure!(daemon.log().contains("refused") && daemon.log().contains("169.254.169.254"), "{}", daemon.log());
+    ensure!(
+        daemon.log().contains("refused") && daemon.log().contains("169.254.169.254"),
+        "{}",
+        daemon.log()
+    );
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::{Case, case};
@@ -43,7 +44,12 @@ fn closed() -> Result<()> {
     while let Some(path) = waiting.pop() {
         let meta = fs::symlink_metadata(&path)?;
         let wanted = if meta.is_dir() { 0o700 } else { 0o600 };
-        ensure!(meta.uid() == 0 && meta.mode() & 0o7777 == wanted, "{} has mode {:o}", path.display(), meta.mode());
+        ensure!(
+            meta.uid() == 0 && meta.mode() & 0o7777 == wanted,
+            "{} has mode {:o}",
+            path.display(),
+            meta.mode()
+        );
         if meta.is_dir() {
             for entry in fs::read_dir(&path)? {
                 waiting.push(entry?.path());
@@ -54,8 +60,20 @@ fn closed() -> Result<()> {
     ensure!(seen >= 14, "only {seen} paths were looked at");
     let user = NOBODY.to_string();
     let socket = world.path("run/control.sock");
-    let script = format!("import socket; socket.socket(socket.AF_UNIX).connect({:?})", socket.display().to_string());
-    let others = ran(Command::new("setpriv").args(["--reuid", &user, "--regid", &user, "--clear-groups", "python3", "-c", &script]))?;
+    let script = format!(
+        "import socket; socket.socket(socket.AF_UNIX).connect({:?})",
+        socket.display().to_string()
+    );
+    let others = ran(Command::new("setpriv").args([
+        "--reuid",
+        &user,
+        "--regid",
+        &user,
+        "--clear-groups",
+        "python3",
+        "-c",
+        &script,
+    ]))?;
     ensure!(others.code != 0, "another user reached {}", socket.display());
     Ok(())
 }
@@ -66,12 +84,23 @@ fn hostile_requests() -> Result<()> {
     let socket = world.path("run/control.sock");
     let long = vec![b'x'; 1 << 20];
     let deep = [b"[".repeat(4000).as_slice(), b"\n"].concat();
-    for request in [b"\n".as_slice(), b"{}\n", b"\xff\xfe\n", b"{\"request\":\"format-disk\"}\n", b"null\n", &deep, b"{\"request\":\"status\""] {
+    for request in [
+        b"\n".as_slice(),
+        b"{}\n",
+        b"\xff\xfe\n",
+        b"{\"request\":\"format-disk\"}\n",
+        b"null\n",
+        &deep,
+        b"{\"request\":\"status\"",
+    ] {
         let answer = ask_raw(&socket, request)?;
         ensure!(answer.contains("error"), "{answer}");
     }
     let _ = ask_raw(&socket, &long);
-    ensure!(ask_raw(&socket, b"{\"request\":\"status\"}\n")?.contains("enforcer/status/1"), "it no longer answers");
+    ensure!(
+        ask_raw(&socket, b"{\"request\":\"status\"}\n")?.contains("enforcer/status/1"),
+        "it no longer answers"
+    );
     world.attack(NOBODY).is_refused()
 }
 
@@ -102,8 +131,14 @@ fn events() -> Result<()> {
     ] {
         ensure!(event[key] == value, "{key}: {event}");
     }
-    ensure!(event["time"].as_str().is_some_and(|time| time.ends_with('Z')), "{event}");
-    ensure!(event["generation"].as_u64() == world.status()?["generation"].as_u64(), "{event}");
+    ensure!(
+        event["time"].as_str().is_some_and(|time| time.ends_with('Z')),
+        "{event}"
+    );
+    ensure!(
+        event["generation"].as_u64() == world.status()?["generation"].as_u64(),
+        "{event}"
+    );
     // A flood is counted where it cannot be told.
     let fire = world.path("fire");
     fs::write(&fire, "")?;
@@ -111,7 +146,9 @@ fn events() -> Result<()> {
     std::thread::sleep(std::time::Duration::from_millis(500));
     fs::remove_file(&fire)?;
     let refused = hammer.finish()?.refused + 1;
-    until("every denial is counted", || Ok(world.status()?["targets"][0]["denied"].as_u64() == Some(refused)))
+    until("every denial is counted", || {
+        Ok(world.status()?["targets"][0]["denied"].as_u64() == Some(refused))
+    })
 }
 
 fn follow() -> Result<()> {
@@ -119,7 +156,10 @@ fn follow() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let mut command = Command::new(crate::world::binary("enforcer")?);
-    command.arg("--config").arg(world.path("enforcer.toml")).args(["events", "--follow", "--json"]);
+    command
+        .arg("--config")
+        .arg(world.path("enforcer.toml"))
+        .args(["events", "--follow", "--json"]);
     let mut child = command.stdout(std::process::Stdio::piped()).spawn()?;
     let mut reader = BufReader::new(child.stdout.take().context("no stdout")?);
     let mut ports = Vec::new();
@@ -143,20 +183,45 @@ fn status() -> Result<()> {
     world.attack(NOBODY).run()?;
     world.attack(NOBODY).run()?;
     let after = world.status()?;
-    ensure!(after["schema"] == "enforcer/status/1" && after["state"] == "enforcing", "{after}");
-    ensure!(after["daemon"]["pid"] == daemon.pid() && after["backend"] == "ebpf" && after["subject"] == "task+socket", "{after}");
+    ensure!(
+        after["schema"] == "enforcer/status/1" && after["state"] == "enforcing",
+        "{after}"
+    );
+    ensure!(
+        after["daemon"]["pid"] == daemon.pid() && after["backend"] == "ebpf" && after["subject"] == "task+socket",
+        "{after}"
+    );
     let target = &after["targets"][0];
-    ensure!(target["name"] == "main" && target["allowed"] == 1 && target["denied"] == 2, "{after}");
+    ensure!(
+        target["name"] == "main" && target["allowed"] == 1 && target["denied"] == 2,
+        "{after}"
+    );
     ensure!(target["endpoints"] == 1 && after["endpoints"] == 1, "{after}");
     daemon.reload()?;
-    ensure!(world.status()?["generation"] == before["generation"], "an unchanged rule set got a new generation");
-    world.configure_one(&[format!("tcp://{}", world.here()), "tcp://10.0.0.1:1".to_owned()], r#"["root"]"#)?;
+    ensure!(
+        world.status()?["generation"] == before["generation"],
+        "an unchanged rule set got a new generation"
+    );
+    world.configure_one(
+        &[format!("tcp://{}", world.here()), "tcp://10.0.0.1:1".to_owned()],
+        r#"["root"]"#,
+    )?;
     daemon.reload()?;
     let changed = world.status()?;
-    ensure!(changed["generation"].as_u64() > before["generation"].as_u64(), "{changed}");
-    ensure!(changed["targets"][0]["denied"] == 2, "a target that stays lost its counters: {changed}");
+    ensure!(
+        changed["generation"].as_u64() > before["generation"].as_u64(),
+        "{changed}"
+    );
+    ensure!(
+        changed["targets"][0]["denied"] == 2,
+        "a target that stays lost its counters: {changed}"
+    );
     let table = world.enforcer(&["status"])?.demand(0)?;
-    ensure!(table.stdout.contains("main") && table.stdout.contains("enforcing"), "{}", table.stdout);
+    ensure!(
+        table.stdout.contains("main") && table.stdout.contains("enforcing"),
+        "{}",
+        table.stdout
+    );
     Ok(())
 }
 
@@ -170,12 +235,20 @@ fn check() -> Result<()> {
         (vec!["root", &here], 0, "admits user 0"),
         (vec!["0", &format!("tcp://{here}")], 0, "admits user 0"),
         (vec!["nobody", &here], 1, "no principal that matches user 65534"),
-        (vec!["nobody", &format!("[::ffff:{}]:{port}", world.address())], 1, "refused by main"),
+        (
+            vec!["nobody", &format!("[::ffff:{}]:{port}", world.address())],
+            1,
+            "refused by main",
+        ),
         (vec!["nobody", &format!("0.0.0.0:{port}")], 1, "refused by main"),
         (vec!["nobody", &format!("[::]:{port}")], 1, "refused by main"),
         (vec!["nobody", &here, "--foreign-netns"], 0, "not an endpoint"),
         (vec!["nobody", &format!("udp://{here}")], 0, "not an endpoint"),
-        (vec!["root", &here, "--socket-user", "nobody"], 1, "socket of user 65534"),
+        (
+            vec!["root", &here, "--socket-user", "nobody"],
+            1,
+            "socket of user 65534",
+        ),
         (vec!["root", &here, "--kernel"], 1, "kernel threads"),
         (vec!["nosuchuser", &here], 2, "nosuchuser"),
         (vec!["root", "127.0.0.1"], 2, "127.0.0.1"),
@@ -183,11 +256,17 @@ fn check() -> Result<()> {
     ] {
         let words: Vec<&str> = std::iter::once("check").chain(arguments).collect();
         let ran = world.enforcer(&words)?.demand(code)?;
-        ensure!(format!("{}{}", ran.stdout, ran.stderr).contains(says), "{words:?}: {ran:?}");
+        ensure!(
+            format!("{}{}", ran.stdout, ran.stderr).contains(says),
+            "{words:?}: {ran:?}"
+        );
     }
     let json = world.enforcer(&["check", "nobody", &here, "--json"])?.demand(1)?;
     let report: Value = serde_json::from_str(&json.stdout)?;
-    ensure!(report["schema"] == "enforcer/check/1" && report["verdict"] == "deny" && report["judged"] == true, "{report}");
+    ensure!(
+        report["schema"] == "enforcer/check/1" && report["verdict"] == "deny" && report["judged"] == true,
+        "{report}"
+    );
     Ok(())
 }
 
@@ -203,12 +282,16 @@ fn config_show() -> Result<()> {
 
 fn link_restored() -> Result<()> {
     let (world, _listener) = guarded()?;
-    let _daemon = world.daemon()?;
+    let daemon = world.daemon()?;
+    daemon.signal(Signal::SIGSTOP)?;
     for name in ["connect4", "connect6"] {
         fs::remove_file(world.pins().join(name))?;
     }
-    world.attack(NOBODY).reaches()?;
-    until("the links are back", || Ok(world.attack(NOBODY).run()?.errno == Some(libc::EPERM)))?;
+    until("the links are gone", || Ok(world.attack(NOBODY).run()?.errno.is_none()))?;
+    daemon.signal(Signal::SIGCONT)?;
+    until("the links are back", || {
+        Ok(world.attack(NOBODY).run()?.errno == Some(libc::EPERM))
+    })?;
     world.attack(NOBODY).way(Way::Mapped).is_refused()
 }
 
@@ -219,7 +302,10 @@ fn capabilities() -> Result<()> {
     // CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39 (linux/capability.h).
     let wanted = format!("{:016x}", 1_u64 << 12 | 1_u64 << 38 | 1_u64 << 39);
     for set in ["CapPrm", "CapEff", "CapBnd"] {
-        ensure!(status.lines().any(|line| line == format!("{set}:\t{wanted}")), "{set} is not {wanted}: {status}");
+        ensure!(
+            status.lines().any(|line| line == format!("{set}:\t{wanted}")),
+            "{set} is not {wanted}: {status}"
+        );
     }
     ensure!(status.contains("NoNewPrivs:\t1"), "{status}");
     Ok(())
@@ -228,7 +314,9 @@ fn capabilities() -> Result<()> {
 fn help() -> Result<()> {
     let world = World::new()?;
     let help = world.enforcer(&["--help"])?.demand(0)?.stdout;
-    for command in ["run", "apply", "status", "check", "events", "refresh", "unload", "config"] {
+    for command in [
+        "run", "apply", "status", "check", "events", "refresh", "unload", "config",
+    ] {
         ensure!(help.contains(&format!("  {command} ")), "{command} is not in: {help}");
         world.enforcer(&[command, "--help"])?.demand(0)?;
     }

@@ -33,7 +33,10 @@ fn find(btf: &[u8]) -> Option<Offsets> {
         b"task_struct" => task_flags = task_flags.or_else(|| sections.member(members, b"flags")),
         _ => {}
     })?;
-    Some(Offsets { sk_uid: sk_uid?, task_flags: task_flags? })
+    Some(Offsets {
+        sk_uid: sk_uid?,
+        task_flags: task_flags?,
+    })
 }
 
 /// The two sections of a BTF blob.
@@ -51,8 +54,10 @@ impl<'a> Sections<'a> {
         let word = |at: usize| usize::try_from(u32_at(btf, at)?).ok();
         let (header, type_off, type_len, str_off, str_len) = (word(4)?, word(8)?, word(12)?, word(16)?, word(20)?);
         let section = |offset: usize, length: usize| btf.get(header + offset..)?.get(..length);
-        (magic == MAGIC)
-            .then_some(Self { types: section(type_off, type_len)?, strings: section(str_off, str_len)? })
+        (magic == MAGIC).then_some(Self {
+            types: section(type_off, type_len)?,
+            strings: section(str_off, str_len)?,
+        })
     }
 
     /// Calls `each` with the name and members of every structure; nothing where the blob is not well formed.
@@ -63,11 +68,11 @@ impl<'a> Sections<'a> {
             let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
             // Bytes that follow the twelve of every type, by kind: `struct btf_array` and its like.
             let extra = match kind {
-                1 | 14 | 17 => 4,               // INT, VAR, DECL_TAG
-                3 => 12,                        // ARRAY
+                1 | 14 | 17 => 4,                        // INT, VAR, DECL_TAG
+                3 => 12,                                 // ARRAY
                 KIND_STRUCT | 5 | 15 | 19 => count * 12, // STRUCT, UNION, DATASEC, ENUM64
-                6 | 13 => count * 8,            // ENUM, FUNC_PROTO
-                2 | 7..=12 | 16 | 18 => 0,      // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
+                6 | 13 => count * 8,                     // ENUM, FUNC_PROTO
+                2 | 7..=12 | 16 | 18 => 0, // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
                 _ => return None,
             };
             let members = rest.get(12..12 + extra)?;
@@ -106,8 +111,14 @@ mod tests {
     fn finds_members_of_the_running_kernel() {
         let found = offsets().ok().flatten();
         if Path::new(VMLINUX).exists() {
-            let found = found.unwrap_or(Offsets { sk_uid: 0, task_flags: 0 });
-            assert!(found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid % 4 == 0, "{found:?}");
+            let found = found.unwrap_or(Offsets {
+                sk_uid: 0,
+                task_flags: 0,
+            });
+            assert!(
+                found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid % 4 == 0,
+                "{found:?}"
+            );
             assert!(found.task_flags > 0 && found.task_flags < 4000, "{found:?}");
         } else {
             assert_eq!(found, None);
@@ -116,7 +127,12 @@ mod tests {
 
     #[test]
     fn truncated_or_foreign_bytes_are_no_offsets() {
-        for bytes in [&b""[..], &[0x9f, 0xeb], &[0; 64], &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0, 255, 255, 0, 0]] {
+        for bytes in [
+            &b""[..],
+            &[0x9f, 0xeb],
+            &[0; 64],
+            &[0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0, 255, 255, 0, 0],
+        ] {
             assert_eq!(find(bytes), None);
         }
     }

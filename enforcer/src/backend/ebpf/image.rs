@@ -81,10 +81,19 @@ pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Ima
     let bits: Vec<Owners> = rules
         .targets
         .iter()
-        .map(|target| names.iter().position(|name| name.as_str() == target.name).map_or(0, |bit| 1 << bit))
+        .map(|target| {
+            names
+                .iter()
+                .position(|name| name.as_str() == target.name)
+                .map_or(0, |bit| 1 << bit)
+        })
         .collect();
     let covers = Covers::of(rules);
-    let mut image = Image { names, netns, ..Image::empty() };
+    let mut image = Image {
+        names,
+        netns,
+        ..Image::empty()
+    };
     for (place, own) in &rules.places {
         let owners = permute(own | covers.above(place), &bits);
         let key = endpoint_key(place);
@@ -93,7 +102,13 @@ pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Ima
             image.endpoints.push((key, owners));
         } else {
             let length = u32::from(place.net.prefix_len()) + if place.net.addr().is_ipv4() { 96 } else { 0 };
-            image.prefixes.push((PrefixKey { bits: KEY_BITS + length, key }, owners));
+            image.prefixes.push((
+                PrefixKey {
+                    bits: KEY_BITS + length,
+                    key,
+                },
+                owners,
+            ));
         }
     }
     push_unspecified(rules, &bits, &mut image.endpoints);
@@ -185,7 +200,10 @@ fn assign_bits(rules: &RuleSet, previous: &Names) -> Names {
 
 /// Owners by index of target as owners by bit.
 fn permute(owners: u64, bits: &[Owners]) -> Owners {
-    bits.iter().enumerate().filter(|(index, _)| owners >> index & 1 == 1).fold(0, |all, (_, bit)| all | bit)
+    bits.iter()
+        .enumerate()
+        .filter(|(index, _)| owners >> index & 1 == 1)
+        .fold(0, |all, (_, bit)| all | bit)
 }
 
 /// D5: for every port an entry of its own for the unspecified address, here and as seen from other network namespaces.
@@ -202,7 +220,13 @@ fn push_unspecified(rules: &RuleSet, bits: &[Owners], endpoints: &mut Vec<(Endpo
         let here_key = key(protocol, port, IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         endpoints.push((here_key, permute(here, bits)));
         if foreign != 0 {
-            endpoints.push((EndpointKey { scope: here_key.scope | scope::FOREIGN, ..here_key }, permute(foreign, bits)));
+            endpoints.push((
+                EndpointKey {
+                    scope: here_key.scope | scope::FOREIGN,
+                    ..here_key
+                },
+                permute(foreign, bits),
+            ));
         }
     }
 }
@@ -215,16 +239,30 @@ fn principals(rules: &RuleSet, bits: &[Owners]) -> (Vec<(PrincipalKey, Owners)>,
         for principal in &target.principals {
             let (cgroup, uid, kind) = match principal {
                 RulePrincipal::User { uid, cgroup: None } => (0, uid.0, kind::USER),
-                RulePrincipal::User { uid, cgroup: Some((_, cgroup)) } => {
+                RulePrincipal::User {
+                    uid,
+                    cgroup: Some((_, cgroup)),
+                } => {
                     depths.insert(cgroup.level);
                     (cgroup.id, uid.0, kind::USER)
                 }
                 RulePrincipal::Kernel => (0, 0, kind::KERNEL),
             };
-            *admits.entry(PrincipalKey { cgroup, uid, kind, slot: 0, zero: 0 }).or_default() |= bit;
+            *admits
+                .entry(PrincipalKey {
+                    cgroup,
+                    uid,
+                    kind,
+                    slot: 0,
+                    zero: 0,
+                })
+                .or_default() |= bit;
         }
     }
-    let levels = depths.into_iter().rev().fold(0, |levels, depth| levels << 8 | u64::from(depth + 1));
+    let levels = depths
+        .into_iter()
+        .rev()
+        .fold(0, |levels, depth| levels << 8 | u64::from(depth + 1));
     (admits.into_iter().collect(), levels)
 }
 
@@ -256,7 +294,9 @@ impl Covers {
 
     /// Owners of all prefixes that hold the place (D2: every target that owns an endpoint is asked).
     fn above(&self, place: &Place) -> u64 {
-        let Some(group) = self.groups.get(&(place.protocol, place.port)) else { return 0 };
+        let Some(group) = self.groups.get(&(place.protocol, place.port)) else {
+            return 0;
+        };
         let [v4, v6] = &group.lengths;
         let lengths = if place.net.addr().is_ipv4() { v4 } else { v6 };
         lengths

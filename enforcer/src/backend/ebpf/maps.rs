@@ -55,11 +55,23 @@ pub struct Maps {
 impl Maps {
     /// Opens the pins of a directory and checks that each is the map it is named for; nothing where none is there.
     pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
-        if !dir.join("active").exists() {
-            return Ok(None);
+        let active = dir.join("active");
+        match std::fs::symlink_metadata(&active) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                return Err(BackendError::Io {
+                    action: "look at",
+                    object: active,
+                    error,
+                });
+            }
         }
-        let cpus = aya::util::nr_cpus()
-            .map_err(|(what, error)| BackendError::Io { action: "read", object: what.into(), error })?;
+        let cpus = aya::util::nr_cpus().map_err(|(what, error)| BackendError::Io {
+            action: "read",
+            object: what.into(),
+            error,
+        })?;
         open_checked(dir, "events", RINGBUF, 0, 0, EVENT_BYTES)?;
         Ok(Some(Self {
             active: Table::open(dir, "active", ARRAY, 1)?,
@@ -92,6 +104,11 @@ impl Maps {
             Some(read) if read == slot => Ok(()),
             Some(_) | None => Err(BackendError::ReadBack { map: "active" }),
         }
+    }
+
+    /// Puts nothing in force: from here on no program judges by these maps.
+    pub fn deactivate(&self) -> Result<(), BackendError> {
+        self.active.put_read_back(&0, 0)
     }
 
     /// What holds for all of a slot.
@@ -136,7 +153,10 @@ impl Maps {
         let mut prefixes = Vec::new();
         for mut key in self.prefixes.keys()? {
             if key.key.scope & scope::SLOT == slot {
-                let owners = self.prefixes.get(&key)?.ok_or(BackendError::ReadBack { map: "prefixes" })?;
+                let owners = self
+                    .prefixes
+                    .get(&key)?
+                    .ok_or(BackendError::ReadBack { map: "prefixes" })?;
                 key.key.scope &= !scope::SLOT;
                 prefixes.push((key, owners));
             }
@@ -168,8 +188,13 @@ impl Maps {
             key
         };
         self.endpoints.replace(&have.endpoints, &want.endpoints, in_slot)?;
-        self.prefixes.replace_each(&have.prefixes, &want.prefixes, |key| PrefixKey { key: in_slot(key.key), ..key })?;
-        self.principals.replace(&have.principals, &want.principals, |key| PrincipalKey { slot, ..key })?;
+        self.prefixes
+            .replace_each(&have.prefixes, &want.prefixes, |key| PrefixKey {
+                key: in_slot(key.key),
+                ..key
+            })?;
+        self.principals
+            .replace(&have.principals, &want.principals, |key| PrincipalKey { slot, ..key })?;
         for port in have.ports.difference(&want.ports) {
             self.set_port(*port, |slots| slots & !bit)?;
         }
@@ -178,7 +203,12 @@ impl Maps {
                 self.targets.put_read_back(&index, *name)?;
             }
         }
-        let generation = Generation { number, netns: want.netns, levels: want.levels, flags: want.flags };
+        let generation = Generation {
+            number,
+            netns: want.netns,
+            levels: want.levels,
+            flags: want.flags,
+        };
         self.generations.put_read_back(&u32::from(slot), generation)
     }
 
@@ -220,7 +250,10 @@ impl<'a> Outside<'a> {
     /// A view of the maps.
     #[must_use]
     pub fn new(maps: &'a Maps) -> Self {
-        Self { maps, error: std::cell::RefCell::new(None) }
+        Self {
+            maps,
+            error: std::cell::RefCell::new(None),
+        }
     }
 
     /// What could not be read while deciding, if anything.
@@ -238,7 +271,8 @@ impl<'a> Outside<'a> {
 
 impl Tables for Outside<'_> {
     fn port(&self, port: u16) -> bool {
-        self.keep(self.maps.ports.get(&u32::from(port))).is_some_and(|slots| slots != 0)
+        self.keep(self.maps.ports.get(&u32::from(port)))
+            .is_some_and(|slots| slots != 0)
     }
 
     fn active(&self) -> Option<u8> {
@@ -254,7 +288,10 @@ impl Tables for Outside<'_> {
     }
 
     fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
-        self.keep(self.maps.prefixes.get(&PrefixKey { bits: KEY_BITS + 128, key: *key }))
+        self.keep(self.maps.prefixes.get(&PrefixKey {
+            bits: KEY_BITS + 128,
+            key: *key,
+        }))
     }
 
     fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
@@ -267,7 +304,11 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         #[allow(clippy::cast_possible_truncation, reason = "sizes of small structures")]
         let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
         let fd = open_checked(dir, name, map_type, key_size, value_size, max_entries)?;
-        Ok(Self { fd, name, types: PhantomData })
+        Ok(Self {
+            fd,
+            name,
+            types: PhantomData,
+        })
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -297,7 +338,11 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
 
     fn put_read_back(&self, key: &K, value: V) -> Result<(), BackendError> {
         self.put(key, value)?;
-        if self.get(key)? == Some(value) { Ok(()) } else { Err(BackendError::ReadBack { map: self.name }) }
+        if self.get(key)? == Some(value) {
+            Ok(())
+        } else {
+            Err(BackendError::ReadBack { map: self.name })
+        }
     }
 
     fn keys(&self) -> Result<Vec<K>, BackendError> {
@@ -316,7 +361,10 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         loop {
             let (read, more) = sys::lookup_batch(self.fd(), &mut cursor, &mut keys, &mut values)
                 .map_err(self.failed("read all of"))?;
-            keys.iter().zip(&values).take(read).for_each(|(key, value)| each(*key, *value));
+            keys.iter()
+                .zip(&values)
+                .take(read)
+                .for_each(|(key, value)| each(*key, *value));
             if !more {
                 return Ok(());
             }
@@ -344,11 +392,18 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         self.for_each_batch(|key, value| {
             if place(key) == key {
                 met += 1;
-                let found = expected.binary_search_by_key(&key, |(key, _)| *key).ok().and_then(|at| expected.get(at));
+                let found = expected
+                    .binary_search_by_key(&key, |(key, _)| *key)
+                    .ok()
+                    .and_then(|at| expected.get(at));
                 wrong |= found != Some(&(key, value));
             }
         })?;
-        if wrong || met != want.len() { Err(BackendError::ReadBack { map: self.name }) } else { Ok(()) }
+        if wrong || met != want.len() {
+            Err(BackendError::ReadBack { map: self.name })
+        } else {
+            Ok(())
+        }
     }
 
     fn replace_each(&self, have: &[(K, V)], want: &[(K, V)], place: impl Fn(K) -> K) -> Result<(), BackendError> {
@@ -419,10 +474,21 @@ fn open_checked(
     max_entries: u32,
 ) -> Result<OwnedFd, BackendError> {
     let path = dir.join(name);
-    let failed = |error| BackendError::Io { action: "open", object: path.clone(), error };
+    let failed = |error| BackendError::Io {
+        action: "open",
+        object: path.clone(),
+        error,
+    };
     let fd = sys::open_pin(&path).map_err(failed)?;
     let found = sys::map_info(fd.as_fd()).map_err(failed)?;
-    if found == (MapInfo { map_type, key_size, value_size, max_entries }) {
+    if found
+        == (MapInfo {
+            map_type,
+            key_size,
+            value_size,
+            max_entries,
+        })
+    {
         Ok(fd)
     } else {
         Err(BackendError::Foreign { path })

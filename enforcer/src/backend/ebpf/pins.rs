@@ -34,10 +34,20 @@ impl Pins {
         let meta = match fs::symlink_metadata(dir) {
             Ok(meta) => meta,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(BackendError::Io { action: "look at", object: dir.into(), error }),
+            Err(error) => {
+                return Err(BackendError::Io {
+                    action: "look at",
+                    object: dir.into(),
+                    error,
+                });
+            }
         };
         if !meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o077 != 0 {
-            return Err(BackendError::Untrusted { path: dir.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 });
+            return Err(BackendError::Untrusted {
+                path: dir.into(),
+                uid: meta.uid(),
+                mode: meta.mode() & 0o7777,
+            });
         }
         if !is_bpffs(dir) {
             return Err(BackendError::NotBpffs { path: dir.into() });
@@ -49,8 +59,18 @@ impl Pins {
     pub fn create(dir: &Path) -> Result<Self, BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
         if !is_bpffs(parent) && parent.starts_with(BPFFS) {
-            mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, Some("mode=0700"))
-                .map_err(|error| BackendError::Io { action: "mount a bpffs on", object: BPFFS.into(), error: error.into() })?;
+            mount(
+                Some("bpf"),
+                BPFFS,
+                Some("bpf"),
+                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+                Some("mode=0700"),
+            )
+            .map_err(|error| BackendError::Io {
+                action: "mount a bpffs on",
+                object: BPFFS.into(),
+                error: error.into(),
+            })?;
         }
         if !is_bpffs(parent) {
             return Err(BackendError::NotBpffs { path: dir.into() });
@@ -75,14 +95,19 @@ impl Pins {
 
     /// Claims the right to write; fails at once where another process holds it.
     pub fn lock(&self) -> Result<Lock, BackendError> {
-        let file = File::open(&self.dir)
-            .map_err(|error| BackendError::Io { action: "open", object: self.dir.clone(), error })?;
+        let file = File::open(&self.dir).map_err(|error| BackendError::Io {
+            action: "open",
+            object: self.dir.clone(),
+            error,
+        })?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Lock(lock)),
             Err((_, nix::Error::EWOULDBLOCK)) => Err(BackendError::Busy { path: self.dir.clone() }),
-            Err((_, error)) => {
-                Err(BackendError::Io { action: "lock", object: self.dir.clone(), error: error.into() })
-            }
+            Err((_, error)) => Err(BackendError::Io {
+                action: "lock",
+                object: self.dir.clone(),
+                error: error.into(),
+            }),
         }
     }
 
@@ -96,16 +121,22 @@ impl Pins {
             fs::remove_file(&path)
         };
         match result {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(BackendError::Io { action: "remove", object: path, error })
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BackendError::Io {
+                action: "remove",
+                object: path,
+                error,
+            }),
             Ok(()) | Err(_) => Ok(()),
         }
     }
 
     /// Names of all that lies in the directory.
     pub fn list(&self) -> Result<Vec<String>, BackendError> {
-        let failed = |error| BackendError::Io { action: "list", object: self.dir.clone(), error };
+        let failed = |error| BackendError::Io {
+            action: "list",
+            object: self.dir.clone(),
+            error,
+        };
         fs::read_dir(&self.dir)
             .map_err(failed)?
             .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
@@ -114,15 +145,21 @@ impl Pins {
 
     /// Removes the directory itself, which must be empty.
     pub fn remove_dir(self) -> Result<(), BackendError> {
-        fs::remove_dir(&self.dir).map_err(|error| BackendError::Io { action: "remove", object: self.dir, error })
+        fs::remove_dir(&self.dir).map_err(|error| BackendError::Io {
+            action: "remove",
+            object: self.dir,
+            error,
+        })
     }
 }
 
 fn make_dir(dir: &Path) -> Result<(), BackendError> {
     match DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            Err(BackendError::Io { action: "make", object: dir.into(), error })
-        }
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(BackendError::Io {
+            action: "make",
+            object: dir.into(),
+            error,
+        }),
         Ok(()) | Err(_) => Ok(()),
     }
 }

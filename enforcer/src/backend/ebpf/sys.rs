@@ -1,6 +1,9 @@
 //! The system calls that aya does not offer: batches, links by descriptor, pins, grace periods. All unsafe code of the eBPF backend.
 
-#![allow(unsafe_code, reason = "bpf(2) has no safe form; every structure here is the kernel's own, from linux/bpf.h")]
+#![allow(
+    unsafe_code,
+    reason = "bpf(2) has no safe form; every structure here is the kernel's own, from linux/bpf.h"
+)]
 
 use std::{
     ffi::CString,
@@ -80,33 +83,54 @@ pub struct MapInfo {
 /// Opens what is pinned at a path (`BPF_OBJ_GET`, Linux 4.4).
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
-    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, ..ObjAttr::default() };
+    let mut attr = ObjAttr {
+        pathname: path.as_ptr() as u64,
+        ..ObjAttr::default()
+    };
     owned(bpf(BPF_OBJ_GET, &mut attr)?)
 }
 
 /// Pins a map, program or link (`BPF_OBJ_PIN`, Linux 4.4); the pin's mode is 0600 less the umask.
 pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
-    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, fd: raw(object), ..ObjAttr::default() };
+    let mut attr = ObjAttr {
+        pathname: path.as_ptr() as u64,
+        fd: raw(object),
+        ..ObjAttr::default()
+    };
     bpf(BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
 /// Attaches a program to a cgroup by a link (`BPF_LINK_CREATE`, Linux 5.7). The link behaves as `BPF_F_ALLOW_MULTI`.
 pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreateAttr { program: raw(program), target: raw(cgroup), attach_type, flags: 0 };
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: raw(cgroup),
+        attach_type,
+        flags: 0,
+    };
     owned(bpf(BPF_LINK_CREATE, &mut attr)?)
 }
 
 /// Replaces a link's program at once (`BPF_LINK_UPDATE`, Linux 5.7).
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr = LinkUpdateAttr { link: raw(link), new_program: raw(program), flags: 0, old_program: 0 };
+    let mut attr = LinkUpdateAttr {
+        link: raw(link),
+        new_program: raw(program),
+        flags: 0,
+        old_program: 0,
+    };
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
 /// Asks what a link is attached to.
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let info: RawLinkInfo = object_info(link)?;
-    Ok(LinkInfo { program: info.program, cgroup: info.cgroup, attach_type: info.attach_type })
+    Ok(LinkInfo {
+        program: info.program,
+        cgroup: info.cgroup,
+        attach_type: info.attach_type,
+    })
 }
 
 /// Asks what a map is.
@@ -144,7 +168,11 @@ pub fn update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> 
 
 /// Removes an element; false where there was none.
 pub fn delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
-    let mut attr = ElemAttr { map: raw(map), key: std::ptr::from_ref(key) as u64, ..ElemAttr::default() };
+    let mut attr = ElemAttr {
+        map: raw(map),
+        key: std::ptr::from_ref(key) as u64,
+        ..ElemAttr::default()
+    };
     found(bpf(BPF_MAP_DELETE_ELEM, &mut attr))
 }
 
@@ -162,7 +190,13 @@ pub fn next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>, next: &mut K) ->
 /// Writes many elements of a hash or array (`BPF_MAP_UPDATE_BATCH`, Linux 5.6). Fails if not all were written (F3).
 pub fn update_batch<K: Plain, V: Plain>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
     debug_assert_eq!(keys.len(), values.len());
-    whole(map, BPF_MAP_UPDATE_BATCH, keys.as_ptr() as u64, values.as_ptr() as u64, keys.len())
+    whole(
+        map,
+        BPF_MAP_UPDATE_BATCH,
+        keys.as_ptr() as u64,
+        values.as_ptr() as u64,
+        keys.len(),
+    )
 }
 
 /// Removes many elements of a hash (`BPF_MAP_DELETE_BATCH`, Linux 5.6). Fails if not all were there.
@@ -361,7 +395,11 @@ struct RawMapInfo {
 fn object_info<T: Default>(object: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();
     let length = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
-    let mut attr = InfoAttr { fd: raw(object), length, info: std::ptr::from_mut(&mut info) as u64 };
+    let mut attr = InfoAttr {
+        fd: raw(object),
+        length,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info)
 }
@@ -371,12 +409,21 @@ fn whole(map: BorrowedFd<'_>, command: i32, keys: u64, values: u64, count: usize
         return Ok(());
     }
     let asked = u32::try_from(count).map_err(io::Error::other)?;
-    let mut attr = BatchAttr { keys, values, count: asked, map: raw(map), ..BatchAttr::default() };
+    let mut attr = BatchAttr {
+        keys,
+        values,
+        count: asked,
+        map: raw(map),
+        ..BatchAttr::default()
+    };
     bpf(command, &mut attr)?;
     if attr.count == asked {
         Ok(())
     } else {
-        Err(io::Error::other(format!("the kernel took {} of {asked} entries", attr.count)))
+        Err(io::Error::other(format!(
+            "the kernel took {} of {asked} entries",
+            attr.count
+        )))
     }
 }
 
@@ -392,7 +439,11 @@ fn found(result: io::Result<i32>) -> io::Result<bool> {
 fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i32> {
     // SAFETY: `attr` is the kernel's structure for this command, and its pointers live until the call returns.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        i32::try_from(result).map_err(io::Error::other)
+    }
 }
 
 fn owned(fd: i32) -> io::Result<OwnedFd> {

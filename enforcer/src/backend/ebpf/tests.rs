@@ -1,0 +1,312 @@
+//! The kernel's decision over lowered rule sets, against the oracle.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
+
+use enforcer_ebpf::{
+    EndpointKey, Generation, KEY_BITS, Owners, PrincipalKey, TargetName, Verdict,
+    decide::{self, Destination as Dialled, Tables},
+    is_v4, scope,
+};
+use ipnet::IpNet;
+use proptest::prelude::*;
+
+use super::{
+    Asker,
+    image::{Image, PrefixKey, canonical_words, lower},
+};
+use crate::{
+    policy::{CgroupPath, Destination, Dns, Endpoint, Mode, Policy, Principal, Protocol, Target, Uid, Unresolved},
+    ruleset::{Attempt, Cgroup, Host, RuleSet, Subject, compile, explain},
+};
+
+/// The maps of one slot as plain tables.
+struct Plain<'a>(&'a Image);
+
+impl Tables for Plain<'_> {
+    fn port(&self, port: u16) -> bool {
+        self.0.ports.contains(&port)
+    }
+
+    fn active(&self) -> Option<u8> {
+        Some(0)
+    }
+
+    fn generation(&self, _: u8) -> Option<Generation> {
+        Some(Generation {
+            number: 1,
+            netns: self.0.netns,
+            levels: self.0.levels,
+            flags: self.0.flags,
+        })
+    }
+
+    fn exact(&self, key: &EndpointKey) -> Option<Owners> {
+        self.0
+            .endpoints
+            .iter()
+            .find(|(entry, _)| entry == key)
+            .map(|(_, owners)| *owners)
+    }
+
+    /// As the kernel's trie: the longest entry whose first bits are the key's.
+    fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
+        let matches = |entry: &PrefixKey| {
+            let bits = |key: &EndpointKey| {
+                key.address
+                    .iter()
+                    .fold(0_u128, |bits, word| bits << 32 | u128::from(u32::from_be(*word)))
+            };
+            let shift = 128 + KEY_BITS - entry.bits;
+            let head = |key: &EndpointKey| (key.scope, key.protocol, key.port);
+            head(&entry.key) == head(key) && bits(&entry.key).checked_shr(shift) == bits(key).checked_shr(shift)
+        };
+        let longest = self
+            .0
+            .prefixes
+            .iter()
+            .filter(|(entry, _)| matches(entry))
+            .max_by_key(|(entry, _)| entry.bits);
+        longest.map(|(_, owners)| *owners)
+    }
+
+    fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
+        self.0
+            .principals
+            .iter()
+            .find(|(entry, _)| entry == key)
+            .map(|(_, owners)| *owners)
+    }
+}
+
+const NETNS: u64 = 7;
+
+fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>) {
+    let dialled = Dialled {
+        protocol: match attempt.protocol {
+            Protocol::Tcp => enforcer_ebpf::TCP,
+            Protocol::Udp => enforcer_ebpf::UDP,
+        },
+        port: attempt.port.to_be(),
+        address: canonical_words(attempt.address),
+    };
+    let decision = decide::decide(&Plain(image), &Asker { attempt, home: NETNS }, &dialled);
+    let owners = (0..)
+        .zip(&image.names)
+        .filter(|(bit, _)| decision.owners >> bit & 1 == 1)
+        .map(|(bit, name)| (name.as_str().to_owned(), decision.refused >> bit & 1 == 0));
+    (decision.verdict, owners.collect())
+}
+
+fn address() -> impl Strategy<Value = IpAddr> {
+    // Few, so that endpoints and attempts meet; with every special form.
+    let pool = [
+        "10.0.0.1",
+        "10.0.0.2",
+        "10.0.1.1",
+        "10.1.0.1",
+        "127.0.0.1",
+        "127.0.0.2",
+        "::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "2001:db8::1",
+        "2001:db8::2",
+        "2001:db8:1::1",
+        "fe80::1",
+        "192.168.0.1",
+        "126.0.0.1",
+    ];
+    proptest::sample::select(
+        pool.iter()
+            .filter_map(|text| text.parse().ok())
+            .collect::<Vec<IpAddr>>(),
+    )
+}
+
+fn dialled() -> impl Strategy<Value = IpAddr> {
+    let unspecified = [
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        IpAddr::V6(Ipv4Addr::UNSPECIFIED.to_ipv6_mapped()),
+    ];
+    prop_oneof![4 => address(), 1 => proptest::sample::select(unspecified.to_vec())]
+}
+
+fn protocol() -> impl Strategy<Value = Protocol> {
+    prop_oneof![3 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp)]
+}
+
+fn endpoint() -> impl Strategy<Value = Endpoint> {
+    let place = prop_oneof![
+        4 => address().prop_map(|address| Destination::Address(address.to_canonical())),
+        3 => (address(), 0_u8..=128).prop_filter_map("a prefix", |(address, length)| {
+            let address = address.to_canonical();
+            let most = if address.is_ipv4() { 31 } else { 127 };
+            Some(Destination::Prefix(IpNet::new(address, length.min(most)).ok()?.trunc()))
+        }),
+        1 => Just(Destination::Local),
+    ];
+    (protocol(), place, 1_u16..4).prop_filter_map("a port", |(protocol, destination, port)| {
+        Some(Endpoint {
+            protocol,
+            destination,
+            port: port.try_into().ok()?,
+        })
+    })
+}
+
+fn principal() -> impl Strategy<Value = Principal> {
+    let cgroup = |path: &str| Some(CgroupPath(path.to_owned()));
+    prop_oneof![
+        3 => (0_u32..4).prop_map(|uid| Principal::User { uid: Uid(uid), cgroup: None }),
+        2 => (0_u32..4, proptest::sample::select(vec!["/a", "/a/b", "/c", "/gone"]))
+            .prop_map(move |(uid, path)| Principal::User { uid: Uid(uid), cgroup: cgroup(path) }),
+        1 => Just(Principal::Kernel),
+    ]
+}
+
+fn policy() -> impl Strategy<Value = Policy> {
+    let target = (
+        proptest::collection::btree_set(endpoint(), 0..6),
+        proptest::collection::btree_set(principal(), 0..4),
+    );
+    (any::<bool>(), proptest::collection::vec(target, 1..5)).prop_map(|(audit, targets)| Policy {
+        mode: if audit { Mode::Audit } else { Mode::Enforce },
+        dns: Dns {
+            min_refresh: Duration::from_secs(5),
+            max_refresh: Duration::from_secs(60),
+            retain: Duration::from_secs(3600),
+            unresolved: Unresolved::Open,
+        },
+        targets: (0..)
+            .zip(targets)
+            .map(|(number, (endpoints, principals))| Target {
+                name: format!("t{number}"),
+                endpoints,
+                principals,
+            })
+            .collect(),
+    })
+}
+
+fn attempt() -> impl Strategy<Value = Attempt> {
+    // The root's id, then those of the cgroups above and below `/a`.
+    let cgroups = proptest::sample::select(vec![
+        vec![1],
+        vec![1, 10],
+        vec![1, 10, 11],
+        vec![1, 12],
+        vec![1, 10, 11, 99],
+    ]);
+    let subject = (
+        0_u32..5,
+        proptest::option::of(0_u32..5),
+        proptest::bool::weighted(0.1),
+        cgroups,
+    )
+        .prop_map(|(task, socket, kernel_thread, cgroups)| Subject {
+            task: Uid(task),
+            socket: socket.map(Uid),
+            kernel_thread,
+            cgroups,
+        });
+    (protocol(), dialled(), 1_u16..5, any::<bool>(), subject).prop_map(
+        |(protocol, address, port, foreign_netns, subject)| Attempt {
+            protocol,
+            address,
+            port,
+            foreign_netns,
+            subject,
+        },
+    )
+}
+
+fn host() -> Host {
+    let cgroups = HashMap::from([("/a", (10, 1)), ("/a/b", (11, 2)), ("/c", (12, 1))]);
+    Host {
+        local: ["192.168.0.1", "fe80::1", "127.0.0.1"]
+            .iter()
+            .filter_map(|text| text.parse().ok())
+            .collect(),
+        cgroups: cgroups
+            .into_iter()
+            .map(|(path, (id, level))| (CgroupPath(path.to_owned()), Cgroup { id, level }))
+            .collect(),
+    }
+}
+
+fn names(rules: &RuleSet) -> BTreeSet<String> {
+    rules.targets.iter().map(|target| target.name.clone()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// D1–D7: the kernel's short cuts give the oracle's verdict, target by target.
+    #[test]
+    fn decision_is_as_explained(
+        policy in policy(),
+        before in policy(),
+        attempts in proptest::collection::vec(attempt(), 1..20),
+    ) {
+        let (Ok(rules), Ok(before)) = (
+            compile(&policy, &BTreeMap::new(), &host()),
+            compile(&before, &BTreeMap::new(), &host()),
+        ) else { return Err(TestCaseError::fail("the policy is within all limits")) };
+        let previous = lower(&before, &Image::empty().names, NETNS, true);
+        let image = lower(&rules, &previous.names, NETNS, true);
+        for attempt in attempts {
+            let explained = explain(&rules, &attempt);
+            let owners: BTreeMap<String, bool> = explained
+                .owners
+                .iter()
+                .filter_map(|(index, admits)| Some((rules.targets.get(*index)?.name.clone(), *admits)))
+                .collect();
+            prop_assert_eq!(verdict(&image, &attempt), (explained.verdict, owners), "{:?}", attempt);
+        }
+    }
+
+    /// A target that goes on keeps its bit, and no two share one.
+    #[test]
+    fn bits_are_kept_and_unique(before in policy(), after in policy()) {
+        let (Ok(before), Ok(after)) = (
+            compile(&before, &BTreeMap::new(), &host()),
+            compile(&after, &BTreeMap::new(), &host()),
+        ) else { return Err(TestCaseError::fail("the policy is within all limits")) };
+        let first = lower(&before, &Image::empty().names, NETNS, true);
+        let second = lower(&after, &first.names, NETNS, true);
+        let used: Vec<&TargetName> = second.names.iter().filter(|name| **name != TargetName::NONE).collect();
+        prop_assert_eq!(used.len(), after.targets.len());
+        for name in names(&before).intersection(&names(&after)) {
+            let bit = |image: &Image| image.names.iter().position(|slot| slot.as_str() == name);
+            prop_assert_eq!(bit(&first), bit(&second));
+        }
+    }
+}
+
+#[test]
+fn canonical_forms() {
+    let cases = [
+        ("10.0.0.1", "10.0.0.1", true),
+        ("::ffff:10.0.0.1", "10.0.0.1", true),
+        ("0.0.0.0", "::", false),
+        ("::ffff:0.0.0.0", "::", false),
+        ("::", "::", false),
+        ("2001:db8::1", "2001:db8::1", false),
+        ("::10.0.0.1", "::10.0.0.1", false),
+    ];
+    for (text, same, v4) in cases {
+        let words = |text: &str| text.parse().map(canonical_words).unwrap_or([9; 4]);
+        assert_eq!(words(text), words(same), "{text}");
+        assert_eq!(is_v4(words(text)), v4, "{text}");
+    }
+    assert_eq!(
+        scope::SLOT | scope::V6 | scope::FOREIGN,
+        7,
+        "the bits of a scope are distinct"
+    );
+}
