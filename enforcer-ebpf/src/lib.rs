@@ -1,6 +1,10 @@
 //! What the kernel programs and the loader share: map keys and values, limits, and the pure decision.
 
 #![no_std]
+#![allow(
+    clippy::inline_always,
+    reason = "the kernel programs must be one function each, without calls"
+)]
 
 pub mod decide;
 

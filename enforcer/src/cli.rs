@@ -399,9 +399,9 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
         let Reply::Event(line) = reply else { return Ok(()) };
         let mut out = io::stdout().lock();
         if events.json.json {
-            serde_json::to_writer(&mut out, &line)?
+            serde_json::to_writer(&mut out, &line)?;
         } else {
-            write!(out, "{line}")?
+            write!(out, "{line}")?;
         }
         writeln!(out)?;
         out.flush()

@@ -45,6 +45,7 @@ pub enum Request {
 /// One line of an answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[allow(clippy::large_enum_variant, reason = "most replies are events")]
 pub enum Reply {
     /// To `status` and `refresh`.
     Status(Box<Status>),
@@ -216,6 +217,7 @@ async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
                 error,
             }
         }
+        #[allow(clippy::wildcard_enum_match_arm, reason = "any other cause is told as it is")]
         _ => ControlError::Io {
             action: "connect to",
             path: path.into(),

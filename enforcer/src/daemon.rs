@@ -3,12 +3,13 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     io,
+    os::fd::AsRawFd,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use tokio::{
-    io::unix::AsyncFd,
+    io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
     task::JoinSet,
@@ -197,8 +198,8 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for SIGINT"))?;
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
-    let addresses = AsyncFd::new(addresses).map_err(failed("watch addresses"))?;
-    let mut denials = AsyncFd::new(daemon.kernel.events()?).map_err(failed("watch the ring buffer"))?;
+    let addresses = readable(addresses).map_err(failed("watch addresses"))?;
+    let mut denials = readable(daemon.kernel.events()?).map_err(failed("watch the ring buffer"))?;
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
 
@@ -328,9 +329,10 @@ impl Daemon {
     fn apply_or_keep(&mut self) {
         let fault = self.apply_now().err().map(|error| error.to_string());
         if fault != self.apply_fault {
-            match &fault {
-                Some(fault) => error!("{fault}; the rule set before stays in force"),
-                None => info!("the rule set is in force again as wanted"),
+            if let Some(fault) = &fault {
+                error!("{fault}; the rule set before stays in force")
+            } else {
+                info!("the rule set is in force again as wanted")
             }
         }
         self.apply_fault = fault;
@@ -475,7 +477,7 @@ impl Daemon {
         let Ok(boot) = events::boot_time() else { return true };
         let mut taken = 0;
         while taken < EVENTS_AT_ONCE {
-            let Some(record) = source.next() else { break };
+            let Some(record) = source.take() else { break };
             self.publish(Line::Event(events::read(&record, boot)));
             taken += 1;
         }
@@ -575,6 +577,15 @@ async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, r
             return;
         }
     }
+}
+
+/// Lets the loop wait for a descriptor. Its owner moves into the result, so that it cannot be closed meanwhile.
+#[allow(
+    deprecated,
+    reason = "the successor is the same call, marked unsafe for owners that change their descriptor"
+)]
+fn readable<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
+    AsyncFd::with_interest(owner, Interest::READABLE)
 }
 
 /// Keeps what loading and attaching again needs, and nothing else, for us and for whatever we might ever run.

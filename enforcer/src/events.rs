@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 /// One line of `enforcer events --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
+#[allow(clippy::large_enum_variant, reason = "losses are rare, denials the rule")]
 pub enum Line {
     /// A denial.
     Event(Event),

@@ -74,7 +74,7 @@ pub enum Note {
 #[derive(Debug)]
 pub struct Names {
     dns: Dns,
-    names: BTreeMap<Name, State>,
+    states: BTreeMap<Name, State>,
     /// A number in 0..1.
     random: fn() -> f64,
 }
@@ -101,7 +101,7 @@ impl Names {
     pub fn new(dns: Dns) -> Self {
         Self {
             dns,
-            names: BTreeMap::new(),
+            states: BTreeMap::new(),
             random: || f64::from(random_bits()) / f64::from(u32::MAX),
         }
     }
@@ -113,9 +113,9 @@ impl Names {
 
     /// Takes another set of names; those that stay keep what is known of them, new ones are due at once.
     pub fn set(&mut self, names: BTreeSet<Name>, now: Instant) {
-        self.names.retain(|name, _| names.contains(name));
+        self.states.retain(|name, _| names.contains(name));
         for name in names {
-            self.names.entry(name).or_insert_with(|| State {
+            self.states.entry(name).or_insert_with(|| State {
                 current: Default::default(),
                 left: BTreeMap::new(),
                 failures: 0,
@@ -130,7 +130,7 @@ impl Names {
 
     /// Protects addresses known from before this process, as if they had just left an answer (N7).
     pub fn seed(&mut self, name: &Name, addresses: &BTreeSet<IpAddr>, now: Instant) {
-        if let Some(state) = self.names.get_mut(name) {
+        if let Some(state) = self.states.get_mut(name) {
             state.left.extend(
                 addresses
                     .iter()
@@ -144,12 +144,12 @@ impl Names {
     #[must_use]
     pub fn next_due(&self) -> Option<Instant> {
         let lookups = self
-            .names
+            .states
             .values()
             .filter(|state| !state.in_flight)
             .map(|state| state.due);
         let expiries = self
-            .names
+            .states
             .values()
             .flat_map(|state| state.left.values())
             .map(|left| *left + self.dns.retain);
@@ -158,11 +158,11 @@ impl Names {
 
     /// The names to look up now. Addresses that were retained long enough are let go (N4).
     pub fn due(&mut self, now: Instant) -> Vec<Name> {
-        for state in self.names.values_mut() {
+        for state in self.states.values_mut() {
             state.left.retain(|_, left| now < *left + self.dns.retain);
         }
         let due = self
-            .names
+            .states
             .iter()
             .filter(|(_, state)| !state.in_flight && state.due <= now);
         due.map(|(name, _)| name.clone()).collect()
@@ -170,14 +170,14 @@ impl Names {
 
     /// Takes note that a look-up has begun; false if one is under way already.
     pub fn begin(&mut self, name: &Name) -> bool {
-        self.names
+        self.states
             .get_mut(name)
             .is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
     }
 
     /// Takes an answer: only a newer positive one changes anything (N3).
     pub fn answered(&mut self, now: Instant, name: &Name, answer: Answer) -> Vec<Note> {
-        let Some(state) = self.names.get_mut(name) else {
+        let Some(state) = self.states.get_mut(name) else {
             return Vec::new();
         };
         state.in_flight = false;
@@ -212,17 +212,14 @@ impl Names {
         state.cap();
         let jitter = 0.9 + 0.2 * (self.random)();
         state.due = now
-            + match state.stale {
-                None => {
-                    state.failures = 0;
-                    let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
-                    wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
-                }
-                Some(_) => {
-                    state.failures = state.failures.saturating_add(1);
-                    let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
-                    (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
-                }
+            + if state.stale.is_none() {
+                state.failures = 0;
+                let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
+                wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
+            } else {
+                state.failures = state.failures.saturating_add(1);
+                let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
+                (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
             };
         let mut notes = Vec::new();
         let after = state.addresses();
@@ -261,7 +258,7 @@ impl Names {
                 .chain(left)
                 .collect::<BTreeSet<_>>()
         };
-        let all = self.names.iter().map(|(name, state)| (name.clone(), kept(state)));
+        let all = self.states.iter().map(|(name, state)| (name.clone(), kept(state)));
         all.filter(|(_, addresses)| !addresses.is_empty()).collect()
     }
 
@@ -274,7 +271,7 @@ impl Names {
             stale: state.stale.is_some(),
             cause: state.stale.clone(),
         };
-        self.names.iter().map(report).collect()
+        self.states.iter().map(report).collect()
     }
 }
 

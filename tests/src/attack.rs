@@ -287,6 +287,7 @@ fn become_user(real: u32, effective: u32, saved: u32) -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) })
 }
 
+#[allow(clippy::wildcard_enum_match_arm, reason = "all other ways are plain TCP")]
 fn make(attempt: &Attempt) -> io::Result<Socket> {
     let v6 = attempt.destination.is_ipv6()
         || matches!(
@@ -345,7 +346,7 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
         Way::Plain | Way::Mptcp => plain(to)?,
         Way::Mapped => plain(mapped(to))?,
         Way::Thread => {
-            std::thread::scope(|scope| scope.spawn(|| plain(to)).join()).map_err(|_| io::Error::other("panic"))??
+            std::thread::scope(|scope| scope.spawn(|| plain(to)).join()).map_err(|_| io::Error::other("panic"))??;
         }
         Way::Nonblocking => {
             socket.set_nonblocking(true)?;

@@ -107,10 +107,10 @@ impl World {
     pub fn configure_on(&self, cgroup: &Path, targets: &str) -> Result<()> {
         let text = format!(
             "cgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n{targets}",
-            cgroup,
-            self.pins(),
-            self.path("state"),
-            self.path("run/control.sock"),
+            cgroup.display().to_string(),
+            self.pins().display().to_string(),
+            self.path("state").display().to_string(),
+            self.path("run/control.sock").display().to_string(),
         );
         fs::write(self.path("enforcer.toml"), text)?;
         Ok(())
@@ -228,7 +228,7 @@ impl Drop for World {
     }
 }
 
-/// A port that nobody has, below those that the kernel gives out (ip_local_port_range).
+/// A port that nobody has, below those that the kernel gives out (`ip_local_port_range`).
 fn free_port(number: u32) -> Result<u16> {
     let first = std::process::id()
         .wrapping_mul(211)

@@ -61,12 +61,16 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
             return Ok(());
         }
         if dry_run {
-            plan.iter().for_each(|step| eprintln!("setup: would {step}"));
+            for step in &plan {
+                eprintln!("setup: would {step}");
+            }
             return Ok(());
         }
         if !facts.can_install && plan.iter().any(|step| matches!(step, Step::Packages(_))) {
             eprintln!("setup: this user may not install packages here; run these, then try again:");
-            plan.iter().for_each(|step| eprintln!("  {}", step.command(&facts)));
+            for step in &plan {
+                eprintln!("  {}", step.command(&facts));
+            }
             bail!("{} steps are left to you", plan.len());
         }
         for step in &plan {

@@ -246,11 +246,11 @@ impl Kernel {
             Some(slot) => self.maps.generation_of(slot)?.number,
             None => 0,
         };
-        if let Some(slot) = active {
-            if *self.held(slot)? == image {
-                self.attach(&image)?;
-                return Ok(number);
-            }
+        if let Some(slot) = active
+            && *self.held(slot)? == image
+        {
+            self.attach(&image)?;
+            return Ok(number);
         }
         let slot = active.map_or(0, |slot| 1 - slot);
         if std::mem::take(&mut self.flipped) {
@@ -463,7 +463,7 @@ pub struct Events {
 
 impl Events {
     /// The next denial, if one is there.
-    pub fn next(&mut self) -> Option<EventRecord> {
+    pub fn take(&mut self) -> Option<EventRecord> {
         self.ring.next().and_then(|bytes| sys::read_record(&bytes))
     }
 }

@@ -252,20 +252,19 @@ impl<'a, 't> Section<'a, 't> {
             return Ok(None);
         };
         let text = self.text(key, value, choices)?;
-        match words.iter().find(|(word, _)| *word == text) {
-            Some((_, meant)) => Ok(Some(*meant)),
-            None => {
-                let found = format!("\"{}\"", bare(text));
-                Err(fault(
-                    value,
-                    ConfigFault::Choice {
-                        key,
-                        section: self.name.clone(),
-                        found,
-                        choices,
-                    },
-                ))
-            }
+        if let Some((_, meant)) = words.iter().find(|(word, _)| *word == text) {
+            Ok(Some(*meant))
+        } else {
+            let found = format!("\"{}\"", bare(text));
+            Err(fault(
+                value,
+                ConfigFault::Choice {
+                    key,
+                    section: self.name.clone(),
+                    found,
+                    choices,
+                },
+            ))
         }
     }
 }

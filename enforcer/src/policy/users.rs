@@ -33,9 +33,9 @@ mod tests {
 
     #[test]
     fn root_is_zero_and_strangers_are_none() {
-        assert_eq!(HostUsers.uid("root").expect("look up root"), Some(Uid(0)));
+        assert!(matches!(HostUsers.uid("root"), Ok(Some(Uid(0)))));
         for name in ["enforcer-no-such-user", "", "ro\0ot"] {
-            assert_eq!(HostUsers.uid(name).expect("look up a stranger"), None, "{name:?}");
+            assert!(matches!(HostUsers.uid(name), Ok(None)), "{name:?}");
         }
     }
 }

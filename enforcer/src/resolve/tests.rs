@@ -139,7 +139,7 @@ fn ttl_is_clamped_and_failures_back_off() {
         answer(&mut names, start, "bus", found(&["10.0.0.1"], ttl), Outcome::Empty);
         answer(&mut names, start, "other", found(&["10.0.0.9"], 86_400), Outcome::Empty);
         assert_eq!(
-            names.names.get(&name("bus")).map(|state| state.due),
+            names.states.get(&name("bus")).map(|state| state.due),
             Some(start + SECOND * wait),
             "ttl {ttl}"
         );
@@ -148,7 +148,7 @@ fn ttl_is_clamped_and_failures_back_off() {
         .map(|_| {
             answer(&mut names, start, "bus", failure(), failure());
             names
-                .names
+                .states
                 .get(&name("bus"))
                 .map_or(0, |state| (state.due - start).as_secs())
         })

@@ -357,7 +357,10 @@ fn within_cgroup() -> Result<()> {
     let child = world.cgroup.join("child");
     fs::create_dir(&child)?;
     let path = PathBuf::from("/").join(child.strip_prefix(cgroup_mount()?)?);
-    let allow = format!("[\"root\", {{ user = {NOBODY}, cgroup = {path:?} }}]");
+    let allow = format!(
+        "[\"root\", {{ user = {NOBODY}, cgroup = {:?} }}]",
+        path.display().to_string()
+    );
     world.configure_one(
         &[endpoint(Way::Plain, &world), endpoint(Way::UdpSendto, &world)],
         &allow,

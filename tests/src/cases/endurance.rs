@@ -179,9 +179,9 @@ fn random_rule_sets() -> Result<()> {
         world.apply()?;
         world.attack(0).reaches()?;
         if guarded {
-            world.attack(NOBODY).is_refused()?
+            world.attack(NOBODY).is_refused()?;
         } else {
-            world.attack(NOBODY).reaches()?
+            world.attack(NOBODY).reaches()?;
         }
         // What `check` finds in the kernel's maps is what the lists say.
         for _ in 0..20 {

@@ -179,10 +179,10 @@ fn closed() -> Result<()> {
     named.dns.set("bus.test", Zone::Code(ResponseCode::ServFail));
     let toml = named.world.path("enforcer.toml");
     let text = fs::read_to_string(&toml)?;
-    let _daemon = named.daemon()?;
+    let daemon = named.daemon()?;
     named.world.attack(NOBODY).reaches()?;
     fs::write(&toml, text.replace("[dns]", "[dns]\nunresolved = \"closed\""))?;
-    _daemon.reload()?;
+    daemon.reload()?;
     named.world.attack(NOBODY).is_refused()?;
     named.world.attack(0).reaches()?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));

@@ -116,7 +116,7 @@ mod tests {
                 task_flags: 0,
             });
             assert!(
-                found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid % 4 == 0,
+                found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid.is_multiple_of(4),
                 "{found:?}"
             );
             assert!(found.task_flags > 0 && found.task_flags < 4000, "{found:?}");

@@ -90,8 +90,8 @@ pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Ima
         .collect();
     let covers = Covers::of(rules);
     let mut image = Image {
-        names,
         netns,
+        names,
         ..Image::empty()
     };
     for (place, own) in &rules.places {

@@ -87,7 +87,7 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
         pathname: path.as_ptr() as u64,
         ..ObjAttr::default()
     };
-    owned(bpf(BPF_OBJ_GET, &mut attr)?)
+    Ok(owned(bpf(BPF_OBJ_GET, &mut attr)?))
 }
 
 /// Pins a map, program or link (`BPF_OBJ_PIN`, Linux 4.4); the pin's mode is 0600 less the umask.
@@ -109,7 +109,7 @@ pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type:
         attach_type,
         flags: 0,
     };
-    owned(bpf(BPF_LINK_CREATE, &mut attr)?)
+    Ok(owned(bpf(BPF_LINK_CREATE, &mut attr)?))
 }
 
 /// Replaces a link's program at once (`BPF_LINK_UPDATE`, Linux 5.7).
@@ -244,7 +244,7 @@ pub fn wait_for_programs() -> io::Result<()> {
             flags: 0,
             inner: inner.map_or(0, |fd| fd.as_raw_fd().cast_unsigned()),
         };
-        owned(bpf(BPF_MAP_CREATE, &mut attr)?)
+        io::Result::Ok(owned(bpf(BPF_MAP_CREATE, &mut attr)?))
     };
     let inner = create(ARRAY, None)?;
     let outer = create(ARRAY_OF_MAPS, Some(&inner))?;
@@ -446,9 +446,9 @@ fn bpf<T>(command: i32, attr: &mut T) -> io::Result<i32> {
     }
 }
 
-fn owned(fd: i32) -> io::Result<OwnedFd> {
+fn owned(fd: i32) -> OwnedFd {
     // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 fn raw(fd: BorrowedFd<'_>) -> u32 {

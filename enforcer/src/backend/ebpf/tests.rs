@@ -178,8 +178,8 @@ fn policy() -> impl Strategy<Value = Policy> {
         mode: if audit { Mode::Audit } else { Mode::Enforce },
         dns: Dns {
             min_refresh: Duration::from_secs(5),
-            max_refresh: Duration::from_secs(60),
-            retain: Duration::from_secs(3600),
+            max_refresh: Duration::from_mins(1),
+            retain: Duration::from_hours(1),
             unresolved: Unresolved::Open,
         },
         targets: (0..)
@@ -300,7 +300,7 @@ fn canonical_forms() {
         ("::10.0.0.1", "::10.0.0.1", false),
     ];
     for (text, same, v4) in cases {
-        let words = |text: &str| text.parse().map(canonical_words).unwrap_or([9; 4]);
+        let words = |text: &str| text.parse().map_or([9; 4], canonical_words);
         assert_eq!(words(text), words(same), "{text}");
         assert_eq!(is_v4(words(text)), v4, "{text}");
     }
