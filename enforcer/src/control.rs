@@ -209,6 +209,7 @@ pub async fn ask_many(
 
 type Lines = tokio::io::Lines<BufReader<UnixStream>>;
 
+#[allow(clippy::wildcard_enum_match_arm, reason = "any other cause is told as it is")]
 async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
     let failed = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::BrokenPipe => {
@@ -217,7 +218,6 @@ async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
                 error,
             }
         }
-        #[allow(clippy::wildcard_enum_match_arm, reason = "any other cause is told as it is")]
         _ => ControlError::Io {
             action: "connect to",
             path: path.into(),

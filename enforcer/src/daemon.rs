@@ -330,9 +330,9 @@ impl Daemon {
         let fault = self.apply_now().err().map(|error| error.to_string());
         if fault != self.apply_fault {
             if let Some(fault) = &fault {
-                error!("{fault}; the rule set before stays in force")
+                error!("{fault}; the rule set before stays in force");
             } else {
-                info!("the rule set is in force again as wanted")
+                info!("the rule set is in force again as wanted");
             }
         }
         self.apply_fault = fault;

@@ -83,15 +83,15 @@ async fn ask(resolver: &TokioResolver, name: &Name, patience: Duration) -> Answe
     Answer::Dns { a, aaaa }
 }
 
+#[allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "every other code is a failure that names itself"
+)]
 fn failed(error: &NetError) -> Outcome {
     if let NetError::Dns(DnsError::NoRecordsFound(NoRecords { response_code, .. })) = error {
         return match *response_code {
             ResponseCode::NoError => Outcome::Empty,
             ResponseCode::NXDomain => Outcome::Failed("the name does not exist (NXDOMAIN)".to_owned()),
-            #[allow(
-                clippy::wildcard_enum_match_arm,
-                reason = "every other code is a failure that names itself"
-            )]
             code => Outcome::Failed(format!("the server answers {code}")),
         };
     }
