@@ -113,6 +113,9 @@ pub struct Attempt {
     /// Connect again and again until this file is gone; print how often it `connected`, was `refused`, and met an `other` error
     #[arg(long)]
     pub hammer_while: Option<PathBuf>,
+    /// The listener is another server, which does not send the greeting
+    #[arg(long)]
+    pub no_greeting: bool,
     /// Destination
     pub destination: SocketAddr,
 }
@@ -319,6 +322,9 @@ fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> {
             error.raw_os_error().unwrap_or(-1),
             time.as_micros()
         )));
+    }
+    if attempt.no_greeting {
+        return Ok(time);
     }
     let mut greeting = [0; 7];
     // SAFETY: a duplicate of a live descriptor, owned by the stream.
