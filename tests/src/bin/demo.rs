@@ -182,7 +182,7 @@ impl Stage {
 
     fn to_bus(&self, way: Way, address: &str) -> Result<Attack> {
         Ok(self
-            .from_host(way, SocketAddr::new(address.parse()?, PORT))
+            .on_host(way, SocketAddr::new(address.parse()?, PORT))
             .flag("--no-greeting"))
     }
 
