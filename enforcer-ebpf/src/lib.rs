@@ -115,6 +115,8 @@ pub mod flag {
     pub const PREFIXES: u64 = 2;
     /// Put in force by a daemon that means to stay.
     pub const DAEMON: u64 = 4;
+    /// The programs check the socket's owner too (D3).
+    pub const SOCKET_USER: u64 = 8;
 }
 
 /// A target's name, padded with zeros.

@@ -24,7 +24,7 @@ use crate::{
     host::{self, AddressChanges},
     policy::{HostUsers, Name, Policy, PolicyError},
     resolve::{Answer, LOOKUP_TIMEOUT, Names, lookup},
-    ruleset::{CompileError, Host, compile},
+    ruleset::{CompileError, Host, Resolved, compile},
     state,
     status::{Context, Status, status},
 };
@@ -160,10 +160,18 @@ struct Daemon {
     followers: broadcast::Sender<Line>,
     lost: u64,
     /// Why what is in force is not what is wanted; logged once a change (F4).
+    applied: Option<Applied>,
     apply_fault: Option<String>,
     reload_fault: Option<String>,
     state_fault: Option<String>,
-    saved: crate::ruleset::Resolved,
+    saved: Resolved,
+}
+
+/// What the rule set in force was made from, besides the policy.
+struct Applied {
+    generation: u64,
+    host: Host,
+    resolved: Resolved,
 }
 
 struct Waiting {
@@ -271,7 +279,7 @@ impl Daemon {
             Ok(known) => known,
             Err(error) => {
                 warn!("{error}; starting without the addresses known before"); // F4
-                crate::ruleset::Resolved::new()
+                Resolved::new()
             }
         };
         for (name, addresses) in &known {
@@ -297,6 +305,7 @@ impl Daemon {
             events: VecDeque::new(),
             followers: broadcast::channel(KEPT_EVENTS).0,
             lost: 0,
+            applied: None,
             apply_fault: None,
             reload_fault: None,
             state_fault: None,
@@ -312,6 +321,11 @@ impl Daemon {
             error,
         })?;
         let generation = self.kernel.apply(&rules)?;
+        self.applied = Some(Applied {
+            generation,
+            host: self.host.clone(),
+            resolved: resolved.clone(),
+        });
         if resolved != self.saved {
             // The kernel holds the rules; only the next start would miss the addresses (N7).
             self.state_fault = state::save(&self.wanted.config.settings.state_dir, &resolved)
@@ -325,9 +339,23 @@ impl Daemon {
         Ok(generation)
     }
 
-    /// As `apply_now`; a failure leaves in force what is (F4).
+    /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
     fn apply_or_keep(&mut self) {
-        let fault = self.apply_now().err().map(|error| error.to_string());
+        let unchanged = self.applied.as_ref().is_some_and(|applied| {
+            applied.host == self.host && applied.resolved == self.names.resolved(Instant::now())
+        });
+        let kept = match &self.applied {
+            Some(applied) if unchanged && self.apply_fault.is_none() => {
+                self.kernel.keep(applied.generation).map_err(DaemonError::from)
+            }
+            Some(_) | None => Ok(false),
+        };
+        let fault = match kept {
+            Ok(true) => None,
+            Ok(false) => self.apply_now().err(),
+            Err(error) => Some(error),
+        };
+        let fault = fault.map(|error| error.to_string());
         if fault != self.apply_fault {
             if let Some(fault) = &fault {
                 error!("{fault}; the rule set before stays in force");
@@ -388,23 +416,22 @@ impl Daemon {
             action: "list this host's addresses",
             error,
         })?;
+        let mut names = self.names.clone();
+        names.configure(wanted.policy.dns);
+        names.set(wanted.policy.names(), Instant::now());
+        let names = std::mem::replace(&mut self.names, names);
         let before = (
             std::mem::replace(&mut self.wanted, wanted),
             std::mem::replace(&mut self.host, host),
+            names,
         );
-        self.follow_policy();
         if let Err(error) = self.apply_now() {
-            (self.wanted, self.host) = before;
-            self.follow_policy();
+            (self.wanted, self.host, self.names) = before;
             return Err(error);
         }
+        self.apply_fault = None;
         self.look_up_due(Instant::now());
         Ok(())
-    }
-
-    fn follow_policy(&mut self) {
-        self.names.configure(self.wanted.policy.dns);
-        self.names.set(self.wanted.policy.names(), Instant::now());
     }
 
     fn look_up_all(&mut self) {

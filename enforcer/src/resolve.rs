@@ -71,7 +71,7 @@ pub enum Note {
 }
 
 /// All names and what is known of them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Names {
     dns: Dns,
     states: BTreeMap<Name, State>,
@@ -79,7 +79,7 @@ pub struct Names {
     random: fn() -> f64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct State {
     /// By family, IPv4 and IPv6; the hosts file's too.
     current: [BTreeSet<IpAddr>; 2],

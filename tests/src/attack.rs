@@ -113,6 +113,9 @@ pub struct Attempt {
     /// Connect again and again until this file is gone; print how often it `connected`, was `refused`, and met an `other` error
     #[arg(long)]
     pub hammer_while: Option<PathBuf>,
+    /// Connect so often and print the median of the calls in nanoseconds, whatever comes of them
+    #[arg(long)]
+    pub rounds: Option<usize>,
     /// The listener is another server, which does not send the greeting
     #[arg(long)]
     pub no_greeting: bool,
@@ -127,6 +130,10 @@ pub fn main(attempt: &Attempt) -> io::Result<()> {
     }
     if let Some(netns) = &attempt.netns {
         setns(std::fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
+    }
+    if let Some(rounds) = attempt.rounds {
+        become_user(attempt.uid, attempt.uid, attempt.uid)?;
+        return measure(attempt, rounds);
     }
     if let Some(file) = &attempt.hammer_while {
         become_user(attempt.uid, attempt.uid, attempt.uid)?;
@@ -145,6 +152,22 @@ pub fn main(attempt: &Attempt) -> io::Result<()> {
         Some((Err(errno), time)) => println!("errno {errno} {}", time.as_micros()),
         None => {}
     }
+    Ok(())
+}
+
+/// Times `connect` alone, by the monotonic clock.
+fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
+    let to = SockAddr::from(attempt.destination);
+    let mut times = Vec::with_capacity(rounds);
+    for _ in 0..rounds {
+        let socket = Socket::new(Domain::for_address(attempt.destination), Type::STREAM, None)?;
+        socket.set_linger(Some(Duration::ZERO))?;
+        let started = Instant::now();
+        let _ = socket.connect(&to);
+        times.push(started.elapsed());
+    }
+    times.sort_unstable();
+    println!("{}", times.get(rounds / 2).map_or(0, Duration::as_nanos));
     Ok(())
 }
 

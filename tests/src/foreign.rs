@@ -60,6 +60,49 @@ impl ExclusiveProgram {
     }
 }
 
+/// How often a program ran and how long in all, while `kernel.bpf_stats_enabled` is 1 (Linux 5.1).
+#[derive(Clone, Copy, Debug)]
+pub struct Runs {
+    /// Nanoseconds.
+    pub time: u64,
+    /// Times.
+    pub count: u64,
+}
+
+impl ExclusiveProgram {
+    /// Its runs so far.
+    pub fn runs(&self) -> io::Result<Runs> {
+        runs(&self.program)
+    }
+}
+
+/// The runs of the program behind a pinned link.
+pub fn runs_of_link(pin: &Path) -> io::Result<Runs> {
+    let path = std::ffi::CString::new(pin.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the kernel has just made each descriptor for us.
+    let link = unsafe { OwnedFd::from_raw_fd(bpf(7, &[path.as_ptr() as u64, 0])?) };
+    let info = [0_u32; 8];
+    let attr = (fd_of(&link), 32_u32, info.as_ptr() as u64);
+    bpf(15, &attr)?;
+    // SAFETY: the kernel wrote to `info` behind the compiler's back.
+    let program = unsafe { info.as_ptr().add(2).read_volatile() };
+    // SAFETY: as above.
+    runs(&unsafe { OwnedFd::from_raw_fd(bpf(13, &[program, 0, 0])?) })
+}
+
+fn runs(program: &OwnedFd) -> io::Result<Runs> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd()))?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|value| value.trim_start_matches(':').trim().parse().ok())
+            .unwrap_or(0)
+    };
+    Ok(Runs {
+        time: field("run_time_ns"),
+        count: field("run_cnt"),
+    })
+}
+
 impl Drop for ExclusiveProgram {
     fn drop(&mut self) {
         let _ = bpf(9, &[fd_of(&self.cgroup), fd_of(&self.program), CONNECT4, 0]);

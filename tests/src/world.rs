@@ -495,6 +495,22 @@ impl Attack {
         }
     }
 
+    /// Median length of `connect` in nanoseconds, over so many calls.
+    pub fn measure(&self, calls: usize) -> Result<u128> {
+        let mut command = Command::new(binary("attack")?);
+        command
+            .args(&self.arguments)
+            .args(["--rounds", &calls.to_string(), "--uid", &self.uid.to_string()]);
+        if let Some(cgroup) = &self.cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        Ok(ran(command.arg(self.to.to_string()))?
+            .demand(0)?
+            .stdout
+            .trim()
+            .parse()?)
+    }
+
     /// Starts a process that connects again and again while `file` exists.
     pub fn hammer(&self, file: &Path) -> Result<Hammer> {
         let mut command = Command::new(binary("attack")?);

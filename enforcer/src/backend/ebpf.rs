@@ -33,7 +33,7 @@ use enforcer_ebpf::{
 
 use self::{
     btf::Offsets,
-    image::{Image, Names},
+    image::{Image, Loader, Names},
     maps::{Maps, Outside},
     pins::{Lock, Pins},
 };
@@ -178,8 +178,9 @@ pub struct Kernel {
     cgroup: PathBuf,
     cgroup_fd: File,
     cgroup_id: u64,
-    netns: u64,
-    daemon: bool,
+    loader: Loader,
+    /// Whether the rule set in force has UDP endpoints.
+    udp: bool,
     /// What each slot holds; none where that is not known.
     slots: [Option<Image>; 2],
     /// Whether a program may still be reading the slot that is not in force.
@@ -223,8 +224,12 @@ impl Kernel {
             cgroup: cgroup.into(),
             cgroup_fd,
             cgroup_id,
-            netns: sys::netns_cookie().unwrap_or(0),
-            daemon,
+            loader: Loader {
+                netns: sys::netns_cookie().unwrap_or(0),
+                daemon,
+                socket_user: offsets.is_some(),
+            },
+            udp: false,
             slots: if fresh {
                 [Some(Image::empty()), Some(Image::empty())]
             } else {
@@ -241,7 +246,7 @@ impl Kernel {
             Some(slot) => self.maps.names(slot)?,
             None => Image::empty().names,
         };
-        let image = image::lower(rules, &previous, self.netns, self.daemon);
+        let image = image::lower(rules, &previous, self.loader);
         let number = match active {
             Some(slot) => self.maps.generation_of(slot)?.number,
             None => 0,
@@ -249,7 +254,7 @@ impl Kernel {
         if let Some(slot) = active
             && *self.held(slot)? == image
         {
-            self.attach(&image)?;
+            self.attach(image.has_udp())?;
             return Ok(number);
         }
         let slot = active.map_or(0, |slot| 1 - slot);
@@ -270,14 +275,26 @@ impl Kernel {
             .unwrap_or_else(Image::empty);
         self.maps.write_slot(slot, &have, &image, number + 1)?;
         self.clear_reused_counters(&previous, &image.names)?;
-        self.attach_missing(&image)?;
+        self.attach_missing(image.has_udp())?;
         self.maps.activate(slot)?;
         self.flipped = true;
-        self.attach(&image)?;
+        self.attach(image.has_udp())?;
         if let Some(held) = self.slots.get_mut(usize::from(slot)) {
             *held = Some(image);
         }
         Ok(number + 1)
+    }
+
+    /// Makes sure that a generation is in force and every link in place; false if another rule set is, or none (F5).
+    pub fn keep(&mut self, number: u64) -> Result<bool, BackendError> {
+        let Some(slot) = self.maps.active_slot()? else {
+            return Ok(false);
+        };
+        if self.maps.generation_of(slot)?.number != number {
+            return Ok(false);
+        }
+        self.attach(self.udp)?;
+        Ok(true)
     }
 
     /// What the kernel holds now, read from it.
@@ -335,8 +352,8 @@ impl Kernel {
     }
 
     /// Attaches the hooks that have no link yet. Before the flip: they judge by what is in force.
-    fn attach_missing(&mut self, image: &Image) -> Result<(), BackendError> {
-        for hook in HOOKS.iter().filter(|hook| image.has_udp() || !hook.udp_only) {
+    fn attach_missing(&mut self, udp: bool) -> Result<(), BackendError> {
+        for hook in HOOKS.iter().filter(|hook| udp || !hook.udp_only) {
             if !self.pins.path(hook.name).exists() {
                 let link = self.create_link(hook)?;
                 self.pin_link(hook, link.as_fd(), hook.name)?;
@@ -347,10 +364,11 @@ impl Kernel {
 
     /// Makes every wanted link run this program on this cgroup, and removes the others. After the flip: a link that
     /// runs a program with maps of another ABI goes on with those until ours are in force.
-    fn attach(&mut self, image: &Image) -> Result<(), BackendError> {
-        self.attach_missing(image)?;
+    fn attach(&mut self, udp: bool) -> Result<(), BackendError> {
+        self.udp = udp;
+        self.attach_missing(udp)?;
         for hook in &HOOKS {
-            if hook.udp_only && !image.has_udp() {
+            if hook.udp_only && !udp {
                 self.pins.remove(hook.name)?;
                 continue;
             }
@@ -720,7 +738,7 @@ fn observe(maps: &Maps, pins: &Pins, cgroup: Option<u64>) -> Result<Observed, Ba
         generation,
         audit: image.flags & flag::AUDIT != 0,
         by_daemon: image.flags & flag::DAEMON != 0,
-        socket_user: matches!(btf::offsets(), Ok(Some(_))),
+        socket_user: image.flags & flag::SOCKET_USER != 0,
         netns: image.netns != 0,
         endpoints: (real().count() + image.prefixes.len()) as u64,
         targets,

@@ -74,9 +74,20 @@ impl Image {
     }
 }
 
+/// What the loader knows and the programs or `status` need.
+#[derive(Clone, Copy, Debug)]
+pub struct Loader {
+    /// Cookie of its network namespace, 0 where the kernel does not tell.
+    pub netns: u64,
+    /// Whether it stays.
+    pub daemon: bool,
+    /// Whether its programs check the socket's owner (D3).
+    pub socket_user: bool,
+}
+
 /// Lowers a rule set. A target that `previous` names keeps its bit, so that its counters go on.
 #[must_use]
-pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Image {
+pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
     let names = assign_bits(rules, previous);
     let bits: Vec<Owners> = rules
         .targets
@@ -90,7 +101,7 @@ pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Ima
         .collect();
     let covers = Covers::of(rules);
     let mut image = Image {
-        netns,
+        netns: loader.netns,
         names,
         ..Image::empty()
     };
@@ -118,7 +129,8 @@ pub fn lower(rules: &RuleSet, previous: &Names, netns: u64, daemon: bool) -> Ima
     image.flags = [
         (rules.mode == Mode::Audit, flag::AUDIT),
         (!image.prefixes.is_empty(), flag::PREFIXES),
-        (daemon, flag::DAEMON),
+        (loader.daemon, flag::DAEMON),
+        (loader.socket_user, flag::SOCKET_USER),
     ]
     .into_iter()
     .filter_map(|(set, bit)| set.then_some(bit))

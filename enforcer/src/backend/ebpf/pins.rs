@@ -58,7 +58,7 @@ impl Pins {
     /// Opens the directory, or makes it.
     pub fn create(dir: &Path) -> Result<Self, BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
-        if !is_bpffs(parent) && parent.starts_with(BPFFS) {
+        if !is_bpffs(Path::new(BPFFS)) && parent.starts_with(BPFFS) {
             mount(
                 Some("bpf"),
                 BPFFS,
@@ -74,6 +74,19 @@ impl Pins {
         }
         if !is_bpffs(parent) {
             return Err(BackendError::NotBpffs { path: dir.into() });
+        }
+        let meta = fs::metadata(parent).map_err(|error| BackendError::Io {
+            action: "look at",
+            object: parent.into(),
+            error,
+        })?;
+        // Who can write the parent could put another directory in ours' place, unless it is sticky.
+        if meta.uid() != 0 || (meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0) {
+            return Err(BackendError::Untrusted {
+                path: parent.into(),
+                uid: meta.uid(),
+                mode: meta.mode() & 0o7777,
+            });
         }
         make_dir(dir)?;
         Self::open(dir)?.ok_or_else(|| BackendError::NotBpffs { path: dir.into() })

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 
 use super::{
     Asker,
-    image::{Image, PrefixKey, canonical_words, lower},
+    image::{Image, Loader, PrefixKey, canonical_words, lower},
 };
 use crate::{
     policy::{CgroupPath, Destination, Dns, Endpoint, Mode, Policy, Principal, Protocol, Target, Uid, Unresolved},
@@ -83,6 +83,11 @@ impl Tables for Plain<'_> {
 }
 
 const NETNS: u64 = 7;
+const LOADER: Loader = Loader {
+    netns: NETNS,
+    daemon: true,
+    socket_user: true,
+};
 
 fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>) {
     let dialled = Dialled {
@@ -257,8 +262,8 @@ proptest! {
             compile(&policy, &BTreeMap::new(), &host()),
             compile(&before, &BTreeMap::new(), &host()),
         ) else { return Err(TestCaseError::fail("the policy is within all limits")) };
-        let previous = lower(&before, &Image::empty().names, NETNS, true);
-        let image = lower(&rules, &previous.names, NETNS, true);
+        let previous = lower(&before, &Image::empty().names, LOADER);
+        let image = lower(&rules, &previous.names, LOADER);
         for attempt in attempts {
             let explained = explain(&rules, &attempt);
             let owners: BTreeMap<String, bool> = explained
@@ -277,8 +282,8 @@ proptest! {
             compile(&before, &BTreeMap::new(), &host()),
             compile(&after, &BTreeMap::new(), &host()),
         ) else { return Err(TestCaseError::fail("the policy is within all limits")) };
-        let first = lower(&before, &Image::empty().names, NETNS, true);
-        let second = lower(&after, &first.names, NETNS, true);
+        let first = lower(&before, &Image::empty().names, LOADER);
+        let second = lower(&after, &first.names, LOADER);
         let used: Vec<&TargetName> = second.names.iter().filter(|name| **name != TargetName::NONE).collect();
         prop_assert_eq!(used.len(), after.targets.len());
         for name in names(&before).intersection(&names(&after)) {

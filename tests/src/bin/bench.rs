@@ -1,0 +1,182 @@
+//! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should run.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use tests::{
+    foreign::{ExclusiveProgram, Runs, runs_of_link},
+    world::{Attack, NOBODY, World, binary, ran},
+};
+
+const ROUNDS: usize = 21;
+const CONNECTS: usize = 1000;
+
+fn main() -> Result<()> {
+    connects()?;
+    programs()?;
+    starts()?;
+    updates()
+}
+
+fn median<T: Ord + Copy>(mut values: Vec<T>) -> Option<T> {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied()
+}
+
+fn rules(world: &World, count: u32) -> Result<()> {
+    let mut endpoints: Vec<String> = (0..count)
+        .map(|host| format!("tcp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
+        .collect();
+    endpoints.push(format!("tcp://{}", world.here()));
+    world.configure_one(&endpoints, r#"["root"]"#)
+}
+
+/// P1, P5: connect as the caller sees it.
+fn connects() -> Result<()> {
+    println!("connect, median of {CONNECTS} calls, median of {ROUNDS} rounds in turn");
+    println!(
+        "{:>10}  {:>12}  {:>12}  {:>12}  {:>12}",
+        "endpoints", "no program", "unprotected", "allowed", "denied"
+    );
+    for count in [1, 1_000, 100_000] {
+        let (bare, world) = (World::new()?, World::new()?);
+        let (_first, _second) = (bare.listen()?, world.listen()?);
+        rules(&world, count)?;
+        world.apply()?;
+        let elsewhere = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), bare.port);
+        let attacks: [Attack; 4] = [
+            bare.attack(0).to(elsewhere),
+            world.attack(0).to(elsewhere),
+            world.attack(0),
+            world.attack(NOBODY),
+        ];
+        let mut times: [Vec<u128>; 4] = Default::default();
+        for _ in 0..ROUNDS {
+            for (attack, times) in attacks.iter().zip(&mut times) {
+                times.push(attack.measure(CONNECTS)?);
+            }
+        }
+        let medians = times.map(|times| median(times).unwrap_or(0));
+        let [bare, ..] = medians;
+        #[allow(clippy::cast_precision_loss, reason = "a ratio of small numbers")]
+        let cell = |time: u128| format!("{:.2} µs {:.3}", time as f64 / 1000.0, time as f64 / bare as f64);
+        println!(
+            "{count:>10}  {}",
+            medians.map(|time| format!("{:>12}", cell(time))).join("  ")
+        );
+    }
+    Ok(())
+}
+
+/// P2: what the program adds to an empty one, by the kernel's own statistics.
+fn programs() -> Result<()> {
+    const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+    let before = fs::read_to_string(STATS)?;
+    fs::write(STATS, "1")?;
+    let result = program_times();
+    fs::write(STATS, before)?;
+    result
+}
+
+fn program_times() -> Result<()> {
+    let (empty, world) = (World::new()?, World::new()?);
+    let (_first, _second) = (empty.listen()?, world.listen()?);
+    let program = ExclusiveProgram::attach(&empty.cgroup)?;
+    rules(&world, 1_000)?;
+    world.apply()?;
+    let pin = world.pins().join("connect4");
+    let other_port = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), empty.port);
+    let other_address = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), world.port);
+    let per_run = |runs: &dyn Fn() -> Result<Runs>, attack: &Attack| -> Result<u64> {
+        let mut times = Vec::new();
+        for _ in 0..ROUNDS {
+            let before = runs()?;
+            attack.measure(CONNECTS)?;
+            let after = runs()?;
+            ensure!(after.count > before.count, "the program did not run");
+            times.push((after.time - before.time) * 10 / (after.count - before.count));
+        }
+        median(times).context("no rounds")
+    };
+    let base = per_run(&|| Ok(program.runs()?), &empty.attack(0))?;
+    println!(
+        "\nprogram time above an empty program ({} ns with statistics on)",
+        tenths(base)
+    );
+    for (what, attack) in [
+        ("port of no target", world.attack(0).to(other_port)),
+        ("address miss", world.attack(0).to(other_address)),
+        ("allowed, both users checked", world.attack(0)),
+        ("denied, with its event", world.attack(NOBODY)),
+    ] {
+        let time = per_run(&|| Ok(runs_of_link(&pin)?), &attack)?;
+        println!("{what:>30}  {} ns", tenths(time.saturating_sub(base)));
+    }
+    Ok(())
+}
+
+fn tenths(value: u64) -> String {
+    format!("{}.{}", value / 10, value % 10)
+}
+
+/// P7: from the start of the process to the first refusal, with 1,000 literal endpoints.
+fn starts() -> Result<()> {
+    let mut times = Vec::new();
+    let mut resident = 0;
+    for _ in 0..9 {
+        let world = World::new()?;
+        let _listener = world.listen()?;
+        rules(&world, 999)?;
+        let started = Instant::now();
+        let mut command = Command::new(binary("enforcer")?);
+        let mut child = command
+            .arg("--config")
+            .arg(world.path("enforcer.toml"))
+            .arg("run")
+            .stderr(Stdio::null())
+            .spawn()?;
+        let pins = world.pins().join("connect6");
+        while !pins.exists() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        times.push(started.elapsed());
+        std::thread::sleep(Duration::from_millis(300));
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|text| text.trim().split(' ').next()?.parse().ok())
+            .unwrap_or(0);
+        child.kill()?;
+        child.wait()?;
+    }
+    println!(
+        "\nstart to protected, 1,000 endpoints: {:?} (median of 9); resident {resident} KiB",
+        median(times).unwrap_or_default()
+    );
+    Ok(())
+}
+
+/// P8, by the command: 100,000 endpoints read, compiled, loaded, read back.
+fn updates() -> Result<()> {
+    let world = World::new()?;
+    let mut times = Vec::new();
+    for round in 0..5 {
+        rules(&world, 100_000 - round)?;
+        let started = Instant::now();
+        world.apply()?;
+        times.push(started.elapsed());
+    }
+    println!(
+        "apply with 100,000 endpoints: {:?} (median of 5, process and file included)",
+        median(times).unwrap_or_default()
+    );
+    let version = ran(Command::new("uname").arg("-rm"))?.stdout;
+    println!("\non {}", version.trim());
+    Ok(())
+}
