@@ -30,6 +30,8 @@ use crate::attack::{GREETING, Way, Who};
 pub const NOBODY: u32 = 65534;
 /// How long anything may take before a case fails.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Between two looks at something that is awaited.
+const PAUSE: Duration = Duration::from_millis(20);
 /// Begins the name of everything that a test makes.
 const MARK: &str = "enforcertest";
 
@@ -289,7 +291,7 @@ pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
         if done()? {
             return Ok(());
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(PAUSE);
     }
     bail!("waited {} s in vain until {what}", PATIENCE.as_secs())
 }
@@ -634,7 +636,16 @@ impl Listener {
             let tcp = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
             tcp.set_only_v6(false)?;
             tcp.set_reuse_address(true)?;
-            tcp.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+            // A process being started elsewhere may still hold the socket that tried this port, until it executes.
+            let place = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into();
+            let bound = (0..50).any(|_| {
+                let bound = tcp.bind(&place).is_ok();
+                if !bound {
+                    thread::sleep(PAUSE);
+                }
+                bound
+            });
+            ensure!(bound, "port {port} is taken");
             tcp.listen(4096)?;
             let udp = udp
                 .into_iter()
