@@ -1,7 +1,7 @@
 //! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     io,
     os::fd::AsRawFd,
     path::PathBuf,
@@ -12,7 +12,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
-    task::JoinSet,
+    task::{self, JoinSet},
 };
 use tracing::{error, info, warn};
 
@@ -23,7 +23,7 @@ use crate::{
     events::{self, Line, Lost},
     host::{self, AddressChanges},
     policy::{HostUsers, Name, Policy, PolicyError},
-    resolve::{Answer, LOOKUP_TIMEOUT, Names, lookup},
+    resolve::{Answer, LOOKUP_TIMEOUT, Names, Outcome, lookup},
     ruleset::{CompileError, Host, Resolved, compile},
     state,
     status::{Context, Status, status},
@@ -153,7 +153,13 @@ struct Daemon {
     kernel: Kernel,
     names: Names,
     host: Host,
-    lookups: JoinSet<(Name, Answer)>,
+    lookups: JoinSet<Answer>,
+    /// The name and round of each look-up under way.
+    under_way: HashMap<task::Id, (Name, u64)>,
+    /// Counts refresh requests: only look-ups begun after one answer it (B3).
+    round: u64,
+    /// The newest round of each name that was answered.
+    answered_rounds: BTreeMap<Name, u64>,
     /// Refresh requests that wait for look-ups begun after them.
     waiting: Vec<Waiting>,
     events: VecDeque<Line>,
@@ -175,6 +181,7 @@ struct Applied {
 }
 
 struct Waiting {
+    round: u64,
     names: BTreeSet<Name>,
     replies: mpsc::Sender<Reply>,
 }
@@ -183,7 +190,7 @@ struct Waiting {
 pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
     let mut daemon = Daemon::start(Wanted::load(path)?, false)?;
     daemon.look_up_all();
-    while let Some(joined) = daemon.lookups.join_next().await {
+    while let Some(joined) = daemon.lookups.join_next_with_id().await {
         daemon.answered(joined);
     }
     daemon.apply_now()?;
@@ -228,7 +235,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
             _ = hangup.recv() => daemon.reload(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            Some(joined) = daemon.lookups.join_next() => {
+            Some(joined) = daemon.lookups.join_next_with_id() => {
                 daemon.answered(joined);
                 daemon.apply_or_keep();
                 daemon.answer_waiting();
@@ -283,7 +290,7 @@ impl Daemon {
             }
         };
         for (name, addresses) in &known {
-            names.seed(name, addresses, Instant::now());
+            names.seed(name, addresses);
         }
         let level = if tracing::enabled!(tracing::Level::TRACE) {
             TRACE_IN_KERNEL
@@ -301,6 +308,9 @@ impl Daemon {
             names,
             host,
             lookups: JoinSet::new(),
+            under_way: HashMap::new(),
+            round: 0,
+            answered_rounds: BTreeMap::new(),
             waiting: Vec::new(),
             events: VecDeque::new(),
             followers: broadcast::channel(KEPT_EVENTS).0,
@@ -449,23 +459,44 @@ impl Daemon {
 
     fn look_up(&mut self, name: Name) {
         self.names.begin(&name);
-        self.lookups.spawn(async move {
-            let answer = lookup(&name, LOOKUP_TIMEOUT).await;
-            (name, answer)
-        });
+        let asked = name.clone();
+        let task = self.lookups.spawn(async move { lookup(&asked, LOOKUP_TIMEOUT).await });
+        self.under_way.insert(task.id(), (name, self.round));
     }
 
-    fn answered(&mut self, joined: Result<(Name, Answer), tokio::task::JoinError>) {
-        match joined {
-            Ok((name, answer)) => {
-                for note in self.names.answered(Instant::now(), &name, answer) {
-                    warn!("{note}");
-                }
-                for waiting in &mut self.waiting {
-                    waiting.names.remove(&name);
-                }
+    /// Takes the answer to a look-up, unless a later one was answered before it.
+    fn answered(&mut self, joined: Result<(task::Id, Answer), task::JoinError>) {
+        let (id, answer) = match joined {
+            Ok((id, answer)) => (id, answer),
+            Err(error) => {
+                let failed = Outcome::Failed("the look-up ended by itself".to_owned());
+                error!("a look-up ended by itself: {error}");
+                (
+                    error.id(),
+                    Answer::Dns {
+                        a: failed.clone(),
+                        aaaa: failed,
+                    },
+                )
             }
-            Err(error) => error!("a look-up ended by itself: {error}"),
+        };
+        let Some((name, round)) = self.under_way.remove(&id) else {
+            return;
+        };
+        let newest = self.answered_rounds.entry(name.clone()).or_default();
+        if round < *newest {
+            return;
+        }
+        *newest = round;
+        for note in self.names.answered(Instant::now(), &name, answer) {
+            if note.is_fault() {
+                warn!("{note}");
+            } else {
+                info!("{note}");
+            }
+        }
+        for waiting in self.waiting.iter_mut().filter(|waiting| waiting.round <= round) {
+            waiting.names.remove(&name);
         }
     }
 
@@ -532,8 +563,13 @@ impl Daemon {
             Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
             Request::Refresh => {
                 let names = self.wanted.policy.names();
+                self.round += 1;
                 self.look_up_all();
-                self.waiting.push(Waiting { names, replies });
+                self.waiting.push(Waiting {
+                    round: self.round,
+                    names,
+                    replies,
+                });
                 self.answer_waiting();
             }
             Request::Events { follow } => {

@@ -49,8 +49,10 @@ pub enum Outcome {
         /// The least of the records' TTLs.
         ttl: Duration,
     },
-    /// The name exists or not, and has no address of this family.
+    /// The name exists, and has no address of this family.
     Empty,
+    /// The name does not exist (NXDOMAIN).
+    Missing,
     /// No answer that means anything.
     Failed(String),
 }
@@ -83,6 +85,8 @@ pub struct Names {
 struct State {
     /// By family, IPv4 and IPv6; the hosts file's too.
     current: [BTreeSet<IpAddr>; 2],
+    /// Known from before this process, and not answered since.
+    seeds: BTreeSet<IpAddr>,
     /// When an address left the answers.
     left: BTreeMap<IpAddr, Instant>,
     /// Failures in a row.
@@ -117,6 +121,7 @@ impl Names {
         for name in names {
             self.states.entry(name).or_insert_with(|| State {
                 current: Default::default(),
+                seeds: BTreeSet::new(),
                 left: BTreeMap::new(),
                 failures: 0,
                 stale: None,
@@ -128,15 +133,12 @@ impl Names {
         }
     }
 
-    /// Protects addresses known from before this process, as if they had just left an answer (N7).
-    pub fn seed(&mut self, name: &Name, addresses: &BTreeSet<IpAddr>, now: Instant) {
+    /// Protects addresses known from before this process (N7) until a newer positive answer (N3), however long DNS is away.
+    pub fn seed(&mut self, name: &Name, addresses: &BTreeSet<IpAddr>) {
         if let Some(state) = self.states.get_mut(name) {
-            state.left.extend(
-                addresses
-                    .iter()
-                    .take(MAX_ADDRESSES)
-                    .map(|address| (canonical(*address), now)),
-            );
+            state
+                .seeds
+                .extend(addresses.iter().copied().map(canonical).take(MAX_ADDRESSES));
         }
     }
 
@@ -185,42 +187,25 @@ impl Names {
         let (stale_before, refused_before, dropped_before) =
             (state.stale.clone(), state.refused.clone(), state.dropped);
         let ttl = match answer {
-            Answer::Hosts(addresses) => {
-                state.refused.clear();
-                let (v4, v6) = addresses.into_iter().map(canonical).partition(IpAddr::is_ipv4);
-                state.replace(0, v4, now);
-                state.replace(1, v6, now);
-                state.stale = None;
-                self.dns.max_refresh
-            }
-            Answer::Dns { a, aaaa } => {
-                state.refused.clear();
-                let (a, aaaa) = (state.take(0, a, now), state.take(1, aaaa, now));
-                let nothing = state
-                    .current
-                    .iter()
-                    .all(BTreeSet::is_empty)
-                    .then(|| "no address".to_owned());
-                state.stale = a.as_ref().err().or(aaaa.as_ref().err()).cloned().or(nothing);
-                a.into_iter()
-                    .chain(aaaa)
-                    .flatten()
-                    .min()
-                    .unwrap_or(self.dns.max_refresh)
-            }
+            Answer::Hosts(addresses) => state.take_hosts(addresses, now).then_some(self.dns.max_refresh),
+            Answer::Dns { a, aaaa } => state.take_dns(a, aaaa, now),
         };
         state.cap();
         let jitter = 0.9 + 0.2 * (self.random)();
-        state.due = now
-            + if state.stale.is_none() {
-                state.failures = 0;
-                let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
-                wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
-            } else {
-                state.failures = state.failures.saturating_add(1);
-                let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
-                (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
-            };
+        let refresh = ttl.map(|ttl| {
+            let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
+            wait.clamp(self.dns.min_refresh, self.dns.max_refresh)
+        });
+        let retry = state.stale.is_some().then(|| {
+            state.failures = state.failures.saturating_add(1);
+            let doublings = state.failures.saturating_sub(QUICK_RETRIES).min(10);
+            (RETRY * 2_u32.pow(doublings)).mul_f64(jitter).min(MAX_RETRY)
+        });
+        if retry.is_none() {
+            state.failures = 0;
+        }
+        // N1: one family's failures must not slow down the other's refresh.
+        state.due = now + refresh.into_iter().chain(retry).min().unwrap_or(self.dns.max_refresh);
         let mut notes = Vec::new();
         let after = state.addresses();
         if after != before {
@@ -256,6 +241,7 @@ impl Names {
                 .flatten()
                 .copied()
                 .chain(left)
+                .chain(state.seeds.iter().copied())
                 .collect::<BTreeSet<_>>()
         };
         let all = self.states.iter().map(|(name, state)| (name.clone(), kept(state)));
@@ -278,7 +264,62 @@ impl Names {
 impl State {
     /// Current and retained.
     fn addresses(&self) -> BTreeSet<IpAddr> {
-        self.current.iter().flatten().chain(self.left.keys()).copied().collect()
+        let current = self.current.iter().flatten();
+        current.chain(self.left.keys()).chain(&self.seeds).copied().collect()
+    }
+
+    /// What was known before of a family that is answered now counts as having left just now (N4).
+    fn outdate_seeds(&mut self, now: Instant, answered: impl Fn(&IpAddr) -> bool) {
+        let (out, kept): (BTreeSet<_>, _) = std::mem::take(&mut self.seeds).into_iter().partition(answered);
+        self.seeds = kept;
+        let left = out
+            .into_iter()
+            .filter(|seed| !self.current.iter().any(|current| current.contains(seed)));
+        self.left.extend(left.map(|address| (address, now)));
+    }
+
+    /// Takes what the hosts file says; false if it says nothing usable.
+    fn take_hosts(&mut self, addresses: BTreeSet<IpAddr>, now: Instant) -> bool {
+        let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
+            .into_iter()
+            .map(canonical)
+            .partition(|address| !address.is_unspecified() && !address.is_multicast()); // N6
+        self.refused = refused;
+        let nothing = || "every address in the hosts file is refused".to_owned();
+        self.stale = good.is_empty().then(nothing);
+        if self.stale.is_some() {
+            return false;
+        }
+        let (v4, v6) = good.into_iter().partition(IpAddr::is_ipv4);
+        self.replace(0, v4, now);
+        self.replace(1, v6, now);
+        self.outdate_seeds(now, |_| true);
+        true
+    }
+
+    /// Takes what DNS says of both families; the least TTL of the positive answers.
+    fn take_dns(&mut self, a: Outcome, aaaa: Outcome, now: Instant) -> Option<Duration> {
+        let found = |outcome: &Outcome| matches!(outcome, Outcome::Found { .. });
+        if found(&a) || found(&aaaa) {
+            self.refused.clear(); // An answer without addresses says nothing of those refused before.
+        }
+        let missing = (&a, &aaaa) == (&Outcome::Missing, &Outcome::Missing);
+        let failed = |outcome: &Outcome| matches!(outcome, Outcome::Failed(_));
+        let (a_failed, aaaa_failed, positive) = (failed(&a), failed(&aaaa), found(&a) || found(&aaaa));
+        let (a, aaaa) = (self.take(0, a, now), self.take(1, aaaa, now));
+        if positive {
+            self.outdate_seeds(now, |seed| !if seed.is_ipv4() { a_failed } else { aaaa_failed });
+        }
+        let nothing = self.current.iter().all(BTreeSet::is_empty).then(|| {
+            let cause = if missing {
+                "the name does not exist (NXDOMAIN)"
+            } else {
+                "no address"
+            };
+            cause.to_owned()
+        });
+        self.stale = a.as_ref().err().or(aaaa.as_ref().err()).cloned().or(nothing);
+        a.into_iter().chain(aaaa).flatten().min()
     }
 
     /// Takes what DNS says of a family; the TTL of a positive answer, or why there was none.
@@ -299,7 +340,9 @@ impl State {
                 Ok(Some(ttl))
             }
             Outcome::Empty if known => Err(format!("{kind}: no address any more")), // N3
-            Outcome::Empty => Ok(None),
+            Outcome::Missing if known => Err(format!("{kind}: the name does not exist any more (NXDOMAIN)")), // N3
+            // Of a family never known this is no fault; some servers deny a name's existence for want of AAAA (RFC 4074).
+            Outcome::Empty | Outcome::Missing => Ok(None),
             Outcome::Failed(cause) => Err(format!("{kind}: {cause}")),
         }
     }
@@ -308,10 +351,11 @@ impl State {
         let Some(current) = self.current.get_mut(family) else {
             return;
         };
-        self.left.retain(|address, _| !addresses.contains(address));
+        let before = std::mem::replace(current, addresses);
+        self.left.extend(before.into_iter().map(|address| (address, now))); // N4
+        // AAAA may hold a mapped address that A names as well (D4), so both families count.
         self.left
-            .extend(current.difference(&addresses).map(|address| (*address, now))); // N4
-        *current = addresses;
+            .retain(|address, _| !self.current.iter().any(|current| current.contains(address)));
     }
 
     /// N4: those that left first go first; an answer that is too large by itself is cut.
@@ -326,6 +370,7 @@ impl State {
                 .map(|(address, _)| *address);
             let gone = match oldest {
                 Some(address) => self.left.remove(&address).is_some(),
+                None if !self.seeds.is_empty() => self.seeds.pop_last().is_some(),
                 None => self.current.iter_mut().rev().any(|family| family.pop_last().is_some()),
             };
             if !gone {
@@ -349,6 +394,17 @@ fn random_bits() -> u32 {
     #[allow(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
     let bits = std::hash::RandomState::new().build_hasher().finish() as u32;
     bits
+}
+
+impl Note {
+    /// Whether something is wrong.
+    #[must_use]
+    pub fn is_fault(&self) -> bool {
+        match self {
+            Self::Stale(..) | Self::Refused(..) | Self::TooMany(..) => true,
+            Self::Fresh(_) | Self::Changed(..) => false,
+        }
+    }
 }
 
 impl fmt::Display for Note {

@@ -8,7 +8,7 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{Answer, MAX_ADDRESSES, Names, Outcome};
+use super::{Answer, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
 use crate::policy::{Dns, Name, Unresolved};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -190,9 +190,113 @@ fn too_many_addresses_drop_the_oldest_left() {
 fn seeds_are_protected_before_any_answer() {
     let start = Instant::now();
     let mut names = names(start);
-    names.seed(&name("bus"), &ips(&["10.0.0.1"]), start);
+    names.seed(&name("bus"), &ips(&["10.0.0.1"]));
     answer(&mut names, start, "bus", failure(), failure());
     assert_eq!(known(&names, start + SECOND * 3599, "bus"), ips(&["10.0.0.1"]));
+}
+
+#[test]
+fn seeds_outlast_retain_while_dns_is_away() {
+    let start = Instant::now();
+    let mut names = names(start);
+    names.seed(&name("bus"), &ips(&["10.0.0.1", "2001:db8::1"]));
+    let mut now = start;
+    for _ in 0..100 {
+        now += SECOND * 120;
+        names.due(now);
+        answer(&mut names, now, "bus", failure(), Outcome::Missing);
+    }
+    assert_eq!(known(&names, now, "bus"), ips(&["10.0.0.1", "2001:db8::1"]), "N3, N7");
+    answer(&mut names, now, "bus", found(&["10.0.0.2"], 30), failure());
+    assert_eq!(
+        known(&names, now + SECOND * 3600, "bus"),
+        ips(&["10.0.0.2", "2001:db8::1"]),
+        "only the family that was answered moves on"
+    );
+}
+
+#[test]
+fn a_failing_family_does_not_slow_down_the_other() {
+    let start = Instant::now();
+    let mut names = names(start);
+    for _ in 0..30 {
+        answer(&mut names, start, "bus", found(&["10.0.0.1"], 20), failure());
+    }
+    let due = names.states.get(&name("bus")).map(|state| state.due);
+    assert_eq!(due, Some(start + SECOND * 20));
+}
+
+#[test]
+fn a_name_denied_for_want_of_one_family_is_no_fault() {
+    let start = Instant::now();
+    let mut names = names(start);
+    answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), Outcome::Missing);
+    assert!(names.report().iter().all(|report| !report.stale));
+    answer(&mut names, start, "other", Outcome::Missing, Outcome::Missing);
+    let cause = names.report().into_iter().find_map(|report| report.cause);
+    assert_eq!(cause.as_deref(), Some("the name does not exist (NXDOMAIN)"));
+}
+
+#[test]
+fn the_hosts_file_may_not_name_everything() {
+    let start = Instant::now();
+    let mut names = names(start);
+    names.answered(
+        start,
+        &name("bus"),
+        Answer::Hosts(ips(&["10.0.0.1", "0.0.0.0", "ff02::1"])),
+    );
+    assert_eq!(known(&names, start, "bus"), ips(&["10.0.0.1"]));
+    let notes = names.answered(start, &name("bus"), Answer::Hosts(ips(&["::", "::ffff:224.0.0.1"])));
+    assert_eq!(known(&names, start, "bus"), ips(&["10.0.0.1"]), "N3");
+    assert!(notes.iter().any(|note| matches!(note, Note::Stale(..))), "{notes:?}");
+}
+
+#[test]
+fn an_address_in_both_families_is_one() {
+    let start = Instant::now();
+    let mut names = names(start);
+    let (mapped, both) = (found(&["::ffff:10.0.0.1"], 30), ips(&["10.0.0.1"]));
+    answer(&mut names, start, "bus", found(&["10.0.0.1"], 30), mapped);
+    answer(
+        &mut names,
+        start,
+        "bus",
+        found(&["10.0.0.1"], 30),
+        found(&["2001:db8::1"], 30),
+    );
+    assert!(
+        names
+            .states
+            .get(&name("bus"))
+            .is_some_and(|state| state.left.is_empty())
+    );
+    assert!(known(&names, start, "bus").is_superset(&both));
+}
+
+#[test]
+fn an_answer_too_large_by_itself_is_cut_and_reported_once() {
+    let start = Instant::now();
+    let mut names = names(start);
+    let many: BTreeSet<IpAddr> = (0..300_u32).map(|i| Ipv4Addr::from(0x0a00_0000 + i).into()).collect();
+    let all = || Outcome::Found {
+        addresses: many.clone(),
+        ttl: SECOND * 30,
+    };
+    let first = many.iter().copied().take(MAX_ADDRESSES).collect();
+    for reports in [1, 0] {
+        let dns = Answer::Dns {
+            a: all(),
+            aaaa: Outcome::Empty,
+        };
+        let notes = names.answered(start, &name("bus"), dns);
+        assert_eq!(known(&names, start, "bus"), first);
+        let told = notes
+            .iter()
+            .filter(|note| **note == Note::TooMany(name("bus"), 44))
+            .count();
+        assert_eq!(told, reports, "{notes:?}");
+    }
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
@@ -203,6 +307,7 @@ fn outcome() -> impl Strategy<Value = Outcome> {
             ttl: SECOND * ttl
         }),
         Just(Outcome::Empty),
+        Just(Outcome::Missing),
         Just(failure()),
     ]
 }
@@ -227,6 +332,21 @@ proptest! {
                 prop_assert!(now - *at >= SECOND * 3600 || protected.contains(address));
             }
             prop_assert_eq!(known(&names, now, "other"), ips(&["10.9.9.9"]));
+        }
+    }
+
+    /// N2: every wait is within the bounds, whatever the dice say.
+    #[test]
+    fn waits_are_within_bounds(answers in proptest::collection::vec((outcome(), outcome()), 1..40), high in any::<bool>()) {
+        let now = Instant::now();
+        let mut names = names(now);
+        names.random = if high { || 1.0 } else { || 0.0 };
+        for (a, aaaa) in answers {
+            answer(&mut names, now, "bus", a, aaaa);
+            let Some(state) = names.states.get(&name("bus")) else { continue };
+            let wait = state.due - now;
+            prop_assert!(wait >= RETRY.mul_f64(0.9) && wait <= MAX_RETRY, "{wait:?}");
+            prop_assert!(state.stale.is_some() || (wait >= SECOND * 5 && wait <= SECOND * 60), "{wait:?}");
         }
     }
 }
