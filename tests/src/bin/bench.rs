@@ -1,4 +1,5 @@
 //! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should run.
+//! An argument, `connects`, `programs`, `starts` or `updates`, chooses one part.
 
 use std::{
     fs,
@@ -9,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use tests::{
+    attack::Way,
     foreign::{ExclusiveProgram, Runs, runs_of_link},
     world::{Attack, NOBODY, World, binary, ran},
 };
@@ -17,10 +19,20 @@ const ROUNDS: usize = 21;
 const CONNECTS: usize = 1000;
 
 fn main() -> Result<()> {
-    connects()?;
-    programs()?;
-    starts()?;
-    updates()
+    let only = std::env::args().nth(1);
+    let parts: [(&str, fn() -> Result<()>); 4] = [
+        ("connects", connects),
+        ("programs", programs),
+        ("starts", starts),
+        ("updates", updates),
+    ];
+    for (_, part) in parts
+        .iter()
+        .filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name))
+    {
+        part()?;
+    }
+    Ok(())
 }
 
 fn median<T: Ord + Copy>(mut values: Vec<T>) -> Option<T> {
@@ -87,7 +99,11 @@ fn program_times() -> Result<()> {
     let (empty, world) = (World::new()?, World::new()?);
     let (_first, _second) = (empty.listen()?, world.listen()?);
     let program = ExclusiveProgram::attach(&empty.cgroup)?;
-    rules(&world, 1_000)?;
+    let mut endpoints: Vec<String> = (0..1_000)
+        .map(|host| format!("udp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
+        .collect();
+    endpoints.push(format!("udp://{}", world.here()));
+    world.configure_one(&endpoints, r#"["root"]"#)?;
     world.apply()?;
     let pin = world.pins().join("connect4");
     let other_port = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), empty.port);
@@ -96,7 +112,7 @@ fn program_times() -> Result<()> {
         let mut times = Vec::new();
         for _ in 0..ROUNDS {
             let before = runs()?;
-            attack.measure(CONNECTS)?;
+            attack.clone().way(Way::UdpConnect).measure(10 * CONNECTS)?;
             let after = runs()?;
             ensure!(after.count > before.count, "the program did not run");
             times.push((after.time - before.time) * 10 / (after.count - before.count));
