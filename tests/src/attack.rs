@@ -165,7 +165,8 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
         for _ in 0..rounds {
             let _ = socket.connect(&to);
         }
-        return Ok(println!("0"));
+        println!("0");
+        return Ok(());
     }
     for _ in 0..rounds {
         let socket = Socket::new(Domain::for_address(attempt.destination), Type::STREAM, None)?;

@@ -1,1 +1,91 @@
-//! Tests.
+//! The file as read: defaults, lines, what is shown.
+
+use std::path::Path;
+
+use super::Config;
+
+const PATH: &str = "/etc/enforcer/enforcer.toml";
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(text, Path::new(PATH)).map_err(|error| error.to_string())
+}
+
+const WHOLE: &str = r#"
+mode = "audit"
+backend = "ebpf"
+cgroup = "/sys/fs/cgroup/x"
+pin_dir = "/sys/fs/bpf/x"
+state_dir = "/var/lib/x"
+socket = "/run/x/s"
+[dns]
+min_refresh = "2s"
+max_refresh = "3m"
+retain = "2h"
+unresolved = "closed"
+[target.bus]
+endpoints = ["nats://nats.example:4222", "tcp://[2001:db8::5]:4222"]
+allow = ["root", 999, { user = "agent", cgroup = "/a" }, { kernel = true }]
+[target.monit]
+endpoints = ["tcp://127.0.0.1:2822"]
+allow = []
+grants = false
+"#;
+
+#[test]
+fn shown_is_read_back() {
+    for text in [WHOLE, "[target.a]\nendpoints = []\nallow = []\n"] {
+        let config = parse(text);
+        assert!(config.is_ok(), "{config:?}");
+        let shown = config.map(|config| config.show()).unwrap_or_default();
+        let again = parse(&shown).map(|config| config.show());
+        assert_eq!(again, Ok(shown));
+    }
+}
+
+#[test]
+fn mistakes_name_file_line_and_key_on_one_line() {
+    for (text, line, says) in [
+        ("moed = \"audit\"", 1, "moed"),
+        ("\nmode = \"strict\"", 2, "strict"),
+        ("pin_dir = \"relative\"", 1, "pin_dir"),
+        ("pin_dir = \"/sys/fs/bpf/a.b\"", 1, "dot"),
+        ("socket = 5", 1, "socket"),
+        ("[dns]\nretain = \"yesterday\"", 2, "retain"),
+        ("[dns]\nmin_refresh = \"2m\"", 2, "min_refresh"),
+        ("[dns]\nnegative = \"1s\"", 2, "negative"),
+        ("forward = \"allow\"", 1, "forward"),
+        ("[bosh]\ndir = \"/x\"", 1, "bosh"),
+        ("backend = \"both\"", 1, "both"),
+        ("[target.x]\nendpoints = []\nallow = []\ngrants = true", 4, "grants"),
+        ("[target.x]\nendpoints = [5]\nallow = []", 2, "endpoint"),
+        ("[target.x]\nendpoints = []\nallow = [{ cgroup = \"/a\" }]", 3, "user"),
+        ("[target.x]\nendpoints = []\nallow = [{ kernel = false }]", 3, "kernel"),
+        ("[target.x]\nallow = []", 1, "endpoints"),
+        ("[target.\"a b\"]\nendpoints = []\nallow = []", 1, "a b"),
+        ("a = [", 1, "toml"),
+    ] {
+        match parse(text) {
+            Ok(config) => panic!("{text:?} was taken for {config:?}"),
+            Err(error) => {
+                assert!(error.contains(&format!("{PATH}:{line}")), "{text:?}: {error}");
+                assert!(error.contains(says) || says == "toml", "{text:?}: {error}");
+                assert!(!error.contains('\n'), "{text:?}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn passwords_are_never_shown() {
+    let config = parse("[target.bus]\nendpoints = [\"nats://me:secret@nats.example:4222\"]\nallow = []\n");
+    assert!(config.is_ok(), "{config:?}");
+    let shown = config.as_ref().map(Config::show).unwrap_or_default();
+    let json = config
+        .as_ref()
+        .ok()
+        .and_then(|config| serde_json::to_string(config).ok())
+        .unwrap_or_default();
+    for text in [shown, json, format!("{config:?}")] {
+        assert!(text.contains("nats.example") && !text.contains("secret"), "{text}");
+    }
+}

@@ -15,12 +15,14 @@ use tests::{
     world::{Attack, NOBODY, World, binary, ran},
 };
 
+type Part = fn() -> Result<()>;
+
 const ROUNDS: usize = 21;
 const CONNECTS: usize = 1000;
 
 fn main() -> Result<()> {
     let only = std::env::args().nth(1);
-    let parts: [(&str, fn() -> Result<()>); 4] = [
+    let parts: [(&str, Part); 4] = [
         ("connects", connects),
         ("programs", programs),
         ("starts", starts),
