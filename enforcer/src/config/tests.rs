@@ -61,7 +61,7 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("[target.x]\nendpoints = []\nallow = [{ cgroup = \"/a\" }]", 3, "user"),
         ("[target.x]\nendpoints = []\nallow = [{ kernel = false }]", 3, "kernel"),
         ("[target.x]\nallow = []", 1, "endpoints"),
-        ("[target.\"a b\"]\nendpoints = []\nallow = []", 1, "a b"),
+        ("[target.\"a b\"]\nendpoints = []\nallow = []", 1, "target name"),
         ("a = [", 1, "toml"),
     ] {
         match parse(text) {
