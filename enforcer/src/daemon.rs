@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya_log::EbpfLogger;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -215,6 +216,9 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
     let addresses = readable(addresses).map_err(failed("watch addresses"))?;
     let mut denials = readable(daemon.kernel.events()?).map_err(failed("watch the ring buffer"))?;
+    if tracing::enabled!(tracing::Level::TRACE) {
+        trace_programs(&mut daemon.kernel);
+    }
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
 
@@ -378,6 +382,7 @@ impl Daemon {
 
     fn ready(&mut self) -> Result<(), DaemonError> {
         let observed = self.kernel.observe()?;
+        self.kernel.trim_memory();
         drop_capabilities()?;
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
@@ -639,6 +644,20 @@ async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, r
         if replies.send(Reply::Event(line)).await.is_err() {
             return;
         }
+    }
+}
+
+/// Shows what the programs log; at any other level they are loaded without that code.
+fn trace_programs(kernel: &mut Kernel) {
+    let logger = EbpfLogger::init(kernel.programs()).map_err(|error| error.to_string());
+    match logger.and_then(|logger| readable(logger).map_err(|error| error.to_string())) {
+        Ok(mut logger) => drop(tokio::spawn(async move {
+            while let Ok(mut guard) = logger.readable_mut().await {
+                guard.get_inner_mut().flush();
+                guard.clear_ready();
+            }
+        })),
+        Err(error) => warn!("the programs' trace cannot be shown: {error}"),
     }
 }
 

@@ -320,6 +320,11 @@ impl Kernel {
         Ok(Events { ring })
     }
 
+    /// Gives back what loading has left behind.
+    pub fn trim_memory(&self) {
+        sys::trim_memory();
+    }
+
     /// The programs, for aya-log.
     pub fn programs(&mut self) -> &mut Ebpf {
         &mut self.programs

@@ -26,6 +26,7 @@ pub fn cases() -> Vec<Case> {
         case("f5_a_link_taken_away_comes_back", link_restored),
         case("capabilities_are_dropped", capabilities),
         case("help_names_every_command", help),
+        case("the_programs_can_be_traced", traced),
     ]
 }
 
@@ -321,4 +322,15 @@ fn help() -> Result<()> {
         world.enforcer(&[command, "--help"])?.demand(0)?;
     }
     Ok(())
+}
+
+fn traced() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let mut command = Command::new(crate::world::binary("enforcer")?);
+    let daemon = world.daemon_with(command.args(["--log-level", "trace"]))?;
+    world.attack(0).reaches()?;
+    until("the programs' trace is in the log", || {
+        Ok(daemon.log().contains("owners 1 refused 0"))
+    })?;
+    world.attack(NOBODY).is_refused()
 }
