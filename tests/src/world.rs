@@ -130,6 +130,20 @@ impl World {
         ran(&mut command)
     }
 
+    /// The binary with this world's configuration, as another user.
+    pub fn enforcer_as(&self, uid: u32) -> Result<Command> {
+        // The build's directory may be closed to others.
+        let copy = self.path("enforcer");
+        fs::copy(binary("enforcer")?, &copy)?;
+        let user = uid.to_string();
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
+            .arg(copy);
+        command.arg("--config").arg(self.path("enforcer.toml"));
+        Ok(command)
+    }
+
     /// Puts the configuration in force, and demands success.
     pub fn apply(&self) -> Result<()> {
         self.enforcer(&["apply"])?.demand(0).map(drop)

@@ -95,6 +95,7 @@ pub fn cases() -> Vec<Case> {
     cases.push(case("f4_reload_with_a_bad_file_degrades", reload));
     cases.push(case("f4_attach_cgroup_missing", no_cgroup));
     cases.push(case("f4_pin_dir_not_on_a_bpffs", no_bpffs));
+    cases.push(case("f4_bpffs_missing_is_mounted", bpffs_missing));
     cases.push(case("f4_no_permission", no_permission));
     cases.push(case("f5_another_program_forbids_sharing", forbidden));
     cases.push(case("f6_pin_dir_of_somebody_else", foreign_pins));
@@ -214,19 +215,23 @@ fn no_bpffs() -> Result<()> {
     still_guarded(&world)
 }
 
+fn bpffs_missing() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    // In a mount namespace of its own, so that nobody else loses his.
+    let script = "umount /sys/fs/bpf; exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(binary("enforcer")?);
+    let applied = ran(command.arg("--config").arg(world.path("enforcer.toml")).arg("apply"))?.demand(0)?;
+    ensure!(applied.stdout.contains("enforcing"), "{applied:?}");
+    still_guarded(&world)
+}
+
 fn no_permission() -> Result<()> {
     let (world, _listener) = guarded()?;
-    let user = NOBODY.to_string();
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
-    // The build's directory may be closed to others.
-    let copy = world.path("enforcer");
-    fs::copy(binary("enforcer")?, &copy)?;
-    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
-    command.arg(copy).arg("--config").arg(world.path("enforcer.toml"));
     for action in ["apply", "run", "unload", "status"] {
-        let mut one = Command::new(command.get_program());
-        let ran = ran(one.args(command.get_args()).arg(action))?.demand(2)?;
+        let ran = ran(world.enforcer_as(NOBODY)?.arg(action))?.demand(2)?;
         ensure!(
             ran.stderr.trim_end().lines().count() == 1 && ran.stderr.contains("ermission denied"),
             "{action}: {}",
