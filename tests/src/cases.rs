@@ -3,7 +3,11 @@
 pub mod decision;
 pub mod endurance;
 pub mod input;
+pub mod limits;
 pub mod names;
+pub mod neighbours;
+pub mod retention;
+pub mod subjects;
 pub mod surfaces;
 
 use anyhow::Result;
@@ -18,7 +22,11 @@ pub fn all() -> Vec<Case> {
         decision::cases(),
         endurance::cases(),
         input::cases(),
+        limits::cases(),
         names::cases(),
+        neighbours::cases(),
+        retention::cases(),
+        subjects::cases(),
         surfaces::cases(),
     ]
     .into_iter()

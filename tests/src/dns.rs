@@ -3,7 +3,8 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
     sync::{
         Arc, Mutex,
@@ -41,31 +42,45 @@ pub enum Zone {
 pub struct DnsServer {
     zones: Arc<Mutex<BTreeMap<String, Zone>>>,
     stop: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<()>>,
+    over_tcp: Arc<AtomicBool>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl DnsServer {
-    /// Serves on port 53 of an address, in a namespace given by its file or in ours.
+    /// Serves on port 53 of an address, UDP and TCP, in a namespace given by its file or in ours.
     pub fn start(netns: Option<&Path>, address: IpAddr) -> Result<Self> {
         let netns = netns.map(Path::to_path_buf);
-        let bound = thread::spawn(move || -> Result<UdpSocket> {
+        let bound = thread::spawn(move || -> Result<(UdpSocket, TcpListener)> {
             if let Some(netns) = netns {
                 setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
             }
-            Ok(UdpSocket::bind(SocketAddr::new(address, 53))?)
+            let place = SocketAddr::new(address, 53);
+            Ok((UdpSocket::bind(place)?, TcpListener::bind(place)?))
         });
-        let socket = bound
+        let (socket, listener) = bound
             .join()
             .map_err(|_| anyhow!("the DNS server's thread panicked"))??;
         socket.set_read_timeout(Some(Duration::from_millis(20)))?;
-        let (zones, stop) = (Arc::new(Mutex::new(BTreeMap::new())), Arc::new(AtomicBool::new(false)));
-        let (served, stopped) = (Arc::clone(&zones), Arc::clone(&stop));
-        let thread = thread::spawn(move || serve(&socket, &served, &stopped));
-        Ok(Self {
-            zones,
-            stop,
-            thread: Some(thread),
-        })
+        listener.set_nonblocking(true)?;
+        let mut server = Self {
+            zones: Arc::default(),
+            stop: Arc::default(),
+            over_tcp: Arc::default(),
+            threads: Vec::new(),
+        };
+        let (zones, stop) = (Arc::clone(&server.zones), Arc::clone(&server.stop));
+        let by_udp = thread::spawn(move || serve(&socket, &zones, &stop));
+        let (zones, stop) = (Arc::clone(&server.zones), Arc::clone(&server.stop));
+        let asked = Arc::clone(&server.over_tcp);
+        let by_tcp = thread::spawn(move || serve_tcp(&listener, &zones, &stop, &asked));
+        server.threads.extend([by_udp, by_tcp]);
+        Ok(server)
+    }
+
+    /// Whether it was ever asked over TCP.
+    #[must_use]
+    pub fn over_tcp(&self) -> bool {
+        self.over_tcp.load(Ordering::Relaxed)
     }
 
     /// Changes what a name answers.
@@ -79,7 +94,7 @@ impl DnsServer {
 impl Drop for DnsServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
@@ -91,14 +106,61 @@ fn serve(socket: &UdpSocket, zones: &Mutex<BTreeMap<String, Zone>>, stop: &Atomi
         let Ok((read, from)) = socket.recv_from(&mut buffer) else {
             continue;
         };
-        let Ok(request) = Message::from_vec(buffer.get(..read).unwrap_or_default()) else {
+        let request = buffer.get(..read).unwrap_or_default();
+        let Some((bytes, payload)) = respond(request, zones) else {
             continue;
         };
-        let zones = zones.lock().map(|zones| zones.clone()).unwrap_or_default();
-        if let Some(bytes) = answer(&request, &zones).and_then(|response| response.to_vec().ok()) {
+        let bytes = if bytes.len() > payload {
+            truncate(&bytes)
+        } else {
+            Some(bytes)
+        };
+        if let Some(bytes) = bytes {
             let _ = socket.send_to(&bytes, from);
         }
     }
+}
+
+/// One request a connection, each message behind its length (RFC 1035, 4.2.2).
+fn serve_tcp(listener: &TcpListener, zones: &Mutex<BTreeMap<String, Zone>>, stop: &AtomicBool, asked: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                asked.store(true, Ordering::Relaxed);
+                let _ = converse(stream, zones);
+            }
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+fn converse(mut stream: TcpStream, zones: &Mutex<BTreeMap<String, Zone>>) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let mut length = [0; 2];
+    stream.read_exact(&mut length)?;
+    let mut request = vec![0; u16::from_be_bytes(length).into()];
+    stream.read_exact(&mut request)?;
+    let Some((bytes, _)) = respond(&request, zones) else {
+        return Ok(());
+    };
+    let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
+    stream.write_all(&[length.to_be_bytes().as_slice(), &bytes].concat())
+}
+
+/// The response, and how large a datagram the asker takes (RFC 6891).
+fn respond(request: &[u8], zones: &Mutex<BTreeMap<String, Zone>>) -> Option<(Vec<u8>, usize)> {
+    let request = Message::from_vec(request).ok()?;
+    let zones = zones.lock().map(|zones| zones.clone()).unwrap_or_default();
+    let payload = request.edns.as_ref().map_or(512, |edns| edns.max_payload().into());
+    Some((answer(&request, &zones)?.to_vec().ok()?, payload))
+}
+
+fn truncate(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut response = Message::from_vec(bytes).ok()?;
+    response.answers.clear();
+    response.metadata.truncation = true;
+    response.to_vec().ok()
 }
 
 fn answer(request: &Message, zones: &BTreeMap<String, Zone>) -> Option<Message> {

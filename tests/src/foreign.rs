@@ -1,26 +1,58 @@
-//! A program that is not ours, attached so that nobody may share its cgroup (`BPF_PROG_ATTACH` without flags).
+//! Programs that are not ours, attached to a cgroup by `BPF_PROG_ATTACH`, and their running times.
 
 #![allow(unsafe_code, reason = "bpf(2) has no safe form; structures are those of linux/bpf.h")]
 
 use std::{
     fs::File,
     io,
+    net::Ipv4Addr,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
 };
 
 /// Detached when dropped.
 #[derive(Debug)]
-pub struct ExclusiveProgram {
+pub struct ForeignProgram {
     program: OwnedFd,
     cgroup: File,
 }
 
-const CONNECT4: u32 = 10;
+/// How a program shares its cgroup (`BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI` in linux/bpf.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// With nobody.
+    None,
+    /// One below takes its place.
+    Override,
+    /// All run.
+    Multi,
+}
 
-impl ExclusiveProgram {
-    /// Attaches `return 1` to a cgroup's `connect4`.
-    pub fn attach(cgroup: &Path) -> io::Result<Self> {
+const CONNECT4: u32 = 10;
+/// `r0 = 0`, `r0 = 1` and `exit`.
+const REFUSE: u64 = 0x0000_0000_0000_00b7;
+const PASS: u64 = 0x0000_0001_0000_00b7;
+const EXIT: u64 = 0x0000_0000_0000_0095;
+
+impl ForeignProgram {
+    /// Lets everything pass at `connect4`.
+    pub fn passing(cgroup: &Path, sharing: Sharing) -> io::Result<Self> {
+        Self::attach(cgroup, sharing, &[PASS, EXIT])
+    }
+
+    /// Refuses everything at `connect4`.
+    pub fn refusing(cgroup: &Path, sharing: Sharing) -> io::Result<Self> {
+        Self::attach(cgroup, sharing, &[REFUSE, EXIT])
+    }
+
+    /// Sends every `connect4` to another address.
+    pub fn rewriting(cgroup: &Path, sharing: Sharing, to: Ipv4Addr) -> io::Result<Self> {
+        // w2 = to; *(u32 *)(r1 + 4) = w2, which is `user_ip4`.
+        let load = 0x02b4 | u64::from(u32::from_ne_bytes(to.octets())) << 32;
+        Self::attach(cgroup, sharing, &[load, 0x0004_2163, PASS, EXIT])
+    }
+
+    fn attach(cgroup: &Path, sharing: Sharing, instructions: &[u64]) -> io::Result<Self> {
         #[repr(C)]
         struct Load {
             kind: u32,
@@ -36,11 +68,9 @@ impl ExclusiveProgram {
             attach_type: u32,
         }
         const SOCK_ADDR: u32 = 18;
-        // r0 = 1; exit
-        let instructions: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
         let load = Load {
             kind: SOCK_ADDR,
-            count: 2,
+            count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
             instructions: instructions.as_ptr() as u64,
             license: c"GPL".as_ptr() as u64,
             log: [0; 2],
@@ -55,7 +85,12 @@ impl ExclusiveProgram {
         // SAFETY: the kernel has just made it for us.
         let program = unsafe { OwnedFd::from_raw_fd(fd) };
         let cgroup = File::open(cgroup)?;
-        bpf(8, &[fd_of(&cgroup), fd_of(&program), CONNECT4, 0])?;
+        let flags = match sharing {
+            Sharing::None => 0,
+            Sharing::Override => 1,
+            Sharing::Multi => 2,
+        };
+        bpf(8, &[fd_of(&cgroup), fd_of(&program), CONNECT4, flags])?;
         Ok(Self { program, cgroup })
     }
 }
@@ -69,7 +104,7 @@ pub struct Runs {
     pub count: u64,
 }
 
-impl ExclusiveProgram {
+impl ForeignProgram {
     /// Its runs so far.
     pub fn runs(&self) -> io::Result<Runs> {
         runs(&self.program)
@@ -103,7 +138,7 @@ fn runs(program: &OwnedFd) -> io::Result<Runs> {
     })
 }
 
-impl Drop for ExclusiveProgram {
+impl Drop for ForeignProgram {
     fn drop(&mut self) {
         let _ = bpf(9, &[fd_of(&self.cgroup), fd_of(&self.program), CONNECT4, 0]);
     }

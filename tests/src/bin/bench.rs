@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use tests::{
     attack::Way,
-    foreign::{ExclusiveProgram, Runs, runs_of_link},
+    foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
     world::{Attack, NOBODY, World, binary, ran},
 };
 
@@ -100,7 +100,7 @@ fn programs() -> Result<()> {
 fn program_times() -> Result<()> {
     let (empty, world) = (World::new()?, World::new()?);
     let (_first, _second) = (empty.listen()?, world.listen()?);
-    let program = ExclusiveProgram::attach(&empty.cgroup)?;
+    let program = ForeignProgram::passing(&empty.cgroup, Sharing::None)?;
     let mut endpoints: Vec<String> = (0..1_000)
         .map(|host| format!("udp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
         .collect();

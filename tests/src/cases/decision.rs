@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Ways to the world's own loopback address.
-const TCP_WAYS: [Way; 13] = [
+const TCP_WAYS: [Way; 18] = [
     Way::Plain,
     Way::Nonblocking,
     Way::Thread,
@@ -24,23 +24,36 @@ const TCP_WAYS: [Way; 13] = [
     Way::Unspecified,
     Way::UnspecifiedMapped,
     Way::UnspecifiedUnbound,
+    Way::Unspecified6,
+    Way::Unspecified6Mapped,
     Way::FastOpenSendto,
     Way::FastOpenConnect,
+    Way::FastOpenMapped,
     Way::Mptcp,
+    Way::MptcpMapped,
     Way::IoUring,
     Way::IoUringSqpoll,
+    Way::IoUringAsync,
     Way::Reconnect,
 ];
-const UDP_WAYS: [Way; 5] = [
+const UDP_WAYS: [Way; 10] = [
     Way::UdpConnect,
     Way::UdpSendto,
     Way::UdpSendmsg,
+    Way::UdpSendmmsg,
     Way::UdpMapped,
+    Way::UdpElsewhere,
+    Way::UdpUnspecified,
+    Way::UdpUnspecifiedMapped,
+    Way::UdpUnspecified6,
     Way::UdpIoUring,
 ];
 /// Mixtures of users, and whether the rules admit them when they admit root alone: none does.
-const MIXTURES: [Who; 8] = [
+const MIXTURES: [Who; 11] = [
     Who::SocketOfRoot,
+    Who::Handed,
+    Who::HandedToRoot,
+    Who::SavedRoot,
     Who::SocketForRoot,
     Who::Chowned,
     Who::EffectiveRoot,
@@ -111,7 +124,15 @@ fn one_way(way: Way, at_root: bool) -> Result<()> {
 fn one_mixture(who: Who) -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
-    for way in [Way::Plain, Way::Mptcp, Way::UdpConnect, Way::UdpSendto] {
+    for way in [
+        Way::Plain,
+        Way::Mptcp,
+        Way::IoUringSqpoll,
+        Way::IoUringAsync,
+        Way::UdpConnect,
+        Way::UdpSendto,
+        Way::UdpIoUring,
+    ] {
         let attack = world.attack(NOBODY).who(who).way(way);
         attack.reaches()?;
         world.configure_one(&[endpoint(way, &world)], r#"["root"]"#)?;

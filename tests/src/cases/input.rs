@@ -5,7 +5,10 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command
 use anyhow::{Context as _, Result, ensure};
 
 use super::{Case, case};
-use crate::world::{NOBODY, World, binary, ran};
+use crate::{
+    foreign::{ForeignProgram, Sharing},
+    world::{NOBODY, World, binary, ran},
+};
 
 /// Name, what takes the place of the target's section, and what the message must say.
 const TEXTS: [(&str, &str, &[&str]); 16] = [
@@ -243,7 +246,7 @@ fn no_permission() -> Result<()> {
 
 fn forbidden() -> Result<()> {
     let world = World::new()?;
-    let _guard = crate::foreign::ExclusiveProgram::attach(&world.cgroup).context("attach another program")?;
+    let _guard = ForeignProgram::passing(&world.cgroup, Sharing::None).context("attach another program")?;
     good(&world)?;
     let ran = world.enforcer(&["apply"])?.demand(2)?;
     ensure!(

@@ -29,14 +29,15 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-struct Named {
-    world: World,
-    dns: DnsServer,
+/// A world with a DNS server, and a target for each of some names.
+pub(super) struct Named {
+    pub(super) world: World,
+    pub(super) dns: DnsServer,
     _listener: crate::world::Listener,
 }
 
 impl Named {
-    fn new(names: &[&str], more: &str) -> Result<Self> {
+    pub(super) fn new(names: &[&str], more: &str) -> Result<Self> {
         let world = World::new()?;
         let dns = DnsServer::start(None, world.address())?;
         fs::write(
@@ -60,17 +61,17 @@ impl Named {
         })
     }
 
-    fn daemon(&self) -> Result<Daemon> {
+    pub(super) fn daemon(&self) -> Result<Daemon> {
         self.world.daemon_with(&mut self.world.with_resolver()?)
     }
 
     /// Which of some hosts an ordinary user cannot reach: asked of the kernel's maps.
-    fn denied(&self, address: &str) -> Result<bool> {
+    pub(super) fn denied(&self, address: &str) -> Result<bool> {
         let to = SocketAddr::new(address.parse()?, self.world.port);
         Ok(self.world.enforcer(&["check", "nobody", &to.to_string()])?.code == 1)
     }
 
-    fn name(&self, name: &str) -> Result<Value> {
+    pub(super) fn name(&self, name: &str) -> Result<Value> {
         let status = self.world.status()?;
         let found = status["names"]
             .as_array()
@@ -80,7 +81,7 @@ impl Named {
     }
 }
 
-fn addresses(list: &[&str]) -> Zone {
+pub(super) fn addresses(list: &[&str]) -> Zone {
     Zone::Addresses(list.iter().filter_map(|text| text.parse::<IpAddr>().ok()).collect())
 }
 
