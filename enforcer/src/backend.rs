@@ -1,5 +1,336 @@
-//! What carries a rule set in the kernel. One so far: eBPF.
+//! What carries a rule set in the kernel: eBPF, nftables, or both as one. Three verbs: apply, observe, remove.
 
 pub mod ebpf;
+pub mod nftables;
 
-pub use ebpf::{BackendError, Kernel, Observed, ObservedTarget, Pinned};
+use std::path::Path;
+
+use enforcer_ebpf::Verdict;
+use tracing::warn;
+
+use crate::{
+    config::{Backend, Settings},
+    ruleset::{Attempt, RuleSet},
+};
+
+pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
+pub use nftables::Nftables;
+
+/// What is in force in the kernel, for the process that writes it.
+#[derive(Debug)]
+pub struct Enforcement {
+    ebpf: Option<Kernel>,
+    nftables: Option<Nftables>,
+    /// Why `auto` took what it took, if that is not the first choice.
+    reason: Option<String>,
+    /// How often something that others removed or changed was put back (F5).
+    restored: u64,
+}
+
+/// Where a backend attaches, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Start<'a> {
+    /// What the configuration says.
+    pub settings: &'a Settings,
+    /// The cgroup to attach to.
+    pub cgroup: &'a Path,
+    /// Whether the process stays.
+    pub daemon: bool,
+    /// How much the kernel programs tell.
+    pub log_level: u8,
+}
+
+impl Start<'_> {
+    fn ebpf(&self) -> Result<Kernel, BackendError> {
+        Kernel::take_over(&self.settings.pin_dir, self.cgroup, self.daemon, self.log_level)
+    }
+
+    fn nftables(&self) -> Result<Nftables, BackendError> {
+        Ok(Nftables::take_over(
+            &self.settings.nft_table,
+            self.settings.forward,
+            self.daemon,
+        )?)
+    }
+}
+
+impl Enforcement {
+    /// Takes over what is there, or makes it. Nothing is judged differently before the first [`Enforcement::apply`].
+    pub fn take_over(start: Start<'_>) -> Result<Self, BackendError> {
+        let mut this = Self {
+            ebpf: None,
+            nftables: None,
+            reason: None,
+            restored: 0,
+        };
+        this.extend(start)?;
+        Ok(this)
+    }
+
+    /// Adds what another choice of backend needs; what it no longer needs stays until [`Enforcement::retire`].
+    pub fn extend(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+        let half = |name| {
+            move |error| BackendError::Half {
+                name,
+                error: Box::new(error),
+            }
+        };
+        match start.settings.backend {
+            Backend::Ebpf => {
+                if self.ebpf.is_none() {
+                    self.ebpf = Some(start.ebpf()?);
+                }
+            }
+            Backend::Nftables => {
+                if self.nftables.is_none() {
+                    self.nftables = Some(start.nftables()?);
+                }
+            }
+            Backend::Both => {
+                if self.nftables.is_none() {
+                    self.nftables = Some(start.nftables().map_err(half("nftables"))?);
+                }
+                if self.ebpf.is_none() {
+                    self.ebpf = Some(start.ebpf().map_err(half("ebpf"))?);
+                }
+            }
+            Backend::Auto if self.ebpf.is_some() => {}
+            Backend::Auto => match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
+                Ok(kernel) => self.ebpf = Some(kernel),
+                Err(ebpf) if ebpf.is_inability() => {
+                    if self.nftables.is_none() {
+                        self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
+                            ebpf: ebpf.without_hint(),
+                            nftables: Box::new(nftables),
+                        })?);
+                    }
+                    let reason = format!(
+                        "auto chose nftables, as ebpf does not work here: {}",
+                        ebpf.without_hint()
+                    );
+                    warn!("{reason}");
+                    self.reason = Some(reason);
+                }
+                Err(error) => return Err(error),
+            },
+        }
+        if let Some(nftables) = &mut self.nftables {
+            nftables.set_forward(start.settings.forward);
+        }
+        Ok(())
+    }
+
+    /// Removes what the choice no longer needs, once the rest is in force: no gap. Also what an earlier process left.
+    pub fn retire(&mut self, settings: &Settings) {
+        let (ebpf, nftables) = match settings.backend {
+            Backend::Ebpf => (true, false),
+            Backend::Nftables => (false, true),
+            Backend::Both => (true, true),
+            Backend::Auto => (self.reason.is_none(), self.reason.is_some()),
+        };
+        if !ebpf {
+            let removed = match self.ebpf.take() {
+                Some(kernel) => kernel.unload(),
+                None => ebpf::unload(&settings.pin_dir).map(drop),
+            };
+            if let Err(error) = removed {
+                warn!("remove what the ebpf backend left: {error}");
+            }
+        }
+        if !nftables {
+            let removed = match self.nftables.take() {
+                Some(nftables) => nftables.unload(),
+                None => nftables::unload(&settings.nft_table).map(drop),
+            };
+            if let Err(error) = removed {
+                warn!("remove what the nftables backend left: {error}");
+            }
+        }
+        if ebpf {
+            self.reason = None;
+        }
+    }
+
+    /// Puts a rule set in force on all halves or on none (F2). Returns its generation number.
+    pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+        let both = self.ebpf.is_some() && self.nftables.is_some();
+        let half = |name, error: BackendError| {
+            if both {
+                BackendError::Half {
+                    name,
+                    error: Box::new(error),
+                }
+            } else {
+                error
+            }
+        };
+        let mut number = 0;
+        let mut saved = None;
+        if let Some(nftables) = &mut self.nftables {
+            if both {
+                saved = nftables.save()?;
+            }
+            number = nftables.apply(rules).map_err(|error| half("nftables", error.into()))?;
+        }
+        if let Some(kernel) = &mut self.ebpf {
+            match kernel.apply(rules) {
+                Ok(applied) => number = applied,
+                Err(error) => {
+                    if let Some(nftables) = &mut self.nftables {
+                        nftables.put_back(saved)?;
+                    }
+                    return Err(half("ebpf", error));
+                }
+            }
+        }
+        Ok(number)
+    }
+
+    /// Sees to it that a generation is in force whole, putting back what others took (F5); none if another rule set is. With
+    /// nftables, what is put back is a new generation: its number.
+    pub fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+        let mut kept = number;
+        if let Some(nftables) = &mut self.nftables
+            && !nftables.is_whole()?
+        {
+            kept = nftables.repair()?;
+            self.restored += 1;
+        }
+        match &mut self.ebpf {
+            Some(kernel) => {
+                let before = kernel.links_made();
+                let whole = kernel.keep(number)?;
+                self.restored += u64::from(kernel.links_made() != before);
+                Ok(whole.then_some(number))
+            }
+            None => Ok(Some(kept)),
+        }
+    }
+
+    /// What the kernel holds now, read from it.
+    pub fn observe(&mut self) -> Result<Observed, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(Kernel::observe).transpose()?;
+        let nftables = self.nftables.as_mut().map(Nftables::observe).transpose()?;
+        Ok(merged(ebpf, nftables).unwrap_or_default())
+    }
+
+    /// `ebpf`, `nftables` or `both`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        name(self.ebpf.is_some(), self.nftables.is_some())
+    }
+
+    /// Why `auto` took nftables, if it did.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
+    }
+
+    /// Whether principals with a cgroup match nobody, as this kernel's nftables cannot tell a socket's cgroup.
+    #[must_use]
+    pub fn ignores_cgroups(&self) -> bool {
+        self.nftables.as_ref().is_some_and(|nftables| !nftables.knows_cgroups())
+    }
+
+    /// How often something that others removed or changed was put back (F5).
+    #[must_use]
+    pub fn restored(&self) -> u64 {
+        self.restored
+    }
+
+    /// The eBPF half.
+    pub fn kernel(&mut self) -> Option<&mut Kernel> {
+        self.ebpf.as_mut()
+    }
+
+    /// Removes all of ours from the kernel.
+    pub fn unload(self) -> Result<(), BackendError> {
+        if let Some(nftables) = self.nftables {
+            nftables.unload()?;
+        }
+        self.ebpf.map_or(Ok(()), Kernel::unload)
+    }
+}
+
+fn name(ebpf: bool, nftables: bool) -> &'static str {
+    match (ebpf, nftables) {
+        (true, true) => "both",
+        (false, true) => "nftables",
+        (true | false, false) => "ebpf",
+    }
+}
+
+/// Two halves seen as one. What ebpf refuses never becomes a packet, so refusals add up; what passes both counts once.
+fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed> {
+    let (mut one, other) = match (ebpf, nftables) {
+        (Some(ebpf), Some(nftables)) => (ebpf, nftables),
+        (one, other) => return one.or(other),
+    };
+    for target in &mut one.targets {
+        if let Some(same) = other.targets.iter().find(|same| same.name == target.name) {
+            target.counters.denied += same.counters.denied;
+            target.counters.would_deny = target.counters.would_deny.max(same.counters.would_deny);
+        }
+    }
+    if other.generation == 0 && one.generation != 0 {
+        one.faults
+            .push("nothing is in force in nftables; restart enforcer".to_owned());
+    }
+    one.faults.extend(other.faults);
+    Some(one)
+}
+
+/// What is in force, for those who only read it.
+#[derive(Debug)]
+pub struct InForce {
+    ebpf: Option<Pinned>,
+    nftables: Option<nftables::Reading>,
+}
+
+impl InForce {
+    /// Reads what is in force; none where nothing is.
+    pub fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
+        let ebpf = Pinned::open(&settings.pin_dir)?;
+        // Without nf_tables there is no table.
+        let nftables = nftables::open(&settings.nft_table).ok().flatten();
+        Ok((ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables }))
+    }
+
+    /// What the kernel holds now.
+    pub fn observe(&self) -> Result<Observed, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(Pinned::observe).transpose()?;
+        let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
+        Ok(merged(ebpf, nftables).unwrap_or_default())
+    }
+
+    /// `ebpf`, `nftables` or `both`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        name(self.ebpf.is_some(), self.nftables.is_some())
+    }
+
+    /// The verdict of what is in force: a denial of either half is one.
+    pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
+        let nftables = self
+            .nftables
+            .as_ref()
+            .map(|reading| nftables::check::check(reading, attempt));
+        let (Some(ebpf), Some(nftables)) = (&ebpf, &nftables) else {
+            return ebpf.or(nftables).ok_or(BackendError::ReadBack { map: "active" });
+        };
+        let denies = |checked: &Checked| matches!(checked.verdict, Verdict::Deny | Verdict::WouldDeny);
+        Ok(if denies(nftables) && !denies(ebpf) {
+            nftables
+        } else {
+            ebpf
+        }
+        .clone())
+    }
+}
+
+/// Removes all of ours from the kernel; false where there was nothing.
+pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
+    let nftables = nftables::unload(&settings.nft_table)?;
+    Ok(ebpf::unload(&settings.pin_dir)? || nftables)
+}

@@ -14,7 +14,7 @@ use enforcer_ebpf::Verdict;
 use serde::Serialize;
 
 use crate::{
-    backend::{Pinned, ebpf},
+    backend::{self, InForce},
     config::Config,
     control::{self, ControlError, Reply, Request},
     daemon, host,
@@ -227,9 +227,8 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
 /// What is in force, as the kernel alone tells.
 fn status_from_pins(config: &Config) -> Result<Status> {
     let settings = &config.settings;
-    let observed = Pinned::open(&settings.pin_dir)?
-        .map(|pinned| pinned.observe())
-        .transpose()?;
+    let in_force = InForce::open(settings)?;
+    let observed = in_force.as_ref().map(InForce::observe).transpose()?;
     let mount = host::cgroup2_mount()?;
     let context = Context {
         cgroup: settings
@@ -240,6 +239,8 @@ fn status_from_pins(config: &Config) -> Result<Status> {
             .display()
             .to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
+        nft_table: settings.nft_table.clone(),
+        backend: in_force.as_ref().map_or("ebpf", InForce::name).to_owned(),
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))
@@ -266,11 +267,12 @@ struct CheckTarget {
 
 fn run_check(config: &Path, check: &Check) -> Result<Answer> {
     let config = Config::load(config)?;
-    let pin_dir = &config.settings.pin_dir;
-    let pinned = Pinned::open(pin_dir)?.ok_or_else(|| {
+    let settings = &config.settings;
+    let pinned = InForce::open(settings)?.ok_or_else(|| {
         anyhow!(
-            "nothing is in force in {}; start enforcer run, or enforcer apply",
-            pin_dir.display()
+            "nothing is in force in {} nor in nftables table inet {}; start enforcer run, or enforcer apply",
+            settings.pin_dir.display(),
+            settings.nft_table
         )
     })?;
     let task = user(&check.user)?;
@@ -309,7 +311,7 @@ fn run_check(config: &Path, check: &Check) -> Result<Answer> {
     Ok(answer)
 }
 
-fn judge(pinned: &Pinned, attempt: &Attempt) -> Result<CheckReport> {
+fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
     let checked = pinned.check(attempt)?;
     let subject = &attempt.subject;
     let who = match (subject.kernel_thread, subject.socket) {
@@ -429,7 +431,7 @@ fn unload(config: &Path) -> Result<Answer> {
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
         Ok(_) => print("unloaded: nothing is in force any more; the daemon has ended\n"),
         Err(ControlError::NoDaemon { .. }) => {
-            let was = ebpf::unload(&settings.pin_dir)?;
+            let was = backend::unload(settings)?;
             print(if was {
                 "unloaded: nothing is in force any more\n"
             } else {

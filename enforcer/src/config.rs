@@ -62,12 +62,16 @@ pub struct Settings {
     pub backend: Backend,
     /// Whose descendants are judged; `None` means the root of the cgroup v2 mount found.
     pub cgroup: Option<PathBuf>,
+    /// What becomes of connections to an endpoint that this host forwards, with nftables.
+    pub forward: Forward,
     /// The directory of our pins, below a bpffs.
     pub pin_dir: PathBuf,
     /// Where the last known addresses of names are kept.
     pub state_dir: PathBuf,
     /// The control socket.
     pub socket: PathBuf,
+    /// The nftables table of family inet.
+    pub nft_table: String,
 }
 
 /// What enforces.
@@ -77,7 +81,23 @@ pub enum Backend {
     Auto,
     /// eBPF at `connect`, or nothing.
     Ebpf,
+    /// nftables where packets leave, are forwarded and arrive, or nothing.
+    Nftables,
+    /// Both together, or nothing.
+    Both,
 }
+
+/// What becomes of connections to an endpoint that this host forwards: their users cannot be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Forward {
+    /// Refused.
+    Refuse,
+    /// Not judged.
+    Allow,
+}
+
+/// Longest name of a table (F7).
+pub const MAX_TABLE_NAME: usize = 64;
 
 /// A section `[target.NAME]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,9 +195,11 @@ impl Default for Settings {
         Self {
             backend: Backend::Auto,
             cgroup: None,
+            forward: Forward::Refuse,
             pin_dir: "/sys/fs/bpf/enforcer".into(),
             state_dir: "/var/lib/enforcer".into(),
             socket: "/run/enforcer/control.sock".into(),
+            nft_table: "enforcer".to_owned(),
         }
     }
 }
@@ -187,6 +209,17 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Auto => "auto",
             Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+            Self::Both => "both",
+        })
+    }
+}
+
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refuse => "refuse",
+            Self::Allow => "allow",
         })
     }
 }

@@ -10,7 +10,10 @@ use std::{
 
 use aya_log::EbpfLogger;
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::{
+        Interest,
+        unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdReadyMutGuard},
+    },
     signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
     task::{self, JoinSet},
@@ -18,7 +21,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
-    backend::{BackendError, Kernel, ebpf::Events},
+    backend::{BackendError, Enforcement, Kernel, Start, ebpf::Events, nftables},
     config::{Config, ConfigError},
     control::{self, Call, ControlError, Reply, Request},
     events::{self, Line, Lost},
@@ -151,7 +154,7 @@ impl Wanted {
 /// What runs.
 struct Daemon {
     wanted: Wanted,
-    kernel: Kernel,
+    enforcement: Enforcement,
     names: Names,
     host: Host,
     lookups: JoinSet<Answer>,
@@ -163,6 +166,9 @@ struct Daemon {
     answered_rounds: BTreeMap<Name, u64>,
     /// Refresh requests that wait for look-ups begun after them.
     waiting: Vec<Waiting>,
+    /// How much the kernel programs tell.
+    log_level: u8,
+    drift: Drift,
     events: VecDeque<Line>,
     followers: broadcast::Sender<Line>,
     lost: u64,
@@ -181,6 +187,38 @@ struct Applied {
     resolved: Resolved,
 }
 
+/// How often others took our rules away lately: who fights us is not fought without pause (F5).
+#[derive(Debug, Default)]
+struct Drift {
+    /// In a row, each soon after the one before.
+    repeats: u32,
+    last: Option<Instant>,
+}
+
+impl Drift {
+    /// Two that are further apart have nothing to do with each other; as long is `status` degraded.
+    const MEMORY: Duration = Duration::from_secs(30);
+    /// So many in a row are mended at once.
+    const AT_ONCE: u32 = 5;
+
+    fn happened(&mut self, now: Instant) {
+        self.repeats = if self.is_recent(now) { self.repeats + 1 } else { 1 };
+        self.last = Some(now);
+    }
+
+    fn is_recent(&self, now: Instant) -> bool {
+        self.last.is_some_and(|last| now.duration_since(last) < Self::MEMORY)
+    }
+
+    /// Whether to leave things as they are for now: 1, 2, 4, 8, at most 16 s after the last time.
+    fn rests(&self, now: Instant) -> bool {
+        let Some((last, over)) = self.last.zip(self.repeats.checked_sub(Self::AT_ONCE)) else {
+            return false;
+        };
+        now.duration_since(last) < Duration::from_secs(1 << over.min(4))
+    }
+}
+
 struct Waiting {
     round: u64,
     names: BTreeSet<Name>,
@@ -195,6 +233,7 @@ pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
         daemon.answered(joined);
     }
     daemon.apply_now()?;
+    daemon.enforcement.retire(&daemon.wanted.config.settings);
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -215,15 +254,21 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for SIGINT"))?;
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
     let addresses = readable(addresses).map_err(failed("watch addresses"))?;
-    let mut denials = readable(daemon.kernel.events()?).map_err(failed("watch the ring buffer"))?;
-    if tracing::enabled!(tracing::Level::TRACE) {
-        trace_programs(&mut daemon.kernel);
+    let mut denials = daemon.denials()?;
+    let changes = nftables::Changes::subscribe()
+        .ok()
+        .and_then(|changes| readable(changes).ok());
+    if tracing::enabled!(tracing::Level::TRACE)
+        && let Some(kernel) = daemon.enforcement.kernel()
+    {
+        trace_programs(kernel);
     }
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
 
     // Addresses and literals are in force before any look-up; readiness waits for the names' first answers.
     daemon.apply_now()?;
+    daemon.enforcement.retire(&daemon.wanted.config.settings);
     daemon.look_up_all();
     let mut ready = false;
     let mut rest = None;
@@ -236,7 +281,10 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
         }
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
         tokio::select! {
-            _ = hangup.recv() => daemon.reload(),
+            _ = hangup.recv() => {
+                daemon.reload();
+                denials = daemon.denials()?;
+            }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             Some(joined) = daemon.lookups.join_next_with_id() => {
@@ -250,7 +298,12 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
                 guard.clear_ready();
                 daemon.look_at_host();
             }
-            Ok(mut guard) = denials.readable_mut(), if rest.is_none() => {
+            Some(Ok(mut guard)) = ready_to_read(changes.as_ref()) => {
+                guard.get_inner().drain();
+                guard.clear_ready();
+                daemon.apply_or_keep();
+            }
+            Some(Ok(mut guard)) = ready_to_take(denials.as_mut()), if rest.is_none() => {
                 if daemon.take_events(guard.get_inner_mut()) {
                     guard.clear_ready();
                 } else {
@@ -273,7 +326,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let _ = std::fs::remove_file(&socket);
     info!(
         "stopping; generation {} stays in force",
-        daemon.kernel.observe()?.generation
+        daemon.enforcement.observe()?.generation
     );
     Ok(())
 }
@@ -301,14 +354,21 @@ impl Daemon {
         } else {
             0
         };
-        let kernel = Kernel::take_over(&settings.pin_dir, &wanted.cgroup, stays, level)?;
+        let enforcement = Enforcement::take_over(Start {
+            settings,
+            cgroup: &wanted.cgroup,
+            daemon: stays,
+            log_level: level,
+        })?;
         let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
             action: "list this host's addresses",
             error,
         })?;
         Ok(Self {
             wanted,
-            kernel,
+            enforcement,
+            log_level: level,
+            drift: Drift::default(),
             names,
             host,
             lookups: JoinSet::new(),
@@ -327,6 +387,18 @@ impl Daemon {
         })
     }
 
+    /// The ring buffer of the kernel programs, where they are in force.
+    fn denials(&mut self) -> Result<Option<AsyncFd<Events>>, DaemonError> {
+        let Some(kernel) = self.enforcement.kernel() else {
+            return Ok(None);
+        };
+        let source = readable(kernel.events()?).map_err(|error| DaemonError::Io {
+            action: "watch the ring buffer",
+            error,
+        })?;
+        Ok(Some(source))
+    }
+
     /// Compiles what is wanted now and puts it in force.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
         let resolved = self.names.resolved(Instant::now());
@@ -334,7 +406,7 @@ impl Daemon {
             path: self.wanted.path.clone(),
             error,
         })?;
-        let generation = self.kernel.apply(&rules)?;
+        let generation = self.enforcement.apply(&rules)?;
         self.applied = Some(Applied {
             generation,
             host: self.host.clone(),
@@ -358,15 +430,29 @@ impl Daemon {
         let unchanged = self.applied.as_ref().is_some_and(|applied| {
             applied.host == self.host && applied.resolved == self.names.resolved(Instant::now())
         });
+        let now = Instant::now();
+        if self.drift.rests(now) {
+            return;
+        }
+        let restored = self.enforcement.restored();
         let kept = match &self.applied {
             Some(applied) if unchanged && self.apply_fault.is_none() => {
-                self.kernel.keep(applied.generation).map_err(DaemonError::from)
+                self.enforcement.keep(applied.generation).map_err(DaemonError::from)
             }
-            Some(_) | None => Ok(false),
+            Some(_) | None => Ok(None),
         };
+        if self.enforcement.restored() != restored {
+            self.drift.happened(now);
+            warn!("somebody removed or changed rules of ours; they are in force again");
+        }
         let fault = match kept {
-            Ok(true) => None,
-            Ok(false) => self.apply_now().err(),
+            Ok(Some(generation)) => {
+                if let Some(applied) = &mut self.applied {
+                    applied.generation = generation;
+                }
+                None
+            }
+            Ok(None) => self.apply_now().err(),
             Err(error) => Some(error),
         };
         let fault = fault.map(|error| error.to_string());
@@ -381,8 +467,10 @@ impl Daemon {
     }
 
     fn ready(&mut self) -> Result<(), DaemonError> {
-        let observed = self.kernel.observe()?;
-        self.kernel.trim_memory();
+        let observed = self.enforcement.observe()?;
+        if let Some(kernel) = self.enforcement.kernel() {
+            kernel.trim_memory();
+        }
         drop_capabilities()?;
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
@@ -414,13 +502,14 @@ impl Daemon {
     /// Puts another configuration in force, or keeps this one whole.
     fn change_to(&mut self, wanted: Wanted) -> Result<(), DaemonError> {
         let (old, new) = (&self.wanted.config.settings, &wanted.config.settings);
-        if (&old.pin_dir, &old.socket, &old.state_dir) != (&new.pin_dir, &new.socket, &new.state_dir)
+        if (&old.pin_dir, &old.socket, &old.state_dir, &old.nft_table)
+            != (&new.pin_dir, &new.socket, &new.state_dir, &new.nft_table)
             || self.wanted.cgroup != wanted.cgroup
         {
             return Err(DaemonError::Io {
                 action: "reload",
                 error: io::Error::other(
-                    "cgroup, pin_dir, state_dir and socket cannot change while running; restart enforcer",
+                    "cgroup, pin_dir, state_dir, socket and nft_table cannot change while running; restart enforcer",
                 ),
             });
         }
@@ -440,10 +529,20 @@ impl Daemon {
             std::mem::replace(&mut self.host, host),
             names,
         );
-        if let Err(error) = self.apply_now() {
+        let start = Start {
+            settings: &self.wanted.config.settings,
+            cgroup: &self.wanted.cgroup,
+            daemon: true,
+            log_level: self.log_level,
+        };
+        let extended = self.enforcement.extend(start).map_err(DaemonError::from);
+        if let Err(error) = extended.and_then(|()| self.apply_now()) {
             (self.wanted, self.host, self.names) = before;
+            // Goes back to what was needed before.
+            self.enforcement.retire(&self.wanted.config.settings);
             return Err(error);
         }
+        self.enforcement.retire(&self.wanted.config.settings);
         self.apply_fault = None;
         self.look_up_due(Instant::now());
         Ok(())
@@ -519,7 +618,7 @@ impl Daemon {
         }
     }
 
-    fn applied_reply(&self) -> Reply {
+    fn applied_reply(&mut self) -> Reply {
         match &self.apply_fault {
             Some(fault) => Reply::Error(fault.clone()),
             None => Reply::Status(Box::new(self.status())),
@@ -544,7 +643,8 @@ impl Daemon {
             self.publish(Line::Event(events::read(&record, boot)));
             taken += 1;
         }
-        if let Ok(lost) = self.kernel.lost()
+        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
+        if let Some(lost) = lost
             && lost > self.lost
         {
             self.publish(Line::Lost(Lost::new(lost - self.lost)));
@@ -588,12 +688,12 @@ impl Daemon {
     }
 
     fn unload(self) -> Result<(), DaemonError> {
-        self.kernel.unload()?;
+        self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
         Ok(())
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
         let mut causes: Vec<String> = self
             .apply_fault
             .iter()
@@ -608,7 +708,17 @@ impl Daemon {
                 ));
             }
         }
-        let observed = self.kernel.observe();
+        if self.enforcement.ignores_cgroups() && !self.wanted.policy.cgroups().is_empty() {
+            causes.push("this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a cgroup match nobody".to_owned());
+        }
+        if self.drift.is_recent(Instant::now()) {
+            causes.push(format!(
+                "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft monitor, bpftool)",
+                self.enforcement.restored(),
+                Drift::MEMORY.as_secs()
+            ));
+        }
+        let observed = self.enforcement.observe();
         if let Err(error) = &observed {
             causes.push(error.to_string());
         }
@@ -618,6 +728,10 @@ impl Daemon {
             daemon: Some(std::process::id()),
             cgroup: self.wanted.cgroup.display().to_string(),
             pin_dir: settings.pin_dir.display().to_string(),
+            nft_table: settings.nft_table.clone(),
+            backend: self.enforcement.name().to_owned(),
+            backend_reason: self.enforcement.reason().map(str::to_owned),
+            restored: self.enforcement.restored(),
             names,
             causes,
         };
@@ -658,6 +772,22 @@ fn trace_programs(kernel: &mut Kernel) {
             }
         })),
         Err(error) => warn!("the programs' trace cannot be shown: {error}"),
+    }
+}
+
+/// Waits until there is something to read; for ever where there is no source.
+async fn ready_to_read<T: AsRawFd>(source: Option<&AsyncFd<T>>) -> Option<io::Result<AsyncFdReadyGuard<'_, T>>> {
+    match source {
+        Some(source) => Some(source.readable().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// As [`ready_to_read`], for a source that reading changes.
+async fn ready_to_take<T: AsRawFd>(source: Option<&mut AsyncFd<T>>) -> Option<io::Result<AsyncFdReadyMutGuard<'_, T>>> {
+    match source {
+        Some(source) => Some(source.readable_mut().await),
+        None => std::future::pending().await,
     }
 }
 

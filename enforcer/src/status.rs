@@ -16,9 +16,12 @@ pub struct Status {
     pub state: State,
     /// Why it is degraded, or off.
     pub causes: Vec<String>,
-    /// `ebpf`.
+    /// `ebpf`, `nftables` or `both`.
     pub backend: String,
-    /// `task+socket` where both users of an attempt are checked, `task` where the kernel has no BTF (D3).
+    /// Why `auto` took nftables, if it did.
+    pub backend_reason: Option<String>,
+    /// `task+socket` where both users of an attempt are checked, `task` where the kernel has no BTF, `file` with nftables
+    /// alone: the user by whom the socket was opened (D3).
     pub subject: String,
     /// `enforce` or `audit`.
     pub mode: String,
@@ -30,6 +33,10 @@ pub struct Status {
     pub cgroup: String,
     /// Where the pins lie.
     pub pin_dir: String,
+    /// The nftables table, of family inet.
+    pub nft_table: String,
+    /// How often something that others removed or changed was put back (F5).
+    pub restored: u64,
     /// Endpoints in force.
     pub endpoints: u64,
     /// The targets in force.
@@ -102,6 +109,14 @@ pub struct Context {
     pub cgroup: String,
     /// The pin directory asked for.
     pub pin_dir: String,
+    /// The table asked for.
+    pub nft_table: String,
+    /// What enforces.
+    pub backend: String,
+    /// Why it and no other.
+    pub backend_reason: Option<String>,
+    /// How often something was put back.
+    pub restored: u64,
     /// The names.
     pub names: Vec<NameStatus>,
     /// What else is wrong.
@@ -144,11 +159,10 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         schema: "enforcer/status/1".to_owned(),
         state,
         causes,
-        backend: "ebpf".to_owned(),
-        subject: if observed.is_none_or(|observed| observed.socket_user) {
-            "task+socket"
-        } else {
-            "task"
+        subject: match observed {
+            _ if context.backend == "nftables" => "file",
+            Some(observed) if !observed.socket_user => "task",
+            Some(_) | None => "task+socket",
         }
         .to_owned(),
         mode: if on.is_some_and(|observed| observed.audit) {
@@ -162,8 +176,12 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
             running: context.daemon.is_some(),
             pid: context.daemon,
         },
+        backend: context.backend,
+        backend_reason: context.backend_reason,
         cgroup: context.cgroup,
         pin_dir: context.pin_dir,
+        nft_table: context.nft_table,
+        restored: context.restored,
         endpoints: on.map_or(0, |observed| observed.endpoints),
         targets,
         names: context.names,
@@ -197,11 +215,26 @@ impl Status {
         }
         let subject = match self.subject.as_str() {
             "task" => "the connecting task's user only (this kernel has no BTF)",
+            "file" => "the user who opened the socket",
             _ => "the connecting task's user and the socket's owner",
         };
         line("backend", &format!("{}, checks {subject}", self.backend));
-        line("cgroup", &self.cgroup);
-        line("pins", &self.pin_dir);
+        if let Some(reason) = &self.backend_reason {
+            line("", reason);
+        }
+        if self.backend != "nftables" {
+            line("cgroup", &self.cgroup);
+            line("pins", &self.pin_dir);
+        }
+        if self.backend != "ebpf" {
+            line("table", &format!("inet {}", self.nft_table));
+        }
+        if self.restored > 0 {
+            line(
+                "restored",
+                &format!("{} times, after others removed or changed rules of ours", self.restored),
+            );
+        }
         line(
             "daemon",
             &self

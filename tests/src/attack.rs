@@ -229,7 +229,7 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
 
 /// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken.
 fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
-    let (mut connected, mut refused, mut other) = (0_u64, 0_u64, 0_u64);
+    let (mut connected, mut refused, mut reset, mut other) = (0_u64, 0_u64, 0_u64, 0_u64);
     let forms = [attempt.destination, mapped(attempt.destination)];
     while file.exists() {
         for to in forms.iter().cycle().take(64) {
@@ -238,11 +238,12 @@ fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
             match socket.connect(&SockAddr::from(*to)) {
                 Ok(()) => connected += 1,
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => refused += 1,
+                Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => reset += 1,
                 Err(_) => other += 1,
             }
         }
     }
-    println!("connected {connected} refused {refused} other {other}");
+    println!("connected {connected} refused {refused} reset {reset} other {other}");
     Ok(())
 }
 

@@ -6,6 +6,8 @@ pub mod input;
 pub mod limits;
 pub mod names;
 pub mod neighbours;
+pub mod nftables;
+pub mod parity;
 pub mod retention;
 pub mod subjects;
 pub mod surfaces;
@@ -25,6 +27,8 @@ pub fn all() -> Vec<Case> {
         limits::cases(),
         names::cases(),
         neighbours::cases(),
+        nftables::cases(),
+        parity::cases(),
         retention::cases(),
         subjects::cases(),
         surfaces::cases(),

@@ -107,8 +107,15 @@ impl World {
 
     /// As `configure`, for another cgroup.
     pub fn configure_on(&self, cgroup: &Path, targets: &str) -> Result<()> {
+        // Unless a case asks for another one.
+        let backend = if targets.contains("backend = ") {
+            ""
+        } else {
+            "backend = \"ebpf\"\n"
+        };
         let text = format!(
-            "cgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n{targets}",
+            "{backend}nft_table = {:?}\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n{targets}",
+            self.name,
             cgroup.display().to_string(),
             self.pins().display().to_string(),
             self.path("state").display().to_string(),
@@ -231,6 +238,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(self.pins());
+        let _ = ran(Command::new("nft").args(["delete", "table", "inet", &self.name]));
         for cgroup in [self.cgroup.join("child"), self.cgroup.clone()] {
             let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
             for pid in processes.lines().filter_map(|line| line.parse().ok()) {
@@ -274,6 +282,9 @@ pub fn leftovers() -> Result<Vec<String>> {
             }
         }
     }
+    let tables = ran(Command::new("nft").args(["list", "tables"]))?.stdout;
+    let ours = tables.lines().filter(|table| table.contains(&mark));
+    left.extend(ours.map(str::to_owned));
     Ok(left)
 }
 
@@ -487,8 +498,14 @@ impl Attack {
         }
     }
 
-    /// Makes it.
-    pub fn run(&self) -> Result<Outcome> {
+    /// From a network namespace.
+    pub fn in_netns(self, netns: &Netns) -> Result<Self> {
+        let net = format!("--net={}", netns.file().display());
+        Ok(self.program(&["nsenter", &net, "--"], binary("attack")?))
+    }
+
+    /// All but the destination.
+    fn command(&self) -> Result<Command> {
         let program = self.program.clone().map_or_else(|| binary("attack"), Ok)?;
         let mut words = self.prefix.iter().map(Into::into).chain([program.into_os_string()]);
         let mut command = Command::new(words.next().unwrap_or_default());
@@ -496,8 +513,13 @@ impl Attack {
         if let Some(cgroup) = &self.cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
-        command.args(["--uid", &self.uid.to_string()]).arg(self.to.to_string());
-        let ran = ran(&mut command)?.demand(0)?;
+        command.args(["--uid", &self.uid.to_string()]);
+        Ok(command)
+    }
+
+    /// Makes it.
+    pub fn run(&self) -> Result<Outcome> {
+        let ran = ran(self.command()?.arg(self.to.to_string()))?.demand(0)?;
         let words: Vec<&str> = ran.stdout.split_whitespace().collect();
         let micros = |text: &str| text.parse().map(Duration::from_micros);
         match words.as_slice() {
@@ -515,13 +537,8 @@ impl Attack {
 
     /// Median length of `connect` in nanoseconds, over so many calls.
     pub fn measure(&self, calls: usize) -> Result<u128> {
-        let mut command = Command::new(binary("attack")?);
-        command
-            .args(&self.arguments)
-            .args(["--rounds", &calls.to_string(), "--uid", &self.uid.to_string()]);
-        if let Some(cgroup) = &self.cgroup {
-            command.arg("--cgroup").arg(cgroup);
-        }
+        let mut command = self.command()?;
+        command.args(["--rounds", &calls.to_string()]);
         Ok(ran(command.arg(self.to.to_string()))?
             .demand(0)?
             .stdout
@@ -531,15 +548,8 @@ impl Attack {
 
     /// Starts a process that connects again and again while `file` exists.
     pub fn hammer(&self, file: &Path) -> Result<Hammer> {
-        let mut command = Command::new(binary("attack")?);
-        command
-            .args(&self.arguments)
-            .arg("--hammer-while")
-            .arg(file)
-            .args(["--uid", &self.uid.to_string()]);
-        if let Some(cgroup) = &self.cgroup {
-            command.arg("--cgroup").arg(cgroup);
-        }
+        let mut command = self.command()?;
+        command.arg("--hammer-while").arg(file);
         let child = command.arg(self.to.to_string()).stdout(Stdio::piped()).spawn()?;
         Ok(Hammer { child })
     }
@@ -557,14 +567,24 @@ impl Attack {
 
     /// Fails unless every call fails with EPERM, the fastest in under a millisecond (D8): of five, or of more on a busy host.
     pub fn is_refused(&self) -> Result<()> {
+        self.fails_at_once(libc::EPERM)
+    }
+
+    /// As `is_refused`, by a reset.
+    pub fn is_reset(&self) -> Result<()> {
+        self.fails_at_once(libc::ECONNREFUSED)
+    }
+
+    fn fails_at_once(&self, errno: i32) -> Result<()> {
         const ROUNDS: u32 = 4;
         let five = self.clone().option("--tries", "5");
         let mut fastest = Duration::MAX;
         for _ in 0..ROUNDS {
             let outcome = five.run()?;
             ensure!(
-                outcome.errno == Some(libc::EPERM),
-                "{self:?} should fail with EPERM, but: {}",
+                outcome.errno == Some(errno),
+                "{self:?} should fail with {}, but: {}",
+                io::Error::from_raw_os_error(errno),
                 said(outcome)
             );
             fastest = fastest.min(outcome.time);
@@ -589,6 +609,8 @@ pub struct Blows {
     pub connected: u64,
     /// EPERM.
     pub refused: u64,
+    /// ECONNREFUSED.
+    pub reset: u64,
     /// Any other error.
     pub other: u64,
 }
@@ -605,9 +627,19 @@ impl Hammer {
         self.child.wait()?;
         let words: Vec<&str> = text.split_whitespace().collect();
         match words.as_slice() {
-            ["connected", connected, "refused", refused, "other", other] => Ok(Blows {
+            [
+                "connected",
+                connected,
+                "refused",
+                refused,
+                "reset",
+                reset,
+                "other",
+                other,
+            ] => Ok(Blows {
                 connected: connected.parse()?,
                 refused: refused.parse()?,
+                reset: reset.parse()?,
                 other: other.parse()?,
             }),
             _ => bail!("the hammer said {text:?}"),
@@ -775,6 +807,18 @@ impl Netns {
             .arg("--")
             .arg(program);
         command
+    }
+
+    /// The binary with a world's configuration, run in it.
+    pub fn enforcer(&self, world: &World, arguments: &[&str]) -> Result<Ran> {
+        let mut command = self.command(&binary("enforcer")?);
+        ran(command.arg("--config").arg(world.path("enforcer.toml")).args(arguments))
+    }
+
+    /// Runs `nft` in it, and demands success.
+    pub fn nft(&self, command: &str) -> Result<String> {
+        let ran = ran(self.command(Path::new("nft")).arg(command))?.demand(0);
+        Ok(ran.with_context(|| format!("nft {command}"))?.stdout)
     }
 
     /// Runs `ip` in it.

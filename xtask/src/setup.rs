@@ -12,11 +12,15 @@ const BPF_LINKER: &str = "0.10.3";
 const LINKED: &str = "debian";
 
 /// Debian packages, and a file that each brings.
-const PACKAGES: [(&str, &str); 4] = [
+const PACKAGES: [(&str, &str); 8] = [
     ("gcc", "/usr/bin/cc"),
     ("iproute2", "/usr/sbin/ip|/sbin/ip|/usr/bin/ip"),
     ("nats-server", "/usr/sbin/nats-server|/usr/bin/nats-server"),
     ("libc6-dev", "/usr/include/stdlib.h"),
+    ("libmnl-dev", "/usr/include/libmnl/libmnl.h"),
+    ("libnftnl-dev", "/usr/include/libnftnl/rule.h"),
+    ("nftables", "/usr/sbin/nft|/sbin/nft|/usr/bin/nft"),
+    ("pkg-config", "/usr/bin/pkg-config"),
 ];
 const COMPILER: [(&str, &str); 3] = [
     ("rustc-web", "/usr/bin/rustc"),

@@ -127,6 +127,53 @@ pub enum BackendError {
         /// Why not.
         error: io::Error,
     },
+    /// The nftables half or backend.
+    #[error(transparent)]
+    Nftables(#[from] super::nftables::NftablesError),
+    /// One half of two.
+    #[error("the {name} half of backend = \"both\": {error}; the rule set before stays in force on both")]
+    Half {
+        /// Which one.
+        name: &'static str,
+        /// Why not.
+        error: Box<BackendError>,
+    },
+    /// No backend works here.
+    #[error("no backend works here; ebpf: {ebpf}; nftables: {nftables}")]
+    Neither {
+        /// Why ebpf does not.
+        ebpf: Box<str>,
+        /// Why nftables does not.
+        nftables: Box<BackendError>,
+    },
+}
+
+impl BackendError {
+    /// Whether this kernel, or what we may do with it, is the cause, and not something of ours that needs mending.
+    #[must_use]
+    pub fn is_inability(&self) -> bool {
+        match self {
+            Self::Load { .. } | Self::Attach { .. } => true,
+            // Without BPF there is no bpffs either; with it, a wrong place is the configuration's fault.
+            Self::Io { .. } | Self::NotBpffs { .. } => sys::wait_for_programs().is_err(),
+            Self::Map { error, .. } => error.raw_os_error() == Some(libc::EPERM),
+            Self::Untrusted { .. }
+            | Self::Busy { .. }
+            | Self::Foreign { .. }
+            | Self::ReadBack { .. }
+            | Self::Cgroup { .. }
+            | Self::Nftables(_)
+            | Self::Half { .. }
+            | Self::Neither { .. } => false,
+        }
+    }
+
+    /// The message up to its advice.
+    #[must_use]
+    pub fn without_hint(&self) -> Box<str> {
+        let text = self.to_string();
+        text.split("; ").next().unwrap_or_default().into()
+    }
 }
 
 fn attach_hint(error: &io::Error) -> &'static str {
@@ -185,6 +232,8 @@ pub struct Kernel {
     slots: [Option<Image>; 2],
     /// Whether a program may still be reading the slot that is not in force.
     flipped: bool,
+    /// Links made so far: more of them than at first means that some were taken away (F5).
+    links_made: u64,
 }
 
 /// The programs as built for the BPF target.
@@ -236,6 +285,7 @@ impl Kernel {
                 [None, None]
             },
             flipped: !fresh,
+            links_made: 0,
         })
     }
 
@@ -295,6 +345,22 @@ impl Kernel {
         }
         self.attach(self.udp)?;
         Ok(true)
+    }
+
+    /// Links made so far.
+    #[must_use]
+    pub fn links_made(&self) -> u64 {
+        self.links_made
+    }
+
+    /// Finds out whether a program loads and attaches here; what it attaches is gone at once, and judges nothing.
+    pub fn try_out(&mut self) -> Result<(), BackendError> {
+        let [hook, ..] = &HOOKS;
+        if !self.pins.path(hook.name).exists() {
+            self.create_link(hook)?;
+            self.links_made = 0;
+        }
+        Ok(())
     }
 
     /// What the kernel holds now, read from it.
@@ -410,6 +476,7 @@ impl Kernel {
 
     fn create_link(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
         let program = self.program_fd(hook)?;
+        self.links_made += 1;
         sys::link_create(program.as_fd(), self.cgroup_fd.as_fd(), hook.attach_type)
             .map_err(|error| self.attach_error(hook, error))
     }
@@ -498,7 +565,7 @@ impl AsRawFd for Events {
 }
 
 /// What the kernel holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     /// Number of the rule set in force; 0 for none.
     pub generation: u64,

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, time::Duration};
 use humantime::format_duration;
 use thiserror::Error;
 
-use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TARGET_NAME};
+use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME};
 
 /// A configuration that cannot be used.
 #[derive(Debug, Error)]
@@ -139,6 +139,9 @@ pub enum ConfigFault {
     /// F7.
     #[error("socket is a path of more than {MAX_SOCKET_PATH} bytes; choose a shorter one")]
     SocketTooLong,
+    /// F7, and what `nft` takes without quotes.
+    #[error("nft_table is not the name of a table; use a letter, then letters, digits and _, at most {MAX_TABLE_NAME}")]
+    TableName,
     /// The root itself is no place for a socket.
     #[error("socket is the root directory; write the path of a file")]
     SocketRoot,

@@ -15,8 +15,8 @@ use toml::{
 };
 
 use super::{
-    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Line, MAX_REFRESH, MAX_RETAIN, MAX_SOCKET_PATH,
-    MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
+    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Forward, Line, MAX_REFRESH, MAX_RETAIN,
+    MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
 use crate::policy::{Dns, Mode, Unresolved};
 
@@ -35,10 +35,12 @@ const TOP: Keys = Keys {
         "pin_dir",
         "state_dir",
         "socket",
+        "forward",
+        "nft_table",
         "dns",
         "target",
     ],
-    later: &["existing", "forward", "nft_table", "bosh"],
+    later: &["existing", "bosh"],
 };
 const DNS: Keys = Keys {
     known: &["min_refresh", "max_refresh", "retain", "unresolved"],
@@ -278,36 +280,43 @@ fn mode(top: &Section<'_, '_>) -> Result<Mode, Fault> {
 
 fn settings(top: &Section<'_, '_>) -> Result<Settings, Fault> {
     let default = Settings::default();
-    let choices = "\"auto\" or \"ebpf\"";
     let words = [
-        ("auto", Some(Backend::Auto)),
-        ("ebpf", Some(Backend::Ebpf)),
-        ("nftables", None),
-        ("both", None),
+        ("auto", Backend::Auto),
+        ("ebpf", Backend::Ebpf),
+        ("nftables", Backend::Nftables),
+        ("both", Backend::Both),
     ];
-    let backend = match (top.choice("backend", &words, choices)?, top.table.get("backend")) {
-        (Some(Some(backend)), _) => backend,
-        (Some(None), Some(value)) => {
-            let what = format!("backend = \"{}\"", value.get_ref().as_str().unwrap_or_default());
-            let remedy = "write \"auto\" or \"ebpf\"";
-            return Err(fault(
-                value,
-                ConfigFault::NotBuilt {
-                    what,
-                    section: String::new(),
-                    remedy,
-                },
-            ));
-        }
-        (Some(None) | None, _) => default.backend,
-    };
+    let choices = "\"auto\", \"ebpf\", \"nftables\" or \"both\"";
+    let backend = top.choice("backend", &words, choices)?.unwrap_or(default.backend);
+    let words = [("refuse", Forward::Refuse), ("allow", Forward::Allow)];
+    let forward = top
+        .choice("forward", &words, "\"refuse\" or \"allow\"")?
+        .unwrap_or(default.forward);
     Ok(Settings {
         backend,
+        forward,
         cgroup: path(top, "cgroup", |_| None)?,
         pin_dir: path(top, "pin_dir", pin_dir)?.unwrap_or(default.pin_dir),
         state_dir: path(top, "state_dir", |_| None)?.unwrap_or(default.state_dir),
         socket: path(top, "socket", socket)?.unwrap_or(default.socket),
+        nft_table: table_name(top)?.unwrap_or(default.nft_table),
     })
+}
+
+/// A name that `nft` can be given without quotes.
+fn table_name(top: &Section<'_, '_>) -> Result<Option<String>, Fault> {
+    let Some(value) = top.table.get("nft_table") else {
+        return Ok(None);
+    };
+    let text = top.text("nft_table", value, "the name of a table")?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    if text.len() > MAX_TABLE_NAME
+        || !text.starts_with(|first: char| first.is_ascii_alphabetic())
+        || !text.bytes().all(plain)
+    {
+        return Err(fault(value, ConfigFault::TableName));
+    }
+    Ok(Some(text.to_owned()))
 }
 
 /// An absolute path, without doubled slashes and `.`, that `refuse` has nothing against.

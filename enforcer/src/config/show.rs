@@ -10,7 +10,7 @@ use crate::policy::{Dns, Mode, Unresolved};
 /// A key of the file: its section, its name, its comment.
 struct Key(&'static str, &'static str, &'static str);
 
-const KEYS: [Key; 10] = [
+const KEYS: [Key; 12] = [
     Key(
         "",
         "mode",
@@ -19,7 +19,7 @@ const KEYS: [Key; 10] = [
     Key(
         "",
         "backend",
-        "\"auto\": what a probe finds; \"ebpf\": that or nothing.",
+        "\"auto\": ebpf where it works, else nftables; \"ebpf\", \"nftables\", or \"both\" together: that or nothing.",
     ),
     Key(
         "",
@@ -37,6 +37,16 @@ const KEYS: [Key; 10] = [
         "Where the last known addresses of names are kept, so that a restart protects them at once.",
     ),
     Key("", "socket", "The control socket."),
+    Key(
+        "",
+        "forward",
+        "With nftables, connections to an endpoint that this host forwards: \"refuse\" or \"allow\"; whose they are cannot be told.",
+    ),
+    Key(
+        "",
+        "nft_table",
+        "The nftables table of family inet; letters, digits and _.",
+    ),
     Key("dns", "min_refresh", "Shortest time between two look-ups of a name."),
     Key("dns", "max_refresh", "Longest time between two look-ups of a name."),
     Key(
@@ -115,6 +125,8 @@ fn root(mode: Mode, settings: &Settings, dns: Dns) -> Table {
         pin_dir,
         state_dir,
         socket,
+        forward,
+        nft_table,
     } = settings;
     let Dns {
         min_refresh,
@@ -135,6 +147,8 @@ fn root(mode: Mode, settings: &Settings, dns: Dns) -> Table {
         text("pin_dir", pin_dir.display().to_string()),
         text("state_dir", state_dir.display().to_string()),
         text("socket", socket.display().to_string()),
+        text("forward", forward.to_string()),
+        text("nft_table", nft_table.clone()),
         ("dns".to_owned(), Value::Table(dns)),
     ]);
     tree.extend(cgroup.iter().map(|path| text("cgroup", path.display().to_string())));

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Ways to the world's own loopback address.
-const TCP_WAYS: [Way; 18] = [
+pub(super) const TCP_WAYS: [Way; 18] = [
     Way::Plain,
     Way::Nonblocking,
     Way::Thread,
@@ -36,7 +36,7 @@ const TCP_WAYS: [Way; 18] = [
     Way::IoUringAsync,
     Way::Reconnect,
 ];
-const UDP_WAYS: [Way; 10] = [
+pub(super) const UDP_WAYS: [Way; 10] = [
     Way::UdpConnect,
     Way::UdpSendto,
     Way::UdpSendmsg,

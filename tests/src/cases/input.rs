@@ -15,32 +15,32 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
     (
         "unknown_key",
         "allwo = []\n[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n",
-        &["allwo", "toml:5"],
+        &["allwo", "toml:7"],
     ),
     (
         "unknown_key_in_target",
         "[target.main]\nendpoint = []\nallow = []\n",
-        &["endpoint", "toml:6"],
+        &["endpoint", "toml:8"],
     ),
     (
         "bad_port",
         "[target.main]\nendpoints = [\"tcp://10.0.0.1:99999\"]\nallow = []\n",
-        &["99999", "toml:6"],
+        &["99999", "toml:8"],
     ),
     (
         "bad_prefix",
         "[target.main]\nendpoints = [\"tcp://10.0.0.0/33:1\"]\nallow = []\n",
-        &["10.0.0.0/33", "toml:6"],
+        &["10.0.0.0/33", "toml:8"],
     ),
     (
         "host_bits",
         "[target.main]\nendpoints = [\"tcp://10.0.0.1/8:1\"]\nallow = []\n",
-        &["10.0.0.0/8", "toml:6"],
+        &["10.0.0.0/8", "toml:8"],
     ),
     (
         "unknown_user",
         "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"nosuchuser\"]\n",
-        &["nosuchuser", "toml:7"],
+        &["nosuchuser", "toml:9"],
     ),
     (
         "no_port",
@@ -55,7 +55,7 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
     (
         "duplicate_target",
         "[target.main]\nendpoints = []\nallow = []\n[target.main]\nallow = []\n",
-        &["main", "toml:8"],
+        &["main", "toml:10"],
     ),
     (
         "odd_ipv4",
@@ -70,12 +70,12 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
     (
         "later_key",
         "existing = \"cut\"\n[target.main]\nendpoints = []\nallow = []\n",
-        &["existing", "toml:5"],
+        &["existing", "toml:7"],
     ),
     (
-        "later_backend",
-        "backend = \"nftables\"\n[target.main]\nendpoints = []\nallow = []\n",
-        &["nftables", "toml:5"],
+        "no_backend",
+        "backend = \"iptables\"\n[target.main]\nendpoints = []\nallow = []\n",
+        &["nftables", "toml:6"],
     ),
     ("no_target", "", &["target"]),
     (
@@ -83,7 +83,7 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
         "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [{ user = 0, cgroup = \"/no/such/group\" }]\n",
         &["/no/such/group"],
     ),
-    ("not_toml", "[target.main\n", &["toml:5"]),
+    ("not_toml", "[target.main\n", &["toml:7"]),
 ];
 
 /// All cases of this file.

@@ -1,0 +1,424 @@
+//! The nftables backend: one table of family inet, replaced in one transaction, read back and compared (F2, F3).
+//!
+//! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is not touched.
+
+pub mod check;
+pub mod expression;
+pub mod image;
+pub mod netlink;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeMap, io};
+
+use enforcer_ebpf::Counters;
+
+use self::{
+    image::{Header, Image, Loader},
+    netlink::{Dump, Failed, Netlink},
+};
+use super::{Observed, ObservedTarget};
+use crate::{
+    config::Forward,
+    policy::Protocol,
+    ruleset::{Place, RuleSet, RuleTarget},
+};
+
+pub use netlink::Changes;
+
+/// Why `nf_tables` does not hold what was asked for. What was in force before still is (F4).
+#[derive(Debug, thiserror::Error)]
+pub enum NftablesError {
+    /// A transaction or a dump failed.
+    #[error("nftables table inet {table}: {step}: {error}{}", hint(error))]
+    Netlink {
+        /// The table.
+        table: String,
+        /// What was tried.
+        step: String,
+        /// Why not.
+        error: io::Error,
+    },
+    /// The table is somebody else's.
+    #[error(
+        "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: nft delete table inet {table}"
+    )]
+    Foreign {
+        /// The table.
+        table: String,
+    },
+    /// The kernel holds something else than was sent (F3).
+    #[error(
+        "nftables table inet {table} does not hold what was sent: {what} differs; what was in force before is in force again"
+    )]
+    ReadBack {
+        /// The table.
+        table: String,
+        /// Chain, set or counters.
+        what: String,
+    },
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => "; run as root (CAP_NET_ADMIN)",
+        Some(libc::EOPNOTSUPP | libc::ENOENT | libc::EPROTONOSUPPORT) => {
+            "; this kernel lacks nf_tables or this expression: load its module, or use backend = \"ebpf\""
+        }
+        Some(libc::ENOMEM | libc::ENOBUFS | libc::EMSGSIZE) => "; the kernel has no room for it: name fewer endpoints",
+        Some(_) | None => "",
+    }
+}
+
+/// The table, for the process that writes it.
+#[derive(Debug)]
+pub struct Nftables {
+    netlink: Netlink,
+    table: String,
+    loader: Loader,
+    /// What the table holds, and the generation of all of `nf_tables` at which it was seen to.
+    held: Option<(Image, u32)>,
+    /// What it was made from.
+    rules: Option<RuleSet>,
+}
+
+impl Nftables {
+    /// Finds out what the kernel can do. Nothing is judged differently before the first [`Nftables::apply`].
+    pub fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
+        let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
+        let mut loader = Loader {
+            daemon,
+            forward,
+            log: None,
+            cgroups: true,
+        };
+        let trial = format!("enforcer_trial_{}", std::process::id());
+        let sample = sample();
+        match netlink.attempt(&trial, &image::lower(&sample, 0, loader)) {
+            Ok(()) => {}
+            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::EPERM) => {
+                return Err(failed(table, "change tables", error));
+            }
+            Err(_) => {
+                // `socket cgroupv2` came with Linux 5.13; all else is needed.
+                loader.cgroups = false;
+                netlink
+                    .attempt(&trial, &image::lower(&sample, 0, loader))
+                    .map_err(|Failed { step, error }| failed(table, &format!("try what is needed: {step}"), error))?;
+            }
+        }
+        let mut this = Self {
+            netlink,
+            table: table.to_owned(),
+            loader,
+            held: None,
+            rules: None,
+        };
+        this.read()?;
+        Ok(this)
+    }
+
+    /// Whether the kernel tells a socket's cgroup; where not, principals with one match nobody.
+    #[must_use]
+    pub fn knows_cgroups(&self) -> bool {
+        self.loader.cgroups
+    }
+
+    /// What becomes of forwarded connections from the next rule set on.
+    pub fn set_forward(&mut self, forward: Forward) {
+        self.loader.forward = forward;
+    }
+
+    /// Puts a rule set in force, whole or not at all (F2). Returns its generation number.
+    pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
+        let before = self.read()?;
+        let number = before
+            .as_ref()
+            .and_then(|dump| dump.image.header())
+            .map_or(0, |header| header.generation);
+        let unchanged = image::lower(rules, number, self.loader);
+        if let Some(dump) = before.as_ref().filter(|dump| dump.image == unchanged && !dump.dormant) {
+            self.held = Some((unchanged, dump.generation));
+            self.rules = Some(rules.clone());
+            return Ok(number);
+        }
+        let image = image::lower(rules, number + 1, self.loader);
+        self.held = None;
+        let result = self.put(image, before.as_ref());
+        if matches!(result, Err(NftablesError::ReadBack { .. })) {
+            self.restore(before)?;
+        }
+        result.map(|()| {
+            self.rules = Some(rules.clone());
+            number + 1
+        })
+    }
+
+    /// What the table holds, to be given to [`Nftables::restore`].
+    pub fn save(&mut self) -> Result<Option<Saved>, NftablesError> {
+        Ok(self.read()?.map(Saved))
+    }
+
+    /// Puts back what was saved.
+    pub fn put_back(&mut self, saved: Option<Saved>) -> Result<(), NftablesError> {
+        self.restore(saved.map(|saved| saved.0))
+    }
+
+    fn restore(&mut self, before: Option<Dump>) -> Result<(), NftablesError> {
+        self.held = None;
+        match before {
+            Some(dump) => self.put(dump.image.clone(), Some(&dump)),
+            None => self.remove(),
+        }
+    }
+
+    fn put(&mut self, image: Image, before: Option<&Dump>) -> Result<(), NftablesError> {
+        let sent = self.netlink.replace(&self.table, &image, before);
+        sent.map_err(|Failed { step, error }| failed(&self.table, &step, error))?;
+        let found = self.read()?.unwrap_or_default();
+        if found.image != image || found.dormant {
+            return Err(NftablesError::ReadBack {
+                table: self.table.clone(),
+                what: difference(&image, &found.image),
+            });
+        }
+        self.held = Some((image, found.generation));
+        Ok(())
+    }
+
+    /// Whether the table still is as it was put; a look at one number, unless somebody changed some table (F5).
+    pub fn is_whole(&mut self) -> Result<bool, NftablesError> {
+        let generation = self.netlink.generation();
+        let generation = generation.map_err(|error| failed(&self.table, "read the generation", error))?;
+        match &self.held {
+            Some((_, seen)) if *seen == generation => Ok(true),
+            Some((image, _)) => {
+                let image = image.clone();
+                let found = dump(&mut self.netlink, &self.table)?;
+                let whole = found
+                    .as_ref()
+                    .is_some_and(|found| found.image == image && !found.dormant);
+                if whole {
+                    self.held = Some((image, found.map_or(0, |found| found.generation)));
+                }
+                Ok(whole)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Puts back what was in force, whatever has become of the table, as a new generation: its number.
+    pub fn repair(&mut self) -> Result<u64, NftablesError> {
+        let rules = self.rules.clone().unwrap_or_else(|| RuleSet {
+            mode: crate::policy::Mode::Enforce,
+            targets: Vec::new(),
+            places: Vec::new(),
+        });
+        // Where the table is gone or tells nothing, the number goes on from what was held.
+        let found = dump(&mut self.netlink, &self.table)?;
+        let held = self.held.as_ref().and_then(|(image, _)| image.header());
+        let told = found.as_ref().and_then(|dump| dump.image.header());
+        let number = held
+            .into_iter()
+            .chain(told)
+            .map(|header| header.generation)
+            .max()
+            .unwrap_or_default()
+            + 1;
+        let image = image::lower(&rules, number, self.loader);
+        self.put(image, found.as_ref())?;
+        Ok(number)
+    }
+
+    /// What the kernel holds now, read from it.
+    pub fn observe(&mut self) -> Result<Observed, NftablesError> {
+        let found = self.read()?.unwrap_or_default();
+        let mut observed = observe(&found);
+        if let Some((image, _)) = &self.held
+            && (*image != found.image || found.dormant)
+        {
+            observed.faults.push(format!(
+                "somebody changed nftables table inet {}: {} differs",
+                self.table,
+                difference(image, &found.image)
+            ));
+        }
+        Ok(observed)
+    }
+
+    /// Removes the table.
+    pub fn unload(mut self) -> Result<(), NftablesError> {
+        self.remove()
+    }
+
+    fn remove(&mut self) -> Result<(), NftablesError> {
+        let removed = self.netlink.remove(&self.table);
+        removed.map_err(|Failed { step, error }| failed(&self.table, &step, error))
+    }
+
+    fn read(&mut self) -> Result<Option<Dump>, NftablesError> {
+        let found = dump(&mut self.netlink, &self.table)?;
+        if self.held.is_none() && found.as_ref().is_some_and(|dump| !is_ours(dump)) {
+            return Err(NftablesError::Foreign {
+                table: self.table.clone(),
+            });
+        }
+        Ok(found)
+    }
+}
+
+/// What a table held.
+#[derive(Debug)]
+pub struct Saved(Dump);
+
+/// The table for those who only read it; none where nothing of ours is there.
+pub fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
+    let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
+    Ok(dump(&mut netlink, table)?.filter(is_ours).map(Reading))
+}
+
+/// A table as read.
+#[derive(Debug)]
+pub struct Reading(Dump);
+
+impl Reading {
+    /// What is in force.
+    #[must_use]
+    pub fn observe(&self) -> Observed {
+        observe(&self.0)
+    }
+
+    /// The rules as read.
+    #[must_use]
+    pub(crate) fn image(&self) -> &Image {
+        &self.0.image
+    }
+}
+
+/// Removes the table if it is ours; false where there was none.
+pub fn unload(table: &str) -> Result<bool, NftablesError> {
+    // Without `nf_tables` there is no table.
+    let Ok(mut netlink) = Netlink::open() else {
+        return Ok(false);
+    };
+    match dump(&mut netlink, table) {
+        Ok(Some(found)) if is_ours(&found) => {}
+        Ok(_) | Err(_) => return Ok(false),
+    }
+    let removed = netlink.remove(table);
+    removed.map_err(|Failed { step, error }| failed(table, &step, error))?;
+    Ok(true)
+}
+
+/// By its own account, or by chains that nobody else names so.
+fn is_ours(dump: &Dump) -> bool {
+    let has = |chain| dump.image.chains.contains_key(chain);
+    dump.image.header().is_some() || has(image::chain::ABOUT) && (has("judge_a") || has("judge_b"))
+}
+
+fn dump(netlink: &mut Netlink, table: &str) -> Result<Option<Dump>, NftablesError> {
+    netlink
+        .read(table)
+        .map_err(|error| failed(table, "read the table", error))
+}
+
+fn failed(table: &str, step: &str, error: io::Error) -> NftablesError {
+    NftablesError::Netlink {
+        table: table.to_owned(),
+        step: if step.is_empty() { "replace it" } else { step }.to_owned(),
+        error,
+    }
+}
+
+/// The first thing in which two images differ.
+fn difference(wanted: &Image, found: &Image) -> String {
+    let chains = wanted
+        .chains
+        .iter()
+        .find(|(name, chain)| found.chains.get(*name) != Some(chain));
+    let sets = wanted
+        .sets
+        .iter()
+        .find(|(name, set)| found.sets.get(*name) != Some(set));
+    chains
+        .map(|(name, _)| format!("chain {name}"))
+        .or_else(|| sets.map(|(name, _)| format!("set {name}")))
+        .unwrap_or_else(|| "what it holds besides".to_owned())
+}
+
+/// One of everything that the kernel must be able to do.
+fn sample() -> RuleSet {
+    use crate::{
+        policy::{CgroupPath, Mode, Uid},
+        ruleset::{Cgroup, RulePrincipal},
+    };
+    let nets = ["192.0.2.1/32", "198.51.100.0/24", "2001:db8::1/128", "2001:db8:1::/48"];
+    let places = nets
+        .iter()
+        .filter_map(|net| net.parse().ok())
+        .flat_map(|net| [Protocol::Tcp, Protocol::Udp].map(|protocol| (Place { protocol, port: 1, net }, 1)));
+    let within = Some((CgroupPath("/a".to_owned()), Cgroup { id: 1, level: 1 }));
+    let user = |cgroup| RulePrincipal::User { uid: Uid(0), cgroup };
+    RuleSet {
+        mode: Mode::Enforce,
+        targets: vec![RuleTarget {
+            name: "sample".to_owned(),
+            principals: vec![user(None), user(within), RulePrincipal::Kernel],
+        }],
+        places: places.collect(),
+    }
+}
+
+fn observe(dump: &Dump) -> Observed {
+    let image = &dump.image;
+    let header = image.header().unwrap_or(Header {
+        generation: 0,
+        audit: false,
+        daemon: false,
+        log: None,
+    });
+    let mut per_class: BTreeMap<&str, u64> = BTreeMap::new();
+    let slot = image.slot();
+    let maps = [expression::IPV4, expression::IPV6].map(|family| slot.endpoints(family));
+    let endpoints = maps.iter().flatten().filter_map(|name| image.sets.get(name));
+    for element in endpoints.flat_map(|set| &set.elements) {
+        if let image::Value::Goto(class) = &element.value {
+            *per_class.entry(class).or_default() += 1;
+        }
+    }
+    let count = |name: &String| dump.counts.get(name).copied().unwrap_or_default();
+    let targets = image.targets().into_iter().map(|target| {
+        let [allowed, denied, would_deny] = image::counters_of(target);
+        let owned = per_class
+            .iter()
+            .filter(|(class, _)| image.owners_of(class).contains(&target));
+        ObservedTarget {
+            name: target.to_owned(),
+            endpoints: owned.map(|(_, count)| count).sum(),
+            allow: check::principals(image, target)
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            counters: Counters {
+                allowed: count(&allowed),
+                denied: count(&denied),
+                would_deny: count(&would_deny),
+            },
+        }
+    });
+    Observed {
+        generation: header.generation,
+        audit: header.audit,
+        by_daemon: header.daemon,
+        socket_user: true,
+        netns: true,
+        endpoints: per_class.values().sum(),
+        targets: targets.collect(),
+        lost: 0,
+        faults: if dump.dormant {
+            vec!["the nftables table is dormant: nothing of it is in force".to_owned()]
+        } else {
+            Vec::new()
+        },
+    }
+}

@@ -1,0 +1,266 @@
+//! The expressions that rules of ours are made of, and the forms in which they are put together. Pure.
+//!
+//! Numbers are those of `linux/netfilter/nf_tables.h`. Registers are named as the kernel dumps them: 1 and 2 are the first
+//! two of 16 bytes, 8 + n the nth of 4 bytes, so that what was written and what is read back are equal.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// One step of a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expression {
+    /// Loads a property of the packet or its socket.
+    Meta {
+        /// Which one.
+        key: u32,
+        /// Into which register.
+        register: u32,
+    },
+    /// Loads bytes of the packet.
+    Payload {
+        /// Header to count from.
+        base: u32,
+        /// First byte.
+        offset: u32,
+        /// How many.
+        length: u32,
+        /// Into which register.
+        register: u32,
+    },
+    /// Keeps some bits of register 1.
+    Mask(Vec<u8>),
+    /// Goes on only if register 1 is, or is not, this.
+    Compare {
+        /// Whether it must be.
+        equal: bool,
+        /// This.
+        value: Vec<u8>,
+    },
+    /// Goes on only if a set holds register 1; a map's value goes to a register, 0 being the verdict.
+    Lookup {
+        /// The set's name.
+        set: String,
+        /// Where a map's value goes.
+        value: Option<u32>,
+    },
+    /// Loads the id of the ancestor, at a depth, of the cgroup that the socket was made in.
+    Cgroup {
+        /// The depth below the root.
+        level: u32,
+    },
+    /// Adds one to a counter.
+    Count(String),
+    /// Goes on only so often.
+    Limit {
+        /// Times a second.
+        rate: u64,
+        /// Times at once.
+        burst: u32,
+    },
+    /// Sends the packet's beginning to whoever listens to the group.
+    Log {
+        /// nflog's group.
+        group: u16,
+        /// Text that goes with it.
+        prefix: String,
+    },
+    /// Answers the sender and drops the packet.
+    Reject {
+        /// TCP reset, or ICMP port unreachable.
+        reset: bool,
+    },
+    /// Ends the rule.
+    Verdict(Verdict),
+    /// None of ours.
+    Other(String),
+}
+
+/// Where evaluation goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The packet passes this hook.
+    Accept,
+    /// Back to where this chain was jumped from.
+    Return,
+    /// To another chain, and back at its end.
+    Jump(String),
+    /// To another chain, for good.
+    Goto(String),
+    /// None of ours: its number.
+    Other(i32),
+}
+
+/// `NFT_META_*`.
+pub mod meta {
+    /// Number of the device that it came in on; loopback is 1 in every network namespace.
+    pub const IIF: u32 = 4;
+    /// UID by which the socket's file was opened (its fsuid then); none without a file.
+    pub const SKUID: u32 = 10;
+    /// Address family.
+    pub const NFPROTO: u32 = 15;
+    /// Transport protocol.
+    pub const L4PROTO: u32 = 16;
+}
+
+/// `NFT_PAYLOAD_*`.
+pub mod base {
+    /// IP header.
+    pub const NETWORK: u32 = 1;
+    /// TCP or UDP header.
+    pub const TRANSPORT: u32 = 2;
+}
+
+/// `NFPROTO_*`.
+pub const IPV4: u8 = 2;
+/// `NFPROTO_*`.
+pub const IPV6: u8 = 10;
+/// `IPPROTO_*`.
+pub const TCP: u8 = 6;
+/// `IPPROTO_*`.
+pub const UDP: u8 = 17;
+
+/// Register for verdicts.
+pub const VERDICT: u32 = 0;
+/// First register.
+pub const REGISTER: u32 = 1;
+/// Registers of the protocol and the port behind an IPv4 and an IPv6 address in register 1.
+const BEHIND4: (u32, u32) = (9, 10);
+const BEHIND6: (u32, u32) = (2, 13);
+
+/// Only packets of a transport protocol.
+#[must_use]
+pub fn transport(protocol: u8) -> Vec<Expression> {
+    equal(meta::L4PROTO, vec![protocol])
+}
+
+/// Only TCP segments that ask for a connection: SYN without ACK, RST and FIN.
+#[must_use]
+pub fn opens_connection() -> Vec<Expression> {
+    vec![
+        Expression::Payload {
+            base: base::TRANSPORT,
+            offset: 13,
+            length: 1,
+            register: REGISTER,
+        },
+        Expression::Mask(vec![0x17]),
+        Expression::Compare {
+            equal: true,
+            value: vec![0x02],
+        },
+    ]
+}
+
+/// Looks the destination up in a map of endpoints to verdicts.
+#[must_use]
+pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
+    let (offset, length, (protocol, port)) = if family == IPV4 {
+        (16, 4, BEHIND4)
+    } else {
+        (24, 16, BEHIND6)
+    };
+    let mut all = equal(meta::NFPROTO, vec![family]);
+    all.extend([
+        Expression::Payload {
+            base: base::NETWORK,
+            offset,
+            length,
+            register: REGISTER,
+        },
+        Expression::Meta {
+            key: meta::L4PROTO,
+            register: protocol,
+        },
+        Expression::Payload {
+            base: base::TRANSPORT,
+            offset: 2,
+            length: 2,
+            register: port,
+        },
+        Expression::Lookup {
+            set: endpoints.to_owned(),
+            value: Some(VERDICT),
+        },
+    ]);
+    all
+}
+
+/// Only packets to a loopback address that came in on another device (D6).
+#[must_use]
+pub fn strays_to_loopback(family: u8) -> Vec<Expression> {
+    let mut all = equal(meta::NFPROTO, vec![family]);
+    all.extend([
+        Expression::Meta {
+            key: meta::IIF,
+            register: REGISTER,
+        },
+        Expression::Compare {
+            equal: false,
+            value: 1_u32.to_ne_bytes().to_vec(),
+        },
+    ]);
+    let (offset, value) = if family == IPV4 {
+        (16, vec![Ipv4Addr::LOCALHOST.octets()[0]])
+    } else {
+        (24, Ipv6Addr::LOCALHOST.octets().to_vec())
+    };
+    all.extend([
+        Expression::Payload {
+            base: base::NETWORK,
+            offset,
+            length: if family == IPV4 { 1 } else { 16 },
+            register: REGISTER,
+        },
+        Expression::Compare { equal: true, value },
+    ]);
+    all
+}
+
+/// Only packets of sockets that have a file: the kernel's own have none.
+#[must_use]
+pub fn has_user() -> Vec<Expression> {
+    vec![Expression::Meta {
+        key: meta::SKUID,
+        register: REGISTER,
+    }]
+}
+
+/// Only packets of users in a set.
+#[must_use]
+pub fn user_in(set: &str) -> Vec<Expression> {
+    let mut all = has_user();
+    all.push(Expression::Lookup {
+        set: set.to_owned(),
+        value: None,
+    });
+    all
+}
+
+/// Only packets of one user whose socket was made below a cgroup.
+#[must_use]
+pub fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
+    let mut all = equal(meta::SKUID, uid.to_ne_bytes().to_vec());
+    all.extend([
+        Expression::Cgroup { level },
+        Expression::Compare {
+            equal: true,
+            value: cgroup.to_ne_bytes().to_vec(),
+        },
+    ]);
+    all
+}
+
+/// Goes to a chain for good.
+#[must_use]
+pub fn goto(chain: &str) -> Expression {
+    Expression::Verdict(Verdict::Goto(chain.to_owned()))
+}
+
+fn equal(key: u32, value: Vec<u8>) -> Vec<Expression> {
+    vec![
+        Expression::Meta {
+            key,
+            register: REGISTER,
+        },
+        Expression::Compare { equal: true, value },
+    ]
+}

@@ -1,0 +1,178 @@
+//! The table against the oracle: for every attempt that both can see, the same verdict.
+
+#![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
+
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+
+use super::{
+    check::decide,
+    image::{Loader, lower},
+};
+use crate::{
+    config::Forward,
+    policy::{CgroupPath, Mode, Protocol, Uid},
+    ruleset::{Attempt, Cgroup, Place, RulePrincipal, RuleSet, RuleTarget, Subject, explain},
+};
+
+const LOADER: Loader = Loader {
+    daemon: true,
+    forward: Forward::Refuse,
+    log: None,
+    cgroups: true,
+};
+
+fn address() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![
+        (0..8_u8).prop_map(|low| IpAddr::from([10, 0, 0, low])),
+        (0..8_u8).prop_map(|low| IpAddr::from([127, 0, 0, low])),
+        (0..8_u16).prop_map(|low| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, low])),
+    ]
+}
+
+fn protocol() -> impl Strategy<Value = Protocol> {
+    prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)]
+}
+
+fn principal() -> impl Strategy<Value = RulePrincipal> {
+    let cgroup = (0..3_u32).prop_map(|level| {
+        (
+            CgroupPath(format!("/{level}")),
+            Cgroup {
+                id: 100 + u64::from(level),
+                level,
+            },
+        )
+    });
+    prop_oneof![
+        4 => (0..4_u32, proptest::option::weighted(0.3, cgroup))
+            .prop_map(|(uid, cgroup)| RulePrincipal::User { uid: Uid(uid), cgroup }),
+        1 => Just(RulePrincipal::Kernel),
+    ]
+}
+
+prop_compose! {
+    fn place()(address in address(), short in 0..4_u8, protocol in protocol(), port in 1..3_u16) -> Place {
+        let full = if address.is_ipv4() { 32 } else { 128 };
+        let length = if short == 0 { full } else { full - short };
+        let net = ipnet::IpNet::new(address, length).expect("a prefix length in range").trunc();
+        Place { protocol, port, net }
+    }
+}
+
+prop_compose! {
+    fn rules()(
+        targets in prop::collection::vec(prop::collection::vec(principal(), 0..4), 1..5),
+        places in prop::collection::btree_map(place(), 1..16_u64, 0..12),
+        audit in any::<bool>(),
+    ) -> RuleSet {
+        let mask = (1_u64 << targets.len()) - 1;
+        RuleSet {
+            mode: if audit { Mode::Audit } else { Mode::Enforce },
+            targets: targets
+                .into_iter()
+                .enumerate()
+                .map(|(index, principals)| RuleTarget { name: format!("t{index}"), principals })
+                .collect(),
+            places: places.into_iter().map(|(place, owners)| (place, owners & mask)).filter(|(_, owners)| *owners != 0).collect(),
+        }
+    }
+}
+
+prop_compose! {
+    fn attempt()(
+        address in address(),
+        protocol in protocol(),
+        port in 1..3_u16,
+        user in 0..4_u32,
+        kernel_thread in prop::bool::weighted(0.1),
+        depth in 0..3_usize,
+    ) -> Attempt {
+        Attempt {
+            protocol,
+            address,
+            port,
+            foreign_netns: false,
+            subject: Subject {
+                task: Uid(user),
+                socket: Some(Uid(user)),
+                kernel_thread,
+                cgroups: [100, 101, 102].into_iter().take(depth + 1).collect(),
+            },
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// §5: the same verdict and the same reasons, where one user stands for task and socket.
+    #[test]
+    fn the_table_decides_as_the_oracle(rules in rules(), attempts in prop::collection::vec(attempt(), 1..20)) {
+        // At level 0 lies the root, below which every task is.
+        let image = lower(&rules, 7, LOADER);
+        for attempt in attempts {
+            let expected = explain(&rules, &attempt);
+            let found = decide(&image, &attempt);
+            prop_assert_eq!(found.verdict, expected.verdict, "{:?}", &attempt);
+            let owners: Vec<_> = expected.owners.iter().map(|(index, admits)| (format!("t{index}"), *admits)).collect();
+            prop_assert_eq!(found.owners, owners);
+        }
+    }
+}
+
+/// What is forwarded has no user: refused at a routable endpoint, not judged at a loopback one (§5, D6).
+#[test]
+fn forwarded_connections_have_no_user() {
+    let net = |text: &str| text.parse().expect("a prefix");
+    let place = |text: &str| Place {
+        protocol: Protocol::Tcp,
+        port: 1,
+        net: net(text),
+    };
+    let rules = RuleSet {
+        mode: Mode::Enforce,
+        targets: vec![RuleTarget {
+            name: "t".to_owned(),
+            principals: vec![RulePrincipal::User {
+                uid: Uid(0),
+                cgroup: None,
+            }],
+        }],
+        places: vec![(place("10.0.0.1/32"), 1), (place("127.0.0.1/32"), 1)],
+    };
+    let attempt = |address: &str| Attempt {
+        protocol: Protocol::Tcp,
+        address: address.parse().expect("an address"),
+        port: 1,
+        foreign_netns: true,
+        subject: Subject {
+            task: Uid(0),
+            socket: Some(Uid(0)),
+            kernel_thread: false,
+            cgroups: vec![100],
+        },
+    };
+    let refuse = lower(&rules, 1, LOADER);
+    let allow = lower(
+        &rules,
+        1,
+        Loader {
+            forward: Forward::Allow,
+            ..LOADER
+        },
+    );
+    assert_eq!(
+        decide(&refuse, &attempt("10.0.0.1")).verdict,
+        enforcer_ebpf::Verdict::Deny
+    );
+    assert_eq!(
+        decide(&refuse, &attempt("127.0.0.1")).verdict,
+        enforcer_ebpf::Verdict::Unjudged
+    );
+    assert_eq!(
+        decide(&allow, &attempt("10.0.0.1")).verdict,
+        enforcer_ebpf::Verdict::Unjudged
+    );
+}
