@@ -238,6 +238,11 @@ impl Enforcement {
         self.restored
     }
 
+    /// The nftables half.
+    pub fn nftables(&mut self) -> Option<&mut Nftables> {
+        self.nftables.as_mut()
+    }
+
     /// The eBPF half.
     pub fn kernel(&mut self) -> Option<&mut Kernel> {
         self.ebpf.as_mut()

@@ -103,6 +103,14 @@ pub enum ControlError {
         /// Why not.
         error: io::Error,
     },
+    /// The daemon took too long.
+    #[error("the daemon on {} did not answer within {}; look at its log, or wait longer (refresh has --timeout)", path.display(), humantime::format_duration(*patience))]
+    Timeout {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited.
+        patience: Duration,
+    },
     /// The daemon said something else than an answer.
     #[error("the daemon on {} did not answer as asked; is it another version?", path.display())]
     Protocol {
@@ -185,7 +193,12 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
 pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, ControlError> {
     let protocol = || ControlError::Protocol { path: path.into() };
     let mut lines = call(path, request).await?;
-    let line = timeout(patience, lines.next_line()).await.map_err(|_| protocol())?;
+    let line = timeout(patience, lines.next_line())
+        .await
+        .map_err(|_| ControlError::Timeout {
+            path: path.into(),
+            patience,
+        })?;
     parse(&line.ok().flatten().ok_or_else(protocol)?)
         .ok_or_else(protocol)
         .and_then(refused)

@@ -255,6 +255,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
     let addresses = readable(addresses).map_err(failed("watch addresses"))?;
     let mut denials = daemon.denials()?;
+    let mut logged = daemon.logged()?;
     let changes = nftables::Changes::subscribe()
         .ok()
         .and_then(|changes| readable(changes).ok());
@@ -284,6 +285,9 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
             _ = hangup.recv() => {
                 daemon.reload();
                 denials = daemon.denials()?;
+                if let Some(fresh) = daemon.logged()? {
+                    logged = Some(fresh);
+                }
             }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -309,6 +313,10 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
                 } else {
                     rest = Some(Instant::now() + EVENT_REST);
                 }
+            }
+            Some(Ok(mut guard)) = ready_to_take(logged.as_mut()) => {
+                daemon.take_logged(guard.get_inner_mut());
+                guard.clear_ready();
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             _ = tick.tick() => daemon.look_at_host(),
@@ -397,6 +405,23 @@ impl Daemon {
             error,
         })?;
         Ok(Some(source))
+    }
+
+    /// The denials of nftables, where it has just begun to log them.
+    fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
+        let denials = self.enforcement.nftables().and_then(nftables::Nftables::denials);
+        denials.map(readable).transpose().map_err(|error| DaemonError::Io {
+            action: "watch the denials of nftables",
+            error,
+        })
+    }
+
+    /// Takes what has come; the rules send no more than so many a second.
+    fn take_logged(&mut self, source: &mut nftables::Denials) {
+        while let Some(denial) = source.take() {
+            let event = events::read_logged(&denial, std::time::SystemTime::now());
+            self.publish(Line::Event(event));
+        }
     }
 
     /// Compiles what is wanted now and puts it in force.

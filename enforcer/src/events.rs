@@ -6,6 +6,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use crate::backend::nftables::Denial;
+
 use enforcer_ebpf::{Address, EventRecord, NO_UID, UDP, Verdict, is_v4};
 use serde::{Deserialize, Serialize};
 
@@ -29,22 +31,26 @@ pub struct Event {
     pub time: String,
     /// `deny` or `would-deny`.
     pub verdict: String,
+    /// `ebpf` or `nftables`; nftables sees no task.
+    pub backend: String,
     /// Process id, in the initial PID namespace.
-    pub pid: u32,
+    pub pid: Option<u32>,
     /// Thread id.
-    pub tid: u32,
+    pub tid: Option<u32>,
     /// Name of the task.
-    pub comm: String,
+    pub comm: Option<String>,
     /// Whether the task is a kernel thread.
     pub kernel_thread: bool,
     /// Real UID of the task, in the initial user namespace.
-    pub task_uid: u32,
-    /// Owner of the socket; absent where the kernel cannot tell.
+    pub task_uid: Option<u32>,
+    /// Owner of the socket; absent where the kernel cannot tell, and for what is forwarded.
     pub socket_uid: Option<u32>,
     /// cgroup v2 id of the task.
-    pub cgroup_id: u64,
+    pub cgroup_id: Option<u64>,
     /// Cookie of the socket's network namespace.
-    pub netns_cookie: u64,
+    pub netns_cookie: Option<u64>,
+    /// Where the packet came from, with nftables.
+    pub source: Option<String>,
     /// `tcp` or `udp`.
     pub protocol: String,
     /// Destination as given to the call.
@@ -105,19 +111,46 @@ pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
             "deny"
         }
         .to_owned(),
-        pid: record.pid,
-        tid: record.tid,
-        comm: String::from_utf8_lossy(record.task.get(..name_end).unwrap_or_default()).into_owned(),
+        backend: "ebpf".to_owned(),
+        pid: Some(record.pid),
+        tid: Some(record.tid),
+        comm: Some(String::from_utf8_lossy(record.task.get(..name_end).unwrap_or_default()).into_owned()),
         kernel_thread: record.kernel_thread == 1,
-        task_uid: record.task_uid,
+        task_uid: Some(record.task_uid),
         socket_uid: (record.socket_uid != NO_UID).then_some(record.socket_uid),
-        cgroup_id: record.cgroup,
-        netns_cookie: record.netns,
+        cgroup_id: Some(record.cgroup),
+        netns_cookie: Some(record.netns),
+        source: None,
         protocol: if record.protocol == UDP { "udp" } else { "tcp" }.to_owned(),
         dialled: SocketAddr::new(dialled, port).to_string(),
         judged: SocketAddr::new(judged, port).to_string(),
         target: record.target.as_str().to_owned(),
         generation: record.generation,
+    }
+}
+
+/// Reads a denial of nftables, logged just before `now`.
+#[must_use]
+pub fn read_logged(denial: &Denial, now: SystemTime) -> Event {
+    Event {
+        schema: "enforcer/event/1".to_owned(),
+        time: jiff::Timestamp::try_from(now).map_or_else(|_| String::new(), |time| format!("{time:.6}")),
+        verdict: if denial.denied { "deny" } else { "would-deny" }.to_owned(),
+        backend: "nftables".to_owned(),
+        pid: None,
+        tid: None,
+        comm: None,
+        kernel_thread: false,
+        task_uid: None,
+        socket_uid: denial.user,
+        cgroup_id: None,
+        netns_cookie: None,
+        source: Some(denial.from.to_string()),
+        protocol: denial.protocol.to_string(),
+        dialled: denial.to.to_string(),
+        judged: denial.to.to_string(),
+        target: denial.target.clone(),
+        generation: denial.generation,
     }
 }
 
@@ -142,18 +175,22 @@ impl fmt::Display for Line {
 
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A task chooses its name: nothing in it may steer a terminal.
-        let comm = self.comm.escape_debug();
-        write!(
-            f,
-            "{} {} {comm}[{}] uid {}",
-            self.time, self.verdict, self.pid, self.task_uid
-        )?;
-        if self.kernel_thread {
-            f.write_str(" (kernel thread)")?;
-        }
-        if self.socket_uid.is_some_and(|uid| uid != self.task_uid) {
-            write!(f, " with a socket of uid {}", self.socket_uid.unwrap_or_default())?;
+        write!(f, "{} {}", self.time, self.verdict)?;
+        if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.task_uid) {
+            // A task chooses its name: nothing in it may steer a terminal.
+            write!(f, " {}[{pid}] uid {uid}", comm.escape_debug())?;
+            if self.kernel_thread {
+                f.write_str(" (kernel thread)")?;
+            }
+            if let Some(owner) = self.socket_uid.filter(|owner| *owner != uid) {
+                write!(f, " with a socket of uid {owner}")?;
+            }
+        } else {
+            match self.socket_uid {
+                Some(uid) => write!(f, " uid {uid}")?,
+                None => f.write_str(" no user")?,
+            }
+            write!(f, " from {}", self.source.as_deref().unwrap_or_default())?;
         }
         write!(f, " → {} {}", self.protocol, self.dialled)?;
         if self.judged != self.dialled {

@@ -751,8 +751,10 @@ fn short(error: &dyn std::error::Error) -> String {
 
 fn remove_all(pins: Pins) -> Result<(), BackendError> {
     // The kernel ends links some time after their last pin has gone; this ends their judging at once, and for all hooks.
-    if let Some(maps) = Maps::open(&pins.path(&maps_name()))? {
-        maps.deactivate()?;
+    // Damaged pins must not keep the rest: without it, judging ends with the links.
+    let ended = Maps::open(&pins.path(&maps_name())).and_then(|maps| maps.map_or(Ok(()), |maps| maps.deactivate()));
+    if let Err(error) = ended {
+        tracing::warn!("{error}; removing all the same");
     }
     let names = pins.list()?;
     let (maps, links): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with("maps_v"));

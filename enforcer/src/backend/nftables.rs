@@ -6,12 +6,14 @@ pub mod check;
 pub mod expression;
 pub mod image;
 pub mod netlink;
+pub mod nflog;
 #[cfg(test)]
 mod tests;
 
 use std::{collections::BTreeMap, io};
 
 use enforcer_ebpf::Counters;
+use tracing::warn;
 
 use self::{
     image::{Header, Image, Loader},
@@ -25,6 +27,7 @@ use crate::{
 };
 
 pub use netlink::Changes;
+pub use nflog::{Denial, Denials};
 
 /// Why `nf_tables` does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
@@ -80,39 +83,49 @@ pub struct Nftables {
     held: Option<(Image, u32)>,
     /// What it was made from.
     rules: Option<RuleSet>,
+    /// Until the loop takes it.
+    denials: Option<Denials>,
 }
 
 impl Nftables {
     /// Finds out what the kernel can do. Nothing is judged differently before the first [`Nftables::apply`].
     pub fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
         let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
+        // Only a daemon listens.
+        let denials = daemon.then(|| Denials::bind(table)).and_then(|bound| {
+            let denied =
+                bound.map_err(|error| warn!("denials of nftables are counted, not told one by one: no nflog: {error}"));
+            denied.ok()
+        });
+        let group = denials.as_ref().map(|denials| denials.group);
+        let trial = format!("enforcer_trial_{}", std::process::id());
+        // `socket cgroupv2` came with Linux 5.13, nflog may be left out of a kernel; all else is needed.
+        let mut result = Err(Failed {
+            step: String::new(),
+            error: io::ErrorKind::Unsupported.into(),
+        });
         let mut loader = Loader {
             daemon,
             forward,
             log: None,
             cgroups: true,
         };
-        let trial = format!("enforcer_trial_{}", std::process::id());
-        let sample = sample();
-        match netlink.attempt(&trial, &image::lower(&sample, 0, loader)) {
-            Ok(()) => {}
-            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::EPERM) => {
-                return Err(failed(table, "change tables", error));
-            }
-            Err(_) => {
-                // `socket cgroupv2` came with Linux 5.13; all else is needed.
-                loader.cgroups = false;
-                netlink
-                    .attempt(&trial, &image::lower(&sample, 0, loader))
-                    .map_err(|Failed { step, error }| failed(table, &format!("try what is needed: {step}"), error))?;
+        for (log, cgroups) in [(group, true), (group, false), (None, true), (None, false)] {
+            loader = Loader { log, cgroups, ..loader };
+            result = netlink.attempt(&trial, &image::lower(&sample(), 0, loader));
+            match &result {
+                Err(failed) if failed.error.raw_os_error() != Some(libc::EPERM) => {}
+                Ok(()) | Err(_) => break,
             }
         }
+        result.map_err(|Failed { step, error }| failed(table, &format!("try what is needed: {step}"), error))?;
         let mut this = Self {
             netlink,
             table: table.to_owned(),
             loader,
             held: None,
             rules: None,
+            denials: denials.filter(|_| loader.log.is_some()),
         };
         this.read()?;
         Ok(this)
@@ -122,6 +135,11 @@ impl Nftables {
     #[must_use]
     pub fn knows_cgroups(&self) -> bool {
         self.loader.cgroups
+    }
+
+    /// The denials as they come, once.
+    pub fn denials(&mut self) -> Option<Denials> {
+        self.denials.take()
     }
 
     /// What becomes of forwarded connections from the next rule set on.

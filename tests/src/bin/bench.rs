@@ -1,18 +1,20 @@
 //! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should run.
-//! An argument, `connects`, `programs`, `starts` or `updates`, chooses one part.
+//! An argument, `connects`, `nftables`, `programs`, `starts` or `updates`, chooses one part.
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sched::{CloneFlags, setns};
 use tests::{
     attack::Way,
     foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
-    world::{Attack, NOBODY, World, binary, ran},
+    world::{Attack, Listener, NOBODY, Netns, World, binary, ran},
 };
 
 type Part = fn() -> Result<()>;
@@ -22,8 +24,9 @@ const CONNECTS: usize = 1000;
 
 fn main() -> Result<()> {
     let only = std::env::args().nth(1);
-    let parts: [(&str, Part); 4] = [
+    let parts: [(&str, Part); 5] = [
         ("connects", connects),
+        ("nftables", nftables),
         ("programs", programs),
         ("starts", starts),
         ("updates", updates),
@@ -85,6 +88,85 @@ fn connects() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// P3, P4, P5 with nftables: two network namespaces in turn, one without any rule.
+fn nftables() -> Result<()> {
+    println!(
+        "\nnftables: connect, and a byte there and back on an established connection; medians of {ROUNDS} rounds in turn"
+    );
+    println!(
+        "{:>10}  {:>12}  {:>12}  {:>12}  {:>12}  {:>10}",
+        "endpoints", "no rules", "unprotected", "allowed", "denied", "established"
+    );
+    for count in [1, 1_000, 10_000, 100_000] {
+        let (bare, world) = (World::new()?, World::new()?);
+        let (without, with) = (Netns::new(&bare, "b")?, Netns::new(&world, "b")?);
+        let _first = Listener::start(Some(&without.file()), bare.port, &[])?;
+        let _second = Listener::start(Some(&with.file()), world.port, &[])?;
+        rules(&world, count)?;
+        let text = fs::read_to_string(world.path("enforcer.toml"))?.replace("\"ebpf\"", "\"nftables\"");
+        fs::write(world.path("enforcer.toml"), text)?;
+        let started = Instant::now();
+        with.enforcer(&world, &["apply"])?.demand(0)?;
+        let installed = started.elapsed();
+        let elsewhere = |world: &World| SocketAddr::new(IpAddr::from([127, 0, 0, 1]), world.port);
+        let attacks: [Attack; 4] = [
+            bare.attack(0).to(elsewhere(&bare)).in_netns(&without)?,
+            world.attack(0).to(elsewhere(&world)).in_netns(&with)?,
+            world.attack(0).in_netns(&with)?,
+            world.attack(NOBODY).in_netns(&with)?,
+        ];
+        let mut times: [Vec<u128>; 4] = Default::default();
+        let mut trips: [Vec<u128>; 2] = Default::default();
+        for _ in 0..ROUNDS {
+            for (attack, times) in attacks.iter().zip(&mut times) {
+                times.push(attack.measure(CONNECTS)?);
+            }
+            for (netns, trips) in [&without, &with].into_iter().zip(&mut trips) {
+                trips.push(round_trips(&netns.file())?);
+            }
+        }
+        let medians = times.map(|times| median(times).unwrap_or(0));
+        let [before, after] = trips.map(|trips| median(trips).unwrap_or(1));
+        let [first, ..] = medians;
+        #[allow(clippy::cast_precision_loss, reason = "a ratio of small numbers")]
+        let ratio = |time: u128, to: u128| time as f64 / to as f64;
+        #[allow(clippy::cast_precision_loss, reason = "a few microseconds")]
+        let cell = |time: u128| format!("{:.2} µs {:.3}", time as f64 / 1000.0, ratio(time, first));
+        println!(
+            "{count:>10}  {}  {:>10.3}   installed and read back in {} ms",
+            medians.map(|time| format!("{:>12}", cell(time))).join("  "),
+            ratio(after, before),
+            installed.as_millis()
+        );
+    }
+    Ok(())
+}
+
+/// Nanoseconds for a byte there and back, mean of many, over loopback of a network namespace.
+fn round_trips(netns: &std::path::Path) -> Result<u128> {
+    const TRIPS: u32 = 5000;
+    let netns = netns.to_path_buf();
+    let work = move || -> Result<u128> {
+        setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let mut near = TcpStream::connect(listener.local_addr()?)?;
+        let (mut far, _) = listener.accept()?;
+        near.set_nodelay(true)?;
+        far.set_nodelay(true)?;
+        let mut byte = [0];
+        let started = Instant::now();
+        for _ in 0..TRIPS {
+            near.write_all(&byte)?;
+            far.read_exact(&mut byte)?;
+            far.write_all(&byte)?;
+            near.read_exact(&mut byte)?;
+        }
+        Ok(started.elapsed().as_nanos() / u128::from(TRIPS))
+    };
+    let done = std::thread::spawn(work).join();
+    done.map_err(|_| anyhow::anyhow!("the round trips' thread panicked"))?
 }
 
 /// P2: what the program adds to an empty one, by the kernel's own statistics.

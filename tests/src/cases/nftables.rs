@@ -30,6 +30,7 @@ pub fn cases() -> Vec<Case> {
         case("s5_forwarded_connections_are_refused", forwarded),
         case("s5_auto_takes_nftables_without_bpf", auto),
         case("s5_both_is_refused_by_each", both),
+        case("s5_nftables_denials_are_told", told),
         case("f2_nftables_no_wrong_verdict_in_200_rule_sets", under_fire),
         case("f1_f2_backends_change_without_a_gap", changing_backends),
         case("f3_f7_nftables_100000_endpoints", many),
@@ -271,6 +272,55 @@ fn both() -> Result<()> {
         "the table was left"
     );
     ensure!(!guarded.world.pins().exists(), "the pins were left");
+    Ok(())
+}
+
+fn told() -> Result<()> {
+    for mode in ["enforce", "audit"] {
+        let guarded = Guarded::new()?;
+        guarded.world.configure(&format!(
+            "mode = {mode:?}\nbackend = \"nftables\"\n[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
+            guarded.world.here()
+        ))?;
+        let _daemon = guarded.daemon()?;
+        let before = guarded
+            .netns
+            .enforcer(&guarded.world, &["events", "--json"])?
+            .demand(0)?
+            .stdout;
+        ensure!(before.is_empty(), "{before}");
+        let (attack, verdict) = (
+            guarded.attack(NOBODY)?,
+            if mode == "audit" { "would-deny" } else { "deny" },
+        );
+        if mode == "audit" {
+            attack.reaches()?;
+        } else {
+            ensure!(attack.run()?.errno == Some(libc::ECONNREFUSED), "not refused");
+        }
+        guarded.attack(0)?.reaches()?;
+        let mut said = String::new();
+        until("the denial is told", || {
+            said = guarded
+                .netns
+                .enforcer(&guarded.world, &["events", "--json"])?
+                .demand(0)?
+                .stdout;
+            Ok(!said.is_empty())
+        })?;
+        let event: serde_json::Value = serde_json::from_str(&said)?;
+        let event = event.get("Event").or_else(|| event.get("event")).unwrap_or(&event);
+        ensure!(
+            event["verdict"] == verdict
+                && event["socket_uid"] == NOBODY
+                && event["target"] == "main"
+                && event["judged"] == guarded.world.here().to_string()
+                && event["generation"] == 1,
+            "{said}"
+        );
+        let text = guarded.netns.enforcer(&guarded.world, &["events"])?.demand(0)?.stdout;
+        ensure!(text.contains(&format!("{verdict} uid {NOBODY} from ")), "{text}");
+    }
     Ok(())
 }
 
