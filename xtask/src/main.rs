@@ -27,7 +27,11 @@ enum Task {
         dry_run: bool,
     },
     /// Show the main job on a real NATS server, then clean up
-    Demo,
+    Demo {
+        /// What enforces: auto, ebpf, nftables or both
+        #[arg(long, default_value = "auto", value_parser = ["auto", "ebpf", "nftables", "both"])]
+        backend: String,
+    },
     /// Run all tests: unit, property, and the privileged suite (as root, or through sudo)
     Test {
         /// Run only privileged cases whose name contains this
@@ -42,7 +46,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup { dry_run } => setup::run(dry_run),
-        Task::Demo => suites::demo(),
+        Task::Demo { backend } => suites::demo(&backend),
         Task::Test { filter } => suites::test(filter.as_deref()),
         Task::Bench => suites::bench(),
         Task::Ci => ci::run(),

@@ -10,9 +10,13 @@ use crate::{
 };
 
 /// Shows the main job.
-pub(crate) fn demo() -> Result<()> {
+pub(crate) fn demo(backend: &str) -> Result<()> {
     build()?;
-    shown(as_root(&built("demo"))?.env("ENFORCER_BIN", built("enforcer")))
+    shown(
+        as_root(&built("demo"))?
+            .args(["--backend", backend])
+            .env("ENFORCER_BIN", built("enforcer")),
+    )
 }
 
 /// Runs every test. The privileged suite comes last, so that its closing lines end the output.

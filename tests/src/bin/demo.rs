@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::Parser;
 use futures_util::StreamExt as _;
 use tests::{
     attack::{Way, Who},
@@ -22,12 +23,24 @@ const PORT: u16 = 4222;
 const SERVER4: &str = "10.79.0.2";
 const SERVER6: &str = "fd79::2";
 
+/// The main job of enforcer, shown.
+#[derive(Parser)]
+struct Cli {
+    /// What enforces
+    #[arg(long, default_value = "auto", value_parser = ["auto", "ebpf", "nftables", "both"])]
+    backend: String,
+    /// Be the client of the message bus
+    #[arg(long, hide = true)]
+    client: bool,
+}
+
 fn main() -> ExitCode {
-    if env::args().nth(1).as_deref() == Some("client") {
+    let cli = Cli::parse();
+    if cli.client {
         return finish(client());
     }
     let started = Instant::now();
-    let shown = show();
+    let shown = show(&cli.backend);
     let left = leftovers().unwrap_or_default();
     let result = match shown {
         Ok(()) if left.is_empty() => {
@@ -73,16 +86,16 @@ impl Drop for Process {
     }
 }
 
-fn show() -> Result<()> {
+fn show(backend: &str) -> Result<()> {
     step("A host and a network, each a network namespace; in the network a NATS server and a DNS server");
-    let stage = Stage::set()?;
+    let stage = Stage::set(backend)?;
     done(&format!(
         "{NAME} is {SERVER4} and {SERVER6}, port {PORT}; nats-server has pid {}",
         stage.nats.0.id()
     ));
 
     step("Without enforcer: any user reaches the message bus and a monit-like API on 127.0.0.1");
-    for (what, attack) in stage.attacks()? {
+    for (what, attack) in stage.attacks(true)? {
         attack.reaches().with_context(|| format!("{what}, without enforcer"))?;
         done(&format!("uid {NOBODY} connects by {what}"));
     }
@@ -100,34 +113,41 @@ fn show() -> Result<()> {
     let message = stage.client()?.demand(0)?;
     done(message.stdout.trim());
 
-    step("Everybody else: refused at once");
-    stage.refused()?;
+    let status = stage.enforcer(&["status", "--json"])?.demand(0)?.stdout;
+    let taken = serde_json::from_str::<serde_json::Value>(&status)?["backend"].clone();
+    let sees_tasks = taken != "nftables";
+    step(&format!(
+        "Everybody else: refused at once, by {}",
+        taken.as_str().unwrap_or_default()
+    ));
+    stage.refused(sees_tasks)?;
 
     step("enforcer events");
+    let denials = stage.attacks(sees_tasks)?.len();
     until("the denials are seen", || {
-        Ok(stage.world.enforcer(&["events"])?.stdout.lines().count() >= 7)
+        Ok(stage.enforcer(&["events"])?.stdout.lines().count() >= denials)
     })?;
-    println!("{}", indent(&stage.world.enforcer(&["events"])?.demand(0)?.stdout));
+    println!("{}", indent(&stage.enforcer(&["events"])?.demand(0)?.stdout));
     step("enforcer status");
-    println!("{}", indent(&stage.world.enforcer(&["status"])?.demand(0)?.stdout));
+    println!("{}", indent(&stage.enforcer(&["status"])?.demand(0)?.stdout));
     let bus = format!("tcp://{SERVER4}:{PORT}");
     for (user, code) in [("root", 0), ("nobody", 1)] {
         step(&format!("enforcer check {user} {bus}"));
         println!(
             "{}",
-            indent(&stage.world.enforcer(&["check", user, &bus])?.demand(code)?.stdout)
+            indent(&stage.enforcer(&["check", user, &bus])?.demand(code)?.stdout)
         );
     }
 
     step("kill -9 of the daemon: the verdicts live in the kernel");
     daemon.kill()?;
-    stage.refused()?;
+    stage.refused(sees_tasks)?;
     stage.client()?.demand(0)?;
     done("root still publishes and receives");
 
     step("enforcer unload");
-    println!("{}", indent(&stage.world.enforcer(&["unload"])?.demand(0)?.stdout));
-    for (what, attack) in stage.attacks()? {
+    println!("{}", indent(&stage.enforcer(&["unload"])?.demand(0)?.stdout));
+    for (what, attack) in stage.attacks(true)? {
         attack.reaches().with_context(|| format!("{what}, after unload"))?;
     }
     done("nothing is guarded any more");
@@ -135,7 +155,7 @@ fn show() -> Result<()> {
 }
 
 impl Stage {
-    fn set() -> Result<Self> {
+    fn set(backend: &str) -> Result<Self> {
         let world = World::new()?;
         let (host, network) = (Netns::new(&world, "host")?, Netns::new(&world, "net")?);
         host.join(
@@ -157,7 +177,7 @@ impl Stage {
         );
         let monit = Listener::start(Some(&host.file()), world.port, &[])?;
         world.configure(&format!(
-            "\n[target.nats]\nendpoints = [\"nats://{NAME}:{PORT}\"]\nallow = [\"root\"]\n\
+            "backend = {backend:?}\n\n[target.nats]\nendpoints = [\"nats://{NAME}:{PORT}\"]\nallow = [\"root\"]\n\
              \n[target.monit]\nendpoints = [\"tcp://127.0.0.1:{}\"]\nallow = [\"root\"]\n",
             world.port
         ))?;
@@ -180,6 +200,11 @@ impl Stage {
         self.world.daemon_with(command.args(inner.get_args()))
     }
 
+    /// The binary on the host.
+    fn enforcer(&self, arguments: &[&str]) -> Result<tests::world::Ran> {
+        self.host.enforcer(&self.world, arguments)
+    }
+
     fn to_bus(&self, way: Way, address: &str) -> Result<Attack> {
         Ok(self
             .on_host(way, SocketAddr::new(address.parse()?, PORT))
@@ -198,40 +223,47 @@ impl Stage {
             .option("--netns", &self.host.file().display().to_string())
     }
 
-    /// Ways past a judge that looks at `connect` to an IPv4 address only.
-    fn attacks(&self) -> Result<Vec<(String, Attack)>> {
-        Ok(vec![
+    /// Ways past a judge that looks at `connect` to an IPv4 address only. nftables sees who opened a socket, not who connects it.
+    fn attacks(&self, sees_tasks: bool) -> Result<Vec<(String, Attack)>> {
+        let handed = (
+            format!("a socket that root made, {SERVER4}"),
+            self.to_bus(Way::Plain, SERVER4)?.who(Who::SocketOfRoot),
+        );
+        let mut all = vec![
             (format!("IPv4, {SERVER4}"), self.to_bus(Way::Plain, SERVER4)?),
             (
                 format!("IPv4-mapped IPv6, ::ffff:{SERVER4}"),
                 self.to_bus(Way::Mapped, SERVER4)?,
             ),
             (format!("IPv6, {SERVER6}"), self.to_bus(Way::Plain, SERVER6)?),
-            (
-                format!("a socket that root made, {SERVER4}"),
-                self.to_bus(Way::Plain, SERVER4)?.who(Who::SocketOfRoot),
-            ),
             (format!("io_uring, {SERVER6}"), self.to_bus(Way::IoUring, SERVER6)?),
             ("127.0.0.1".to_owned(), self.to_monit(Way::Plain)),
             (
                 "0.0.0.0, which lands on 127.0.0.1".to_owned(),
                 self.to_monit(Way::UnspecifiedUnbound),
             ),
-        ])
+        ];
+        all.extend(sees_tasks.then_some(handed));
+        Ok(all)
     }
 
-    fn refused(&self) -> Result<()> {
-        for (what, attack) in self.attacks()? {
+    fn refused(&self, sees_tasks: bool) -> Result<()> {
+        let (error, name) = if sees_tasks {
+            (libc::EPERM, "EPERM")
+        } else {
+            (libc::ECONNREFUSED, "ECONNREFUSED")
+        };
+        for (what, attack) in self.attacks(sees_tasks)? {
             let Outcome { errno, time } = attack.run()?;
             ensure!(
-                errno == Some(libc::EPERM),
-                "uid {NOBODY} by {what}: {errno:?} instead of EPERM"
+                errno == Some(error),
+                "uid {NOBODY} by {what}: {errno:?} instead of {name}"
             );
             ensure!(
                 time < Duration::from_millis(10),
                 "uid {NOBODY} by {what} was refused only after {time:?}"
             );
-            done(&format!("uid {NOBODY} by {what}: EPERM after {} µs", time.as_micros()));
+            done(&format!("uid {NOBODY} by {what}: {name} after {} µs", time.as_micros()));
         }
         Ok(())
     }
@@ -244,7 +276,7 @@ impl Stage {
         ran(command
             .args(words)
             .arg(env::current_exe()?)
-            .arg("client")
+            .arg("--client")
             .env("DEMO_CGROUP", &self.world.cgroup))
     }
 }
