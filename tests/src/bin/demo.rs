@@ -114,12 +114,11 @@ fn show(backend: &str) -> Result<()> {
     done(message.stdout.trim());
 
     let status = stage.enforcer(&["status", "--json"])?.demand(0)?.stdout;
-    let taken = serde_json::from_str::<serde_json::Value>(&status)?["backend"].clone();
+    let status: serde_json::Value = serde_json::from_str(&status)?;
+    let taken = status.get("backend").and_then(serde_json::Value::as_str);
+    let taken = taken.unwrap_or_default();
     let sees_tasks = taken != "nftables";
-    step(&format!(
-        "Everybody else: refused at once, by {}",
-        taken.as_str().unwrap_or_default()
-    ));
+    step(&format!("Everybody else: refused at once, by {taken}"));
     stage.refused(sees_tasks)?;
 
     step("enforcer events");
