@@ -1,5 +1,8 @@
 //! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
 
+mod capabilities;
+mod trace;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     io,
@@ -8,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya_log::EbpfLogger;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -216,9 +218,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
     let addresses = readable(addresses).map_err(failed("watch addresses"))?;
     let mut denials = readable(daemon.kernel.events()?).map_err(failed("watch the ring buffer"))?;
-    if tracing::enabled!(tracing::Level::TRACE) {
-        trace_programs(&mut daemon.kernel);
-    }
+    trace::start(&mut daemon.kernel);
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
 
@@ -296,12 +296,7 @@ impl Daemon {
         for (name, addresses) in &known {
             names.seed(name, addresses);
         }
-        let level = if tracing::enabled!(tracing::Level::TRACE) {
-            TRACE_IN_KERNEL
-        } else {
-            0
-        };
-        let kernel = Kernel::take_over(&settings.pin_dir, &wanted.cgroup, stays, level)?;
+        let kernel = Kernel::take_over(&settings.pin_dir, &wanted.cgroup, stays, trace::level())?;
         let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
             action: "list this host's addresses",
             error,
@@ -383,7 +378,7 @@ impl Daemon {
     fn ready(&mut self) -> Result<(), DaemonError> {
         let observed = self.kernel.observe()?;
         self.kernel.trim_memory();
-        drop_capabilities()?;
+        capabilities::reduce()?;
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
             observed.generation,
@@ -625,9 +620,6 @@ impl Daemon {
     }
 }
 
-/// aya-log's number for the level trace.
-const TRACE_IN_KERNEL: u8 = 5;
-
 async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, replies: mpsc::Sender<Reply>) {
     for line in kept {
         if replies.send(Reply::Event(line)).await.is_err() {
@@ -647,20 +639,6 @@ async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, r
     }
 }
 
-/// Shows what the programs log; at any other level they are loaded without that code.
-fn trace_programs(kernel: &mut Kernel) {
-    let logger = EbpfLogger::init(kernel.programs()).map_err(|error| error.to_string());
-    match logger.and_then(|logger| readable(logger).map_err(|error| error.to_string())) {
-        Ok(mut logger) => drop(tokio::spawn(async move {
-            while let Ok(mut guard) = logger.readable_mut().await {
-                guard.get_inner_mut().flush();
-                guard.clear_ready();
-            }
-        })),
-        Err(error) => warn!("the programs' trace cannot be shown: {error}"),
-    }
-}
-
 /// Lets the loop wait for a descriptor. Its owner moves into the result, so that it cannot be closed meanwhile.
 #[allow(
     deprecated,
@@ -668,34 +646,4 @@ fn trace_programs(kernel: &mut Kernel) {
 )]
 fn readable<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(owner, Interest::READABLE)
-}
-
-/// Keeps what loading and attaching again needs, and nothing else, for us and for whatever we might ever run.
-fn drop_capabilities() -> Result<(), DaemonError> {
-    use caps::{CapSet, Capability};
-    let failed = |error: caps::errors::CapsError| DaemonError::Io {
-        action: "drop capabilities",
-        error: io::Error::other(error),
-    };
-    // Kernels before 5.8 know neither CAP_BPF nor CAP_PERFMON: CAP_SYS_ADMIN is what they ask for.
-    let supported = caps::runtime::procfs_all_supported(None).map_err(failed)?;
-    let wanted = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
-    if !wanted.iter().all(|capability| supported.contains(capability)) {
-        return Ok(());
-    }
-    let held = caps::read(None, CapSet::Permitted).map_err(failed)?;
-    let keep: caps::CapsHashSet = wanted
-        .into_iter()
-        .filter(|capability| held.contains(capability))
-        .collect();
-    if held.contains(&Capability::CAP_SETPCAP) {
-        for capability in supported.difference(&keep) {
-            caps::drop(None, CapSet::Bounding, *capability).map_err(failed)?;
-        }
-    }
-    caps::clear(None, CapSet::Ambient).map_err(failed)?;
-    caps::set(None, CapSet::Inheritable, &caps::CapsHashSet::new()).map_err(failed)?;
-    caps::set(None, CapSet::Effective, &keep).map_err(failed)?;
-    caps::set(None, CapSet::Permitted, &keep).map_err(failed)?;
-    nix::sys::prctl::set_no_new_privs().map_err(|error| failed(caps::errors::CapsError::from(error.to_string())))
 }
