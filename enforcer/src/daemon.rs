@@ -1,5 +1,9 @@
 //! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
 
+mod capabilities;
+mod drift;
+mod trace;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     io,
@@ -8,7 +12,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya_log::EbpfLogger;
 use tokio::{
     io::{
         Interest,
@@ -20,8 +23,9 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
+use self::drift::Drift;
 use crate::{
-    backend::{BackendError, Enforcement, Kernel, Start, ebpf::Events, nftables},
+    backend::{BackendError, Enforcement, Start, ebpf::Events, nftables},
     config::{Config, ConfigError},
     control::{self, Call, ControlError, Reply, Request},
     events::{self, Line, Lost},
@@ -187,38 +191,6 @@ struct Applied {
     resolved: Resolved,
 }
 
-/// How often others took our rules away lately: who fights us is not fought without pause (F5).
-#[derive(Debug, Default)]
-struct Drift {
-    /// In a row, each soon after the one before.
-    repeats: u32,
-    last: Option<Instant>,
-}
-
-impl Drift {
-    /// Two that are further apart have nothing to do with each other; as long is `status` degraded.
-    const MEMORY: Duration = Duration::from_secs(30);
-    /// So many in a row are mended at once.
-    const AT_ONCE: u32 = 5;
-
-    fn happened(&mut self, now: Instant) {
-        self.repeats = if self.is_recent(now) { self.repeats + 1 } else { 1 };
-        self.last = Some(now);
-    }
-
-    fn is_recent(&self, now: Instant) -> bool {
-        self.last.is_some_and(|last| now.duration_since(last) < Self::MEMORY)
-    }
-
-    /// Whether to leave things as they are for now: 1, 2, 4, 8, at most 16 s after the last time.
-    fn rests(&self, now: Instant) -> bool {
-        let Some((last, over)) = self.last.zip(self.repeats.checked_sub(Self::AT_ONCE)) else {
-            return false;
-        };
-        now.duration_since(last) < Duration::from_secs(1 << over.min(4))
-    }
-}
-
 struct Waiting {
     round: u64,
     names: BTreeSet<Name>,
@@ -259,10 +231,8 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let changes = nftables::Changes::subscribe()
         .ok()
         .and_then(|changes| readable(changes).ok());
-    if tracing::enabled!(tracing::Level::TRACE)
-        && let Some(kernel) = daemon.enforcement.kernel()
-    {
-        trace_programs(kernel);
+    if let Some(kernel) = daemon.enforcement.kernel() {
+        trace::start(kernel);
     }
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
@@ -357,11 +327,7 @@ impl Daemon {
         for (name, addresses) in &known {
             names.seed(name, addresses);
         }
-        let level = if tracing::enabled!(tracing::Level::TRACE) {
-            TRACE_IN_KERNEL
-        } else {
-            0
-        };
+        let level = trace::level();
         let enforcement = Enforcement::take_over(Start {
             settings,
             cgroup: &wanted.cgroup,
@@ -496,7 +462,7 @@ impl Daemon {
         if let Some(kernel) = self.enforcement.kernel() {
             kernel.trim_memory();
         }
-        drop_capabilities()?;
+        capabilities::reduce()?;
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
             observed.generation,
@@ -764,9 +730,6 @@ impl Daemon {
     }
 }
 
-/// aya-log's number for the level trace.
-const TRACE_IN_KERNEL: u8 = 5;
-
 async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, replies: mpsc::Sender<Reply>) {
     for line in kept {
         if replies.send(Reply::Event(line)).await.is_err() {
@@ -783,20 +746,6 @@ async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, r
         if replies.send(Reply::Event(line)).await.is_err() {
             return;
         }
-    }
-}
-
-/// Shows what the programs log; at any other level they are loaded without that code.
-fn trace_programs(kernel: &mut Kernel) {
-    let logger = EbpfLogger::init(kernel.programs()).map_err(|error| error.to_string());
-    match logger.and_then(|logger| readable(logger).map_err(|error| error.to_string())) {
-        Ok(mut logger) => drop(tokio::spawn(async move {
-            while let Ok(mut guard) = logger.readable_mut().await {
-                guard.get_inner_mut().flush();
-                guard.clear_ready();
-            }
-        })),
-        Err(error) => warn!("the programs' trace cannot be shown: {error}"),
     }
 }
 
@@ -823,34 +772,4 @@ async fn ready_to_take<T: AsRawFd>(source: Option<&mut AsyncFd<T>>) -> Option<io
 )]
 fn readable<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(owner, Interest::READABLE)
-}
-
-/// Keeps what loading and attaching again needs, and nothing else, for us and for whatever we might ever run.
-fn drop_capabilities() -> Result<(), DaemonError> {
-    use caps::{CapSet, Capability};
-    let failed = |error: caps::errors::CapsError| DaemonError::Io {
-        action: "drop capabilities",
-        error: io::Error::other(error),
-    };
-    // Kernels before 5.8 know neither CAP_BPF nor CAP_PERFMON: CAP_SYS_ADMIN is what they ask for.
-    let supported = caps::runtime::procfs_all_supported(None).map_err(failed)?;
-    let wanted = [Capability::CAP_BPF, Capability::CAP_PERFMON, Capability::CAP_NET_ADMIN];
-    if !wanted.iter().all(|capability| supported.contains(capability)) {
-        return Ok(());
-    }
-    let held = caps::read(None, CapSet::Permitted).map_err(failed)?;
-    let keep: caps::CapsHashSet = wanted
-        .into_iter()
-        .filter(|capability| held.contains(capability))
-        .collect();
-    if held.contains(&Capability::CAP_SETPCAP) {
-        for capability in supported.difference(&keep) {
-            caps::drop(None, CapSet::Bounding, *capability).map_err(failed)?;
-        }
-    }
-    caps::clear(None, CapSet::Ambient).map_err(failed)?;
-    caps::set(None, CapSet::Inheritable, &caps::CapsHashSet::new()).map_err(failed)?;
-    caps::set(None, CapSet::Effective, &keep).map_err(failed)?;
-    caps::set(None, CapSet::Permitted, &keep).map_err(failed)?;
-    nix::sys::prctl::set_no_new_privs().map_err(|error| failed(caps::errors::CapsError::from(error.to_string())))
 }

@@ -15,8 +15,8 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::{
-    Asker,
     image::{Image, Loader, PrefixKey, canonical_words, lower},
+    observe::Asker,
 };
 use crate::{
     policy::{CgroupPath, Destination, Dns, Endpoint, Mode, Policy, Principal, Protocol, Target, Uid, Unresolved},

@@ -1,0 +1,176 @@
+//! The links: each hook's program attached to the cgroup, pinned, kept so, and replaced in place.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use aya::programs::CgroupSockAddr;
+
+use super::{BackendError, Kernel, maps_name, short, sys};
+
+/// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
+pub(super) const HOOKS: [Hook; 4] = [
+    Hook {
+        name: "connect4",
+        attach_type: 10,
+        udp_only: false,
+    },
+    Hook {
+        name: "connect6",
+        attach_type: 11,
+        udp_only: false,
+    },
+    Hook {
+        name: "sendmsg4",
+        attach_type: 14,
+        udp_only: true,
+    },
+    Hook {
+        name: "sendmsg6",
+        attach_type: 15,
+        udp_only: true,
+    },
+];
+
+/// Where a program runs.
+pub(super) struct Hook {
+    pub(super) name: &'static str,
+    pub(super) attach_type: u32,
+    /// Attached only while some target asks for UDP.
+    pub(super) udp_only: bool,
+}
+
+impl Kernel {
+    /// Finds out whether a program loads and attaches here; what it attaches is gone at once, and judges nothing.
+    pub fn try_out(&mut self) -> Result<(), BackendError> {
+        let [hook, ..] = &HOOKS;
+        if !self.pins.path(hook.name).exists() {
+            self.create_link(hook)?;
+            self.links_made = 0;
+        }
+        Ok(())
+    }
+
+    /// Attaches the hooks that have no link yet. Before the flip: they judge by what is in force.
+    pub(super) fn attach_missing(&mut self, udp: bool) -> Result<(), BackendError> {
+        for hook in HOOKS.iter().filter(|hook| udp || !hook.udp_only) {
+            if !self.pins.path(hook.name).exists() {
+                let link = self.create_link(hook)?;
+                self.pin_link(link.as_fd(), hook.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes every wanted link run this program on this cgroup, and removes the others. After the flip: a link that
+    /// runs a program with maps of another ABI goes on with those until ours are in force.
+    pub(super) fn attach(&mut self, udp: bool) -> Result<(), BackendError> {
+        self.udp = udp;
+        self.attach_missing(udp)?;
+        for hook in &HOOKS {
+            if hook.udp_only && !udp {
+                self.pins.remove(hook.name)?;
+                continue;
+            }
+            let path = self.pins.path(hook.name);
+            let failed = |error| BackendError::Io {
+                action: "open link",
+                object: path.clone(),
+                error,
+            };
+            let link = sys::open_pin(&path).map_err(failed)?;
+            let wanted = self.program_id(hook)?;
+            let info = sys::link_info(link.as_fd()).map_err(failed)?;
+            if info.cgroup != self.cgroup_id || info.attach_type != hook.attach_type {
+                // Another cgroup, or detached: a new link first, then its pin over the old one, so that none is missing.
+                let new = self.create_link(hook)?;
+                let aside = format!("new_{}", hook.name);
+                self.pins.remove(&aside)?;
+                self.pin_link(new.as_fd(), &aside)?;
+                std::fs::rename(self.pins.path(&aside), &path).map_err(|error| BackendError::Io {
+                    action: "rename link to",
+                    object: path.clone(),
+                    error,
+                })?;
+            } else if info.program != wanted {
+                let program = self.program_fd(hook)?;
+                sys::link_update(link.as_fd(), program.as_fd()).map_err(|error| self.attach_error(hook, error))?;
+                if sys::link_info(link.as_fd()).map_err(failed)?.program != wanted {
+                    return Err(self.attach_error(hook, io::Error::other("the link kept its old program"))); // F3
+                }
+            }
+        }
+        self.remove_old_maps()
+    }
+
+    fn create_link(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
+        let program = self.program_fd(hook)?;
+        self.links_made += 1;
+        sys::link_create(program.as_fd(), self.cgroup_fd.as_fd(), hook.attach_type)
+            .map_err(|error| self.attach_error(hook, error))
+    }
+
+    fn pin_link(&self, link: BorrowedFd<'_>, name: &str) -> Result<(), BackendError> {
+        let path = self.pins.path(name);
+        sys::pin(link, &path).map_err(|error| BackendError::Io {
+            action: "pin link",
+            object: path,
+            error,
+        })
+    }
+
+    /// The program of a hook, loaded when first asked for.
+    fn program(&mut self, hook: &Hook) -> Result<&mut CgroupSockAddr, BackendError> {
+        let failed = |source| BackendError::Load {
+            program: hook.name,
+            source,
+        };
+        let program = self
+            .programs
+            .program_mut(hook.name)
+            .ok_or_else(|| failed("not in the object".into()))?;
+        let program: &mut CgroupSockAddr = program.try_into().map_err(|error| failed(Box::from(error)))?;
+        if program.fd().is_err() {
+            program.load().map_err(|error| failed(Box::from(short(&error))))?;
+        }
+        Ok(program)
+    }
+
+    fn program_fd(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
+        let program = self.program(hook)?;
+        let fd = program.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?));
+        fd.map_err(|error| BackendError::Load {
+            program: hook.name,
+            source: Box::from(error),
+        })
+    }
+
+    fn program_id(&mut self, hook: &Hook) -> Result<u32, BackendError> {
+        let info = self.program(hook)?.info();
+        Ok(info
+            .map_err(|error| BackendError::Load {
+                program: hook.name,
+                source: Box::from(error),
+            })?
+            .id())
+    }
+
+    fn attach_error(&self, hook: &Hook, error: io::Error) -> BackendError {
+        BackendError::Attach {
+            hook: hook.name,
+            cgroup: self.cgroup.clone(),
+            error,
+        }
+    }
+
+    /// Maps of another ABI are of no use once every link runs a program of this one.
+    fn remove_old_maps(&self) -> Result<(), BackendError> {
+        for name in self.pins.list()? {
+            if name.starts_with("maps_v") && name != maps_name() {
+                self.pins.remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+}
