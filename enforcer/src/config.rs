@@ -60,6 +60,8 @@ pub struct Config {
 pub struct Settings {
     /// What enforces.
     pub backend: Backend,
+    /// What becomes of connections that are older than the rules.
+    pub existing: Existing,
     /// Whose descendants are judged; `None` means the root of the cgroup v2 mount found.
     pub cgroup: Option<PathBuf>,
     /// The directory of our pins, below a bpffs.
@@ -77,6 +79,15 @@ pub enum Backend {
     Auto,
     /// eBPF at `connect`, or nothing.
     Ebpf,
+}
+
+/// What becomes of connections that are older than the rules that would refuse them (D9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Existing {
+    /// They are reported, and stay.
+    Report,
+    /// They are reported and destroyed.
+    Cut,
 }
 
 /// A section `[target.NAME]`.
@@ -174,6 +185,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             backend: Backend::Auto,
+            existing: Existing::Report,
             cgroup: None,
             pin_dir: "/sys/fs/bpf/enforcer".into(),
             state_dir: "/var/lib/enforcer".into(),
@@ -187,6 +199,15 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Auto => "auto",
             Self::Ebpf => "ebpf",
+        })
+    }
+}
+
+impl fmt::Display for Existing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Report => "report",
+            Self::Cut => "cut",
         })
     }
 }

@@ -9,6 +9,7 @@ pub mod neighbours;
 pub mod retention;
 pub mod subjects;
 pub mod surfaces;
+pub mod sweep;
 
 use anyhow::Result;
 
@@ -28,6 +29,7 @@ pub fn all() -> Vec<Case> {
         retention::cases(),
         subjects::cases(),
         surfaces::cases(),
+        sweep::cases(),
     ]
     .into_iter()
     .flatten()

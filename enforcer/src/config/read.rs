@@ -15,7 +15,7 @@ use toml::{
 };
 
 use super::{
-    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Line, MAX_REFRESH, MAX_RETAIN, MAX_SOCKET_PATH,
+    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Existing, Line, MAX_REFRESH, MAX_RETAIN, MAX_SOCKET_PATH,
     MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
 use crate::policy::{Dns, Mode, Unresolved};
@@ -31,6 +31,7 @@ const TOP: Keys = Keys {
     known: &[
         "mode",
         "backend",
+        "existing",
         "cgroup",
         "pin_dir",
         "state_dir",
@@ -38,7 +39,7 @@ const TOP: Keys = Keys {
         "dns",
         "target",
     ],
-    later: &["existing", "forward", "nft_table", "bosh"],
+    later: &["forward", "nft_table", "bosh"],
 };
 const DNS: Keys = Keys {
     known: &["min_refresh", "max_refresh", "retain", "unresolved"],
@@ -301,8 +302,12 @@ fn settings(top: &Section<'_, '_>) -> Result<Settings, Fault> {
         }
         (Some(None) | None, _) => default.backend,
     };
+    let existing = [("report", Existing::Report), ("cut", Existing::Cut)];
     Ok(Settings {
         backend,
+        existing: top
+            .choice("existing", &existing, "\"report\" or \"cut\"")?
+            .unwrap_or(default.existing),
         cgroup: path(top, "cgroup", |_| None)?,
         pin_dir: path(top, "pin_dir", pin_dir)?.unwrap_or(default.pin_dir),
         state_dir: path(top, "state_dir", |_| None)?.unwrap_or(default.state_dir),

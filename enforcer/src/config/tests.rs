@@ -13,6 +13,7 @@ fn parse(text: &str) -> Result<Config, String> {
 const WHOLE: &str = r#"
 mode = "audit"
 backend = "ebpf"
+existing = "cut"
 cgroup = "/sys/fs/cgroup/x"
 pin_dir = "/sys/fs/bpf/x"
 state_dir = "/var/lib/x"
@@ -54,6 +55,7 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("[dns]\nmin_refresh = \"2m\"", 2, "min_refresh"),
         ("[dns]\nnegative = \"1s\"", 2, "negative"),
         ("forward = \"allow\"", 1, "forward"),
+        ("existing = \"drop\"", 1, "existing"),
         ("[bosh]\ndir = \"/x\"", 1, "bosh"),
         ("backend = \"both\"", 1, "both"),
         ("[target.x]\nendpoints = []\nallow = []\ngrants = true", 4, "grants"),

@@ -69,8 +69,8 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
     ),
     (
         "later_key",
-        "existing = \"cut\"\n[target.main]\nendpoints = []\nallow = []\n",
-        &["existing", "toml:5"],
+        "forward = \"allow\"\n[target.main]\nendpoints = []\nallow = []\n",
+        &["forward", "toml:5"],
     ),
     (
         "later_backend",
