@@ -15,8 +15,8 @@ use toml::{
 };
 
 use super::{
-    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Existing, Line, MAX_REFRESH, MAX_RETAIN, MAX_SOCKET_PATH,
-    MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
+    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Existing, Line, MAX_REFRESH, MAX_RETAIN,
+    MAX_SOCKET_PATH, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
 use crate::policy::{Dns, Mode, Unresolved};
 

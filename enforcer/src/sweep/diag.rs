@@ -18,7 +18,7 @@ use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols:
 use super::{Connection, Listener, State, SweepError};
 use crate::policy::{Protocol, Uid};
 
-/// The kernel fills at most so much at once (`max_recvmsg_len` in net/netlink/af_netlink.c), some hundred sockets.
+/// The kernel fills at most so much at once (`max_recvmsg_len` in `net/netlink/af_netlink.c`), some hundred sockets.
 const CHUNK: usize = 32 << 10;
 
 /// The socket's cgroup v2 id, 8 bytes; since Linux 5.9 (`include/uapi/linux/inet_diag.h`).
@@ -82,19 +82,15 @@ pub(super) async fn cut(connection: &Connection) -> Result<bool, SweepError> {
         },
     };
     let destroy = SockDiagDestroy::new(SockDiagMessage::InetRequest(request));
-    let mut answered = Ok(());
-    let asked = ask(destroy, NLM_F_REQUEST | NLM_F_ACK, |_| {}).await;
-    if let Err(error) = asked {
-        answered = match error.raw_os_error() {
-            Some(libc::ENOENT) => return Ok(false),
-            Some(_) | None => Err(error),
-        };
+    match ask(destroy, NLM_F_REQUEST | NLM_F_ACK, |_| {}).await {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(SweepError::Cut {
+            protocol,
+            remote,
+            error,
+        }),
     }
-    answered.map(|()| true).map_err(|error| SweepError::Cut {
-        protocol,
-        remote,
-        error,
-    })
 }
 
 fn family(v6: bool) -> u8 {

@@ -10,20 +10,17 @@ use std::{
 
 use enforcer_ebpf::Verdict;
 use tokio::sync::{Notify, mpsc};
+use tracing::debug;
 
-use super::{Cgroups, Connection, Doubt, Found, Listener, SweepError, diag, judge, principal_cgroups, without_accepted};
-use crate::{
-    config::Existing,
-    events, host,
-    policy::Protocol,
-    ruleset::RuleSet,
-    status::ExistingStatus,
+use super::{
+    Cgroups, Connection, Doubt, Found, Listener, SweepError, diag, judge, principal_cgroups, without_accepted,
 };
+use crate::{config::Existing, events, host, policy::Protocol, ruleset::RuleSet, status::ExistingStatus};
 
 /// A call that was judged just before the rules changed may become a connection just after they were swept.
 const RECHECK: Duration = Duration::from_secs(1);
 /// How often what was found is looked at again, and what failed tried again.
-const AGAIN: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_mins(1);
 /// The share of time that sweeping may take: a part in so many.
 const SHARE: u32 = 5;
 /// Most connections that one round keeps in memory, to report and to cut; where more were found and cut, another follows.
@@ -167,9 +164,12 @@ impl Rounds {
         });
         let mut found = Vec::new();
         let mut more = 0_u64;
+        let mut seen = 0_u64;
+        let started = Instant::now();
         let protocols = protocols(&job.rules);
         for (protocol, v6) in protocols {
             let listed = diag::connections(protocol, v6, |connection| {
+                seen += 1;
                 if let Some(one) = judge(&job.rules, &cgroups, &connection) {
                     if found.len() < MAX_FOUND {
                         found.push(one);
@@ -180,6 +180,12 @@ impl Rounds {
             });
             listed.await.unwrap_or_else(&mut note);
         }
+        debug!(
+            "swept {seen} connections by generation {} in {:?}: {} against it",
+            job.generation,
+            started.elapsed(),
+            found.len() as u64 + more
+        );
         let found = if found.is_empty() {
             found
         } else {

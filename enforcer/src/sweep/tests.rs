@@ -121,7 +121,13 @@ fn what_may_be_the_kernels_is_not_refused_where_the_kernel_may() {
             state,
             ..root.clone()
         };
-        check("closed, perhaps by an allowed user", vec![user(9)], &all, &closed, "allowed");
+        check(
+            "closed, perhaps by an allowed user",
+            vec![user(9)],
+            &all,
+            &closed,
+            "allowed",
+        );
         let ninth = Connection { uid: Uid(9), ..closed };
         check("closed by a user who may not", vec![user(0)], &all, &ninth, "a user's");
     }
@@ -141,13 +147,16 @@ fn cgroups_decide_where_they_are_known() {
     check("beside", vec![within(0, 8)], &all, &root, "a user's");
     check("another user below", vec![within(9, 5)], &all, &root, "a user's");
     for cgroup in [None, Some(99)] {
-        let unknown = Connection {
-            cgroup,
-            ..root.clone()
-        };
+        let unknown = Connection { cgroup, ..root.clone() };
         check("unknown", vec![within(0, 5)], &all, &unknown, "in doubt");
         check("unknown, and no matter", vec![within(9, 5)], &all, &unknown, "a user's");
-        check("perhaps not judged", vec![user(9)], &tree(Some(5)), &unknown, "in doubt");
+        check(
+            "perhaps not judged",
+            vec![user(9)],
+            &tree(Some(5)),
+            &unknown,
+            "in doubt",
+        );
     }
     check("judged", vec![user(9)], &tree(Some(5)), &root, "a user's");
     check("not judged", vec![user(9)], &tree(Some(8)), &root, "allowed");
@@ -216,7 +225,7 @@ proptest! {
             std::net::IpAddr::from([10, 0, 0, last])
         };
         let mut rules = rules(Vec::new());
-        rules.targets = vec![rules.targets[0].clone(), rules.targets[0].clone()];
+        rules.targets.extend(rules.targets.clone());
         rules.places = nets
             .into_iter()
             .filter_map(|(last, length, v6, port, bits)| {

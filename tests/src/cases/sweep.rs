@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{Case, case};
 use crate::{
     attack::Way,
-    world::{Attack, Held, NOBODY, Netns, World, binary, until},
+    world::{Held, NOBODY, Netns, World, binary, until},
 };
 
 /// Ways that leave a socket of another kind behind.
@@ -134,7 +134,10 @@ fn cut(way: Way, v6: bool) -> Result<()> {
     root.stays()?;
     let events = events(&world)?;
     ensure!(
-        events.len() == 1 && events.iter().all(|event| event["action"] == "cut" && event["uid"] == NOBODY),
+        events.len() == 1
+            && events
+                .iter()
+                .all(|event| event["action"] == "cut" && event["uid"] == NOBODY),
         "{events:?}"
     );
     ensure!(world.status()?["state"] == "enforcing", "{}", world.status()?);
@@ -178,7 +181,13 @@ fn half_open() -> Result<()> {
     for address in addresses {
         let address = address.to_string();
         home.ip(&[
-            "neighbour", "add", &address, "lladdr", "02:00:00:00:00:09", "dev", "veth0",
+            "neighbour",
+            "add",
+            &address,
+            "lladdr",
+            "02:00:00:00:00:09",
+            "dev",
+            "veth0",
         ])?;
     }
     // Fast open without a cookie, so that `connect` alone sends nothing (ip-sysctl).
@@ -245,8 +254,7 @@ fn cgroups() -> Result<()> {
 fn others() -> Result<()> {
     let world = World::new()?;
     let listener = quiet(world.here())?;
-    let elsewhere = world.attack(NOBODY).anywhere();
-    let mut elsewhere = elsewhere.hold()?;
+    let mut elsewhere = world.attack(NOBODY).anywhere().hold()?;
     // A caller whose own port is the endpoint's: the end that accepted it has an endpoint as its remote end.
     let server = TcpListener::bind((world.address(), 0))?;
     let endpoint = SocketAddr::new(world.address(), world.port + 1);
@@ -261,10 +269,7 @@ fn others() -> Result<()> {
         &world.cgroup,
         &format!("existing = \"cut\"\n[target.main]\nendpoints = {endpoints:?}\nallow = []\n"),
     )?;
-    let inside = {
-        let attack: Attack = world.attack(NOBODY);
-        attack.hold()?
-    };
+    let inside = world.attack(NOBODY).hold()?;
     let daemon = world.daemon()?;
     inside.is_cut()?;
     found(&world, 0)?;
@@ -273,8 +278,6 @@ fn others() -> Result<()> {
     drop(daemon);
     // Judging all cgroups, only what may have been accepted stays.
     let mount = crate::world::cgroup_mount()?;
-    let top = world.path("pins-are-other");
-    drop(top);
     world.configure_on(
         &mount,
         &format!("existing = \"cut\"\n[target.main]\nendpoints = {endpoints:?}\nallow = [99999]\n"),
@@ -288,7 +291,7 @@ fn others() -> Result<()> {
         kept["action"] == "kept" && kept["remote"] == endpoint.to_string(),
         "{existing}"
     );
-    ensure!(TcpStream::from(accepted.try_clone()?).take_error()?.is_none(), "it was cut");
+    ensure!(accepted.take_error()?.is_none(), "it was cut");
     foreign.0.stays()?;
     drop((listener, accepted, caller));
     Ok(())
@@ -323,7 +326,7 @@ fn reload() -> Result<()> {
     root.stays()
 }
 
-/// More than one round keeps in memory, made in a namespace with a daemon of its own.
+/// More than one round keeps in memory.
 fn many() -> Result<()> {
     const MANY: usize = 6000;
     let world = World::new()?;
@@ -331,11 +334,16 @@ fn many() -> Result<()> {
     let (_, limit) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, limit, limit)?;
     let to = world.here();
+    // A backlog is no longer than `net.core.somaxconn`.
+    let accepting = std::thread::spawn(move || listener.incoming().take(MANY).collect::<std::io::Result<Vec<_>>>());
     let held = crate::attack::as_user(NOBODY, move || {
         (0..MANY)
             .map(|_| TcpStream::connect(to))
             .collect::<std::io::Result<Vec<_>>>()
     })??;
+    let accepted = accepting
+        .join()
+        .map_err(|_| anyhow::anyhow!("the listener's thread panicked"))??;
     let mount = crate::world::cgroup_mount()?;
     let target = format!("[target.main]\nendpoints = [\"tcp://{to}\"]\nallow = [\"root\"]\n");
     world.configure_on(&mount, &target)?;
@@ -353,6 +361,6 @@ fn many() -> Result<()> {
     for stream in &held {
         ensure!(stream.take_error()?.is_some(), "one stayed");
     }
-    drop(listener);
+    drop(accepted);
     Ok(())
 }
