@@ -60,6 +60,8 @@ pub struct Config {
 pub struct Settings {
     /// What enforces.
     pub backend: Backend,
+    /// What becomes of connections that are older than the rules.
+    pub existing: Existing,
     /// Whose descendants are judged; `None` means the root of the cgroup v2 mount found.
     pub cgroup: Option<PathBuf>,
     /// What becomes of connections to an endpoint that this host forwards, with nftables.
@@ -98,6 +100,15 @@ pub enum Forward {
 
 /// Longest name of a table (F7).
 pub const MAX_TABLE_NAME: usize = 64;
+
+/// What becomes of connections that are older than the rules that would refuse them (D9).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Existing {
+    /// They are reported, and stay.
+    Report,
+    /// They are reported and destroyed.
+    Cut,
+}
 
 /// A section `[target.NAME]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -194,6 +205,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             backend: Backend::Auto,
+            existing: Existing::Report,
             cgroup: None,
             forward: Forward::Refuse,
             pin_dir: "/sys/fs/bpf/enforcer".into(),
@@ -220,6 +232,15 @@ impl fmt::Display for Forward {
         f.write_str(match self {
             Self::Refuse => "refuse",
             Self::Allow => "allow",
+        })
+    }
+}
+
+impl fmt::Display for Existing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Report => "report",
+            Self::Cut => "cut",
         })
     }
 }

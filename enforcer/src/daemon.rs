@@ -34,7 +34,8 @@ use crate::{
     resolve::{Answer, LOOKUP_TIMEOUT, Names, Outcome, lookup},
     ruleset::{CompileError, Host, Resolved, compile},
     state,
-    status::{Context, Status, status},
+    status::{Context, ExistingStatus, Status, status},
+    sweep::{self, Job, Jobs},
 };
 
 /// How often links and cgroups are looked at.
@@ -182,6 +183,10 @@ struct Daemon {
     reload_fault: Option<String>,
     state_fault: Option<String>,
     saved: Resolved,
+    /// What is to be swept by (D9), and what came of it.
+    sweeps: Jobs,
+    existing: Option<ExistingStatus>,
+    sweep_fault: Option<String>,
 }
 
 /// What the rule set in force was made from, besides the policy.
@@ -206,6 +211,9 @@ pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
     }
     daemon.apply_now()?;
     daemon.enforcement.retire(&daemon.wanted.config.settings);
+    if let Some(report) = sweep::once(&daemon.sweeps).await {
+        daemon.swept(report);
+    }
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -236,6 +244,8 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     }
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
+    let (reports, mut swept) = mpsc::channel(1);
+    tokio::spawn(sweep::run(daemon.sweeps.clone(), reports));
 
     // Addresses and literals are in force before any look-up; readiness waits for the names' first answers.
     daemon.apply_now()?;
@@ -290,6 +300,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             _ = tick.tick() => daemon.look_at_host(),
+            Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
                 let reply = result.as_ref().map_or_else(|error| Reply::Error(error.to_string()), |()| Reply::Done);
@@ -358,6 +369,9 @@ impl Daemon {
             reload_fault: None,
             state_fault: None,
             saved: known,
+            sweeps: Jobs::default(),
+            existing: None,
+            sweep_fault: None,
         })
     }
 
@@ -413,7 +427,37 @@ impl Daemon {
             }
             self.saved = resolved;
         }
+        self.sweeps.set(Job {
+            generation,
+            rules,
+            action: self.wanted.config.settings.existing,
+            cgroup: self
+                .enforcement
+                .nftables()
+                .is_none()
+                .then(|| self.wanted.cgroup.clone()),
+            mount: self.wanted.mount.clone(),
+            local: self.host.local.clone(),
+        });
         Ok(generation)
+    }
+
+    /// Takes what a sweep found and did.
+    fn swept(&mut self, report: sweep::Report) {
+        if report.fault != self.sweep_fault
+            && let Some(fault) = &report.fault
+        {
+            error!("{fault}");
+        }
+        self.sweep_fault = report.fault;
+        for existing in report.news {
+            warn!("{existing}");
+            self.publish(Line::Existing(existing));
+        }
+        if report.lost > 0 {
+            self.publish(Line::Lost(Lost::new(report.lost)));
+        }
+        self.existing = Some(report.existing);
     }
 
     /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
@@ -690,6 +734,7 @@ impl Daemon {
             .iter()
             .chain(&self.reload_fault)
             .chain(&self.state_fault)
+            .chain(&self.sweep_fault)
             .cloned()
             .collect();
         for path in self.wanted.policy.cgroups() {
@@ -725,6 +770,7 @@ impl Daemon {
             restored: self.enforcement.restored(),
             names,
             causes,
+            existing: self.existing.clone(),
         };
         status(observed.as_ref().ok(), context)
     }

@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 pub enum Line {
     /// A denial.
     Event(Event),
+    /// A connection older than the rules.
+    Existing(Existing),
     /// Denials that nobody could be told of.
     Lost(Lost),
 }
@@ -58,6 +60,37 @@ pub struct Event {
     /// Destination as judged.
     pub judged: String,
     /// First of the targets that refused.
+    pub target: String,
+    /// Generation of the rule set that decided.
+    pub generation: u64,
+}
+
+/// A connection that the rules would refuse, and that is older than they are (D9).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Existing {
+    /// `enforcer/existing/1`.
+    pub schema: String,
+    /// RFC 3339, UTC, of the sweep that found it.
+    pub time: String,
+    /// `deny` or `would-deny`.
+    pub verdict: String,
+    /// `reported`, `cut`, or `kept` where it was to be cut and was not.
+    pub action: String,
+    /// Why it was kept, or would be.
+    pub reason: Option<String>,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// `established`, `syn-sent`, …
+    pub state: String,
+    /// Our end.
+    pub local: String,
+    /// The endpoint.
+    pub remote: String,
+    /// Owner of the socket; absent for the kernel.
+    pub uid: Option<u32>,
+    /// cgroup v2 id of where the socket was made, if known.
+    pub cgroup_id: Option<u64>,
+    /// First of the targets that refuse.
     pub target: String,
     /// Generation of the rule set that decided.
     pub generation: u64,
@@ -104,7 +137,7 @@ pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
     let time = boot + Duration::from_nanos(record.time);
     Event {
         schema: "enforcer/event/1".to_owned(),
-        time: jiff::Timestamp::try_from(time).map_or_else(|_| String::new(), |time| format!("{time:.6}")),
+        time: rfc3339(time),
         verdict: if record.verdict == Verdict::WouldDeny as u8 {
             "would-deny"
         } else {
@@ -134,7 +167,7 @@ pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
 pub fn read_logged(denial: &Denial, now: SystemTime) -> Event {
     Event {
         schema: "enforcer/event/1".to_owned(),
-        time: jiff::Timestamp::try_from(now).map_or_else(|_| String::new(), |time| format!("{time:.6}")),
+        time: rfc3339(now),
         verdict: if denial.denied { "deny" } else { "would-deny" }.to_owned(),
         backend: "nftables".to_owned(),
         pid: None,
@@ -154,6 +187,11 @@ pub fn read_logged(denial: &Denial, now: SystemTime) -> Event {
     }
 }
 
+/// A time as events and status give it.
+pub(crate) fn rfc3339(time: SystemTime) -> String {
+    jiff::Timestamp::try_from(time).map_or_else(|_| String::new(), |time| format!("{time:.6}"))
+}
+
 /// The time at which `CLOCK_BOOTTIME` was zero, by the wall clock of now.
 pub fn boot_time() -> std::io::Result<SystemTime> {
     let since = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
@@ -164,6 +202,7 @@ impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Event(event) => event.fmt(f),
+            Self::Existing(existing) => existing.fmt(f),
             Self::Lost(lost) => write!(
                 f,
                 "{} denials were lost: they came faster than they were read",
@@ -197,6 +236,22 @@ impl fmt::Display for Event {
             write!(f, " (= {})", self.judged)?;
         }
         write!(f, ", target {}", self.target)
+    }
+}
+
+impl fmt::Display for Existing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} existing ", self.time, self.verdict)?;
+        match self.uid {
+            Some(uid) => write!(f, "uid {uid}")?,
+            None => f.write_str("kernel")?,
+        }
+        write!(
+            f,
+            " {} {} → {} ({}), target {}: {}",
+            self.protocol, self.local, self.remote, self.state, self.target, self.action
+        )?;
+        self.reason.iter().try_for_each(|reason| write!(f, " ({reason})"))
     }
 }
 

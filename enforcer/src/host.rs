@@ -1,7 +1,7 @@
 //! What the rules depend on in this host: its addresses and its cgroups, and word of their changes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs, io,
     net::IpAddr,
     os::{
@@ -81,6 +81,23 @@ pub fn cgroup_path(mount: &Path, id: u64) -> Option<String> {
         );
     }
     None
+}
+
+/// The parent of every cgroup below a mount, by id; the mount's own is itself.
+pub fn cgroup_parents(mount: &Path) -> io::Result<HashMap<u64, u64>> {
+    let root = fs::metadata(mount)?.ino();
+    let mut parents = HashMap::from([(root, root)]);
+    let mut waiting = vec![(mount.to_path_buf(), root)];
+    while let Some((dir, id)) = waiting.pop() {
+        // A cgroup that has just been removed is no fault.
+        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            let Ok(meta) = entry.metadata() else { continue };
+            parents.insert(meta.ino(), id);
+            waiting.push((entry.path(), meta.ino()));
+        }
+    }
+    Ok(parents)
 }
 
 /// This host as it is now; cgroups that do not exist are left out.

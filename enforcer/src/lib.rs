@@ -15,6 +15,7 @@ pub mod backend;
 
 pub mod events;
 pub mod status;
+pub mod sweep;
 
 pub mod control;
 pub mod daemon;

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Observed;
+use crate::{backend::Observed, events};
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +45,9 @@ pub struct Status {
     pub names: Vec<NameStatus>,
     /// Denials that nobody could be told of.
     pub events_lost: u64,
+    /// Connections older than the rules; only the daemon knows them.
+    #[serde(default)]
+    pub existing: Option<ExistingStatus>,
 }
 
 /// The state in a word.
@@ -100,6 +103,23 @@ pub struct NameStatus {
     pub cause: Option<String>,
 }
 
+/// Connections older than the rules that would refuse them, as of the last sweep (D9).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExistingStatus {
+    /// `report` or `cut`.
+    pub action: String,
+    /// When was swept, RFC 3339, UTC.
+    pub time: String,
+    /// By which rule set.
+    pub generation: u64,
+    /// How many there are, cut ones not among them.
+    pub found: u64,
+    /// How many were cut since the daemon started.
+    pub cut: u64,
+    /// The first of those there are.
+    pub connections: Vec<events::Existing>,
+}
+
 /// What only the one who asks knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Context {
@@ -121,6 +141,8 @@ pub struct Context {
     pub names: Vec<NameStatus>,
     /// What else is wrong.
     pub causes: Vec<String>,
+    /// The last sweep.
+    pub existing: Option<ExistingStatus>,
 }
 
 /// Puts both together.
@@ -186,6 +208,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         targets,
         names: context.names,
         events_lost: observed.map_or(0, |observed| observed.lost),
+        existing: context.existing,
     }
 }
 
@@ -251,6 +274,9 @@ impl Status {
                 ),
             );
         }
+        if let Some(existing) = &self.existing {
+            line("existing", &existing.sum());
+        }
         if !self.targets.is_empty() {
             let mut table = table(&["target", "endpoints", "allow", "allowed", "denied", "would deny"]);
             for target in &self.targets {
@@ -278,7 +304,44 @@ impl Status {
             }
             let _ = writeln!(text, "\n{table}");
         }
+        if let Some(existing) = self.existing.as_ref().filter(|existing| existing.found > 0) {
+            let _ = writeln!(text, "\n{}", existing.table());
+        }
         text
+    }
+}
+
+impl ExistingStatus {
+    fn sum(&self) -> String {
+        let now = match self.found {
+            0 => "no connection older than these rules is against them".to_owned(),
+            1 => "1 connection older than these rules is against them".to_owned(),
+            found => format!("{found} connections older than these rules are against them"),
+        };
+        match (self.action.as_str(), self.cut) {
+            ("report", 0) if self.found > 0 => format!("{now}; existing = \"cut\" would cut them"),
+            (_, 0) => now,
+            (_, cut) => format!("{now}; {cut} cut since the daemon started"),
+        }
+    }
+
+    fn table(&self) -> String {
+        let mut table = table(&["existing", "to", "user", "target", "state", ""]);
+        for one in &self.connections {
+            table.add_row([
+                format!("{} {}", one.protocol, one.local),
+                one.remote.clone(),
+                one.uid.map_or_else(|| "kernel".to_owned(), |uid| uid.to_string()),
+                one.target.clone(),
+                one.state.clone(),
+                one.reason.clone().unwrap_or_default(),
+            ]);
+        }
+        let listed = u64::try_from(self.connections.len()).unwrap_or(u64::MAX);
+        match self.found.saturating_sub(listed) {
+            0 => table.to_string(),
+            more => format!("{table}\n… and {more} more"),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 #![allow(unsafe_code, reason = "socket calls in forms that safe wrappers do not offer")]
 
 mod dial;
+mod hold;
 mod subject;
 
 use std::{
@@ -155,6 +156,9 @@ pub struct Attempt {
     /// The listener is another server, which does not send the greeting
     #[arg(long)]
     pub no_greeting: bool,
+    /// Begin to connect, say `held`, hold the socket, and print `errno NUMBER` once it fails
+    #[arg(long)]
+    pub hold: bool,
     /// Destination
     pub destination: SocketAddr,
 }
@@ -166,6 +170,10 @@ pub fn main(attempt: &Attempt) -> io::Result<()> {
     }
     if let Some(netns) = &attempt.netns {
         setns(std::fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
+    }
+    if attempt.hold {
+        become_user(attempt.uid, attempt.uid, attempt.uid)?;
+        return hold::hold(attempt);
     }
     if let Some(rounds) = attempt.rounds {
         become_user(attempt.uid, attempt.uid, attempt.uid)?;

@@ -11,6 +11,7 @@ pub mod parity;
 pub mod retention;
 pub mod subjects;
 pub mod surfaces;
+pub mod sweep;
 
 use anyhow::Result;
 
@@ -32,6 +33,7 @@ pub fn all() -> Vec<Case> {
         retention::cases(),
         subjects::cases(),
         surfaces::cases(),
+        sweep::cases(),
     ]
     .into_iter()
     .flatten()

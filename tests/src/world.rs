@@ -554,6 +554,30 @@ impl Attack {
         Ok(Hammer { child })
     }
 
+    /// Opens the connection, or begins to, in a process that holds it.
+    pub fn hold(&self) -> Result<Held> {
+        let mut command = Command::new(binary("attack")?);
+        command
+            .args(&self.arguments)
+            .arg("--hold")
+            .args(["--uid", &self.uid.to_string()]);
+        if let Some(cgroup) = &self.cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        let mut child = command.arg(self.to.to_string()).stdout(Stdio::piped()).spawn()?;
+        let stdout = child.stdout.take().context("no stdout")?;
+        let (sender, lines) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(io::Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        let held = Held { child, lines };
+        let first = held.lines.recv_timeout(PATIENCE);
+        ensure!(first.as_deref() == Ok("held"), "{self:?} holds nothing: {first:?}");
+        Ok(held)
+    }
+
     /// Fails unless the listener is reached.
     pub fn reaches(&self) -> Result<()> {
         let outcome = self.run()?;
@@ -600,6 +624,53 @@ impl Attack {
 #[derive(Debug)]
 pub struct Hammer {
     child: Child,
+}
+
+/// A process that holds a connection; ended when dropped.
+#[derive(Debug)]
+pub struct Held {
+    child: Child,
+    lines: std::sync::mpsc::Receiver<String>,
+}
+
+impl Held {
+    /// Waits until the connection fails, and says how.
+    pub fn fails(&self) -> Result<i32> {
+        let line = self
+            .lines
+            .recv_timeout(PATIENCE)
+            .context("the connection stays, or its process ended")?;
+        let errno = line.strip_prefix("errno ").with_context(|| line.clone())?;
+        Ok(errno.parse()?)
+    }
+
+    /// Fails unless it was cut.
+    pub fn is_cut(&self) -> Result<()> {
+        let errno = self.fails()?;
+        ensure!(
+            errno == libc::ECONNABORTED || errno == libc::ECONNRESET,
+            "it failed, but by {}",
+            io::Error::from_raw_os_error(errno)
+        );
+        Ok(())
+    }
+
+    /// Fails if it has failed.
+    pub fn stays(&mut self) -> Result<()> {
+        let line = self.lines.try_recv();
+        ensure!(
+            line.is_err() && self.child.try_wait()?.is_none(),
+            "the connection did not stay: {line:?}"
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// What a hammer met.

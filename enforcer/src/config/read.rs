@@ -15,7 +15,7 @@ use toml::{
 };
 
 use super::{
-    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Forward, Line, MAX_REFRESH, MAX_RETAIN,
+    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Existing, Forward, Line, MAX_REFRESH, MAX_RETAIN,
     MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
 use crate::policy::{Dns, Mode, Unresolved};
@@ -31,6 +31,7 @@ const TOP: Keys = Keys {
     known: &[
         "mode",
         "backend",
+        "existing",
         "cgroup",
         "pin_dir",
         "state_dir",
@@ -40,7 +41,7 @@ const TOP: Keys = Keys {
         "dns",
         "target",
     ],
-    later: &["existing", "bosh"],
+    later: &["bosh"],
 };
 const DNS: Keys = Keys {
     known: &["min_refresh", "max_refresh", "retain", "unresolved"],
@@ -292,8 +293,12 @@ fn settings(top: &Section<'_, '_>) -> Result<Settings, Fault> {
     let forward = top
         .choice("forward", &words, "\"refuse\" or \"allow\"")?
         .unwrap_or(default.forward);
+    let existing = [("report", Existing::Report), ("cut", Existing::Cut)];
     Ok(Settings {
         backend,
+        existing: top
+            .choice("existing", &existing, "\"report\" or \"cut\"")?
+            .unwrap_or(default.existing),
         forward,
         cgroup: path(top, "cgroup", |_| None)?,
         pin_dir: path(top, "pin_dir", pin_dir)?.unwrap_or(default.pin_dir),

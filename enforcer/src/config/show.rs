@@ -4,13 +4,13 @@ use humantime::format_duration;
 use serde::{Serialize, Serializer};
 use toml::{Table, Value};
 
-use super::{Allow, Backend, Config, Settings, Target, User};
+use super::{Allow, Backend, Config, Existing, Settings, Target, User};
 use crate::policy::{Dns, Mode, Unresolved};
 
 /// A key of the file: its section, its name, its comment.
 struct Key(&'static str, &'static str, &'static str);
 
-const KEYS: [Key; 12] = [
+const KEYS: [Key; 13] = [
     Key(
         "",
         "mode",
@@ -20,6 +20,11 @@ const KEYS: [Key; 12] = [
         "",
         "backend",
         "\"auto\": ebpf where it works, else nftables; \"ebpf\", \"nftables\", or \"both\" together: that or nothing.",
+    ),
+    Key(
+        "",
+        "existing",
+        "Connections older than the rules that would refuse them: \"report\" them, or \"cut\" them too.",
     ),
     Key(
         "",
@@ -121,6 +126,7 @@ impl Serialize for Config {
 fn root(mode: Mode, settings: &Settings, dns: Dns) -> Table {
     let Settings {
         backend,
+        existing,
         cgroup,
         pin_dir,
         state_dir,
@@ -144,6 +150,7 @@ fn root(mode: Mode, settings: &Settings, dns: Dns) -> Table {
     let mut tree = Table::from_iter([
         text("mode", mode.to_string()),
         text("backend", Backend::to_string(backend)),
+        text("existing", Existing::to_string(existing)),
         text("pin_dir", pin_dir.display().to_string()),
         text("state_dir", state_dir.display().to_string()),
         text("socket", socket.display().to_string()),

@@ -13,6 +13,7 @@ fn parse(text: &str) -> Result<Config, String> {
 const WHOLE: &str = r#"
 mode = "audit"
 backend = "ebpf"
+existing = "cut"
 cgroup = "/sys/fs/cgroup/x"
 pin_dir = "/sys/fs/bpf/x"
 state_dir = "/var/lib/x"
@@ -55,6 +56,7 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("[dns]\nnegative = \"1s\"", 2, "negative"),
         ("forward = \"drop\"", 1, "forward"),
         ("nft_table = \"a-b\"", 1, "nft_table"),
+        ("existing = \"drop\"", 1, "existing"),
         ("[bosh]\ndir = \"/x\"", 1, "bosh"),
         ("backend = \"iptables\"", 1, "nftables"),
         ("[target.x]\nendpoints = []\nallow = []\ngrants = true", 4, "grants"),

@@ -116,18 +116,7 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
             socket.send_to_with_flags(b"x", &SockAddr::from(mapped(to)), libc::MSG_FASTOPEN)?;
         }
         Way::FastOpenConnect => {
-            const TCP_FASTOPEN_CONNECT: i32 = 30;
-            let on = 1_i32;
-            // SAFETY: an int option of the size given.
-            check(unsafe {
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    libc::IPPROTO_TCP,
-                    TCP_FASTOPEN_CONNECT,
-                    std::ptr::from_ref(&on).cast(),
-                    4,
-                )
-            })?;
+            defer(socket)?;
             plain(to)?;
             socket.send(b"x")?;
         }
@@ -164,6 +153,22 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
         | Way::UdpIoUring => dial_udp(attempt, socket)?,
     }
     Ok(started.elapsed())
+}
+
+/// Lets `connect` wait for the first data (man 7 tcp, `TCP_FASTOPEN_CONNECT`).
+pub(super) fn defer(socket: &Socket) -> io::Result<()> {
+    const TCP_FASTOPEN_CONNECT: i32 = 30;
+    let on = 1_i32;
+    // SAFETY: an int option of the size given.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_FASTOPEN_CONNECT,
+            std::ptr::from_ref(&on).cast(),
+            4,
+        )
+    })
 }
 
 pub(super) fn mapped(address: SocketAddr) -> SocketAddr {

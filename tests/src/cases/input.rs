@@ -69,8 +69,13 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
     ),
     (
         "later_key",
-        "existing = \"cut\"\n[target.main]\nendpoints = []\nallow = []\n",
-        &["existing", "toml:7"],
+        "[bosh]
+dir = \"/x\"
+[target.main]
+endpoints = []
+allow = []
+",
+        &["bosh", "toml:7"],
     ),
     (
         "no_backend",

@@ -1,0 +1,201 @@
+//! Connections as the kernel lists them, and their end: `NETLINK_SOCK_DIAG` (man 7 `sock_diag`), in this network namespace only.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+};
+use netlink_packet_sock_diag::{
+    SockDiagDestroy, SockDiagMessage,
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
+};
+use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols::NETLINK_SOCK_DIAG};
+
+use super::{Connection, Listener, State, SweepError};
+use crate::policy::{Protocol, Uid};
+
+/// The kernel fills at most so much at once (`max_recvmsg_len` in `net/netlink/af_netlink.c`), some hundred sockets.
+const CHUNK: usize = 32 << 10;
+
+/// The socket's cgroup v2 id, 8 bytes; since Linux 5.9 (`include/uapi/linux/inet_diag.h`).
+const INET_DIAG_CGROUP_ID: u16 = 21;
+
+/// Hands every connected socket of a protocol and address family to `each`, some hundred between two turns of the loop.
+pub(super) async fn connections(
+    protocol: Protocol,
+    v6: bool,
+    mut each: impl FnMut(Connection),
+) -> Result<(), SweepError> {
+    // TIME-WAIT belongs to nobody, LISTEN has no remote end, CLOSE is no connection.
+    let states = match protocol {
+        Protocol::Tcp => StateFlags::all() - StateFlags::TIME_WAIT - StateFlags::LISTEN - StateFlags::CLOSE,
+        Protocol::Udp => StateFlags::ESTABLISHED,
+    };
+    let dumped = dump(protocol, v6, states, |response| {
+        if let Some(connection) = connection(protocol, response) {
+            each(connection);
+        }
+    });
+    dumped.await.map_err(|error| SweepError::List { protocol, v6, error })
+}
+
+/// Hands every socket that waits for others to `each`: listening, for UDP bound and not connected.
+pub(super) async fn listeners(protocol: Protocol, v6: bool, mut each: impl FnMut(Listener)) -> Result<(), SweepError> {
+    let states = match protocol {
+        Protocol::Tcp => StateFlags::LISTEN,
+        Protocol::Udp => StateFlags::CLOSE,
+    };
+    let dumped = dump(protocol, v6, states, |response| {
+        let id = &response.header.socket_id;
+        each(Listener {
+            protocol,
+            at: SocketAddr::new(id.source_address, id.source_port),
+        });
+    });
+    dumped.await.map_err(|error| SweepError::List { protocol, v6, error })
+}
+
+/// Destroys a connection; false if it had ended by itself. The cookie sees to it that it is this one.
+pub(super) async fn cut(connection: &Connection) -> Result<bool, SweepError> {
+    let Connection {
+        protocol,
+        local,
+        remote,
+        ..
+    } = *connection;
+    let request = InetRequest {
+        family: family(local.is_ipv6()),
+        protocol: number(protocol),
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id: SocketId {
+            source_port: local.port(),
+            destination_port: remote.port(),
+            source_address: local.ip(),
+            destination_address: remote.ip(),
+            interface_id: connection.interface,
+            cookie: connection.cookie,
+        },
+    };
+    let destroy = SockDiagDestroy::new(SockDiagMessage::InetRequest(request));
+    match ask(destroy, NLM_F_REQUEST | NLM_F_ACK, |_| {}).await {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(SweepError::Cut {
+            protocol,
+            remote,
+            error,
+        }),
+    }
+}
+
+fn family(v6: bool) -> u8 {
+    if v6 { AF_INET6 } else { AF_INET }
+}
+
+fn number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => IPPROTO_TCP,
+        Protocol::Udp => IPPROTO_UDP,
+    }
+}
+
+async fn dump(protocol: Protocol, v6: bool, states: StateFlags, each: impl FnMut(InetResponse)) -> io::Result<()> {
+    let request = SockDiagMessage::InetRequest(InetRequest {
+        family: family(v6),
+        protocol: number(protocol),
+        extensions: ExtensionFlags::empty(),
+        states,
+        socket_id: if v6 { SocketId::new_v6() } else { SocketId::new_v4() },
+    });
+    ask(request, NLM_F_REQUEST | NLM_F_DUMP, each).await
+}
+
+/// Sends a request over a socket of its own and reads the answer to its end, giving way to others after every chunk.
+async fn ask<T>(message: T, flags: u16, mut each: impl FnMut(InetResponse)) -> io::Result<()>
+where
+    T: NetlinkSerializable + Into<NetlinkPayload<T>>,
+{
+    let mut socket = TokioSocket::new(NETLINK_SOCK_DIAG)?;
+    socket.socket_mut().connect(&netlink_sys::SocketAddr::new(0, 0))?;
+    let mut header = NetlinkHeader::default();
+    header.flags = flags;
+    let mut request = NetlinkMessage::new(header, message.into());
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    socket.send(&bytes).await?;
+    let mut chunk = Vec::with_capacity(CHUNK);
+    loop {
+        chunk.clear();
+        socket.recv(&mut chunk).await?;
+        if read(&chunk, &mut each)? {
+            return Ok(());
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Reads a chunk; true if it ends the answer.
+fn read(mut chunk: &[u8], each: &mut impl FnMut(InetResponse)) -> io::Result<bool> {
+    /// Messages begin at multiples of so many bytes (man 3 netlink).
+    const ALIGN: usize = 4;
+    while !chunk.is_empty() {
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(chunk).map_err(io::Error::other)?;
+        match message.payload {
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(*response),
+            NetlinkPayload::Error(error) => return error.code.map_or(Ok(true), |_| Err(error.to_io())),
+            NetlinkPayload::Done(done) if done.code < 0 => return Err(io::Error::from_raw_os_error(-done.code)),
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::InnerMessage(_) | NetlinkPayload::Noop => {}
+            // Sockets are missing from the list, or the protocol has grown.
+            NetlinkPayload::Overrun(_) => return Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
+            _ => return Err(io::Error::other("an answer of an unknown kind")),
+        }
+        let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
+        chunk = chunk.get(length.next_multiple_of(ALIGN)..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+fn connection(protocol: Protocol, response: InetResponse) -> Option<Connection> {
+    let InetResponse { header, nlas } = response;
+    let id = header.socket_id;
+    let place = |address: IpAddr, port| SocketAddr::new(address, port);
+    let cgroup = nlas.iter().find_map(|nla| match nla {
+        Nla::Other(other) => {
+            use netlink_packet_core::Nla as _;
+            let mut value = [0; 8];
+            (other.kind() == INET_DIAG_CGROUP_ID && other.value_len() == value.len()).then(|| {
+                other.emit_value(&mut value);
+                u64::from_ne_bytes(value)
+            })
+        }
+        Nla::LegacyMemInfo(_)
+        | Nla::TcpInfo(_)
+        | Nla::Congestion(_)
+        | Nla::Tos(_)
+        | Nla::Tc(_)
+        | Nla::MemInfo(_)
+        | Nla::Shutdown(_)
+        | Nla::Protocol(_)
+        | Nla::SkV6Only(_)
+        | Nla::Mark(_)
+        | Nla::ClassId(_) => None,
+    });
+    Some(Connection {
+        protocol,
+        state: State::read(header.state)?,
+        local: place(id.source_address, id.source_port),
+        remote: place(id.destination_address, id.destination_port),
+        interface: id.interface_id,
+        uid: Uid(header.uid),
+        held: header.inode != 0,
+        cgroup,
+        cookie: id.cookie,
+    })
+}
