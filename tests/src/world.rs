@@ -556,14 +556,8 @@ impl Attack {
 
     /// Opens the connection, or begins to, in a process that holds it.
     pub fn hold(&self) -> Result<Held> {
-        let mut command = Command::new(binary("attack")?);
-        command
-            .args(&self.arguments)
-            .arg("--hold")
-            .args(["--uid", &self.uid.to_string()]);
-        if let Some(cgroup) = &self.cgroup {
-            command.arg("--cgroup").arg(cgroup);
-        }
+        let mut command = self.command()?;
+        command.arg("--hold");
         let mut child = command.arg(self.to.to_string()).stdout(Stdio::piped()).spawn()?;
         let stdout = child.stdout.take().context("no stdout")?;
         let (sender, lines) = std::sync::mpsc::channel();

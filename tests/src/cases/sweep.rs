@@ -26,6 +26,7 @@ const WAYS: [Way; 7] = [
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![
+        case("d9_with_nftables_every_cgroup_is_swept", every_cgroup),
         case("d9_older_connections_are_reported_and_stay", reported),
         case("d9_audit_never_cuts", audit),
         case("d9_apply_sweeps_too", apply),
@@ -78,6 +79,28 @@ fn events(world: &World) -> Result<Vec<Value>> {
         .into_iter()
         .filter(|event| event["schema"] == "enforcer/existing/1")
         .collect())
+}
+
+fn every_cgroup() -> Result<()> {
+    let world = World::new()?;
+    let _listener = quiet(world.here())?;
+    let mut nobody = world.attack(NOBODY).anywhere().hold()?;
+    let mut root = world.attack(0).anywhere().hold()?;
+    let rules = |backend: &str| {
+        world.configure(&format!(
+            "backend = {backend:?}\nexisting = \"cut\"\n[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
+            world.here()
+        ))
+    };
+    rules("ebpf")?;
+    world.apply()?;
+    // Not below the judged cgroup.
+    nobody.stays()?;
+    rules("nftables")?;
+    world.apply()?;
+    nobody.is_cut()?;
+    root.stays()?;
+    world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
 fn reported() -> Result<()> {
