@@ -162,9 +162,7 @@ pub struct EventRecord {
     pub cgroup: u64,
     /// Cookie of the socket's network namespace.
     pub netns: u64,
-    /// Targets that refused.
-    pub refused: Owners,
-    /// Name of the first of them.
+    /// Name of the first of the targets that refused.
     pub target: TargetName,
     /// Address as given to the call, in the form that its family has.
     pub dialled: Address,
@@ -203,7 +201,7 @@ const _: () = {
     assert!(size_of::<Generation>() == 32);
     assert!(size_of::<TargetName>() == 48);
     assert!(size_of::<Counters>() == 24);
-    assert!(size_of::<EventRecord>() == 160);
+    assert!(size_of::<EventRecord>() == 152);
 };
 
 const MAPPED: u32 = 0xffff_u32.to_be();

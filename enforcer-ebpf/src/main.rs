@@ -199,7 +199,6 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         generation: decision.generation,
         cgroup,
         netns: attempt.netns(),
-        refused: decision.refused,
         target: TARGETS.get(name).copied().unwrap_or(TargetName::NONE),
         dialled,
         judged: destination.address,

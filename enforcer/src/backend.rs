@@ -295,15 +295,28 @@ pub struct InForce {
 impl InForce {
     /// Reads what is in force; none where nothing is.
     pub fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
-        let ebpf = Pinned::open(&settings.pin_dir)?;
-        // Without nf_tables there is no table.
-        let nftables = nftables::open(&settings.nft_table).ok().flatten();
-        Ok((ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables }))
+        match Self::open_as_far_as_possible(settings)? {
+            (_, Some(unread)) => Err(unread),
+            (in_force, None) => Ok(in_force),
+        }
     }
 
-    /// What the kernel holds now.
-    pub fn observe(&self) -> Result<Observed, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(Pinned::observe).transpose()?;
+    /// Reads what is in force, and tells why part of it cannot be read: another version's, or damaged.
+    pub fn open_as_far_as_possible(settings: &Settings) -> Result<(Option<Self>, Option<BackendError>), BackendError> {
+        let (ebpf, unread) = match Pinned::open(&settings.pin_dir) {
+            Ok(ebpf) => (ebpf, None),
+            Err(error @ (BackendError::OtherVersion { .. } | BackendError::Damaged { .. })) => (None, Some(error)),
+            Err(error) => return Err(error),
+        };
+        // Without nf_tables there is no table.
+        let nftables = nftables::open(&settings.nft_table).ok().flatten();
+        let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
+        Ok((in_force, unread))
+    }
+
+    /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
+    pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
         let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }

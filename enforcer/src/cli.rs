@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     backend::{self, InForce},
-    config::Config,
+    config::{self, Config},
     control::{self, ControlError, Reply, Request},
     daemon, host,
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
@@ -34,7 +34,7 @@ pub struct Cli {
         long,
         global = true,
         value_name = "PATH",
-        default_value = "/etc/enforcer/enforcer.toml"
+        default_value = config::DEFAULT_PATH
     )]
     config: PathBuf,
     /// Log format, on stderr
@@ -85,9 +85,11 @@ struct Json {
 }
 
 #[derive(Debug, Args)]
+#[command(allow_missing_positional = true)]
 struct Check {
-    /// User name or UID
-    user: String,
+    /// User name or UID; may be left out with --kernel
+    #[arg(required_unless_present = "kernel")]
+    user: Option<String>,
     /// [tcp://|udp://]ADDRESS:PORT, IPv6 in brackets; a name is looked up and each address checked
     destination: String,
     /// The socket's owner, if it is not USER
@@ -96,7 +98,7 @@ struct Check {
     /// The connecting task's cgroup, from the root of the cgroup v2 hierarchy
     #[arg(long, value_name = "PATH", default_value = "/")]
     cgroup: String,
-    /// As a kernel thread; USER is not looked at
+    /// As a kernel thread; USER is not looked at, nor is the socket's owner
     #[arg(long)]
     kernel: bool,
     /// From a network namespace other than the enforcer's
@@ -227,20 +229,22 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
 /// What is in force, as the kernel alone tells.
 fn status_from_pins(config: &Config) -> Result<Status> {
     let settings = &config.settings;
-    let in_force = InForce::open(settings)?;
-    let observed = in_force.as_ref().map(InForce::observe).transpose()?;
-    let mount = host::cgroup2_mount()?;
+    let cgroup = match &settings.cgroup {
+        Some(cgroup) => cgroup.clone(),
+        None => host::cgroup2_mount()?.unwrap_or_default(),
+    };
+    let (in_force, unread) = InForce::open_as_far_as_possible(settings)?;
+    let observed = in_force
+        .as_ref()
+        .map(|in_force| in_force.observe(host::directory_id(&cgroup)))
+        .transpose()?;
     let context = Context {
-        cgroup: settings
-            .cgroup
-            .clone()
-            .or(mount)
-            .unwrap_or_default()
-            .display()
-            .to_string(),
+        cgroup: cgroup.display().to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
         nft_table: settings.nft_table.clone(),
         backend: in_force.as_ref().map_or("ebpf", InForce::name).to_owned(),
+        unread: unread.is_some(),
+        causes: unread.iter().map(ToString::to_string).collect(),
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))
@@ -275,7 +279,11 @@ fn run_check(config: &Path, check: &Check) -> Result<Answer> {
             settings.nft_table
         )
     })?;
-    let task = user(&check.user)?;
+    // A kernel thread's UID is root's; it counts only where the programs cannot tell that it is one (D3).
+    let task = match &check.user {
+        Some(name) if !check.kernel => user(name)?,
+        Some(_) | None => Uid(0),
+    };
     let mount = host::cgroup2_mount()?.unwrap_or_default();
     let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
     let cgroups =
@@ -313,7 +321,7 @@ fn run_check(config: &Path, check: &Check) -> Result<Answer> {
 
 fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
     let checked = pinned.check(attempt)?;
-    let subject = &attempt.subject;
+    let subject = &checked.subject;
     let who = match (subject.kernel_thread, subject.socket) {
         (true, _) => "kernel threads".to_owned(),
         (false, Some(socket)) if socket != subject.task => {

@@ -21,6 +21,8 @@ use crate::{events::Line, status::Status};
 const MAX_REQUEST: u64 = 4096;
 /// How long a caller may take to ask, or to take an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two tries to reach a daemon that is behind.
+const RETRY: Duration = Duration::from_millis(50);
 /// Callers served at once.
 const MAX_CALLERS: usize = 32;
 
@@ -70,7 +72,7 @@ pub struct Call {
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// A file operation.
-    #[error("{action} {}: {error}", path.display())]
+    #[error("{action} {}: {error}{}", path.display(), crate::host::remedy(error))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -104,12 +106,23 @@ pub enum ControlError {
         error: io::Error,
     },
     /// The daemon took too long.
-    #[error("the daemon on {} did not answer within {}; look at its log, or wait longer (refresh has --timeout)", path.display(), humantime::format_duration(*patience))]
-    Timeout {
+    #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match request {
+        Request::Refresh => "it may still be looking names up: give it longer with --timeout",
+        Request::Status | Request::Events { .. } | Request::Unload => "its log may say why: restart it if this stays",
+    })]
+    TimedOut {
         /// The socket.
         path: PathBuf,
-        /// How long it was waited.
+        /// How long it was waited for.
         patience: Duration,
+        /// What was asked.
+        request: Request,
+    },
+    /// The daemon ended before it answered.
+    #[error("the daemon on {} hung up without an answer; its log may say why", path.display())]
+    HungUp {
+        /// The socket.
+        path: PathBuf,
     },
     /// The daemon said something else than an answer.
     #[error("the daemon on {} did not answer as asked; is it another version?", path.display())]
@@ -191,17 +204,17 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
 
 /// Asks the daemon and returns its one answer.
 pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, ControlError> {
-    let protocol = || ControlError::Protocol { path: path.into() };
-    let mut lines = call(path, request).await?;
-    let line = timeout(patience, lines.next_line())
-        .await
-        .map_err(|_| ControlError::Timeout {
-            path: path.into(),
-            patience,
-        })?;
-    parse(&line.ok().flatten().ok_or_else(protocol)?)
-        .ok_or_else(protocol)
-        .and_then(refused)
+    let answer = async {
+        let line = call(path, request).await?.next_line().await;
+        let line = line
+            .ok()
+            .flatten()
+            .ok_or_else(|| ControlError::HungUp { path: path.into() })?;
+        parse(&line)
+            .ok_or_else(|| ControlError::Protocol { path: path.into() })
+            .and_then(refused)
+    };
+    within(patience, path, request, answer).await
 }
 
 /// Asks the daemon and hands on each answer until it ends or `each` says so.
@@ -210,7 +223,7 @@ pub async fn ask_many(
     request: &Request,
     mut each: impl FnMut(Reply) -> io::Result<()>,
 ) -> Result<(), ControlError> {
-    let mut lines = call(path, request).await?;
+    let mut lines = within(PATIENCE, path, request, call(path, request)).await?;
     while let Ok(Some(line)) = lines.next_line().await {
         let reply = parse(&line).ok_or_else(|| ControlError::Protocol { path: path.into() })?;
         if each(refused(reply)?).is_err() {
@@ -218,6 +231,21 @@ pub async fn ask_many(
         }
     }
     Ok(())
+}
+
+async fn within<T>(
+    patience: Duration,
+    path: &Path,
+    request: &Request,
+    work: impl Future<Output = Result<T, ControlError>>,
+) -> Result<T, ControlError> {
+    timeout(patience, work).await.unwrap_or_else(|_| {
+        Err(ControlError::TimedOut {
+            path: path.into(),
+            patience,
+            request: request.clone(),
+        })
+    })
 }
 
 type Lines = tokio::io::Lines<BufReader<UnixStream>>;
@@ -237,7 +265,13 @@ async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
             error,
         },
     };
-    let mut stream = UnixStream::connect(path).await.map_err(failed)?;
+    let mut stream = loop {
+        match UnixStream::connect(path).await {
+            // The daemon is behind with accepting (connect(2), `EAGAIN`).
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(RETRY).await,
+            connected => break connected.map_err(failed)?,
+        }
+    };
     let mut line = serde_json::to_string(request).map_err(|error| failed(error.into()))?;
     line.push('\n');
     stream.write_all(line.as_bytes()).await.map_err(failed)?;

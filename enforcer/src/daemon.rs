@@ -2,6 +2,7 @@
 
 mod capabilities;
 mod drift;
+mod faults;
 mod trace;
 
 use std::{
@@ -24,6 +25,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use self::drift::Drift;
+use self::faults::{About, Faults};
 use crate::{
     backend::{BackendError, Enforcement, Start, ebpf::Events, nftables},
     config::{Config, ConfigError},
@@ -79,13 +81,21 @@ pub enum DaemonError {
         /// Where cgroups are looked for.
         mount: PathBuf,
     },
+    /// Keys that hold for the whole run have changed.
+    #[error("{}: {} cannot change while enforcer runs; restart it", path.display(), keys.join(", "))]
+    FixedKeys {
+        /// The configuration file.
+        path: PathBuf,
+        /// Which keys.
+        keys: Vec<&'static str>,
+    },
     /// No cgroup v2 at all.
     #[error(
         "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`"
     )]
     NoCgroup2,
     /// Something of the operating system.
-    #[error("{action}: {error}")]
+    #[error("{action}: {error}{}", host::remedy(error))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -177,16 +187,15 @@ struct Daemon {
     events: VecDeque<Line>,
     followers: broadcast::Sender<Line>,
     lost: u64,
-    /// Why what is in force is not what is wanted; logged once a change (F4).
+    /// Names whose first answer readiness waits for.
+    unanswered: BTreeSet<Name>,
     applied: Option<Applied>,
-    apply_fault: Option<String>,
-    reload_fault: Option<String>,
-    state_fault: Option<String>,
-    saved: Resolved,
+    faults: Faults,
+    /// What the state file holds; none where it could not be read or written.
+    saved: Option<Resolved>,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
-    sweep_fault: Option<String>,
 }
 
 /// What the rule set in force was made from, besides the policy.
@@ -256,7 +265,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        if !ready && daemon.lookups.is_empty() {
+        if !ready && daemon.unanswered.is_empty() {
             ready = true;
             daemon.ready()?;
         }
@@ -328,14 +337,16 @@ impl Daemon {
         let settings = &wanted.config.settings;
         let mut names = Names::new(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
-        let known = match state::load(&settings.state_dir) {
-            Ok(known) => known,
+        let mut faults = Faults::default();
+        let saved = match state::load(&settings.state_dir) {
+            Ok(known) => Some(known),
             Err(error) => {
-                warn!("{error}; starting without the addresses known before"); // F4
-                Resolved::new()
+                let fault = format!("{error}; the addresses known before are not protected until they are looked up");
+                faults.set(About::State, Some(fault)); // F4
+                None
             }
         };
-        for (name, addresses) in &known {
+        for (name, addresses) in saved.iter().flatten() {
             names.seed(name, addresses);
         }
         let level = trace::level();
@@ -350,6 +361,7 @@ impl Daemon {
             error,
         })?;
         Ok(Self {
+            unanswered: wanted.policy.names(),
             wanted,
             enforcement,
             log_level: level,
@@ -365,13 +377,10 @@ impl Daemon {
             followers: broadcast::channel(KEPT_EVENTS).0,
             lost: 0,
             applied: None,
-            apply_fault: None,
-            reload_fault: None,
-            state_fault: None,
-            saved: known,
+            faults,
+            saved,
             sweeps: Jobs::default(),
             existing: None,
-            sweep_fault: None,
         })
     }
 
@@ -417,16 +426,7 @@ impl Daemon {
             host: self.host.clone(),
             resolved: resolved.clone(),
         });
-        if resolved != self.saved {
-            // The kernel holds the rules; only the next start would miss the addresses (N7).
-            self.state_fault = state::save(&self.wanted.config.settings.state_dir, &resolved)
-                .err()
-                .map(|error| format!("{error}; after a restart names are unprotected until looked up"));
-            if let Some(fault) = &self.state_fault {
-                error!("{fault}");
-            }
-            self.saved = resolved;
-        }
+        self.save(resolved);
         self.sweeps.set(Job {
             generation,
             rules,
@@ -442,14 +442,25 @@ impl Daemon {
         Ok(generation)
     }
 
+    /// Keeps the addresses for the next start (N7), which alone would miss them; what failed is tried again at each tick.
+    fn save(&mut self, resolved: Resolved) {
+        let due = match &self.saved {
+            Some(saved) => *saved != resolved,
+            // A file that cannot be read is kept for its owner to see until there is something to replace it with.
+            None => !resolved.is_empty() || self.wanted.policy.names().is_empty(),
+        };
+        if !due {
+            return;
+        }
+        let saved = state::save(&self.wanted.config.settings.state_dir, &resolved);
+        let fault = |error| format!("{error}; after a restart names are unprotected until they are looked up");
+        self.faults.set(About::State, saved.as_ref().err().map(fault));
+        self.saved = saved.is_ok().then_some(resolved);
+    }
+
     /// Takes what a sweep found and did.
     fn swept(&mut self, report: sweep::Report) {
-        if report.fault != self.sweep_fault
-            && let Some(fault) = &report.fault
-        {
-            error!("{fault}");
-        }
-        self.sweep_fault = report.fault;
+        self.faults.set(About::Sweep, report.fault);
         for existing in report.news {
             warn!("{existing}");
             self.publish(Line::Existing(existing));
@@ -462,16 +473,16 @@ impl Daemon {
 
     /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
     fn apply_or_keep(&mut self) {
-        let unchanged = self.applied.as_ref().is_some_and(|applied| {
-            applied.host == self.host && applied.resolved == self.names.resolved(Instant::now())
-        });
         let now = Instant::now();
         if self.drift.rests(now) {
             return;
         }
+        let resolved = self.names.resolved(now);
+        let unchanged =
+            (self.applied.as_ref()).is_some_and(|applied| applied.host == self.host && applied.resolved == resolved);
         let restored = self.enforcement.restored();
         let kept = match &self.applied {
-            Some(applied) if unchanged && self.apply_fault.is_none() => {
+            Some(applied) if unchanged && self.faults.of(About::RuleSet).is_none() => {
                 self.enforcement.keep(applied.generation).map_err(DaemonError::from)
             }
             Some(_) | None => Ok(None),
@@ -485,20 +496,14 @@ impl Daemon {
                 if let Some(applied) = &mut self.applied {
                     applied.generation = generation;
                 }
+                self.save(resolved);
                 None
             }
             Ok(None) => self.apply_now().err(),
             Err(error) => Some(error),
         };
-        let fault = fault.map(|error| error.to_string());
-        if fault != self.apply_fault {
-            if let Some(fault) = &fault {
-                error!("{fault}; the rule set before stays in force");
-            } else {
-                info!("the rule set is in force again as wanted");
-            }
-        }
-        self.apply_fault = fault;
+        let fault = fault.map(|error| format!("{error}; the rule set before stays in force"));
+        self.faults.set(About::RuleSet, fault);
     }
 
     fn ready(&mut self) -> Result<(), DaemonError> {
@@ -524,12 +529,14 @@ impl Daemon {
         let loaded = Wanted::load(&self.wanted.path).and_then(|wanted| self.change_to(wanted));
         match loaded {
             Ok(()) => {
-                self.reload_fault = None;
+                self.faults.put(About::Reload, None);
                 info!("reloaded {}", self.wanted.path.display());
             }
             Err(error) => {
-                error!("reload: {error}; the rule set before stays in force");
-                self.reload_fault = Some(error.to_string());
+                // Each time, not once a change: it answers a signal.
+                let fault = format!("reload: {error}; the rule set before stays in force");
+                error!("{fault}");
+                self.faults.put(About::Reload, Some(fault));
             }
         }
     }
@@ -537,15 +544,22 @@ impl Daemon {
     /// Puts another configuration in force, or keeps this one whole.
     fn change_to(&mut self, wanted: Wanted) -> Result<(), DaemonError> {
         let (old, new) = (&self.wanted.config.settings, &wanted.config.settings);
-        if (&old.pin_dir, &old.socket, &old.state_dir, &old.nft_table)
-            != (&new.pin_dir, &new.socket, &new.state_dir, &new.nft_table)
-            || self.wanted.cgroup != wanted.cgroup
-        {
-            return Err(DaemonError::Io {
-                action: "reload",
-                error: io::Error::other(
-                    "cgroup, pin_dir, state_dir, socket and nft_table cannot change while running; restart enforcer",
-                ),
+        let fixed = [
+            ("cgroup", self.wanted.cgroup != wanted.cgroup),
+            ("pin_dir", old.pin_dir != new.pin_dir),
+            ("state_dir", old.state_dir != new.state_dir),
+            ("socket", old.socket != new.socket),
+            ("nft_table", old.nft_table != new.nft_table),
+        ];
+        let keys: Vec<_> = fixed
+            .iter()
+            .filter(|(_, changed)| *changed)
+            .map(|(key, _)| *key)
+            .collect();
+        if !keys.is_empty() {
+            return Err(DaemonError::FixedKeys {
+                path: wanted.path,
+                keys,
             });
         }
         for warning in &wanted.warnings {
@@ -578,8 +592,16 @@ impl Daemon {
             return Err(error);
         }
         self.enforcement.retire(&self.wanted.config.settings);
-        self.apply_fault = None;
+        self.faults.set(About::RuleSet, None);
+        self.faults.set(About::Host, None);
+        // What is no longer a name keeps nobody waiting.
+        let names = self.wanted.policy.names();
+        self.unanswered.retain(|name| names.contains(name));
+        for waiting in &mut self.waiting {
+            waiting.names.retain(|name| names.contains(name));
+        }
         self.look_up_due(Instant::now());
+        self.answer_waiting();
         Ok(())
     }
 
@@ -622,6 +644,7 @@ impl Daemon {
         let Some((name, round)) = self.under_way.remove(&id) else {
             return;
         };
+        self.unanswered.remove(&name);
         let newest = self.answered_rounds.entry(name.clone()).or_default();
         if round < *newest {
             return;
@@ -654,18 +677,24 @@ impl Daemon {
     }
 
     fn applied_reply(&mut self) -> Reply {
-        match &self.apply_fault {
-            Some(fault) => Reply::Error(fault.clone()),
+        match self.faults.of(About::RuleSet) {
+            Some(fault) => Reply::Error(fault.to_owned()),
             None => Reply::Status(Box::new(self.status())),
         }
     }
 
     /// Addresses and cgroups come and go; links may be taken away.
     fn look_at_host(&mut self) {
-        match host::snapshot(Some(&self.wanted.mount), &self.wanted.policy.cgroups()) {
-            Ok(host) => self.host = host,
-            Err(error) => warn!("list this host's addresses: {error}"),
-        }
+        let fault = match host::snapshot(Some(&self.wanted.mount), &self.wanted.policy.cgroups()) {
+            Ok(host) => {
+                self.host = host;
+                None
+            }
+            Err(error) => Some(format!(
+                "list this host's addresses: {error}; those that come and go are not followed"
+            )),
+        };
+        self.faults.set(About::Host, fault);
         self.apply_or_keep();
     }
 
@@ -729,14 +758,7 @@ impl Daemon {
     }
 
     fn status(&mut self) -> Status {
-        let mut causes: Vec<String> = self
-            .apply_fault
-            .iter()
-            .chain(&self.reload_fault)
-            .chain(&self.state_fault)
-            .chain(&self.sweep_fault)
-            .cloned()
-            .collect();
+        let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) {
                 causes.push(format!(
@@ -771,6 +793,7 @@ impl Daemon {
             names,
             causes,
             existing: self.existing.clone(),
+            unread: observed.is_err(),
         };
         status(observed.as_ref().ok(), context)
     }

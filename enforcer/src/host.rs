@@ -63,24 +63,20 @@ pub fn ancestors(mount: &Path, path: &CgroupPath) -> io::Result<Vec<u64>> {
     Ok(ids)
 }
 
-/// The path of the cgroup that has an id, below a mount.
+/// The id of a cgroup given by its directory.
 #[must_use]
-pub fn cgroup_path(mount: &Path, id: u64) -> Option<String> {
-    let mut waiting = vec![mount.to_path_buf()];
-    while let Some(dir) = waiting.pop() {
-        let Ok(meta) = fs::symlink_metadata(&dir) else { continue };
-        if meta.ino() == id {
-            let relative = dir.strip_prefix(mount).ok()?;
-            return Some(format!("/{}", relative.display()));
-        }
-        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        waiting.extend(
-            entries
-                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                .map(|e| e.path()),
-        );
+pub fn directory_id(cgroup: &Path) -> Option<u64> {
+    fs::metadata(cgroup).ok().map(|meta| meta.ino())
+}
+
+/// What to do about an error of the operating system, to end its message with.
+#[must_use]
+pub fn remedy(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        "; run as root"
+    } else {
+        ""
     }
-    None
 }
 
 /// The parent of every cgroup below a mount, by id; the mount's own is itself.

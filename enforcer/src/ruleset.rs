@@ -414,3 +414,6 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
 pub fn is_single(net: &IpNet) -> bool {
     net.prefix_len() == net.max_prefix_len()
 }
+
+#[cfg(test)]
+mod tests;

@@ -143,6 +143,8 @@ pub struct Context {
     pub causes: Vec<String>,
     /// The last sweep.
     pub existing: Option<ExistingStatus>,
+    /// Whether something is in force that cannot be read; a cause says what.
+    pub unread: bool,
 }
 
 /// Puts both together.
@@ -166,6 +168,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
     }
     let on = observed.filter(|observed| observed.generation != 0);
     let state = match on {
+        None if context.unread => State::Degraded,
         None => State::Off,
         Some(_) if !causes.is_empty() => State::Degraded,
         Some(observed) if observed.audit => State::Audit,

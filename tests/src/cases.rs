@@ -2,6 +2,7 @@
 
 pub mod decision;
 pub mod endurance;
+pub mod faults;
 pub mod input;
 pub mod limits;
 pub mod names;
@@ -12,6 +13,7 @@ pub mod retention;
 pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
+pub mod takeover;
 
 use anyhow::Result;
 
@@ -24,6 +26,7 @@ pub fn all() -> Vec<Case> {
     [
         decision::cases(),
         endurance::cases(),
+        faults::cases(),
         input::cases(),
         limits::cases(),
         names::cases(),
@@ -34,6 +37,7 @@ pub fn all() -> Vec<Case> {
         subjects::cases(),
         surfaces::cases(),
         sweep::cases(),
+        takeover::cases(),
     ]
     .into_iter()
     .flatten()

@@ -53,37 +53,7 @@ impl ForeignProgram {
     }
 
     fn attach(cgroup: &Path, sharing: Sharing, instructions: &[u64]) -> io::Result<Self> {
-        #[repr(C)]
-        struct Load {
-            kind: u32,
-            count: u32,
-            instructions: u64,
-            license: u64,
-            log: [u32; 2],
-            log_buffer: u64,
-            kernel: u32,
-            flags: u32,
-            name: [u8; 16],
-            device: u32,
-            attach_type: u32,
-        }
-        const SOCK_ADDR: u32 = 18;
-        let load = Load {
-            kind: SOCK_ADDR,
-            count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
-            instructions: instructions.as_ptr() as u64,
-            license: c"GPL".as_ptr() as u64,
-            log: [0; 2],
-            log_buffer: 0,
-            kernel: 0,
-            flags: 0,
-            name: [0; 16],
-            device: 0,
-            attach_type: CONNECT4,
-        };
-        let fd = bpf(5, &load)?;
-        // SAFETY: the kernel has just made it for us.
-        let program = unsafe { OwnedFd::from_raw_fd(fd) };
+        let program = load(instructions)?;
         let cgroup = File::open(cgroup)?;
         let flags = match sharing {
             Sharing::None => 0,
@@ -93,6 +63,46 @@ impl ForeignProgram {
         bpf(8, &[fd_of(&cgroup), fd_of(&program), CONNECT4, flags])?;
         Ok(Self { program, cgroup })
     }
+}
+
+/// Makes a pinned `connect4` link run a program that lets everything pass.
+pub fn take_link(pin: &Path) -> io::Result<()> {
+    let (link, program) = (open_link(pin)?, load(&[PASS, EXIT])?);
+    bpf(29, &[fd_of(&link), fd_of(&program), 0, 0]).map(drop)
+}
+
+fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u32; 2],
+        log_buffer: u64,
+        kernel: u32,
+        flags: u32,
+        name: [u8; 16],
+        device: u32,
+        attach_type: u32,
+    }
+    const SOCK_ADDR: u32 = 18;
+    let load = Load {
+        kind: SOCK_ADDR,
+        count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        log: [0; 2],
+        log_buffer: 0,
+        kernel: 0,
+        flags: 0,
+        name: [0; 16],
+        device: 0,
+        attach_type: CONNECT4,
+    };
+    let fd = bpf(5, &load)?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// How often a program ran and how long in all, while `kernel.bpf_stats_enabled` is 1 (Linux 5.1).
@@ -113,9 +123,7 @@ impl ForeignProgram {
 
 /// The runs of the program behind a pinned link.
 pub fn runs_of_link(pin: &Path) -> io::Result<Runs> {
-    let path = std::ffi::CString::new(pin.as_os_str().as_encoded_bytes())?;
-    // SAFETY: the kernel has just made each descriptor for us.
-    let link = unsafe { OwnedFd::from_raw_fd(bpf(7, &[path.as_ptr() as u64, 0])?) };
+    let link = open_link(pin)?;
     let info = [0_u32; 8];
     let attr = (fd_of(&link), 32_u32, info.as_ptr() as u64);
     bpf(15, &attr)?;
@@ -123,6 +131,12 @@ pub fn runs_of_link(pin: &Path) -> io::Result<Runs> {
     let program = unsafe { info.as_ptr().add(2).read_volatile() };
     // SAFETY: as above.
     runs(&unsafe { OwnedFd::from_raw_fd(bpf(13, &[program, 0, 0])?) })
+}
+
+fn open_link(pin: &Path) -> io::Result<OwnedFd> {
+    let path = std::ffi::CString::new(pin.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(bpf(7, &[path.as_ptr() as u64, 0])?) })
 }
 
 fn runs(program: &OwnedFd) -> io::Result<Runs> {

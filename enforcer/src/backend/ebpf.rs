@@ -32,6 +32,7 @@ use enforcer_ebpf::{ABI, EventRecord, TargetName};
 use self::{
     btf::Offsets,
     image::{Image, Loader, Names},
+    links::Hook,
     maps::Maps,
     observe::observe,
     pins::{Lock, Pins},
@@ -84,14 +85,24 @@ impl Kernel {
         let lock = pins.lock()?;
         let maps_dir = pins.subdir(&maps_name())?;
         // Each pin is the map it should be, or there is none: aya may reuse what it finds.
-        let fresh = Maps::open(&maps_dir)?.is_none();
+        let fresh = match Maps::open(&maps_dir) {
+            Ok(maps) => maps.is_none(),
+            // Left by a start that was killed, or damaged since. Programs in force may read these maps, so they are
+            // set aside as another version's are: ours come into force first, and only then do those go (F1).
+            Err(BackendError::Damaged { .. }) => {
+                pins.rename(&maps_name(), &format!("{}_damaged", maps_name()))?;
+                pins.subdir(&maps_name())?;
+                true
+            }
+            Err(error) => return Err(error),
+        };
         let offsets = btf::offsets().map_err(|error| BackendError::Io {
             action: "read",
             object: "/sys/kernel/btf/vmlinux".into(),
             error,
         })?;
         let programs = load(&maps_dir, offsets, log_level)?;
-        let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Foreign { path: maps_dir })?;
+        let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Damaged { path: maps_dir })?;
         Ok(Self {
             programs,
             maps,
@@ -182,7 +193,12 @@ impl Kernel {
 
     /// What the kernel holds now, read from it.
     pub fn observe(&self) -> Result<Observed, BackendError> {
-        observe(&self.maps, &self.pins, Some(self.cgroup_id))
+        let runs = |hook: &Hook, program| {
+            let ours = self.programs.program(hook.name).map(aya::programs::Program::info);
+            let ours = ours.and_then(Result::ok);
+            Ok(ours.is_some_and(|ours| ours.id() == program))
+        };
+        observe(&self.maps, &self.pins, Some(self.cgroup_id), runs)
     }
 
     /// Denials that the ring buffer had no room for.
@@ -268,8 +284,11 @@ pub fn unload(pin_dir: &Path) -> Result<bool, BackendError> {
     Ok(true)
 }
 
+/// Begins the name of every directory of maps; the layout's version follows.
+const MAPS: &str = "maps_v";
+
 fn maps_name() -> String {
-    format!("maps_v{ABI}")
+    format!("{MAPS}{ABI}")
 }
 
 fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf, BackendError> {
@@ -304,17 +323,17 @@ fn short(error: &dyn std::error::Error) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
+/// Removes all that is pinned, whatever made it and however much of it is left; the first failure is told at the end.
 fn remove_all(pins: Pins) -> Result<(), BackendError> {
-    // The kernel ends links some time after their last pin has gone; this ends their judging at once, and for all hooks.
-    // Damaged pins must not keep the rest: without it, judging ends with the links.
-    let ended = Maps::open(&pins.path(&maps_name())).and_then(|maps| maps.map_or(Ok(()), |maps| maps.deactivate()));
-    if let Err(error) = ended {
-        tracing::warn!("{error}; removing all the same");
-    }
     let names = pins.list()?;
-    let (maps, links): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with("maps_v"));
-    for name in links.iter().chain(&maps) {
-        pins.remove(name)?;
+    let (maps, links): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with(MAPS));
+    // The kernel ends links some time after their last pin has gone; this ends their judging at once, and for all
+    // hooks. Where it cannot be done, as with maps of a layout yet unknown, the links are detached one by one.
+    for name in &maps {
+        let _ = maps::deactivate(&pins.path(name));
     }
+    links::detach_all(&pins);
+    let removed = links.iter().chain(&maps).map(|name| pins.remove(name));
+    removed.fold(Ok(()), Result::and)?;
     pins.remove_dir()
 }

@@ -7,9 +7,6 @@ use thiserror::Error;
 use super::{CgroupPath, CgroupPathError, Endpoint, EndpointError, Policy, Principal, Target, Uid, Users};
 use crate::config::{self, Allow, Config, Line, User};
 
-#[cfg(test)]
-mod tests;
-
 /// Most targets of one policy (F7): a rule set has one bit for each.
 pub const MAX_TARGETS: usize = enforcer_ebpf::MAX_TARGETS as usize;
 

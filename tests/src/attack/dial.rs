@@ -285,7 +285,12 @@ fn send_several(socket: &Socket, to: SocketAddr) -> io::Result<()> {
 fn submit(mut ring: io_uring::IoUring, entry: &io_uring::squeue::Entry) -> io::Result<()> {
     // SAFETY: what the entry points to outlives the wait for its completion below.
     unsafe { ring.submission().push(entry) }.map_err(io::Error::other)?;
-    ring.submit_and_wait(1)?;
+    // A wait that is interrupted is no attempt that failed: the entry has been submitted.
+    while let Err(error) = ring.submit_and_wait(1) {
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
     let result = ring
         .completion()
         .next()

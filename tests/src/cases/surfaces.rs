@@ -20,7 +20,6 @@ pub fn cases() -> Vec<Case> {
         case("control_socket_bears_anything", hostile_requests),
         case("events_tell_who_and_where", events),
         case("events_follow", follow),
-        case("unload_removes_damaged_pins", unload_damaged),
         case("status_counts_and_names_the_generation", status),
         case("check_explains", check),
         case("config_show_is_read_back", config_show),
@@ -97,27 +96,6 @@ fn hostile_requests() -> Result<()> {
 fn lines(world: &World) -> Result<Vec<Value>> {
     let ran = world.enforcer(&["events", "--json"])?.demand(0)?;
     ran.stdout.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
-}
-
-fn unload_damaged() -> Result<()> {
-    let world = World::new()?;
-    let _listener = world.listen()?;
-    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
-    world.apply()?;
-    world.attack(NOBODY).is_refused()?;
-    let maps = world.pins().join("maps_v1");
-    // One map is another one, and one is gone.
-    std::fs::remove_file(maps.join("endpoints"))?;
-    std::fs::rename(maps.join("principals"), maps.join("endpoints"))?;
-    let failed = world.enforcer(&["apply"])?.demand(2)?.stderr;
-    ensure!(failed.contains("endpoints"), "{failed}");
-    world.attack(NOBODY).is_refused()?;
-    world.enforcer(&["unload"])?.demand(0)?;
-    until("nothing judges any more", || {
-        Ok(world.attack(NOBODY).run()?.errno.is_none())
-    })?;
-    world.apply()?;
-    world.attack(NOBODY).is_refused()
 }
 
 fn events() -> Result<()> {

@@ -2,11 +2,13 @@
 
 use std::{io, path::PathBuf};
 
+use crate::host::remedy;
+
 /// Why the kernel does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// A file operation.
-    #[error("{action} {}: {error}", object.display())]
+    #[error("{action} {}: {error}{}", object.display(), remedy(error))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -37,14 +39,22 @@ pub enum BackendError {
         /// The directory.
         path: PathBuf,
     },
-    /// A pin is not the map that its name says.
-    #[error("{} is not a map of this version of enforcer; run enforcer unload, then start again", path.display())]
-    Foreign {
+    /// A pin is not the map that its name says, or is missing among others.
+    #[error("{} is missing, or is no map of this version of enforcer; what is in force stays: restart enforcer run, which takes over without a gap, or run enforcer unload", path.display())]
+    Damaged {
         /// The pin.
         path: PathBuf,
     },
+    /// The programs in force read maps of another layout.
+    #[error(
+        "another version of enforcer (map layout {layout}) enforces; start enforcer run of this version to take over"
+    )]
+    OtherVersion {
+        /// Which layout.
+        layout: String,
+    },
     /// A map operation.
-    #[error("{action} map {map}: {error}")]
+    #[error("{action} map {map}: {error}{}", remedy(error))]
     Map {
         /// What was tried.
         action: &'static str,
@@ -54,7 +64,7 @@ pub enum BackendError {
         error: io::Error,
     },
     /// The kernel holds something else than was written (F3).
-    #[error("map {map} does not hold what was written to it; the rule set before stays in force")]
+    #[error("map {map} does not hold what was written to it")]
     ReadBack {
         /// Which map.
         map: &'static str,
@@ -119,7 +129,8 @@ impl BackendError {
             Self::Map { error, .. } => error.raw_os_error() == Some(libc::EPERM),
             Self::Untrusted { .. }
             | Self::Busy { .. }
-            | Self::Foreign { .. }
+            | Self::Damaged { .. }
+            | Self::OtherVersion { .. }
             | Self::ReadBack { .. }
             | Self::Cgroup { .. }
             | Self::Nftables(_)

@@ -7,7 +7,12 @@ use std::{
 
 use aya::programs::CgroupSockAddr;
 
-use super::{BackendError, Kernel, maps_name, short, sys};
+use super::{
+    BackendError, Kernel, MAPS, maps_name,
+    pins::Pins,
+    short,
+    sys::{self, LinkInfo},
+};
 
 /// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
 pub(super) const HOOKS: [Hook; 4] = [
@@ -39,6 +44,25 @@ pub(super) struct Hook {
     pub(super) attach_type: u32,
     /// Attached only while some target asks for UDP.
     pub(super) udp_only: bool,
+}
+
+/// What a hook's pinned link is attached to, if it is one.
+pub(super) fn look_at(pins: &Pins, hook: &Hook) -> io::Result<LinkInfo> {
+    sys::link_info(sys::open_pin(&pins.path(hook.name))?.as_fd())
+}
+
+/// Whether some program of ours, of whatever version, is attached.
+pub(super) fn any_attached(pins: &Pins) -> bool {
+    HOOKS
+        .iter()
+        .any(|hook| look_at(pins, hook).is_ok_and(|info| info.cgroup != 0))
+}
+
+/// Detaches all at once, whoever else holds them; what cannot be detached ends with its pin.
+pub(super) fn detach_all(pins: &Pins) {
+    for hook in &HOOKS {
+        let _ = sys::open_pin(&pins.path(hook.name)).and_then(|link| sys::link_detach(link.as_fd()));
+    }
 }
 
 impl Kernel {
@@ -167,7 +191,7 @@ impl Kernel {
     /// Maps of another ABI are of no use once every link runs a program of this one.
     fn remove_old_maps(&self) -> Result<(), BackendError> {
         for name in self.pins.list()? {
-            if name.starts_with("maps_v") && name != maps_name() {
+            if name.starts_with(MAPS) && name != maps_name() {
                 self.pins.remove(&name)?;
             }
         }

@@ -53,16 +53,16 @@ pub struct Maps {
 }
 
 impl Maps {
-    /// Opens the pins of a directory and checks that each is the map it is named for; nothing where none is there.
+    /// Opens the pins of a directory and checks that each is the map it is named for; nothing where it has no pins.
     pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
-        let active = dir.join("active");
-        match std::fs::symlink_metadata(&active) {
-            Ok(_) => {}
+        match std::fs::read_dir(dir).map(|mut pins| pins.next().is_none()) {
+            Ok(false) => {}
+            Ok(true) => return Ok(None),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => {
                 return Err(BackendError::Io {
-                    action: "look at",
-                    object: active,
+                    action: "list",
+                    object: dir.into(),
                     error,
                 });
             }
@@ -106,9 +106,16 @@ impl Maps {
         }
     }
 
-    /// Puts nothing in force: from here on no program judges by these maps.
-    pub fn deactivate(&self) -> Result<(), BackendError> {
-        self.active.put_read_back(&0, 0)
+    /// Ids of the maps that a verdict rests on.
+    pub fn ids(&self) -> Result<[u32; 6], BackendError> {
+        Ok([
+            self.active.id()?,
+            self.generations.id()?,
+            self.ports.id()?,
+            self.endpoints.id()?,
+            self.prefixes.id()?,
+            self.principals.id()?,
+        ])
     }
 
     /// What holds for all of a slot.
@@ -315,6 +322,10 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         self.fd.as_fd()
     }
 
+    fn id(&self) -> Result<u32, BackendError> {
+        sys::map_id(self.fd()).map_err(self.failed("ask for the id of"))
+    }
+
     fn get(&self, key: &K) -> Result<Option<V>, BackendError> {
         let mut value = [sys::zeroed::<V>()];
         let found = sys::lookup(self.fd(), key, &mut value).map_err(self.failed("read"))?;
@@ -479,7 +490,10 @@ fn open_checked(
         object: path.clone(),
         error,
     };
-    let fd = sys::open_pin(&path).map_err(failed)?;
+    let fd = match sys::open_pin(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(BackendError::Damaged { path }),
+        opened => opened.map_err(failed)?,
+    };
     let found = sys::map_info(fd.as_fd()).map_err(failed)?;
     if found
         == (MapInfo {
@@ -491,8 +505,18 @@ fn open_checked(
     {
         Ok(fd)
     } else {
-        Err(BackendError::Foreign { path })
+        Err(BackendError::Damaged { path })
     }
+}
+
+/// Puts nothing in force in the maps of a directory, of whatever layout: from here on no program judges by them.
+pub fn deactivate(dir: &Path) -> io::Result<()> {
+    let active = sys::open_pin(&dir.join("active"))?;
+    let info = sys::map_info(active.as_fd())?;
+    if (info.map_type, info.key_size) != (ARRAY, 4) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    sys::update(active.as_fd(), &0_u32, &vec![0_u8; info.value_size as usize])
 }
 
 fn name_index(slot: u8, bit: u32) -> u32 {

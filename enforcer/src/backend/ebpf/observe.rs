@@ -1,23 +1,26 @@
 //! What the kernel holds, read from it; and `check`, the kernel's own decision over the kernel's own maps.
 
-use std::{os::fd::AsFd, path::Path};
+use std::{io, path::Path};
 
 use enforcer_ebpf::{
-    Counters, TargetName, Verdict,
+    Counters, Generation, TargetName, Verdict,
     decide::{self, Destination, SocketUser, Subject},
     flag,
 };
 
 use super::{
-    BackendError,
+    BackendError, MAPS,
     image::{self, Image},
-    links::HOOKS,
+    links::{self, HOOKS, Hook},
     maps::{Maps, Outside},
     maps_name,
     pins::Pins,
     sys,
 };
-use crate::{policy::Protocol, ruleset::Attempt};
+use crate::{
+    policy::{Protocol, Uid},
+    ruleset::Attempt,
+};
 
 /// What the kernel holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,21 +74,35 @@ pub struct Checked {
     pub generation: u64,
     /// Each target that owns the endpoint, and whether it admits the subject.
     pub owners: Vec<(String, bool)>,
+    /// Who asks, as far as the programs in force can tell.
+    pub subject: crate::ruleset::Subject,
 }
 
 impl Pinned {
-    /// Opens what is pinned; nothing where nothing is in force.
+    /// Opens what is pinned; nothing where nothing is in force. An error where something is that this version cannot read.
     pub fn open(pin_dir: &Path) -> Result<Option<Self>, BackendError> {
         let Some(pins) = Pins::open(pin_dir)? else {
             return Ok(None);
         };
-        let maps = Maps::open(&pins.path(&maps_name()))?;
-        Ok(maps.map(|maps| Self { maps, pins }))
+        let maps = match Maps::open(&pins.path(&maps_name())) {
+            Ok(Some(maps)) if maps.active_slot()?.is_some() => Ok(Some(maps)),
+            maps => match (other_layout(&pins)?, maps) {
+                (Some(layout), _) => Err(BackendError::OtherVersion { layout }),
+                (None, Err(BackendError::Damaged { .. })) if !links::any_attached(&pins) => Ok(None),
+                (None, maps) => maps,
+            },
+        };
+        Ok(maps?.map(|maps| Self { maps, pins }))
     }
 
-    /// What the kernel holds now.
-    pub fn observe(&self) -> Result<Observed, BackendError> {
-        observe(&self.maps, &self.pins, None)
+    /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
+    pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
+        let ours = self.maps.ids()?;
+        let runs = |_: &Hook, program| {
+            let used = sys::program_maps(program)?;
+            Ok(ours.iter().all(|map| used.contains(map)))
+        };
+        observe(&self.maps, &self.pins, cgroup, runs)
     }
 
     /// Runs the kernel's decision over the kernel's maps.
@@ -98,12 +115,13 @@ impl Pinned {
             port: attempt.port.to_be(),
             address: image::canonical_words(attempt.address),
         };
-        let home = match self.maps.active_slot()? {
-            Some(slot) => self.maps.generation_of(slot)?.netns,
-            None => 0,
+        let generation = match self.maps.active_slot()? {
+            Some(slot) => self.maps.generation_of(slot)?,
+            None => Generation::default(),
         };
+        let asker = Asker::new(attempt, &generation);
         let tables = Outside::new(&self.maps);
-        let decision = decide::decide(&tables, &Asker { attempt, home }, &destination);
+        let decision = decide::decide(&tables, &asker, &destination);
         tables.finish()?;
         let names = self.maps.names(decision.slot)?;
         let owners = (0..)
@@ -115,50 +133,85 @@ impl Pinned {
             verdict: decision.verdict,
             generation: decision.generation,
             owners,
+            subject: asker.subject,
         })
     }
 }
 
-/// An attempt described from outside, as the decision's subject.
-pub(super) struct Asker<'a> {
-    pub(super) attempt: &'a Attempt,
-    pub(super) home: u64,
+/// The layout of another version's maps, if such are there and programs attached.
+fn other_layout(pins: &Pins) -> Result<Option<String>, BackendError> {
+    if !links::any_attached(pins) {
+        return Ok(None);
+    }
+    let names = pins.list()?;
+    let others = names.iter().filter(|name| **name != maps_name());
+    Ok(others
+        .filter_map(|name| name.strip_prefix(MAPS))
+        .max()
+        .map(ToOwned::to_owned))
 }
 
-impl Subject for Asker<'_> {
-    fn netns(&self) -> u64 {
-        if self.attempt.foreign_netns {
-            !self.home
-        } else {
-            self.home
+/// An attempt described from outside, as the decision's subject.
+pub(super) struct Asker {
+    foreign_netns: bool,
+    subject: crate::ruleset::Subject,
+    home: u64,
+}
+
+impl Asker {
+    /// The attempt as the programs that a generation was loaded with see it.
+    pub(super) fn new(attempt: &Attempt, generation: &Generation) -> Self {
+        let mut subject = attempt.subject.clone();
+        if generation.flags & flag::SOCKET_USER == 0 {
+            // Without BTF they see neither a socket's owner nor what is a kernel thread, whose UID is root's (D3).
+            subject.socket = None;
+            if std::mem::take(&mut subject.kernel_thread) {
+                subject.task = Uid(0);
+            }
         }
+        Self {
+            foreign_netns: attempt.foreign_netns,
+            subject,
+            home: generation.netns,
+        }
+    }
+}
+
+impl Subject for Asker {
+    fn netns(&self) -> u64 {
+        if self.foreign_netns { !self.home } else { self.home }
     }
 
     fn task_user(&self) -> u32 {
-        self.attempt.subject.task.0
+        self.subject.task.0
     }
 
     fn socket_user(&self) -> SocketUser {
-        self.attempt
-            .subject
+        self.subject
             .socket
             .map_or(SocketUser::Unsupported, |uid| SocketUser::Uid(uid.0))
     }
 
     fn is_kernel_thread(&self) -> bool {
-        self.attempt.subject.kernel_thread
+        self.subject.kernel_thread
     }
 
     fn cgroup(&self, level: u32) -> u64 {
         usize::try_from(level)
             .ok()
-            .and_then(|level| self.attempt.subject.cgroups.get(level))
+            .and_then(|level| self.subject.cgroups.get(level))
             .copied()
             .unwrap_or(0)
     }
 }
 
-pub(super) fn observe(maps: &Maps, pins: &Pins, cgroup: Option<u64>) -> Result<Observed, BackendError> {
+/// Reads all of it; `runs` tells whether a hook's program is ours, by its id.
+pub(super) fn observe(
+    maps: &Maps,
+    pins: &Pins,
+    cgroup: Option<u64>,
+    runs: impl Fn(&Hook, u32) -> io::Result<bool>,
+) -> Result<Observed, BackendError> {
     let slot = maps.active_slot()?;
     let (image, generation) = match slot {
         Some(slot) => (maps.read_slot(slot)?, maps.generation_of(slot)?.number),
@@ -169,17 +222,21 @@ pub(super) fn observe(maps: &Maps, pins: &Pins, cgroup: Option<u64>) -> Result<O
         .iter()
         .filter(|hook| slot.is_some() && (image.has_udp() || !hook.udp_only))
     {
-        let info = sys::open_pin(&pins.path(hook.name)).and_then(|link| sys::link_info(link.as_fd()));
-        match info {
-            Ok(info) if info.cgroup == 0 || cgroup.is_some_and(|wanted| wanted != info.cgroup) => {
-                faults.push(format!("the link of {} is not attached; restart enforcer", hook.name));
-            }
-            Ok(_) => {}
-            Err(error) => faults.push(format!(
-                "the link of {} cannot be opened: {error}; restart enforcer",
-                hook.name
-            )),
-        }
+        let fault = links::look_at(pins, hook).and_then(|info| {
+            Ok(if info.cgroup == 0 {
+                Some("is not attached to any cgroup".to_owned())
+            } else if info.attach_type != hook.attach_type {
+                Some("is one of another hook".to_owned())
+            } else if cgroup.is_some_and(|wanted| wanted != info.cgroup) {
+                Some("is attached to another cgroup than the one configured".to_owned())
+            } else if !runs(hook, info.program)? {
+                Some(format!("runs a program that is not ours (id {})", info.program))
+            } else {
+                None
+            })
+        });
+        let fault = fault.unwrap_or_else(|error| Some(format!("cannot be examined: {error}")));
+        faults.extend(fault.map(|fault| format!("the link of {} {fault}; enforcer run restores it", hook.name)));
     }
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);

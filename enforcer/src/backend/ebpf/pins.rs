@@ -143,6 +143,17 @@ impl Pins {
         }
     }
 
+    /// Gives a directory of pins another name; what had that name is gone.
+    pub fn rename(&self, from: &str, to: &str) -> Result<(), BackendError> {
+        self.remove(to)?;
+        let path = self.path(from);
+        fs::rename(&path, self.path(to)).map_err(|error| BackendError::Io {
+            action: "rename",
+            object: path,
+            error,
+        })
+    }
+
     /// Names of all that lies in the directory.
     pub fn list(&self) -> Result<Vec<String>, BackendError> {
         let failed = |error| BackendError::Io {

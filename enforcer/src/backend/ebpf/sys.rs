@@ -67,6 +67,9 @@ pub struct LinkInfo {
     pub attach_type: u32,
 }
 
+/// Most maps of a program that are asked for: ours have ten.
+const MAX_MAPS: usize = 64;
+
 /// What a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapInfo {
@@ -131,6 +134,31 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         cgroup: info.cgroup,
         attach_type: info.attach_type,
     })
+}
+
+/// Detaches a link at once, whoever else holds it (`BPF_LINK_DETACH`, Linux 5.9).
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(BPF_LINK_DETACH, &mut raw(link)).map(drop)
+}
+
+/// Ids of the maps that a program uses (`BPF_PROG_GET_FD_BY_ID`, Linux 4.13, which asks for `CAP_SYS_ADMIN`).
+pub fn program_maps(program: u32) -> io::Result<Vec<u32>> {
+    let mut id = [program, 0, 0];
+    let program = owned(bpf(BPF_PROG_GET_FD_BY_ID, &mut id)?);
+    let mut maps = [0_u32; MAX_MAPS];
+    let mut info = RawProgramInfo {
+        map_count: u32::try_from(MAX_MAPS).map_err(io::Error::other)?,
+        maps: maps.as_mut_ptr() as u64,
+        ..RawProgramInfo::default()
+    };
+    read_info(std::os::fd::AsFd::as_fd(&program), &mut info)?;
+    Ok(maps.into_iter().take(info.map_count as usize).collect())
+}
+
+/// Asks for a map's id.
+pub fn map_id(map: BorrowedFd<'_>) -> io::Result<u32> {
+    let info: RawMapInfo = object_info(map)?;
+    Ok(info.id)
 }
 
 /// Asks what a map is.
@@ -289,11 +317,11 @@ pub fn netns_cookie() -> Option<u64> {
     (result == 0 && length == 8).then_some(cookie)
 }
 
-/// Reads a record out of bytes of the ring buffer; none where they are too few.
+/// Reads a record out of bytes of the ring buffer; none where they are not one of ours.
 #[must_use]
 pub fn read_record(bytes: &[u8]) -> Option<EventRecord> {
-    // SAFETY: long enough, every bit pattern is a value, and no alignment is asked for.
-    (bytes.len() >= size_of::<EventRecord>()).then(|| unsafe { bytes.as_ptr().cast::<EventRecord>().read_unaligned() })
+    // SAFETY: as long, every bit pattern is a value, and no alignment is asked for.
+    (bytes.len() == size_of::<EventRecord>()).then(|| unsafe { bytes.as_ptr().cast::<EventRecord>().read_unaligned() })
 }
 
 const BPF_MAP_CREATE: i32 = 0;
@@ -303,12 +331,14 @@ const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_MAP_GET_NEXT_KEY: i32 = 4;
 const BPF_OBJ_PIN: i32 = 6;
 const BPF_OBJ_GET: i32 = 7;
+const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
 const BPF_MAP_LOOKUP_BATCH: i32 = 24;
 const BPF_MAP_UPDATE_BATCH: i32 = 26;
 const BPF_MAP_DELETE_BATCH: i32 = 27;
 const BPF_LINK_CREATE: i32 = 28;
 const BPF_LINK_UPDATE: i32 = 29;
+const BPF_LINK_DETACH: i32 = 34;
 
 #[repr(C)]
 #[derive(Default)]
@@ -391,6 +421,21 @@ struct RawLinkInfo {
     _pad2: u32,
 }
 
+/// Head of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RawProgramInfo {
+    program_type: u32,
+    id: u32,
+    tag: u64,
+    code_lengths: [u32; 2],
+    code: [u64; 2],
+    loaded: u64,
+    user: u32,
+    map_count: u32,
+    maps: u64,
+}
+
 /// Head of `struct bpf_map_info`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -405,14 +450,18 @@ struct RawMapInfo {
 
 fn object_info<T: Default>(object: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();
-    let length = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    read_info(object, &mut info)?;
+    Ok(info)
+}
+
+/// Fills a structure in which pointers may say where else to write.
+fn read_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
     let mut attr = InfoAttr {
         fd: raw(object),
-        length,
-        info: std::ptr::from_mut(&mut info) as u64,
+        length: u32::try_from(size_of::<T>()).map_err(io::Error::other)?,
+        info: std::ptr::from_mut(info) as u64,
     };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    Ok(info)
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr).map(drop)
 }
 
 fn whole(map: BorrowedFd<'_>, command: i32, keys: u64, values: u64, count: usize) -> io::Result<()> {

@@ -36,12 +36,7 @@ impl Tables for Plain<'_> {
     }
 
     fn generation(&self, _: u8) -> Option<Generation> {
-        Some(Generation {
-            number: 1,
-            netns: self.0.netns,
-            levels: self.0.levels,
-            flags: self.0.flags,
-        })
+        Some(generation(self.0))
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {
@@ -82,6 +77,15 @@ impl Tables for Plain<'_> {
     }
 }
 
+fn generation(image: &Image) -> Generation {
+    Generation {
+        number: 1,
+        netns: image.netns,
+        levels: image.levels,
+        flags: image.flags,
+    }
+}
+
 const NETNS: u64 = 7;
 const LOADER: Loader = Loader {
     netns: NETNS,
@@ -98,7 +102,7 @@ fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>
         port: attempt.port.to_be(),
         address: canonical_words(attempt.address),
     };
-    let decision = decide::decide(&Plain(image), &Asker { attempt, home: NETNS }, &dialled);
+    let decision = decide::decide(&Plain(image), &Asker::new(attempt, &generation(image)), &dialled);
     let owners = (0..)
         .zip(&image.names)
         .filter(|(bit, _)| decision.owners >> bit & 1 == 1)
@@ -272,6 +276,24 @@ proptest! {
                 .filter_map(|(index, admits)| Some((rules.targets.get(*index)?.name.clone(), *admits)))
                 .collect();
             prop_assert_eq!(verdict(&image, &attempt), (explained.verdict, owners), "{:?}", attempt);
+        }
+    }
+
+    /// D3: what the programs cannot see without BTF decides nothing, and a kernel thread is root.
+    #[test]
+    fn without_btf_the_task_decides_alone(policy in policy(), attempts in proptest::collection::vec(attempt(), 1..20)) {
+        let Ok(rules) = compile(&policy, &BTreeMap::new(), &host()) else {
+            return Err(TestCaseError::fail("the policy is within all limits"))
+        };
+        let blind = Loader { socket_user: false, ..LOADER };
+        let image = lower(&rules, &Image::empty().names, blind);
+        for attempt in attempts {
+            let mut seen = attempt.clone();
+            seen.subject.socket = None;
+            if seen.subject.kernel_thread {
+                (seen.subject.kernel_thread, seen.subject.task) = (false, Uid(0));
+            }
+            prop_assert_eq!(verdict(&image, &attempt).0, explain(&rules, &seen).verdict, "{:?}", attempt);
         }
     }
 

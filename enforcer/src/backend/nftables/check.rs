@@ -70,6 +70,7 @@ pub(super) fn decide(image: &Image, attempt: &Attempt) -> Checked {
         verdict,
         generation: header.map_or(0, |header| header.generation),
         owners,
+        subject: attempt.subject.clone(),
     }
 }
 

@@ -1,0 +1,60 @@
+//! What is wrong now: logged once a change, and a cause in `status` until it is mended (F4).
+
+use std::collections::BTreeMap;
+
+use tracing::{error, info};
+
+/// What something can be wrong with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum About {
+    /// What is in force is not what is wanted.
+    RuleSet,
+    /// The configuration as it is now was refused.
+    Reload,
+    /// The file of the last known addresses.
+    State,
+    /// This host's addresses and cgroups.
+    Host,
+    /// The sweep of older connections.
+    Sweep,
+}
+
+/// At most one fault about each.
+#[derive(Debug, Default)]
+pub(super) struct Faults(BTreeMap<About, String>);
+
+impl Faults {
+    /// What is wrong now about something, or that nothing is; logged if that is news.
+    pub(super) fn set(&mut self, about: About, fault: Option<String>) {
+        if self.of(about) == fault.as_deref() {
+            return;
+        }
+        match (&fault, about) {
+            (Some(fault), _) => error!("{fault}"),
+            (None, About::RuleSet) => info!("the rule set is in force again as wanted"),
+            (None, About::Reload) => info!("the configuration is in force again as it is"),
+            (None, About::State) => info!("the addresses known are kept again"),
+            (None, About::Sweep) => info!("connections older than the rules can be swept again"),
+            (None, About::Host) => info!("this host's addresses are followed again"),
+        }
+        self.put(about, fault);
+    }
+
+    /// As `set`, where the caller has logged it.
+    pub(super) fn put(&mut self, about: About, fault: Option<String>) {
+        match fault {
+            Some(fault) => drop(self.0.insert(about, fault)),
+            None => drop(self.0.remove(&about)),
+        }
+    }
+
+    /// What is wrong about something.
+    pub(super) fn of(&self, about: About) -> Option<&str> {
+        self.0.get(&about).map(String::as_str)
+    }
+
+    /// All that is wrong.
+    pub(super) fn all(&self) -> impl Iterator<Item = &str> {
+        self.0.values().map(String::as_str)
+    }
+}

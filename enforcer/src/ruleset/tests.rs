@@ -1,0 +1,55 @@
+//! F7: each limit of a rule set is an error that names it, and what is just within it compiles.
+
+use super::*;
+
+/// Compiles so many principals in each of so many targets, each in a cgroup whose depth `level` tells, if any.
+fn principals(targets: u32, each: u32, level: impl Fn(u32) -> Option<u32>) -> Result<RuleSet, CompileError> {
+    let mut host = Host::default();
+    let mut principal = |uid: u32| {
+        let cgroup = level(uid).map(|level| {
+            let path = CgroupPath(format!("/depth{level}"));
+            let id = u64::from(level) + 100;
+            host.cgroups.insert(path.clone(), Cgroup { id, level });
+            path
+        });
+        Principal::User { uid: Uid(uid), cgroup }
+    };
+    let targets = (0..targets).map(|target| crate::policy::Target {
+        name: format!("t{target}"),
+        endpoints: BTreeSet::new(),
+        principals: (0..each).map(|number| principal(target * each + number)).collect(),
+    });
+    let policy = Policy {
+        mode: Mode::Enforce,
+        dns: crate::policy::Dns::default(),
+        targets: targets.collect(),
+    };
+    compile(&policy, &Resolved::new(), &host)
+}
+
+fn check(compiled: &Result<RuleSet, CompileError>, error: Option<(&CompileError, &str)>) {
+    let said = compiled.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    assert_eq!(compiled.as_ref().err(), error.as_ref().map(|(error, _)| *error));
+    assert!(error.is_none_or(|(_, limit)| said.contains(limit)), "{said}");
+}
+
+#[test]
+fn limits_of_principals_and_cgroups() {
+    check(&principals(16, 1024, |_| None), None);
+    let found = 17 * 1024;
+    check(
+        &principals(17, 1024, |_| None),
+        Some((&CompileError::Principals { found }, "16384")),
+    );
+    check(&principals(1, 8, Some), None);
+    check(
+        &principals(1, 9, Some),
+        Some((&CompileError::Levels { found: 9 }, "maximum of 8")),
+    );
+    check(&principals(1, 1, |_| Some(254)), None);
+    let cgroup = CgroupPath("/depth255".to_owned());
+    check(
+        &principals(1, 1, |_| Some(255)),
+        Some((&CompileError::Depth { cgroup, level: 255 }, "maximum of 254")),
+    );
+}
