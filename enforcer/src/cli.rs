@@ -1,16 +1,16 @@
 //! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
 
+mod check;
+
 use std::{
     io::{self, IsTerminal as _, Write as _},
-    net::{IpAddr, ToSocketAddrs},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use enforcer_ebpf::Verdict;
 use serde::Serialize;
 
 use crate::{
@@ -18,8 +18,6 @@ use crate::{
     config::{self, Config},
     control::{self, ControlError, Reply, Request},
     daemon, host,
-    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
-    ruleset::{Attempt, Subject},
     status::{Context, State, Status, status},
 };
 
@@ -65,7 +63,7 @@ enum Command {
     /// Show what is in force; exit code 1 if degraded or off
     Status(Json),
     /// Tell whether USER may connect to DESTINATION, by the rule set in force in the kernel, and why
-    Check(Check),
+    Check(check::Check),
     /// Show denials, as the daemon has seen them
     Events(EventsArgs),
     /// Look all names up now; returns when the kernel holds the result
@@ -82,30 +80,6 @@ struct Json {
     /// JSON on stdout
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(allow_missing_positional = true)]
-struct Check {
-    /// User name or UID; may be left out with --kernel
-    #[arg(required_unless_present = "kernel")]
-    user: Option<String>,
-    /// [tcp://|udp://]ADDRESS:PORT, IPv6 in brackets; a name is looked up and each address checked
-    destination: String,
-    /// The socket's owner, if it is not USER
-    #[arg(long, value_name = "USER")]
-    socket_user: Option<String>,
-    /// The connecting task's cgroup, from the root of the cgroup v2 hierarchy
-    #[arg(long, value_name = "PATH", default_value = "/")]
-    cgroup: String,
-    /// As a kernel thread; USER is not looked at, nor is the socket's owner
-    #[arg(long)]
-    kernel: bool,
-    /// From a network namespace other than the enforcer's
-    #[arg(long)]
-    foreign_netns: bool,
-    #[command(flatten)]
-    json: Json,
 }
 
 #[derive(Debug, Args)]
@@ -176,7 +150,7 @@ fn run(cli: &Cli) -> Result<Answer> {
             .map_err(Into::into),
         Command::Apply => apply(&cli.config),
         Command::Status(json) => show_status(&cli.config, json),
-        Command::Check(check) => run_check(&cli.config, check),
+        Command::Check(check) => check::run(&cli.config, check),
         Command::Events(events) => show_events(&cli.config, events),
         Command::Refresh(refresh) => run_refresh(&cli.config, refresh),
         Command::Unload => unload(&cli.config),
@@ -248,158 +222,6 @@ fn status_from_pins(config: &Config) -> Result<Status> {
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))
-}
-
-/// `enforcer check --json`, one line an address.
-#[derive(Serialize)]
-struct CheckReport {
-    schema: &'static str,
-    verdict: &'static str,
-    judged: bool,
-    destination: String,
-    generation: u64,
-    targets: Vec<CheckTarget>,
-    reason: String,
-}
-
-#[derive(Serialize)]
-struct CheckTarget {
-    name: String,
-    admits: bool,
-    reason: String,
-}
-
-fn run_check(config: &Path, check: &Check) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let settings = &config.settings;
-    let pinned = InForce::open(settings)?.ok_or_else(|| {
-        anyhow!(
-            "nothing is in force in {} nor in nftables table inet {}; start enforcer run, or enforcer apply",
-            settings.pin_dir.display(),
-            settings.nft_table
-        )
-    })?;
-    // A kernel thread's UID is root's; it counts only where the programs cannot tell that it is one (D3).
-    let task = match &check.user {
-        Some(name) if !check.kernel => user(name)?,
-        Some(_) | None => Uid(0),
-    };
-    let mount = host::cgroup2_mount()?.unwrap_or_default();
-    let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
-    let cgroups =
-        host::ancestors(&mount, &cgroup).with_context(|| format!("cgroup {cgroup} below {}", mount.display()))?;
-    let subject = Subject {
-        task,
-        socket: Some(check.socket_user.as_deref().map(user).transpose()?.unwrap_or(task)),
-        kernel_thread: check.kernel,
-        cgroups,
-    };
-    let (protocol, addresses, port) = destination(&check.destination)?;
-    let mut answer = Answer::Yes;
-    for address in addresses {
-        let attempt = Attempt {
-            protocol,
-            address,
-            port,
-            foreign_netns: check.foreign_netns,
-            subject: subject.clone(),
-        };
-        let report = judge(&pinned, &attempt)?;
-        if report.verdict != "allow" {
-            answer = Answer::No;
-        }
-        print_line(&report, &check.json, |report| {
-            let mut text = format!("{}  {}: {}", report.verdict, report.destination, report.reason);
-            for target in &report.targets {
-                text.push_str(&format!("\n      target {}: {}", target.name, target.reason));
-            }
-            text
-        })?;
-    }
-    Ok(answer)
-}
-
-fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
-    let checked = pinned.check(attempt)?;
-    let subject = &checked.subject;
-    let who = match (subject.kernel_thread, subject.socket) {
-        (true, _) => "kernel threads".to_owned(),
-        (false, Some(socket)) if socket != subject.task => {
-            format!("user {} with a socket of user {socket}", subject.task)
-        }
-        (false, _) => format!("user {}", subject.task),
-    };
-    let targets: Vec<CheckTarget> = checked
-        .owners
-        .iter()
-        .map(|(name, admits)| CheckTarget {
-            name: name.clone(),
-            admits: *admits,
-            reason: if *admits {
-                format!("admits {who}")
-            } else {
-                format!("has no principal that matches {who}")
-            },
-        })
-        .collect();
-    let refusing: Vec<&str> = targets
-        .iter()
-        .filter(|target| !target.admits)
-        .map(|target| target.name.as_str())
-        .collect();
-    let (verdict, reason) = match checked.verdict {
-        Verdict::Unjudged => ("allow", "not an endpoint of any target".to_owned()),
-        Verdict::Allow => ("allow", format!("every target that owns the endpoint admits {who}")),
-        Verdict::Deny => ("deny", format!("refused by {}", refusing.join(", "))),
-        Verdict::WouldDeny => (
-            "would-deny",
-            format!("audit mode lets it pass; {} would refuse", refusing.join(", ")),
-        ),
-    };
-    let canonical = std::net::SocketAddr::new(attempt.address.to_canonical(), attempt.port);
-    Ok(CheckReport {
-        schema: "enforcer/check/1",
-        verdict,
-        judged: checked.verdict != Verdict::Unjudged,
-        destination: format!("{} {canonical}", attempt.protocol),
-        generation: checked.generation,
-        targets,
-        reason,
-    })
-}
-
-fn user(name: &str) -> Result<Uid> {
-    if let Ok(uid) = name.parse() {
-        return Ok(Uid(uid));
-    }
-    HostUsers
-        .uid(name)
-        .with_context(|| format!("look up user {name}"))?
-        .ok_or_else(|| anyhow!("user {name} does not exist; give its UID if it is to come"))
-}
-
-/// A destination as it is dialled: unlike an endpoint it may be unspecified.
-fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
-    let (protocol, rest) = match text.split_once("://") {
-        Some(("tcp" | "nats" | "tls", rest)) => (Protocol::Tcp, rest),
-        Some(("udp", rest)) => (Protocol::Udp, rest),
-        Some((scheme, _)) => {
-            bail!("destination {text}: {scheme} is not a protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT")
-        }
-        None => (Protocol::Tcp, text),
-    };
-    if let Ok(address) = rest.parse::<std::net::SocketAddr>() {
-        return Ok((protocol, vec![address.ip()], address.port()));
-    }
-    let endpoint = Endpoint::parse(text).map_err(|error| anyhow!("destination {text}: {error}"))?;
-    let Destination::Name(name) = &endpoint.destination else {
-        bail!("destination {text}: give one address and port, such as tcp://10.0.0.5:4222");
-    };
-    let port = endpoint.port.get();
-    let found = (name.as_str(), port)
-        .to_socket_addrs()
-        .with_context(|| format!("look up {name}"))?;
-    Ok((protocol, found.map(|address| address.ip()).collect(), port))
 }
 
 fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {

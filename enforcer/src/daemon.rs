@@ -1,170 +1,54 @@
 //! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
 
 mod capabilities;
+mod denials;
 mod drift;
+mod error;
 mod faults;
+mod lookups;
+mod report;
+mod sources;
 mod trace;
+mod wanted;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    io,
-    os::fd::AsRawFd,
-    path::PathBuf,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use tokio::{
-    io::{
-        Interest,
-        unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdReadyMutGuard},
-    },
     signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
     task::{self, JoinSet},
 };
 use tracing::{error, info, warn};
 
-use self::drift::Drift;
-use self::faults::{About, Faults};
+use self::{
+    denials::{KEPT_EVENTS, send_events},
+    drift::Drift,
+    faults::{About, Faults},
+    sources::{readable, ready_to_read, ready_to_take},
+};
 use crate::{
-    backend::{BackendError, Enforcement, Start, ebpf::Events, nftables},
-    config::{Config, ConfigError},
-    control::{self, Call, ControlError, Reply, Request},
-    events::{self, Line, Lost},
+    backend::{Enforcement, Start, nftables},
+    control::{self, Call, Reply, Request},
+    events::{Line, Lost},
     host::{self, AddressChanges},
-    policy::{HostUsers, Name, Policy, PolicyError},
-    resolve::{Answer, LOOKUP_TIMEOUT, Names, Outcome, lookup},
-    ruleset::{CompileError, Host, Resolved, compile},
+    policy::Name,
+    resolve::{Answer, Names},
+    ruleset::{Host, Resolved, compile},
     state,
-    status::{Context, ExistingStatus, Status, status},
+    status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
 };
 
+pub use self::{error::DaemonError, wanted::Wanted};
+
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
-/// Denials read at once, and the rest after so many: what comes faster is counted as lost.
-const EVENTS_AT_ONCE: usize = 1024;
+/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
 const EVENT_REST: Duration = Duration::from_millis(50);
-/// Denials kept for callers that ask later.
-const KEPT_EVENTS: usize = 1024;
-
-/// Why the daemon cannot start, or an attempt to put a configuration in force failed.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    /// The configuration file.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// What it says.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
-    /// A limit.
-    #[error("{}: {error}", path.display())]
-    Compile {
-        /// The configuration file.
-        path: PathBuf,
-        /// Which limit.
-        error: CompileError,
-    },
-    /// The kernel.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// The control socket.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// A cgroup that a principal names.
-    #[error("{}: cgroup {cgroup} does not exist below {}; make it first, or start enforcer after the unit that does", path.display(), mount.display())]
-    NoCgroup {
-        /// The configuration file.
-        path: PathBuf,
-        /// The cgroup.
-        cgroup: String,
-        /// Where cgroups are looked for.
-        mount: PathBuf,
-    },
-    /// Keys that hold for the whole run have changed.
-    #[error("{}: {} cannot change while enforcer runs; restart it", path.display(), keys.join(", "))]
-    FixedKeys {
-        /// The configuration file.
-        path: PathBuf,
-        /// Which keys.
-        keys: Vec<&'static str>,
-    },
-    /// No cgroup v2 at all.
-    #[error(
-        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`"
-    )]
-    NoCgroup2,
-    /// Something of the operating system.
-    #[error("{action}: {error}{}", host::remedy(error))]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// Why not.
-        error: io::Error,
-    },
-}
-
-/// A configuration that was read, understood and found possible on this host.
-#[derive(Debug)]
-pub struct Wanted {
-    path: PathBuf,
-    config: Config,
-    policy: Policy,
-    /// The cgroup to attach to.
-    cgroup: PathBuf,
-    /// Where cgroup paths of principals start.
-    mount: PathBuf,
-    warnings: Vec<String>,
-}
-
-impl Wanted {
-    /// Reads a configuration file.
-    pub fn load(path: &std::path::Path) -> Result<Self, DaemonError> {
-        let config = Config::load(path)?;
-        let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
-        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
-            action: "read /proc/self/mountinfo",
-            error,
-        })?;
-        let cgroup = config
-            .settings
-            .cgroup
-            .clone()
-            .or_else(|| mount.clone())
-            .ok_or(DaemonError::NoCgroup2)?;
-        let mount = mount.unwrap_or_else(|| cgroup.clone());
-        for path_of in policy.cgroups() {
-            if host::cgroup(&mount, &path_of).is_none() {
-                return Err(DaemonError::NoCgroup {
-                    path: path.into(),
-                    cgroup: path_of.to_string(),
-                    mount,
-                });
-            }
-        }
-        let warnings = warnings.iter().map(ToString::to_string).collect();
-        Ok(Self {
-            path: path.into(),
-            config,
-            policy,
-            cgroup,
-            mount,
-            warnings,
-        })
-    }
-
-    /// What it means.
-    #[must_use]
-    pub fn policy(&self) -> &Policy {
-        &self.policy
-    }
-
-    /// What is allowed, but probably not meant.
-    #[must_use]
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
-    }
-}
 
 /// What runs.
 struct Daemon {
@@ -212,7 +96,7 @@ struct Waiting {
 }
 
 /// Puts a configuration in force once, looking every name up, and returns what is then in force.
-pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
+pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let mut daemon = Daemon::start(Wanted::load(path)?, false)?;
     daemon.look_up_all();
     while let Some(joined) = daemon.lookups.join_next_with_id().await {
@@ -232,7 +116,7 @@ pub async fn apply_once(path: &std::path::Path) -> Result<Status, DaemonError> {
 }
 
 /// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1).
-pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
+pub async fn run(path: &Path) -> Result<(), DaemonError> {
     let wanted = Wanted::load(path)?;
     let socket = wanted.config.settings.socket.clone();
     let listener = control::listen(&socket)?;
@@ -382,35 +266,6 @@ impl Daemon {
             sweeps: Jobs::default(),
             existing: None,
         })
-    }
-
-    /// The ring buffer of the kernel programs, where they are in force.
-    fn denials(&mut self) -> Result<Option<AsyncFd<Events>>, DaemonError> {
-        let Some(kernel) = self.enforcement.kernel() else {
-            return Ok(None);
-        };
-        let source = readable(kernel.events()?).map_err(|error| DaemonError::Io {
-            action: "watch the ring buffer",
-            error,
-        })?;
-        Ok(Some(source))
-    }
-
-    /// The denials of nftables, where it has just begun to log them.
-    fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
-        let denials = self.enforcement.nftables().and_then(nftables::Nftables::denials);
-        denials.map(readable).transpose().map_err(|error| DaemonError::Io {
-            action: "watch the denials of nftables",
-            error,
-        })
-    }
-
-    /// Takes what has come; the rules send no more than so many a second.
-    fn take_logged(&mut self, source: &mut nftables::Denials) {
-        while let Some(denial) = source.take() {
-            let event = events::read_logged(&denial, std::time::SystemTime::now());
-            self.publish(Line::Event(event));
-        }
     }
 
     /// Compiles what is wanted now and puts it in force.
@@ -605,84 +460,6 @@ impl Daemon {
         Ok(())
     }
 
-    fn look_up_all(&mut self) {
-        for name in self.wanted.policy.names() {
-            self.look_up(name);
-        }
-    }
-
-    fn look_up_due(&mut self, now: Instant) {
-        for name in self.names.due(now) {
-            self.look_up(name);
-        }
-        self.apply_or_keep(); // Retained addresses expire (N4).
-    }
-
-    fn look_up(&mut self, name: Name) {
-        self.names.begin(&name);
-        let asked = name.clone();
-        let task = self.lookups.spawn(async move { lookup(&asked, LOOKUP_TIMEOUT).await });
-        self.under_way.insert(task.id(), (name, self.round));
-    }
-
-    /// Takes the answer to a look-up, unless a later one was answered before it.
-    fn answered(&mut self, joined: Result<(task::Id, Answer), task::JoinError>) {
-        let (id, answer) = match joined {
-            Ok((id, answer)) => (id, answer),
-            Err(error) => {
-                let failed = Outcome::Failed("the look-up ended by itself".to_owned());
-                error!("a look-up ended by itself: {error}");
-                (
-                    error.id(),
-                    Answer::Dns {
-                        a: failed.clone(),
-                        aaaa: failed,
-                    },
-                )
-            }
-        };
-        let Some((name, round)) = self.under_way.remove(&id) else {
-            return;
-        };
-        self.unanswered.remove(&name);
-        let newest = self.answered_rounds.entry(name.clone()).or_default();
-        if round < *newest {
-            return;
-        }
-        *newest = round;
-        for note in self.names.answered(Instant::now(), &name, answer) {
-            if note.is_fault() {
-                warn!("{note}");
-            } else {
-                info!("{note}");
-            }
-        }
-        for waiting in self.waiting.iter_mut().filter(|waiting| waiting.round <= round) {
-            waiting.names.remove(&name);
-        }
-    }
-
-    fn answer_waiting(&mut self) {
-        let (done, waiting) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|one| one.names.is_empty());
-        self.waiting = waiting;
-        let done: Vec<Waiting> = done;
-        if !done.is_empty() {
-            let reply = self.applied_reply();
-            for one in done {
-                let _ = one.replies.try_send(reply.clone());
-            }
-        }
-    }
-
-    fn applied_reply(&mut self) -> Reply {
-        match self.faults.of(About::RuleSet) {
-            Some(fault) => Reply::Error(fault.to_owned()),
-            None => Reply::Status(Box::new(self.status())),
-        }
-    }
-
     /// Addresses and cgroups come and go; links may be taken away.
     fn look_at_host(&mut self) {
         let fault = match host::snapshot(Some(&self.wanted.mount), &self.wanted.policy.cgroups()) {
@@ -696,33 +473,6 @@ impl Daemon {
         };
         self.faults.set(About::Host, fault);
         self.apply_or_keep();
-    }
-
-    /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
-    fn take_events(&mut self, source: &mut Events) -> bool {
-        let Ok(boot) = events::boot_time() else { return true };
-        let mut taken = 0;
-        while taken < EVENTS_AT_ONCE {
-            let Some(record) = source.take() else { break };
-            self.publish(Line::Event(events::read(&record, boot)));
-            taken += 1;
-        }
-        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
-        if let Some(lost) = lost
-            && lost > self.lost
-        {
-            self.publish(Line::Lost(Lost::new(lost - self.lost)));
-            self.lost = lost;
-        }
-        taken < EVENTS_AT_ONCE
-    }
-
-    fn publish(&mut self, line: Line) {
-        if self.events.len() == KEPT_EVENTS {
-            self.events.pop_front();
-        }
-        self.events.push_back(line.clone());
-        let _ = self.followers.send(line);
     }
 
     /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
@@ -756,89 +506,4 @@ impl Daemon {
         info!("unloaded: nothing is in force any more");
         Ok(())
     }
-
-    fn status(&mut self) -> Status {
-        let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
-        for path in self.wanted.policy.cgroups() {
-            if !self.host.cgroups.contains_key(&path) {
-                causes.push(format!(
-                    "cgroup {path} is gone; its principals match nobody until it is made again"
-                ));
-            }
-        }
-        if self.enforcement.ignores_cgroups() && !self.wanted.policy.cgroups().is_empty() {
-            causes.push("this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a cgroup match nobody".to_owned());
-        }
-        if self.drift.is_recent(Instant::now()) {
-            causes.push(format!(
-                "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft monitor, bpftool)",
-                self.enforcement.restored(),
-                Drift::MEMORY.as_secs()
-            ));
-        }
-        let observed = self.enforcement.observe();
-        if let Err(error) = &observed {
-            causes.push(error.to_string());
-        }
-        let names = self.names.report();
-        let settings = &self.wanted.config.settings;
-        let context = Context {
-            daemon: Some(std::process::id()),
-            cgroup: self.wanted.cgroup.display().to_string(),
-            pin_dir: settings.pin_dir.display().to_string(),
-            nft_table: settings.nft_table.clone(),
-            backend: self.enforcement.name().to_owned(),
-            backend_reason: self.enforcement.reason().map(str::to_owned),
-            restored: self.enforcement.restored(),
-            names,
-            causes,
-            existing: self.existing.clone(),
-            unread: observed.is_err(),
-        };
-        status(observed.as_ref().ok(), context)
-    }
-}
-
-async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, replies: mpsc::Sender<Reply>) {
-    for line in kept {
-        if replies.send(Reply::Event(line)).await.is_err() {
-            return;
-        }
-    }
-    let Some(mut live) = live else { return };
-    loop {
-        let line = match live.recv().await {
-            Ok(line) => line,
-            Err(broadcast::error::RecvError::Lagged(lost)) => Line::Lost(Lost::new(lost)),
-            Err(broadcast::error::RecvError::Closed) => return,
-        };
-        if replies.send(Reply::Event(line)).await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Waits until there is something to read; for ever where there is no source.
-async fn ready_to_read<T: AsRawFd>(source: Option<&AsyncFd<T>>) -> Option<io::Result<AsyncFdReadyGuard<'_, T>>> {
-    match source {
-        Some(source) => Some(source.readable().await),
-        None => std::future::pending().await,
-    }
-}
-
-/// As [`ready_to_read`], for a source that reading changes.
-async fn ready_to_take<T: AsRawFd>(source: Option<&mut AsyncFd<T>>) -> Option<io::Result<AsyncFdReadyMutGuard<'_, T>>> {
-    match source {
-        Some(source) => Some(source.readable_mut().await),
-        None => std::future::pending().await,
-    }
-}
-
-/// Lets the loop wait for a descriptor. Its owner moves into the result, so that it cannot be closed meanwhile.
-#[allow(
-    deprecated,
-    reason = "the successor is the same call, marked unsafe for owners that change their descriptor"
-)]
-fn readable<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
-    AsyncFd::with_interest(owner, Interest::READABLE)
 }

@@ -1,0 +1,99 @@
+//! Denials on their way from the kernel to those who asked for them.
+
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{broadcast, mpsc},
+};
+
+use super::{Daemon, DaemonError, sources::readable};
+use crate::{
+    backend::{ebpf::Events, nftables},
+    control::Reply,
+    events::{self, Line, Lost},
+};
+
+/// Denials read at once: what comes faster is counted as lost.
+const EVENTS_AT_ONCE: usize = 1024;
+/// Denials kept for callers that ask later.
+pub(super) const KEPT_EVENTS: usize = 1024;
+
+impl Daemon {
+    /// The ring buffer of the kernel programs, where they are in force.
+    pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Events>>, DaemonError> {
+        let Some(kernel) = self.enforcement.kernel() else {
+            return Ok(None);
+        };
+        let source = readable(kernel.events()?).map_err(|error| DaemonError::Io {
+            action: "watch the ring buffer",
+            error,
+        })?;
+        Ok(Some(source))
+    }
+
+    /// The denials of nftables, where it has just begun to log them.
+    pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
+        let denials = self.enforcement.nftables().and_then(nftables::Nftables::denials);
+        denials.map(readable).transpose().map_err(|error| DaemonError::Io {
+            action: "watch the denials of nftables",
+            error,
+        })
+    }
+
+    /// Takes what has come; the rules send no more than so many a second.
+    pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) {
+        while let Some(denial) = source.take() {
+            let event = events::read_logged(&denial, std::time::SystemTime::now());
+            self.publish(Line::Event(event));
+        }
+    }
+
+    /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
+    pub(super) fn take_events(&mut self, source: &mut Events) -> bool {
+        let Ok(boot) = events::boot_time() else { return true };
+        let mut taken = 0;
+        while taken < EVENTS_AT_ONCE {
+            let Some(record) = source.take() else { break };
+            self.publish(Line::Event(events::read(&record, boot)));
+            taken += 1;
+        }
+        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
+        if let Some(lost) = lost
+            && lost > self.lost
+        {
+            self.publish(Line::Lost(Lost::new(lost - self.lost)));
+            self.lost = lost;
+        }
+        taken < EVENTS_AT_ONCE
+    }
+
+    pub(super) fn publish(&mut self, line: Line) {
+        if self.events.len() == KEPT_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(line.clone());
+        let _ = self.followers.send(line);
+    }
+}
+
+pub(super) async fn send_events(
+    kept: Vec<Line>,
+    live: Option<broadcast::Receiver<Line>>,
+    replies: mpsc::Sender<Reply>,
+) {
+    for line in kept {
+        if replies.send(Reply::Event(line)).await.is_err() {
+            return;
+        }
+    }
+    let Some(mut live) = live else { return };
+    loop {
+        let line = match live.recv().await {
+            Ok(line) => line,
+            Err(broadcast::error::RecvError::Lagged(lost)) => Line::Lost(Lost::new(lost)),
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        if replies.send(Reply::Event(line)).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Names asked about: when, whose answer counts, and who waits for it (B3).
+
+use std::time::Instant;
+
+use tokio::task;
+use tracing::{error, info, warn};
+
+use super::{About, Daemon, Waiting};
+use crate::{
+    control::Reply,
+    policy::Name,
+    resolve::{Answer, LOOKUP_TIMEOUT, Outcome, lookup},
+};
+
+impl Daemon {
+    pub(super) fn look_up_all(&mut self) {
+        for name in self.wanted.policy.names() {
+            self.look_up(name);
+        }
+    }
+
+    pub(super) fn look_up_due(&mut self, now: Instant) {
+        for name in self.names.due(now) {
+            self.look_up(name);
+        }
+        self.apply_or_keep(); // Retained addresses expire (N4).
+    }
+
+    pub(super) fn look_up(&mut self, name: Name) {
+        self.names.begin(&name);
+        let asked = name.clone();
+        let task = self.lookups.spawn(async move { lookup(&asked, LOOKUP_TIMEOUT).await });
+        self.under_way.insert(task.id(), (name, self.round));
+    }
+
+    /// Takes the answer to a look-up, unless a later one was answered before it.
+    pub(super) fn answered(&mut self, joined: Result<(task::Id, Answer), task::JoinError>) {
+        let (id, answer) = match joined {
+            Ok((id, answer)) => (id, answer),
+            Err(error) => {
+                let failed = Outcome::Failed("the look-up ended by itself".to_owned());
+                error!("a look-up ended by itself: {error}");
+                (
+                    error.id(),
+                    Answer::Dns {
+                        a: failed.clone(),
+                        aaaa: failed,
+                    },
+                )
+            }
+        };
+        let Some((name, round)) = self.under_way.remove(&id) else {
+            return;
+        };
+        self.unanswered.remove(&name);
+        let newest = self.answered_rounds.entry(name.clone()).or_default();
+        if round < *newest {
+            return;
+        }
+        *newest = round;
+        for note in self.names.answered(Instant::now(), &name, answer) {
+            if note.is_fault() {
+                warn!("{note}");
+            } else {
+                info!("{note}");
+            }
+        }
+        for waiting in self.waiting.iter_mut().filter(|waiting| waiting.round <= round) {
+            waiting.names.remove(&name);
+        }
+    }
+
+    pub(super) fn answer_waiting(&mut self) {
+        let (done, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|one| one.names.is_empty());
+        self.waiting = waiting;
+        let done: Vec<Waiting> = done;
+        if !done.is_empty() {
+            let reply = self.applied_reply();
+            for one in done {
+                let _ = one.replies.try_send(reply.clone());
+            }
+        }
+    }
+
+    pub(super) fn applied_reply(&mut self) -> Reply {
+        match self.faults.of(About::RuleSet) {
+            Some(fault) => Reply::Error(fault.to_owned()),
+            None => Reply::Status(Box::new(self.status())),
+        }
+    }
+}

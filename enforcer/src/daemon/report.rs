@@ -1,0 +1,49 @@
+//! What the daemon tells of itself: `Status` from what it knows and what the kernel holds.
+
+use std::time::Instant;
+
+use super::{Daemon, Drift};
+use crate::status::{Context, Status, status};
+
+impl Daemon {
+    pub(super) fn status(&mut self) -> Status {
+        let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
+        for path in self.wanted.policy.cgroups() {
+            if !self.host.cgroups.contains_key(&path) {
+                causes.push(format!(
+                    "cgroup {path} is gone; its principals match nobody until it is made again"
+                ));
+            }
+        }
+        if self.enforcement.ignores_cgroups() && !self.wanted.policy.cgroups().is_empty() {
+            causes.push("this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a cgroup match nobody".to_owned());
+        }
+        if self.drift.is_recent(Instant::now()) {
+            causes.push(format!(
+                "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft monitor, bpftool)",
+                self.enforcement.restored(),
+                Drift::MEMORY.as_secs()
+            ));
+        }
+        let observed = self.enforcement.observe();
+        if let Err(error) = &observed {
+            causes.push(error.to_string());
+        }
+        let names = self.names.report();
+        let settings = &self.wanted.config.settings;
+        let context = Context {
+            daemon: Some(std::process::id()),
+            cgroup: self.wanted.cgroup.display().to_string(),
+            pin_dir: settings.pin_dir.display().to_string(),
+            nft_table: settings.nft_table.clone(),
+            backend: self.enforcement.name().to_owned(),
+            backend_reason: self.enforcement.reason().map(str::to_owned),
+            restored: self.enforcement.restored(),
+            names,
+            causes,
+            existing: self.existing.clone(),
+            unread: observed.is_err(),
+        };
+        status(observed.as_ref().ok(), context)
+    }
+}
