@@ -26,6 +26,8 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{MapData, RingBuf},
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
 };
 use enforcer_ebpf::{ABI, EventRecord, TargetName};
 
@@ -247,12 +249,14 @@ impl Kernel {
 
     /// Bits that change hands start to count from zero.
     fn clear_reused_counters(&self, previous: &Names, names: &Names) -> Result<(), BackendError> {
-        for (bit, (before, now)) in (0..).zip(previous.iter().zip(names)) {
-            if before != now && *now != TargetName::NONE {
-                self.maps.clear_counters(bit)?;
-            }
+        let reused = (0..)
+            .zip(previous.iter().zip(names))
+            .filter(|(_, (before, now))| before != now && **now != TargetName::NONE)
+            .fold(0, |bits, (bit, _)| bits | 1 << bit);
+        if reused == 0 {
+            return Ok(());
         }
-        Ok(())
+        self.maps.clear_counters(reused)
     }
 }
 
@@ -292,15 +296,22 @@ fn maps_name() -> String {
 }
 
 fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf, BackendError> {
-    let Offsets { sk_uid, task_flags } = offsets.unwrap_or(Offsets {
-        sk_uid: 0,
-        task_flags: 0,
-    });
+    let Offsets {
+        sk_uid,
+        task_flags,
+        task_cred,
+        cred_uid,
+    } = offsets.unwrap_or_default();
+    // Where the kernel cannot tell whether it has the helper, the slower way does.
+    let typed_task = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_get_current_task_btf);
+    let task_cred = if typed_task.unwrap_or(false) { task_cred } else { 0 };
     EbpfLoader::new()
         .btf(None)
         .default_map_pin_directory(maps_dir)
         .override_global("SK_UID_OFFSET", &sk_uid, true)
         .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
+        .override_global("TASK_CRED_OFFSET", &task_cred, true)
+        .override_global("CRED_UID_OFFSET", &cred_uid, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(PROGRAMS)
         .map_err(|error| BackendError::Load {

@@ -53,7 +53,7 @@ fn under_fire() -> Result<()> {
             _ => {
                 // A version that lays out its maps differently takes over: as if these were another one's.
                 drop(daemon);
-                fs::rename(world.pins().join("maps_v1"), world.pins().join("maps_v0"))?;
+                fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
             }
         }
         thread::sleep(Duration::from_millis(100));

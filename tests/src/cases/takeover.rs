@@ -55,14 +55,14 @@ fn killed_half_way() -> Result<()> {
     for missing in ["active", "events", "endpoints", "lost"] {
         let (world, _listener) = guarded()?;
         world.apply()?;
-        unpin(&world, &["connect4", "connect6", &format!("maps_v1/{missing}")])?;
+        unpin(&world, &["connect4", "connect6", &format!("maps_v2/{missing}")])?;
         until("the links are gone", || Ok(world.attack(NOBODY).run()?.errno.is_none()))?;
         told(&world, "off", "nothing is in force")?;
         world.apply()?;
         world.attack(NOBODY).is_refused()?;
         world.attack(0).reaches()?;
         ensure!(
-            !world.pins().join("maps_v1_damaged").exists(),
+            !world.pins().join("maps_v2_damaged").exists(),
             "the damaged maps were left"
         );
         world.enforcer(&["unload"])?.demand(0)?;
@@ -76,7 +76,7 @@ fn damaged_under_fire() -> Result<()> {
     let fire = world.path("fire");
     fs::write(&fire, "")?;
     let (denied, allowed) = (world.attack(NOBODY).hammer(&fire)?, world.attack(0).hammer(&fire)?);
-    for missing in ["maps_v1/active", "maps_v1/endpoints", "maps_v1/events"] {
+    for missing in ["maps_v2/active", "maps_v2/endpoints", "maps_v2/events"] {
         unpin(&world, &[missing])?;
         told(&world, "degraded", missing)?;
         let check = world
@@ -105,11 +105,11 @@ fn unload_damaged() -> Result<()> {
     type Harm = fn(&Path) -> std::io::Result<()>;
     let harms: [Harm; 5] = [
         // One map is another one, and one is gone.
-        |pins| fs::rename(pins.join("maps_v1/principals"), pins.join("maps_v1/endpoints")),
-        |pins| fs::rename(pins.join("maps_v1/endpoints"), pins.join("maps_v1/ports")),
-        |pins| fs::remove_file(pins.join("maps_v1/active")),
-        |pins| fs::remove_dir_all(pins.join("maps_v1")),
-        |pins| fs::rename(pins.join("maps_v1/lost"), pins.join("maps_v1/active")),
+        |pins| fs::rename(pins.join("maps_v2/principals"), pins.join("maps_v2/endpoints")),
+        |pins| fs::rename(pins.join("maps_v2/endpoints"), pins.join("maps_v2/ports")),
+        |pins| fs::remove_file(pins.join("maps_v2/active")),
+        |pins| fs::remove_dir_all(pins.join("maps_v2")),
+        |pins| fs::rename(pins.join("maps_v2/lost"), pins.join("maps_v2/active")),
     ];
     for harm in harms {
         let (world, _listener) = guarded()?;
@@ -127,7 +127,7 @@ fn unload_other_version() -> Result<()> {
     let (world, _listener) = guarded()?;
     for _ in 0..5 {
         world.apply()?;
-        fs::rename(world.pins().join("maps_v1"), world.pins().join("maps_v0"))?;
+        fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
         world.attack(NOBODY).is_refused()?;
         world.enforcer(&["unload"])?.demand(0)?;
         world.attack(NOBODY).reaches()?;
@@ -138,7 +138,7 @@ fn unload_other_version() -> Result<()> {
 fn other_version() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
-    fs::rename(world.pins().join("maps_v1"), world.pins().join("maps_v0"))?;
+    fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
     let says = "another version of enforcer (map layout 0) enforces";
     told(&world, "degraded", says)?;
     let check = world

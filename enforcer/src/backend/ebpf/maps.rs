@@ -8,8 +8,8 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS,
-    Owners, PrincipalKey, SLOTS, TargetName, decide::Tables, scope,
+    AllCounters, Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS,
+    MAX_TARGETS, Owners, PrincipalKey, SLOTS, TargetName, decide::Tables, scope,
 };
 
 use super::{
@@ -47,7 +47,7 @@ pub struct Maps {
     prefixes: Table<PrefixKey, Owners>,
     principals: Table<PrincipalKey, Owners>,
     targets: Table<u32, TargetName>,
-    counters: Table<u32, Counters>,
+    counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
     cpus: usize,
 }
@@ -81,7 +81,7 @@ impl Maps {
             prefixes: Table::open(dir, "prefixes", LPM_TRIE, SLOTS * MAX_PREFIXES)?,
             principals: Table::open(dir, "principals", HASH, SLOTS * MAX_PRINCIPALS)?,
             targets: Table::open(dir, "targets", ARRAY, SLOTS * MAX_TARGETS)?,
-            counters: Table::open(dir, "counters", PERCPU_ARRAY, MAX_TARGETS)?,
+            counters: Table::open(dir, "counters", PERCPU_ARRAY, 1)?,
             lost: Table::open(dir, "lost", PERCPU_ARRAY, 1)?,
             cpus,
         }))
@@ -175,6 +175,7 @@ impl Maps {
             flags: generation.flags,
             levels: generation.levels,
             netns: generation.netns,
+            few: generation.few,
             ports,
             endpoints,
             prefixes,
@@ -215,23 +216,33 @@ impl Maps {
             netns: want.netns,
             levels: want.levels,
             flags: want.flags,
+            few: want.few,
         };
         self.generations.put_read_back(&u32::from(slot), generation)
     }
 
-    /// Sets a target's counters to zero.
-    pub fn clear_counters(&self, bit: u32) -> Result<(), BackendError> {
-        self.counters.put_all(&bit, &vec![Counters::default(); self.cpus])
+    /// Sets the counters of some targets to zero. What others count at this very moment may be lost.
+    pub fn clear_counters(&self, bits: Owners) -> Result<(), BackendError> {
+        let mut all = self.counters.get_all(&0, self.cpus)?;
+        for (bit, counters) in all.iter_mut().flat_map(|cpu| (0..).zip(cpu)) {
+            if bits >> bit & 1 == 1 {
+                *counters = Counters::default();
+            }
+        }
+        self.counters.put_all(&0, &all)
     }
 
-    /// A target's counters, all CPUs together.
-    pub fn counters(&self, bit: u32) -> Result<Counters, BackendError> {
-        let all = self.counters.get_all(&bit, self.cpus)?;
-        Ok(all.iter().fold(Counters::default(), |sum, cpu| Counters {
-            allowed: sum.allowed + cpu.allowed,
-            denied: sum.denied + cpu.denied,
-            would_deny: sum.would_deny + cpu.would_deny,
-        }))
+    /// The counters of every target by its bit, all CPUs together.
+    pub fn counters(&self) -> Result<AllCounters, BackendError> {
+        let mut sums = [Counters::default(); MAX_TARGETS as usize];
+        for cpu in self.counters.get_all(&0, self.cpus)? {
+            for (sum, counters) in sums.iter_mut().zip(cpu) {
+                sum.allowed += counters.allowed;
+                sum.denied += counters.denied;
+                sum.would_deny += counters.would_deny;
+            }
+        }
+        Ok(sums)
     }
 
     /// Denials that the ring buffer had no room for.
@@ -288,6 +299,10 @@ impl Tables for Outside<'_> {
 
     fn generation(&self, slot: u8) -> Option<Generation> {
         self.keep(self.maps.generation_of(slot).map(Some))
+    }
+
+    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
+        self.generation(slot)?.few.find(user)
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {

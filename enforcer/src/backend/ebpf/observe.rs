@@ -4,7 +4,7 @@ use std::{io, path::Path};
 
 use enforcer_ebpf::{
     Counters, Generation, TargetName, Verdict,
-    decide::{self, Destination, SocketUser, Subject},
+    decide::{self, Destination, SocketUser, Subject, Task},
     flag,
 };
 
@@ -182,18 +182,18 @@ impl Subject for Asker {
         if self.foreign_netns { !self.home } else { self.home }
     }
 
-    fn task_user(&self) -> u32 {
-        self.subject.task.0
+    fn task(&self) -> Task {
+        if self.subject.kernel_thread {
+            Task::Kernel
+        } else {
+            Task::User(self.subject.task.0)
+        }
     }
 
     fn socket_user(&self) -> SocketUser {
         self.subject
             .socket
             .map_or(SocketUser::Unsupported, |uid| SocketUser::Uid(uid.0))
-    }
-
-    fn is_kernel_thread(&self) -> bool {
-        self.subject.kernel_thread
     }
 
     fn cgroup(&self, level: u32) -> u64 {
@@ -241,9 +241,10 @@ pub(super) fn observe(
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);
     let mut targets = Vec::new();
-    for (bit, name) in (0_u32..)
-        .zip(&image.names)
-        .filter(|(_, name)| **name != TargetName::NONE)
+    let counters = maps.counters()?;
+    for (bit, (name, counters)) in (0_u32..)
+        .zip(image.names.iter().zip(counters))
+        .filter(|(_, (name, _))| **name != TargetName::NONE)
     {
         let endpoints = real().filter(|(_, owners)| placed(*owners, bit)).count()
             + image.prefixes.iter().filter(|(_, owners)| placed(*owners, bit)).count();
@@ -256,7 +257,7 @@ pub(super) fn observe(
             name: name.as_str().to_owned(),
             endpoints: endpoints as u64,
             allow: allow.collect(),
-            counters: maps.counters(bit)?,
+            counters,
         });
     }
     Ok(Observed {

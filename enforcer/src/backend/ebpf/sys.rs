@@ -15,7 +15,7 @@ use std::{
     path::Path,
 };
 
-use enforcer_ebpf::{Counters, EndpointKey, EventRecord, Generation, PrincipalKey, TargetName};
+use enforcer_ebpf::{AllCounters, EndpointKey, EventRecord, Generation, PrincipalKey, TargetName};
 
 use super::image::PrefixKey;
 
@@ -43,7 +43,7 @@ unsafe impl Plain for Generation {}
 // SAFETY: as above.
 unsafe impl Plain for TargetName {}
 // SAFETY: as above.
-unsafe impl Plain for Counters {}
+unsafe impl Plain for AllCounters {}
 // SAFETY: as above.
 unsafe impl Plain for EventRecord {}
 
