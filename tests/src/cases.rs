@@ -17,8 +17,24 @@ pub mod takeover;
 
 use anyhow::Result;
 
-/// A case: a name that cites the guarantee, and what it does.
-pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
+use crate::backend::{ALIKE, Backend};
+
+/// A case: what it is about, on which backends, and what it does.
+pub struct Case {
+    /// Cites the guarantee.
+    pub name: String,
+    /// Runs of the suite that it is part of.
+    pub on: &'static [Backend],
+    /// Fails with what is not as it should be.
+    pub run: Box<dyn FnOnce() -> Result<()> + Send>,
+}
+
+impl Case {
+    /// Of other runs of the suite than [`ALIKE`].
+    fn on(self, on: &'static [Backend]) -> Self {
+        Self { on, ..self }
+    }
+}
 
 /// All of them.
 #[must_use]
@@ -44,6 +60,11 @@ pub fn all() -> Vec<Case> {
     .collect()
 }
 
+/// A case that holds whatever enforces. Where the two differ (§5) it asserts the outcome of each.
 fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {
-    (name.to_owned(), Box::new(run))
+    Case {
+        name: name.to_owned(),
+        on: ALIKE,
+        run: Box::new(run),
+    }
 }

@@ -11,38 +11,30 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{
-    Case, case,
-    decision::{TCP_WAYS, UDP_WAYS},
-};
+use super::{Case, case};
 use crate::{
-    attack::{Way, Who},
+    backend::{BOTH, NFTABLES},
     world::{Attack, Blows, Daemon, Listener, NOBODY, Netns, World, binary, ran, until},
 };
 
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    let mut cases = vec![
-        case("s5_nftables_sees_whoever_opened_the_socket", users),
-        case("s5_nftables_kernel_is_no_user", kernel_is_no_user),
-        case("s5_nftables_cgroup_of_the_socket", cgroup),
-        case("s5_forwarded_connections_are_refused", forwarded),
-        case("s5_auto_takes_nftables_without_bpf", auto),
-        case("s5_both_is_refused_by_each", both),
-        case("s5_nftables_denials_are_told", told),
-        case("f2_nftables_no_wrong_verdict_in_200_rule_sets", under_fire),
-        case("f1_f2_backends_change_without_a_gap", changing_backends),
-        case("f3_f7_nftables_100000_endpoints", many),
-        case("f4_both_fails_as_one", fails_as_one),
-        case("f5_nftables_table_of_others", foreign),
-        case("f5_nftables_drift_is_mended", drift),
-        case("p3_nftables_does_not_switch_conntrack_on", no_conntrack),
-    ];
-    for way in TCP_WAYS.into_iter().chain(UDP_WAYS) {
-        cases.push(case(&format!("s5_nftables_way_{way:?}"), move || one_way(way)));
-    }
-    cases
+    vec![
+        case("s5_nftables_kernel_is_no_user", kernel_is_no_user).on(NFTABLES),
+        case("s5_nftables_cgroup_of_the_socket", cgroup).on(NFTABLES),
+        case("s5_forwarded_connections_are_refused", forwarded).on(BOTH),
+        case("s5_auto_takes_nftables_without_bpf", auto).on(BOTH),
+        case("s5_both_is_refused_by_each", both).on(BOTH),
+        case("s5_nftables_denials_are_told", told).on(NFTABLES),
+        case("f2_nftables_no_wrong_verdict_in_200_rule_sets", under_fire).on(NFTABLES),
+        case("f1_f2_backends_change_without_a_gap", changing_backends).on(BOTH),
+        case("f3_f7_nftables_100000_endpoints", many).on(NFTABLES),
+        case("f4_both_fails_as_one", fails_as_one).on(BOTH),
+        case("f5_nftables_table_of_others", foreign).on(NFTABLES),
+        case("f5_nftables_drift_is_mended", drift).on(NFTABLES),
+        case("p3_nftables_does_not_switch_conntrack_on", no_conntrack).on(NFTABLES),
+    ]
 }
 
 /// A network namespace of its own with a listener, in which the binary and its victims run.
@@ -93,54 +85,6 @@ impl Guarded {
             &self.netns.enforcer(&self.world, &["status", "--json"])?.stdout,
         )?)
     }
-}
-
-fn one_way(way: Way) -> Result<()> {
-    let guarded = Guarded::new()?;
-    let nobody = guarded.attack(NOBODY)?.way(way);
-    nobody.reaches()?;
-    let scheme = if way.is_udp() { "udp" } else { "tcp" };
-    let mut endpoints = vec![format!("{scheme}://{}", guarded.world.here())];
-    // An unspecified destination is a real one by the time its packet leaves: this host's.
-    for address in ["127.0.0.1", "[::1]"] {
-        endpoints.push(format!("{scheme}://{address}:{}", guarded.world.port));
-    }
-    guarded.configure("nftables", &endpoints, r#"["root"]"#)?;
-    guarded.apply()?;
-    if way.is_udp() {
-        // What sends without being connected is not told of the refusal: nothing comes back.
-        ensure!(nobody.run()?.errno.is_some(), "{way:?} reached the listener");
-    } else {
-        nobody.is_reset()?;
-    }
-    guarded.attack(0)?.way(way).reaches()?;
-    let denied = &guarded.status()?["targets"][0]["denied"];
-    ensure!(denied.as_u64() > Some(0), "nothing was counted: {denied}");
-    guarded.netns.enforcer(&guarded.world, &["unload"])?.demand(0)?;
-    nobody.reaches()
-}
-
-/// §5: the differences from eBPF, both outcomes.
-fn users() -> Result<()> {
-    for (who, nftables) in [
-        (Who::User, false),
-        (Who::SocketOfRoot, true),
-        (Who::SocketForRoot, false),
-        (Who::UserNamespace, false),
-    ] {
-        let guarded = Guarded::new()?;
-        let attack = guarded.attack(NOBODY)?.who(who);
-        attack.reaches()?;
-        guarded.guard("nftables")?;
-        if nftables {
-            attack.reaches()?;
-        } else {
-            attack.is_reset()?;
-        }
-        guarded.guard("ebpf")?;
-        attack.is_refused()?;
-    }
-    Ok(())
 }
 
 fn kernel_is_no_user() -> Result<()> {
@@ -227,7 +171,7 @@ fn auto() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("auto")?;
     ensure!(guarded.status()?["backend"] == "ebpf", "{}", guarded.status()?);
-    guarded.attack(NOBODY)?.is_refused()?;
+    guarded.attack(NOBODY)?.is_forbidden()?;
     guarded.netns.enforcer(&guarded.world, &["unload"])?.demand(0)?;
     let enforcer = guarded.world.path("enforcer.toml");
     let mut command = guarded.netns.command(Path::new("setpriv"));
@@ -247,7 +191,7 @@ fn auto() -> Result<()> {
     // With BPF again, eBPF takes over and the table goes.
     guarded.apply()?;
     ensure!(guarded.status()?["backend"] == "ebpf", "{}", guarded.status()?);
-    guarded.attack(NOBODY)?.is_refused()?;
+    guarded.attack(NOBODY)?.is_forbidden()?;
     ensure!(
         !guarded.netns.nft("list tables")?.contains(guarded.world.name()),
         "the table was left"
@@ -258,7 +202,7 @@ fn auto() -> Result<()> {
 fn both() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("both")?;
-    guarded.attack(NOBODY)?.is_refused()?;
+    guarded.attack(NOBODY)?.is_forbidden()?;
     // Out of eBPF's cgroup, nftables refuses.
     guarded.attack(NOBODY)?.anywhere().is_reset()?;
     guarded.attack(0)?.reaches()?;
@@ -429,7 +373,7 @@ fn fails_as_one() -> Result<()> {
         "{failed}"
     );
     ensure!(guarded.status()?["generation"] == generation, "eBPF went on alone");
-    guarded.attack(NOBODY)?.is_refused()
+    guarded.attack(NOBODY)?.is_forbidden()
 }
 
 fn foreign() -> Result<()> {

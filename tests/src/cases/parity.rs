@@ -16,7 +16,10 @@ use enforcer_ebpf::Verdict;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use super::{Case, case};
-use crate::world::{Listener, NOBODY, Netns, World, cgroup_mount};
+use crate::{
+    backend::BOTH,
+    world::{Listener, NOBODY, Netns, World, cgroup_mount},
+};
 
 /// Rule sets, and attempts on each by each backend.
 const RULE_SETS: usize = 40;
@@ -26,7 +29,7 @@ const USERS: [u32; 4] = [0, 33, 1001, NOBODY];
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    vec![case("s5_the_oracle_ebpf_and_nftables_agree", agree)]
+    vec![case("s5_the_oracle_ebpf_and_nftables_agree", agree).on(BOTH)]
 }
 
 fn agree() -> Result<()> {
