@@ -5,6 +5,7 @@
 
 mod dial;
 mod hold;
+mod raw;
 mod subject;
 
 use std::{
@@ -45,6 +46,8 @@ pub enum Way {
     /// `0.0.0.0` without `bind`.
     UnspecifiedUnbound,
     BindToDevice,
+    /// A SYN by a raw socket, and no connection.
+    RawSyn,
     FastOpenSendto,
     FastOpenConnect,
     /// Fast open of an IPv4-mapped address.

@@ -31,6 +31,8 @@ pub const ALL: &[Backend] = &[Backend::Ebpf, Backend::Nftables, Backend::Both, B
 pub const EBPF: &[Backend] = &[Backend::Ebpf];
 /// About the table and its packets.
 pub const NFTABLES: &[Backend] = &[Backend::Nftables];
+/// About packets that nftables sees, alone or beside eBPF.
+pub const PACKETS: &[Backend] = &[Backend::Nftables, Backend::Both];
 /// About the two together, or about the change from one to the other.
 pub const BOTH: &[Backend] = &[Backend::Both];
 
@@ -97,7 +99,11 @@ pub(crate) fn without_bpf(binary: &Path, confined: &Path) -> Result<PathBuf> {
         return Ok(script.clone());
     }
     let file = tempfile::Builder::new().prefix("enforcertest_without_bpf").tempfile()?;
-    let text = format!("#!/bin/sh\nexec {confined:?} --no-bpf eperm -- {binary:?} \"$@\"\n");
+    let text = format!(
+        "#!/bin/sh\nexec '{}' --no-bpf eperm -- '{}' \"$@\"\n",
+        confined.display(),
+        binary.display()
+    );
     fs::write(file.path(), text)?;
     fs::set_permissions(file.path(), fs::Permissions::from_mode(0o755))?;
     // Open for writing, it could not be executed.

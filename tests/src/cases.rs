@@ -1,5 +1,6 @@
 //! The cases, by what they are about.
 
+pub mod containers;
 pub mod decision;
 pub mod endurance;
 pub mod faults;
@@ -40,6 +41,7 @@ impl Case {
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        containers::cases(),
         decision::cases(),
         endurance::cases(),
         faults::cases(),

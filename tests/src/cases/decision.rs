@@ -134,19 +134,15 @@ fn one_way(way: Way, at_root: bool) -> Result<()> {
 }
 
 /// Whether a packet to the unspecified address ends up at the world's own.
-#[allow(
-    clippy::wildcard_enum_match_arm,
-    reason = "all other ways are bound there, or name it"
-)]
 fn becomes_here(way: Way) -> bool {
-    match way {
+    !matches!(
+        way,
         Way::UnspecifiedUnbound
-        | Way::Unspecified6
-        | Way::Unspecified6Mapped
-        | Way::UdpUnspecified6
-        | Way::BindToDevice => false,
-        _ => true,
-    }
+            | Way::Unspecified6
+            | Way::Unspecified6Mapped
+            | Way::UdpUnspecified6
+            | Way::BindToDevice
+    )
 }
 
 fn one_mixture(who: Who, nftables: bool) -> Result<()> {
@@ -357,7 +353,7 @@ fn containers() -> Result<()> {
     let daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
     for (netns, address) in routable {
         // §5: what a container sends to this host itself is neither sent from here nor forwarded.
-        let arrives = std::ptr::eq(netns, &container);
+        let arrives = netns.file() == container.file();
         from(netns, address)?.succeeds(nftables && arrives)?;
     }
     for address in ["127.0.0.1", "::1"] {

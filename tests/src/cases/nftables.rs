@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr},
+    net::Ipv4Addr,
     path::Path,
     process::Command,
     thread,
@@ -23,7 +23,6 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("s5_nftables_kernel_is_no_user", kernel_is_no_user).on(NFTABLES),
         case("s5_nftables_cgroup_of_the_socket", cgroup).on(NFTABLES),
-        case("s5_forwarded_connections_are_refused", forwarded).on(BOTH),
         case("s5_auto_takes_nftables_without_bpf", auto).on(BOTH),
         case("s5_both_is_refused_by_each", both).on(BOTH),
         case("s5_nftables_denials_are_told", told).on(NFTABLES),
@@ -38,14 +37,14 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A network namespace of its own with a listener, in which the binary and its victims run.
-struct Guarded {
-    world: World,
-    netns: Netns,
+pub(super) struct Guarded {
+    pub(super) world: World,
+    pub(super) netns: Netns,
     _listener: Listener,
 }
 
 impl Guarded {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let world = World::new()?;
         let netns = Netns::new(&world, "g")?;
         let listener = Listener::start(Some(&netns.file()), world.port, &[world.address(), "::1".parse()?])?;
@@ -56,31 +55,31 @@ impl Guarded {
         })
     }
 
-    fn configure(&self, backend: &str, endpoints: &[String], allow: &str) -> Result<()> {
+    pub(super) fn configure(&self, backend: &str, endpoints: &[String], allow: &str) -> Result<()> {
         self.world.configure(&format!(
             "backend = {backend:?}\n[target.main]\nendpoints = {endpoints:?}\nallow = {allow}\n"
         ))
     }
 
     /// One endpoint, root alone.
-    fn guard(&self, backend: &str) -> Result<()> {
+    pub(super) fn guard(&self, backend: &str) -> Result<()> {
         self.configure(backend, &[format!("tcp://{}", self.world.here())], r#"["root"]"#)?;
         self.apply()
     }
 
-    fn apply(&self) -> Result<()> {
+    pub(super) fn apply(&self) -> Result<()> {
         self.netns.enforcer(&self.world, &["apply"])?.demand(0).map(drop)
     }
 
-    fn attack(&self, uid: u32) -> Result<Attack> {
+    pub(super) fn attack(&self, uid: u32) -> Result<Attack> {
         self.world.attack(uid).in_netns(&self.netns)
     }
 
-    fn daemon(&self) -> Result<Daemon> {
+    pub(super) fn daemon(&self) -> Result<Daemon> {
         self.world.daemon_with(&mut self.netns.command(&binary("enforcer")?))
     }
 
-    fn status(&self) -> Result<serde_json::Value> {
+    pub(super) fn status(&self) -> Result<serde_json::Value> {
         Ok(serde_json::from_str(
             &self.netns.enforcer(&self.world, &["status", "--json"])?.stdout,
         )?)
@@ -107,64 +106,6 @@ fn cgroup() -> Result<()> {
     guarded.attack(NOBODY)?.in_cgroup(&child).reaches()?;
     guarded.attack(NOBODY)?.is_reset()?;
     guarded.attack(0)?.in_cgroup(&child).is_reset()
-}
-
-/// A client and a server with this host between them.
-fn forwarded() -> Result<()> {
-    for backend in ["nftables", "both"] {
-        let guarded = Guarded::new()?;
-        let (world, router) = (&guarded.world, &guarded.netns);
-        let client = Netns::new(world, "c")?;
-        let server = Netns::new(world, "s")?;
-        client.join(&["10.50.0.2/24"], router, &["10.50.0.1/24"])?;
-        router.ip(&["link", "set", "veth0", "down"])?;
-        router.ip(&["link", "set", "veth0", "name", "inside"])?;
-        router.ip(&["link", "set", "inside", "up"])?;
-        server.join(&["10.51.0.2/24"], router, &["10.51.0.1/24"])?;
-        client.ip(&["route", "add", "default", "via", "10.50.0.1"])?;
-        server.ip(&["route", "add", "default", "via", "10.51.0.1"])?;
-        for setting in ["ip_forward", "conf/all/route_localnet", "conf/inside/route_localnet"] {
-            let script = format!("echo 1 > /proc/sys/net/ipv4/{setting}");
-            ran(router.command(Path::new("sh")).args(["-c", &script]))?.demand(0)?;
-        }
-        let _server = Listener::start(Some(&server.file()), world.port, &[])?;
-        let routable = SocketAddr::new(Ipv4Addr::new(10, 51, 0, 2).into(), world.port);
-        // Two ports of the router lead to the server and to the router's loopback.
-        router.nft("add table ip nat")?;
-        router.nft("add chain ip nat pre { type nat hook prerouting priority -100; }")?;
-        router.nft(&format!(
-            "add rule ip nat pre ip daddr 10.50.0.1 tcp dport 1001 dnat to {routable}"
-        ))?;
-        router.nft(&format!(
-            "add rule ip nat pre ip daddr 10.50.0.1 tcp dport 1002 dnat to {}",
-            world.here()
-        ))?;
-        let by_nat = |port| SocketAddr::new(Ipv4Addr::new(10, 50, 0, 1).into(), port);
-        let mut attacks = Vec::new();
-        for uid in [0, NOBODY] {
-            for to in [routable, by_nat(1001), by_nat(1002)] {
-                // From a cgroup that is not ours, so that eBPF sees none of it.
-                attacks.push(world.attack(uid).anywhere().to(to).in_netns(&client)?);
-            }
-        }
-        attacks.iter().try_for_each(Attack::reaches)?;
-        let endpoints = [format!("tcp://{routable}"), format!("tcp://{}", world.here())];
-        guarded.configure(backend, &endpoints, r#"["root"]"#)?;
-        guarded.apply()?;
-        for attack in &attacks {
-            let outcome = attack.run()?;
-            ensure!(outcome.errno.is_some(), "{backend}: {attack:?} got through");
-        }
-        // A routable endpoint answers at once (D8).
-        attacks.first().map_or(Ok(()), Attack::is_reset)?;
-        guarded.attack(0)?.to(routable).reaches()?;
-        let text = fs::read_to_string(world.path("enforcer.toml"))?;
-        fs::write(world.path("enforcer.toml"), format!("forward = \"allow\"\n{text}"))?;
-        guarded.apply()?;
-        attacks.first().map_or(Ok(()), Attack::reaches)?;
-        guarded.netns.enforcer(world, &["unload"])?.demand(0)?;
-    }
-    Ok(())
 }
 
 fn auto() -> Result<()> {
