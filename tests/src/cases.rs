@@ -6,6 +6,7 @@ pub mod endurance;
 pub mod faults;
 pub mod input;
 pub mod limits;
+pub mod missing;
 pub mod names;
 pub mod neighbours;
 pub mod nftables;
@@ -47,6 +48,7 @@ pub fn all() -> Vec<Case> {
         faults::cases(),
         input::cases(),
         limits::cases(),
+        missing::cases(),
         names::cases(),
         neighbours::cases(),
         nftables::cases(),
