@@ -1,4 +1,4 @@
-//! F3, F4, §5: what a kernel or a container does not give: BPF, nf_tables, rights, room, one half of two. An error that names it, and what
+//! F3, F4, §5: what a kernel or a container does not give: BPF, `nf_tables`, rights, room, one half of two. An error that names it, and what
 //! was in force still is.
 
 use std::{fs, process::Command};
