@@ -92,7 +92,7 @@ pub enum ControlError {
         mode: u32,
     },
     /// Another daemon answers there.
-    #[error("{} is in use by another enforcer; name another socket, or stop that one", path.display())]
+    #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another socket", path.display())]
     Busy {
         /// The socket.
         path: PathBuf,
@@ -176,6 +176,16 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     let listener = listener.map_err(failed("bind"))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of"))?;
     Ok(listener)
+}
+
+/// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
+pub async fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(ControlError::Busy { path: path.into() }),
+        // One that is too busy to accept.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ControlError::Busy { path: path.into() }),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Accepts callers for ever and hands their requests to the loop.

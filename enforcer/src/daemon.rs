@@ -97,7 +97,9 @@ struct Waiting {
 
 /// Puts a configuration in force once, looking every name up, and returns what is then in force.
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
-    let mut daemon = Daemon::start(Wanted::load(path)?, false)?;
+    let wanted = Wanted::load(path)?;
+    control::nobody_listens(&wanted.config.settings.socket).await?;
+    let mut daemon = Daemon::start(wanted, false)?;
     daemon.look_up_all();
     while let Some(joined) = daemon.lookups.join_next_with_id().await {
         daemon.answered(joined);

@@ -1,10 +1,12 @@
 //! The cases, by what they are about.
 
+pub mod containers;
 pub mod decision;
 pub mod endurance;
 pub mod faults;
 pub mod input;
 pub mod limits;
+pub mod missing;
 pub mod names;
 pub mod neighbours;
 pub mod nftables;
@@ -17,18 +19,36 @@ pub mod takeover;
 
 use anyhow::Result;
 
-/// A case: a name that cites the guarantee, and what it does.
-pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
+use crate::backend::{ALIKE, Backend};
+
+/// A case: what it is about, on which backends, and what it does.
+pub struct Case {
+    /// Cites the guarantee.
+    pub name: String,
+    /// Runs of the suite that it is part of.
+    pub on: &'static [Backend],
+    /// Fails with what is not as it should be.
+    pub run: Box<dyn FnOnce() -> Result<()> + Send>,
+}
+
+impl Case {
+    /// Of other runs of the suite than [`ALIKE`].
+    fn on(self, on: &'static [Backend]) -> Self {
+        Self { on, ..self }
+    }
+}
 
 /// All of them.
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        containers::cases(),
         decision::cases(),
         endurance::cases(),
         faults::cases(),
         input::cases(),
         limits::cases(),
+        missing::cases(),
         names::cases(),
         neighbours::cases(),
         nftables::cases(),
@@ -44,6 +64,11 @@ pub fn all() -> Vec<Case> {
     .collect()
 }
 
+/// A case that holds whatever enforces. Where the two differ (§5) it asserts the outcome of each.
 fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {
-    (name.to_owned(), Box::new(run))
+    Case {
+        name: name.to_owned(),
+        on: ALIKE,
+        run: Box::new(run),
+    }
 }

@@ -24,7 +24,10 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::attack::{GREETING, Way, Who};
+use crate::{
+    attack::{GREETING, Way, Who},
+    backend::{Backend, without_bpf},
+};
 
 /// A user who may nothing.
 pub const NOBODY: u32 = 65534;
@@ -109,9 +112,9 @@ impl World {
     pub fn configure_on(&self, cgroup: &Path, targets: &str) -> Result<()> {
         // Unless a case asks for another one.
         let backend = if targets.contains("backend = ") {
-            ""
+            String::new()
         } else {
-            "backend = \"ebpf\"\n"
+            format!("backend = {:?}\n", Backend::current().configured())
         };
         let text = format!(
             "{backend}nft_table = {:?}\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\nsocket = {:?}\n{targets}",
@@ -222,6 +225,7 @@ impl World {
         Attack {
             cgroup: Some(self.cgroup.clone()),
             arguments: Vec::new(),
+            way: Way::Plain,
             uid,
             to: self.here(),
             program: None,
@@ -299,8 +303,18 @@ pub fn cgroup_mount() -> Result<PathBuf> {
     mount.context("no cgroup v2 is mounted")
 }
 
-/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one.
+/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one. What this run of the suite takes
+/// from `enforcer` has been taken from it.
 pub fn binary(name: &str) -> Result<PathBuf> {
+    let path = whole_binary(name)?;
+    if name == "enforcer" && Backend::current() == Backend::AutoWithoutBpf {
+        return without_bpf(&path, &whole_binary("confined")?);
+    }
+    Ok(path)
+}
+
+/// As [`binary`], with nothing taken from it.
+pub fn whole_binary(name: &str) -> Result<PathBuf> {
     if name == "enforcer"
         && let Some(path) = std::env::var_os("ENFORCER_BIN")
     {
@@ -392,7 +406,13 @@ impl Daemon {
         let answers = |log: &str| log.matches("reloaded ").count() + log.matches("reload: ").count();
         let before = answers(&self.log());
         self.signal(Signal::SIGHUP)?;
-        until("the daemon has reloaded", || Ok(answers(&self.log()) > before))
+        let deadline = Instant::now() + PATIENCE;
+        // A thousand in a row wait no longer than they must.
+        while answers(&self.log()) == before {
+            ensure!(Instant::now() < deadline, "the daemon does not reload");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Waits for it to end by itself.
@@ -425,6 +445,7 @@ impl Drop for Daemon {
 pub struct Attack {
     cgroup: Option<PathBuf>,
     arguments: Vec<String>,
+    way: Way,
     uid: u32,
     to: SocketAddr,
     program: Option<PathBuf>,
@@ -444,7 +465,7 @@ impl Attack {
     /// By another way.
     #[must_use]
     pub fn way(self, way: Way) -> Self {
-        self.option("--way", &value(&way))
+        Self { way, ..self }
     }
 
     /// With other users.
@@ -510,6 +531,7 @@ impl Attack {
         let mut words = self.prefix.iter().map(Into::into).chain([program.into_os_string()]);
         let mut command = Command::new(words.next().unwrap_or_default());
         command.args(words).args(&self.arguments);
+        command.args(["--way", &value(&self.way)]);
         if let Some(cgroup) = &self.cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
@@ -583,14 +605,33 @@ impl Attack {
         Ok(())
     }
 
-    /// Fails unless every call fails with EPERM, the fastest in under a millisecond (D8): of five, or of more on a busy host.
+    /// Fails unless every call is refused as what enforces here refuses (D8), the fastest in under a millisecond: of five, or of more on a
+    /// busy host.
     pub fn is_refused(&self) -> Result<()> {
+        if Backend::current().is_nftables() {
+            self.is_reset()
+        } else {
+            self.is_forbidden()
+        }
+    }
+
+    /// As `is_refused`, by eBPF.
+    pub fn is_forbidden(&self) -> Result<()> {
         self.fails_at_once(libc::EPERM)
     }
 
-    /// As `is_refused`, by a reset.
+    /// As `is_refused`, by nftables: a reset; a datagram does not leave.
     pub fn is_reset(&self) -> Result<()> {
-        self.fails_at_once(libc::ECONNREFUSED)
+        self.fails_at_once(if self.way.is_udp() {
+            libc::EPERM
+        } else {
+            libc::ECONNREFUSED
+        })
+    }
+
+    /// Fails unless the listener is reached, or else the attempt refused.
+    pub fn succeeds(&self, reaches: bool) -> Result<()> {
+        if reaches { self.reaches() } else { self.is_refused() }
     }
 
     fn fails_at_once(&self, errno: i32) -> Result<()> {

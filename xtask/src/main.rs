@@ -32,8 +32,11 @@ enum Task {
         #[arg(long, default_value = "auto", value_parser = ["auto", "ebpf", "nftables", "both"])]
         backend: String,
     },
-    /// Run all tests: unit, property, and the privileged suite (as root, or through sudo)
+    /// Run all tests: unit, property, and the privileged suite on each backend (as root, or through sudo)
     Test {
+        /// Run only the privileged suite, on this backend: with `auto-without-bpf` every bpf(2) of enforcer fails
+        #[arg(long, value_parser = suites::BACKENDS)]
+        backend: Option<String>,
         /// Run only privileged cases whose name contains this
         filter: Option<String>,
     },
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup { dry_run } => setup::run(dry_run),
         Task::Demo { backend } => suites::demo(&backend),
-        Task::Test { filter } => suites::test(filter.as_deref()),
+        Task::Test { backend, filter } => suites::test(backend.as_deref(), filter.as_deref()),
         Task::Bench => suites::bench(),
         Task::Ci => ci::run(),
     };

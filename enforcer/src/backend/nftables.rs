@@ -118,7 +118,9 @@ impl Nftables {
                 Ok(()) | Err(_) => break,
             }
         }
-        result.map_err(|Failed { step, error }| failed(table, &format!("try what is needed: {step}"), error))?;
+        result.map_err(|Failed { step, error }| {
+            failed(table, &["try what is needed", &step].map(str::trim).join(" "), error)
+        })?;
         let mut this = Self {
             netlink,
             table: table.to_owned(),

@@ -57,6 +57,8 @@ fn addresses_unlisted() -> Result<()> {
     const TOLD: &str = "list this host's addresses";
     let world = guarded()?;
     let daemon = world.daemon()?;
+    // After the second sweep, which would be tried again only within a minute.
+    thread::sleep(Duration::from_millis(1800));
     // Connected before the daemon can open nothing more, so that it can be asked meanwhile.
     let mut stream = UnixStream::connect(world.path("run/control.sock"))?;
     thread::sleep(Duration::from_millis(200));
@@ -67,7 +69,12 @@ fn addresses_unlisted() -> Result<()> {
     BufReader::new(&stream).read_line(&mut status)?;
     limit_files(&daemon, 1024)?;
     ensure!(status.contains("degraded") && status.contains(TOLD), "{status}");
-    until("all is well again", || Ok(world.status()?["state"] == "enforcing"))?;
+    let mut status = String::new();
+    until("all is well again", || {
+        status = world.status()?.to_string();
+        Ok(status.contains(r#""state":"enforcing""#))
+    })
+    .map_err(|error| anyhow!("{error}: {status}"))?;
     until("the log says so", || Ok(daemon.log().contains("followed again")))?;
     ensure!(daemon.log().matches(TOLD).count() == 1, "{}", daemon.log());
     Ok(())

@@ -16,7 +16,10 @@ use enforcer_ebpf::Verdict;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use super::{Case, case};
-use crate::world::{Listener, NOBODY, Netns, World, cgroup_mount};
+use crate::{
+    backend::{ALL, BOTH, Backend},
+    world::{Listener, NOBODY, Netns, World, cgroup_mount},
+};
 
 /// Rule sets, and attempts on each by each backend.
 const RULE_SETS: usize = 40;
@@ -26,7 +29,10 @@ const USERS: [u32; 4] = [0, 33, 1001, NOBODY];
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    vec![case("s5_the_oracle_ebpf_and_nftables_agree", agree)]
+    vec![
+        case("s5_the_oracle_ebpf_and_nftables_agree", agree).on(BOTH),
+        case("s5_who_counts_a_refusal", counters).on(ALL),
+    ]
 }
 
 fn agree() -> Result<()> {
@@ -96,6 +102,36 @@ fn agree() -> Result<()> {
     ensure!(
         passed > 100 && refused > 100,
         "too few of one kind: {passed} and {refused}"
+    );
+    Ok(())
+}
+
+/// §5: with eBPF every target that refuses counts, with nftables the first; what each half refuses adds up.
+fn counters() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let here = world.here();
+    let target = |name: &str| format!("[target.{name}]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\n");
+    world.attack(NOBODY).reaches()?;
+    world.configure(&(target("one") + &target("two")))?;
+    world.apply()?;
+    let backend = Backend::current();
+    let refused = |attack: &crate::world::Attack| -> Result<()> {
+        ensure!(attack.run()?.errno.is_some(), "not refused");
+        Ok(())
+    };
+    refused(&world.attack(NOBODY))?;
+    let mut expected = if backend.is_nftables() { [1, 0] } else { [1, 1] };
+    if backend == Backend::Both {
+        // Out of eBPF's cgroup nftables refuses.
+        refused(&world.attack(NOBODY).anywhere())?;
+        expected = [2, 1];
+    }
+    let status = world.status()?;
+    let denied = [0, 1].map(|number| status["targets"][number]["denied"].as_u64());
+    ensure!(
+        denied == expected.map(Some),
+        "{denied:?} instead of {expected:?}: {status}"
     );
     Ok(())
 }

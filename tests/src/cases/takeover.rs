@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 
 use super::{Case, case};
 use crate::{
+    backend::EBPF,
     foreign::take_link,
     world::{Listener, NOBODY, World, binary, ran, until},
 };
@@ -15,14 +16,14 @@ use crate::{
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("f1_a_start_killed_half_way_is_no_obstacle", killed_half_way),
-        case("f1_damaged_pins_are_taken_over_without_a_gap", damaged_under_fire),
-        case("f1_unload_removes_whatever_is_left", unload_damaged),
-        case("f1_unload_ends_another_version_at_once", unload_other_version),
-        case("f5_another_version_is_told_from_off", other_version),
-        case("f5_a_link_that_runs_another_program_is_told", taken_link),
-        case("f5_a_link_on_another_cgroup_is_told", other_cgroup),
-        case("d3_without_btf_the_task_decides_alone", without_btf),
+        case("f1_a_start_killed_half_way_is_no_obstacle", killed_half_way).on(EBPF),
+        case("f1_damaged_pins_are_taken_over_without_a_gap", damaged_under_fire).on(EBPF),
+        case("f1_unload_removes_whatever_is_left", unload_damaged).on(EBPF),
+        case("f1_unload_ends_another_version_at_once", unload_other_version).on(EBPF),
+        case("f5_another_version_is_told_from_off", other_version).on(EBPF),
+        case("f5_a_link_that_runs_another_program_is_told", taken_link).on(EBPF),
+        case("f5_a_link_on_another_cgroup_is_told", other_cgroup).on(EBPF),
+        case("d3_without_btf_the_task_decides_alone", without_btf).on(EBPF),
     ]
 }
 

@@ -98,6 +98,7 @@ impl Netlink {
         stale.counters.clear();
         let done = self
             .remove_parts(table, &stale)
+            .and_then(|()| self.lay_out(table, image, before))
             .and_then(|()| self.switch(table, image, before));
         let done = done.and_then(|()| {
             let old = parts(|wanted| !wanted);
@@ -115,21 +116,37 @@ impl Netlink {
         }
     }
 
-    /// Builds an image beside what is in force, and lets the base chains lead to it, in one transaction.
-    fn switch(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
+    /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after it has switched
+    /// rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty for a moment.
+    fn lay_out(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
+        make_chains(&mut batch, &table, image, |chain| chain.base.is_none());
+        make_sets(&mut batch, &table, image, &before.counts);
+        make_rules(&mut batch, &table, image, |name, chain| {
+            chain.base.is_none() && name != ABOUT
+        });
+        self.commit(batch)
+    }
+
+    /// Lets the base chains lead to what was laid out, in one transaction.
+    fn switch(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
+        let name = text(table);
+        let table = Table::new(&name, ProtoFamily::Inet);
+        let mut batch = Steps::new();
+        let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
         for (name, _) in image
             .chains
             .iter()
-            .filter(|(name, _)| before.image.chains.contains_key(*name))
+            .filter(|(name, chain)| front(name, chain) && before.image.chains.contains_key(*name))
         {
             let chain = chain_message(&table, name, None);
             batch.add(&format!("empty chain {name}"), &NlRule::new(&chain), MsgType::Del);
         }
-        build(&mut batch, &table, image, &before.counts);
+        make_chains(&mut batch, &table, image, |chain| chain.base.is_some());
+        make_rules(&mut batch, &table, image, front);
         self.commit(batch)
     }
 
@@ -734,14 +751,20 @@ impl Steps {
 
 /// Everything inside the table, in an order in which each thing knows what it refers to.
 fn build(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<String, u64>) {
-    let chains: Vec<_> = image
-        .chains
-        .iter()
-        .map(|(name, chain)| (name, chain_message(table, name, chain.base), chain))
-        .collect();
-    for (name, message, _) in &chains {
-        batch.add(&format!("make chain {name}"), message, MsgType::Add);
+    make_chains(batch, table, image, |_| true);
+    make_sets(batch, table, image, counts);
+    make_rules(batch, table, image, |_, _| true);
+}
+
+fn make_chains(batch: &mut Steps, table: &Table, image: &Image, wanted: impl Fn(&Chain) -> bool) {
+    for (name, chain) in image.chains.iter().filter(|(_, chain)| wanted(chain)) {
+        let message = chain_message(table, name, chain.base);
+        batch.add(&format!("make chain {name}"), &message, MsgType::Add);
     }
+}
+
+/// Counters and sets, with their elements.
+fn make_sets(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<String, u64>) {
     for name in &image.counters {
         let counter = Counter {
             table,
@@ -759,9 +782,13 @@ fn build(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<Stri
             }
         }
     }
-    for (name, message, chain) in &chains {
+}
+
+fn make_rules(batch: &mut Steps, table: &Table, image: &Image, wanted: impl Fn(&str, &Chain) -> bool) {
+    for (name, chain) in image.chains.iter().filter(|(name, chain)| wanted(name, chain)) {
+        let message = chain_message(table, name, chain.base);
         for (number, rule) in (1..).zip(&chain.rules) {
-            let mut built = NlRule::new(message);
+            let mut built = NlRule::new(&message);
             if !rule.comment.is_empty() {
                 // Ours are shorter than libnftnl's limit.
                 let _ = built.set_comment(text(&rule.comment));
