@@ -1,5 +1,6 @@
 //! The cases, by what they are about.
 
+pub mod boot;
 pub mod decision;
 pub mod endurance;
 pub mod faults;
@@ -24,6 +25,7 @@ pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        boot::cases(),
         decision::cases(),
         endurance::cases(),
         faults::cases(),
