@@ -101,14 +101,17 @@ fn tools(build_only: bool) -> Result<()> {
     Ok(())
 }
 
-/// Makes `target/debian/enforcer_VERSION-REVISION_ARCH.deb`. The second revision is there to be upgraded to.
+/// Makes `target/package/enforcer_VERSION-REVISION_ARCH.deb`. The second revision is there to be upgraded to.
 fn assemble(revision: u32) -> Result<PathBuf> {
-    let dir = if revision == 1 { "debian" } else { "package/next" };
+    // Not target/debian: cargo-deb empties it each time.
+    let dir = if revision == 1 { "package" } else { "package/next" };
     let dir = target_dir().join(dir);
     std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     let arch = read("dpkg", &["--print-architecture"]).context("dpkg --print-architecture failed")?;
     let package = dir.join(format!("enforcer_{}-{revision}_{arch}.deb", env!("CARGO_PKG_VERSION")));
     let mut deb = cargo();
+    // Most paths of the metadata start at the manifest, but that of the description starts here.
+    deb.current_dir(root().join("enforcer"));
     deb.args([
         "deb",
         "--quiet",

@@ -18,6 +18,7 @@ const SUITE: &str = "bookworm";
 const ENTER: &str = r#"
 set -e
 ip link set lo up
+mount --bind "$1" "$1"
 mount -t proc -o nosuid,nodev,noexec proc "$1/proc"
 mount -t sysfs -o nosuid,nodev,noexec sysfs "$1/sys"
 mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs "$1/run"
