@@ -194,7 +194,10 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 guard.clear_ready();
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
-            _ = tick.tick() => daemon.look_at_host(),
+            _ = tick.tick() => {
+                daemon.look_at_host();
+                alive();
+            }
             Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
@@ -507,5 +510,13 @@ impl Daemon {
         self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
         Ok(())
+    }
+}
+
+/// Tells the service manager that the loop still turns, where it asked for that (`WATCHDOG_USEC`, man 3 `sd_watchdog_enabled`).
+fn alive() {
+    if sd_notify::watchdog_enabled().is_some() {
+        // Whoever does not hear it will restart us.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
 }

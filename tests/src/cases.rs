@@ -16,6 +16,7 @@ pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
+pub mod units;
 
 use anyhow::Result;
 
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Case> {
         surfaces::cases(),
         sweep::cases(),
         takeover::cases(),
+        units::cases(),
     ]
     .into_iter()
     .flatten()

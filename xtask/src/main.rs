@@ -1,11 +1,12 @@
 //! Every developer task; `cargo xtask --help` lists them.
 
 mod ci;
+mod package;
 mod run;
 mod setup;
 mod suites;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -44,6 +45,15 @@ enum Task {
     Bench,
     /// Check format and lints, as CI does before the tests
     Ci,
+    /// Build the Debian package, install it into a scratch root (as root, or through sudo) and check it there
+    Package {
+        /// Only build it
+        #[arg(long)]
+        build_only: bool,
+    },
+    /// The second half of `package`
+    #[command(hide = true)]
+    PackageCheck { package: PathBuf, next: PathBuf },
 }
 
 fn main() -> ExitCode {
@@ -53,6 +63,8 @@ fn main() -> ExitCode {
         Task::Test { backend, filter } => suites::test(backend.as_deref(), filter.as_deref()),
         Task::Bench => suites::bench(),
         Task::Ci => ci::run(),
+        Task::Package { build_only } => package::run(build_only),
+        Task::PackageCheck { package, next } => package::check(&package, &next),
     };
     finish(result)
 }
