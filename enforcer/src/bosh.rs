@@ -220,7 +220,14 @@ fn endpoint(url: &str) -> Result<Option<Endpoint>, BoshFault> {
         url: shown(url),
         problem,
     };
-    let (scheme, rest) = url.split_once("://").ok_or_else(|| no("no scheme".to_owned()))?;
+    let Some((scheme, rest)) = url.split_once("://") else {
+        // Anything may stand here: it is shown only if it is a host and a port.
+        let url = if Endpoint::parse(url).is_ok() { url } else { "…" };
+        return Err(BoshFault::Url {
+            url: url.to_owned(),
+            problem: "no scheme".to_owned(),
+        });
+    };
     match scheme.to_ascii_lowercase().as_str() {
         "https" => return Ok(None),
         "nats" | "tls" | "tcp" => {}

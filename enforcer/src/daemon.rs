@@ -120,6 +120,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
+    daemon.keep_for_next_start();
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -163,6 +164,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
     loop {
         if !ready && daemon.unanswered.is_empty() {
             ready = true;
+            daemon.keep_for_next_start();
             daemon.ready()?;
         }
         if std::mem::take(&mut again) {
@@ -212,6 +214,9 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
+            () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
+                daemon.keep_for_next_start();
+            }
             _ = tick.tick() => {
                 daemon.look_at_settings(watch.as_mut());
                 daemon.look_at_host();
@@ -229,6 +234,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             },
         }
     }
+    daemon.keep_for_next_start();
     let _ = std::fs::remove_file(&socket);
     info!(
         "stopping; generation {} stays in force",
@@ -308,7 +314,6 @@ impl Daemon {
             resolved,
         });
         self.kept.changed();
-        self.keep_for_next_start();
         self.sweeps.set(Job {
             generation,
             rules,
@@ -362,7 +367,6 @@ impl Daemon {
                 if let Some(applied) = &mut self.applied {
                     applied.generation = generation;
                 }
-                self.keep_for_next_start();
                 None
             }
             Ok(None) => self.apply_now().err(),

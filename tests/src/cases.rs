@@ -1,7 +1,10 @@
 //! The cases, by what they are about.
 
+pub mod boot;
+pub mod bosh;
 pub mod decision;
 pub mod endurance;
+pub mod failover;
 pub mod faults;
 pub mod input;
 pub mod limits;
@@ -24,8 +27,11 @@ pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        boot::cases(),
+        bosh::cases(),
         decision::cases(),
         endurance::cases(),
+        failover::cases(),
         faults::cases(),
         input::cases(),
         limits::cases(),

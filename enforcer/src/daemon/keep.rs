@@ -1,38 +1,43 @@
 //! Keeps what is in force for the next start (F4, N7): only once it is, and only if it is another.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{About, Daemon};
-use crate::{
-    resolve::Known,
-    state::{self, LastGoodRef, Mark, Record},
-};
+use crate::state::{self, LastGoodRef, Mark, Record};
 
 /// What the file holds.
 #[derive(Debug)]
 pub(super) struct Kept {
     /// None where there is no file, or none that can be used.
     mark: Option<Mark>,
-    names: Known,
     /// Whether there is a file that cannot be used: its owner may want to see it.
     damaged: bool,
-    /// Whether what is in force may be something else.
-    stale: bool,
+    /// When to look whether what is in force is something else, if it may be.
+    due: Option<Instant>,
 }
+
+/// How long after a change: whoever waits for the kernel does not wait for the disk (B3).
+const DELAY: Duration = Duration::from_millis(50);
+/// How long after a failure.
+const RETRY: Duration = Duration::from_secs(1);
 
 impl Kept {
     pub(super) fn new(mark: Option<Mark>, damaged: bool) -> Self {
         Self {
             mark,
-            names: Known::new(),
             damaged,
-            stale: true,
+            due: None,
         }
     }
 
-    /// Takes note that something else is in force.
+    /// Takes note that something else may be in force, or known of names.
     pub(super) fn changed(&mut self) {
-        self.stale = true;
+        self.due.get_or_insert_with(|| Instant::now() + DELAY);
+    }
+
+    /// When to [`Daemon::keep_for_next_start`].
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
     }
 
     pub(super) fn mark(&self) -> Option<Mark> {
@@ -41,12 +46,17 @@ impl Kept {
 }
 
 impl Daemon {
-    /// Keeps what is in force now. What failed is tried again at each tick.
+    /// Keeps what is in force now, if it has changed. What failed is tried again.
     pub(super) fn keep_for_next_start(&mut self) {
-        let names = self.names.known(Instant::now());
-        if !self.kept.stale && names == self.kept.names {
+        if self.kept.due.take().is_none() {
             return;
         }
+        if self.applied.is_none() || self.faults.of(About::RuleSet).is_some() {
+            // What is wanted is not in force.
+            self.kept.due = Some(Instant::now() + RETRY);
+            return;
+        }
+        let names = self.names.known(Instant::now());
         // Not replaced by something that knows less.
         if self.kept.damaged && names.is_empty() && !self.wanted.policy.names().is_empty() {
             return;
@@ -69,9 +79,8 @@ impl Daemon {
         self.faults.set(About::State, saved.as_ref().err().map(fault));
         let damaged = self.kept.damaged && saved.is_err();
         self.kept = Kept {
-            stale: saved.is_err(),
+            due: saved.is_err().then(|| Instant::now() + RETRY),
             mark: saved.ok(),
-            names,
             damaged,
         };
     }
