@@ -216,6 +216,8 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
             () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
                 daemon.keep_for_next_start();
+                // What fails here fails again when it is needed, and is told then.
+                let _ = daemon.enforcement.settle();
             }
             _ = tick.tick() => {
                 daemon.look_at_settings(watch.as_mut());
