@@ -207,6 +207,11 @@ impl Enforcement {
         }
     }
 
+    /// Waits now for what the next [`Enforcement::apply`] would have to wait for.
+    pub fn settle(&mut self) -> Result<(), BackendError> {
+        self.ebpf.as_mut().map_or(Ok(()), Kernel::settle)
+    }
+
     /// What the kernel holds now, read from it.
     pub fn observe(&mut self) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(Kernel::observe).transpose()?;

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::{
     backend::{self, InForce},
+    client,
     config::{self, Config},
     control::{self, ControlError, Reply, Request},
     daemon, host,
@@ -27,14 +28,9 @@ use crate::{
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
-    /// Configuration file
-    #[arg(
-        long,
-        global = true,
-        value_name = "PATH",
-        default_value = config::DEFAULT_PATH
-    )]
-    config: PathBuf,
+    /// Configuration file [default: /etc/enforcer/enforcer.toml; where that does not exist, BOSH's monit and message bus are protected]
+    #[arg(long, global = true, value_name = "PATH")]
+    config: Option<PathBuf>,
     /// Log format, on stderr
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -59,7 +55,7 @@ enum Command {
     /// and leaves enforcement on.
     Run,
     /// Put the configuration in force once and exit; enforcement stays
-    Apply,
+    Apply(Apply),
     /// Show what is in force; exit code 1 if degraded or off
     Status(Json),
     /// Tell whether USER may connect to DESTINATION, by the rule set in force in the kernel, and why
@@ -80,6 +76,15 @@ struct Json {
     /// JSON on stdout
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Apply {
+    /// Not the configuration but the last rule set known good, without any look-up: for early at boot
+    ///
+    /// Nothing is done where a rule set is in force already, or none is known yet.
+    #[arg(long)]
+    last_good: bool,
 }
 
 #[derive(Debug, Args)]
@@ -143,20 +148,26 @@ fn start_log(format: LogFormat, level: tracing::Level) {
 }
 
 fn run(cli: &Cli) -> Result<Answer> {
+    let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
+    // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be there.
+    if cli.config.as_deref() == Some(Path::new(config::DEFAULT_PATH)) && !config.exists() {
+        return Err(config::ConfigError::Missing { path: config.into() }.into());
+    }
     match &cli.command {
         Command::Run => runtime()?
-            .block_on(daemon::run(&cli.config))
+            .block_on(daemon::run(config))
             .map(|()| Answer::Yes)
             .map_err(Into::into),
-        Command::Apply => apply(&cli.config),
-        Command::Status(json) => show_status(&cli.config, json),
-        Command::Check(check) => check::run(&cli.config, check),
-        Command::Events(events) => show_events(&cli.config, events),
-        Command::Refresh(refresh) => run_refresh(&cli.config, refresh),
-        Command::Unload => unload(&cli.config),
-        Command::Config(ConfigCommand::Check) => check_config(&cli.config),
+        Command::Apply(Apply { last_good: false }) => apply(config),
+        Command::Apply(Apply { last_good: true }) => apply_last_good(config),
+        Command::Status(json) => show_status(config, json),
+        Command::Check(check) => check::run(config, check),
+        Command::Events(events) => show_events(config, events),
+        Command::Refresh(refresh) => run_refresh(config, refresh),
+        Command::Unload => unload(config),
+        Command::Config(ConfigCommand::Check) => check_config(config),
         Command::Config(ConfigCommand::Show(json)) => {
-            let config = Config::load(&cli.config)?;
+            let config = Config::load(config)?;
             print(&if json.json {
                 serde_json::to_string_pretty(&config)?
             } else {
@@ -177,6 +188,15 @@ fn apply(config: &Path) -> Result<Answer> {
     let status = runtime()?.block_on(daemon::apply_once(config))?;
     print(&status.render())?;
     Ok(answer_of(&status))
+}
+
+fn apply_last_good(config: &Path) -> Result<Answer> {
+    let runtime = runtime()?;
+    let _entered = runtime.enter();
+    match daemon::apply_last_good(config)? {
+        Some(status) => print(&status.render()),
+        None => print("nothing known yet: no rule set has been in force on this host\n"),
+    }
 }
 
 fn answer_of(status: &Status) -> Answer {
@@ -243,16 +263,9 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
     let config = Config::load(config)?;
-    let asked = control::ask(&config.settings.socket, &Request::Refresh, refresh.timeout.into());
-    match runtime()?.block_on(asked)? {
-        Reply::Status(status) => {
-            print_one(&*status, &refresh.json, Status::render)?;
-            Ok(answer_of(&status))
-        }
-        Reply::Event(_) | Reply::Done | Reply::Error(_) => {
-            bail!("the daemon answered something else; is it another version?")
-        }
-    }
+    let status = client::refresh_blocking(&config.settings.socket, refresh.timeout.into())?;
+    print_one(&status, &refresh.json, Status::render)?;
+    Ok(answer_of(&status))
 }
 
 fn unload(config: &Path) -> Result<Answer> {

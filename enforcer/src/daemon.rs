@@ -1,10 +1,13 @@
 //! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
 
+mod boot;
+mod bus;
 mod capabilities;
 mod denials;
 mod drift;
 mod error;
 mod faults;
+mod keep;
 mod lookups;
 mod report;
 mod sources;
@@ -25,25 +28,27 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use self::{
+    boot::{Left, Pending},
     denials::{KEPT_EVENTS, send_events},
     drift::Drift,
     faults::{About, Faults},
-    sources::{readable, ready_to_read, ready_to_take},
+    keep::Kept,
+    sources::{changed, readable, ready_to_read, ready_to_take},
 };
 use crate::{
     backend::{Enforcement, Start, nftables},
+    bosh::Watch,
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
     host::{self, AddressChanges},
-    policy::Name,
-    resolve::{Answer, Names},
+    policy::{Endpoint, Name},
+    resolve::{Answer, Known, Names},
     ruleset::{Host, Resolved, compile},
-    state,
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
 };
 
-pub use self::{error::DaemonError, wanted::Wanted};
+pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -75,8 +80,13 @@ struct Daemon {
     unanswered: BTreeSet<Name>,
     applied: Option<Applied>,
     faults: Faults,
-    /// What the state file holds; none where it could not be read or written.
-    saved: Option<Resolved>,
+    /// The message bus as far as it is known (B2).
+    bus: Option<BTreeSet<Endpoint>>,
+    /// What was known of names before this process, for those that come late.
+    known_before: Known,
+    kept: Kept,
+    /// A configuration that was refused at the start.
+    pending: Option<Pending>,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
@@ -99,7 +109,9 @@ struct Waiting {
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket).await?;
-    let mut daemon = Daemon::start(wanted, false)?;
+    let (left, _) = Left::load(&wanted.config.settings.state_dir);
+    let mut daemon = Daemon::start(wanted, false, left)?;
+    daemon.take_bus();
     daemon.look_up_all();
     while let Some(joined) = daemon.lookups.join_next_with_id().await {
         daemon.answered(joined);
@@ -109,6 +121,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
+    daemon.keep_for_next_start();
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -119,10 +132,9 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 
 /// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1).
 pub async fn run(path: &Path) -> Result<(), DaemonError> {
-    let wanted = Wanted::load(path)?;
-    let socket = wanted.config.settings.socket.clone();
-    let listener = control::listen(&socket)?;
-    let mut daemon = Daemon::start(wanted, true)?;
+    // What needs no look-up is in force before any; readiness waits for the names' first answers.
+    let (mut daemon, listener) = boot::start(path)?;
+    let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
     let mut hangup = signal(SignalKind::hangup()).map_err(failed("wait for SIGHUP"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for SIGTERM"))?;
@@ -142,27 +154,35 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
     let (reports, mut swept) = mpsc::channel(1);
     tokio::spawn(sweep::run(daemon.sweeps.clone(), reports));
 
-    // Addresses and literals are in force before any look-up; readiness waits for the names' first answers.
-    daemon.apply_now()?;
     daemon.enforcement.retire(&daemon.wanted.config.settings);
-    daemon.look_up_all();
+    daemon.look_up_due(Instant::now());
+    let mut watch = daemon.watch();
     let mut ready = false;
+    let mut again = false;
     let mut rest = None;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         if !ready && daemon.unanswered.is_empty() {
             ready = true;
+            daemon.keep_for_next_start();
             daemon.ready()?;
+        }
+        if std::mem::take(&mut again) {
+            // Another configuration may have brought another backend and other settings.
+            denials = daemon.denials()?;
+            if let Some(fresh) = daemon.logged()? {
+                logged = Some(fresh);
+            }
+            if watch.as_ref().map(Watch::dir) != daemon.wanted.config.bus_dir() {
+                watch = daemon.watch();
+            }
         }
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
         tokio::select! {
             _ = hangup.recv() => {
                 daemon.reload();
-                denials = daemon.denials()?;
-                if let Some(fresh) = daemon.logged()? {
-                    logged = Some(fresh);
-                }
+                again = true;
             }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -194,8 +214,16 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 guard.clear_ready();
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
+            () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
+            () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
+                daemon.keep_for_next_start();
+                // What fails here fails again when it is needed, and is told then.
+                let _ = daemon.enforcement.settle();
+            }
             _ = tick.tick() => {
+                daemon.look_at_settings(watch.as_mut());
                 daemon.look_at_host();
+                again = daemon.retry();
                 alive();
             }
             Some(report) = swept.recv() => daemon.swept(report),
@@ -210,6 +238,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             },
         }
     }
+    daemon.keep_for_next_start();
     let _ = std::fs::remove_file(&socket);
     info!(
         "stopping; generation {} stays in force",
@@ -219,25 +248,17 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
 }
 
 impl Daemon {
-    fn start(wanted: Wanted, stays: bool) -> Result<Self, DaemonError> {
+    fn start(mut wanted: Wanted, stays: bool, left: Left) -> Result<Self, DaemonError> {
         for warning in &wanted.warnings {
             warn!("{warning}");
+        }
+        if let (Some(bus), Some(_)) = (&left.bus, wanted.config.bus_dir()) {
+            wanted.policy.set_bus(bus);
         }
         let settings = &wanted.config.settings;
         let mut names = Names::new(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
-        let mut faults = Faults::default();
-        let saved = match state::load(&settings.state_dir) {
-            Ok(known) => Some(known),
-            Err(error) => {
-                let fault = format!("{error}; the addresses known before are not protected until they are looked up");
-                faults.set(About::State, Some(fault)); // F4
-                None
-            }
-        };
-        for (name, addresses) in saved.iter().flatten() {
-            names.seed(name, addresses);
-        }
+        names.restore(&left.names, Instant::now());
         let level = trace::level();
         let enforcement = Enforcement::take_over(Start {
             settings,
@@ -249,6 +270,13 @@ impl Daemon {
             action: "list this host's addresses",
             error,
         })?;
+        let mut faults = Faults::default();
+        let fault = left.fault.map(|error| {
+            format!(
+                "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
+            )
+        });
+        faults.set(About::State, fault.clone()); // F4
         Ok(Self {
             unanswered: wanted.policy.names(),
             wanted,
@@ -267,7 +295,10 @@ impl Daemon {
             lost: 0,
             applied: None,
             faults,
-            saved,
+            bus: left.bus,
+            known_before: left.names,
+            kept: Kept::new(left.mark, fault.is_some()),
+            pending: None,
             sweeps: Jobs::default(),
             existing: None,
         })
@@ -284,9 +315,9 @@ impl Daemon {
         self.applied = Some(Applied {
             generation,
             host: self.host.clone(),
-            resolved: resolved.clone(),
+            resolved,
         });
-        self.save(resolved);
+        self.kept.changed();
         self.sweeps.set(Job {
             generation,
             rules,
@@ -300,22 +331,6 @@ impl Daemon {
             local: self.host.local.clone(),
         });
         Ok(generation)
-    }
-
-    /// Keeps the addresses for the next start (N7), which alone would miss them; what failed is tried again at each tick.
-    fn save(&mut self, resolved: Resolved) {
-        let due = match &self.saved {
-            Some(saved) => *saved != resolved,
-            // A file that cannot be read is kept for its owner to see until there is something to replace it with.
-            None => !resolved.is_empty() || self.wanted.policy.names().is_empty(),
-        };
-        if !due {
-            return;
-        }
-        let saved = state::save(&self.wanted.config.settings.state_dir, &resolved);
-        let fault = |error| format!("{error}; after a restart names are unprotected until they are looked up");
-        self.faults.set(About::State, saved.as_ref().err().map(fault));
-        self.saved = saved.is_ok().then_some(resolved);
     }
 
     /// Takes what a sweep found and did.
@@ -356,7 +371,6 @@ impl Daemon {
                 if let Some(applied) = &mut self.applied {
                     applied.generation = generation;
                 }
-                self.save(resolved);
                 None
             }
             Ok(None) => self.apply_now().err(),
@@ -401,8 +415,8 @@ impl Daemon {
         }
     }
 
-    /// Puts another configuration in force, or keeps this one whole.
-    fn change_to(&mut self, wanted: Wanted) -> Result<(), DaemonError> {
+    /// Keys that hold for the whole run and are others in another configuration.
+    fn fixed_keys(&self, wanted: &Wanted) -> Vec<&'static str> {
         let (old, new) = (&self.wanted.config.settings, &wanted.config.settings);
         let fixed = [
             ("cgroup", self.wanted.cgroup != wanted.cgroup),
@@ -411,11 +425,13 @@ impl Daemon {
             ("socket", old.socket != new.socket),
             ("nft_table", old.nft_table != new.nft_table),
         ];
-        let keys: Vec<_> = fixed
-            .iter()
-            .filter(|(_, changed)| *changed)
-            .map(|(key, _)| *key)
-            .collect();
+        let changed = fixed.iter().filter(|(_, changed)| *changed);
+        changed.map(|(key, _)| *key).collect()
+    }
+
+    /// Puts another configuration in force, or keeps this one whole.
+    fn change_to(&mut self, mut wanted: Wanted) -> Result<(), DaemonError> {
+        let keys = self.fixed_keys(&wanted);
         if !keys.is_empty() {
             return Err(DaemonError::FixedKeys {
                 path: wanted.path,
@@ -429,6 +445,10 @@ impl Daemon {
             action: "list this host's addresses",
             error,
         })?;
+        self.read_bus(wanted.config.bus_dir());
+        if let (Some(bus), Some(_)) = (&self.bus, wanted.config.bus_dir()) {
+            wanted.policy.set_bus(bus);
+        }
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -454,15 +474,27 @@ impl Daemon {
         self.enforcement.retire(&self.wanted.config.settings);
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
-        // What is no longer a name keeps nobody waiting.
+        self.pending = None;
+        self.forget_gone_names();
+        self.look_up_due(Instant::now());
+        self.answer_waiting();
+        Ok(())
+    }
+
+    /// What is no longer a name keeps nobody waiting.
+    fn forget_gone_names(&mut self) {
         let names = self.wanted.policy.names();
         self.unanswered.retain(|name| names.contains(name));
         for waiting in &mut self.waiting {
             waiting.names.retain(|name| names.contains(name));
         }
-        self.look_up_due(Instant::now());
-        self.answer_waiting();
-        Ok(())
+    }
+
+    /// Settings may be others, or be there at last.
+    fn look_at_settings(&mut self, watch: Option<&mut Watch>) {
+        if watch.is_some_and(Watch::look) || self.misses_bus() {
+            self.settings_changed();
+        }
     }
 
     /// Addresses and cgroups come and go; links may be taken away.

@@ -14,7 +14,7 @@ mod build;
 mod parse;
 mod users;
 
-pub use build::{MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
+pub use build::{BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub use users::{HostUsers, Users};
 
@@ -142,6 +142,23 @@ impl Policy {
                 Destination::Address(_) | Destination::Prefix(_) | Destination::Local => None,
             })
             .collect()
+    }
+
+    /// The endpoints of the target that a BOSH agent's message bus is.
+    #[must_use]
+    pub fn bus(&self) -> Option<&BTreeSet<Endpoint>> {
+        let bus = self.targets.iter().find(|target| target.name == BUS);
+        bus.map(|bus| &bus.endpoints)
+    }
+
+    /// Replaces the endpoints of a BOSH agent's message bus (B1). True if that changes anything.
+    pub fn set_bus(&mut self, endpoints: &BTreeSet<Endpoint>) -> bool {
+        let bus = self.targets.iter_mut().find(|target| target.name == BUS);
+        bus.is_some_and(|bus| {
+            let changed = bus.endpoints != *endpoints;
+            bus.endpoints.clone_from(endpoints);
+            changed
+        })
     }
 
     /// The cgroups that principals name.

@@ -1,8 +1,11 @@
 //! The cases, by what they are about.
 
+pub mod boot;
+pub mod bosh;
 pub mod containers;
 pub mod decision;
 pub mod endurance;
+pub mod failover;
 pub mod faults;
 pub mod input;
 pub mod limits;
@@ -43,9 +46,12 @@ impl Case {
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        boot::cases(),
+        bosh::cases(),
         containers::cases(),
         decision::cases(),
         endurance::cases(),
+        failover::cases(),
         faults::cases(),
         input::cases(),
         limits::cases(),

@@ -203,15 +203,24 @@ impl World {
 
     /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` if it is there.
     pub fn with_resolver(&self) -> Result<Command> {
-        let mut command = Command::new("unshare");
+        Ok(self.resolving(Command::new("unshare"), &binary("enforcer")?))
+    }
+
+    /// As `with_resolver`, for any program, in a network namespace.
+    #[must_use]
+    pub fn with_resolver_in(&self, netns: &Netns, program: &Path) -> Command {
+        self.resolving(netns.command(Path::new("unshare")), program)
+    }
+
+    fn resolving(&self, mut unshare: Command, program: &Path) -> Command {
         let script = "mount --bind \"$1/resolv.conf\" /etc/resolv.conf || exit\n\
             [ ! -e \"$1/hosts\" ] || mount --bind \"$1/hosts\" /etc/hosts || exit\n\
             shift && exec \"$@\"";
-        command
+        unshare
             .args(["--mount", "sh", "-c", script, "sh"])
             .arg(self.dir.path())
-            .arg(binary("enforcer")?);
-        Ok(command)
+            .arg(program);
+        unshare
     }
 
     /// Listens on every address of this host, this world's port, TCP and UDP, until the world ends.

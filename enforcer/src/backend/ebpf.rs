@@ -148,14 +148,7 @@ impl Kernel {
             return Ok(number);
         }
         let slot = active.map_or(0, |slot| 1 - slot);
-        if std::mem::take(&mut self.flipped) {
-            // Verdicts in flight may still read the slot that was in force before this one (F2).
-            sys::wait_for_programs().map_err(|error| BackendError::Map {
-                action: "wait for readers of",
-                map: "endpoints",
-                error,
-            })?;
-        }
+        self.settle()?;
         self.held(slot)?;
         // Not known again until it is written whole.
         let have = self
@@ -173,6 +166,20 @@ impl Kernel {
             *held = Some(image);
         }
         Ok(number + 1)
+    }
+
+    /// Waits, tens of milliseconds perhaps, until no verdict in flight reads the slot that was in force before (F2). Whoever has
+    /// the time does so before the next change asks for it.
+    pub fn settle(&mut self) -> Result<(), BackendError> {
+        if self.flipped {
+            sys::wait_for_programs().map_err(|error| BackendError::Map {
+                action: "wait for readers of",
+                map: "endpoints",
+                error,
+            })?;
+            self.flipped = false;
+        }
+        Ok(())
     }
 
     /// Makes sure that a generation is in force and every link in place; false if another rule set is, or none (F5).

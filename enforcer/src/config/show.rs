@@ -4,7 +4,7 @@ use humantime::format_duration;
 use serde::{Serialize, Serializer};
 use toml::{Table, Value};
 
-use super::{Allow, Backend, Config, Existing, Settings, Target, User};
+use super::{Allow, Backend, Bosh, Config, Existing, Settings, Target, User};
 use crate::policy::{Dns, Mode, Unresolved};
 
 /// A key of the file: its section, its name, its comment.
@@ -72,6 +72,12 @@ const TARGET_COMMENT: &str = "\
 # allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" } or { kernel = true }; empty allows nobody.
 ";
 
+const BOSH_COMMENT: &str = "\
+# The host of a BOSH agent: protects `monit` (tcp://127.0.0.1:2822, with grants) and `nats` (the message bus in the agent's settings), both for root only.
+# A [target.monit] or [target.nats] in this file replaces ours of that name. Default: there where no target is configured.
+# dir: where the agent keeps settings.json and update_settings.json, itself or in `settings` below it. Default: \"/var/vcap/bosh\".
+";
+
 impl Config {
     /// The effective configuration as TOML, each key with a comment and its default. Reads back as an equal `Config`.
     #[must_use]
@@ -95,6 +101,12 @@ impl Config {
             out.push_str(&format!("# {comment}{default}\n{line}\n"));
         }
         out.push('\n');
+        out.push_str(BOSH_COMMENT);
+        out.push_str(&match &self.bosh {
+            Some(Bosh { dir }) => format!("[bosh]\ndir = {}\n", Value::String(dir.display().to_string())),
+            None => "# [bosh]\n# dir = \"/var/vcap/bosh\"\n".to_owned(),
+        });
+        out.push('\n');
         out.push_str(TARGET_COMMENT);
         for (name, target) in &self.targets {
             out.push_str(&format!("[target.{name}]\n"));
@@ -117,6 +129,10 @@ impl Serialize for Config {
             .targets
             .iter()
             .map(|(name, target)| (name.clone(), Value::Table(target.table())));
+        if let Some(Bosh { dir }) = &self.bosh {
+            let dir = ("dir".to_owned(), Value::String(dir.display().to_string()));
+            tree.insert("bosh".to_owned(), Value::Table(Table::from_iter([dir])));
+        }
         tree.insert("target".to_owned(), Value::Table(targets.collect()));
         tree.serialize(serializer)
     }

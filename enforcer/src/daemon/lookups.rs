@@ -58,6 +58,7 @@ impl Daemon {
             return;
         }
         *newest = round;
+        self.kept.changed();
         for note in self.names.answered(Instant::now(), &name, answer) {
             if note.is_fault() {
                 warn!("{note}");

@@ -7,6 +7,8 @@ use tokio::io::{
     unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdReadyMutGuard},
 };
 
+use crate::bosh::Watch;
+
 /// Waits until there is something to read; for ever where there is no source.
 pub(super) async fn ready_to_read<T: AsRawFd>(
     source: Option<&AsyncFd<T>>,
@@ -23,6 +25,14 @@ pub(super) async fn ready_to_take<T: AsRawFd>(
 ) -> Option<io::Result<AsyncFdReadyMutGuard<'_, T>>> {
     match source {
         Some(source) => Some(source.readable_mut().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until settings may have changed; for ever where none are watched.
+pub(super) async fn changed(watch: Option<&mut Watch>) {
+    match watch {
+        Some(watch) => watch.changed().await,
         None => std::future::pending().await,
     }
 }

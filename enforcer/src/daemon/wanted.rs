@@ -1,12 +1,16 @@
 //! A configuration read, understood, and found possible on this host.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use super::DaemonError;
 use crate::{
-    config::Config,
+    config::{Bosh, Config},
     host,
     policy::{HostUsers, Policy},
+    state::LastGood,
 };
 
 /// A configuration that was read, understood and found possible on this host.
@@ -55,6 +59,30 @@ impl Wanted {
             cgroup,
             mount,
             warnings,
+        })
+    }
+
+    /// What was in force last, with nothing of it looked up again.
+    pub(super) fn of(path: &Path, good: &LastGood) -> Result<Self, DaemonError> {
+        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
+            action: "read /proc/self/mountinfo",
+            error,
+        })?;
+        let cgroup = (good.settings.cgroup.clone().or_else(|| mount.clone())).ok_or(DaemonError::NoCgroup2)?;
+        Ok(Self {
+            path: path.into(),
+            config: Config {
+                path: path.into(),
+                mode: good.policy.mode,
+                settings: good.settings.clone(),
+                dns: good.policy.dns,
+                bosh: good.bosh.clone().map(|dir| Bosh { dir }),
+                targets: BTreeMap::new(),
+            },
+            policy: good.policy.clone(),
+            mount: mount.unwrap_or_else(|| cgroup.clone()),
+            cgroup,
+            warnings: Vec::new(),
         })
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{Answer, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
+use super::{Answer, Known, KnownName, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
 use crate::policy::{Dns, Name, Unresolved};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -51,6 +51,14 @@ fn answer(names: &mut Names, now: Instant, to: &str, a: Outcome, aaaa: Outcome) 
 
 fn known(names: &Names, now: Instant, of: &str) -> BTreeSet<IpAddr> {
     names.resolved(now).get(&name(of)).cloned().unwrap_or_default()
+}
+
+fn before(current: &[&str], left: &[&str]) -> Known {
+    let known = KnownName {
+        current: ips(current),
+        left: ips(left),
+    };
+    [(name("bus"), known)].into()
 }
 
 fn failure() -> Outcome {
@@ -187,19 +195,19 @@ fn too_many_addresses_drop_the_oldest_left() {
 }
 
 #[test]
-fn seeds_are_protected_before_any_answer() {
+fn known_before_is_protected_before_any_answer() {
     let start = Instant::now();
     let mut names = names(start);
-    names.seed(&name("bus"), &ips(&["10.0.0.1"]));
+    names.restore(&before(&["10.0.0.1"], &[]), start);
     answer(&mut names, start, "bus", failure(), failure());
     assert_eq!(known(&names, start + SECOND * 3599, "bus"), ips(&["10.0.0.1"]));
 }
 
 #[test]
-fn seeds_outlast_retain_while_dns_is_away() {
+fn known_before_outlasts_retain_while_dns_is_away() {
     let start = Instant::now();
     let mut names = names(start);
-    names.seed(&name("bus"), &ips(&["10.0.0.1", "2001:db8::1"]));
+    names.restore(&before(&["10.0.0.1", "2001:db8::1"], &[]), start);
     let mut now = start;
     for _ in 0..100 {
         now += SECOND * 120;
@@ -213,6 +221,27 @@ fn seeds_outlast_retain_while_dns_is_away() {
         ips(&["10.0.0.2", "2001:db8::1"]),
         "only the family that was answered moves on"
     );
+}
+
+#[test]
+fn a_lie_lets_nothing_go_that_was_known_before() {
+    let start = Instant::now();
+    let mut names = names(start);
+    names.restore(&before(&["10.0.0.1", "2001:db8::1"], &["10.0.0.7"]), start);
+    for bad in [found(&["127.0.0.1"], 30), Outcome::Empty, Outcome::Missing] {
+        answer(&mut names, start, "bus", bad.clone(), bad.clone());
+        let later = known(&names, start + SECOND * 7200, "bus");
+        assert_eq!(later, ips(&["10.0.0.1", "2001:db8::1"]), "{bad:?} (N3, N6)");
+    }
+    assert_eq!(
+        known(&names, start + SECOND * 3599, "bus"),
+        ips(&["10.0.0.1", "10.0.0.7", "2001:db8::1"]),
+        "what had left is retained anew"
+    );
+    let now = start + SECOND * 10;
+    assert_eq!(names.known(now), before(&["10.0.0.1", "2001:db8::1"], &["10.0.0.7"]));
+    answer(&mut names, now, "bus", found(&["10.0.0.7"], 30), Outcome::Missing);
+    assert_eq!(names.known(now), before(&["10.0.0.7", "2001:db8::1"], &["10.0.0.1"]));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Name, what takes the place of the target's section, and what the message must say.
-const TEXTS: [(&str, &str, &[&str]); 16] = [
+const TEXTS: [(&str, &str, &[&str]); 15] = [
     (
         "unknown_key",
         "allwo = []\n[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = []\n",
@@ -69,21 +69,20 @@ const TEXTS: [(&str, &str, &[&str]); 16] = [
         &["0.0.0.0", "local"],
     ),
     (
-        "later_key",
+        "unknown_key_in_bosh",
         "[bosh]
-dir = \"/x\"
+dri = \"/x\"
 [target.main]
 endpoints = []
 allow = []
 ",
-        &["bosh", "toml:7"],
+        &["dri", "toml:8"],
     ),
     (
         "no_backend",
         "backend = \"iptables\"\n[target.main]\nendpoints = []\nallow = []\n",
         &["nftables", "toml:6"],
     ),
-    ("no_target", "", &["target"]),
     (
         "principal_cgroup_missing",
         "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [{ user = 0, cgroup = \"/no/such/group\" }]\n",
