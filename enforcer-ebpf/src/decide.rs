@@ -95,7 +95,7 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
     let Some(owners) = owners(tables, subject, destination, slot, &generation) else {
         return UNJUDGED; // D1
     };
-    let refused = owners & !admitted(tables, subject, owners, slot, generation.levels); // D2
+    let refused = owners & !admitted(tables, subject, owners, slot, &generation); // D2
     let verdict = match refused {
         0 => Verdict::Allow,
         _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
@@ -151,7 +151,7 @@ fn owners<T: Tables, S: Subject>(
 
 /// The targets that admit the subject: both its users, or the kernel thread it is (D3).
 #[inline(always)]
-fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, levels: u64) -> Owners {
+fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, generation: &Generation) -> Owners {
     if subject.is_kernel_thread() {
         let key = PrincipalKey {
             cgroup: 0,
@@ -181,11 +181,12 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
     } else {
         tables.principal(&socket).unwrap_or(0)
     };
-    if levels == 0 || owners & !(admits_task & admits_socket) == 0 {
+    if generation.levels == 0 || owners & !(admits_task & admits_socket) == 0 {
         return admits_task & admits_socket;
     }
     // Each pass costs the verifier, and so every start, dearly: few depths, and no short cut for equal users.
-    let mut levels = levels;
+    let mut levels = generation.levels;
+    let anybody = generation.flags & flag::ANYBODY != 0;
     for _ in 0..MAX_CGROUP_LEVELS {
         #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
         let level = levels as u32 & 0xff;
@@ -202,6 +203,16 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
         socket.cgroup = cgroup;
         admits_task |= tables.principal(&task).unwrap_or(0);
         admits_socket |= tables.principal(&socket).unwrap_or(0);
+        if anybody {
+            let key = PrincipalKey {
+                uid: 0,
+                kind: kind::ANYBODY,
+                ..task
+            };
+            let within = tables.principal(&key).unwrap_or(0);
+            admits_task |= within;
+            admits_socket |= within;
+        }
     }
     admits_task & admits_socket
 }

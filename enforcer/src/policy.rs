@@ -73,6 +73,11 @@ pub enum Principal {
         /// Where the connecting task must be, if anywhere in particular.
         cgroup: Option<CgroupPath>,
     },
+    /// Every user, but only below a cgroup: what a grant without a user is (B4). No configuration can say it.
+    Anybody {
+        /// Where the connecting task must be.
+        cgroup: CgroupPath,
+    },
     /// Kernel threads (D3).
     Kernel,
 }
@@ -152,6 +157,7 @@ impl Policy {
             .flat_map(|target| &target.principals)
             .filter_map(|principal| match principal {
                 Principal::User { cgroup, .. } => cgroup.clone(),
+                Principal::Anybody { cgroup } => Some(cgroup.clone()),
                 Principal::Kernel => None,
             })
             .collect()
@@ -229,6 +235,7 @@ impl fmt::Display for Principal {
                 uid,
                 cgroup: Some(cgroup),
             } => write!(f, "user {uid} in {cgroup}"),
+            Self::Anybody { cgroup } => write!(f, "anybody in {cgroup}"),
             Self::Kernel => f.write_str("kernel"),
         }
     }
