@@ -151,7 +151,13 @@ fn owners<T: Tables, S: Subject>(
 
 /// The targets that admit the subject: both its users, or the kernel thread it is (D3).
 #[inline(always)]
-fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, generation: &Generation) -> Owners {
+fn admitted<T: Tables, S: Subject>(
+    tables: &T,
+    subject: &S,
+    owners: Owners,
+    slot: u8,
+    generation: &Generation,
+) -> Owners {
     if subject.is_kernel_thread() {
         let key = PrincipalKey {
             cgroup: 0,

@@ -17,6 +17,8 @@ pub mod events;
 pub mod status;
 pub mod sweep;
 
+pub mod grants;
+
 pub mod control;
 pub mod daemon;
 

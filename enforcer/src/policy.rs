@@ -91,6 +91,8 @@ pub struct Target {
     pub endpoints: BTreeSet<Endpoint>,
     /// Empty means nobody.
     pub principals: BTreeSet<Principal>,
+    /// Whether others may be let in while it is in force (B4).
+    pub grants: bool,
 }
 
 /// What a verdict against an attempt does.
@@ -147,6 +149,12 @@ impl Policy {
                 Destination::Address(_) | Destination::Prefix(_) | Destination::Local => None,
             })
             .collect()
+    }
+
+    /// The target of this name.
+    #[must_use]
+    pub fn target(&self, name: &str) -> Option<&Target> {
+        self.targets.iter().find(|target| target.name == name)
     }
 
     /// The cgroups that principals name.

@@ -3,6 +3,7 @@
 pub mod decision;
 pub mod endurance;
 pub mod faults;
+pub mod grants;
 pub mod input;
 pub mod limits;
 pub mod names;
@@ -27,6 +28,7 @@ pub fn all() -> Vec<Case> {
         decision::cases(),
         endurance::cases(),
         faults::cases(),
+        grants::cases(),
         input::cases(),
         limits::cases(),
         names::cases(),

@@ -15,6 +15,8 @@ pub(super) enum About {
     State,
     /// This host's addresses and cgroups.
     Host,
+    /// The file of grants.
+    Grants,
     /// The sweep of older connections.
     Sweep,
 }
@@ -34,6 +36,7 @@ impl Faults {
             (None, About::RuleSet) => info!("the rule set is in force again as wanted"),
             (None, About::Reload) => info!("the configuration is in force again as it is"),
             (None, About::State) => info!("the addresses known are kept again"),
+            (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Host) => info!("this host's addresses are followed again"),
         }

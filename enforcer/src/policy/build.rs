@@ -144,6 +144,7 @@ impl Policy {
                 name: (*name).clone(),
                 endpoints,
                 principals,
+                grants: source.grants,
             });
         }
         targets.sort_by(|a, b| a.name.cmp(&b.name));

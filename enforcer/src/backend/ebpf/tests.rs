@@ -199,6 +199,7 @@ fn policy() -> impl Strategy<Value = Policy> {
                 name: format!("t{number}"),
                 endpoints,
                 principals,
+                grants: false,
             })
             .collect(),
     })
