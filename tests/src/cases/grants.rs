@@ -10,6 +10,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use enforcer::{
+    grants::{self, Asker, Grantee, Grants, Key, MAX_GRANTS, Term},
+    policy::Uid,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -266,8 +270,9 @@ fn survive() -> Result<()> {
     let daemon = job.world.daemon()?;
     job.enforcer(&["revoke", "main"])?.demand(0)?;
     daemon.kill()?;
-    let _daemon = job.world.daemon()?;
+    let daemon = job.world.daemon()?;
     job.inside(NOBODY).is_refused()?;
+    daemon.kill()?;
     // Killed at any moment, what was answered holds after the next start, and half a file is never read.
     for round in 0..8_u64 {
         let daemon = job.world.daemon()?;
@@ -456,7 +461,8 @@ fn namespaces() -> Result<()> {
         "--",
     ];
     // Inside, its own cgroup is called `/`.
-    let inside = job.through(&["unshare", "--cgroup", "cat", "/proc/self/cgroup"], &[])?;
+    let shows = ["unshare", "--cgroup", "sh", "-c", "cat /proc/self/cgroup"];
+    let inside = job.through(&shows, &[])?.demand(0)?;
     ensure!(inside.stdout.contains("0::/\n"), "{inside:?}");
     job.through(&namespaces, &["grant", "main"])?.demand(0)?;
     let granted = job.grants()?;
@@ -706,26 +712,27 @@ fn revoked_is_cut() -> Result<()> {
 
 fn limit() -> Result<()> {
     let job = Job::new("ebpf", "")?;
-    let daemon = job.world.daemon()?;
-    let socket = job.world.path("run/control.sock");
-    let grant = |uid: u32| {
-        let request = format!("{{\"request\":\"grant\",\"target\":\"main\",\"to\":{{\"user\":\"{uid}\"}}}}\n");
-        ask_raw(&socket, request.as_bytes())
-    };
-    for uid in 100_000..101_024 {
-        let answer = grant(uid)?;
-        ensure!(answer.contains("\"granted\""), "{answer}");
+    let mut grants = Grants::default();
+    for uid in 100_001..100_000 + u32::try_from(MAX_GRANTS)? {
+        let target = "main".to_owned();
+        let to = Grantee::User(Uid(uid));
+        grants.grant(Key { target, to }, lasting())?;
     }
-    let answer = grant(200_000)?;
-    ensure!(answer.contains("1024 grants, the maximum"), "{answer}");
+    grants::save(&job.world.path("state"), &grants)?;
+    let daemon = job.world.daemon()?;
+    job.outside(100_001).reaches()?;
+    job.world.enforcer(&["grant", "main", "--user", "100000"])?.demand(0)?;
+    let ran = job.world.enforcer(&["grant", "main", "--user", "200000"])?.demand(2)?;
+    ensure!(ran.stderr.contains("1024 grants, the maximum"), "{ran:?}");
     ensure!(job.grants()?.len() == 1024, "{}", job.grants()?.len());
-    job.outside(101_023).reaches()?;
+    job.outside(100_000).reaches()?;
     job.outside(200_000).is_refused()?;
     daemon.kill()?;
     let _daemon = job.world.daemon()?;
     job.outside(100_000).reaches()?;
-    // Cgroups at nine depths.
     job.world.enforcer(&["revoke", "main", "--all"])?.demand(0)?;
+    job.outside(100_000).is_refused()?;
+    // Cgroups at nine depths.
     let mut cgroup = job.cgroup.clone();
     let mut made = Vec::new();
     let depth = path_of(&cgroup)?.matches('/').count();
@@ -749,4 +756,17 @@ fn limit() -> Result<()> {
         fs::remove_dir(cgroup)?;
     }
     granted.with_context(|| format!("from depth {depth} on"))
+}
+
+/// For good, granted now by this process.
+pub(super) fn lasting() -> Term {
+    Term {
+        since: std::time::SystemTime::now().try_into().unwrap_or_default(),
+        expires: None,
+        by: Asker {
+            pid: std::process::id(),
+            uid: 0,
+            comm: "tests".to_owned(),
+        },
+    }
 }
