@@ -6,6 +6,7 @@ pub mod faults;
 pub mod grants;
 pub mod input;
 pub mod limits;
+pub mod monit;
 pub mod names;
 pub mod neighbours;
 pub mod nftables;
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Case> {
         grants::cases(),
         input::cases(),
         limits::cases(),
+        monit::cases(),
         names::cases(),
         neighbours::cases(),
         nftables::cases(),
