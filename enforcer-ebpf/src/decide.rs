@@ -201,6 +201,7 @@ fn admitted<T: Tables, S: Subject>(
     }
     // Each pass costs the verifier, and so every start, dearly: few depths, and no short cut for equal users.
     let mut levels = generation.levels;
+    let anybody = generation.flags & flag::ANYBODY != 0;
     for _ in 0..MAX_CGROUP_LEVELS {
         #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
         let level = levels as u32 & 0xff;
@@ -217,6 +218,16 @@ fn admitted<T: Tables, S: Subject>(
         socket.cgroup = cgroup;
         admits_task |= tables.principal(&task).unwrap_or(0);
         admits_socket |= tables.principal(&socket).unwrap_or(0);
+        if anybody {
+            let key = PrincipalKey {
+                uid: 0,
+                kind: kind::ANYBODY,
+                ..task
+            };
+            let within = tables.principal(&key).unwrap_or(0);
+            admits_task |= within;
+            admits_socket |= within;
+        }
     }
     admits_task & admits_socket
 }

@@ -15,7 +15,7 @@ pub const ABI: u32 = 2;
 pub const MAX_ENDPOINTS: u32 = 131_072;
 /// Endpoints of one rule set that name a prefix.
 pub const MAX_PREFIXES: u32 = 16_384;
-/// Principal keys (user, user in a cgroup, kernel) of one rule set, over all targets.
+/// Principal keys (user, user in a cgroup, anybody in a cgroup, kernel) of one rule set, over all targets.
 pub const MAX_PRINCIPALS: u32 = 16_384;
 /// Targets of one rule set: the bits of [`Owners`].
 pub const MAX_TARGETS: u32 = 64;
@@ -91,6 +91,8 @@ pub mod kind {
     pub const USER: u8 = 0;
     /// Kernel threads.
     pub const KERNEL: u8 = 1;
+    /// Every user below a cgroup; looked up only under [`super::flag::ANYBODY`].
+    pub const ANYBODY: u8 = 2;
 }
 
 /// What holds for a whole rule set.
@@ -153,6 +155,8 @@ pub mod flag {
     pub const SOCKET_USER: u64 = 8;
     /// No user is admitted anywhere but those that the generation itself names.
     pub const FEW: u64 = 16;
+    /// Some principals are cgroups without a user.
+    pub const ANYBODY: u64 = 32;
 }
 
 /// A target's name, padded with zeros.

@@ -1,6 +1,7 @@
 //! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
 
 mod check;
+mod grants;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -64,6 +65,15 @@ enum Command {
     Events(EventsArgs),
     /// Look all names up now; returns when the kernel holds the result
     Refresh(Refresh),
+    /// Let a cgroup, or a user, in to TARGET until it is revoked or its time is over; kept over restarts
+    Grant(grants::Grant),
+    /// End what was granted to a cgroup or a user; exit code 1 if nothing was
+    Revoke(grants::Revoke),
+    /// List what is granted
+    Grants(Json),
+    /// As `grant monit`, by the name that BOSH jobs know
+    #[command(alias = "bosh-enable-monit-access")]
+    EnableMonitAccess(grants::MonitAccess),
     /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
     Unload,
     /// Check or show the configuration
@@ -122,7 +132,7 @@ enum Answer {
 /// Runs the command line and says how the process should end.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(grants::as_called(std::env::args_os()));
     start_log(cli.log_format, cli.log_level);
     match run(&cli) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
@@ -164,6 +174,10 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Check(check) => check::run(config, check),
         Command::Events(events) => show_events(config, events),
         Command::Refresh(refresh) => run_refresh(config, refresh),
+        Command::Grant(grant) => grants::grant(config, grant),
+        Command::Revoke(revoke) => grants::revoke(config, revoke),
+        Command::Grants(json) => grants::list(config, json),
+        Command::EnableMonitAccess(access) => grants::enable_monit_access(config, access),
         Command::Unload => unload(config),
         Command::Config(ConfigCommand::Check) => check_config(config),
         Command::Config(ConfigCommand::Show(json)) => {

@@ -128,6 +128,8 @@ pub struct Target {
     pub endpoints: Vec<Line<EndpointText>>,
     /// Who may connect.
     pub allow: Vec<Line<Allow>>,
+    /// Whether others may be let in while it is in force (B4).
+    pub grants: bool,
 }
 
 /// Who may connect, as written.

@@ -7,6 +7,7 @@ mod denials;
 mod drift;
 mod error;
 mod faults;
+mod grants;
 mod keep;
 mod lookups;
 mod report;
@@ -40,8 +41,9 @@ use crate::{
     bosh::Watch,
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
+    grants::Grants,
     host::{self, AddressChanges},
-    policy::{Endpoint, Name},
+    policy::{Endpoint, Name, Policy},
     resolve::{Answer, Known, Names},
     ruleset::{Host, Resolved, compile},
     status::{ExistingStatus, Status},
@@ -58,6 +60,11 @@ const EVENT_REST: Duration = Duration::from_millis(50);
 /// What runs.
 struct Daemon {
     wanted: Wanted,
+    /// What it means, with what was granted.
+    policy: Policy,
+    grants: Grants,
+    /// The file does not hold them as they are.
+    grants_unsaved: bool,
     enforcement: Enforcement,
     names: Names,
     host: Host,
@@ -97,6 +104,8 @@ struct Applied {
     generation: u64,
     host: Host,
     resolved: Resolved,
+    /// Revision of the grants.
+    grants: u64,
 }
 
 struct Waiting {
@@ -178,6 +187,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 watch = daemon.watch();
             }
         }
+        let until_expiry = daemon.until_expiry();
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
         tokio::select! {
             _ = hangup.recv() => {
@@ -226,6 +236,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 again = daemon.retry();
                 alive();
             }
+            () = tokio::time::sleep(until_expiry) => daemon.look_at_host(),
             Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
@@ -266,11 +277,14 @@ impl Daemon {
             daemon: stays,
             log_level: level,
         })?;
-        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
+        let mut faults = Faults::default();
+        let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
+        faults.set(About::Grants, fault); // F4
+        let policy = grants.add_to(&wanted.policy);
+        let host = host::snapshot(Some(&wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
             action: "list this host's addresses",
             error,
         })?;
-        let mut faults = Faults::default();
         let fault = left.fault.map(|error| {
             format!(
                 "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
@@ -280,6 +294,9 @@ impl Daemon {
         Ok(Self {
             unanswered: wanted.policy.names(),
             wanted,
+            policy,
+            grants,
+            grants_unsaved: false,
             enforcement,
             log_level: level,
             drift: Drift::default(),
@@ -307,7 +324,7 @@ impl Daemon {
     /// Compiles what is wanted now and puts it in force.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
         let resolved = self.names.resolved(Instant::now());
-        let rules = compile(&self.wanted.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
             path: self.wanted.path.clone(),
             error,
         })?;
@@ -316,6 +333,7 @@ impl Daemon {
             generation,
             host: self.host.clone(),
             resolved,
+            grants: self.grants.revision(),
         });
         self.kept.changed();
         self.sweeps.set(Job {
@@ -353,8 +371,9 @@ impl Daemon {
             return;
         }
         let resolved = self.names.resolved(now);
-        let unchanged =
-            (self.applied.as_ref()).is_some_and(|applied| applied.host == self.host && applied.resolved == resolved);
+        let unchanged = self.applied.as_ref().is_some_and(|applied| {
+            applied.host == self.host && applied.resolved == resolved && applied.grants == self.grants.revision()
+        });
         let restored = self.enforcement.restored();
         let kept = match &self.applied {
             Some(applied) if unchanged && self.faults.of(About::RuleSet).is_none() => {
@@ -441,20 +460,19 @@ impl Daemon {
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
-        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })?;
         self.read_bus(wanted.config.bus_dir());
         if let (Some(bus), Some(_)) = (&self.bus, wanted.config.bus_dir()) {
             wanted.policy.set_bus(bus);
         }
+        let policy = self.grants.add_to(&wanted.policy);
+        let host = self.snapshot(&policy)?;
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
         let names = std::mem::replace(&mut self.names, names);
         let before = (
             std::mem::replace(&mut self.wanted, wanted),
+            std::mem::replace(&mut self.policy, policy),
             std::mem::replace(&mut self.host, host),
             names,
         );
@@ -466,7 +484,7 @@ impl Daemon {
         };
         let extended = self.enforcement.extend(start).map_err(DaemonError::from);
         if let Err(error) = extended.and_then(|()| self.apply_now()) {
-            (self.wanted, self.host, self.names) = before;
+            (self.wanted, self.policy, self.host, self.names) = before;
             // Goes back to what was needed before.
             self.enforcement.retire(&self.wanted.config.settings);
             return Err(error);
@@ -499,7 +517,8 @@ impl Daemon {
 
     /// Addresses and cgroups come and go; links may be taken away.
     fn look_at_host(&mut self) {
-        let fault = match host::snapshot(Some(&self.wanted.mount), &self.wanted.policy.cgroups()) {
+        self.end_expired();
+        let fault = match host::snapshot(Some(&self.wanted.mount), &self.policy.cgroups()) {
             Ok(host) => {
                 self.host = host;
                 None
@@ -514,7 +533,7 @@ impl Daemon {
 
     /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
     fn answer(&mut self, call: Call) -> Option<mpsc::Sender<Reply>> {
-        let Call { request, replies } = call;
+        let Call { request, peer, replies } = call;
         match request {
             Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
             Request::Refresh => {
@@ -533,6 +552,9 @@ impl Daemon {
                 let live = follow.then(|| self.followers.subscribe());
                 tokio::spawn(send_events(kept, live, replies));
             }
+            Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
+            Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
+            Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
             Request::Unload => return Some(replies),
         }
         None

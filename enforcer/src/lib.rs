@@ -18,6 +18,8 @@ pub mod events;
 pub mod status;
 pub mod sweep;
 
+pub mod grants;
+
 pub mod client;
 pub mod control;
 pub mod daemon;

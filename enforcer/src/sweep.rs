@@ -11,7 +11,7 @@ use enforcer_ebpf::Verdict;
 
 use crate::{
     policy::{Protocol, Uid, canonical},
-    ruleset::{RulePrincipal, RuleSet, Subject, owners, weigh},
+    ruleset::{RuleSet, Subject, owners, weigh},
 };
 
 mod diag;
@@ -236,10 +236,7 @@ fn subject(uid: Uid, kernel_thread: bool, cgroups: &[u64]) -> Subject {
 pub(crate) fn principal_cgroups(rules: &RuleSet) -> Vec<u64> {
     let principals = rules.targets.iter().flat_map(|target| &target.principals);
     principals
-        .filter_map(|principal| match principal {
-            RulePrincipal::User { cgroup, .. } => cgroup.as_ref().map(|(_, cgroup)| cgroup.id),
-            RulePrincipal::Kernel => None,
-        })
+        .filter_map(|principal| principal.cgroup().map(|(_, cgroup)| cgroup.id))
         .collect()
 }
 

@@ -7,9 +7,11 @@ pub mod decision;
 pub mod endurance;
 pub mod failover;
 pub mod faults;
+pub mod grants;
 pub mod input;
 pub mod limits;
 pub mod missing;
+pub mod monit;
 pub mod names;
 pub mod neighbours;
 pub mod nftables;
@@ -53,9 +55,11 @@ pub fn all() -> Vec<Case> {
         endurance::cases(),
         failover::cases(),
         faults::cases(),
+        grants::cases(),
         input::cases(),
         limits::cases(),
         missing::cases(),
+        monit::cases(),
         names::cases(),
         neighbours::cases(),
         nftables::cases(),

@@ -377,13 +377,14 @@ fn sample() -> RuleSet {
         .iter()
         .filter_map(|net| net.parse().ok())
         .flat_map(|net| [Protocol::Tcp, Protocol::Udp].map(|protocol| (Place { protocol, port: 1, net }, 1)));
-    let within = Some((CgroupPath("/a".to_owned()), Cgroup { id: 1, level: 1 }));
+    let within = (CgroupPath("/a".to_owned()), Cgroup { id: 1, level: 1 });
     let user = |cgroup| RulePrincipal::User { uid: Uid(0), cgroup };
+    let anybody = RulePrincipal::Anybody { cgroup: within.clone() };
     RuleSet {
         mode: Mode::Enforce,
         targets: vec![RuleTarget {
             name: "sample".to_owned(),
-            principals: vec![user(None), user(within), RulePrincipal::Kernel],
+            principals: vec![user(None), user(Some(within.clone())), anybody, RulePrincipal::Kernel],
         }],
         places: places.collect(),
     }

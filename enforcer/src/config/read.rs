@@ -444,25 +444,15 @@ fn targets(top: &Section<'_, '_>, lines: &Lines) -> Result<BTreeMap<String, Targ
 fn target(section: &Section<'_, '_>, name: &Spanned<impl Sized>, lines: &Lines) -> Result<Target, Fault> {
     let endpoints = section.required("endpoints", "endpoints = [\"tcp://ADDRESS:PORT\"]", name)?;
     let allow = section.required("allow", "allow = [\"root\"]", name)?;
-    if let Some(value) = section.table.get("grants") {
-        match value.get_ref().as_bool() {
-            Some(false) => {}
-            Some(true) => {
-                let what = "grants = true".to_owned();
-                let remedy = "write false or remove the key";
-                return Err(fault(
-                    value,
-                    ConfigFault::NotBuilt {
-                        what,
-                        section: section.name.clone(),
-                        remedy,
-                    },
-                ));
-            }
-            None => return Err(section.kind("grants", value, "false")),
+    let grants = match section.table.get("grants") {
+        Some(value) => {
+            let said = value.get_ref().as_bool();
+            said.ok_or_else(|| section.kind("grants", value, "true or false"))?
         }
-    }
+        None => false,
+    };
     Ok(Target {
+        grants,
         line: lines.of(name.span().start),
         endpoints: endpoints
             .iter()

@@ -70,6 +70,7 @@ const TARGET_COMMENT: &str = "\
 # A target: endpoints, and who alone may connect to them.
 # endpoints (no default): [tcp://|udp://|nats://|tls://]ADDR:PORT, ADDR an IPv4 address, [IPv6], a prefix, `local` or a DNS name.
 # allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" } or { kernel = true }; empty allows nobody.
+# grants: whether `enforcer grant` may let others in. Default: false.
 ";
 
 const BOSH_COMMENT: &str = "\
@@ -207,6 +208,7 @@ impl Target {
         Table::from_iter([
             ("endpoints".to_owned(), Value::Array(endpoints.collect())),
             ("allow".to_owned(), Value::Array(allow.collect())),
+            ("grants".to_owned(), Value::Boolean(self.grants)),
         ])
     }
 }

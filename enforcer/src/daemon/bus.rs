@@ -56,6 +56,7 @@ impl Daemon {
         let bus = self.bus.as_ref().filter(|_| dir.is_some());
         let changed = bus.is_some_and(|bus| self.wanted.policy.set_bus(bus));
         if changed {
+            self.policy = self.grants.add_to(&self.wanted.policy);
             self.names.set(self.wanted.policy.names(), Instant::now());
             self.names.restore(&self.known_before, Instant::now());
         }

@@ -17,6 +17,8 @@ pub(super) enum About {
     Bus,
     /// This host's addresses and cgroups.
     Host,
+    /// The file of grants.
+    Grants,
     /// The sweep of older connections.
     Sweep,
 }
@@ -37,6 +39,7 @@ impl Faults {
             (None, About::Reload) => info!("the configuration is in force again as it is"),
             (None, About::State) => info!("what is in force is kept for the next start again"),
             (None, About::Bus) => info!("the message bus is known"),
+            (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Host) => info!("this host's addresses are followed again"),
         }

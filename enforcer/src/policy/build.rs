@@ -154,6 +154,7 @@ impl Policy {
                 name: (*name).clone(),
                 endpoints,
                 principals,
+                grants: source.grants,
             });
         }
         if config.bosh.is_some() {
@@ -193,11 +194,13 @@ fn bosh() -> [Target; 2] {
             name: "monit".to_owned(),
             endpoints: [monit].into(),
             principals: root(),
+            grants: true,
         },
         Target {
             name: BUS.to_owned(),
             endpoints: BTreeSet::new(),
             principals: root(),
+            grants: false,
         },
     ]
 }

@@ -60,12 +60,14 @@ pub(super) struct Content {
 struct TargetContent {
     endpoints: Vec<String>,
     allow: Vec<PrincipalContent>,
+    grants: bool,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "lowercase")]
 enum PrincipalContent {
     User { uid: u32, cgroup: Option<String> },
+    Anybody { cgroup: String },
     Kernel,
 }
 
@@ -145,7 +147,13 @@ impl From<&LastGoodRef<'_>> for Content {
         let target = |target: &Target| {
             let endpoints = target.endpoints.iter().map(ToString::to_string).collect();
             let allow = target.principals.iter().map(PrincipalContent::from).collect();
-            (target.name.clone(), TargetContent { endpoints, allow })
+            let grants = target.grants;
+            let content = TargetContent {
+                endpoints,
+                allow,
+                grants,
+            };
+            (target.name.clone(), content)
         };
         let name = |(name, known): (&Name, &KnownName)| {
             let KnownName { current, left } = known.clone();
@@ -169,6 +177,9 @@ impl From<&Principal> for PrincipalContent {
                 uid: uid.0,
                 cgroup: cgroup.as_ref().map(ToString::to_string),
             },
+            Principal::Anybody { cgroup } => Self::Anybody {
+                cgroup: cgroup.to_string(),
+            },
             Principal::Kernel => Self::Kernel,
         }
     }
@@ -188,6 +199,7 @@ impl TryFrom<Content> for LastGood {
             Ok(Target {
                 endpoints: endpoints.collect::<Result<_, String>>()?,
                 principals: target.allow.iter().map(principal).collect::<Result<_, String>>()?,
+                grants: target.grants,
                 name,
             })
         });
@@ -212,6 +224,9 @@ fn principal(content: &PrincipalContent) -> Result<Principal, String> {
                 .as_deref()
                 .map(|path| parsed(path, CgroupPath::parse))
                 .transpose()?,
+        },
+        PrincipalContent::Anybody { cgroup } => Principal::Anybody {
+            cgroup: parsed(cgroup, CgroupPath::parse)?,
         },
         PrincipalContent::Kernel => Principal::Kernel,
     })

@@ -305,7 +305,7 @@ fn help() -> Result<()> {
     let world = World::new()?;
     let help = world.enforcer(&["--help"])?.demand(0)?.stdout;
     for command in [
-        "run", "apply", "status", "check", "events", "refresh", "unload", "config",
+        "run", "apply", "status", "check", "events", "refresh", "grant", "revoke", "grants", "unload", "config",
     ] {
         ensure!(help.contains(&format!("  {command} ")), "{command} is not in: {help}");
         world.enforcer(&[command, "--help"])?.demand(0)?;

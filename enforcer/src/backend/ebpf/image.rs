@@ -144,6 +144,10 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
         (loader.daemon, flag::DAEMON),
         (loader.socket_user, flag::SOCKET_USER),
         (few, flag::FEW),
+        (
+            image.principals.iter().any(|(key, _)| key.kind == kind::ANYBODY),
+            flag::ANYBODY,
+        ),
     ]
     .into_iter()
     .filter_map(|(set, bit)| set.then_some(bit))
@@ -270,6 +274,10 @@ fn principals(rules: &RuleSet, bits: &[Owners]) -> (Vec<(PrincipalKey, Owners)>,
                 } => {
                     depths.insert(cgroup.level);
                     (cgroup.id, uid.0, kind::USER)
+                }
+                RulePrincipal::Anybody { cgroup: (_, cgroup) } => {
+                    depths.insert(cgroup.level);
+                    (cgroup.id, 0, kind::ANYBODY)
                 }
                 RulePrincipal::Kernel => (0, 0, kind::KERNEL),
             };

@@ -276,6 +276,7 @@ pub(super) fn observe(
 fn describe(key: &enforcer_ebpf::PrincipalKey) -> String {
     match (key.kind, key.cgroup) {
         (enforcer_ebpf::kind::KERNEL, _) => "kernel".to_owned(),
+        (enforcer_ebpf::kind::ANYBODY, cgroup) => format!("anybody in cgroup id {cgroup}"),
         (_, 0) => format!("user {}", key.uid),
         (_, cgroup) => format!("user {} in cgroup id {cgroup}", key.uid),
     }

@@ -180,6 +180,8 @@ fn principal() -> impl Strategy<Value = Principal> {
         3 => (0_u32..8).prop_map(|uid| Principal::User { uid: Uid(uid), cgroup: None }),
         2 => (0_u32..8, proptest::sample::select(vec!["/a", "/a/b", "/c", "/gone"]))
             .prop_map(move |(uid, path)| Principal::User { uid: Uid(uid), cgroup: cgroup(path) }),
+        1 => proptest::sample::select(vec!["/a", "/a/b", "/c", "/gone", "/"])
+            .prop_map(|path| Principal::Anybody { cgroup: CgroupPath(path.to_owned()) }),
         1 => Just(Principal::Kernel),
     ]
 }
@@ -203,6 +205,7 @@ fn policy() -> impl Strategy<Value = Policy> {
                 name: format!("t{number}"),
                 endpoints,
                 principals,
+                grants: false,
             })
             .collect(),
     })
@@ -241,7 +244,7 @@ fn attempt() -> impl Strategy<Value = Attempt> {
 }
 
 fn host() -> Host {
-    let cgroups = HashMap::from([("/a", (10, 1)), ("/a/b", (11, 2)), ("/c", (12, 1))]);
+    let cgroups = HashMap::from([("/a", (10, 1)), ("/a/b", (11, 2)), ("/c", (12, 1)), ("/", (1, 0))]);
     Host {
         local: ["192.168.0.1", "fe80::1", "127.0.0.1"]
             .iter()

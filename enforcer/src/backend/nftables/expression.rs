@@ -249,6 +249,21 @@ pub fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
     all
 }
 
+/// Only packets of sockets that have a file and were made below one of the cgroups, all of one depth, in a set.
+#[must_use]
+pub fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
+    // The kernel's own sockets may carry a cgroup, and match no user (D3).
+    let mut all = has_user();
+    all.extend([
+        Expression::Cgroup { level },
+        Expression::Lookup {
+            set: set.to_owned(),
+            value: None,
+        },
+    ]);
+    all
+}
+
 /// Goes to a chain for good.
 #[must_use]
 pub fn goto(chain: &str) -> Expression {

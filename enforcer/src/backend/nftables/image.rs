@@ -80,6 +80,8 @@ pub enum SetKind {
     },
     /// Users.
     Users,
+    /// Cgroups, by id.
+    Cgroups,
 }
 
 /// An element of a set.
@@ -185,6 +187,12 @@ impl Slot {
     #[must_use]
     pub fn users(self, target: &str) -> String {
         format!("users_{target}_{self}")
+    }
+
+    /// The set of a target's cgroups of one depth that admit anybody.
+    #[must_use]
+    pub fn cgroups(self, target: &str, level: u32) -> String {
+        format!("cgroups_{target}_{level}_{self}")
     }
 
     /// Looks a destination up, for packets that have no socket here.
@@ -451,6 +459,7 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
         when
     };
     let (mut users, mut below, mut kernel) = (Vec::new(), Vec::new(), false);
+    let mut anybody: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
     for principal in &target.principals {
         match principal {
             RulePrincipal::User { uid, cgroup: None } => users.push(uid.0),
@@ -463,6 +472,9 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
                 uid,
                 cgroup: Some((_, cgroup)),
             } => below.push((uid.0, cgroup.level, cgroup.id)),
+            RulePrincipal::Anybody { cgroup: (_, cgroup) } => {
+                anybody.entry(cgroup.level).or_default().push(cgroup.id);
+            }
             RulePrincipal::Kernel => kernel = true,
         }
     }
@@ -482,6 +494,22 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
     // Without the expression the principal matches nobody: never widened.
     for (uid, level, id) in below.into_iter().filter(|_| cgroups) {
         rules.push(admit(is::user_below(uid, level, id)));
+    }
+    for (level, mut ids) in anybody.into_iter().filter(|_| cgroups) {
+        if level == 0 {
+            rules.push(admit(is::has_user())); // Every task lies below the root.
+            continue;
+        }
+        let set = slot.cgroups(&target.name, level);
+        rules.push(admit(is::anybody_below(level, &set)));
+        ids.sort_unstable();
+        ids.dedup();
+        let elements = ids.iter().map(|id| Element {
+            key: id.to_ne_bytes().to_vec(),
+            last: Vec::new(),
+            value: Value::None,
+        });
+        image.sets.insert(set, sorted(SetKind::Cgroups, elements.collect()));
     }
     if kernel {
         rules.push([is::has_user(), vec![goto(&refusal)]].concat());

@@ -571,6 +571,7 @@ impl Netlink {
                     let flags = number(sys::NFTNL_SET_FLAGS);
                     let kind = match number(sys::NFTNL_SET_KEY_LEN) {
                         4 => SetKind::Users,
+                        8 => SetKind::Cgroups,
                         length => SetKind::Endpoints {
                             family: if length == 12 { IPV4 } else { IPV6 },
                             ranges: flags & libc::NFT_SET_INTERVAL as u32 != 0,
@@ -834,6 +835,7 @@ fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) -> NlSet<'t
     const PROTOCOL: u32 = 12;
     const SERVICE: u32 = 13;
     const UID: u32 = 24;
+    const CGROUP: u32 = 46;
     let message = NlSet::<AnyKey>::new_named(&text(name), id, table, ProtoFamily::Inet);
     let object = message.as_ptr().as_ptr();
     let concatenation = |address: u32| address << 12 | PROTOCOL << 6 | SERVICE;
@@ -854,6 +856,7 @@ fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) -> NlSet<'t
             data = Some((libc::NFT_DATA_VERDICT, 16));
         }
         SetKind::Users => {}
+        SetKind::Cgroups => (key, length) = (CGROUP, 8),
     }
     // SAFETY: the object is the message's own; pointers are to live values of the length given.
     unsafe {
@@ -920,7 +923,7 @@ unsafe fn element_of(element: *mut sys::nftnl_set_elem, kind: SetKind) -> Elemen
         }
     };
     let value = match kind {
-        SetKind::Users => Value::None,
+        SetKind::Users | SetKind::Cgroups => Value::None,
         SetKind::Endpoints { .. } => {
             // SAFETY: the element is live; the text is copied.
             Value::Goto(unsafe { owned(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)) })

@@ -46,6 +46,7 @@ fn principal() -> impl Strategy<Value = RulePrincipal> {
         )
     });
     prop_oneof![
+        1 => cgroup.clone().prop_map(|cgroup| RulePrincipal::Anybody { cgroup }),
         4 => (0..4_u32, proptest::option::weighted(0.3, cgroup))
             .prop_map(|(uid, cgroup)| RulePrincipal::User { uid: Uid(uid), cgroup }),
         1 => Just(RulePrincipal::Kernel),
