@@ -193,6 +193,12 @@ impl Slot {
         format!("judge_forwarded_{self}")
     }
 
+    /// Picks what is for a loopback address, of what came in from elsewhere.
+    #[must_use]
+    pub fn strays(self) -> String {
+        format!("strays_{self}")
+    }
+
     /// The map of single endpoints, and that of ranges that do not overlap, to classes.
     #[must_use]
     pub fn endpoints(self, family: u8) -> [String; 2] {
@@ -262,23 +268,11 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         )
     };
     let (judge_local, judge_forwarded) = (judge(Slot::endpoints), judge(Slot::forwarded));
-    let entries = |extra: &[Vec<Expression>], judge: &str| {
-        let mut all = Vec::new();
-        for extra in extra {
-            all.push(
-                [
-                    is::transport(TCP),
-                    is::opens_connection(),
-                    extra.clone(),
-                    vec![goto(judge)],
-                ]
-                .concat(),
-            );
-            if has_udp {
-                all.push([is::transport(UDP), extra.clone(), vec![goto(judge)]].concat());
-            }
-        }
-        all
+    // One rule a protocol, as every packet of what is established passes them (P3).
+    let entries = |first: &[Expression], chain: &str| {
+        let tcp = [first, &is::transport(TCP), &is::opens_connection(), &[goto(chain)]].concat();
+        let udp = [first, &is::transport(UDP), &[goto(chain)]].concat();
+        if has_udp { vec![tcp, udp] } else { vec![tcp] }
     };
     let base = |hook, rules| {
         let place = Base {
@@ -290,16 +284,21 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let mut add = |name: &str, chain| image.chains.insert(name.to_owned(), chain);
     add(&slot.judge(), judge_local);
     add(&slot.judge_forwarded(), judge_forwarded);
-    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[Vec::new()], &slot.judge())));
-    let strays = [is::strays_to_loopback(IPV4), is::strays_to_loopback(IPV6)];
+    let strays = [IPV4, IPV6].map(|family| {
+        let mut rule = is::to_loopback(family);
+        rule.push(goto(&slot.judge_forwarded()));
+        rule
+    });
+    add(&slot.strays(), chain_of(None, strays.to_vec()));
+    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[], &slot.judge())));
     add(
         chain::PREROUTING,
-        base(PREROUTING_HOOK, entries(&strays, &slot.judge_forwarded())),
+        base(PREROUTING_HOOK, entries(&is::from_elsewhere(), &slot.strays())),
     );
     if loader.forward == Forward::Refuse {
         add(
             chain::FORWARD,
-            base(FORWARD_HOOK, entries(&[Vec::new()], &slot.judge_forwarded())),
+            base(FORWARD_HOOK, entries(&[], &slot.judge_forwarded())),
         );
     }
 
