@@ -247,15 +247,15 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let endpoints = Endpoints::of(rules);
     let numbers: BTreeMap<u64, u32> = endpoints.masks.iter().copied().zip(1..).collect();
     let class = |mask| slot.class(numbers.get(&mask).copied().unwrap_or_default());
-    endpoints.add_to(&mut image, |family| slot.endpoints(family), |_| true, class);
+    endpoints.add_to(&mut image, |family| slot.endpoints(family), class);
     // What has no socket here has no user either: the first target refuses, as every other would.
     let refusal = |mask| {
         owners(rules, mask)
             .next()
             .map_or_else(String::new, |first| slot.refusal(&first.name))
     };
-    let judged = |address: IpAddr| address.is_loopback() || loader.forward == Forward::Refuse;
-    endpoints.add_to(&mut image, |family| slot.forwarded(family), judged, refusal);
+    // With `forward = "allow"` too: a range that begins elsewhere may hold loopback addresses.
+    endpoints.add_to(&mut image, |family| slot.forwarded(family), refusal);
 
     image.chains.insert(chain::ABOUT.to_owned(), about(header));
     let has_udp = rules.places.iter().any(|(place, _)| place.protocol == Protocol::Udp);
@@ -370,16 +370,10 @@ impl Endpoints {
         Self { masks, single, ranges }
     }
 
-    /// Adds the maps of both families, from the endpoints that are wanted to a chain that depends on their owners.
-    fn add_to(
-        &self,
-        image: &mut Image,
-        names: impl Fn(u8) -> [String; 2],
-        wanted: impl Fn(IpAddr) -> bool,
-        chain: impl Fn(u64) -> String,
-    ) {
+    /// Adds the maps of both families, from the endpoints to a chain that depends on their owners.
+    fn add_to(&self, image: &mut Image, names: impl Fn(u8) -> [String; 2], chain: impl Fn(u64) -> String) {
         for family in [IPV4, IPV6] {
-            let here = |key: &Key| key.address.is_ipv4() == (family == IPV4) && wanted(key.address);
+            let here = |key: &Key| key.address.is_ipv4() == (family == IPV4);
             let single = self
                 .single
                 .iter()
