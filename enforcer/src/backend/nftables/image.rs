@@ -201,6 +201,12 @@ impl Slot {
         format!("judge_forwarded_{self}")
     }
 
+    /// Picks what is for a loopback address, of what came in from elsewhere.
+    #[must_use]
+    pub fn strays(self) -> String {
+        format!("strays_{self}")
+    }
+
     /// The map of single endpoints, and that of ranges that do not overlap, to classes.
     #[must_use]
     pub fn endpoints(self, family: u8) -> [String; 2] {
@@ -249,15 +255,15 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let endpoints = Endpoints::of(rules);
     let numbers: BTreeMap<u64, u32> = endpoints.masks.iter().copied().zip(1..).collect();
     let class = |mask| slot.class(numbers.get(&mask).copied().unwrap_or_default());
-    endpoints.add_to(&mut image, |family| slot.endpoints(family), |_| true, class);
+    endpoints.add_to(&mut image, |family| slot.endpoints(family), class);
     // What has no socket here has no user either: the first target refuses, as every other would.
     let refusal = |mask| {
         owners(rules, mask)
             .next()
             .map_or_else(String::new, |first| slot.refusal(&first.name))
     };
-    let judged = |address: IpAddr| address.is_loopback() || loader.forward == Forward::Refuse;
-    endpoints.add_to(&mut image, |family| slot.forwarded(family), judged, refusal);
+    // With `forward = "allow"` too: a range that begins elsewhere may hold loopback addresses.
+    endpoints.add_to(&mut image, |family| slot.forwarded(family), refusal);
 
     image.chains.insert(chain::ABOUT.to_owned(), about(header));
     let has_udp = rules.places.iter().any(|(place, _)| place.protocol == Protocol::Udp);
@@ -270,23 +276,11 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         )
     };
     let (judge_local, judge_forwarded) = (judge(Slot::endpoints), judge(Slot::forwarded));
-    let entries = |extra: &[Vec<Expression>], judge: &str| {
-        let mut all = Vec::new();
-        for extra in extra {
-            all.push(
-                [
-                    is::transport(TCP),
-                    is::opens_connection(),
-                    extra.clone(),
-                    vec![goto(judge)],
-                ]
-                .concat(),
-            );
-            if has_udp {
-                all.push([is::transport(UDP), extra.clone(), vec![goto(judge)]].concat());
-            }
-        }
-        all
+    // One rule a protocol, as every packet of what is established passes them (P3).
+    let entries = |first: &[Expression], chain: &str| {
+        let tcp = [first, &is::transport(TCP), &is::opens_connection(), &[goto(chain)]].concat();
+        let udp = [first, &is::transport(UDP), &[goto(chain)]].concat();
+        if has_udp { vec![tcp, udp] } else { vec![tcp] }
     };
     let base = |hook, rules| {
         let place = Base {
@@ -298,16 +292,21 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let mut add = |name: &str, chain| image.chains.insert(name.to_owned(), chain);
     add(&slot.judge(), judge_local);
     add(&slot.judge_forwarded(), judge_forwarded);
-    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[Vec::new()], &slot.judge())));
-    let strays = [is::strays_to_loopback(IPV4), is::strays_to_loopback(IPV6)];
+    let strays = [IPV4, IPV6].map(|family| {
+        let mut rule = is::to_loopback(family);
+        rule.push(goto(&slot.judge_forwarded()));
+        rule
+    });
+    add(&slot.strays(), chain_of(None, strays.to_vec()));
+    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[], &slot.judge())));
     add(
         chain::PREROUTING,
-        base(PREROUTING_HOOK, entries(&strays, &slot.judge_forwarded())),
+        base(PREROUTING_HOOK, entries(&is::from_elsewhere(), &slot.strays())),
     );
     if loader.forward == Forward::Refuse {
         add(
             chain::FORWARD,
-            base(FORWARD_HOOK, entries(&[Vec::new()], &slot.judge_forwarded())),
+            base(FORWARD_HOOK, entries(&[], &slot.judge_forwarded())),
         );
     }
 
@@ -379,16 +378,10 @@ impl Endpoints {
         Self { masks, single, ranges }
     }
 
-    /// Adds the maps of both families, from the endpoints that are wanted to a chain that depends on their owners.
-    fn add_to(
-        &self,
-        image: &mut Image,
-        names: impl Fn(u8) -> [String; 2],
-        wanted: impl Fn(IpAddr) -> bool,
-        chain: impl Fn(u64) -> String,
-    ) {
+    /// Adds the maps of both families, from the endpoints to a chain that depends on their owners.
+    fn add_to(&self, image: &mut Image, names: impl Fn(u8) -> [String; 2], chain: impl Fn(u64) -> String) {
         for family in [IPV4, IPV6] {
-            let here = |key: &Key| key.address.is_ipv4() == (family == IPV4) && wanted(key.address);
+            let here = |key: &Key| key.address.is_ipv4() == (family == IPV4);
             let single = self
                 .single
                 .iter()
