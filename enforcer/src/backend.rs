@@ -2,6 +2,7 @@
 
 pub mod ebpf;
 pub mod nftables;
+pub mod probe;
 
 use std::path::Path;
 
@@ -15,6 +16,8 @@ use crate::{
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
 pub use nftables::Nftables;
+
+use probe::{Fact, Works};
 
 /// What is in force in the kernel, for the process that writes it.
 #[derive(Debug)]
@@ -95,27 +98,46 @@ impl Enforcement {
                 }
             }
             Backend::Auto if self.ebpf.is_some() => {}
-            Backend::Auto => match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
-                Ok(kernel) => self.ebpf = Some(kernel),
-                Err(ebpf) if ebpf.is_inability() => {
-                    if self.nftables.is_none() {
-                        self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
-                            ebpf: ebpf.without_hint(),
-                            nftables: Box::new(nftables),
-                        })?);
-                    }
-                    let reason = format!(
-                        "auto chose nftables, as ebpf does not work here: {}",
-                        ebpf.without_hint()
-                    );
-                    warn!("{reason}");
-                    self.reason = Some(reason);
-                }
-                Err(error) => return Err(error),
-            },
+            Backend::Auto => self.choose(start)?,
         }
         if let Some(nftables) = &mut self.nftables {
             nftables.set_forward(start.settings.forward);
+        }
+        Ok(())
+    }
+
+    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it matters.
+    fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+        let mut ebpf = None;
+        let fact = match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
+            Ok(kernel) => {
+                ebpf = Some(kernel);
+                Fact::Supported
+            }
+            Err(error) if error.is_inability() => Fact::Missing {
+                why: error.without_hint().into(),
+            },
+            // A mistake of the configuration, say: mended, not evaded.
+            Err(error) => return Err(error),
+        };
+        let mut works = Works {
+            ebpf: fact,
+            nftables: Fact::Inconclusive("not tried".to_owned()),
+        };
+        if let Some(why) = works.ebpf.obstacle() {
+            if self.nftables.is_none() {
+                self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
+                    ebpf: why.into(),
+                    nftables: Box::new(nftables),
+                })?);
+            }
+            works.nftables = Fact::Supported;
+        }
+        let choice = probe::choose(&works, Backend::Auto);
+        self.ebpf = ebpf;
+        if choice.backend == Some(Backend::Nftables) {
+            warn!("{}", choice.reason);
+            self.reason = Some(choice.reason);
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
 
 mod check;
+mod doctor;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -70,6 +71,10 @@ enum Command {
     Refresh(Refresh),
     /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
     Unload,
+    /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
+    ///
+    /// Exit codes: 0 nothing weakens it; 1 something does; 2 something could not be looked at.
+    Doctor(doctor::Doctor),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -112,6 +117,8 @@ enum ConfigCommand {
 enum Answer {
     Yes,
     No,
+    /// The answer itself says that it is not whole.
+    Unknown,
 }
 
 /// Runs the command line and says how the process should end.
@@ -122,6 +129,7 @@ pub fn main() -> ExitCode {
     match run(&cli) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
+        Ok(Answer::Unknown) => ExitCode::from(2),
         Err(error) => {
             // One line, whatever the cause holds.
             let text = format!("{error:#}").replace(['\n', '\r'], " ");
@@ -154,6 +162,7 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Events(events) => show_events(&cli.config, events),
         Command::Refresh(refresh) => run_refresh(&cli.config, refresh),
         Command::Unload => unload(&cli.config),
+        Command::Doctor(doctor) => doctor::run(&cli.config, doctor),
         Command::Config(ConfigCommand::Check) => check_config(&cli.config),
         Command::Config(ConfigCommand::Show(json)) => {
             let config = Config::load(&cli.config)?;

@@ -20,4 +20,6 @@ pub mod sweep;
 pub mod control;
 pub mod daemon;
 
+pub mod doctor;
+
 pub mod cli;

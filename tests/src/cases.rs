@@ -1,6 +1,7 @@
 //! The cases, by what they are about.
 
 pub mod decision;
+pub mod doctor;
 pub mod endurance;
 pub mod faults;
 pub mod input;
@@ -25,6 +26,7 @@ pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
 pub fn all() -> Vec<Case> {
     [
         decision::cases(),
+        doctor::cases(),
         endurance::cases(),
         faults::cases(),
         input::cases(),

@@ -7,6 +7,7 @@ pub mod expression;
 pub mod image;
 pub mod netlink;
 pub mod nflog;
+pub mod others;
 #[cfg(test)]
 mod tests;
 
