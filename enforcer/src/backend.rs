@@ -12,6 +12,7 @@ use tracing::warn;
 use crate::{
     config::{Backend, Settings},
     ruleset::{Attempt, RuleSet},
+    verify::{Comparison, Verification},
 };
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
@@ -220,13 +221,26 @@ impl Enforcement {
         }
         match &mut self.ebpf {
             Some(kernel) => {
-                let before = kernel.links_made();
-                let whole = kernel.keep(number)?;
-                self.restored += u64::from(kernel.links_made() != before);
-                Ok(whole.then_some(number))
+                let before = kernel.mended();
+                let kept = kernel.keep(number);
+                self.restored += u64::from(kernel.mended() != before);
+                kept
             }
             None => Ok(Some(kept)),
         }
+    }
+
+    /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
+    pub fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
+        let mut comparison = Comparison::default();
+        let mut number = 0;
+        if let Some(nftables) = &mut self.nftables {
+            number = nftables.verify(rules, &mut comparison)?;
+        }
+        if let Some(kernel) = &self.ebpf {
+            number = kernel.verify(rules, &mut comparison)?;
+        }
+        Ok(comparison.finish("daemon", self.name(), number))
     }
 
     /// What the kernel holds now, read from it.
@@ -341,6 +355,24 @@ impl InForce {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
         let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
+    }
+
+    /// Compares all that the kernel holds with what a rule set asks for; the cgroup is the id of the one to be judged.
+    pub fn verify(&self, rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<Verification, BackendError> {
+        let mut comparison = Comparison::default();
+        let wanted = match settings.backend {
+            Backend::Auto => self.name().to_owned(),
+            Backend::Ebpf | Backend::Nftables | Backend::Both => settings.backend.to_string(),
+        };
+        comparison.words("backend", "in force", &wanted, self.name());
+        let mut number = 0;
+        if let Some(reading) = &self.nftables {
+            number = reading.verify(rules, settings.forward, &mut comparison);
+        }
+        if let Some(pinned) = &self.ebpf {
+            number = pinned.verify(rules, cgroup, &mut comparison)?;
+        }
+        Ok(comparison.finish("configuration", self.name(), number))
     }
 
     /// `ebpf`, `nftables` or `both`.

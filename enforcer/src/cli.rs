@@ -2,6 +2,7 @@
 
 mod check;
 mod doctor;
+mod verify;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -75,6 +76,11 @@ enum Command {
     ///
     /// Exit codes: 0 nothing weakens it; 1 something does; 2 something could not be looked at.
     Doctor(doctor::Doctor),
+    /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
+    ///
+    /// With a daemon, against what it wants now; without one, against the configuration and the addresses known last.
+    /// Exit codes: 0 identical; 1 something differs; 2 it could not be compared.
+    Verify(Json),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -163,6 +169,7 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Refresh(refresh) => run_refresh(&cli.config, refresh),
         Command::Unload => unload(&cli.config),
         Command::Doctor(doctor) => doctor::run(&cli.config, doctor),
+        Command::Verify(json) => verify::run(&cli.config, json),
         Command::Config(ConfigCommand::Check) => check_config(&cli.config),
         Command::Config(ConfigCommand::Show(json)) => {
             let config = Config::load(&cli.config)?;
@@ -258,7 +265,7 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
             print_one(&*status, &refresh.json, Status::render)?;
             Ok(answer_of(&status))
         }
-        Reply::Event(_) | Reply::Done | Reply::Error(_) => {
+        Reply::Event(_) | Reply::Verification(_) | Reply::Done | Reply::Error(_) => {
             bail!("the daemon answered something else; is it another version?")
         }
     }

@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{events::Line, status::Status};
+use crate::{events::Line, status::Status, verify::Verification};
 
 /// Longest request, in bytes.
 const MAX_REQUEST: u64 = 4096;
@@ -40,6 +40,8 @@ pub enum Request {
         #[serde(default)]
         follow: bool,
     },
+    /// Compare all that the kernel holds with what is wanted.
+    Verify,
     /// Remove everything from the kernel and end.
     Unload,
 }
@@ -53,6 +55,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// To `events`.
     Event(Line),
+    /// To `verify`.
+    Verification(Box<Verification>),
     /// To `unload`.
     Done,
     /// It could not be done.
@@ -108,7 +112,7 @@ pub enum ControlError {
     /// The daemon took too long.
     #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match request {
         Request::Refresh => "it may still be looking names up: give it longer with --timeout",
-        Request::Status | Request::Events { .. } | Request::Unload => "its log may say why: restart it if this stays",
+        Request::Status | Request::Events { .. } | Request::Verify | Request::Unload => "its log may say why: restart it if this stays",
     })]
     TimedOut {
         /// The socket.
@@ -285,7 +289,7 @@ fn parse(line: &str) -> Option<Reply> {
 fn refused(reply: Reply) -> Result<Reply, ControlError> {
     match reply {
         Reply::Error(error) => Err(ControlError::Refused(error.into())),
-        Reply::Status(_) | Reply::Event(_) | Reply::Done => Ok(reply),
+        Reply::Status(_) | Reply::Event(_) | Reply::Verification(_) | Reply::Done => Ok(reply),
     }
 }
 

@@ -41,6 +41,7 @@ use crate::{
     state,
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
+    verify::Verification,
 };
 
 pub use self::{error::DaemonError, wanted::Wanted};
@@ -496,9 +497,26 @@ impl Daemon {
                 let live = follow.then(|| self.followers.subscribe());
                 tokio::spawn(send_events(kept, live, replies));
             }
+            Request::Verify => {
+                let reply = match self.verify() {
+                    Ok(verification) => Reply::Verification(Box::new(verification)),
+                    Err(error) => Reply::Error(error.to_string()),
+                };
+                drop(replies.try_send(reply));
+            }
             Request::Unload => return Some(replies),
         }
         None
+    }
+
+    /// Compares all that the kernel holds with what is wanted now.
+    fn verify(&mut self) -> Result<Verification, DaemonError> {
+        let resolved = self.names.resolved(Instant::now());
+        let rules = compile(&self.wanted.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+            path: self.wanted.path.clone(),
+            error,
+        })?;
+        Ok(self.enforcement.verify(&rules)?)
     }
 
     fn unload(self) -> Result<(), DaemonError> {

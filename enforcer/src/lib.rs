@@ -16,6 +16,7 @@ pub mod backend;
 pub mod events;
 pub mod status;
 pub mod sweep;
+pub mod verify;
 
 pub mod control;
 pub mod daemon;

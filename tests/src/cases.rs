@@ -15,6 +15,7 @@ pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
+pub mod verify;
 
 use anyhow::Result;
 
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Case> {
         surfaces::cases(),
         sweep::cases(),
         takeover::cases(),
+        verify::cases(),
     ]
     .into_iter()
     .flatten()

@@ -10,6 +10,7 @@ pub mod nflog;
 pub mod others;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{collections::BTreeMap, io};
 

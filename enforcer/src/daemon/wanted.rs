@@ -1,12 +1,19 @@
 //! A configuration read, understood, and found possible on this host.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use super::DaemonError;
 use crate::{
-    config::Config,
+    config::{Config, Settings},
     host,
     policy::{HostUsers, Policy},
+    resolve::Names,
+    ruleset::{RuleSet, compile},
+    state,
 };
 
 /// A configuration that was read, understood and found possible on this host.
@@ -62,6 +69,34 @@ impl Wanted {
     #[must_use]
     pub fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// The rules that it asks for by the addresses known last, and the id of the cgroup to be judged: for those who look from outside.
+    pub fn rules_known_last(&self) -> Result<(RuleSet, u64), DaemonError> {
+        let failed = |action| move |error| DaemonError::Io { action, error };
+        let known = state::load(&self.config.settings.state_dir)
+            .map_err(io::Error::other)
+            .map_err(failed("read the addresses known last"))?;
+        let mut names = Names::new(self.policy.dns);
+        let now = Instant::now();
+        names.set(self.policy.names(), now);
+        for (name, addresses) in &known {
+            names.seed(name, addresses);
+        }
+        let host =
+            host::snapshot(Some(&self.mount), &self.policy.cgroups()).map_err(failed("list this host's addresses"))?;
+        let rules = compile(&self.policy, &names.resolved(now), &host).map_err(|error| DaemonError::Compile {
+            path: self.path.clone(),
+            error,
+        })?;
+        let cgroup = host::directory_id(&self.cgroup).ok_or(DaemonError::NoCgroup2)?;
+        Ok((rules, cgroup))
+    }
+
+    /// How and where it is enforced.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.config.settings
     }
 
     /// What is allowed, but probably not meant.
