@@ -2,6 +2,7 @@
 
 pub mod ebpf;
 pub mod nftables;
+pub mod probe;
 
 use std::path::Path;
 
@@ -11,10 +12,13 @@ use tracing::warn;
 use crate::{
     config::{Backend, Settings},
     ruleset::{Attempt, RuleSet},
+    verify::{Comparison, Verification},
 };
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
 pub use nftables::Nftables;
+
+use probe::{Fact, Works};
 
 /// What is in force in the kernel, for the process that writes it.
 #[derive(Debug)]
@@ -95,27 +99,46 @@ impl Enforcement {
                 }
             }
             Backend::Auto if self.ebpf.is_some() => {}
-            Backend::Auto => match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
-                Ok(kernel) => self.ebpf = Some(kernel),
-                Err(ebpf) if ebpf.is_inability() => {
-                    if self.nftables.is_none() {
-                        self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
-                            ebpf: ebpf.without_hint(),
-                            nftables: Box::new(nftables),
-                        })?);
-                    }
-                    let reason = format!(
-                        "auto chose nftables, as ebpf does not work here: {}",
-                        ebpf.without_hint()
-                    );
-                    warn!("{reason}");
-                    self.reason = Some(reason);
-                }
-                Err(error) => return Err(error),
-            },
+            Backend::Auto => self.choose(start)?,
         }
         if let Some(nftables) = &mut self.nftables {
             nftables.set_forward(start.settings.forward);
+        }
+        Ok(())
+    }
+
+    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it matters.
+    fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+        let mut ebpf = None;
+        let fact = match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
+            Ok(kernel) => {
+                ebpf = Some(kernel);
+                Fact::Supported
+            }
+            Err(error) if error.is_inability() => Fact::Missing {
+                why: error.without_hint().into(),
+            },
+            // A mistake of the configuration, say: mended, not evaded.
+            Err(error) => return Err(error),
+        };
+        let mut works = Works {
+            ebpf: fact,
+            nftables: Fact::Inconclusive("not tried".to_owned()),
+        };
+        if let Some(why) = works.ebpf.obstacle() {
+            if self.nftables.is_none() {
+                self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
+                    ebpf: why.into(),
+                    nftables: Box::new(nftables),
+                })?);
+            }
+            works.nftables = Fact::Supported;
+        }
+        let choice = probe::choose(&works, Backend::Auto);
+        self.ebpf = ebpf;
+        if choice.backend == Some(Backend::Nftables) {
+            warn!("{}", choice.reason);
+            self.reason = Some(choice.reason);
         }
         Ok(())
     }
@@ -198,10 +221,10 @@ impl Enforcement {
         }
         match &mut self.ebpf {
             Some(kernel) => {
-                let before = kernel.links_made();
-                let whole = kernel.keep(number)?;
-                self.restored += u64::from(kernel.links_made() != before);
-                Ok(whole.then_some(number))
+                let before = kernel.mended();
+                let kept = kernel.keep(number);
+                self.restored += u64::from(kernel.mended() != before);
+                kept
             }
             None => Ok(Some(kept)),
         }
@@ -210,6 +233,19 @@ impl Enforcement {
     /// Waits now for what the next [`Enforcement::apply`] would have to wait for.
     pub fn settle(&mut self) -> Result<(), BackendError> {
         self.ebpf.as_mut().map_or(Ok(()), Kernel::settle)
+    }
+
+    /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
+    pub fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
+        let mut comparison = Comparison::default();
+        let mut number = 0;
+        if let Some(nftables) = &mut self.nftables {
+            number = nftables.verify(rules, &mut comparison)?;
+        }
+        if let Some(kernel) = &self.ebpf {
+            number = kernel.verify(rules, &mut comparison)?;
+        }
+        Ok(comparison.finish("daemon", self.name(), number))
     }
 
     /// What the kernel holds now, read from it.
@@ -324,6 +360,24 @@ impl InForce {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
         let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
+    }
+
+    /// Compares all that the kernel holds with what a rule set asks for; the cgroup is the id of the one to be judged.
+    pub fn verify(&self, rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<Verification, BackendError> {
+        let mut comparison = Comparison::default();
+        let wanted = match settings.backend {
+            Backend::Auto => self.name().to_owned(),
+            Backend::Ebpf | Backend::Nftables | Backend::Both => settings.backend.to_string(),
+        };
+        comparison.words("backend", "in force", &wanted, self.name());
+        let mut number = 0;
+        if let Some(reading) = &self.nftables {
+            number = reading.verify(rules, settings.forward, &mut comparison);
+        }
+        if let Some(pinned) = &self.ebpf {
+            number = pinned.verify(rules, cgroup, &mut comparison)?;
+        }
+        Ok(comparison.finish("configuration", self.name(), number))
     }
 
     /// `ebpf`, `nftables` or `both`.

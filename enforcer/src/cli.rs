@@ -1,7 +1,9 @@
 //! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
 
 mod check;
+mod doctor;
 mod grants;
+mod verify;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -76,6 +78,15 @@ enum Command {
     EnableMonitAccess(grants::MonitAccess),
     /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
     Unload,
+    /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
+    ///
+    /// Exit codes: 0 nothing weakens it; 1 something does; 2 something could not be looked at.
+    Doctor(doctor::Doctor),
+    /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
+    ///
+    /// With a daemon, against what it wants now; without one, against the configuration and the addresses known last.
+    /// Exit codes: 0 identical; 1 something differs; 2 it could not be compared.
+    Verify(Json),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -127,6 +138,8 @@ enum ConfigCommand {
 enum Answer {
     Yes,
     No,
+    /// The answer itself says that it is not whole.
+    Unknown,
 }
 
 /// Runs the command line and says how the process should end.
@@ -137,6 +150,7 @@ pub fn main() -> ExitCode {
     match run(&cli) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
+        Ok(Answer::Unknown) => ExitCode::from(2),
         Err(error) => {
             // One line, whatever the cause holds.
             let text = format!("{error:#}").replace(['\n', '\r'], " ");
@@ -179,6 +193,8 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Grants(json) => grants::list(config, json),
         Command::EnableMonitAccess(access) => grants::enable_monit_access(config, access),
         Command::Unload => unload(config),
+        Command::Doctor(doctor) => doctor::run(config, doctor),
+        Command::Verify(json) => verify::run(config, json),
         Command::Config(ConfigCommand::Check) => check_config(config),
         Command::Config(ConfigCommand::Show(json)) => {
             let config = Config::load(config)?;

@@ -32,9 +32,13 @@ pub const DEFAULT_SOCKET: &str = "/run/enforcer/control.sock";
 pub async fn refresh(socket: &Path, timeout: Duration) -> Result<Status, ControlError> {
     match control::ask(socket, &Request::Refresh, timeout).await? {
         Reply::Status(status) => Ok(*status),
-        Reply::Event(_) | Reply::Grant(_) | Reply::Revoked(_) | Reply::Grants(_) | Reply::Done | Reply::Error(_) => {
-            Err(ControlError::Protocol { path: socket.into() })
-        }
+        Reply::Event(_)
+        | Reply::Grant(_)
+        | Reply::Revoked(_)
+        | Reply::Grants(_)
+        | Reply::Verification(_)
+        | Reply::Done
+        | Reply::Error(_) => Err(ControlError::Protocol { path: socket.into() }),
     }
 }
 

@@ -18,6 +18,7 @@ use tokio::{
 use crate::{
     events::{GrantEvent, Line},
     status::Status,
+    verify::Verification,
 };
 
 mod peer;
@@ -53,6 +54,8 @@ pub enum Request {
     Revoke(RevokeRequest),
     /// What is granted.
     Grants,
+    /// Compare all that the kernel holds with what is wanted.
+    Verify,
     /// Remove everything from the kernel and end.
     Unload,
 }
@@ -151,6 +154,8 @@ pub enum Reply {
     Revoked(Vec<GrantEvent>),
     /// To `grants`.
     Grants(GrantsReport),
+    /// To `verify`.
+    Verification(Box<Verification>),
     /// To `unload`.
     Done,
     /// It could not be done.
@@ -213,6 +218,7 @@ pub enum ControlError {
         | Request::Grant(_)
         | Request::Revoke(_)
         | Request::Grants
+        | Request::Verify
         | Request::Unload => "its log may say why: restart it if this stays",
     })]
     TimedOut {
@@ -400,9 +406,13 @@ fn parse(line: &str) -> Option<Reply> {
 fn refused(reply: Reply) -> Result<Reply, ControlError> {
     match reply {
         Reply::Error(error) => Err(ControlError::Refused(error.into())),
-        Reply::Status(_) | Reply::Event(_) | Reply::Grant(_) | Reply::Revoked(_) | Reply::Grants(_) | Reply::Done => {
-            Ok(reply)
-        }
+        Reply::Status(_)
+        | Reply::Event(_)
+        | Reply::Grant(_)
+        | Reply::Revoked(_)
+        | Reply::Grants(_)
+        | Reply::Verification(_)
+        | Reply::Done => Ok(reply),
     }
 }
 

@@ -48,6 +48,7 @@ use crate::{
     ruleset::{Host, Resolved, compile},
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
+    verify::Verification,
 };
 
 pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
@@ -555,9 +556,26 @@ impl Daemon {
             Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
             Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
             Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
+            Request::Verify => {
+                let reply = match self.verify() {
+                    Ok(verification) => Reply::Verification(Box::new(verification)),
+                    Err(error) => Reply::Error(error.to_string()),
+                };
+                drop(replies.try_send(reply));
+            }
             Request::Unload => return Some(replies),
         }
         None
+    }
+
+    /// Compares all that the kernel holds with what is wanted now.
+    fn verify(&mut self) -> Result<Verification, DaemonError> {
+        let resolved = self.names.resolved(Instant::now());
+        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+            path: self.wanted.path.clone(),
+            error,
+        })?;
+        Ok(self.enforcement.verify(&rules)?)
     }
 
     fn unload(self) -> Result<(), DaemonError> {

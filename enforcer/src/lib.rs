@@ -17,12 +17,15 @@ pub mod backend;
 pub mod events;
 pub mod status;
 pub mod sweep;
+pub mod verify;
 
 pub mod grants;
 
 pub mod client;
 pub mod control;
 pub mod daemon;
+
+pub mod doctor;
 
 pub mod cli;
 

@@ -19,6 +19,7 @@ mod rounds;
 #[cfg(test)]
 mod tests;
 
+pub use diag::{listening, probe};
 pub use rounds::{Job, Jobs, Report, once, run};
 
 /// A socket with a remote end.

@@ -4,6 +4,7 @@ pub mod boot;
 pub mod bosh;
 pub mod containers;
 pub mod decision;
+pub mod doctor;
 pub mod endurance;
 pub mod failover;
 pub mod faults;
@@ -22,6 +23,7 @@ pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
 pub mod units;
+pub mod verify;
 
 use anyhow::Result;
 
@@ -52,6 +54,7 @@ pub fn all() -> Vec<Case> {
         bosh::cases(),
         containers::cases(),
         decision::cases(),
+        doctor::cases(),
         endurance::cases(),
         failover::cases(),
         faults::cases(),
@@ -70,6 +73,7 @@ pub fn all() -> Vec<Case> {
         sweep::cases(),
         takeover::cases(),
         units::cases(),
+        verify::cases(),
     ]
     .into_iter()
     .flatten()

@@ -12,6 +12,7 @@ pub mod pins;
 pub mod sys;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{
     fs::File,
@@ -21,6 +22,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use aya::{
@@ -35,7 +37,7 @@ use self::{
     btf::Offsets,
     image::{Image, Loader, Names},
     links::Hook,
-    maps::Maps,
+    maps::{Maps, Part},
     observe::observe,
     pins::{Lock, Pins},
 };
@@ -62,9 +64,18 @@ pub struct Kernel {
     slots: [Option<Image>; 2],
     /// Whether a program may still be reading the slot that is not in force.
     flipped: bool,
-    /// Links made so far: more of them than at first means that some were taken away (F5).
-    links_made: u64,
+    /// The slot and number of the rule set that was put in force.
+    in_force: Option<(u8, u64)>,
+    /// When each part of the maps is read again, to see whether others have changed it.
+    look_again: [(Part, Instant); 2],
+    /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that others took
+    /// or changed what is ours (F5).
+    mended: u64,
 }
+
+/// The maps are read again no sooner than this after the time before, and so much later that it takes a hundredth of one processor.
+const LOOK_AGAIN: Duration = Duration::from_millis(900);
+const SHARE: u32 = 100;
 
 /// The programs as built for the BPF target.
 static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-programs"));
@@ -125,7 +136,9 @@ impl Kernel {
                 [None, None]
             },
             flipped: !fresh,
-            links_made: 0,
+            in_force: None,
+            look_again: [Part::Rest, Part::Endpoints].map(|part| (part, Instant::now())),
+            mended: 0,
         })
     }
 
@@ -145,8 +158,14 @@ impl Kernel {
             && *self.held(slot)? == image
         {
             self.attach(image.has_udp())?;
+            self.in_force = Some((slot, number));
             return Ok(number);
         }
+        self.put(image, active, &previous, number + 1)
+    }
+
+    /// Writes an image to the slot that is not in force, and puts it in force under a number.
+    fn put(&mut self, image: Image, active: Option<u8>, previous: &Names, number: u64) -> Result<u64, BackendError> {
         let slot = active.map_or(0, |slot| 1 - slot);
         self.settle()?;
         self.held(slot)?;
@@ -156,16 +175,17 @@ impl Kernel {
             .get_mut(usize::from(slot))
             .and_then(Option::take)
             .unwrap_or_else(Image::empty);
-        self.maps.write_slot(slot, &have, &image, number + 1)?;
-        self.clear_reused_counters(&previous, &image.names)?;
+        self.maps.write_slot(slot, &have, &image, number)?;
+        self.clear_reused_counters(previous, &image.names)?;
         self.attach_missing(image.has_udp())?;
         self.maps.activate(slot)?;
+        self.in_force = Some((slot, number));
         self.flipped = true;
         self.attach(image.has_udp())?;
         if let Some(held) = self.slots.get_mut(usize::from(slot)) {
             *held = Some(image);
         }
-        Ok(number + 1)
+        Ok(number)
     }
 
     /// Waits, tens of milliseconds perhaps, until no verdict in flight reads the slot that was in force before (F2). Whoever has
@@ -182,22 +202,77 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes sure that a generation is in force and every link in place; false if another rule set is, or none (F5).
-    pub fn keep(&mut self, number: u64) -> Result<bool, BackendError> {
-        let Some(slot) = self.maps.active_slot()? else {
-            return Ok(false);
+    /// Makes sure that the rule set of a number is in force whole and every link in place (F5): its number, another one where it had
+    /// to be written anew. None if it is not the one that was put in force last.
+    pub fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+        if self.in_force.is_none_or(|(_, put)| put != number) {
+            return Ok(None);
+        }
+        let kept = if self.is_whole()? { number } else { self.repair()? };
+        self.attach(self.udp)?;
+        Ok(Some(kept))
+    }
+
+    /// Whether the maps hold what was put in force: a look at two entries, and now and then at all of them.
+    fn is_whole(&mut self) -> Result<bool, BackendError> {
+        let Some((slot, number)) = self.in_force else {
+            return Ok(true);
         };
-        if self.maps.generation_of(slot)?.number != number {
+        if self.maps.active_slot()? != Some(slot) || self.maps.generation_of(slot)?.number != number {
             return Ok(false);
         }
-        self.attach(self.udp)?;
+        let Some(Some(held)) = self.slots.get(usize::from(slot)) else {
+            return Ok(true);
+        };
+        for (part, due) in &mut self.look_again {
+            let started = Instant::now();
+            if started < *due {
+                continue;
+            }
+            let whole = self.maps.holds(slot, held, *part)?;
+            *due = started + LOOK_AGAIN.max(started.elapsed() * SHARE);
+            if !whole {
+                return Ok(false);
+            }
+        }
         Ok(true)
     }
 
-    /// Links made so far.
+    /// Puts what was in force back, whatever has become of the maps: in the other slot, under a new number.
+    fn repair(&mut self) -> Result<u64, BackendError> {
+        let (slot, number) = self.in_force.ok_or(BackendError::ReadBack { map: "active" })?;
+        let held = self.slots.get(usize::from(slot)).and_then(Clone::clone);
+        let image = held.ok_or(BackendError::ReadBack { map: "endpoints" })?;
+        let active = self.maps.active_slot()?;
+        let told = match active {
+            Some(active) => self.maps.generation_of(active)?.number,
+            None => 0,
+        };
+        // Whoever changed one slot may have changed the other: both are read before they are written.
+        self.slots = [None, None];
+        self.flipped = true;
+        let names = image.names;
+        let put = self.put(
+            image.clone(),
+            active.or(Some(slot)),
+            &names,
+            number.max(told.min(MAX_TOLD)) + 1,
+        );
+        if put.is_err() {
+            // To be tried again: what is wanted must not be forgotten.
+            self.in_force = Some((slot, number));
+            if let Some(held) = self.slots.get_mut(usize::from(slot)) {
+                *held = Some(image);
+            }
+        }
+        self.mended += u64::from(put.is_ok());
+        put
+    }
+
+    /// Links and rule sets that had to be put back so far.
     #[must_use]
-    pub fn links_made(&self) -> u64 {
-        self.links_made
+    pub fn mended(&self) -> u64 {
+        self.mended
     }
 
     /// What the kernel holds now, read from it.
@@ -266,6 +341,9 @@ impl Kernel {
         self.maps.clear_counters(reused)
     }
 }
+
+/// A number beyond this was not given by us.
+const MAX_TOLD: u64 = u64::MAX / 2;
 
 /// The consumer of the ring buffer.
 pub struct Events {

@@ -7,8 +7,10 @@ pub mod expression;
 pub mod image;
 pub mod netlink;
 pub mod nflog;
+pub mod others;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{collections::BTreeMap, io};
 

@@ -2,14 +2,18 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
-use super::DaemonError;
+use super::{DaemonError, boot::Left};
 use crate::{
-    config::{Bosh, Config},
-    host,
+    config::{Bosh, Config, Settings},
+    grants, host,
     policy::{HostUsers, Policy},
+    resolve::Names,
+    ruleset::{RuleSet, compile},
     state::LastGood,
 };
 
@@ -90,6 +94,43 @@ impl Wanted {
     #[must_use]
     pub fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// The rules that it asks for by the addresses known last, and the id of the cgroup to be judged: for those who look from outside.
+    pub fn rules_known_last(&self) -> Result<(RuleSet, u64), DaemonError> {
+        let failed = |action| move |error| DaemonError::Io { action, error };
+        let dir = &self.config.settings.state_dir;
+        let (left, _) = Left::load(dir);
+        if let Some(fault) = left.fault {
+            return Err(failed("read what was in force last")(io::Error::other(fault)));
+        }
+        let mut policy = self.policy.clone();
+        if let (Some(bus), Some(_)) = (&left.bus, self.config.bus_dir()) {
+            policy.set_bus(bus);
+        }
+        let mut grants = grants::load(dir)
+            .map_err(io::Error::other)
+            .map_err(failed("read the grants"))?;
+        grants.expire(jiff::Timestamp::now());
+        let policy = grants.add_to(&policy);
+        let mut names = Names::new(policy.dns);
+        let now = Instant::now();
+        names.set(policy.names(), now);
+        names.restore(&left.names, now);
+        let host =
+            host::snapshot(Some(&self.mount), &policy.cgroups()).map_err(failed("list this host's addresses"))?;
+        let rules = compile(&policy, &names.resolved(now), &host).map_err(|error| DaemonError::Compile {
+            path: self.path.clone(),
+            error,
+        })?;
+        let cgroup = host::directory_id(&self.cgroup).ok_or(DaemonError::NoCgroup2)?;
+        Ok((rules, cgroup))
+    }
+
+    /// How and where it is enforced.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.config.settings
     }
 
     /// What is allowed, but probably not meant.

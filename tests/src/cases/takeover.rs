@@ -170,7 +170,8 @@ fn taken_link() -> Result<()> {
     until("the program is back", || {
         Ok(world.attack(NOBODY).run()?.errno == Some(libc::EPERM))
     })?;
-    ensure!(world.status()?["state"] == "enforcing", "{}", world.status()?);
+    let status = world.status()?;
+    ensure!(status["restored"] == 1 && status["state"] == "degraded", "{status}");
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! The pinned maps as typed tables: written slot by slot, read back, judged by from outside.
 
 use std::{
+    collections::BTreeSet,
     io,
     marker::PhantomData,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -35,6 +36,15 @@ pub struct Table<K, V> {
     fd: OwnedFd,
     name: &'static str,
     types: PhantomData<(K, V)>,
+}
+
+/// A part of a slot, to be read by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Exact endpoints and prefixes: perhaps a hundred thousand.
+    Endpoints,
+    /// All else.
+    Rest,
 }
 
 /// All maps of one ABI.
@@ -135,21 +145,59 @@ impl Maps {
     /// All that a slot holds.
     pub fn read_slot(&self, slot: u8) -> Result<Image, BackendError> {
         let generation = self.generation_of(slot)?;
-        let mut endpoints = Vec::new();
-        self.endpoints.for_each_batch(|mut key, owners| {
-            if key.scope & scope::SLOT == slot {
-                key.scope &= !scope::SLOT;
-                endpoints.push((key, owners));
+        Ok(Image {
+            flags: generation.flags,
+            levels: generation.levels,
+            netns: generation.netns,
+            few: generation.few,
+            ports: self.read_ports(slot)?,
+            endpoints: self.read_endpoints(slot)?,
+            prefixes: self.read_prefixes(slot)?,
+            principals: self.read_principals(slot)?,
+            names: self.names(slot)?,
+        })
+    }
+
+    /// Whether a slot holds a part of an image. The filter of ports may hold more: it is never narrower than what it stands before.
+    pub fn holds(&self, slot: u8, image: &Image, part: Part) -> Result<bool, BackendError> {
+        match part {
+            Part::Endpoints => {
+                Ok(self.read_endpoints(slot)? == image.endpoints && self.read_prefixes(slot)? == image.prefixes)
             }
-        })?;
-        let mut principals = Vec::new();
-        self.principals.for_each_batch(|mut key, owners| {
-            if key.slot == slot {
-                key.slot = 0;
-                principals.push((key, owners));
+            Part::Rest => {
+                let Generation {
+                    number: _,
+                    netns,
+                    levels,
+                    flags,
+                    few,
+                } = self.generation_of(slot)?;
+                Ok(
+                    (netns, levels, flags, few) == (image.netns, image.levels, image.flags, image.few)
+                        && self.read_principals(slot)? == image.principals
+                        && self.names(slot)? == image.names
+                        && self.lets_through(slot, image)?,
+                )
             }
-        })?;
-        let mut ports = std::collections::BTreeSet::new();
+        }
+    }
+
+    fn lets_through(&self, slot: u8, image: &Image) -> Result<bool, BackendError> {
+        /// Up to here ports are read one by one, beyond it all of them at once.
+        const FEW_PORTS: usize = 1024;
+        if image.ports.len() > FEW_PORTS {
+            return Ok(image.ports.is_subset(&self.read_ports(slot)?));
+        }
+        for port in &image.ports {
+            if self.ports.get(&u32::from(*port))?.unwrap_or(0) >> slot & 1 == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn read_ports(&self, slot: u8) -> Result<BTreeSet<u16>, BackendError> {
+        let mut ports = BTreeSet::new();
         self.ports.for_each_batch(|port, slots| {
             if slots >> slot & 1 == 1
                 && let Ok(port) = u16::try_from(port)
@@ -157,6 +205,22 @@ impl Maps {
                 ports.insert(port);
             }
         })?;
+        Ok(ports)
+    }
+
+    fn read_endpoints(&self, slot: u8) -> Result<Vec<(EndpointKey, Owners)>, BackendError> {
+        let mut endpoints = Vec::new();
+        self.endpoints.for_each_batch(|mut key, owners| {
+            if key.scope & scope::SLOT == slot {
+                key.scope &= !scope::SLOT;
+                endpoints.push((key, owners));
+            }
+        })?;
+        endpoints.sort_unstable();
+        Ok(endpoints)
+    }
+
+    fn read_prefixes(&self, slot: u8) -> Result<Vec<(PrefixKey, Owners)>, BackendError> {
         let mut prefixes = Vec::new();
         for mut key in self.prefixes.keys()? {
             if key.key.scope & scope::SLOT == slot {
@@ -168,20 +232,20 @@ impl Maps {
                 prefixes.push((key, owners));
             }
         }
-        endpoints.sort_unstable();
         prefixes.sort_unstable();
+        Ok(prefixes)
+    }
+
+    fn read_principals(&self, slot: u8) -> Result<Vec<(PrincipalKey, Owners)>, BackendError> {
+        let mut principals = Vec::new();
+        self.principals.for_each_batch(|mut key, owners| {
+            if key.slot == slot {
+                key.slot = 0;
+                principals.push((key, owners));
+            }
+        })?;
         principals.sort_unstable();
-        Ok(Image {
-            flags: generation.flags,
-            levels: generation.levels,
-            netns: generation.netns,
-            few: generation.few,
-            ports,
-            endpoints,
-            prefixes,
-            principals,
-            names: self.names(slot)?,
-        })
+        Ok(principals)
     }
 
     /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).

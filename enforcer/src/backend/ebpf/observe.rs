@@ -95,6 +95,11 @@ impl Pinned {
         Ok(maps?.map(|maps| Self { maps, pins }))
     }
 
+    /// The maps and the directory.
+    pub(super) fn parts(&self) -> (&Maps, &Pins) {
+        (&self.maps, &self.pins)
+    }
+
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ours = self.maps.ids()?;

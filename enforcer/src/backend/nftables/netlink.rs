@@ -332,6 +332,18 @@ impl Netlink {
         kind: i32,
         flags: i32,
         fill: impl FnOnce(*mut libc::nlmsghdr),
+        each: impl FnMut(&libc::nlmsghdr),
+    ) -> io::Result<()> {
+        self.ask_of(INET, kind, flags, fill, each)
+    }
+
+    /// As [`Netlink::ask`], of another family, or of all by 0.
+    pub(super) fn ask_of(
+        &mut self,
+        family: u16,
+        kind: i32,
+        flags: i32,
+        fill: impl FnOnce(*mut libc::nlmsghdr),
         mut each: impl FnMut(&libc::nlmsghdr),
     ) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
@@ -342,7 +354,7 @@ impl Netlink {
             sys::nftnl_nlmsg_build_hdr(
                 buffer.as_mut_ptr().cast(),
                 u16::try_from(kind).unwrap_or_default(),
-                INET,
+                family,
                 u16::try_from(flags).unwrap_or_default(),
                 sequence,
             )
@@ -1236,7 +1248,7 @@ unsafe fn comment(rule: *mut sys::nftnl_rule) -> String {
 }
 
 /// SAFETY: `data` must be null or point to `length` bytes.
-unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
+pub(super) unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
     if data.is_null() {
         return Vec::new();
     }
@@ -1245,7 +1257,7 @@ unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
 }
 
 /// SAFETY: `text` must be null or a C string.
-unsafe fn owned(text: *const std::os::raw::c_char) -> String {
+pub(super) unsafe fn owned(text: *const std::os::raw::c_char) -> String {
     if text.is_null() {
         return String::new();
     }
