@@ -144,7 +144,7 @@ impl World {
     pub fn enforcer_as(&self, uid: u32) -> Result<Command> {
         // The build's directory may be closed to others.
         let copy = self.path("enforcer");
-        fs::copy(binary("enforcer")?, &copy)?;
+        copy_binary("enforcer", &copy)?;
         let user = uid.to_string();
         let mut command = Command::new("setpriv");
         command
@@ -332,6 +332,12 @@ pub fn whole_binary(name: &str) -> Result<PathBuf> {
     let path = std::env::current_exe()?.with_file_name(name);
     ensure!(path.exists(), "{} is not built; run cargo xtask test", path.display());
     Ok(path)
+}
+
+/// Copies a binary of this build. In a process of its own: one that another case forks meanwhile would hold the copy open for
+/// writing, and nothing that is may be executed (execve(2), `ETXTBSY`).
+pub fn copy_binary(name: &str, to: &Path) -> Result<()> {
+    ran(Command::new("cp").arg(binary(name)?).arg(to))?.demand(0).map(drop)
 }
 
 /// Waits until `done` says so.

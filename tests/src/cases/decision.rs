@@ -13,7 +13,7 @@ use super::{Case, case};
 use crate::{
     attack::{Way, Who},
     backend::{ALL, Backend, EBPF},
-    world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount},
+    world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary},
 };
 
 /// Ways to the world's own loopback address.
@@ -183,7 +183,7 @@ fn setuid_binary() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let copy = world.path("setuid");
-    fs::copy(binary("attack")?, &copy)?;
+    copy_binary("attack", &copy)?;
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o4755))?;
     let user = NOBODY.to_string();
     let prefix = ["setpriv", "--reuid", &user, "--regid", &user, "--clear-groups"];

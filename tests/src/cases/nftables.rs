@@ -379,6 +379,7 @@ fn drift() -> Result<()> {
         format!("delete table inet {table}"),
         format!("insert rule inet {table} output accept"),
         format!("flush chain inet {table} output"),
+        format!("chain inet {table} output {{ policy drop ; }}"),
     ];
     for (number, blow) in (1..).zip(&blows) {
         guarded.netns.nft(blow)?;

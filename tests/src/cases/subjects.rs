@@ -22,7 +22,7 @@ use super::{Case, case};
 use crate::{
     attack::{GREETING, Way},
     backend::{Backend, EBPF},
-    world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, ran, until},
+    world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary, ran, until},
 };
 
 /// All cases of this file.
@@ -176,7 +176,7 @@ fn user_and_network() -> Result<()> {
     let _listener = Listener::start(Some(&home.file()), world.port, &[])?;
 
     let copy = world.path("attack");
-    fs::copy(binary("attack")?, &copy)?;
+    copy_binary("attack", &copy)?;
     let enter = format!(
         "echo $$ > {}/cgroup.procs && exec nsenter --target {pid} --user --net -- \"$@\"",
         world.cgroup.display()

@@ -265,6 +265,11 @@ fn table() -> Result<()> {
         ("flush chain {table} output", "nft chain output", "missing"),
         ("insert rule {table} output accept", "nft chain output", "changed"),
         ("add chain {table} theirs", "nft chains", "extra"),
+        (
+            "chain {table} output {{ policy drop ; }}",
+            "nft chain output",
+            "changed",
+        ),
         ("add table {table} {{ flags dormant ; }}", "nft table", "changed"),
     ] {
         for backend in ["nftables", "both"] {

@@ -35,7 +35,7 @@ pub struct Image {
 /// A chain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// Where packets come in, for a base chain. Its policy is always to accept.
+    /// Where packets come in, for a base chain.
     pub base: Option<Base>,
     /// In order.
     pub rules: Vec<Rule>,
@@ -48,6 +48,8 @@ pub struct Base {
     pub hook: u32,
     /// Greater is later.
     pub priority: i32,
+    /// Whether its policy is to accept, as ours always is.
+    pub accepts: bool,
 }
 
 /// A rule.
@@ -286,6 +288,7 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         let place = Base {
             hook,
             priority: PRIORITY,
+            accepts: true,
         };
         chain_of(Some(place), rules)
     };

@@ -516,6 +516,8 @@ impl Netlink {
                         let base = sys::nftnl_chain_is_set(object, sys::NFTNL_CHAIN_HOOKNUM as u16).then(|| Base {
                             hook: sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_HOOKNUM as u16),
                             priority: sys::nftnl_chain_get_s32(object, sys::NFTNL_CHAIN_PRIO as u16),
+                            accepts: sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_POLICY as u16)
+                                == libc::NF_ACCEPT.unsigned_abs(),
                         });
                         let name = owned(sys::nftnl_chain_get_str(object, sys::NFTNL_CHAIN_NAME as u16));
                         let rules = Vec::new();
@@ -816,7 +818,12 @@ fn make_rules(batch: &mut Steps, table: &Table, image: &Image, wanted: impl Fn(&
 
 fn chain_message<'t>(table: &'t Table, name: &str, base: Option<Base>) -> nftnl::Chain<'t> {
     let mut chain = nftnl::Chain::new(text(name), table);
-    if let Some(Base { hook, priority }) = base {
+    if let Some(Base {
+        hook,
+        priority,
+        accepts,
+    }) = base
+    {
         let hook = match i32::try_from(hook) {
             Ok(libc::NF_INET_PRE_ROUTING) => nftnl::Hook::PreRouting,
             Ok(libc::NF_INET_FORWARD) => nftnl::Hook::Forward,
@@ -824,7 +831,11 @@ fn chain_message<'t>(table: &'t Table, name: &str, base: Option<Base>) -> nftnl:
         };
         chain.set_hook(hook, priority);
         chain.set_type(nftnl::ChainType::Filter);
-        chain.set_policy(nftnl::Policy::Accept);
+        chain.set_policy(if accepts {
+            nftnl::Policy::Accept
+        } else {
+            nftnl::Policy::Drop
+        });
     }
     chain
 }

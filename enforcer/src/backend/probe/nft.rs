@@ -105,6 +105,7 @@ fn table(counters: &[&str], rules: Vec<Vec<Expression>>, hooks: &[u32]) -> Image
         let base = Base {
             hook: *hook,
             priority: 300,
+            accepts: true,
         };
         let chain = Chain {
             base: Some(base),
