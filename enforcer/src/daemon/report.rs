@@ -12,16 +12,16 @@ impl Daemon {
     /// All of it read from the kernel.
     pub(super) fn status(&mut self) -> Status {
         let observed = self.enforcement.observe();
-        self.status_of(observed)
+        self.status_of(&observed)
     }
 
     /// For those who wait to connect (B3).
     pub(super) fn quick_status(&mut self) -> Status {
         let observed = self.enforcement.observe_quickly();
-        self.status_of(observed)
+        self.status_of(&observed)
     }
 
-    fn status_of(&self, observed: Result<Observed, BackendError>) -> Status {
+    fn status_of(&self, observed: &Result<Observed, BackendError>) -> Status {
         let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) {
@@ -40,7 +40,7 @@ impl Daemon {
                 Drift::MEMORY.as_secs()
             ));
         }
-        if let Err(error) = &observed {
+        if let Err(error) = observed {
             causes.push(error.to_string());
         }
         let names = self.names.report();

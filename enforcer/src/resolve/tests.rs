@@ -1,7 +1,7 @@
 //! The state machine of names, time passed in.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
@@ -413,8 +413,8 @@ proptest! {
         };
         let mut names = fresh(now);
         // For each name and family: the last usable answer; and when each address was last known to be in one.
-        let mut current: std::collections::BTreeMap<(usize, bool), BTreeSet<IpAddr>> = Default::default();
-        let mut seen: std::collections::BTreeMap<(usize, IpAddr), Instant> = Default::default();
+        let mut current: BTreeMap<(usize, bool), BTreeSet<IpAddr>> = BTreeMap::new();
+        let mut seen: BTreeMap<(usize, IpAddr), Instant> = BTreeMap::new();
         for (which, a, aaaa, pause, dice) in steps {
             now += SECOND * pause;
             for ((of, _), addresses) in &current {
