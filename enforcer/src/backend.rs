@@ -250,7 +250,16 @@ impl Enforcement {
 
     /// What the kernel holds now, read from it.
     pub fn observe(&mut self) -> Result<Observed, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(Kernel::observe).transpose()?;
+        self.observed(false)
+    }
+
+    /// As [`Enforcement::observe`], but for entries of large maps: those as read back when they were written.
+    pub fn observe_quickly(&mut self) -> Result<Observed, BackendError> {
+        self.observed(true)
+    }
+
+    fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
         let nftables = self.nftables.as_mut().map(Nftables::observe).transpose()?;
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }

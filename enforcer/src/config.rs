@@ -223,7 +223,7 @@ pub fn state_dir(path: &Path) -> PathBuf {
     let line = read.ok().and_then(|_| {
         text.lines()
             .take_while(|line| !line.trim_start().starts_with('['))
-            .filter_map(|line| read::state_dir(line))
+            .filter_map(read::state_dir)
             .last()
     });
     line.unwrap_or_else(|| Settings::default().state_dir)

@@ -166,7 +166,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
 
     daemon.enforcement.retire(&daemon.wanted.config.settings);
     daemon.look_up_due(Instant::now());
-    let mut watch = daemon.watch();
+    let mut watch = daemon.watch(None);
     let mut ready = false;
     let mut again = false;
     let mut rest = None;
@@ -184,9 +184,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             if let Some(fresh) = daemon.logged()? {
                 logged = Some(fresh);
             }
-            if watch.as_ref().map(Watch::dir) != daemon.wanted.config.bus_dir() {
-                watch = daemon.watch();
-            }
+            watch = daemon.watch(watch);
         }
         let until_expiry = daemon.until_expiry();
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
@@ -241,22 +239,24 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
-                let reply = result.as_ref().map_or_else(|error| Reply::Error(error.to_string()), |()| Reply::Done);
-                let _ = replies.send(reply).await;
-                // The caller hangs up once it has read the answer.
-                let _ = tokio::time::timeout(TICK, replies.closed()).await;
+                tell(&result, &replies).await;
                 let _ = std::fs::remove_file(&socket);
                 return result;
             },
         }
     }
-    daemon.keep_for_next_start();
-    let _ = std::fs::remove_file(&socket);
-    info!(
-        "stopping; generation {} stays in force",
-        daemon.enforcement.observe()?.generation
-    );
-    Ok(())
+    daemon.stop(&socket)
+}
+
+/// Tells how unloading went.
+async fn tell(result: &Result<(), DaemonError>, replies: &mpsc::Sender<Reply>) {
+    let reply = match result {
+        Ok(()) => Reply::Done,
+        Err(error) => Reply::Error(error.to_string()),
+    };
+    let _ = replies.send(reply).await;
+    // The caller hangs up once it has read the answer.
+    let _ = tokio::time::timeout(TICK, replies.closed()).await;
 }
 
 impl Daemon {
@@ -578,9 +578,19 @@ impl Daemon {
         Ok(self.enforcement.verify(&rules)?)
     }
 
+    /// Ends, with everything of ours removed.
     fn unload(self) -> Result<(), DaemonError> {
         self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
+        Ok(())
+    }
+
+    /// Ends, and leaves in force what is (F1).
+    fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
+        self.keep_for_next_start();
+        let _ = std::fs::remove_file(socket);
+        let generation = self.enforcement.observe_quickly()?.generation;
+        info!("stopping; generation {generation} stays in force");
         Ok(())
     }
 }

@@ -275,14 +275,21 @@ impl Kernel {
         self.mended
     }
 
-    /// What the kernel holds now, read from it.
-    pub fn observe(&self) -> Result<Observed, BackendError> {
+    /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they were written,
+    /// as reading large maps takes tens of milliseconds.
+    pub fn observe(&self, quick: bool) -> Result<Observed, BackendError> {
         let runs = |hook: &Hook, program| {
             let ours = self.programs.program(hook.name).map(aya::programs::Program::info);
             let ours = ours.and_then(Result::ok);
             Ok(ours.is_some_and(|ours| ours.id() == program))
         };
-        observe(&self.maps, &self.pins, Some(self.cgroup_id), runs)
+        let held = |slot: u8| {
+            self.slots
+                .get(usize::from(slot))
+                .and_then(Option::as_ref)
+                .filter(|_| quick)
+        };
+        observe(&self.maps, &self.pins, Some(self.cgroup_id), runs, held)
     }
 
     /// Denials that the ring buffer had no room for.

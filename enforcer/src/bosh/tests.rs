@@ -51,7 +51,7 @@ fn b2_the_first_non_empty_counts() -> Test {
         ("-", r#"{"mbus":"https://me:secret@0.0.0.0:6868"}"#, Some(vec![])),
         ("-", r#"{"mbus":"HTTPS://x"}"#, Some(vec![])),
         ("-", r#"{"mbus":""}"#, None),
-        ("-", r#"{}"#, None),
+        ("-", "{}", None),
         ("-", "-", None),
     ] {
         let settings = found(update, main)?;

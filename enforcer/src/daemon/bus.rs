@@ -8,8 +8,11 @@ use super::{About, Daemon};
 use crate::bosh::{self, Bus, Watch};
 
 impl Daemon {
-    /// Watches the settings that the configuration names, if it does.
-    pub(super) fn watch(&self) -> Option<Watch> {
+    /// Watches the settings that the configuration names, if it does: as before, where they are the same.
+    pub(super) fn watch(&self, before: Option<Watch>) -> Option<Watch> {
+        if before.as_ref().map(Watch::dir) == self.wanted.config.bus_dir() {
+            return before;
+        }
         let (watch, error) = Watch::start(self.wanted.config.bus_dir()?);
         if let Some(error) = error {
             warn!(

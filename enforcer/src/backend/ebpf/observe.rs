@@ -1,6 +1,6 @@
 //! What the kernel holds, read from it; and `check`, the kernel's own decision over the kernel's own maps.
 
-use std::{io, path::Path};
+use std::{borrow::Cow, io, path::Path};
 
 use enforcer_ebpf::{
     Counters, Generation, TargetName, Verdict,
@@ -107,7 +107,7 @@ impl Pinned {
             let used = sys::program_maps(program)?;
             Ok(ours.iter().all(|map| used.contains(map)))
         };
-        observe(&self.maps, &self.pins, cgroup, runs)
+        observe(&self.maps, &self.pins, cgroup, runs, |_| None)
     }
 
     /// Runs the kernel's decision over the kernel's maps.
@@ -210,17 +210,25 @@ impl Subject for Asker {
     }
 }
 
-/// Reads all of it; `runs` tells whether a hook's program is ours, by its id.
-pub(super) fn observe(
+/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `runs` tells whether a
+/// hook's program is ours, by its id.
+pub(super) fn observe<'i>(
     maps: &Maps,
     pins: &Pins,
     cgroup: Option<u64>,
     runs: impl Fn(&Hook, u32) -> io::Result<bool>,
+    held: impl Fn(u8) -> Option<&'i Image>,
 ) -> Result<Observed, BackendError> {
     let slot = maps.active_slot()?;
     let (image, generation) = match slot {
-        Some(slot) => (maps.read_slot(slot)?, maps.generation_of(slot)?.number),
-        None => (Image::empty(), 0),
+        Some(slot) => {
+            let image = match held(slot) {
+                Some(image) => Cow::Borrowed(image),
+                None => Cow::Owned(maps.read_slot(slot)?),
+            };
+            (image, maps.generation_of(slot)?.number)
+        }
+        None => (Cow::Owned(Image::empty()), 0),
     };
     let mut faults = Vec::new();
     for hook in HOOKS
