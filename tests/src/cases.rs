@@ -1,6 +1,7 @@
 //! The cases, by what they are about.
 
 pub mod decision;
+pub mod dropin;
 pub mod endurance;
 pub mod faults;
 pub mod grants;
@@ -27,6 +28,7 @@ pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
 pub fn all() -> Vec<Case> {
     [
         decision::cases(),
+        dropin::cases(),
         endurance::cases(),
         faults::cases(),
         grants::cases(),
