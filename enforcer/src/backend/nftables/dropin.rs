@@ -80,30 +80,24 @@ impl Tables {
     /// Puts a rule set in force. What moves from one table to the other is judged by both in between: nothing is let
     /// through that either rule set refuses.
     pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
-        let split = self.honour.then(|| split(rules)).flatten();
+        let fault = self.fault.take();
         let mut before = None;
-        let split = match split {
-            Some((own, shared)) => match self.apply_shared(&shared) {
-                Ok(saved) => {
-                    before = saved;
-                    self.fault = None;
-                    Some(own)
-                }
+        let mut split = self.honour.then(|| split(rules)).flatten();
+        if let Some((_, shared)) = &split {
+            match self.apply_shared(shared) {
+                Ok(saved) => before = saved,
                 Err(error) => {
                     // Judged as every other target, by our own table: narrower, never wider.
-                    let fault = format!("{error}; rules of jobs in chain {JOBS} are not honoured");
-                    if self.fault.as_ref() != Some(&fault) {
-                        warn!("{fault}");
+                    split = None;
+                    let now = format!("{error}; rules of jobs in chain {JOBS} are not honoured");
+                    if fault.as_ref() != Some(&now) {
+                        warn!("{now}");
                     }
-                    self.fault = Some(fault);
-                    None
+                    self.fault = Some(now);
                 }
-            },
-            None => {
-                self.fault = None;
-                None
             }
-        };
+        }
+        let split = split.map(|(own, _)| own);
         let number = match self.own.apply(split.as_ref().unwrap_or(rules)) {
             Ok(number) => number,
             Err(error) => {
