@@ -16,7 +16,7 @@ use crate::{
 };
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
-pub use nftables::Nftables;
+pub use nftables::Tables;
 
 use probe::{Fact, Works};
 
@@ -24,7 +24,7 @@ use probe::{Fact, Works};
 #[derive(Debug)]
 pub struct Enforcement {
     ebpf: Option<Kernel>,
-    nftables: Option<Nftables>,
+    nftables: Option<Tables>,
     /// Why `auto` took what it took, if that is not the first choice.
     reason: Option<String>,
     /// How often something that others removed or changed was put back (F5).
@@ -49,8 +49,8 @@ impl Start<'_> {
         Kernel::take_over(&self.settings.pin_dir, self.cgroup, self.daemon, self.log_level)
     }
 
-    fn nftables(&self) -> Result<Nftables, BackendError> {
-        Ok(Nftables::take_over(
+    fn nftables(&self) -> Result<Tables, BackendError> {
+        Ok(Tables::take_over(
             &self.settings.nft_table,
             self.settings.forward,
             self.daemon,
@@ -163,7 +163,7 @@ impl Enforcement {
         if !nftables {
             let removed = match self.nftables.take() {
                 Some(nftables) => nftables.unload(),
-                None => nftables::unload(&settings.nft_table).map(drop),
+                None => nftables::dropin::unload(&settings.nft_table).map(drop),
             };
             if let Err(error) = removed {
                 warn!("remove what the nftables backend left: {error}");
@@ -260,7 +260,7 @@ impl Enforcement {
 
     fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
-        let nftables = self.nftables.as_mut().map(Nftables::observe).transpose()?;
+        let nftables = self.nftables.as_mut().map(Tables::observe).transpose()?;
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
@@ -289,7 +289,7 @@ impl Enforcement {
     }
 
     /// The nftables half.
-    pub fn nftables(&mut self) -> Option<&mut Nftables> {
+    pub fn nftables(&mut self) -> Option<&mut Tables> {
         self.nftables.as_mut()
     }
 
@@ -335,11 +335,21 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     Some(one)
 }
 
+/// Two tables seen as one: each target is judged by one of them.
+pub(crate) fn merged_tables(own: Observed, shared: Observed) -> Observed {
+    let mut one = own;
+    one.endpoints += shared.endpoints;
+    one.targets.extend(shared.targets);
+    one.targets.sort_by(|a, b| a.name.cmp(&b.name));
+    one.faults.extend(shared.faults);
+    one
+}
+
 /// What is in force, for those who only read it.
 #[derive(Debug)]
 pub struct InForce {
     ebpf: Option<Pinned>,
-    nftables: Option<nftables::Reading>,
+    nftables: Option<nftables::dropin::Readings>,
 }
 
 impl InForce {
@@ -359,7 +369,7 @@ impl InForce {
             Err(error) => return Err(error),
         };
         // Without nf_tables there is no table.
-        let nftables = nftables::open(&settings.nft_table).ok().flatten();
+        let nftables = nftables::dropin::open(&settings.nft_table).ok().flatten();
         let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
         Ok((in_force, unread))
     }
@@ -367,7 +377,7 @@ impl InForce {
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
-        let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
+        let nftables = self.nftables.as_ref().map(nftables::dropin::Readings::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
@@ -381,7 +391,7 @@ impl InForce {
         comparison.words("backend", "in force", &wanted, self.name());
         let mut number = 0;
         if let Some(reading) = &self.nftables {
-            number = reading.verify(rules, settings.forward, &mut comparison);
+            number = reading.verify(rules, settings, &mut comparison);
         }
         if let Some(pinned) = &self.ebpf {
             number = pinned.verify(rules, cgroup, &mut comparison)?;
@@ -398,10 +408,7 @@ impl InForce {
     /// The verdict of what is in force: a denial of either half is one.
     pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
-        let nftables = self
-            .nftables
-            .as_ref()
-            .map(|reading| nftables::check::check(reading, attempt));
+        let nftables = self.nftables.as_ref().map(|readings| readings.check(attempt));
         let (Some(ebpf), Some(nftables)) = (&ebpf, &nftables) else {
             return ebpf.or(nftables).ok_or(BackendError::ReadBack { map: "active" });
         };
@@ -417,6 +424,6 @@ impl InForce {
 
 /// Removes all of ours from the kernel; false where there was nothing.
 pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
-    let nftables = nftables::unload(&settings.nft_table)?;
+    let nftables = nftables::dropin::unload(&settings.nft_table)?;
     Ok(ebpf::unload(&settings.pin_dir)? || nftables)
 }

@@ -17,7 +17,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::{
-    backend::{self, InForce},
+    backend::{self, InForce, nftables::dropin},
     client,
     config::{self, Config},
     control::{self, ControlError, Reply, Request},
@@ -302,17 +302,32 @@ fn unload(config: &Path) -> Result<Answer> {
     let config = Config::load(config)?;
     let settings = &config.settings;
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
-        Ok(_) => print("unloaded: nothing is in force any more; the daemon has ended\n"),
+        Ok(_) => {
+            print("unloaded: nothing is in force any more; the daemon has ended\n")?;
+            tell_what_stays()
+        }
         Err(ControlError::NoDaemon { .. }) => {
             let was = backend::unload(settings)?;
             print(if was {
                 "unloaded: nothing is in force any more\n"
             } else {
                 "nothing was in force\n"
-            })
+            })?;
+            tell_what_stays()
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// B5: what releases put in the table that we shared with them is theirs.
+fn tell_what_stays() -> Result<Answer> {
+    if !dropin::others_stay() {
+        return Ok(Answer::Yes);
+    }
+    print(&format!(
+        "nftables table inet {} stays, with the rules of others in it; ours are removed\n",
+        dropin::TABLE
+    ))
 }
 
 fn check_config(path: &Path) -> Result<Answer> {

@@ -329,6 +329,10 @@ impl Daemon {
             path: self.wanted.path.clone(),
             error,
         })?;
+        if let Some(nftables) = self.enforcement.nftables() {
+            let monit = self.policy.target(nftables::dropin::TARGET);
+            nftables.honour_jobs(monit.is_some_and(|monit| monit.grants)); // B5
+        }
         let generation = self.enforcement.apply(&rules)?;
         self.applied = Some(Applied {
             generation,

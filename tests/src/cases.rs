@@ -5,6 +5,7 @@ pub mod bosh;
 pub mod containers;
 pub mod decision;
 pub mod doctor;
+pub mod dropin;
 pub mod endurance;
 pub mod failover;
 pub mod faults;
@@ -55,6 +56,7 @@ pub fn all() -> Vec<Case> {
         containers::cases(),
         decision::cases(),
         doctor::cases(),
+        dropin::cases(),
         endurance::cases(),
         failover::cases(),
         faults::cases(),

@@ -72,10 +72,10 @@ pub(super) fn grant(config: &Path, grant: &Grant) -> Result<Answer> {
         // Part of a second is none: the daemon says what is allowed.
         seconds: grant.time.map(|time| time.as_secs()),
     });
-    match ask(config, &request)? {
-        Reply::Grant(event) => print_line(&*event, &grant.json, ToString::to_string),
-        reply => unexpected(&reply),
-    }
+    let Reply::Grant(event) = ask(config, &request)? else {
+        return unexpected();
+    };
+    print_line(&*event, &grant.json, ToString::to_string)
 }
 
 pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
@@ -85,7 +85,7 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
         all: revoke.all,
     });
     let Reply::Revoked(events) = ask(config, &request)? else {
-        bail!("the daemon answered something else; is it another version?");
+        return unexpected();
     };
     for event in &events {
         print_line(event, &revoke.json, ToString::to_string)?;
@@ -100,10 +100,10 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
 }
 
 pub(super) fn list(config: &Path, json: &Json) -> Result<Answer> {
-    match ask(config, &Request::Grants)? {
-        Reply::Grants(report) => print_one(&report, json, render),
-        reply => unexpected(&reply),
-    }
+    let Reply::Grants(report) = ask(config, &Request::Grants)? else {
+        return unexpected();
+    };
+    print_one(&report, json, render)
 }
 
 pub(super) fn enable_monit_access(config: &Path, access: &MonitAccess) -> Result<Answer> {
@@ -135,7 +135,7 @@ fn ask(config: &Path, request: &Request) -> Result<Reply> {
     Ok(runtime()?.block_on(control::ask(&config.settings.socket, request, PATIENCE))?)
 }
 
-fn unexpected(_: &Reply) -> Result<Answer> {
+fn unexpected() -> Result<Answer> {
     bail!("the daemon answered something else; is it another version?")
 }
 

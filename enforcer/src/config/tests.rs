@@ -29,7 +29,7 @@ allow = ["root", 999, { user = "agent", cgroup = "/a" }, { kernel = true }]
 [target.monit]
 endpoints = ["tcp://127.0.0.1:2822"]
 allow = []
-grants = false
+grants = true
 "#;
 
 #[test]
@@ -67,7 +67,7 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("[bosh]\ndir = \"x\"", 2, "absolute"),
         ("bosh = true", 1, "[bosh]"),
         ("backend = \"iptables\"", 1, "nftables"),
-        ("[target.x]\nendpoints = []\nallow = []\ngrants = true", 4, "grants"),
+        ("[target.x]\nendpoints = []\nallow = []\ngrants = \"yes\"", 4, "grants"),
         ("[target.x]\nendpoints = [5]\nallow = []", 2, "endpoint"),
         ("[target.x]\nendpoints = []\nallow = [{ cgroup = \"/a\" }]", 3, "user"),
         ("[target.x]\nendpoints = []\nallow = [{ kernel = false }]", 3, "kernel"),

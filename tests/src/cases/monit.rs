@@ -53,13 +53,15 @@ impl Drop for Monit {
 }
 
 impl Monit {
-    fn new(bosh: bool) -> Result<Self> {
+    fn new(backend: &str, bosh: bool) -> Result<Self> {
         ensure!(
             Path::new("/usr/bin/monit").exists(),
             "monit is not installed; run cargo xtask setup"
         );
         let world = World::new()?;
-        let netns = bosh.then(|| Netns::new(&world, "monit")).transpose()?;
+        // With nftables the table that BOSH knows is made (B5): of this world's namespace.
+        let alone = bosh || backend == "nftables";
+        let netns = alone.then(|| Netns::new(&world, "monit")).transpose()?;
         let at = Self::at(&world, bosh)?;
         for (name, user) in [("monitrc", 0), ("monitrc.user", NOBODY)] {
             let text = format!(
@@ -171,7 +173,7 @@ impl Monit {
 }
 
 fn monit(backend: &str, bosh: bool) -> Result<()> {
-    let monit = Monit::new(bosh)?;
+    let monit = Monit::new(backend, bosh)?;
     let (outside, job) = (monit.world.cgroup.clone(), monit.job.clone());
     monit.answers(NOBODY, &outside)?;
     monit.answers(NOBODY, &job)?;

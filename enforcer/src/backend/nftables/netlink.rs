@@ -83,7 +83,15 @@ impl Netlink {
 
     /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes afterwards, when
     /// no packet can be under way that began with it; counters that stay go on counting.
-    pub fn replace(&mut self, table: &str, image: &Image, found: Option<&Dump>) -> Result<(), Failed> {
+    ///
+    /// `guest` names a chain of others' in a table that is not ours alone: it is made if it is missing, and the table is never emptied.
+    pub fn replace(
+        &mut self,
+        table: &str,
+        image: &Image,
+        found: Option<&Dump>,
+        guest: Option<&str>,
+    ) -> Result<(), Failed> {
         let empty = Dump::default();
         let before = found.unwrap_or(&empty);
         let stays = |name: &str| image.chains.get(name).is_some_and(|chain| chain.base.is_some()) || name == ABOUT;
@@ -98,7 +106,7 @@ impl Netlink {
         stale.counters.clear();
         let done = self
             .remove_parts(table, &stale)
-            .and_then(|()| self.lay_out(table, image, before))
+            .and_then(|()| self.lay_out(table, image, before, guest))
             .and_then(|()| self.switch(table, image, before));
         let done = done.and_then(|()| {
             let old = parts(|wanted| !wanted);
@@ -109,7 +117,7 @@ impl Netlink {
         });
         match done {
             // Somebody has bent the table so that it cannot be changed piece by piece.
-            Err(failed) if found.is_some() && failed.is_about_contents() => {
+            Err(failed) if guest.is_none() && found.is_some() && failed.is_about_contents() => {
                 self.make_anew(table, image, &before.counts)
             }
             done => done,
@@ -118,11 +126,15 @@ impl Netlink {
 
     /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after it has switched
     /// rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty for a moment.
-    fn lay_out(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
+    fn lay_out(&mut self, table: &str, image: &Image, before: &Dump, guest: Option<&str>) -> Result<(), Failed> {
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
+        if let Some(guest) = guest {
+            let chain = chain_message(&table, guest, None);
+            batch.add(&format!("make sure of chain {guest}"), &chain, MsgType::Add);
+        }
         make_chains(&mut batch, &table, image, |chain| chain.base.is_none());
         make_sets(&mut batch, &table, image, &before.counts);
         make_rules(&mut batch, &table, image, |name, chain| {
@@ -203,6 +215,32 @@ impl Netlink {
         batch.add("make the table", &table, MsgType::Add);
         batch.add("remove the table", &table, MsgType::Del);
         self.commit(batch)
+    }
+
+    /// Removes everything that a dump names, and with `last`, the names of chains without rules, the table too.
+    pub fn remove_contents(&mut self, table: &str, found: &Dump, last: Option<&[String]>) -> Result<(), Failed> {
+        let mut parts = Parts {
+            chains: found.image.chains.keys().cloned().collect(),
+            sets: found.image.sets.keys().cloned().collect(),
+            counters: found.image.counters.iter().cloned().collect(),
+        };
+        self.remove_parts(table, &parts)?;
+        let Some(last) = last else { return Ok(()) };
+        // A chain that somebody fills meanwhile is not removed, and the table stays with it.
+        parts = Parts {
+            chains: last.to_vec(),
+            sets: Vec::new(),
+            counters: Vec::new(),
+        };
+        let name = text(table);
+        let message = Table::new(&name, ProtoFamily::Inet);
+        let mut batch = Steps::new();
+        for name in &parts.chains {
+            let chain = chain_message(&message, name, None);
+            batch.add(&format!("remove chain {name}"), &chain, MsgType::Del);
+        }
+        self.commit(batch)?;
+        self.remove(table)
     }
 
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is in force.

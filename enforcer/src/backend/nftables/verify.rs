@@ -1,7 +1,7 @@
 //! Compares the whole table with what a rule set asks for. Changes nothing.
 
 use super::{
-    Nftables, NftablesError, Reading, dump, failed,
+    Nftables, NftablesError, Reading, dropin, failed,
     image::{self, Image, Loader},
     netlink::{Dump, Netlink},
 };
@@ -10,18 +10,20 @@ use crate::{config::Forward, ruleset::RuleSet, verify::Comparison};
 impl Nftables {
     /// Compares with a rule set; the number is that of the rule set found in force.
     pub fn verify(&mut self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, NftablesError> {
-        let found = dump(&mut self.netlink, &self.table)?.unwrap_or_default();
+        let found = self.dump()?.unwrap_or_default();
         let told = found.image.header().map_or(0, |header| header.generation);
         let held = self.held.as_ref().and_then(|(image, _)| image.header());
         let number = held.map_or(told, |header| header.generation);
-        compare(&image::lower(rules, number, self.loader), &found, comparison);
+        compare(&self.lower(rules, number), &found, comparison);
         Ok(told)
     }
 }
 
 impl Reading {
     /// As [`Nftables::verify`], by who only reads.
-    pub fn verify(&self, rules: &RuleSet, forward: Forward, comparison: &mut Comparison) -> u64 {
+    ///
+    /// `shared` names the table whose part of the shared one this is (B5).
+    pub fn verify(&self, rules: &RuleSet, forward: Forward, shared: Option<&str>, comparison: &mut Comparison) -> u64 {
         let header = self.0.image.header();
         let generation = header.map_or(0, |header| header.generation);
         // What the loader was is told by the table itself, but for the expression that a kernel may lack.
@@ -31,11 +33,18 @@ impl Reading {
             log: header.and_then(|header| header.log),
             cgroups,
         };
-        let without = image::lower(rules, generation, loader(false));
+        let lower = |cgroups| {
+            let mut image = image::lower(rules, generation, loader(cgroups));
+            if let Some(of) = shared {
+                dropin::honour(&mut image, of);
+            }
+            image
+        };
+        let without = lower(false);
         let wanted = if without == self.0.image && !knows_cgroups() {
             without
         } else {
-            image::lower(rules, generation, loader(true))
+            lower(true)
         };
         compare(&wanted, &self.0, comparison);
         generation
