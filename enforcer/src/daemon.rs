@@ -3,6 +3,7 @@
 mod capabilities;
 mod drift;
 mod faults;
+mod mounts;
 mod trace;
 
 use std::{
@@ -26,6 +27,7 @@ use tracing::{error, info, warn};
 
 use self::drift::Drift;
 use self::faults::{About, Faults};
+use self::mounts::Mounts;
 use crate::{
     backend::{BackendError, Enforcement, Start, ebpf::Events, nftables},
     config::{Config, ConfigError},
@@ -262,6 +264,7 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
     daemon.look_up_all();
     let mut ready = false;
     let mut rest = None;
+    let mounts = Mounts::from_environment();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -310,7 +313,9 @@ pub async fn run(path: &std::path::Path) -> Result<(), DaemonError> {
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             _ = tick.tick() => {
                 daemon.look_at_host();
-                alive();
+                if !goes_on(&mounts) {
+                    break;
+                }
             }
             Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
@@ -802,12 +807,19 @@ impl Daemon {
     }
 }
 
-/// Tells the service manager that the loop still turns, where it asked for that (`WATCHDOG_USEC`, man 3 `sd_watchdog_enabled`).
-fn alive() {
+/// Whether the loop is to turn on. Tells the service manager that it does, where that asked for it (`WATCHDOG_USEC`, man 3
+/// `sd_watchdog_enabled`).
+fn goes_on(mounts: &Mounts) -> bool {
     if sd_notify::watchdog_enabled().is_some() {
         // Whoever does not hear it will restart us.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
+    let Some(mount) = mounts.unseen() else { return true };
+    warn!(
+        "{} was mounted after the start and cannot be seen from here; ending, to be started again",
+        mount.display()
+    );
+    false
 }
 
 async fn send_events(kept: Vec<Line>, live: Option<broadcast::Receiver<Line>>, replies: mpsc::Sender<Reply>) {
