@@ -10,6 +10,7 @@ mod faults;
 mod grants;
 mod keep;
 mod lookups;
+mod mounts;
 mod report;
 mod sources;
 mod trace;
@@ -34,6 +35,7 @@ use self::{
     drift::Drift,
     faults::{About, Faults},
     keep::Kept,
+    mounts::Mounts,
     sources::{changed, readable, ready_to_read, ready_to_take},
 };
 use crate::{
@@ -170,6 +172,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
     let mut ready = false;
     let mut again = false;
     let mut rest = None;
+    let mounts = Mounts::from_environment();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -233,7 +236,9 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 daemon.look_at_settings(watch.as_mut());
                 daemon.look_at_host();
                 again = daemon.retry();
-                alive();
+                if !goes_on(&mounts) {
+                    break;
+                }
             }
             () = tokio::time::sleep(until_expiry) => daemon.look_at_host(),
             Some(report) = swept.recv() => daemon.swept(report),
@@ -599,10 +604,17 @@ impl Daemon {
     }
 }
 
-/// Tells the service manager that the loop still turns, where it asked for that (`WATCHDOG_USEC`, man 3 `sd_watchdog_enabled`).
-fn alive() {
+/// Whether the loop is to turn on. Tells the service manager that it does, where that asked for it (`WATCHDOG_USEC`, man 3
+/// `sd_watchdog_enabled`).
+fn goes_on(mounts: &Mounts) -> bool {
     if sd_notify::watchdog_enabled().is_some() {
         // Whoever does not hear it will restart us.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
+    let Some(mount) = mounts.unseen() else { return true };
+    warn!(
+        "{} was mounted after the start and cannot be seen from here; ending, to be started again",
+        mount.display()
+    );
+    false
 }

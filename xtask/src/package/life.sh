@@ -60,23 +60,38 @@ for closed in / /run /sys /sys/fs/cgroup /proc/sys; do mount -o remount,bind,ro 
 ! mkdir /sys/fs/cgroup/enforcer-package-check/below /var/lib/other 2>/dev/null
 exec setpriv --bounding-set=-all,$capabilities --inh-caps=-all --no-new-privs $(command_of enforcer.service)
 EOF
-unshare --mount sh /tmp/confined >/tmp/confined.log 2>&1 &
-for _ in $(seq 100); do
-    enforcer status >/dev/null 2>&1 && break
-    sleep 0.1
-done
-enforcer status >/tmp/status 2>&1 || fail "confined, the daemon does not enforce: $(cat /tmp/confined.log /tmp/status)"
-guarded "confined daemon"
+# Its mounts are private, as on a stemcell.
+confined() {
+    env "$(sed -n 's/^Environment=//p' /lib/systemd/system/enforcer.service)" \
+        unshare --mount --propagation private sh /tmp/confined >/tmp/confined.log 2>&1 &
+    for _ in $(seq 100); do
+        enforcer status >/dev/null 2>&1 && break
+        sleep 0.1
+    done
+    enforcer status >/tmp/status 2>&1 || fail "confined, the daemon does not enforce: $(cat /tmp/confined.log /tmp/status)"
+    guarded "confined daemon"
+}
+confined
 say "the daemon enforces with the capabilities and mounts of its unit"
 # It mends what is taken away with those, too.
 rm -f /sys/fs/bpf/enforcer/*connect4*
 sleep 3
 guarded "a link was removed and did not come back: $(ls /sys/fs/bpf/enforcer; cat /tmp/confined.log)"
 say "a link that is removed comes back under the same"
+mkdir -p /var/vcap/bosh/settings
+mount -t tmpfs tmpfs /var/vcap/bosh/settings
+stopped
+guarded "after a new mount"
+confined
+sleep 3
+pgrep -x enforcer >/dev/null || fail "the daemon ends for a mount that it has: $(cat /tmp/confined.log)"
+say "a mount of the agent's settings ends the daemon, to be started again with it; enforcement stays on"
 kill -TERM "$(pgrep -x enforcer)"
 stopped
 guarded "after stop"
 say "stop leaves enforcement on"
+umount /var/vcap/bosh/settings
+rm -r /var/vcap
 enforcer unload >/dev/null
 open "after unload"
 
