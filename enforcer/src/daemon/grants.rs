@@ -245,9 +245,13 @@ impl Daemon {
     fn refuse_too_much(&self, to: &Grantee) -> Result<(), GrantError> {
         let Some(cgroup) = to.cgroup() else { return Ok(()) };
         if let Grantee::Cgroup(cgroup) = to {
-            let judged = self.wanted.cgroup.strip_prefix(&self.wanted.mount);
+            let judged = self
+                .wanted
+                .cgroup
+                .as_deref()
+                .map(|judged| judged.strip_prefix(&self.wanted.mount));
             let granted = cgroup.as_str().trim_start_matches('/');
-            if granted.is_empty() || judged.is_ok_and(|judged| judged.starts_with(granted)) {
+            if granted.is_empty() || matches!(judged, Some(Ok(judged)) if judged.starts_with(granted)) {
                 return Err(GrantError::Everybody { cgroup: cgroup.clone() });
             }
         }

@@ -9,7 +9,7 @@ use std::{
 
 use super::{DaemonError, boot::Left};
 use crate::{
-    config::{Bosh, Config, Settings},
+    config::{Backend, Bosh, Config, Settings},
     grants, host,
     policy::{HostUsers, Policy},
     resolve::Names,
@@ -17,14 +17,17 @@ use crate::{
     state::LastGood,
 };
 
+/// Where cgroups are looked for when none is mounted: there are none.
+const USUAL_MOUNT: &str = "/sys/fs/cgroup";
+
 /// A configuration that was read, understood and found possible on this host.
 #[derive(Debug)]
 pub struct Wanted {
     pub(super) path: PathBuf,
     pub(super) config: Config,
     pub(super) policy: Policy,
-    /// The cgroup to attach to.
-    pub(super) cgroup: PathBuf,
+    /// The cgroup to attach to; none where no cgroup v2 is mounted and nothing needs one.
+    pub(super) cgroup: Option<PathBuf>,
     /// Where cgroup paths of principals start.
     pub(super) mount: PathBuf,
     pub(super) warnings: Vec<String>,
@@ -35,17 +38,7 @@ impl Wanted {
     pub fn load(path: &Path) -> Result<Self, DaemonError> {
         let config = Config::load(path)?;
         let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
-        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
-            action: "read /proc/self/mountinfo",
-            error,
-        })?;
-        let cgroup = config
-            .settings
-            .cgroup
-            .clone()
-            .or_else(|| mount.clone())
-            .ok_or(DaemonError::NoCgroup2)?;
-        let mount = mount.unwrap_or_else(|| cgroup.clone());
+        let (cgroup, mount) = cgroups(&config.settings, &policy)?;
         for path_of in policy.cgroups() {
             if host::cgroup(&mount, &path_of).is_none() {
                 return Err(DaemonError::NoCgroup {
@@ -68,11 +61,7 @@ impl Wanted {
 
     /// What was in force last, with nothing of it looked up again.
     pub(super) fn of(path: &Path, good: &LastGood) -> Result<Self, DaemonError> {
-        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
-            action: "read /proc/self/mountinfo",
-            error,
-        })?;
-        let cgroup = (good.settings.cgroup.clone().or_else(|| mount.clone())).ok_or(DaemonError::NoCgroup2)?;
+        let (cgroup, mount) = cgroups(&good.settings, &good.policy)?;
         Ok(Self {
             path: path.into(),
             config: Config {
@@ -84,10 +73,16 @@ impl Wanted {
                 targets: BTreeMap::new(),
             },
             policy: good.policy.clone(),
-            mount: mount.unwrap_or_else(|| cgroup.clone()),
             cgroup,
+            mount,
             warnings: Vec::new(),
         })
+    }
+
+    /// The cgroup to attach to, to be shown.
+    pub(super) fn cgroup_shown(&self) -> String {
+        let shown = self.cgroup.as_ref().map(|cgroup| cgroup.display().to_string());
+        shown.unwrap_or_else(|| "no cgroup".to_owned())
     }
 
     /// What it means.
@@ -123,7 +118,11 @@ impl Wanted {
             path: self.path.clone(),
             error,
         })?;
-        let cgroup = host::directory_id(&self.cgroup).ok_or(DaemonError::NoCgroup2)?;
+        let cgroup = match &self.cgroup {
+            Some(cgroup) => host::directory_id(cgroup).ok_or(DaemonError::NoCgroup2)?,
+            // No program is attached anywhere then.
+            None => 0,
+        };
         Ok((rules, cgroup))
     }
 
@@ -138,4 +137,22 @@ impl Wanted {
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
+}
+
+/// The cgroup to attach to, if something needs or has one, and where paths of cgroups start.
+fn cgroups(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, PathBuf), DaemonError> {
+    let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
+        action: "read /proc/self/mountinfo",
+        error,
+    })?;
+    let cgroup = settings.cgroup.clone().or_else(|| mount.clone());
+    let needs_one = match settings.backend {
+        Backend::Ebpf | Backend::Both => true,
+        Backend::Nftables | Backend::Auto => !policy.cgroups().is_empty(),
+    };
+    if cgroup.is_none() && needs_one {
+        return Err(DaemonError::NoCgroup2);
+    }
+    let mount = mount.or_else(|| cgroup.clone()).unwrap_or_else(|| USUAL_MOUNT.into());
+    Ok((cgroup, mount))
 }
