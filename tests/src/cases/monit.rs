@@ -7,10 +7,10 @@ use std::{
     os::unix::fs::{OpenOptionsExt as _, chown, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{Case, case};
 use crate::world::{NOBODY, Netns, Ran, World, binary, ran, until};
@@ -152,16 +152,19 @@ impl Monit {
         Ok(())
     }
 
+    /// Every time, and the fastest of a few at once: a busy host is slow to start programs.
     fn is_kept_from(&self, user: u32, cgroup: &Path) -> Result<()> {
-        let started = Instant::now();
-        let ran = self.summary(user, cgroup)?.demand(1)?;
-        ensure!(
-            started.elapsed().as_secs() < 3,
-            "{user} waited {:?} for: {ran:?}",
-            started.elapsed()
-        );
-        ensure!(!ran.stdout.contains("uptime"), "{ran:?}");
-        Ok(())
+        let mut fastest = Duration::MAX;
+        for _ in 0..4 {
+            let started = Instant::now();
+            let ran = self.summary(user, cgroup)?.demand(1)?;
+            ensure!(!ran.stdout.contains("uptime"), "{ran:?}");
+            fastest = fastest.min(started.elapsed());
+            if fastest < Duration::from_secs(1) {
+                return Ok(());
+            }
+        }
+        bail!("{user} was kept from monit only after {fastest:?}")
     }
 
     /// `enforcer` as the job runs it before it starts.
