@@ -23,7 +23,6 @@ use std::{
 };
 
 use tokio::{
-    signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
     task::{self, JoinSet},
 };
@@ -36,11 +35,12 @@ use self::{
     faults::{About, Faults},
     keep::Kept,
     mounts::Mounts,
-    sources::{changed, readable, ready_to_read, ready_to_take},
+    sources::{Ends, changed, readable, ready_to_read, ready_to_take},
 };
 use crate::{
     backend::{Enforcement, Start, nftables},
     bosh::Watch,
+    config::ConfigError,
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
     grants::Grants,
@@ -148,9 +148,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
     let (mut daemon, listener) = boot::start(path)?;
     let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
-    let mut hangup = signal(SignalKind::hangup()).map_err(failed("wait for SIGHUP"))?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for SIGTERM"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for SIGINT"))?;
+    let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
     let addresses = readable(addresses).map_err(failed("watch addresses"))?;
     let mut denials = daemon.denials()?;
@@ -196,8 +194,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 daemon.reload();
                 again = true;
             }
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            () = ends.recv() => break,
             Some(joined) = daemon.lookups.join_next_with_id() => {
                 daemon.answered(joined);
                 daemon.apply_or_keep();
@@ -233,9 +230,7 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 let _ = daemon.enforcement.settle();
             }
             _ = tick.tick() => {
-                daemon.look_at_settings(watch.as_mut());
-                daemon.look_at_host();
-                again = daemon.retry();
+                again = daemon.tick(watch.as_mut());
                 if !goes_on(&mounts) {
                     break;
                 }
@@ -429,8 +424,24 @@ impl Daemon {
         })
     }
 
+    /// What is to be looked at every second. True if another configuration was taken.
+    fn tick(&mut self, watch: Option<&mut Watch>) -> bool {
+        self.look_at_settings(watch);
+        self.look_at_host();
+        self.retry()
+    }
+
+    /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the defaults (F4).
+    fn take_configuration(&mut self) -> Result<(), DaemonError> {
+        let path = &self.wanted.path;
+        if self.wanted.from_file && !path.exists() {
+            return Err(ConfigError::Missing { path: path.clone() }.into());
+        }
+        Wanted::load(path).and_then(|wanted| self.change_to(wanted))
+    }
+
     fn reload(&mut self) {
-        let loaded = Wanted::load(&self.wanted.path).and_then(|wanted| self.change_to(wanted));
+        let loaded = self.take_configuration();
         match loaded {
             Ok(()) => {
                 self.faults.put(About::Reload, None);

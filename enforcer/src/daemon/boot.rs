@@ -260,7 +260,7 @@ impl Daemon {
         if !due {
             return false;
         }
-        match Wanted::load(&path).and_then(|wanted| self.change_to(wanted)) {
+        match self.take_configuration() {
             Ok(()) => {
                 self.faults.set(About::Reload, None);
                 true

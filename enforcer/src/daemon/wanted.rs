@@ -24,6 +24,8 @@ const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 #[derive(Debug)]
 pub struct Wanted {
     pub(super) path: PathBuf,
+    /// Whether that file was there, so that the defaults are not what was asked for (B1).
+    pub(super) from_file: bool,
     pub(super) config: Config,
     pub(super) policy: Policy,
     /// The cgroup to attach to; none where no cgroup v2 is mounted and nothing needs one.
@@ -51,6 +53,7 @@ impl Wanted {
         let warnings = warnings.iter().map(ToString::to_string).collect();
         Ok(Self {
             path: path.into(),
+            from_file: path.exists(),
             config,
             policy,
             cgroup,
@@ -64,6 +67,7 @@ impl Wanted {
         let (cgroup, mount) = cgroups(&good.settings, &good.policy)?;
         Ok(Self {
             path: path.into(),
+            from_file: path.exists(),
             config: Config {
                 path: path.into(),
                 mode: good.policy.mode,

@@ -217,7 +217,6 @@ fn life(scratch: &Scratch, package: &str, next: &str) -> Result<()> {
     remove_cgroup()?;
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         match line.strip_prefix("life: ") {
-            Some(what) if what.starts_with("NOT CHECKED") => eprintln!("package: {what}"),
             Some(what) if output.status.success() => say(what),
             Some(_) | None => {}
         }

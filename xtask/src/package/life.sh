@@ -96,15 +96,11 @@ enforcer unload >/dev/null
 open "after unload"
 
 # Boot: the early unit's command before anything else, then the supervisor with the daemon.
-if enforcer apply --help | grep -q -- --last-good; then
-    $(command_of enforcer-early.service) >/tmp/early.log 2>&1 || fail "early: $(cat /tmp/early.log)"
-    guarded "after the early unit"
-    say "the early unit's command guards what was known"
-    mkdir -m 777 /tmp/attack
-    attack &
-else
-    say "NOT CHECKED: this build's apply has no --last-good"
-fi
+$(command_of enforcer-early.service) >/tmp/early.log 2>&1 || fail "early: $(cat /tmp/early.log)"
+guarded "after the early unit"
+say "the early unit's command guards what was known"
+mkdir -m 777 /tmp/attack
+attack &
 mkdir -p /etc/service
 ln -s /etc/sv/enforcer /etc/service/enforcer
 runsvdir /etc/service >/tmp/runsvdir.log 2>&1 &

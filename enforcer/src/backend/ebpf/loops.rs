@@ -6,7 +6,7 @@ use aya_obj::{Object, generated::bpf_insn};
 
 use super::PROGRAMS;
 
-/// Instruction classes and operations (linux/bpf_common.h, linux/bpf.h).
+/// Instruction classes and operations (`linux/bpf_common.h`, `linux/bpf.h`).
 const JMP: u8 = 5;
 const JMP32: u8 = 6;
 const JA: u8 = 0x00;
@@ -14,7 +14,7 @@ const CALL: u8 = 0x80;
 const EXIT: u8 = 0x90;
 
 /// Where control goes from an instruction, and whether that way may close a loop: a jump's may, that to whatever comes next may not.
-fn ways(at: i64, instruction: &bpf_insn) -> Vec<(i64, bool)> {
+fn ways(at: i64, instruction: bpf_insn) -> Vec<(i64, bool)> {
     let next = at + 1;
     let target = next + i64::from(instruction.off);
     if !matches!(instruction.code & 7, JMP | JMP32) {
@@ -36,7 +36,7 @@ fn closed_otherwise(instructions: &[bpf_insn]) -> Vec<(i64, i64)> {
     let of = |at: i64| {
         let instruction = usize::try_from(at).ok().and_then(|at| instructions.get(at));
         instruction
-            .map(|instruction| ways(at, instruction))
+            .map(|instruction| ways(at, *instruction))
             .unwrap_or_default()
             .into_iter()
     };
