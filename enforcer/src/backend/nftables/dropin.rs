@@ -363,6 +363,7 @@ fn is_own(name: &str) -> bool {
     let counter = image::counters_of(TARGET).iter().any(|counter| counter == name);
     let begins = [
         "judge_",
+        "strays_",
         "class_",
         "target_",
         "refuse_",
