@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Result, ensure};
 
 use super::{Case, case};
+use crate::backend::EBPF;
 use crate::world::{Daemon, Listener, NOBODY, Netns, World, binary, cgroup_mount, ran, until};
 
 const SECRET: &str = "hunter2secret";
@@ -21,7 +22,8 @@ const SOON: Duration = Duration::from_secs(1);
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    vec![
+    // With nftables all instances of a network namespace share one table with the agent (B5): `cases/monit.rs` and `cases/dropin.rs` have that.
+    let cases = [
         case(
             "b1_without_any_configuration_monit_and_the_bus_are_protected",
             nothing_configured,
@@ -32,7 +34,8 @@ pub fn cases() -> Vec<Case> {
         case("b2_create_env_has_no_bus", create_env),
         case("b2_n7_the_last_bus_known_is_protected_after_a_reboot", reboot),
         case("b2_credentials_appear_nowhere", credentials),
-    ]
+    ];
+    cases.into_iter().map(|case| case.on(EBPF)).collect()
 }
 
 /// A world with settings to come in a directory of its own.
