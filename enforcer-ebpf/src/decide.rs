@@ -149,6 +149,21 @@ fn owners<T: Tables, S: Subject>(
     tables.prefix(&key)
 }
 
+/// A pass for each level, written out: kernels before 6.8 take a loop only where it closes by a jump, and the compiler closes this one
+/// by whatever instruction comes last (`check_cfg` in the verifier; `loops_close_by_jumps` looks for it).
+macro_rules! each_level {
+    ($number:ident => $pass:block) => {
+        each_level!($number $pass 0 1 2 3 4 5 6 7)
+    };
+    ($number:ident $pass:block $($at:literal)+) => {
+        $({
+            let $number: u32 = $at;
+            $pass
+        })+
+    };
+}
+const _: () = assert!(MAX_CGROUP_LEVELS == 8, "a pass for each level");
+
 /// The targets that admit the subject: both its users, or the kernel thread it is (D3).
 #[inline(always)]
 fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, levels: u64) -> Owners {
@@ -185,23 +200,22 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
         return admits_task & admits_socket;
     }
     // Each pass costs the verifier, and so every start, dearly: few depths, and no short cut for equal users.
-    let mut levels = levels;
-    for _ in 0..MAX_CGROUP_LEVELS {
-        #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
-        let level = levels as u32 & 0xff;
-        levels >>= 8;
-        if level == 0 {
-            break;
-        }
-        // The connecting task's, for both users. A task that is less deep has 0 there, which no principal names.
-        let cgroup = subject.cgroup(level - 1);
-        if cgroup == 0 {
-            continue;
-        }
-        task.cgroup = cgroup;
-        socket.cgroup = cgroup;
-        admits_task |= tables.principal(&task).unwrap_or(0);
-        admits_socket |= tables.principal(&socket).unwrap_or(0);
+    'levels: {
+        each_level! { number => {
+            #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
+            let level = (levels >> (8 * number)) as u32 & 0xff;
+            if level == 0 {
+                break 'levels;
+            }
+            // The connecting task's, for both users. A task that is less deep has 0 there, which no principal names.
+            let cgroup = subject.cgroup(level - 1);
+            if cgroup != 0 {
+                task.cgroup = cgroup;
+                socket.cgroup = cgroup;
+                admits_task |= tables.principal(&task).unwrap_or(0);
+                admits_socket |= tables.principal(&socket).unwrap_or(0);
+            }
+        }}
     }
     admits_task & admits_socket
 }

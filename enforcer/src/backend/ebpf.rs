@@ -6,6 +6,8 @@ pub mod btf;
 mod error;
 pub mod image;
 mod links;
+#[cfg(test)]
+mod loops;
 pub mod maps;
 mod observe;
 pub mod pins;
