@@ -32,8 +32,8 @@ pub struct Enforcement {
 pub struct Start<'a> {
     /// What the configuration says.
     pub settings: &'a Settings,
-    /// The cgroup to attach to.
-    pub cgroup: &'a Path,
+    /// The cgroup to attach to; none where no cgroup v2 is mounted.
+    pub cgroup: Option<&'a Path>,
     /// Whether the process stays.
     pub daemon: bool,
     /// How much the kernel programs tell.
@@ -42,7 +42,8 @@ pub struct Start<'a> {
 
 impl Start<'_> {
     fn ebpf(&self) -> Result<Kernel, BackendError> {
-        Kernel::take_over(&self.settings.pin_dir, self.cgroup, self.daemon, self.log_level)
+        let cgroup = self.cgroup.ok_or(BackendError::NoCgroup2)?;
+        Kernel::take_over(&self.settings.pin_dir, cgroup, self.daemon, self.log_level)
     }
 
     fn nftables(&self) -> Result<Nftables, BackendError> {

@@ -236,7 +236,7 @@ impl Daemon {
         let level = trace::level();
         let enforcement = Enforcement::take_over(Start {
             settings,
-            cgroup: &wanted.cgroup,
+            cgroup: wanted.cgroup.as_deref(),
             daemon: stays,
             log_level: level,
         })?;
@@ -290,7 +290,8 @@ impl Daemon {
                 .enforcement
                 .nftables()
                 .is_none()
-                .then(|| self.wanted.cgroup.clone()),
+                .then(|| self.wanted.cgroup.clone())
+                .flatten(),
             mount: self.wanted.mount.clone(),
             local: self.host.local.clone(),
         });
@@ -372,7 +373,7 @@ impl Daemon {
             observed.generation,
             observed.endpoints,
             observed.targets.len(),
-            self.wanted.cgroup.display()
+            self.wanted.cgroup_shown()
         );
         sd_notify::notify(&[sd_notify::NotifyState::Ready]).map_err(|error| DaemonError::Io {
             action: "notify the service manager",
@@ -435,7 +436,7 @@ impl Daemon {
         );
         let start = Start {
             settings: &self.wanted.config.settings,
-            cgroup: &self.wanted.cgroup,
+            cgroup: self.wanted.cgroup.as_deref(),
             daemon: true,
             log_level: self.log_level,
         };

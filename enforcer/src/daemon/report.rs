@@ -33,7 +33,7 @@ impl Daemon {
         let settings = &self.wanted.config.settings;
         let context = Context {
             daemon: Some(std::process::id()),
-            cgroup: self.wanted.cgroup.display().to_string(),
+            cgroup: self.wanted.cgroup_shown(),
             pin_dir: settings.pin_dir.display().to_string(),
             nft_table: settings.nft_table.clone(),
             backend: self.enforcement.name().to_owned(),

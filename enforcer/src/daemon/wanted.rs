@@ -4,10 +4,13 @@ use std::path::{Path, PathBuf};
 
 use super::DaemonError;
 use crate::{
-    config::Config,
+    config::{Backend, Config},
     host,
     policy::{HostUsers, Policy},
 };
+
+/// Where cgroups are looked for when none is mounted: there are none.
+const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 
 /// A configuration that was read, understood and found possible on this host.
 #[derive(Debug)]
@@ -15,8 +18,8 @@ pub struct Wanted {
     pub(super) path: PathBuf,
     pub(super) config: Config,
     pub(super) policy: Policy,
-    /// The cgroup to attach to.
-    pub(super) cgroup: PathBuf,
+    /// The cgroup to attach to; none where no cgroup v2 is mounted and nothing needs one.
+    pub(super) cgroup: Option<PathBuf>,
     /// Where cgroup paths of principals start.
     pub(super) mount: PathBuf,
     pub(super) warnings: Vec<String>,
@@ -31,13 +34,15 @@ impl Wanted {
             action: "read /proc/self/mountinfo",
             error,
         })?;
-        let cgroup = config
-            .settings
-            .cgroup
-            .clone()
-            .or_else(|| mount.clone())
-            .ok_or(DaemonError::NoCgroup2)?;
-        let mount = mount.unwrap_or_else(|| cgroup.clone());
+        let cgroup = config.settings.cgroup.clone().or_else(|| mount.clone());
+        let needs_one = match config.settings.backend {
+            Backend::Ebpf | Backend::Both => true,
+            Backend::Nftables | Backend::Auto => !policy.cgroups().is_empty(),
+        };
+        if cgroup.is_none() && needs_one {
+            return Err(DaemonError::NoCgroup2);
+        }
+        let mount = mount.or_else(|| cgroup.clone()).unwrap_or_else(|| USUAL_MOUNT.into());
         for path_of in policy.cgroups() {
             if host::cgroup(&mount, &path_of).is_none() {
                 return Err(DaemonError::NoCgroup {
@@ -56,6 +61,12 @@ impl Wanted {
             mount,
             warnings,
         })
+    }
+
+    /// The cgroup to attach to, to be shown.
+    pub(super) fn cgroup_shown(&self) -> String {
+        let shown = self.cgroup.as_ref().map(|cgroup| cgroup.display().to_string());
+        shown.unwrap_or_else(|| "no cgroup".to_owned())
     }
 
     /// What it means.

@@ -77,6 +77,9 @@ pub enum BackendError {
         /// Why not.
         error: io::Error,
     },
+    /// There is none to attach to.
+    #[error("no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup)")]
+    NoCgroup2,
     /// The programs do not load.
     #[error(
         "load {program}: {source}; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)"
@@ -123,7 +126,7 @@ impl BackendError {
     #[must_use]
     pub fn is_inability(&self) -> bool {
         match self {
-            Self::Load { .. } | Self::Attach { .. } => true,
+            Self::NoCgroup2 | Self::Load { .. } | Self::Attach { .. } => true,
             // Without BPF there is no bpffs either; with it, a wrong place is the configuration's fault.
             Self::Io { .. } | Self::NotBpffs { .. } => super::sys::wait_for_programs().is_err(),
             Self::Map { error, .. } => error.raw_os_error() == Some(libc::EPERM),
