@@ -4,6 +4,7 @@ pub mod decision;
 pub mod endurance;
 pub mod faults;
 pub mod input;
+pub mod kernel;
 pub mod limits;
 pub mod names;
 pub mod neighbours;
@@ -15,7 +16,7 @@ pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 /// A case: a name that cites the guarantee, and what it does.
 pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
@@ -28,6 +29,7 @@ pub fn all() -> Vec<Case> {
         endurance::cases(),
         faults::cases(),
         input::cases(),
+        kernel::cases(),
         limits::cases(),
         names::cases(),
         neighbours::cases(),
@@ -42,6 +44,24 @@ pub fn all() -> Vec<Case> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// Of all cases those that some pattern names: a name, or the beginning of one and `*`. A pattern that names none is an error.
+pub fn chosen(patterns: &str) -> Result<Vec<Case>> {
+    let patterns: Vec<&str> = patterns.split(',').filter(|pattern| !pattern.is_empty()).collect();
+    let names = |pattern: &str, name: &str| match pattern.strip_suffix('*') {
+        Some(beginning) => name.starts_with(beginning),
+        None => name == pattern,
+    };
+    let all = all();
+    for pattern in &patterns {
+        ensure!(
+            all.iter().any(|(name, _)| names(pattern, name)),
+            "no case is named {pattern}"
+        );
+    }
+    let is_chosen = |name: &str| patterns.is_empty() || patterns.iter().any(|pattern| names(pattern, name));
+    Ok(all.into_iter().filter(|(name, _)| is_chosen(name)).collect())
 }
 
 fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {

@@ -9,4 +9,7 @@ pub mod attack;
 pub mod cases;
 pub mod dns;
 pub mod foreign;
+pub mod guest;
+pub mod kernel;
+pub mod record;
 pub mod world;

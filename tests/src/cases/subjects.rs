@@ -21,6 +21,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::{Case, case};
 use crate::{
     attack::{GREETING, Way},
+    kernel::cannot,
     world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, ran, until},
 };
 
@@ -180,12 +181,17 @@ fn user_and_network() -> Result<()> {
     let attack = world.attack(NOBODY).anywhere().to(to);
     let attack = attack.program(&["sh", "-c", &enter, "sh"], copy).flag("--as-is");
     attack.reaches()?;
-    attack.clone().way(Way::Mptcp).reaches()?;
+    match cannot(Way::Mptcp) {
+        Some(errno) => attack.clone().way(Way::Mptcp).fails_by(errno)?,
+        None => attack.clone().way(Way::Mptcp).reaches()?,
+    }
     world.configure_one(&[format!("tcp://{to}")], r#"["root"]"#)?;
     let _daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
     attack.is_refused()?;
     attack.clone().way(Way::Mapped).is_refused()?;
-    attack.way(Way::Mptcp).is_refused()?;
+    if cannot(Way::Mptcp).is_none() {
+        attack.way(Way::Mptcp).is_refused()?;
+    }
     let events = world.enforcer(&["events", "--json"])?.demand(0)?.stdout;
     for line in events.lines() {
         let event: Value = serde_json::from_str(line)?;
