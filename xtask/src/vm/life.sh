@@ -4,19 +4,16 @@
 set -u
 results=/dev/ttyS1
 state=/var/lib/life
-mkdir -p "$state"
-boot=$(($(cat "$state/boot" 2>/dev/null || echo 0) + 1))
-echo "$boot" >"$state/boot"
 
 tell() { printf '%s\n' "$1" >"$results"; }
 quoted() { printf '%s' "$1" | tail -c 3000 | sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' | tr '\n' '|'; }
 failed=0
-# A named part, with what it printed if it failed.
+# A named part, with what it printed if it failed: in a shell of its own, as the first command that fails ends no function whose
+# outcome is asked for.
 part() {
     local name=$1 began=$SECONDS said error=null
-    shift
     tell "{\"began\":\"$name\"}"
-    if ! said=$(set -e; "$@" 2>&1); then
+    if ! said=$("$0" "$2" 2>&1); then
         error="\"$(quoted "$said")\""
         failed=1
     fi
@@ -75,13 +72,9 @@ TOML
     root_passes
     enforcer status
 }
-crash() {
-    systemctl kill --signal=KILL --kill-whom=main enforcer
-    sleep 2
-    is_active
-}
-stop() { systemctl stop enforcer; sleep 1; systemctl start enforcer; is_active; }
-upgrade() { DEBIAN_FRONTEND=noninteractive dpkg -i /packages/second.deb; is_active; }
+crash() { systemctl kill --signal=KILL --kill-whom=main enforcer && sleep 2 && is_active; }
+stop() { systemctl stop enforcer && sleep 1 && systemctl start enforcer && is_active; }
+upgrade() { DEBIAN_FRONTEND=noninteractive dpkg -i /packages/second.deb && is_active; }
 crashes() { under_attack crash; is_guarded; }
 restarts() { under_attack systemctl restart enforcer; is_active; is_guarded; root_passes; }
 stops() { under_attack stop; is_guarded; }
@@ -96,7 +89,10 @@ rejects() {
 # Written down by a unit of its own before the network is up.
 before_network() {
     cat /run/early
-    [ "$(cat /run/early)" = 'Operation not permitted' ]
+    [ "$(cat /run/early)" = 'Operation not permitted' ] && return 0
+    ls -l /var/lib/enforcer
+    journalctl --no-pager -b -u enforcer-early -u enforcer -n 12
+    return 1
 }
 last_good() {
     # The configuration is still the bad one: the rules are those known good.
@@ -112,6 +108,16 @@ purges() {
     done
     ! nft list tables | grep enforcer
 }
+
+if [ $# -gt 0 ]; then
+    set -e
+    "$@"
+    exit
+fi
+
+mkdir -p "$state"
+boot=$(($(cat "$state/boot" 2>/dev/null || echo 0) + 1))
+echo "$boot" >"$state/boot"
 
 read -r up _ </proc/uptime
 tell "{\"booted\":\"$(uname -r)\",\"seconds\":$up}"
