@@ -11,6 +11,7 @@ pub mod failover;
 pub mod faults;
 pub mod grants;
 pub mod input;
+pub mod kernel;
 pub mod limits;
 pub mod missing;
 pub mod monit;
@@ -26,7 +27,7 @@ pub mod takeover;
 pub mod units;
 pub mod verify;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::backend::{ALIKE, Backend};
 
@@ -62,6 +63,7 @@ pub fn all() -> Vec<Case> {
         faults::cases(),
         grants::cases(),
         input::cases(),
+        kernel::cases(),
         limits::cases(),
         missing::cases(),
         monit::cases(),
@@ -80,6 +82,24 @@ pub fn all() -> Vec<Case> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// Of all cases those that some pattern names: a name, or the beginning of one and `*`. A pattern that names none is an error.
+pub fn chosen(patterns: &str) -> Result<Vec<Case>> {
+    let patterns: Vec<&str> = patterns.split(',').filter(|pattern| !pattern.is_empty()).collect();
+    let names = |pattern: &str, name: &str| match pattern.strip_suffix('*') {
+        Some(beginning) => name.starts_with(beginning),
+        None => name == pattern,
+    };
+    let all = all();
+    for pattern in &patterns {
+        ensure!(
+            all.iter().any(|case| names(pattern, &case.name)),
+            "no case is named {pattern}"
+        );
+    }
+    let is_chosen = |name: &str| patterns.is_empty() || patterns.iter().any(|pattern| names(pattern, name));
+    Ok(all.into_iter().filter(|case| is_chosen(&case.name)).collect())
 }
 
 /// A case that holds whatever enforces. Where the two differ (§5) it asserts the outcome of each.

@@ -10,4 +10,7 @@ pub mod backend;
 pub mod cases;
 pub mod dns;
 pub mod foreign;
+pub mod guest;
+pub mod kernel;
+pub mod record;
 pub mod world;

@@ -5,6 +5,7 @@ mod package;
 mod run;
 mod setup;
 mod suites;
+mod vm;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -43,6 +44,12 @@ enum Task {
     },
     /// Measure against the budgets, in one interleaved run
     Bench,
+    /// Run the privileged suite on other kernels, in virtual machines
+    ///
+    /// Fetches kernels from Debian's archive (xtask/kernels.toml; 150 MB, kept in ~/.cache/enforcer-vm) and builds one without BPF, boots
+    /// each under QEMU with the binary and the suite in an initramfs, and tells what passed where, in target/vm/matrix.md and junit.xml too.
+    /// `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of that name; `--keep` then gives a shell there.
+    Vm(vm::Options),
     /// Check format and lints, as CI does before the tests
     Ci,
     /// Build the Debian package, install it into a scratch root (as root, or through sudo) and check it there
@@ -62,6 +69,7 @@ fn main() -> ExitCode {
         Task::Demo { backend } => suites::demo(&backend),
         Task::Test { backend, filter } => suites::test(backend.as_deref(), filter.as_deref()),
         Task::Bench => suites::bench(),
+        Task::Vm(options) => vm::run(&options),
         Task::Ci => ci::run(),
         Task::Package { build_only } => package::run(build_only),
         Task::PackageCheck { package, next } => package::check(&package, &next),

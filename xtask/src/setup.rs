@@ -23,6 +23,32 @@ const PACKAGES: [(&str, &str); 9] = [
     ("nftables", "/usr/sbin/nft|/sbin/nft|/usr/bin/nft"),
     ("pkg-config", "/usr/bin/pkg-config"),
 ];
+/// What virtual machines need besides: to emulate, to unpack and build kernels, to fill guests.
+const VM_PACKAGES: [(&str, &str); 15] = [
+    ("bc", "/usr/bin/bc"),
+    ("binutils", "/usr/bin/strip"),
+    ("bison", "/usr/bin/bison"),
+    ("busybox-static", "/bin/busybox|/usr/bin/busybox"),
+    (
+        "debian-archive-keyring",
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+    ),
+    ("flex", "/usr/bin/flex"),
+    ("gcc", "/usr/bin/gcc"),
+    ("kmod", "/sbin/depmod|/usr/sbin/depmod"),
+    ("libc6-dev", "/usr/include/stdlib.h"),
+    ("libelf-dev", "/usr/include/libelf.h"),
+    ("make", "/usr/bin/make"),
+    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
+    ("util-linux", "/usr/bin/setpriv"),
+    ("xz-utils", "/usr/bin/xz"),
+    ("zstd", "/usr/bin/zstd"),
+];
+/// What makes a system with systemd for one of them.
+const SYSTEM_PACKAGES: [(&str, &str); 2] = [
+    ("e2fsprogs", "/sbin/mke2fs|/usr/sbin/mke2fs"),
+    ("mmdebstrap", "/usr/bin/mmdebstrap"),
+];
 const COMPILER: [(&str, &str); 3] = [
     ("rustc-web", "/usr/bin/rustc"),
     ("cargo-web", "/usr/bin/cargo"),
@@ -99,14 +125,41 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
     Ok(())
 }
 
+/// Installs what virtual machines need and is not there, and what a `system` on a disk does.
+pub(crate) fn vm(system: bool) -> Result<()> {
+    let wanted: Vec<_> = VM_PACKAGES
+        .into_iter()
+        .chain(SYSTEM_PACKAGES.into_iter().filter(|_| system))
+        .collect();
+    let missing = absent(&wanted);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let facts = facts();
+    let step = Step::Packages(missing);
+    if !facts.can_install {
+        bail!(
+            "virtual machines need packages that this user may not install; run {}",
+            step.command(&facts)
+        );
+    }
+    quiet(&format!("setup: {step}"), &mut step.effect(&facts))?;
+    let left = absent(&wanted);
+    if !left.is_empty() {
+        bail!("after installing, this is still missing: {}", left.join(", "));
+    }
+    Ok(())
+}
+
+fn absent(list: &[(&'static str, &str)]) -> Vec<&'static str> {
+    let there = |paths: &str| paths.split('|').any(|path| Path::new(path).exists());
+    list.iter()
+        .filter(|(_, paths)| !there(paths))
+        .map(|(package, _)| *package)
+        .collect()
+}
+
 fn facts() -> Facts {
-    let absent = |list: &[(&'static str, &str)]| {
-        let there = |paths: &str| paths.split('|').any(|path| Path::new(path).exists());
-        list.iter()
-            .filter(|(_, paths)| !there(paths))
-            .map(|(package, _)| *package)
-            .collect()
-    };
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
     let sysroot = read("rustc", &["--print", "sysroot"]).unwrap_or_default();
     let sources = |sysroot: &str| Path::new(sysroot).join("lib/rustlib/src/rust/library/core").exists();

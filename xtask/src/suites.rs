@@ -49,7 +49,8 @@ pub(crate) fn bench() -> Result<()> {
     shown(as_root(&built("bench"))?.env("ENFORCER_BIN", built("enforcer")))
 }
 
-fn build() -> Result<()> {
+/// Builds the binary and all suites.
+pub(crate) fn build() -> Result<()> {
     setup::run(false)?;
     let what = "build enforcer and its suites (two minutes when nothing is built yet)";
     quiet(

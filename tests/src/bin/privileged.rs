@@ -1,14 +1,16 @@
-//! Runs the privileged suite for one backend. Names given as arguments choose cases; `--list` lists them with the backends that each
-//! is run on.
+//! Runs the privileged suite for one backend. A part of a name given as argument chooses cases, and so does `ENFORCER_TEST_CASES`, a
+//! list of names or beginnings of names (`d3_*`) with commas between; `--list` lists them with the backends that each is run on.
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode, sync::Arc};
 
+use anyhow::Result;
 use clap::{Parser, ValueEnum as _};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 use nix::unistd::geteuid;
 use tests::{
     backend::{self, Backend},
-    cases::Case,
+    cases::{self, Case},
+    record::Record,
 };
 
 /// The privileged suite.
@@ -27,16 +29,14 @@ fn main() -> ExitCode {
         eprintln!("the privileged suite did not run: it needs root; run it through `cargo xtask test`");
         return ExitCode::from(2);
     }
-    if let Err(error) = backend.map_or(Ok(()), Backend::choose) {
-        eprintln!("{error:#}");
-        return ExitCode::from(2);
-    }
-    let chosen = backend.or_else(|| (!arguments.list).then(Backend::current));
-    let trials = tests::cases::all()
-        .into_iter()
-        .filter(|case| chosen.is_none_or(|backend| case.on.contains(&backend)))
-        .map(|case| trial(case, chosen));
-    let conclusion: Conclusion = libtest_mimic::run(&arguments, trials.collect());
+    let trials = match trials(backend, &arguments) {
+        Ok(trials) => trials,
+        Err(error) => {
+            eprintln!("the privileged suite did not run: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    let conclusion: Conclusion = libtest_mimic::run(&arguments, trials);
     backend::clean_up();
     match tests::world::leftovers() {
         Ok(left) if left.is_empty() => conclusion.exit_code(),
@@ -51,11 +51,28 @@ fn main() -> ExitCode {
     }
 }
 
+/// The cases chosen, for the backend chosen.
+fn trials(backend: Option<Backend>, arguments: &Arguments) -> Result<Vec<Trial>> {
+    backend.map_or(Ok(()), Backend::choose)?;
+    let chosen = backend.or_else(|| (!arguments.list).then(Backend::current));
+    let record = Arc::new(Record::open()?);
+    let cases = cases::chosen(&env::var("ENFORCER_TEST_CASES").unwrap_or_default())?;
+    let run = cases
+        .into_iter()
+        .filter(|case| chosen.is_none_or(|backend| case.on.contains(&backend)));
+    Ok(run.map(|case| trial(case, chosen, Arc::clone(&record))).collect())
+}
+
 /// Its kind is the backend that it is run on, or all of them.
-fn trial(case: Case, chosen: Option<Backend>) -> Trial {
+fn trial(case: Case, chosen: Option<Backend>, record: Arc<Record>) -> Trial {
     let Case { name, on, run } = case;
     let all = chosen.as_ref().map_or(on, std::slice::from_ref);
     let names = all.iter().filter_map(Backend::to_possible_value);
     let kind: Vec<String> = names.map(|value| value.get_name().to_owned()).collect();
-    Trial::test(name, move || run().map_err(|error| Failed::from(format!("{error:?}")))).with_kind(kind.join(" "))
+    let recorded = name.clone();
+    let test = move || {
+        let result = record.case(&recorded, run);
+        result.map_err(|error| Failed::from(format!("{error:?}")))
+    };
+    Trial::test(name, test).with_kind(kind.join(" "))
 }

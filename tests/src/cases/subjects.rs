@@ -22,6 +22,7 @@ use super::{Case, case};
 use crate::{
     attack::{GREETING, Way},
     backend::{Backend, EBPF},
+    kernel::cannot,
     world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary, ran, until},
 };
 
@@ -185,12 +186,18 @@ fn user_and_network() -> Result<()> {
     let attack = world.attack(NOBODY).anywhere().to(to);
     let attack = attack.program(&["sh", "-c", &enter, "sh"], copy).flag("--as-is");
     attack.reaches()?;
-    attack.clone().way(Way::Mptcp).reaches()?;
+    match cannot(Way::Mptcp) {
+        Some(errno) => attack.clone().way(Way::Mptcp).fails_by(errno)?,
+        None => attack.clone().way(Way::Mptcp).reaches()?,
+    }
     world.configure_one(&[format!("tcp://{to}")], r#"["root"]"#)?;
     let _daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
     // §5: what arrives here from another namespace is no call below our cgroup, and no packet that leaves or is forwarded.
     let nftables = Backend::current().is_nftables();
-    for way in [Way::Plain, Way::Mapped, Way::Mptcp] {
+    for way in [Way::Plain, Way::Mapped, Way::Mptcp]
+        .into_iter()
+        .filter(|way| cannot(*way).is_none())
+    {
         attack.clone().way(way).succeeds(nftables)?;
     }
     let events = world.enforcer(&["events", "--json"])?.demand(0)?.stdout;

@@ -1,0 +1,98 @@
+//! §5: what the kernel has, what `auto` makes of it, and that what it lacks is told.
+
+use anyhow::{Result, ensure};
+use clap::ValueEnum as _;
+use enforcer::host::cgroup2_mount;
+
+use super::{Case, case};
+use crate::{
+    attack::Way,
+    kernel::{Feature, has, lacking, lacks},
+    world::{NOBODY, World},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("kernel_has_what_it_should", as_said),
+        case("s5_auto_takes_what_the_kernel_has", auto),
+        case("s5_a_backend_that_cannot_be_is_refused", refused),
+    ]
+}
+
+fn as_said() -> Result<()> {
+    let lacking = lacking()?;
+    let mut wrong = Vec::new();
+    for feature in Feature::value_variants() {
+        let (has, should) = (has(*feature)?, !lacking.contains(feature));
+        if has != should {
+            wrong.push(format!("{feature:?}: there: {has}, should be: {should}"));
+        }
+    }
+    ensure!(wrong.is_empty(), "the kernel is not as said: {}", wrong.join("; "));
+    Ok(())
+}
+
+/// eBPF wherever it can be, else nftables by itself, with the reason in `status`.
+fn auto() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let attack = world.attack(NOBODY);
+    attack.reaches()?;
+    let here = world.here();
+    world.configure(&format!(
+        "backend = \"auto\"\n[target.main]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\n"
+    ))?;
+    let daemon = world.daemon()?;
+    let status = world.status()?;
+    if lacks(Feature::Bpf) || lacks(Feature::Cgroup2) {
+        ensure!(status["backend"] == "nftables", "{status}");
+        ensure!(daemon.log().contains("auto chose nftables"), "{}", daemon.log());
+        ensure!(status.to_string().contains("auto chose nftables"), "{status}");
+        for way in [Way::Plain, Way::Mapped, Way::FastOpenSendto] {
+            attack.clone().way(way).is_reset()?;
+            world.attack(0).way(way).reaches()?;
+        }
+    } else {
+        ensure!(status["backend"] == "ebpf", "{status}");
+        let subject = if lacks(Feature::Btf) { "task" } else { "task+socket" };
+        ensure!(status["subject"] == subject, "not {subject}: {status}");
+        for way in [Way::Plain, Way::Mapped, Way::FastOpenSendto] {
+            attack.clone().way(way).is_refused()?;
+            world.attack(0).way(way).reaches()?;
+        }
+    }
+    drop(daemon);
+    world.enforcer(&["unload"])?.demand(0)?;
+    attack.reaches()
+}
+
+/// Asked for by name, a backend that the kernel cannot have is an error in one line, and nothing is half in force.
+fn refused() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    for backend in ["ebpf", "both"] {
+        world.configure(&format!(
+            "backend = {backend:?}\n[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
+            world.here()
+        ))?;
+        let applied = world.enforcer(&["apply"])?;
+        if lacks(Feature::Bpf) || lacks(Feature::Cgroup2) {
+            let applied = applied.demand(2)?;
+            ensure!(applied.stderr.lines().count() == 1, "{}", applied.stderr);
+            let missing = if cgroup2_mount()?.is_none() { "cgroup v2" } else { "bpf" };
+            ensure!(
+                applied.stderr.to_lowercase().contains(missing),
+                "{missing}: {}",
+                applied.stderr
+            );
+            world.attack(NOBODY).reaches()?;
+        } else {
+            applied.demand(0)?;
+            world.attack(NOBODY).is_refused()?;
+            world.enforcer(&["unload"])?.demand(0)?;
+        }
+    }
+    Ok(())
+}

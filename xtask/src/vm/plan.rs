@@ -1,0 +1,217 @@
+//! What a guest runs: named parts of the privileged suite, each with a backend, for each layout of the cgroup hierarchies.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::table::Entry;
+
+/// What the guest reads.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Plan {
+    pub(super) modules: Vec<String>,
+    /// A device with a system of its own to go on with.
+    pub(super) root: Option<String>,
+    pub(super) lacks: Vec<String>,
+    pub(super) hierarchies: Vec<Phase>,
+    pub(super) arguments: Vec<String>,
+    /// How many times slower than a machine it may be.
+    pub(super) slowness: u32,
+    pub(super) shell: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Phase {
+    pub(super) name: &'static str,
+    pub(super) lacks: Vec<String>,
+    pub(super) suites: Vec<Part>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Part {
+    /// Name and backend.
+    pub(super) name: String,
+    pub(super) environment: BTreeMap<String, String>,
+    pub(super) arguments: Vec<String>,
+}
+
+/// A part of the suite.
+#[derive(Debug)]
+pub(super) struct Suite {
+    pub(super) name: &'static str,
+    /// What enforces, as the column says; cases that say so themselves use others besides.
+    pub(super) backend: &'static str,
+    /// Names of cases, and beginnings of names.
+    cases: &'static [&'static str],
+    /// Where all of them run, and where only some.
+    layouts: &'static [&'static str],
+    /// Without these it cannot run; what is expected then is a case of suite `kernel`.
+    needs: &'static [&'static str],
+}
+
+const ALL: &[&str] = &["unified", "hybrid", "none"];
+const BPF: &[&str] = &["bpf", "cgroup2"];
+
+/// The layouts, and what is lacking with each.
+pub(super) const LAYOUTS: [(&str, &[&str]); 3] = [("unified", &[]), ("hybrid", &[]), ("none", &["cgroup2"])];
+/// The layout that systemd makes, in a guest that has one.
+pub(super) const SYSTEMD: &str = "systemd";
+
+/// What every run has: well under a minute a guest, under emulation.
+pub(super) const SUITES: [Suite; 8] = [
+    Suite {
+        name: "kernel",
+        backend: "auto",
+        cases: &[
+            "kernel_*",
+            "s5_auto_takes_what_the_kernel_has",
+            "s5_a_backend_that_cannot_be_is_refused",
+        ],
+        layouts: ALL,
+        needs: &[],
+    },
+    Suite {
+        name: "ways",
+        backend: "ebpf",
+        cases: &[
+            "d2_d4_d5_way_*",
+            "d4_d5_ipv6_ways",
+            "d5_bind_to_device",
+            "d1_nothing_else_is_touched",
+        ],
+        layouts: &["unified"],
+        needs: BPF,
+    },
+    Suite {
+        name: "root cgroup",
+        backend: "ebpf",
+        cases: &[
+            "d2_d4_d5_root_cgroup_way_Plain",
+            "d2_d4_d5_root_cgroup_way_Mapped",
+            "d2_d4_d5_root_cgroup_way_Unspecified6Mapped",
+            "d2_d4_d5_root_cgroup_way_UdpSendto",
+            "d3_cgroup_v1_is_no_way_out",
+        ],
+        layouts: &["unified", "hybrid"],
+        needs: BPF,
+    },
+    Suite {
+        name: "users",
+        backend: "ebpf",
+        cases: &[
+            "d3_who_*",
+            "d3_both_users_may_be_allowed_by_different_principals",
+            "d3_setuid_root_binary",
+            "principal_*",
+        ],
+        layouts: &["unified"],
+        needs: BPF,
+    },
+    Suite {
+        name: "namespaces",
+        backend: "ebpf",
+        cases: &["d6_*", "d7_*", "d3_root_of_a_user_and_network_namespace"],
+        layouts: &["unified"],
+        needs: BPF,
+    },
+    Suite {
+        name: "restart",
+        backend: "ebpf",
+        cases: &[
+            "f1_enforcement_outlives_the_daemon",
+            "f1_only_unload_removes_and_only_its_own",
+            "f5_*",
+        ],
+        layouts: &["unified", "hybrid"],
+        needs: BPF,
+    },
+    Suite {
+        name: "ways",
+        backend: "nftables",
+        cases: &["s5_nftables_way_*", "p3_nftables_does_not_switch_conntrack_on"],
+        layouts: ALL,
+        needs: &[],
+    },
+    Suite {
+        name: "both",
+        backend: "both",
+        cases: &[
+            "s5_both_is_refused_by_each",
+            "s5_forwarded_connections_are_refused",
+            "s5_nftables_sees_whoever_opened_the_socket",
+        ],
+        layouts: &["unified"],
+        needs: BPF,
+    },
+];
+
+/// The whole suite.
+pub(super) const WHOLE: [Suite; 2] = [
+    Suite {
+        name: "all",
+        backend: "ebpf",
+        cases: &[],
+        layouts: &["unified", "hybrid"],
+        needs: BPF,
+    },
+    Suite {
+        name: "all",
+        backend: "nftables",
+        cases: &[
+            "s5_nftables_*",
+            "f5_nftables_*",
+            "f2_nftables_*",
+            "f3_f7_nftables_*",
+            "kernel_*",
+            "p3_*",
+        ],
+        layouts: ALL,
+        needs: &[],
+    },
+];
+
+impl Suite {
+    /// The column's name.
+    pub(super) fn title(&self) -> String {
+        format!("{} {}", self.name, self.backend)
+    }
+
+    /// Whether it has a cell in this row.
+    fn runs(&self, layout: &str, lacks: &[String]) -> bool {
+        self.layouts.contains(&layout) && !self.needs.iter().any(|need| lacks.iter().any(|lack| lack == need))
+    }
+}
+
+/// What one kernel's guest is to do.
+pub(super) fn plan(entry: &Entry, suites: &[Suite], backends: &[String], filter: Option<&str>, shell: bool) -> Plan {
+    let phases = LAYOUTS.map(|(layout, missing)| {
+        let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        let lacks = [entry.lacks.clone(), missing.clone()].concat();
+        let wanted = suites
+            .iter()
+            .filter(|suite| suite.runs(layout, &lacks))
+            .filter(|suite| backends.is_empty() || backends.iter().any(|backend| backend == suite.backend));
+        let part = |suite: &Suite| Part {
+            name: suite.title(),
+            environment: BTreeMap::from([
+                ("ENFORCER_TEST_CASES".to_owned(), suite.cases.join(",")),
+                ("ENFORCER_TEST_BACKEND".to_owned(), suite.backend.to_owned()),
+            ]),
+            arguments: Vec::new(),
+        };
+        Phase {
+            name: layout,
+            lacks: missing,
+            suites: wanted.map(part).collect(),
+        }
+    });
+    Plan {
+        modules: Vec::new(),
+        root: None,
+        lacks: entry.lacks.clone(),
+        hierarchies: phases.into_iter().filter(|phase| !phase.suites.is_empty()).collect(),
+        arguments: filter.map(str::to_owned).into_iter().collect(),
+        slowness: 1,
+        shell,
+    }
+}
