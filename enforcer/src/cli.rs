@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::{
     backend::{self, InForce, nftables::dropin},
     client,
-    config::{self, Config},
+    config::{self, Config, ConfigError, Settings},
     control::{self, ControlError, Reply, Request},
     daemon, host,
     status::{Context, State, Status, status},
@@ -175,7 +175,7 @@ fn run(cli: &Cli) -> Result<Answer> {
     let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
     // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be there.
     if cli.config.as_deref() == Some(Path::new(config::DEFAULT_PATH)) && !config.exists() {
-        return Err(config::ConfigError::Missing { path: config.into() }.into());
+        return Err(ConfigError::Missing { path: config.into() }.into());
     }
     match &cli.command {
         Command::Run => runtime()?
@@ -236,14 +236,36 @@ fn answer_of(status: &Status) -> Answer {
     }
 }
 
+/// Where the instance is: of a file that is wrong somewhere, by the lines that say it alone, and a warning. To be asked, a daemon
+/// needs no good configuration, and who is called at three in the morning may have just a bad one (F4).
+fn place(path: &Path) -> Result<Settings> {
+    place_or(path, path == Path::new(config::DEFAULT_PATH))
+}
+
+fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
+    let error = match Config::load(path) {
+        Ok(config) => return Ok(config.settings),
+        Err(error) => error,
+    };
+    let settings = match &error {
+        ConfigError::Missing { .. } => None,
+        ConfigError::Unreadable { .. } => lenient.then(Settings::default),
+        ConfigError::TooLong { .. } | ConfigError::At { .. } => config::place(path, lenient),
+    };
+    let Some(settings) = settings else {
+        return Err(error.into());
+    };
+    let _ = writeln!(io::stderr(), "enforcer: warning: {error}");
+    Ok(settings)
+}
+
 fn show_status(config: &Path, json: &Json) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let settings = &config.settings;
+    let settings = &place(config)?;
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
         Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
-        Err(ControlError::NoDaemon { .. }) => status_from_pins(&config)?,
+        Err(ControlError::NoDaemon { .. }) => status_from_pins(settings)?,
         Err(error) => return Err(error.into()),
     };
     print_one(&status, json, Status::render)?;
@@ -251,8 +273,7 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
 }
 
 /// What is in force, as the kernel alone tells.
-fn status_from_pins(config: &Config) -> Result<Status> {
-    let settings = &config.settings;
+fn status_from_pins(settings: &Settings) -> Result<Status> {
     let cgroup = match &settings.cgroup {
         Some(cgroup) => cgroup.clone(),
         None => host::cgroup2_mount()?.unwrap_or_default(),
@@ -275,9 +296,9 @@ fn status_from_pins(config: &Config) -> Result<Status> {
 }
 
 fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
-    let config = Config::load(config)?;
+    let socket = place(config)?.socket;
     let request = Request::Events { follow: events.follow };
-    runtime()?.block_on(control::ask_many(&config.settings.socket, &request, |reply| {
+    runtime()?.block_on(control::ask_many(&socket, &request, |reply| {
         let Reply::Event(line) = reply else { return Ok(()) };
         let mut out = io::stdout().lock();
         if events.json.json {
@@ -292,15 +313,15 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
 }
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let status = client::refresh_blocking(&config.settings.socket, refresh.timeout.into())?;
+    let socket = place(config)?.socket;
+    let status = client::refresh_blocking(&socket, refresh.timeout.into())?;
     print_one(&status, &refresh.json, Status::render)?;
     Ok(answer_of(&status))
 }
 
 fn unload(config: &Path) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let settings = &config.settings;
+    // Nothing may be said to be gone that lies elsewhere.
+    let settings = &place_or(config, false)?;
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
         Ok(_) => {
             print("unloaded: nothing is in force any more; the daemon has ended\n")?;
