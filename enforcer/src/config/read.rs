@@ -122,23 +122,29 @@ pub(super) fn state_dir(text: &str) -> Option<PathBuf> {
 
 /// Where an instance is to be found, each key from its own line.
 pub(super) fn place(text: &str, lenient: bool) -> Option<Settings> {
+    place_of(text, lenient).ok()
+}
+
+fn place_of(text: &str, lenient: bool) -> Result<Settings, Unread> {
     let default = Settings::default();
-    // A line that cannot be read is as none if that will do.
-    fn or<T>(read: Result<Option<T>, Unread>, lenient: bool) -> Option<Option<T>> {
-        read.or(if lenient { Ok(None) } else { Err(Unread) }).ok()
-    }
-    let at =
-        |key, refuse: fn(&Path) -> Option<ConfigFault>| or(line_of(text, key, |top| path(top, key, refuse)), lenient);
-    Some(Settings {
+    let at = |key, refuse: fn(&Path) -> Option<ConfigFault>| {
+        or_none(line_of(text, key, |top| path(top, key, refuse)), lenient)
+    };
+    Ok(Settings {
         socket: at("socket", socket)?.unwrap_or(default.socket),
         pin_dir: at("pin_dir", pin_dir)?.unwrap_or(default.pin_dir),
         state_dir: at("state_dir", |_| None)?.unwrap_or(default.state_dir),
         cgroup: at("cgroup", |_| None)?,
-        nft_table: or(line_of(text, "nft_table", table_name), lenient)?.unwrap_or(default.nft_table),
+        nft_table: or_none(line_of(text, "nft_table", table_name), lenient)?.unwrap_or(default.nft_table),
         backend: default.backend,
         existing: default.existing,
         forward: default.forward,
     })
+}
+
+/// A line that cannot be read is as none if that will do.
+fn or_none<T>(read: Result<Option<T>, Unread>, lenient: bool) -> Result<Option<T>, Unread> {
+    read.or(if lenient { Ok(None) } else { Err(Unread) })
 }
 
 /// What is wrong and where, in bytes.
