@@ -39,7 +39,11 @@ fn from_outside(config: &Path) -> Result<Verification> {
         return Ok(in_force.verify(&rules, wanted.settings(), cgroup)?);
     }
     let mut comparison = Comparison::default();
-    let backend = wanted.settings().backend.to_string();
-    comparison.words("backend", "in force", &backend, "nothing");
+    let what = format!(
+        "{} targets, backend = {:?}",
+        wanted.policy().targets.len(),
+        wanted.settings().backend.to_string()
+    );
+    comparison.words("backend", "in force", &what, "nothing");
     Ok(comparison.finish("configuration", "none", 0))
 }
