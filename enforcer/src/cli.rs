@@ -27,7 +27,8 @@ use crate::{
 
 /// Lets only chosen local users open connections to this host's sensitive endpoints.
 ///
-/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, nothing in force); 2 it could not be done.
+/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, drifted, nothing in force, something weakens); 2 it could not be done, or not be
+/// looked at.
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
@@ -80,7 +81,7 @@ enum Command {
     Unload,
     /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
     ///
-    /// Exit codes: 0 nothing weakens it; 1 something does; 2 something could not be looked at.
+    /// Exit codes: 0 nothing weakens it; 1 something does; 2 nothing was found, but something could not be looked at.
     Doctor(doctor::Doctor),
     /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
     ///
@@ -129,7 +130,7 @@ struct Refresh {
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
     /// Read the configuration and say what is wrong with it
-    Check,
+    Check(Json),
     /// Show it whole, defaults included, with what each key means
     Show(Json),
 }
@@ -195,14 +196,17 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Unload => unload(config),
         Command::Doctor(doctor) => doctor::run(config, doctor),
         Command::Verify(json) => verify::run(config, json),
-        Command::Config(ConfigCommand::Check) => check_config(config),
+        Command::Config(ConfigCommand::Check(json)) => check_config(config, json),
         Command::Config(ConfigCommand::Show(json)) => {
             let config = Config::load(config)?;
-            print(&if json.json {
-                serde_json::to_string_pretty(&config)?
-            } else {
-                config.show()
-            })
+            print_one(
+                &Shown {
+                    schema: "enforcer/config/1",
+                    config: &config,
+                },
+                json,
+                |shown| shown.config.show(),
+            )
         }
     }
 }
@@ -351,16 +355,41 @@ fn tell_what_stays() -> Result<Answer> {
     ))
 }
 
-fn check_config(path: &Path) -> Result<Answer> {
+/// `enforcer config show --json`.
+#[derive(Serialize)]
+struct Shown<'a> {
+    schema: &'static str,
+    #[serde(flatten)]
+    config: &'a Config,
+}
+
+/// `enforcer config check --json`, of a good one.
+#[derive(Serialize)]
+struct Checked {
+    schema: &'static str,
+    path: String,
+    targets: usize,
+    warnings: Vec<String>,
+}
+
+fn check_config(path: &Path, json: &Json) -> Result<Answer> {
     let wanted = daemon::Wanted::load(path)?;
-    for warning in wanted.warnings() {
-        print(&format!("{}: warning: {warning}\n", path.display()))?;
-    }
-    print(&format!(
-        "{}: good, {} targets\n",
-        path.display(),
-        wanted.policy().targets.len()
-    ))
+    let checked = Checked {
+        schema: "enforcer/config-check/1",
+        path: path.display().to_string(),
+        targets: wanted.policy().targets.len(),
+        warnings: wanted.warnings().to_vec(),
+    };
+    print_one(&checked, json, |checked| {
+        let Checked {
+            path,
+            targets,
+            warnings,
+            ..
+        } = checked;
+        let warnings = warnings.iter().map(|warning| format!("{path}: warning: {warning}\n"));
+        warnings.collect::<String>() + &format!("{path}: good, {targets} targets\n")
+    })
 }
 
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {

@@ -317,7 +317,17 @@ fn config_show() -> Result<()> {
     fs::write(world.path("enforcer.toml"), &shown)?;
     let again = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
     ensure!(shown == again && shown.contains('#'), "{shown}\n---\n{again}");
-    serde_json::from_str::<Value>(&world.enforcer(&["config", "show", "--json"])?.demand(0)?.stdout)?;
+    for (words, schema) in [
+        (["config", "show", "--json"], "enforcer/config/1"),
+        (["config", "check", "--json"], "enforcer/config-check/1"),
+    ] {
+        let text = world.enforcer(&words)?.demand(0)?.stdout;
+        let json: Value = serde_json::from_str(&text)?;
+        ensure!(
+            json["schema"] == schema && text.ends_with('\n') && text.lines().count() == 1,
+            "{words:?}: {text}"
+        );
+    }
     world.enforcer(&["config", "check"])?.demand(0).map(drop)
 }
 
