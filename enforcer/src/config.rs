@@ -77,7 +77,7 @@ pub struct Settings {
     pub forward: Forward,
     /// The directory of our pins, below a bpffs.
     pub pin_dir: PathBuf,
-    /// Where the last known addresses of names are kept.
+    /// Where `last-good.json` and `grants.json` are kept.
     pub state_dir: PathBuf,
     /// The control socket.
     pub socket: PathBuf,
