@@ -72,9 +72,18 @@ pub fn read(dir: &Path) -> Settings {
         Err(error) if error.is_missing() => split(main()),
         Err(error) => (main().ok().flatten(), Some(error)),
     };
-    let silent = || BoshError {
-        path: places(dir, SETTINGS).1,
-        fault: BoshFault::NoUrl,
+    // The one that was read.
+    let silent = || {
+        let (first, second) = places(dir, SETTINGS);
+        let path = if first.symlink_metadata().is_ok() {
+            first
+        } else {
+            second
+        };
+        BoshError {
+            path,
+            fault: BoshFault::NoUrl,
+        }
     };
     Settings {
         fault: fault.or_else(|| bus.is_none().then(silent)),

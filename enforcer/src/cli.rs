@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::{
     backend::{self, InForce, nftables::dropin},
     client,
-    config::{self, Config},
+    config::{self, Config, ConfigError, Settings},
     control::{self, ControlError, Reply, Request},
     daemon, host,
     status::{Context, State, Status, status},
@@ -27,7 +27,8 @@ use crate::{
 
 /// Lets only chosen local users open connections to this host's sensitive endpoints.
 ///
-/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, nothing in force); 2 it could not be done.
+/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, drifted, nothing in force, something weakens); 2 it could not be done, or not be
+/// looked at.
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
@@ -80,7 +81,7 @@ enum Command {
     Unload,
     /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
     ///
-    /// Exit codes: 0 nothing weakens it; 1 something does; 2 something could not be looked at.
+    /// Exit codes: 0 nothing weakens it; 1 something does; 2 nothing was found, but something could not be looked at.
     Doctor(doctor::Doctor),
     /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
     ///
@@ -129,7 +130,7 @@ struct Refresh {
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
     /// Read the configuration and say what is wrong with it
-    Check,
+    Check(Json),
     /// Show it whole, defaults included, with what each key means
     Show(Json),
 }
@@ -175,7 +176,7 @@ fn run(cli: &Cli) -> Result<Answer> {
     let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
     // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be there.
     if cli.config.as_deref() == Some(Path::new(config::DEFAULT_PATH)) && !config.exists() {
-        return Err(config::ConfigError::Missing { path: config.into() }.into());
+        return Err(ConfigError::Missing { path: config.into() }.into());
     }
     match &cli.command {
         Command::Run => runtime()?
@@ -195,14 +196,17 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Unload => unload(config),
         Command::Doctor(doctor) => doctor::run(config, doctor),
         Command::Verify(json) => verify::run(config, json),
-        Command::Config(ConfigCommand::Check) => check_config(config),
+        Command::Config(ConfigCommand::Check(json)) => check_config(config, json),
         Command::Config(ConfigCommand::Show(json)) => {
             let config = Config::load(config)?;
-            print(&if json.json {
-                serde_json::to_string_pretty(&config)?
-            } else {
-                config.show()
-            })
+            print_one(
+                &Shown {
+                    schema: "enforcer/config/1",
+                    config: &config,
+                },
+                json,
+                |shown| shown.config.show(),
+            )
         }
     }
 }
@@ -236,14 +240,36 @@ fn answer_of(status: &Status) -> Answer {
     }
 }
 
+/// Where the instance is: of a file that is wrong somewhere, by the lines that say it alone, and a warning. To be asked, a daemon
+/// needs no good configuration, and who is called at three in the morning may have just a bad one (F4).
+fn place(path: &Path) -> Result<Settings> {
+    place_or(path, path == Path::new(config::DEFAULT_PATH))
+}
+
+fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
+    let error = match Config::load(path) {
+        Ok(config) => return Ok(config.settings),
+        Err(error) => error,
+    };
+    let settings = match &error {
+        ConfigError::Missing { .. } => None,
+        ConfigError::Unreadable { .. } => lenient.then(Settings::default),
+        ConfigError::TooLong { .. } | ConfigError::At { .. } => config::place(path, lenient),
+    };
+    let Some(settings) = settings else {
+        return Err(error.into());
+    };
+    let _ = writeln!(io::stderr(), "enforcer: warning: {error}");
+    Ok(settings)
+}
+
 fn show_status(config: &Path, json: &Json) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let settings = &config.settings;
+    let settings = &place(config)?;
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
         Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
-        Err(ControlError::NoDaemon { .. }) => status_from_pins(&config)?,
+        Err(ControlError::NoDaemon { .. }) => status_from_pins(settings)?,
         Err(error) => return Err(error.into()),
     };
     print_one(&status, json, Status::render)?;
@@ -251,8 +277,7 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
 }
 
 /// What is in force, as the kernel alone tells.
-fn status_from_pins(config: &Config) -> Result<Status> {
-    let settings = &config.settings;
+fn status_from_pins(settings: &Settings) -> Result<Status> {
     let cgroup = match &settings.cgroup {
         Some(cgroup) => cgroup.clone(),
         None => host::cgroup2_mount()?.unwrap_or_default(),
@@ -275,9 +300,9 @@ fn status_from_pins(config: &Config) -> Result<Status> {
 }
 
 fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
-    let config = Config::load(config)?;
+    let socket = place(config)?.socket;
     let request = Request::Events { follow: events.follow };
-    runtime()?.block_on(control::ask_many(&config.settings.socket, &request, |reply| {
+    runtime()?.block_on(control::ask_many(&socket, &request, |reply| {
         let Reply::Event(line) = reply else { return Ok(()) };
         let mut out = io::stdout().lock();
         if events.json.json {
@@ -292,15 +317,15 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
 }
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let status = client::refresh_blocking(&config.settings.socket, refresh.timeout.into())?;
+    let socket = place(config)?.socket;
+    let status = client::refresh_blocking(&socket, refresh.timeout.into())?;
     print_one(&status, &refresh.json, Status::render)?;
     Ok(answer_of(&status))
 }
 
 fn unload(config: &Path) -> Result<Answer> {
-    let config = Config::load(config)?;
-    let settings = &config.settings;
+    // Nothing may be said to be gone that lies elsewhere.
+    let settings = &place_or(config, false)?;
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
         Ok(_) => {
             print("unloaded: nothing is in force any more; the daemon has ended\n")?;
@@ -330,16 +355,41 @@ fn tell_what_stays() -> Result<Answer> {
     ))
 }
 
-fn check_config(path: &Path) -> Result<Answer> {
+/// `enforcer config show --json`.
+#[derive(Serialize)]
+struct Shown<'a> {
+    schema: &'static str,
+    #[serde(flatten)]
+    config: &'a Config,
+}
+
+/// `enforcer config check --json`, of a good one.
+#[derive(Serialize)]
+struct Checked {
+    schema: &'static str,
+    path: String,
+    targets: usize,
+    warnings: Vec<String>,
+}
+
+fn check_config(path: &Path, json: &Json) -> Result<Answer> {
     let wanted = daemon::Wanted::load(path)?;
-    for warning in wanted.warnings() {
-        print(&format!("{}: warning: {warning}\n", path.display()))?;
-    }
-    print(&format!(
-        "{}: good, {} targets\n",
-        path.display(),
-        wanted.policy().targets.len()
-    ))
+    let checked = Checked {
+        schema: "enforcer/config-check/1",
+        path: path.display().to_string(),
+        targets: wanted.policy().targets.len(),
+        warnings: wanted.warnings().to_vec(),
+    };
+    print_one(&checked, json, |checked| {
+        let Checked {
+            path,
+            targets,
+            warnings,
+            ..
+        } = checked;
+        let warnings = warnings.iter().map(|warning| format!("{path}: warning: {warning}\n"));
+        warnings.collect::<String>() + &format!("{path}: good, {targets} targets\n")
+    })
 }
 
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {

@@ -77,7 +77,7 @@ pub struct Settings {
     pub forward: Forward,
     /// The directory of our pins, below a bpffs.
     pub pin_dir: PathBuf,
-    /// Where the last known addresses of names are kept.
+    /// Where `last-good.json` and `grants.json` are kept.
     pub state_dir: PathBuf,
     /// The control socket.
     pub socket: PathBuf,
@@ -217,16 +217,29 @@ impl Config {
 /// whatever is wrong with the rest of the file (F4). The default where there is no such line.
 #[must_use]
 pub fn state_dir(path: &Path) -> PathBuf {
+    let found = top_lines(path).and_then(|text| read::state_dir(&text));
+    found.unwrap_or_else(|| Settings::default().state_dir)
+}
+
+/// Where the instance of the file at `path` is to be found, each key taken from its line alone, whatever is wrong with the rest
+/// of the file (F4): a mistake in it must not keep anybody from asking the daemon. Defaults where there is no such line.
+///
+/// `None` where the file cannot be read; and where such a line itself is wrong, unless `lenient`: it named another place than the
+/// default, and what is done there would be done to another instance.
+#[must_use]
+pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
+    let text = top_lines(path)?;
+    read::place(&text, lenient)
+}
+
+/// The lines before the first section.
+fn top_lines(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_BYTES as u64).read_to_end(&mut bytes));
+    let file = File::open(path).ok()?;
+    file.take(MAX_BYTES as u64).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    let line = read.ok().and_then(|_| {
-        text.lines()
-            .take_while(|line| !line.trim_start().starts_with('['))
-            .filter_map(read::state_dir)
-            .last()
-    });
-    line.unwrap_or_else(|| Settings::default().state_dir)
+    let top = text.lines().take_while(|line| !line.trim_start().starts_with('['));
+    Some(top.fold(String::new(), |all, line| all + line + "\n"))
 }
 
 fn unreadable(path: &Path, cause: io::Error) -> ConfigError {

@@ -17,6 +17,7 @@ use tokio::{
 
 use crate::{
     events::{GrantEvent, Line},
+    host::START,
     status::Status,
     verify::Verification,
 };
@@ -203,7 +204,7 @@ pub enum ControlError {
         path: PathBuf,
     },
     /// No daemon answers.
-    #[error("no daemon answers on {}: {error}; start enforcer run", path.display())]
+    #[error("no daemon answers on {}: {error}; {START}", path.display())]
     NoDaemon {
         /// The socket.
         path: PathBuf,

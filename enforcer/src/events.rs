@@ -233,11 +233,7 @@ impl fmt::Display for Line {
             Self::Event(event) => event.fmt(f),
             Self::Existing(existing) => existing.fmt(f),
             Self::Grant(grant) => grant.fmt(f),
-            Self::Lost(lost) => write!(
-                f,
-                "{} denials were lost: they came faster than they were read",
-                lost.lost
-            ),
+            Self::Lost(lost) => write!(f, "{} events were lost: more came than were read", lost.lost),
         }
     }
 }
@@ -287,18 +283,29 @@ impl fmt::Display for Existing {
 
 impl fmt::Display for GrantEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {} to ", self.time, self.action, self.target)?;
+        let Self {
+            time, action, target, ..
+        } = self;
+        match action.as_str() {
+            "revoked" => write!(f, "{time} revoked {target} for ")?,
+            "expired" => write!(f, "{time} the grant of {target} to ")?,
+            action => write!(f, "{time} {action} {target} to ")?,
+        }
         match (self.user, &self.cgroup) {
             (Some(user), None) => write!(f, "user {user}")?,
             (Some(user), Some(cgroup)) => write!(f, "user {user} in {cgroup}")?,
             (None, cgroup) => write!(f, "anybody in {}", cgroup.as_deref().unwrap_or_default())?,
         }
-        match &self.expires {
-            Some(end) => write!(f, " until {end}")?,
-            None => f.write_str(" for good")?,
+        match (action.as_str(), &self.expires) {
+            ("revoked", _) => {}
+            ("expired", _) => f.write_str(" ended")?,
+            (_, Some(end)) => write!(f, " until {end}")?,
+            (_, None) => f.write_str(" until it is revoked")?,
         }
-        if let Some(before) = &self.expires_before {
-            write!(f, " (before: until {before})")?;
+        match self.expires_before.as_deref() {
+            Some("never") => f.write_str(" (before: until it is revoked)")?,
+            Some(before) => write!(f, " (before: until {before})")?,
+            None => {}
         }
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.uid) {
             write!(f, ", asked by {}[{pid}] uid {uid}", comm.escape_debug())?;
@@ -314,4 +321,47 @@ fn v6(address: Address) -> Ipv6Addr {
 
 fn first([word, ..]: Address) -> u32 {
     word
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grants_are_told_in_words() {
+        let told = |action: &str, expires: Option<&str>, before: Option<&str>| {
+            GrantEvent {
+                schema: "enforcer/grant/1".to_owned(),
+                time: "NOW".to_owned(),
+                action: action.to_owned(),
+                target: "monit".to_owned(),
+                user: Some(7),
+                cgroup: None,
+                expires: expires.map(str::to_owned),
+                expires_before: before.map(str::to_owned),
+                pid: None,
+                uid: None,
+                comm: None,
+            }
+            .to_string()
+        };
+        for (action, expires, before, words) in [
+            ("granted", Some("T"), None, "NOW granted monit to user 7 until T"),
+            ("granted", None, None, "NOW granted monit to user 7 until it is revoked"),
+            (
+                "renewed",
+                Some("T"),
+                Some("never"),
+                "NOW renewed monit to user 7 until T (before: until it is revoked)",
+            ),
+            ("revoked", Some("T"), None, "NOW revoked monit for user 7"),
+            ("expired", Some("T"), None, "NOW the grant of monit to user 7 ended"),
+        ] {
+            assert_eq!(told(action, expires, before), words);
+        }
+        assert_eq!(
+            Line::Lost(Lost::new(3)).to_string(),
+            "3 events were lost: more came than were read"
+        );
+    }
 }

@@ -18,6 +18,9 @@ use crate::{
     ruleset::{Cgroup, Host},
 };
 
+/// What to do where no daemon runs.
+pub(crate) const START: &str = "start the daemon (systemctl start enforcer, or sv start enforcer)";
+
 /// Every address of every interface of this network namespace (D7).
 pub fn local_addresses() -> io::Result<BTreeSet<IpAddr>> {
     Ok(nix::ifaddrs::getifaddrs()?

@@ -29,7 +29,7 @@ const MAX_BYTES: u64 = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// A file operation.
-    #[error("{action} {}: {error}", path.display())]
+    #[error("{action} {}: {error}; free space there, or mount it writable", path.display())]
     Io {
         /// What was tried.
         action: &'static str,

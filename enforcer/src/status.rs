@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::{backend::Observed, events};
+use crate::{backend::Observed, events, host::START};
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,7 +16,7 @@ pub struct Status {
     pub state: State,
     /// Why it is degraded, or off.
     pub causes: Vec<String>,
-    /// `ebpf`, `nftables` or `both`.
+    /// `ebpf`, `nftables` or `both`; `none` where nothing is in force.
     pub backend: String,
     /// Why `auto` took nftables, if it did.
     pub backend_reason: Option<String>,
@@ -49,6 +49,9 @@ pub struct Status {
     #[serde(default)]
     pub existing: Option<ExistingStatus>,
 }
+
+/// The backend where nothing is in force.
+const NOTHING: &str = "none";
 
 /// The state in a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,7 +166,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
     if let Some(observed) = observed {
         causes.extend(observed.faults.iter().cloned());
         if observed.by_daemon && context.daemon.is_none() {
-            causes.push("the daemon that put these rules in force does not answer; they stay, but names are not refreshed: start enforcer run".to_owned());
+            causes.push(format!("the daemon that put these rules in force does not answer; they stay, but names are not refreshed: {START}"));
         }
     }
     let on = observed.filter(|observed| observed.generation != 0);
@@ -175,7 +178,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         Some(_) => State::Enforcing,
     };
     if state == State::Off && causes.is_empty() {
-        causes.push("nothing is in force; start enforcer run, or enforcer apply".to_owned());
+        causes.push(format!("nothing is in force; {START}, or run enforcer apply"));
     }
     let targets = on
         .map(|observed| observed.targets.iter().map(target).collect())
@@ -201,7 +204,11 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
             running: context.daemon.is_some(),
             pid: context.daemon,
         },
-        backend: context.backend,
+        backend: if on.is_none() && !context.unread {
+            NOTHING.to_owned()
+        } else {
+            context.backend
+        },
         backend_reason: context.backend_reason,
         cgroup: context.cgroup,
         pin_dir: context.pin_dir,
@@ -233,6 +240,9 @@ impl Status {
         for cause in &self.causes {
             line("", &format!("! {cause}"));
         }
+        if self.state == State::Degraded && self.mode == "audit" {
+            line("mode", "audit: nothing is refused");
+        }
         if self.generation != 0 {
             line(
                 "rule set",
@@ -244,7 +254,9 @@ impl Status {
             "file" => "the user who opened the socket",
             _ => "the connecting task's user and the socket's owner",
         };
-        line("backend", &format!("{}, checks {subject}", self.backend));
+        if self.backend != NOTHING {
+            line("backend", &format!("{}, checks {subject}", self.backend));
+        }
         if let Some(reason) = &self.backend_reason {
             line("", reason);
         }
@@ -363,4 +375,32 @@ fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_says_no_more_than_is_so() {
+        let context = Context {
+            backend: "ebpf".to_owned(),
+            ..Context::default()
+        };
+        let mut off = status(None, context);
+        assert!(off.state == State::Off && off.backend == "none", "{off:?}");
+        let text = off.render();
+        assert!(
+            !text.contains("backend ") && text.contains("start the daemon"),
+            "{text}"
+        );
+        off.state = State::Degraded;
+        assert!(!off.render().contains("audit"), "{}", off.render());
+        off.mode = "audit".to_owned();
+        assert!(
+            off.render().contains("mode        audit: nothing is refused"),
+            "{}",
+            off.render()
+        );
+    }
 }

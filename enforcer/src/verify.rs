@@ -7,6 +7,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::host::START;
+
 /// Most differences that are listed; all are counted.
 const MAX_LISTED: usize = 256;
 
@@ -179,6 +181,12 @@ impl Verification {
             _ => "the configuration and the addresses known last; no daemon answers",
         };
         let total: u64 = self.counts.values().sum();
+        if self.backend == "none" {
+            let wanted = self.differences.first().and_then(|one| one.wanted.as_deref());
+            let _ = writeln!(text, "nothing is in force; wanted: {}", wanted.unwrap_or_default());
+            let _ = writeln!(text, "do: {START}, or run enforcer apply");
+            return text;
+        }
         let _ = if self.identical {
             writeln!(
                 text,
@@ -217,8 +225,9 @@ impl Verification {
         if !self.identical {
             let remedy = if self.against == "daemon" {
                 "the daemon restores this within seconds; find out who changed it (nft monitor, bpftool, the audit log)"
+                    .to_owned()
             } else {
-                "start enforcer run, or enforcer apply, to put in force what is wanted; find out who changed it"
+                format!("{START}, or run enforcer apply, to put in force what is wanted; find out who changed it")
             };
             let _ = writeln!(text, "do: {remedy}");
         }

@@ -20,7 +20,7 @@ pub struct BoshError {
 #[derive(Debug, Error)]
 pub enum BoshFault {
     /// It is not there, or not yet.
-    #[error("no such file")]
+    #[error("no such file, not there yet: the agent writes it; or name its directory with `dir` in [bosh]")]
     Missing,
     /// Whatever is behind it could be anybody's.
     #[error("a symbolic link, which is not followed; put the file there itself")]
@@ -40,10 +40,10 @@ pub enum BoshFault {
     #[error("longer than {} MiB; no agent's settings are", MAX_BYTES >> 20)]
     TooLong,
     /// A file operation.
-    #[error("read: {0}")]
+    #[error("read: {0}; have the agent or the director write it anew")]
     Read(io::Error),
     /// Not JSON. The parser gives line and column and quotes nothing.
-    #[error("not JSON, or not whole: {0}")]
+    #[error("not JSON, or not whole: {0}; have the agent or the director write it anew")]
     Json(serde_json::Error),
     /// A value of another kind.
     #[error("{} is {found} instead of {expected}", if key.is_empty() { "the whole" } else { key })]
@@ -56,7 +56,7 @@ pub enum BoshFault {
         expected: &'static str,
     },
     /// Nothing of a message bus in it.
-    #[error("neither mbus nor env.bosh.mbus.urls names a message bus")]
+    #[error("neither mbus nor env.bosh.mbus.urls names a message bus; set mbus, or configure [target.nats]")]
     NoUrl,
     /// A URL that cannot be protected.
     #[error("message-bus URL {url}: {problem}; expected nats://, tls:// or tcp:// with HOST:PORT")]
@@ -67,7 +67,7 @@ pub enum BoshFault {
         problem: String,
     },
     /// F7.
-    #[error("{found} message-bus URLs are more than the maximum of {MAX_URLS}")]
+    #[error("{found} message-bus URLs are more than the maximum of {MAX_URLS}; configure [target.nats] with prefixes")]
     TooMany {
         /// How many.
         found: usize,

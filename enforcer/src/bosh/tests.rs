@@ -166,6 +166,27 @@ fn b2_faults_name_file_and_place_and_no_value() -> Test {
 }
 
 #[test]
+fn b2_the_file_that_was_read_is_named() -> Test {
+    let dir = dir()?;
+    let (inner, outer) = (
+        dir.path().join("settings/settings.json"),
+        dir.path().join("settings.json"),
+    );
+    fs::write(&outer, "{}")?;
+    let silent = || {
+        read(dir.path())
+            .fault
+            .map(|error| (error.path, error.fault.to_string()))
+    };
+    let said = silent().ok_or("no fault")?;
+    assert!(said.0 == outer && said.1.contains("set mbus"), "{said:?}");
+    fs::create_dir(dir.path().join("settings"))?;
+    fs::write(&inner, "{}")?;
+    assert_eq!(silent().map(|said| said.0), Some(inner));
+    Ok(())
+}
+
+#[test]
 fn b2_only_a_file_of_roots_own_counts() -> Test {
     let dir = dir()?;
     let path = dir.path().join("settings.json");

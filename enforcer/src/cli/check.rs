@@ -14,7 +14,7 @@ use super::{Answer, Json, print_line};
 use crate::{
     backend::InForce,
     config::Config,
-    host,
+    host::{self, START},
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
     ruleset::{Attempt, Subject},
 };
@@ -67,7 +67,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
     let settings = &config.settings;
     let pinned = InForce::open(settings)?.ok_or_else(|| {
         anyhow!(
-            "nothing is in force in {} nor in nftables table inet {}; start enforcer run, or enforcer apply",
+            "nothing is in force in {} nor in nftables table inet {}; {START}, or run enforcer apply",
             settings.pin_dir.display(),
             settings.nft_table
         )

@@ -6,11 +6,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 use comfy_table::{Table, presets};
 
-use super::{Answer, Json, print, print_line, print_one, runtime};
-use crate::{
-    config::Config,
-    control::{self, GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector},
-};
+use super::{Answer, Json, place, print, print_line, print_one, runtime};
+use crate::control::{self, GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector};
 
 /// How long the daemon may take: it answers when the kernel and the disk hold it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -131,8 +128,8 @@ pub(super) fn as_called(arguments: impl IntoIterator<Item = OsString>) -> Vec<Os
 }
 
 fn ask(config: &Path, request: &Request) -> Result<Reply> {
-    let config = Config::load(config)?;
-    Ok(runtime()?.block_on(control::ask(&config.settings.socket, request, PATIENCE))?)
+    let socket = place(config)?.socket;
+    Ok(runtime()?.block_on(control::ask(&socket, request, PATIENCE))?)
 }
 
 fn unexpected() -> Result<Answer> {

@@ -4,10 +4,9 @@ use std::{path::Path, time::Duration};
 
 use anyhow::{Result, bail};
 
-use super::{Answer, Json, print_one, runtime};
+use super::{Answer, Json, place, print_one, runtime};
 use crate::{
     backend::InForce,
-    config::Config,
     control::{self, ControlError, Reply, Request},
     daemon,
     verify::{Comparison, Verification},
@@ -17,7 +16,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
-    let socket = Config::load(config)?.settings.socket;
+    let socket = place(config)?.socket;
     let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE)) {
         Ok(Reply::Verification(verification)) => *verification,
         Ok(_) => bail!("the daemon answered something else than a comparison; is it another version?"),
@@ -40,7 +39,11 @@ fn from_outside(config: &Path) -> Result<Verification> {
         return Ok(in_force.verify(&rules, wanted.settings(), cgroup)?);
     }
     let mut comparison = Comparison::default();
-    let backend = wanted.settings().backend.to_string();
-    comparison.words("backend", "in force", &backend, "nothing");
+    let what = format!(
+        "{} targets, backend = {:?}",
+        wanted.policy().targets.len(),
+        wanted.settings().backend.to_string()
+    );
+    comparison.words("backend", "in force", &what, "nothing");
     Ok(comparison.finish("configuration", "none", 0))
 }

@@ -71,16 +71,6 @@ pub enum ConfigFault {
         /// What would have been accepted.
         known: &'static [&'static str],
     },
-    /// A key or value that will mean something.
-    #[error("{what}{} is not built yet; {remedy}", inside(section))]
-    NotBuilt {
-        /// The key, or key and value.
-        what: String,
-        /// `[target.bus]`, empty for the top.
-        section: String,
-        /// What to do instead.
-        remedy: &'static str,
-    },
     /// A key that must be there.
     #[error("{section} has no {key}; add {example}")]
     MissingKey {

@@ -78,14 +78,73 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
     })
 }
 
+/// What the lines of `text` that begin with `key` say, each read by itself; the last that can be read counts. An error where there
+/// are such lines and none can be read.
+fn line_of<T>(
+    text: &str,
+    key: &str,
+    take: impl Fn(&Section<'_, '_>) -> Result<Option<T>, Fault>,
+) -> Result<Option<T>, Unread> {
+    let lines = text.lines().map(str::trim_start);
+    let ours = lines.filter(|line| {
+        line.strip_prefix(key).is_some_and(|rest| {
+            !rest.starts_with(|next: char| next.is_ascii_alphanumeric() || matches!(next, '_' | '-'))
+        })
+    });
+    let mut found = Ok(None);
+    for line in ours {
+        let read = DeTable::parse(line).ok().and_then(|root| {
+            let top = Section {
+                name: String::new(),
+                table: root.get_ref(),
+            };
+            take(&top).ok().flatten()
+        });
+        match (read, &found) {
+            (Some(value), _) => found = Ok(Some(value)),
+            (None, Ok(None)) => found = Err(Unread),
+            (None, _) => {}
+        }
+    }
+    found
+}
+
+/// A line that is there and says nothing.
+#[derive(Clone, Copy, Debug)]
+struct Unread;
+
 /// The path that a line of its own gives as `state_dir`.
-pub(super) fn state_dir(line: &str) -> Option<PathBuf> {
-    let root = DeTable::parse(line).ok()?;
-    let top = Section {
-        name: String::new(),
-        table: root.get_ref(),
+pub(super) fn state_dir(text: &str) -> Option<PathBuf> {
+    line_of(text, "state_dir", |top| path(top, "state_dir", |_| None))
+        .ok()
+        .flatten()
+}
+
+/// Where an instance is to be found, each key from its own line.
+pub(super) fn place(text: &str, lenient: bool) -> Option<Settings> {
+    place_of(text, lenient).ok()
+}
+
+fn place_of(text: &str, lenient: bool) -> Result<Settings, Unread> {
+    let default = Settings::default();
+    let at = |key, refuse: fn(&Path) -> Option<ConfigFault>| {
+        or_none(line_of(text, key, |top| path(top, key, refuse)), lenient)
     };
-    path(&top, "state_dir", |_| None).ok().flatten()
+    Ok(Settings {
+        socket: at("socket", socket)?.unwrap_or(default.socket),
+        pin_dir: at("pin_dir", pin_dir)?.unwrap_or(default.pin_dir),
+        state_dir: at("state_dir", |_| None)?.unwrap_or(default.state_dir),
+        cgroup: at("cgroup", |_| None)?,
+        nft_table: or_none(line_of(text, "nft_table", table_name), lenient)?.unwrap_or(default.nft_table),
+        backend: default.backend,
+        existing: default.existing,
+        forward: default.forward,
+    })
+}
+
+/// A line that cannot be read is as none if that will do.
+fn or_none<T>(read: Result<Option<T>, Unread>, lenient: bool) -> Result<Option<T>, Unread> {
+    read.or(if lenient { Ok(None) } else { Err(Unread) })
 }
 
 /// What is wrong and where, in bytes.

@@ -39,7 +39,7 @@ const KEYS: [Key; 13] = [
     Key(
         "",
         "state_dir",
-        "Where the last known addresses of names are kept, so that a restart protects them at once.",
+        "Where the last rule set known good (last-good.json) and the grants (grants.json) are kept, so that a restart protects at once.",
     ),
     Key("", "socket", "The control socket."),
     Key(

@@ -131,3 +131,36 @@ fn the_state_directory_is_found_in_a_bad_file() -> std::io::Result<()> {
     assert_eq!(super::state_dir(Path::new("/no/such/file")), Path::new(default));
     Ok(())
 }
+
+#[test]
+fn an_instance_is_found_by_its_own_lines() -> std::io::Result<()> {
+    let file = tempfile::NamedTempFile::new()?;
+    let found = |text: &str, lenient| {
+        std::fs::write(file.path(), text)?;
+        let place = super::place(file.path(), lenient);
+        std::io::Result::Ok(place.map(|place| (place.socket, place.nft_table, place.pin_dir)))
+    };
+    let default = super::Settings::default();
+    let all = |socket: &str, table: &str| Some((socket.into(), table.to_owned(), default.pin_dir.clone()));
+    let socket = default.socket.display().to_string();
+    assert_eq!(
+        found("mode = 5\nsocket = \"/x\"\nnft_table = \"t\"\n[[[", false)?,
+        all("/x", "t")
+    );
+    assert_eq!(
+        found("socket_of = 5\n[dns]\nsocket = \"/x\"", false)?,
+        all(&socket, "enforcer")
+    );
+    // A line that names another place is not taken for none.
+    for wrong in [
+        "socket = 5",
+        "pin_dir = \"/a.b\"",
+        "nft_table = \"a-b\"",
+        "cgroup = \"x\"",
+    ] {
+        assert_eq!(found(wrong, false)?, None, "{wrong}");
+        assert_eq!(found(wrong, true)?, all(&socket, "enforcer"), "{wrong}");
+    }
+    assert!(super::place(Path::new("/no/such/file"), true).is_none());
+    Ok(())
+}

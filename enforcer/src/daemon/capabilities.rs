@@ -44,7 +44,8 @@ pub(super) fn reduce() -> Result<(), DaemonError> {
 }
 
 fn plan(supported: &CapsHashSet, held: &CapsHashSet, bounding: &CapsHashSet) -> Plan {
-    // Linux before 5.8 knows neither CAP_BPF nor CAP_PERFMON: CAP_SYS_ADMIN is what it asks for.
+    // Linux before 5.8 knows neither CAP_BPF nor CAP_PERFMON. eBPF needs 5.8 (ring buffer), so it is nftables that enforces there,
+    // with CAP_NET_ADMIN alone; the sets of such a kernel are left as they are.
     if !NEEDED.iter().all(|needed| supported.contains(needed)) {
         return Plan {
             keep: held.clone(),

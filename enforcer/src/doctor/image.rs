@@ -7,7 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Finding, Unseen, Weight, judge::finding, legacy::AGENT_FILES};
+use super::{
+    Finding, Unseen, Weight,
+    judge::finding,
+    legacy::{AGENT_FILES, is_ours},
+};
 use crate::{
     backend::probe::{Fact, Facts, Feature},
     config::{Config, Settings},
@@ -218,7 +222,8 @@ pub(super) fn collect(root: &Path, config: &Path) -> io::Result<ImageSeen> {
         }
     }
     for (path, what) in AGENT_FILES {
-        if root.join(path).symlink_metadata().is_ok() {
+        let there = root.join(path);
+        if there.symlink_metadata().is_ok() && !is_ours(&there) {
             seen.old.push(format!("/{path}: {what}"));
         }
     }

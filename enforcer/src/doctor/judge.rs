@@ -17,6 +17,7 @@ use crate::{
         probe::{Choice, Fact, Facts, Feature, Need, Side, choose},
     },
     config::Backend,
+    host::START,
     policy::{Mode, Protocol},
     ruleset::{RuleSet, is_single, owners},
 };
@@ -229,7 +230,7 @@ fn own_state(seen: &Seen, choice: &Choice, findings: &mut Vec<Finding>) {
             Weight::High,
             "nothing is in force: every user reaches every endpoint",
             [],
-            "start enforcer run, or enforcer apply",
+            format!("{START}, or run enforcer apply"),
         ));
     }
     match &seen.daemon {
@@ -238,7 +239,7 @@ fn own_state(seen: &Seen, choice: &Choice, findings: &mut Vec<Finding>) {
             Weight::Medium,
             "no daemon answers: what is in force stays, but names, addresses and cgroups are not followed, and what others remove is not restored",
             [],
-            "start enforcer run, by its unit",
+            START,
         )),
         Some(status) if !status.causes.is_empty() => findings.push(finding(
             "degraded",
@@ -497,7 +498,7 @@ fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
             Weight::High,
             "others can write where the pins lie, and put something else in their place",
             open,
-            "mount -o remount,mode=0700 on that bpffs (or chmod 0700, chown root), then restart enforcer run",
+            "mount -o remount,mode=0700 on that bpffs (or chmod 0700, chown root), then restart the daemon",
         ));
     }
     let sticky = of(&[PlaceKind::Bpffs], |place| {
@@ -531,7 +532,7 @@ fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
             Weight::Medium,
             "others can write the addresses that are protected at the next start; they are not trusted until that is mended",
             open,
-            "chown root and chmod 0700 it, and look at names.json in it",
+            "chown root and chmod 0700 it, and look at last-good.json and grants.json in it",
         ));
     }
     let mut open = of(&[PlaceKind::SocketDir], others_write);
@@ -544,7 +545,7 @@ fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
             Weight::Medium,
             "others can reach or replace the control socket; it answers root alone, but what they put there could answer in its place",
             open,
-            "chown root and chmod 0700 the directory, 0600 the socket; restart enforcer run",
+            "chown root and chmod 0700 the directory, 0600 the socket; restart the daemon",
         ));
     }
 }
@@ -619,6 +620,6 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
         Weight::Medium,
         "rules of an earlier stemcell or of the BOSH agent's own firewall are in force besides ours: they drop in silence what ours allow, and go out of date",
         all,
-        "remove them once enforcer guards the same endpoints (nft delete table inet bosh_agent; iptables -t mangle -D …), and have the agent not make them again",
+        "once enforcer guards the same endpoints: nft delete chain inet bosh_agent monit_access, and nats_access; leave the table and monit_access_jobs (B5); nft delete chain inet filter monit_output; iptables -t mangle -D …; and have the agent not make them again",
     ))
 }

@@ -1,13 +1,13 @@
 //! Rules of iptables-legacy, which only its own tool can list, and what earlier stemcells leave behind.
 
-use std::{fs, process::Command};
+use std::{ffi::OsStr, fs, path::Path, process::Command};
 
 use crate::backend::nftables::others::{Nat, To};
 
-/// Chains of the BOSH agent's and of earlier stemcells' own: table and chain, of family inet.
-pub(super) const AGENT_CHAINS: [(&str, &str); 4] = [
+/// Chains of the BOSH agent's and of earlier stemcells' own: table and chain, of family inet. Not `monit_access_jobs`: we make it
+/// ourselves (B5), and by itself it guards nothing.
+pub(super) const AGENT_CHAINS: [(&str, &str); 3] = [
     ("bosh_agent", "monit_access"),
-    ("bosh_agent", "monit_access_jobs"),
     ("bosh_agent", "nats_access"),
     ("filter", "monit_output"),
 ];
@@ -36,6 +36,18 @@ pub(super) const AGENT_FILES: [(&str, &str); 6] = [
         "iptables rules on net_cls cgroups for monit",
     ),
 ];
+
+/// Whether what lies there is a tool of ours under the name of the agent's: jobs go on calling that.
+pub(super) fn is_ours(path: &Path) -> bool {
+    let ours = |name: &OsStr| name == "enforcer";
+    if let Ok(to) = fs::read_link(path) {
+        return to.file_name().is_some_and(ours);
+    }
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let code = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+    code.flat_map(str::split_whitespace)
+        .any(|word| Path::new(word).file_name().is_some_and(ours))
+}
 
 /// A rule of iptables-legacy.
 #[derive(Clone, Debug, PartialEq, Eq)]

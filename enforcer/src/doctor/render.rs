@@ -41,7 +41,7 @@ impl Report {
 
     fn render_features(&self, text: &mut String) {
         text.push_str("\nBACKENDS\n");
-        for (of, name) in [("ebpf", "ebpf"), ("nftables", "nftables"), ("either", "both")] {
+        for (of, name) in [("ebpf", "ebpf"), ("nftables", "nftables"), ("either", "any")] {
             let all: Vec<_> = self.features.iter().filter(|feature| feature.of == of).collect();
             let there = all.iter().filter(|feature| feature.state == "supported").count();
             let _ = writeln!(text, "  {name:<10}{there} of {} features", all.len());

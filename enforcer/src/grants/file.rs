@@ -50,7 +50,7 @@ struct Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// A file operation.
-    #[error("{action} {}: {error}", path.display())]
+    #[error("{action} {}: {error}; free space there, or mount it writable", path.display())]
     Io {
         /// What was tried.
         action: &'static str,

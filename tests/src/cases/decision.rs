@@ -89,6 +89,7 @@ pub fn cases() -> Vec<Case> {
     cases.push(case("d2_prefix_owners_join_exact_owners", prefix_joins));
     cases.push(case("d4_d5_ipv6_ways", ipv6));
     cases.push(case("d5_bind_to_device", bind_to_device));
+    cases.push(case("d1_datagrams_to_many_are_judged_by_that_address_alone", multicast));
     cases.push(case("d6_containers_loopback_is_their_own_routable_is_not", containers));
     cases.push(case("d7_local_follows_addresses", local));
     cases.push(case("principal_within_cgroup", within_cgroup));
@@ -326,6 +327,28 @@ fn bind_to_device() -> Result<()> {
     attack.succeeds(Backend::current().is_nftables())?;
     world.attack(NOBODY).is_refused()?;
     world.attack(0).way(Way::BindToDevice).reaches()
+}
+
+/// Who hears a datagram to a group or to everybody is not known where it is judged.
+fn multicast() -> Result<()> {
+    let world = World::new()?;
+    let home = Netns::new(&world, "home")?;
+    home.ip(&["route", "add", "239.7.0.0/16", "dev", "lo"])?;
+    let group = format!("239.7.7.7:{}", world.port);
+    let sent = |to: &str| -> Result<Attack> {
+        let attack = world.attack(NOBODY).way(Way::UdpSendto).to(to.parse()?);
+        Ok(attack.in_netns(&home)?.flag("--no-greeting"))
+    };
+    let guard = |endpoint: &str| -> Result<()> {
+        world.configure_one(&[endpoint.to_owned()], r#"["root"]"#)?;
+        home.enforcer(&world, &["apply"])?.demand(0).map(drop)
+    };
+    sent(&group)?.reaches()?;
+    // Every address of this host, which hears them if it has joined.
+    guard(&format!("udp://local:{}", world.port))?;
+    sent(&group)?.reaches()?;
+    guard(&format!("udp://{group}"))?;
+    sent(&group)?.is_refused()
 }
 
 fn containers() -> Result<()> {

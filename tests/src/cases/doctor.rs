@@ -215,8 +215,28 @@ fn old_rules() -> Result<()> {
         finding["items"].to_string().contains("bosh_agent monit_access"),
         "{finding}"
     );
+    // As it says.
+    ensure!(
+        finding["do"]
+            .to_string()
+            .contains("nft delete chain inet bosh_agent monit_access"),
+        "{finding}"
+    );
+    ward.netns.nft("delete chain inet bosh_agent monit_access")?;
+    ward.misses("old-stemcell-rules")?;
     ward.netns.nft("delete table inet bosh_agent")?;
-    ward.misses("old-stemcell-rules")
+    // What enforcer makes itself (B5) is no finding.
+    ward.world.configure(&format!(
+        "backend = \"nftables\"\n[target.monit]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\ngrants = true\n",
+        ward.world.here()
+    ))?;
+    let _daemon = ward.world.daemon_with(&mut ward.netns.command(&binary("enforcer")?))?;
+    let tables = ward.netns.nft("list table inet bosh_agent")?;
+    ensure!(tables.contains("chain monit_access_jobs"), "{tables}");
+    let looked = ward.netns.enforcer(&ward.world, &["doctor", "--json"])?;
+    let report: Value = serde_json::from_str(&looked.stdout)?;
+    ensure!(found(&report, "old-stemcell-rules").is_none(), "{report}");
+    Ok(())
 }
 
 fn programs() -> Result<()> {
@@ -403,6 +423,22 @@ fn image() -> Result<()> {
     );
     let without = options.replace("CONFIG_CGROUP_BPF=y", "# CONFIG_CGROUP_BPF is not set");
     put("boot/config-6.8.0-9-generic", &without)?;
+    // Ours under the agent's names, as jobs call it.
+    put(
+        "var/vcap/bosh/etc/monit-access-helper.sh",
+        include_str!("../../../enforcer/packaging/monit-access-helper.sh"),
+    )?;
+    let link = root.join("var/vcap/bosh/etc/bosh-enable-monit-access");
+    std::os::unix::fs::symlink("/usr/sbin/enforcer", &link)?;
+    ensure!(found(&look(1)?, "old-stemcell-rules").is_none(), "{report}");
+    fs::remove_file(&link)?;
+    put(
+        "var/vcap/bosh/etc/bosh-enable-monit-access",
+        "#!/bin/sh\nnft add rule …\n",
+    )?;
+    let finding = look(1)?;
+    ensure!(found(&finding, "old-stemcell-rules").is_some(), "{finding}");
+    fs::remove_file(&link)?;
     put("etc/nftables/monit.nft", "")?;
     let writable = root.join("usr/sbin/enforcer");
     fs::set_permissions(&writable, fs::Permissions::from_mode(0o777))?;

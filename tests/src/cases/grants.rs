@@ -266,7 +266,7 @@ fn survive() -> Result<()> {
     job.world.apply()?;
     job.inside(NOBODY).reaches()?;
     let none = job.enforcer(&["grant", "main"])?.demand(2)?;
-    ensure!(none.stderr.contains("start enforcer run"), "{none:?}");
+    ensure!(none.stderr.contains("start the daemon"), "{none:?}");
     let daemon = job.world.daemon()?;
     job.enforcer(&["revoke", "main"])?.demand(0)?;
     daemon.kill()?;
@@ -330,19 +330,19 @@ fn expire() -> Result<()> {
     })?;
     let lasted = granted.elapsed();
     ensure!((1500..4000).contains(&lasted.as_millis()), "it lasted {lasted:?}");
-    ensure!(daemon.log().contains("expired main"), "{}", daemon.log());
+    ensure!(daemon.log().contains("the grant of main to"), "{}", daemon.log());
     ensure!(job.grants()?.is_empty(), "{:?}", job.grants()?);
     // A second grant gives it another end, and says so.
     job.enforcer(&["grant", "main", "--for", "2s"])?.demand(0)?;
     let said = job.enforcer(&["grant", "main"])?.demand(0)?.stdout;
     ensure!(
-        said.contains("renewed main") && said.contains("for good (before: until 20"),
+        said.contains("renewed main") && said.contains("until it is revoked (before: until 20"),
         "{said}"
     );
     thread::sleep(Duration::from_millis(2500));
     job.inside(NOBODY).reaches()?;
     let said = job.enforcer(&["grant", "main", "--for", "1s"])?.demand(0)?.stdout;
-    ensure!(said.contains("before: until never"), "{said}");
+    ensure!(said.contains("before: until it is revoked"), "{said}");
     // Its time passes while nobody runs: the next start ends it before anything else.
     daemon.kill()?;
     thread::sleep(Duration::from_millis(1200));
@@ -661,13 +661,13 @@ fn told() -> Result<()> {
         "granted main to anybody in",
         "renewed main",
         "revoked main",
-        "expired main",
+        "the grant of main to anybody in",
         "asked by enforcer[",
     ] {
         ensure!(log.contains(line), "{line} is not in: {log}");
     }
     let shown = job.world.enforcer(&["events"])?.demand(0)?.stdout;
-    ensure!(shown.contains("revoked main to anybody in"), "{shown}");
+    ensure!(shown.contains("revoked main for anybody in"), "{shown}");
     Ok(())
 }
 

@@ -23,6 +23,7 @@ pub fn cases() -> Vec<Case> {
         case("events_follow", follow),
         case("status_counts_and_names_the_generation", status),
         case("check_explains", check).on(EBPF),
+        case("f4_a_bad_file_keeps_nobody_from_asking", bad_file),
         case("config_show_is_read_back", config_show),
         case("f5_a_link_taken_away_comes_back", link_restored).on(EBPF),
         case("capabilities_are_dropped", capabilities),
@@ -260,13 +261,73 @@ fn check() -> Result<()> {
     Ok(())
 }
 
+/// Whoever is called at night because the file is bad asks with that file.
+fn bad_file() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let file = world.path("enforcer.toml");
+    let mut daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    let good = fs::read_to_string(&file)?;
+    fs::write(&file, format!("{good}\nmode = \"no-such-mode\"\n[[["))?;
+    for words in [&["events"] as &[&str], &["grants"], &["verify"]] {
+        let asked = world.enforcer(words)?.demand(0)?;
+        ensure!(asked.stderr.contains("enforcer: warning: "), "{words:?}: {asked:?}");
+    }
+    ensure!(
+        world
+            .enforcer(&["revoke", "main", "--all"])?
+            .stdout
+            .contains("nothing was granted"),
+        "revoke did not ask the daemon"
+    );
+    daemon.reload()?;
+    world.enforcer(&["refresh"])?.demand(1)?;
+    let status = world.enforcer(&["status"])?.demand(1)?;
+    ensure!(
+        status.stdout.contains("degraded") && status.stdout.contains(&file.display().to_string()),
+        "the cause is not told: {status:?}"
+    );
+    // Of a line that says where the instance is nothing is guessed: there may be another one at the default place.
+    let elsewhere = good.replace("socket = ", "socket = no-string-");
+    fs::write(&file, elsewhere)?;
+    for words in [["status"], ["unload"]] {
+        world.enforcer(&words)?.demand(2)?;
+    }
+    world.attack(NOBODY).is_refused()?;
+    fs::write(&file, format!("{good}\n[[["))?;
+    let unloaded = world.enforcer(&["unload"])?.demand(0)?;
+    ensure!(unloaded.stdout.contains("the daemon has ended"), "{unloaded:?}");
+    daemon.wait()?;
+    world.attack(NOBODY).reaches()?;
+    // Nor without a daemon.
+    let off = world.enforcer(&["status"])?.demand(1)?;
+    ensure!(
+        off.stdout.contains("off") && off.stderr.contains("warning: "),
+        "{off:?}"
+    );
+    fs::remove_file(&file)?;
+    let missing = world.enforcer(&["status"])?.demand(2)?;
+    ensure!(missing.stderr.contains("no such file"), "{missing:?}");
+    Ok(())
+}
+
 fn config_show() -> Result<()> {
     let (world, _listener) = guarded()?;
     let shown = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
     fs::write(world.path("enforcer.toml"), &shown)?;
     let again = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
     ensure!(shown == again && shown.contains('#'), "{shown}\n---\n{again}");
-    serde_json::from_str::<Value>(&world.enforcer(&["config", "show", "--json"])?.demand(0)?.stdout)?;
+    for (words, schema) in [
+        (["config", "show", "--json"], "enforcer/config/1"),
+        (["config", "check", "--json"], "enforcer/config-check/1"),
+    ] {
+        let text = world.enforcer(&words)?.demand(0)?.stdout;
+        let json: Value = serde_json::from_str(&text)?;
+        ensure!(
+            json["schema"] == schema && text.ends_with('\n') && text.lines().count() == 1,
+            "{words:?}: {text}"
+        );
+    }
     world.enforcer(&["config", "check"])?.demand(0).map(drop)
 }
 

@@ -83,7 +83,7 @@ fn damaged_under_fire() -> Result<()> {
         let check = world
             .enforcer(&["check", "nobody", &world.here().to_string()])?
             .demand(2)?;
-        ensure!(check.stderr.contains("restart enforcer run"), "{check:?}");
+        ensure!(check.stderr.contains("restart the daemon"), "{check:?}");
         world.attack(NOBODY).is_refused()?;
         let daemon = world.daemon()?;
         ensure!(world.status()?["state"] == "enforcing", "{}", world.status()?);

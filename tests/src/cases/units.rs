@@ -11,12 +11,15 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::{Case, case};
-use crate::world::{World, binary, until};
+use crate::world::{World, binary, ran, until};
 
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    vec![case("watchdog_is_fed_where_asked_and_not_by_a_hung_loop", watchdog)]
+    vec![
+        case("watchdog_is_fed_where_asked_and_not_by_a_hung_loop", watchdog),
+        case("runits_check_waits_for_rules_not_for_perfection", runit_check),
+    ]
 }
 
 fn watchdog() -> Result<()> {
@@ -44,6 +47,33 @@ fn watchdog() -> Result<()> {
         "WATCHDOG is said where nobody asks for it"
     );
     Ok(())
+}
+
+/// The script that is packaged, of this world.
+fn runit_check() -> Result<()> {
+    let world = World::new()?;
+    let command = format!(
+        "'{}' --config '{}'",
+        binary("enforcer")?.display(),
+        world.path("enforcer.toml").display()
+    );
+    let packaged = include_str!("../../../enforcer/packaging/runit/check");
+    ensure!(packaged.contains("/usr/sbin/enforcer status"), "{packaged}");
+    let script = packaged.replace("/usr/sbin/enforcer", &command);
+    let check = || ran(Command::new("sh").args(["-c", &script]));
+    // As at a first boot: the message bus is not known.
+    let bosh = format!("[bosh]\ndir = {:?}\n", world.path("bosh").display().to_string());
+    let monit = "[target.monit]\nendpoints = [\"tcp://127.0.0.77:2822\"]\nallow = [\"root\"]\n";
+    world.configure(&format!("{bosh}{monit}"))?;
+    check()?.demand(1)?;
+    let daemon = world.daemon()?;
+    ensure!(world.status()?["state"] == "degraded", "{}", world.status()?);
+    world.enforcer(&["status"])?.demand(1)?;
+    check()?.demand(0)?;
+    daemon.kill()?;
+    check()?.demand(0)?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    check()?.demand(1).map(drop)
 }
 
 /// Takes the place of the socket that the daemon was started with.

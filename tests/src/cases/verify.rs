@@ -314,6 +314,11 @@ fn nothing() -> Result<()> {
     let world = World::new()?;
     configure(&world)?;
     tells(&verify(&world, 1)?, "backend", "changed")?;
+    let text = world.enforcer(&["verify"])?.demand(1)?.stdout;
+    ensure!(
+        text.starts_with("nothing is in force; wanted: ") && !text.contains("find out who"),
+        "{text}"
+    );
     let gone = world.path("gone.toml").display().to_string();
     let ran = ran(Command::new(binary("enforcer")?).args(["--config", &gone, "verify"]))?.demand(2)?;
     ensure!(ran.stderr.contains("gone.toml"), "{ran:?}");

@@ -14,7 +14,7 @@ const GLIBC: (u32, u32) = (2, 35);
 /// Most that `systemd-analyze security` may say of the daemon, times ten.
 const EXPOSURE: &str = "23";
 /// Files and modes, man pages apart. Directories are not listed.
-const FILES: [(&str, &str); 20] = [
+const FILES: [(&str, &str); 22] = [
     ("644", "/etc/enforcer/enforcer.toml"),
     ("755", "/etc/sv/enforcer/check"),
     ("755", "/etc/sv/enforcer/finish"),
@@ -24,6 +24,7 @@ const FILES: [(&str, &str); 20] = [
     ("777", "/etc/systemd/system/sysinit.target.wants/enforcer-early.service"),
     ("644", "/usr/lib/systemd/system/enforcer-early.service"),
     ("644", "/usr/lib/systemd/system/enforcer.service"),
+    ("755", "/usr/sbin/bosh-enable-monit-access"),
     ("755", "/usr/sbin/enforcer"),
     ("644", "/usr/share/bash-completion/completions/enforcer"),
     ("644", "/usr/share/doc/enforcer/README.md"),
@@ -32,6 +33,7 @@ const FILES: [(&str, &str); 20] = [
     ("644", "/usr/share/doc/enforcer/guarantees.md"),
     ("644", "/usr/share/doc/enforcer/schemas.md"),
     ("644", "/usr/share/doc/enforcer/stemcell.md"),
+    ("644", "/usr/share/enforcer/monit-access-helper.sh"),
     ("644", "/usr/share/fish/vendor_completions.d/enforcer.fish"),
     ("644", "/usr/share/lintian/overrides/enforcer"),
     ("644", "/usr/share/zsh/vendor-completions/_enforcer"),

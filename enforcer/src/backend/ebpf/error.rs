@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::host::remedy;
+use crate::host::{START, remedy};
 
 /// Why the kernel does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
@@ -40,15 +40,13 @@ pub enum BackendError {
         path: PathBuf,
     },
     /// A pin is not the map that its name says, or is missing among others.
-    #[error("{} is missing, or is no map of this version of enforcer; what is in force stays: restart enforcer run, which takes over without a gap, or run enforcer unload", path.display())]
+    #[error("{} is missing, or is no map of this version of enforcer; what is in force stays: restart the daemon, which takes over without a gap, or run enforcer unload", path.display())]
     Damaged {
         /// The pin.
         path: PathBuf,
     },
     /// The programs in force read maps of another layout.
-    #[error(
-        "another version of enforcer (map layout {layout}) enforces; start enforcer run of this version to take over"
-    )]
+    #[error("another version of enforcer (map layout {layout}) enforces; to take over with this one, {START}")]
     OtherVersion {
         /// Which layout.
         layout: String,
@@ -64,7 +62,7 @@ pub enum BackendError {
         error: io::Error,
     },
     /// The kernel holds something else than was written (F3).
-    #[error("map {map} does not hold what was written to it")]
+    #[error("map {map} does not hold what was written to it; reload enforcer; if it stays, run enforcer verify")]
     ReadBack {
         /// Which map.
         map: &'static str,
