@@ -3,8 +3,9 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, Read as _},
+    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -174,7 +175,7 @@ impl Config {
     /// Reads the configuration file at `path`. No file at [`DEFAULT_PATH`] is as an empty one (B1).
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let mut bytes = Vec::new();
-        match File::open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)) {
+        match open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)) {
             Err(cause) if cause.kind() != io::ErrorKind::NotFound || path != Path::new(DEFAULT_PATH) => {
                 return Err(unreadable(path, cause));
             }
@@ -235,11 +236,24 @@ pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
 /// The lines before the first section.
 fn top_lines(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
-    let file = File::open(path).ok()?;
+    let file = open(path).ok()?;
     file.take(MAX_BYTES as u64).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
     let top = text.lines().take_while(|line| !line.trim_start().starts_with('['));
     Some(top.fold(String::new(), |all, line| all + line + "\n"))
+}
+
+/// Opens a file to be read, but nothing that would keep a reader waiting.
+fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_fifo() || kind.is_socket() {
+        return Err(io::Error::other("it is a pipe, not a file"));
+    }
+    Ok(file)
 }
 
 fn unreadable(path: &Path, cause: io::Error) -> ConfigError {

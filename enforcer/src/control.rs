@@ -4,6 +4,7 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -30,10 +31,13 @@ pub use peer::{CgroupError, Peer};
 const MAX_REQUEST: u64 = 32 << 10;
 /// How long a caller may take to ask, or to take an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a caller for whom there is no place may take to hear so.
+const FULL_PATIENCE: Duration = Duration::from_millis(100);
 /// Between two tries to reach a daemon that is behind.
 const RETRY: Duration = Duration::from_millis(50);
-/// Callers served at once.
+/// Callers served at once, and how many of them may be followers of events, who stay.
 const MAX_CALLERS: usize = 32;
+const MAX_FOLLOWERS: usize = 16;
 
 /// What can be asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -302,17 +306,21 @@ pub async fn nobody_listens(path: &Path) -> Result<(), ControlError> {
 
 /// Accepts callers for ever and hands their requests to the loop.
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
-    let places = std::sync::Arc::new(Semaphore::new(MAX_CALLERS));
+    let places = Arc::new(Semaphore::new(MAX_CALLERS));
+    let followers = Arc::new(Semaphore::new(MAX_FOLLOWERS));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let calls = calls.clone();
+            Ok((mut stream, _)) => {
+                // Told at once: what waited here would be carried out when its caller has long given up.
+                let Ok(place) = places.clone().try_acquire_owned() else {
+                    let full = format!("{MAX_CALLERS} callers are being served, which is the most; try again");
+                    let _ = timeout(FULL_PATIENCE, send(&mut stream, &Reply::Error(full))).await;
+                    continue;
+                };
+                let (calls, followers) = (calls.clone(), followers.clone());
                 tokio::spawn(async move {
                     // A caller that hangs up is no fault of ours.
-                    let _ = answer(stream, calls).await;
+                    let _ = answer(stream, calls, followers).await;
                     drop(place);
                 });
             }
@@ -417,7 +425,7 @@ fn refused(reply: Reply) -> Result<Reply, ControlError> {
     }
 }
 
-async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result<()> {
+async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Arc<Semaphore>) -> io::Result<()> {
     // The socket's mode keeps others out already; a descriptor handed on does not get round this (F6).
     let peer = Peer::of(&stream)?;
     if peer.uid != 0 {
@@ -443,6 +451,14 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result
     };
     // A caller that only follows has nothing more to say; any other may close its half and wait.
     let follows = matches!(request, Request::Events { follow: true });
+    let single = !matches!(request, Request::Events { .. });
+    let _place = match follows.then(|| followers.try_acquire_owned()).transpose() {
+        Ok(place) => place,
+        Err(_) => {
+            let full = format!("{MAX_FOLLOWERS} callers follow events, which is the most; end one of them");
+            return send(&mut stream, &Reply::Error(full)).await;
+        }
+    };
     let (replies, mut receiver) = mpsc::channel(64);
     let call = Call { request, peer, replies };
     if calls.send(call).await.is_err() {
@@ -452,7 +468,12 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result
         let mut hung_up = [0; 1];
         tokio::select! {
             reply = receiver.recv() => match reply {
-                Some(reply) => send(&mut stream, &reply).await?,
+                Some(reply) => {
+                    send(&mut stream, &reply).await?;
+                    if single {
+                        return Ok(());
+                    }
+                }
                 None => return Ok(()),
             },
             read = stream.read(&mut hung_up), if follows => if !matches!(read, Ok(1..)) { return Ok(()) },

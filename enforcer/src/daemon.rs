@@ -97,6 +97,8 @@ struct Daemon {
     kept: Kept,
     /// A configuration that was refused at the start.
     pending: Option<Pending>,
+    /// Whether what is in force is newer than all that this process knows, so that it stays until a configuration is taken (F1).
+    frozen: bool,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
@@ -121,7 +123,11 @@ struct Waiting {
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket).await?;
-    let (left, _) = Left::load(&wanted.config.settings.state_dir);
+    let (left, good) = Left::load(&wanted.config.settings.state_dir);
+    let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
+    if let Some(good) = &moved {
+        control::nobody_listens(&good.settings.socket).await?;
+    }
     let mut daemon = Daemon::start(wanted, false, left)?;
     daemon.take_bus();
     daemon.look_up_all();
@@ -130,6 +136,9 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     }
     daemon.apply_now()?;
     daemon.enforcement.retire(&daemon.wanted.config.settings);
+    if let Some(good) = moved {
+        boot::leave(&good.settings, &daemon.wanted.config.settings);
+    }
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
@@ -239,8 +248,9 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
             Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
-                tell(&result, &replies).await;
+                // Who starts another one once it is told finds the place free.
                 let _ = std::fs::remove_file(&socket);
+                tell(&result, &replies).await;
                 return result;
             },
         }
@@ -317,6 +327,7 @@ impl Daemon {
             known_before: left.names,
             kept: Kept::new(left.mark, fault.is_some()),
             pending: None,
+            frozen: false,
             sweeps: Jobs::default(),
             existing: None,
         })
@@ -324,6 +335,9 @@ impl Daemon {
 
     /// Compiles what is wanted now and puts it in force.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
+        if self.frozen {
+            return Err(DaemonError::Frozen);
+        }
         let resolved = self.names.resolved(Instant::now());
         let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
             path: self.wanted.path.clone(),
@@ -373,7 +387,7 @@ impl Daemon {
     /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
     fn apply_or_keep(&mut self) {
         let now = Instant::now();
-        if self.drift.rests(now) {
+        if self.frozen || self.drift.rests(now) {
             return;
         }
         let resolved = self.names.resolved(now);
@@ -389,7 +403,10 @@ impl Daemon {
         };
         if self.enforcement.restored() != restored {
             self.drift.happened(now);
-            warn!("somebody removed or changed rules of ours; they are in force again");
+            match &kept {
+                Ok(_) => warn!("somebody removed or changed rules of ours; they are in force again"),
+                Err(_) => warn!("somebody removed or changed rules of ours"),
+            }
         }
         let fault = match kept {
             Ok(Some(generation)) => {
@@ -445,6 +462,8 @@ impl Daemon {
         match loaded {
             Ok(()) => {
                 self.faults.put(About::Reload, None);
+                // Whoever is told so may count on it over a crash.
+                self.keep_for_next_start();
                 info!("reloaded {}", self.wanted.path.display());
             }
             Err(error) => {
@@ -505,7 +524,9 @@ impl Daemon {
             log_level: self.log_level,
         };
         let extended = self.enforcement.extend(start).map_err(DaemonError::from);
+        let frozen = std::mem::take(&mut self.frozen);
         if let Err(error) = extended.and_then(|()| self.apply_now()) {
+            self.frozen = frozen;
             (self.wanted, self.policy, self.host, self.names) = before;
             // Goes back to what was needed before.
             self.enforcement.retire(&self.wanted.config.settings);

@@ -167,7 +167,11 @@ pub fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Opt
         Verdict::Deny | Verdict::WouldDeny => {}
     }
     let everywhere = || ask(&principal_cgroups(rules)).is_some_and(|best| best.verdict == Verdict::Allow);
-    let doubtful = known.is_none() && (cgroups.judged.is_some() || everywhere());
+    // eBPF judges by the cgroup of the task that dials, which is not kept: who may dial from some cgroup may have (D9).
+    let doubtful = match cgroups.judged {
+        Some(_) => known.is_none() || everywhere(),
+        None => known.is_none() && everywhere(),
+    };
     Some(Found {
         connection: connection.clone(),
         user: users,

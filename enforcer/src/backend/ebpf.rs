@@ -85,17 +85,7 @@ static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/
 impl Kernel {
     /// Takes over what is pinned, or makes it. Nothing is judged differently before the first [`Kernel::apply`].
     pub fn take_over(pin_dir: &Path, cgroup: &Path, daemon: bool, log_level: u8) -> Result<Self, BackendError> {
-        let cgroup_failed = |error| BackendError::Cgroup {
-            path: cgroup.into(),
-            error,
-        };
-        let cgroup_fd = File::open(cgroup).map_err(cgroup_failed)?;
-        let cgroup_id = cgroup_fd.metadata().map_err(cgroup_failed)?.ino();
-        if !nix::sys::statfs::fstatfs(&cgroup_fd)
-            .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
-        {
-            return Err(cgroup_failed(io::Error::other("not a cgroup v2 directory")));
-        }
+        let (cgroup_fd, cgroup_id) = open_cgroup(cgroup)?;
         let pins = Pins::create(pin_dir)?;
         let lock = pins.lock()?;
         let maps_dir = pins.subdir(&maps_name())?;
@@ -380,6 +370,22 @@ pub fn unload(pin_dir: &Path) -> Result<bool, BackendError> {
     let _lock = pins.lock()?;
     remove_all(pins)?;
     Ok(true)
+}
+
+/// A cgroup's directory, held open, and its id.
+fn open_cgroup(cgroup: &Path) -> Result<(File, u64), BackendError> {
+    let failed = |error| BackendError::Cgroup {
+        path: cgroup.into(),
+        error,
+    };
+    let file = File::open(cgroup).map_err(failed)?;
+    let id = file.metadata().map_err(failed)?.ino();
+    if !nix::sys::statfs::fstatfs(&file)
+        .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
+    {
+        return Err(failed(io::Error::other("not a cgroup v2 directory")));
+    }
+    Ok((file, id))
 }
 
 /// Begins the name of every directory of maps; the layout's version follows.

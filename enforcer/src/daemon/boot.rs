@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::{About, Daemon, DaemonError, Wanted};
 use crate::{
     backend::{ebpf, nftables},
-    config::{self, Settings},
+    config::{self, ConfigError, Settings},
     control::{self, ControlError},
     policy::Endpoint,
     resolve::Known,
@@ -107,6 +107,10 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
 
 /// Starts a daemon that enforces: its first rule set is in force when this returns.
 pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
+    if path != Path::new(config::DEFAULT_PATH) && !path.exists() {
+        // Whose instance it is cannot be told.
+        return Err(ConfigError::Missing { path: path.into() }.into());
+    }
     let (left, good) = Left::load(&config::state_dir(path));
     let mut early = None;
     if let Some(good) = &good {
@@ -177,8 +181,6 @@ pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
 /// A daemon that has what the last run knew.
 struct LastRun {
     daemon: Daemon,
-    /// Whether it was put in force just now, as after a boot.
-    fresh: bool,
 }
 
 impl LastRun {
@@ -186,17 +188,16 @@ impl LastRun {
     fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
         let wanted = Wanted::of(path, good)?;
         let mut daemon = Daemon::start(wanted, true, Left::of(good, mark))?;
-        let fresh = daemon.enforcement.observe()?.generation == 0;
-        if fresh {
+        if daemon.enforcement.observe()?.generation == 0 {
             let generation = daemon.apply_now()?;
             info!("the last rule set known good is in force, generation {generation}");
         }
-        Ok(Self { daemon, fresh })
+        Ok(Self { daemon })
     }
 
     /// Goes on at other places, which the configuration names; where that fails, at the old ones.
     fn move_to(self, wanted: Wanted, good: &LastGood) -> Result<Daemon, DaemonError> {
-        let Self { daemon, fresh } = self;
+        let Self { daemon } = self;
         let (path, mark) = (daemon.wanted.path.clone(), daemon.kept.mark());
         // Lets go of the pins' lock; what is in force stays.
         drop(daemon);
@@ -204,9 +205,7 @@ impl LastRun {
         let (left, _) = Left::load(&new.state_dir);
         match Daemon::begin(wanted, left) {
             Ok(daemon) => {
-                if fresh {
-                    leave(&good.settings, &new);
-                }
+                leave(&good.settings, &new);
                 Ok(daemon)
             }
             Err(error) => {
@@ -218,8 +217,13 @@ impl LastRun {
     }
 }
 
-/// Removes what was put in force a moment ago at places that turned out to be old ones.
-fn leave(old: &Settings, new: &Settings) {
+/// Whether what enforces lies at other places than before.
+pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
+    old.pin_dir != new.pin_dir || old.nft_table != new.nft_table
+}
+
+/// Removes what is in force at places that are old ones, once the rest is in force at the new ones.
+pub(super) fn leave(old: &Settings, new: &Settings) {
     let removed = [
         (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map_err(|error| error.to_string())),
         (old.nft_table != new.nft_table).then(|| nftables::unload(&old.nft_table).map_err(|error| error.to_string())),
@@ -241,7 +245,12 @@ impl Daemon {
     /// Stays with the last rule set known good, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         if self.applied.is_none() {
-            self.apply_now()?;
+            // Something was in force before this start: it is taken over if it is what is known of it, else left alone (F1).
+            if self.verify()?.identical {
+                self.apply_now()?;
+            } else {
+                self.frozen = true;
+            }
         }
         self.pending = Some(Pending::new(&self.wanted.path));
         self.refused(error);
@@ -249,7 +258,12 @@ impl Daemon {
     }
 
     fn refused(&mut self, error: &DaemonError) {
-        let fault = format!("{error}; the last rule set known good is in force instead");
+        let stays = if self.frozen {
+            "what was in force before the start stays, and names are not followed until this is mended"
+        } else {
+            "the last rule set known good is in force instead"
+        };
+        let fault = format!("{error}; {stays}");
         self.faults.set(About::Reload, Some(fault));
     }
 

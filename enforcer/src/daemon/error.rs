@@ -43,6 +43,11 @@ pub enum DaemonError {
         /// Where cgroups are looked for.
         mount: PathBuf,
     },
+    /// What is in force is not known here.
+    #[error(
+        "what is in force is newer than the last rule set known good, and stays as it is until the configuration is mended"
+    )]
+    Frozen,
     /// Keys that hold for the whole run have changed.
     #[error("{}: {} cannot change while enforcer runs; restart it", path.display(), keys.join(", "))]
     FixedKeys {

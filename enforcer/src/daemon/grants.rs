@@ -245,13 +245,15 @@ impl Daemon {
     fn refuse_too_much(&self, to: &Grantee) -> Result<(), GrantError> {
         let Some(cgroup) = to.cgroup() else { return Ok(()) };
         if let Grantee::Cgroup(cgroup) = to {
+            // By where they really lie: the configuration may name the judged one through a link.
+            let real = |path: &std::path::Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+            let granted = real(&self.wanted.mount.join(cgroup.as_str().trim_start_matches('/')));
             let judged = self
                 .wanted
                 .cgroup
                 .as_deref()
-                .map(|judged| judged.strip_prefix(&self.wanted.mount));
-            let granted = cgroup.as_str().trim_start_matches('/');
-            if granted.is_empty() || matches!(judged, Some(Ok(judged)) if judged.starts_with(granted)) {
+                .map_or_else(|| real(&self.wanted.mount), real);
+            if judged.starts_with(&granted) {
                 return Err(GrantError::Everybody { cgroup: cgroup.clone() });
             }
         }

@@ -8,11 +8,12 @@ use std::{
 use aya::programs::CgroupSockAddr;
 
 use super::{
-    BackendError, Kernel, MAPS, maps_name,
+    BackendError, Kernel, MAPS, maps_name, open_cgroup,
     pins::Pins,
     short,
     sys::{self, LinkInfo},
 };
+use crate::host::directory_id;
 
 /// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
 pub(super) const HOOKS: [Hook; 4] = [
@@ -91,6 +92,7 @@ impl Kernel {
     /// runs a program with maps of another ABI goes on with those until ours are in force.
     pub(super) fn attach(&mut self, udp: bool) -> Result<(), BackendError> {
         self.udp = udp;
+        self.follow_cgroup()?;
         self.attach_missing(udp)?;
         for hook in &HOOKS {
             if hook.udp_only && !udp {
@@ -127,6 +129,14 @@ impl Kernel {
             }
         }
         self.remove_old_maps()
+    }
+
+    /// A cgroup that was removed and made again is another one under the same path.
+    fn follow_cgroup(&mut self) -> Result<(), BackendError> {
+        if directory_id(&self.cgroup).is_some_and(|id| id != self.cgroup_id) {
+            (self.cgroup_fd, self.cgroup_id) = open_cgroup(&self.cgroup)?;
+        }
+        Ok(())
     }
 
     fn create_link(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
