@@ -452,12 +452,9 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
     // A caller that only follows has nothing more to say; any other may close its half and wait.
     let follows = matches!(request, Request::Events { follow: true });
     let single = !matches!(request, Request::Events { .. });
-    let _place = match follows.then(|| followers.try_acquire_owned()).transpose() {
-        Ok(place) => place,
-        Err(_) => {
-            let full = format!("{MAX_FOLLOWERS} callers follow events, which is the most; end one of them");
-            return send(&mut stream, &Reply::Error(full)).await;
-        }
+    let Ok(_place) = follows.then(|| followers.try_acquire_owned()).transpose() else {
+        let full = format!("{MAX_FOLLOWERS} callers follow events, which is the most; end one of them");
+        return send(&mut stream, &Reply::Error(full)).await;
     };
     let (replies, mut receiver) = mpsc::channel(64);
     let call = Call { request, peer, replies };

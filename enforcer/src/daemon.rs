@@ -403,9 +403,10 @@ impl Daemon {
         };
         if self.enforcement.restored() != restored {
             self.drift.happened(now);
-            match &kept {
-                Ok(_) => warn!("somebody removed or changed rules of ours; they are in force again"),
-                Err(_) => warn!("somebody removed or changed rules of ours"),
+            if kept.is_ok() {
+                warn!("somebody removed or changed rules of ours; they are in force again");
+            } else {
+                warn!("somebody removed or changed rules of ours");
             }
         }
         let fault = match kept {

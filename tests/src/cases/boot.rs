@@ -31,6 +31,11 @@ pub fn cases() -> Vec<Case> {
         case("f4_a_power_cut_of_any_length_is_told", power_cuts),
         case("f4_a_start_at_other_places_leaves_nothing_at_the_old", moved).on(EBPF),
         case("f4_a_last_good_of_another_version_is_kept_and_told", other_version),
+        case(
+            "f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good",
+            newer_in_force,
+        ),
+        case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
     ]
 }
 
@@ -253,6 +258,74 @@ fn moved() -> Result<()> {
     guarded(&world)?;
     told(&world, "bpffs")?;
     unload_raw(&world, daemon)
+}
+
+/// What is in force was never kept: the disk was full, or the end came in between.
+fn newer_in_force() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let elsewhere = std::net::SocketAddr::new([127, 201, 0, 1].into(), world.port);
+    let elsewhere_guarded = || world.attack(NOBODY).to(elsewhere).is_refused();
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).to(elsewhere).reaches()?;
+    let kept = world.path("state").join(FILE);
+    let older = fs::read(&kept)?;
+    let both = [format!("tcp://{}", world.here()), format!("tcp://{elsewhere}")];
+    world.configure_one(&both, r#"["root"]"#)?;
+    daemon.reload()?;
+    ensure!(fs::read(&kept)? != older, "a reload is told before it is kept");
+    elsewhere_guarded()?;
+    daemon.kill()?;
+    fs::write(&kept, &older)?;
+    let toml = world.path("enforcer.toml");
+    let good = fs::read_to_string(&toml)?;
+    fs::write(&toml, format!("{good}\nbroken = ["))?;
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    elsewhere_guarded()?;
+    told(&world, "what was in force before the start stays")?;
+    // Nothing puts the older one in force later.
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    elsewhere_guarded()?;
+    fs::write(&toml, &good)?;
+    daemon.reload()?;
+    elsewhere_guarded()?;
+    let status = world.status()?;
+    ensure!(status["state"] == "enforcing", "{status}");
+    Ok(())
+}
+
+fn moved_while_in_force() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let mut places = vec![world.pins().display().to_string()];
+    for by_apply in [false, true] {
+        world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+        let toml = fs::read_to_string(world.path("enforcer.toml"))?;
+        let at = |place: &str| {
+            toml.replace(
+                &format!("pin_dir = {:?}", world.pins().display().to_string()),
+                &format!("pin_dir = {place:?}"),
+            )
+        };
+        let old = places.last().cloned().unwrap_or_default();
+        fs::write(world.path("enforcer.toml"), at(&old))?;
+        world.daemon()?.kill()?;
+        world.attack(NOBODY).is_refused()?;
+        let new = format!("{}_{by_apply}", world.pins().display());
+        let allowing = at(&new).replace(r#"["root"]"#, &format!(r#"["root", {NOBODY}]"#));
+        fs::write(world.path("enforcer.toml"), allowing)?;
+        if by_apply {
+            world.apply()?;
+        } else {
+            world.daemon()?.kill()?;
+        }
+        ensure!(!std::path::Path::new(&old).exists(), "rules were left at {old}");
+        world.attack(NOBODY).reaches()?;
+        places.push(new);
+    }
+    world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
 fn other_version() -> Result<()> {

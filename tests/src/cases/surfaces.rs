@@ -1,6 +1,13 @@
 //! F6 and the surfaces: who may read and ask, and what is answered.
 
-use std::{fs, os::unix::fs::MetadataExt as _, path::Path, process::Command};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    os::unix::{fs::MetadataExt as _, net::UnixStream},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -18,6 +25,7 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("f6_nothing_of_ours_is_open_to_others", closed).on(EBPF),
+        case("control_socket_full_is_told_and_unload_frees_the_place", full).on(EBPF),
         case("control_socket_bears_anything", hostile_requests),
         case("events_tell_who_and_where", events).on(EBPF),
         case("events_follow", follow),
@@ -382,5 +390,32 @@ fn traced() -> Result<()> {
     until("the programs' trace is in the log", || {
         Ok(daemon.log().contains("owners 1 refused 0"))
     })?;
+    world.attack(NOBODY).is_refused()
+}
+
+fn full() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let daemon = world.daemon()?;
+    let follow = || -> Result<UnixStream> {
+        let mut stream = UnixStream::connect(world.path("run/control.sock"))?;
+        stream.write_all(b"{\"request\":\"events\",\"follow\":true}\n")?;
+        Ok(stream)
+    };
+    let mut followers = (0..40).map(|_| follow()).collect::<Result<Vec<_>>>()?;
+    until("one follower too many is told", || {
+        followers.push(follow()?);
+        let stream = followers.last_mut().context("just pushed")?;
+        stream.set_read_timeout(Some(Duration::from_millis(500)))?;
+        let mut said = String::new();
+        let _ = stream.read_to_string(&mut said);
+        Ok(said.contains("which is the most"))
+    })?;
+    // Followers never keep others out.
+    world.enforcer(&["status"])?.demand(0)?;
+    world.attack(NOBODY).is_refused()?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    // The place is free at once.
+    world.apply()?;
+    drop(daemon);
     world.attack(NOBODY).is_refused()
 }

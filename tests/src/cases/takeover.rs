@@ -22,6 +22,7 @@ pub fn cases() -> Vec<Case> {
         case("f1_unload_ends_another_version_at_once", unload_other_version).on(EBPF),
         case("f5_another_version_is_told_from_off", other_version).on(EBPF),
         case("f5_a_link_that_runs_another_program_is_told", taken_link).on(EBPF),
+        case("f5_a_judged_cgroup_made_again_is_judged_again", cgroup_made_again).on(EBPF),
         case("f5_a_link_on_another_cgroup_is_told", other_cgroup).on(EBPF),
         case("d3_without_btf_the_task_decides_alone", without_btf).on(EBPF),
     ]
@@ -173,6 +174,24 @@ fn taken_link() -> Result<()> {
     let status = world.status()?;
     ensure!(status["restored"] == 1 && status["state"] == "degraded", "{status}");
     Ok(())
+}
+
+fn cgroup_made_again() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let child = world.cgroup.join("child");
+    fs::create_dir(&child)?;
+    let target = format!(
+        "[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
+        world.here()
+    );
+    world.configure_on(&child, &target)?;
+    let _daemon = world.daemon()?;
+    let attack = world.attack(NOBODY).in_cgroup(&child);
+    attack.is_refused()?;
+    fs::remove_dir(&child)?;
+    fs::create_dir(&child)?;
+    until("it is judged again", || Ok(attack.run()?.errno == Some(libc::EPERM)))?;
+    world.attack(0).in_cgroup(&child).reaches()
 }
 
 fn other_cgroup() -> Result<()> {
