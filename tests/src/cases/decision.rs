@@ -77,6 +77,8 @@ pub fn cases() -> Vec<Case> {
     for who in MIXTURES {
         cases.push(case(&format!("d3_who_{who:?}"), move || one_mixture(who)));
     }
+    cases.push(case("d2_d4_d5_every_way_of_one_rule_set", every_way));
+    cases.push(case("d3_everybody_of_one_rule_set", everybody));
     cases.push(case(
         "d3_both_users_may_be_allowed_by_different_principals",
         both_allowed,
@@ -123,6 +125,46 @@ fn one_way(way: Way, at_root: bool) -> Result<()> {
     world.attack(0).way(way).reaches()?;
     world.enforcer(&["unload"])?.demand(0)?;
     nobody.reaches()
+}
+
+/// All ways on one rule set: where to load one is dear, under emulation.
+fn every_way() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let ways: Vec<Way> = TCP_WAYS.into_iter().chain(UDP_WAYS).collect();
+    let (can, cannot): (Vec<Way>, Vec<Way>) = ways.into_iter().partition(|way| cannot(*way).is_none());
+    for way in cannot {
+        let errno = crate::kernel::cannot(way).unwrap_or_default();
+        world.attack(NOBODY).way(way).fails_by(errno)?;
+    }
+    for way in &can {
+        world.attack(NOBODY).way(*way).reaches()?;
+    }
+    let endpoints = [endpoint(Way::Plain, &world), endpoint(Way::UdpSendto, &world)];
+    world.configure_one(&endpoints, r#"["root"]"#)?;
+    world.apply()?;
+    for way in can {
+        world.attack(NOBODY).way(way).is_refused()?;
+        world.attack(0).way(way).reaches()?;
+    }
+    Ok(())
+}
+
+/// All mixtures of users on one rule set.
+fn everybody() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let attacks = || MIXTURES.map(|who| world.attack(NOBODY).who(who));
+    attacks().iter().try_for_each(Attack::reaches)?;
+    let endpoints = [endpoint(Way::Plain, &world), endpoint(Way::UdpSendto, &world)];
+    world.configure_one(&endpoints, r#"["root"]"#)?;
+    world.apply()?;
+    for attack in attacks() {
+        for way in [Way::Plain, Way::IoUringSqpoll, Way::UdpSendto] {
+            attack.clone().way(way).is_refused()?;
+        }
+    }
+    world.attack(0).reaches()
 }
 
 fn one_mixture(who: Who) -> Result<()> {

@@ -26,6 +26,7 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![
         case("s5_nftables_sees_whoever_opened_the_socket", users),
+        case("s5_nftables_every_way_of_one_rule_set", every_way),
         case("s5_nftables_kernel_is_no_user", kernel_is_no_user),
         case("s5_nftables_cgroup_of_the_socket", cgroup),
         case("s5_forwarded_connections_are_refused", forwarded),
@@ -122,6 +123,38 @@ fn one_way(way: Way) -> Result<()> {
     ensure!(denied.as_u64() > Some(0), "nothing was counted: {denied}");
     guarded.netns.enforcer(&guarded.world, &["unload"])?.demand(0)?;
     nobody.reaches()
+}
+
+/// All ways on one rule set.
+fn every_way() -> Result<()> {
+    let guarded = Guarded::new()?;
+    let can: Vec<Way> = TCP_WAYS
+        .into_iter()
+        .chain(UDP_WAYS)
+        .filter(|way| cannot(*way).is_none())
+        .collect();
+    for way in &can {
+        guarded.attack(NOBODY)?.way(*way).reaches()?;
+    }
+    let mut endpoints = Vec::new();
+    for scheme in ["tcp", "udp"] {
+        endpoints.push(format!("{scheme}://{}", guarded.world.here()));
+        for address in ["127.0.0.1", "[::1]"] {
+            endpoints.push(format!("{scheme}://{address}:{}", guarded.world.port));
+        }
+    }
+    guarded.configure("nftables", &endpoints, r#"["root"]"#)?;
+    guarded.apply()?;
+    for way in can {
+        let nobody = guarded.attack(NOBODY)?.way(way);
+        if way.is_udp() {
+            ensure!(nobody.run()?.errno.is_some(), "{way:?} reached the listener");
+        } else {
+            nobody.is_reset()?;
+        }
+        guarded.attack(0)?.way(way).reaches()?;
+    }
+    Ok(())
 }
 
 /// §5: the differences from eBPF, both outcomes.
