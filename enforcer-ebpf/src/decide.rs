@@ -29,6 +29,8 @@ pub trait Tables {
     fn exact(&self, key: &EndpointKey) -> Option<Owners>;
     /// Owners of the longest prefix, those of shorter ones that cover it included.
     fn prefix(&self, key: &EndpointKey) -> Option<Owners>;
+    /// Targets that admit a user, where it is one of those at hand in the slot's generation.
+    fn few(&self, slot: u8, user: u32) -> Option<Owners>;
     /// Targets that admit a principal.
     fn principal(&self, key: &PrincipalKey) -> Option<Owners>;
 }
@@ -44,16 +46,23 @@ pub enum SocketUser {
     Unreadable,
 }
 
+/// A task as it counts (D3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Its real UID, in the initial user namespace.
+    User(u32),
+    /// It is the kernel's own.
+    Kernel,
+}
+
 /// Who asks; each part is looked at only when it matters.
 pub trait Subject {
     /// Cookie of the socket's network namespace.
     fn netns(&self) -> u64;
-    /// Real UID of the connecting task, in the initial user namespace.
-    fn task_user(&self) -> u32;
+    /// The connecting task.
+    fn task(&self) -> Task;
     /// Owner of the socket, in the initial user namespace.
     fn socket_user(&self) -> SocketUser;
-    /// Whether the connecting task is a kernel thread.
-    fn is_kernel_thread(&self) -> bool;
     /// cgroup v2 id of the task's ancestor of this depth, 0 where there is none.
     fn cgroup(&self, level: u32) -> u64;
 }
@@ -95,7 +104,7 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
     let Some(owners) = owners(tables, subject, destination, slot, &generation) else {
         return UNJUDGED; // D1
     };
-    let refused = owners & !admitted(tables, subject, owners, slot, generation.levels); // D2
+    let refused = owners & !admitted(tables, subject, owners, slot, &generation); // D2
     let verdict = match refused {
         0 => Verdict::Allow,
         _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
@@ -166,8 +175,14 @@ const _: () = assert!(MAX_CGROUP_LEVELS == 8, "a pass for each level");
 
 /// The targets that admit the subject: both its users, or the kernel thread it is (D3).
 #[inline(always)]
-fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot: u8, levels: u64) -> Owners {
-    if subject.is_kernel_thread() {
+fn admitted<T: Tables, S: Subject>(
+    tables: &T,
+    subject: &S,
+    owners: Owners,
+    slot: u8,
+    generation: &Generation,
+) -> Owners {
+    let Task::User(uid) = subject.task() else {
         let key = PrincipalKey {
             cgroup: 0,
             uid: 0,
@@ -176,10 +191,10 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
             zero: 0,
         };
         return tables.principal(&key).unwrap_or(0);
-    }
+    };
     let mut task = PrincipalKey {
         cgroup: 0,
-        uid: subject.task_user(),
+        uid,
         kind: kind::USER,
         slot,
         zero: 0,
@@ -190,20 +205,20 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
         SocketUser::Unsupported => {}
         SocketUser::Unreadable => return 0,
     }
-    let mut admits_task = tables.principal(&task).unwrap_or(0);
+    let mut admits_task = admitted_anywhere(tables, &task, generation.flags);
     let mut admits_socket = if task.uid == socket.uid {
         admits_task
     } else {
-        tables.principal(&socket).unwrap_or(0)
+        admitted_anywhere(tables, &socket, generation.flags)
     };
-    if levels == 0 || owners & !(admits_task & admits_socket) == 0 {
+    if generation.levels == 0 || owners & !(admits_task & admits_socket) == 0 {
         return admits_task & admits_socket;
     }
     // Each pass costs the verifier, and so every start, dearly: few depths, and no short cut for equal users.
     'levels: {
         each_level! { number => {
             #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
-            let level = (levels >> (8 * number)) as u32 & 0xff;
+            let level = (generation.levels >> (8 * number)) as u32 & 0xff;
             if level == 0 {
                 break 'levels;
             }
@@ -217,5 +232,35 @@ fn admitted<T: Tables, S: Subject>(tables: &T, subject: &S, owners: Owners, slot
             }
         }}
     }
-    admits_task & admits_socket
+    let both = admits_task & admits_socket;
+    if generation.flags & flag::ANYBODY == 0 {
+        return both;
+    }
+    // What admits anybody admits both users by itself. A loop of its own: within the one above it costs the verifier far more.
+    let mut within = 0;
+    task.uid = 0;
+    task.kind = kind::ANYBODY;
+    'levels: {
+        each_level! { number => {
+            #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
+            let level = (generation.levels >> (8 * number)) as u32 & 0xff;
+            if level == 0 {
+                break 'levels;
+            }
+            // A task that is less deep has 0 there, which no principal names.
+            task.cgroup = subject.cgroup(level - 1);
+            within |= tables.principal(&task).unwrap_or(0);
+        }}
+    }
+    both | within
+}
+
+/// The targets that admit a user whatever its cgroup.
+#[inline(always)]
+fn admitted_anywhere<T: Tables>(tables: &T, user: &PrincipalKey, flags: u64) -> Owners {
+    match tables.few(user.slot, user.uid) {
+        Some(admitting) => admitting,
+        None if flags & flag::FEW != 0 => 0,
+        None => tables.principal(user).unwrap_or(0),
+    }
 }

@@ -9,13 +9,13 @@
 pub mod decide;
 
 /// Version of everything in this file; maps of another version are never reused.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
 pub const MAX_ENDPOINTS: u32 = 131_072;
 /// Endpoints of one rule set that name a prefix.
 pub const MAX_PREFIXES: u32 = 16_384;
-/// Principal keys (user, user in a cgroup, kernel) of one rule set, over all targets.
+/// Principal keys (user, user in a cgroup, anybody in a cgroup, kernel) of one rule set, over all targets.
 pub const MAX_PRINCIPALS: u32 = 16_384;
 /// Targets of one rule set: the bits of [`Owners`].
 pub const MAX_TARGETS: u32 = 64;
@@ -91,6 +91,8 @@ pub mod kind {
     pub const USER: u8 = 0;
     /// Kernel threads.
     pub const KERNEL: u8 = 1;
+    /// Every user below a cgroup; looked up only under [`super::flag::ANYBODY`].
+    pub const ANYBODY: u8 = 2;
 }
 
 /// What holds for a whole rule set.
@@ -105,6 +107,40 @@ pub struct Generation {
     pub levels: u64,
     /// Bits of [`flag`].
     pub flags: u64,
+    /// The first users that are admitted anywhere.
+    pub few: Few,
+}
+
+/// Users that [`Few`] has room for.
+pub const FEW_USERS: usize = 4;
+
+/// Users at hand, so that a rule set that admits few of them needs no look-up.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Few {
+    /// The users, [`NO_UID`] where there are fewer.
+    pub users: [u32; FEW_USERS],
+    /// The targets that admit each of them.
+    pub admitting: [Owners; FEW_USERS],
+}
+
+impl Few {
+    /// The targets that admit a user, where it is one of the few.
+    #[inline(always)]
+    #[must_use]
+    pub fn find(&self, user: u32) -> Option<Owners> {
+        let mut each = self.users.iter().zip(&self.admitting);
+        each.find(|(uid, _)| **uid == user).map(|(_, admitting)| *admitting)
+    }
+}
+
+impl Default for Few {
+    fn default() -> Self {
+        Self {
+            users: [NO_UID; FEW_USERS],
+            admitting: [0; FEW_USERS],
+        }
+    }
 }
 
 /// Bits of [`Generation::flags`].
@@ -117,6 +153,10 @@ pub mod flag {
     pub const DAEMON: u64 = 4;
     /// The programs check the socket's owner too (D3).
     pub const SOCKET_USER: u64 = 8;
+    /// No user is admitted anywhere but those that the generation itself names.
+    pub const FEW: u64 = 16;
+    /// Some principals are cgroups without a user.
+    pub const ANYBODY: u64 = 32;
 }
 
 /// A target's name, padded with zeros.
@@ -135,6 +175,9 @@ pub struct Counters {
     /// Attempts that it would have refused, were it not for audit mode.
     pub would_deny: u64,
 }
+
+/// What all targets did, a CPU, by bit of [`Owners`]. One value, so that a program looks it up once.
+pub type AllCounters = [Counters; MAX_TARGETS as usize];
 
 /// What was decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,9 +241,10 @@ pub const NO_UID: u32 = u32::MAX;
 const _: () = {
     assert!(size_of::<EndpointKey>() == 20);
     assert!(size_of::<PrincipalKey>() == 16);
-    assert!(size_of::<Generation>() == 32);
+    assert!(size_of::<Generation>() == 80);
     assert!(size_of::<TargetName>() == 48);
     assert!(size_of::<Counters>() == 24);
+    assert!(size_of::<AllCounters>() == 24 * MAX_TARGETS as usize);
     assert!(size_of::<EventRecord>() == 152);
 };
 

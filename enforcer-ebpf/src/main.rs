@@ -16,8 +16,8 @@ use aya_ebpf::{
     cty::c_void,
     helpers::generated::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
-        bpf_get_current_task, bpf_get_current_uid_gid, bpf_get_netns_cookie, bpf_ktime_get_boot_ns,
-        bpf_probe_read_kernel, bpf_skc_to_tcp_sock,
+        bpf_get_current_task, bpf_get_current_task_btf, bpf_get_current_uid_gid, bpf_get_netns_cookie,
+        bpf_ktime_get_boot_ns, bpf_probe_read_kernel, bpf_skc_to_tcp_sock,
     },
     macros::{cgroup_sock_addr, map},
     maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
@@ -25,10 +25,10 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::trace;
 use enforcer_ebpf::{
-    Address, Counters, EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES,
-    MAX_PRINCIPALS, MAX_TARGETS, NO_UID, Owners, PrincipalKey, SLOTS, TCP, TargetName, UDP, Verdict, canonical4,
-    canonical6,
-    decide::{self, Decision, Destination, SocketUser, Subject, Tables},
+    Address, AllCounters, Counters, EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_ENDPOINTS,
+    MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, NO_UID, Owners, PrincipalKey, SLOTS, TCP, TargetName, UDP, Verdict,
+    canonical4, canonical6,
+    decide::{self, Decision, Destination, SocketUser, Subject, Tables, Task},
 };
 
 /// `IPPROTO_MPTCP`, of which some kernels show the low byte only, which is TCP's number.
@@ -43,6 +43,13 @@ static SK_UID_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `flags` in `struct task_struct`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
 static TASK_FLAGS_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `cred` in `struct task_struct`, from the kernel's BTF; 0 where the kernel has no `bpf_get_current_task_btf`
+/// (Linux 5.11, for this type of program 5.15), which lets a task be read without a helper's call for each word.
+#[unsafe(no_mangle)]
+static TASK_CRED_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `uid` in `struct cred`, from the kernel's BTF.
+#[unsafe(no_mangle)]
+static CRED_UID_OFFSET: Global<u32> = Global::new(0);
 
 /// 0: no rule set in force; else its slot plus 1. One byte, so that it is read and written whole.
 #[map(name = "active")]
@@ -62,7 +69,7 @@ static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(SLOTS * MAX_P
 #[map(name = "targets")]
 static TARGETS: Array<TargetName> = Array::pinned(SLOTS * MAX_TARGETS, 0);
 #[map(name = "counters")]
-static COUNTERS: PerCpuArray<Counters> = PerCpuArray::pinned(MAX_TARGETS, 0);
+static COUNTERS: PerCpuArray<AllCounters> = PerCpuArray::pinned(1, 0);
 #[map(name = "events")]
 static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 /// Denials that found the ring buffer full.
@@ -146,19 +153,21 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
 /// Adds an attempt to the counters of every target that owns its endpoint.
 #[inline(always)]
 fn count(decision: &Decision) {
+    let Some(all) = COUNTERS.get_ptr_mut(0) else { return };
     let mut owners = decision.owners;
     for _ in 0..MAX_TARGETS {
         if owners == 0 {
             break;
         }
-        let target = owners.trailing_zeros();
+        let found = owners.trailing_zeros();
+        // The compiler knows that this is below 64 and would leave the mask out; the verifier wants to see it.
+        // SAFETY: a stack word of our own.
+        let target = (unsafe { (&raw const found).read_volatile() } & (MAX_TARGETS - 1)) as usize;
         let bit = owners & owners.wrapping_neg();
         owners ^= bit;
-        let Some(counters) = COUNTERS.get_ptr_mut(target) else {
-            break;
-        };
-        // SAFETY: the verifier proved the pointer; the element is this CPU's own.
+        // SAFETY: the verifier proved the pointer, and the index is below the number of targets; the element is this CPU's own.
         unsafe {
+            let counters = all.cast::<Counters>().add(target);
             if decision.refused & bit == 0 {
                 (*counters).allowed += 1;
             } else if matches!(decision.verdict, Verdict::WouldDeny) {
@@ -192,6 +201,10 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
     let mut task = [0_u8; 16];
     // SAFETY: the buffer is 16 bytes, the size of a task's name.
     unsafe { bpf_get_current_comm(task.as_mut_ptr().cast(), 16) };
+    let (task_uid, kernel_thread) = match attempt.task() {
+        Task::User(uid) => (uid, 0),
+        Task::Kernel => (0, 1),
+    };
     #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
     let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
     entry.write(EventRecord {
@@ -204,7 +217,7 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         judged: destination.address,
         pid,
         tid,
-        task_uid: attempt.task_user(),
+        task_uid,
         socket_uid: match attempt.socket_user() {
             SocketUser::Uid(uid) => uid,
             SocketUser::Unsupported | SocketUser::Unreadable => NO_UID,
@@ -214,7 +227,7 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         protocol: destination.protocol,
         verdict: decision.verdict as u8,
         family,
-        kernel_thread: u8::from(attempt.is_kernel_thread()),
+        kernel_thread,
         zero: 0,
     });
     entry.submit(0);
@@ -244,6 +257,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn generation(&self, slot: u8) -> Option<Generation> {
         GENERATIONS.get(u32::from(slot)).copied()
+    }
+
+    #[inline(always)]
+    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
+        GENERATIONS.get(u32::from(slot))?.few.find(user)
     }
 
     #[inline(always)]
@@ -277,11 +295,29 @@ impl Subject for Attempt<'_> {
     }
 
     #[inline(always)]
-    fn task_user(&self) -> u32 {
+    fn task(&self) -> Task {
+        let flags_offset = TASK_FLAGS_OFFSET.load();
+        let (cred, uid) = (TASK_CRED_OFFSET.load(), CRED_UID_OFFSET.load());
+        if cred != 0 {
+            // SAFETY: the running task and its credentials are there while it runs, and the verifier knows their types.
+            return unsafe {
+                let task = bpf_get_current_task_btf().cast::<u8>();
+                let flags = task.add(flags_offset as usize).cast::<u32>().read_volatile();
+                let cred = task.add(cred as usize).cast::<*const u8>().read_volatile();
+                task_of(flags, cred.add(uid as usize).cast::<u32>().read_volatile())
+            };
+        }
         // SAFETY: a helper without arguments; the lower half is the real UID.
         #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
-        unsafe {
-            bpf_get_current_uid_gid() as u32
+        let user = unsafe { bpf_get_current_uid_gid() } as u32;
+        if flags_offset == 0 {
+            return Task::User(user);
+        }
+        // SAFETY: a helper without arguments.
+        let task = unsafe { bpf_get_current_task() };
+        match read_kernel::<u32>((task + u64::from(flags_offset)) as *const c_void) {
+            Some(flags) => task_of(flags, user),
+            None => Task::Kernel,
         }
     }
 
@@ -314,23 +350,21 @@ impl Subject for Attempt<'_> {
     }
 
     #[inline(always)]
-    fn is_kernel_thread(&self) -> bool {
-        let offset = TASK_FLAGS_OFFSET.load();
-        if offset == 0 {
-            return false;
-        }
-        // SAFETY: a helper without arguments.
-        let task = unsafe { bpf_get_current_task() };
-        read_kernel::<u32>((task + u64::from(offset)) as *const c_void).is_none_or(|flags| flags & PF_KTHREAD != 0)
-    }
-
-    #[inline(always)]
     fn cgroup(&self, level: u32) -> u64 {
         // SAFETY: a helper without pointer arguments; it answers 0 for a level that the task does not reach.
         #[allow(clippy::cast_possible_wrap, reason = "levels are small")]
         unsafe {
             bpf_get_current_ancestor_cgroup_id(level as i32)
         }
+    }
+}
+
+#[inline(always)]
+const fn task_of(flags: u32, user: u32) -> Task {
+    if flags & PF_KTHREAD == 0 {
+        Task::User(user)
+    } else {
+        Task::Kernel
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod ebpf;
 pub mod nftables;
+pub mod probe;
 
 use std::path::Path;
 
@@ -11,16 +12,19 @@ use tracing::warn;
 use crate::{
     config::{Backend, Settings},
     ruleset::{Attempt, RuleSet},
+    verify::{Comparison, Verification},
 };
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
-pub use nftables::Nftables;
+pub use nftables::Tables;
+
+use probe::{Fact, Works};
 
 /// What is in force in the kernel, for the process that writes it.
 #[derive(Debug)]
 pub struct Enforcement {
     ebpf: Option<Kernel>,
-    nftables: Option<Nftables>,
+    nftables: Option<Tables>,
     /// Why `auto` took what it took, if that is not the first choice.
     reason: Option<String>,
     /// How often something that others removed or changed was put back (F5).
@@ -46,8 +50,8 @@ impl Start<'_> {
         Kernel::take_over(&self.settings.pin_dir, cgroup, self.daemon, self.log_level)
     }
 
-    fn nftables(&self) -> Result<Nftables, BackendError> {
-        Ok(Nftables::take_over(
+    fn nftables(&self) -> Result<Tables, BackendError> {
+        Ok(Tables::take_over(
             &self.settings.nft_table,
             self.settings.forward,
             self.daemon,
@@ -96,27 +100,46 @@ impl Enforcement {
                 }
             }
             Backend::Auto if self.ebpf.is_some() => {}
-            Backend::Auto => match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
-                Ok(kernel) => self.ebpf = Some(kernel),
-                Err(ebpf) if ebpf.is_inability() => {
-                    if self.nftables.is_none() {
-                        self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
-                            ebpf: ebpf.without_hint(),
-                            nftables: Box::new(nftables),
-                        })?);
-                    }
-                    let reason = format!(
-                        "auto chose nftables, as ebpf does not work here: {}",
-                        ebpf.without_hint()
-                    );
-                    warn!("{reason}");
-                    self.reason = Some(reason);
-                }
-                Err(error) => return Err(error),
-            },
+            Backend::Auto => self.choose(start)?,
         }
         if let Some(nftables) = &mut self.nftables {
             nftables.set_forward(start.settings.forward);
+        }
+        Ok(())
+    }
+
+    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it matters.
+    fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+        let mut ebpf = None;
+        let fact = match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
+            Ok(kernel) => {
+                ebpf = Some(kernel);
+                Fact::Supported
+            }
+            Err(error) if error.is_inability() => Fact::Missing {
+                why: error.without_hint().into(),
+            },
+            // A mistake of the configuration, say: mended, not evaded.
+            Err(error) => return Err(error),
+        };
+        let mut works = Works {
+            ebpf: fact,
+            nftables: Fact::Inconclusive("not tried".to_owned()),
+        };
+        if let Some(why) = works.ebpf.obstacle() {
+            if self.nftables.is_none() {
+                self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
+                    ebpf: why.into(),
+                    nftables: Box::new(nftables),
+                })?);
+            }
+            works.nftables = Fact::Supported;
+        }
+        let choice = probe::choose(&works, Backend::Auto);
+        self.ebpf = ebpf;
+        if choice.backend == Some(Backend::Nftables) {
+            warn!("{}", choice.reason);
+            self.reason = Some(choice.reason);
         }
         Ok(())
     }
@@ -141,7 +164,7 @@ impl Enforcement {
         if !nftables {
             let removed = match self.nftables.take() {
                 Some(nftables) => nftables.unload(),
-                None => nftables::unload(&settings.nft_table).map(drop),
+                None => nftables::dropin::unload(&settings.nft_table).map(drop),
             };
             if let Err(error) = removed {
                 warn!("remove what the nftables backend left: {error}");
@@ -199,19 +222,46 @@ impl Enforcement {
         }
         match &mut self.ebpf {
             Some(kernel) => {
-                let before = kernel.links_made();
-                let whole = kernel.keep(number)?;
-                self.restored += u64::from(kernel.links_made() != before);
-                Ok(whole.then_some(number))
+                let before = kernel.mended();
+                let kept = kernel.keep(number);
+                self.restored += u64::from(kernel.mended() != before);
+                kept
             }
             None => Ok(Some(kept)),
         }
     }
 
+    /// Waits now for what the next [`Enforcement::apply`] would have to wait for.
+    pub fn settle(&mut self) -> Result<(), BackendError> {
+        self.ebpf.as_mut().map_or(Ok(()), Kernel::settle)
+    }
+
+    /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
+    pub fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
+        let mut comparison = Comparison::default();
+        let mut number = 0;
+        if let Some(nftables) = &mut self.nftables {
+            number = nftables.verify(rules, &mut comparison)?;
+        }
+        if let Some(kernel) = &self.ebpf {
+            number = kernel.verify(rules, &mut comparison)?;
+        }
+        Ok(comparison.finish("daemon", self.name(), number))
+    }
+
     /// What the kernel holds now, read from it.
     pub fn observe(&mut self) -> Result<Observed, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(Kernel::observe).transpose()?;
-        let nftables = self.nftables.as_mut().map(Nftables::observe).transpose()?;
+        self.observed(false)
+    }
+
+    /// As [`Enforcement::observe`], but for entries of large maps: those as read back when they were written.
+    pub fn observe_quickly(&mut self) -> Result<Observed, BackendError> {
+        self.observed(true)
+    }
+
+    fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
+        let nftables = self.nftables.as_mut().map(Tables::observe).transpose()?;
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
@@ -240,7 +290,7 @@ impl Enforcement {
     }
 
     /// The nftables half.
-    pub fn nftables(&mut self) -> Option<&mut Nftables> {
+    pub fn nftables(&mut self) -> Option<&mut Tables> {
         self.nftables.as_mut()
     }
 
@@ -286,11 +336,21 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     Some(one)
 }
 
+/// Two tables seen as one: each target is judged by one of them.
+pub(crate) fn merged_tables(own: Observed, shared: Observed) -> Observed {
+    let mut one = own;
+    one.endpoints += shared.endpoints;
+    one.targets.extend(shared.targets);
+    one.targets.sort_by(|a, b| a.name.cmp(&b.name));
+    one.faults.extend(shared.faults);
+    one
+}
+
 /// What is in force, for those who only read it.
 #[derive(Debug)]
 pub struct InForce {
     ebpf: Option<Pinned>,
-    nftables: Option<nftables::Reading>,
+    nftables: Option<nftables::dropin::Readings>,
 }
 
 impl InForce {
@@ -310,7 +370,7 @@ impl InForce {
             Err(error) => return Err(error),
         };
         // Without nf_tables there is no table.
-        let nftables = nftables::open(&settings.nft_table).ok().flatten();
+        let nftables = nftables::dropin::open(&settings.nft_table).ok().flatten();
         let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
         Ok((in_force, unread))
     }
@@ -318,8 +378,26 @@ impl InForce {
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
-        let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
+        let nftables = self.nftables.as_ref().map(nftables::dropin::Readings::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
+    }
+
+    /// Compares all that the kernel holds with what a rule set asks for; the cgroup is the id of the one to be judged.
+    pub fn verify(&self, rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<Verification, BackendError> {
+        let mut comparison = Comparison::default();
+        let wanted = match settings.backend {
+            Backend::Auto => self.name().to_owned(),
+            Backend::Ebpf | Backend::Nftables | Backend::Both => settings.backend.to_string(),
+        };
+        comparison.words("backend", "in force", &wanted, self.name());
+        let mut number = 0;
+        if let Some(reading) = &self.nftables {
+            number = reading.verify(rules, settings, &mut comparison);
+        }
+        if let Some(pinned) = &self.ebpf {
+            number = pinned.verify(rules, cgroup, &mut comparison)?;
+        }
+        Ok(comparison.finish("configuration", self.name(), number))
     }
 
     /// `ebpf`, `nftables` or `both`.
@@ -331,10 +409,7 @@ impl InForce {
     /// The verdict of what is in force: a denial of either half is one.
     pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
-        let nftables = self
-            .nftables
-            .as_ref()
-            .map(|reading| nftables::check::check(reading, attempt));
+        let nftables = self.nftables.as_ref().map(|readings| readings.check(attempt));
         let (Some(ebpf), Some(nftables)) = (&ebpf, &nftables) else {
             return ebpf.or(nftables).ok_or(BackendError::ReadBack { map: "active" });
         };
@@ -350,6 +425,6 @@ impl InForce {
 
 /// Removes all of ours from the kernel; false where there was nothing.
 pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
-    let nftables = nftables::unload(&settings.nft_table)?;
+    let nftables = nftables::dropin::unload(&settings.nft_table)?;
     Ok(ebpf::unload(&settings.pin_dir)? || nftables)
 }

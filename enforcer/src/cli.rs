@@ -1,6 +1,9 @@
 //! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
 
 mod check;
+mod doctor;
+mod grants;
+mod verify;
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -14,7 +17,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::{
-    backend::{self, InForce},
+    backend::{self, InForce, nftables::dropin},
+    client,
     config::{self, Config},
     control::{self, ControlError, Reply, Request},
     daemon, host,
@@ -27,14 +31,9 @@ use crate::{
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
-    /// Configuration file
-    #[arg(
-        long,
-        global = true,
-        value_name = "PATH",
-        default_value = config::DEFAULT_PATH
-    )]
-    config: PathBuf,
+    /// Configuration file [default: /etc/enforcer/enforcer.toml; where that does not exist, BOSH's monit and message bus are protected]
+    #[arg(long, global = true, value_name = "PATH")]
+    config: Option<PathBuf>,
     /// Log format, on stderr
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -59,7 +58,7 @@ enum Command {
     /// and leaves enforcement on.
     Run,
     /// Put the configuration in force once and exit; enforcement stays
-    Apply,
+    Apply(Apply),
     /// Show what is in force; exit code 1 if degraded or off
     Status(Json),
     /// Tell whether USER may connect to DESTINATION, by the rule set in force in the kernel, and why
@@ -68,8 +67,26 @@ enum Command {
     Events(EventsArgs),
     /// Look all names up now; returns when the kernel holds the result
     Refresh(Refresh),
+    /// Let a cgroup, or a user, in to TARGET until it is revoked or its time is over; kept over restarts
+    Grant(grants::Grant),
+    /// End what was granted to a cgroup or a user; exit code 1 if nothing was
+    Revoke(grants::Revoke),
+    /// List what is granted
+    Grants(Json),
+    /// As `grant monit`, by the name that BOSH jobs know
+    #[command(alias = "bosh-enable-monit-access")]
+    EnableMonitAccess(grants::MonitAccess),
     /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
     Unload,
+    /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
+    ///
+    /// Exit codes: 0 nothing weakens it; 1 something does; 2 something could not be looked at.
+    Doctor(doctor::Doctor),
+    /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
+    ///
+    /// With a daemon, against what it wants now; without one, against the configuration and the addresses known last.
+    /// Exit codes: 0 identical; 1 something differs; 2 it could not be compared.
+    Verify(Json),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -80,6 +97,15 @@ struct Json {
     /// JSON on stdout
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Apply {
+    /// Not the configuration but the last rule set known good, without any look-up: for early at boot
+    ///
+    /// Nothing is done where a rule set is in force already, or none is known yet.
+    #[arg(long)]
+    last_good: bool,
 }
 
 #[derive(Debug, Args)]
@@ -112,16 +138,19 @@ enum ConfigCommand {
 enum Answer {
     Yes,
     No,
+    /// The answer itself says that it is not whole.
+    Unknown,
 }
 
 /// Runs the command line and says how the process should end.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(grants::as_called(std::env::args_os()));
     start_log(cli.log_format, cli.log_level);
     match run(&cli) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
+        Ok(Answer::Unknown) => ExitCode::from(2),
         Err(error) => {
             // One line, whatever the cause holds.
             let text = format!("{error:#}").replace(['\n', '\r'], " ");
@@ -143,20 +172,32 @@ fn start_log(format: LogFormat, level: tracing::Level) {
 }
 
 fn run(cli: &Cli) -> Result<Answer> {
+    let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
+    // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be there.
+    if cli.config.as_deref() == Some(Path::new(config::DEFAULT_PATH)) && !config.exists() {
+        return Err(config::ConfigError::Missing { path: config.into() }.into());
+    }
     match &cli.command {
         Command::Run => runtime()?
-            .block_on(daemon::run(&cli.config))
+            .block_on(daemon::run(config))
             .map(|()| Answer::Yes)
             .map_err(Into::into),
-        Command::Apply => apply(&cli.config),
-        Command::Status(json) => show_status(&cli.config, json),
-        Command::Check(check) => check::run(&cli.config, check),
-        Command::Events(events) => show_events(&cli.config, events),
-        Command::Refresh(refresh) => run_refresh(&cli.config, refresh),
-        Command::Unload => unload(&cli.config),
-        Command::Config(ConfigCommand::Check) => check_config(&cli.config),
+        Command::Apply(Apply { last_good: false }) => apply(config),
+        Command::Apply(Apply { last_good: true }) => apply_last_good(config),
+        Command::Status(json) => show_status(config, json),
+        Command::Check(check) => check::run(config, check),
+        Command::Events(events) => show_events(config, events),
+        Command::Refresh(refresh) => run_refresh(config, refresh),
+        Command::Grant(grant) => grants::grant(config, grant),
+        Command::Revoke(revoke) => grants::revoke(config, revoke),
+        Command::Grants(json) => grants::list(config, json),
+        Command::EnableMonitAccess(access) => grants::enable_monit_access(config, access),
+        Command::Unload => unload(config),
+        Command::Doctor(doctor) => doctor::run(config, doctor),
+        Command::Verify(json) => verify::run(config, json),
+        Command::Config(ConfigCommand::Check) => check_config(config),
         Command::Config(ConfigCommand::Show(json)) => {
-            let config = Config::load(&cli.config)?;
+            let config = Config::load(config)?;
             print(&if json.json {
                 serde_json::to_string_pretty(&config)?
             } else {
@@ -177,6 +218,15 @@ fn apply(config: &Path) -> Result<Answer> {
     let status = runtime()?.block_on(daemon::apply_once(config))?;
     print(&status.render())?;
     Ok(answer_of(&status))
+}
+
+fn apply_last_good(config: &Path) -> Result<Answer> {
+    let runtime = runtime()?;
+    let _entered = runtime.enter();
+    match daemon::apply_last_good(config)? {
+        Some(status) => print(&status.render()),
+        None => print("nothing known yet: no rule set has been in force on this host\n"),
+    }
 }
 
 fn answer_of(status: &Status) -> Answer {
@@ -243,33 +293,41 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
     let config = Config::load(config)?;
-    let asked = control::ask(&config.settings.socket, &Request::Refresh, refresh.timeout.into());
-    match runtime()?.block_on(asked)? {
-        Reply::Status(status) => {
-            print_one(&*status, &refresh.json, Status::render)?;
-            Ok(answer_of(&status))
-        }
-        Reply::Event(_) | Reply::Done | Reply::Error(_) => {
-            bail!("the daemon answered something else; is it another version?")
-        }
-    }
+    let status = client::refresh_blocking(&config.settings.socket, refresh.timeout.into())?;
+    print_one(&status, &refresh.json, Status::render)?;
+    Ok(answer_of(&status))
 }
 
 fn unload(config: &Path) -> Result<Answer> {
     let config = Config::load(config)?;
     let settings = &config.settings;
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
-        Ok(_) => print("unloaded: nothing is in force any more; the daemon has ended\n"),
+        Ok(_) => {
+            print("unloaded: nothing is in force any more; the daemon has ended\n")?;
+            tell_what_stays()
+        }
         Err(ControlError::NoDaemon { .. }) => {
             let was = backend::unload(settings)?;
             print(if was {
                 "unloaded: nothing is in force any more\n"
             } else {
                 "nothing was in force\n"
-            })
+            })?;
+            tell_what_stays()
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// B5: what releases put in the table that we shared with them is theirs.
+fn tell_what_stays() -> Result<Answer> {
+    if !dropin::others_stay() {
+        return Ok(Answer::Yes);
+    }
+    print(&format!(
+        "nftables table inet {} stays, with the rules of others in it; ours are removed\n",
+        dropin::TABLE
+    ))
 }
 
 fn check_config(path: &Path) -> Result<Answer> {

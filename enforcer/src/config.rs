@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use crate::policy::{Dns, Mode, shown};
+use crate::policy::{BUS, Dns, Mode, shown};
 
 mod error;
 mod read;
@@ -51,8 +51,17 @@ pub struct Config {
     pub settings: Settings,
     /// How names are kept.
     pub dns: Dns,
-    /// By name; never empty.
+    /// The BOSH agent whose host this is; by default where no target is configured (B1).
+    pub bosh: Option<Bosh>,
+    /// By name, those of the file.
     pub targets: BTreeMap<String, Target>,
+}
+
+/// The section `[bosh]`: adds the targets `monit` and `nats` where the file has none of that name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bosh {
+    /// Where the agent keeps its settings.
+    pub dir: PathBuf,
 }
 
 /// What is no policy: how and where it is enforced. Paths are absolute, without `.` and `..`.
@@ -119,6 +128,8 @@ pub struct Target {
     pub endpoints: Vec<Line<EndpointText>>,
     /// Who may connect.
     pub allow: Vec<Line<Allow>>,
+    /// Whether others may be let in while it is in force (B4).
+    pub grants: bool,
 }
 
 /// Who may connect, as written.
@@ -160,12 +171,15 @@ pub struct Line<T> {
 }
 
 impl Config {
-    /// Reads the configuration file at `path`.
+    /// Reads the configuration file at `path`. No file at [`DEFAULT_PATH`] is as an empty one (B1).
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let mut bytes = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes))
-            .map_err(|cause| unreadable(path, cause))?;
+        match File::open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)) {
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound || path != Path::new(DEFAULT_PATH) => {
+                return Err(unreadable(path, cause));
+            }
+            Ok(_) | Err(_) => {}
+        }
         if bytes.len() > MAX_BYTES {
             return Err(ConfigError::TooLong { path: path.into() });
         }
@@ -186,10 +200,33 @@ impl Config {
         Self::parse(&text, path)
     }
 
+    /// Where the settings lie that say what target `nats` protects; none where the file says it itself, or nothing does (B1).
+    #[must_use]
+    pub fn bus_dir(&self) -> Option<&Path> {
+        let ours = !self.targets.contains_key(BUS);
+        self.bosh.as_ref().filter(|_| ours).map(|bosh| bosh.dir.as_path())
+    }
+
     /// Reads a configuration; `path` is for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         read::config(text, path)
     }
+}
+
+/// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found by,
+/// whatever is wrong with the rest of the file (F4). The default where there is no such line.
+#[must_use]
+pub fn state_dir(path: &Path) -> PathBuf {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES as u64).read_to_end(&mut bytes));
+    let text = String::from_utf8_lossy(&bytes);
+    let line = read.ok().and_then(|_| {
+        text.lines()
+            .take_while(|line| !line.trim_start().starts_with('['))
+            .filter_map(read::state_dir)
+            .last()
+    });
+    line.unwrap_or_else(|| Settings::default().state_dir)
 }
 
 fn unreadable(path: &Path, cause: io::Error) -> ConfigError {
@@ -198,6 +235,14 @@ fn unreadable(path: &Path, cause: io::Error) -> ConfigError {
         ConfigError::Missing { path }
     } else {
         ConfigError::Unreadable { path, cause }
+    }
+}
+
+impl Default for Bosh {
+    fn default() -> Self {
+        Self {
+            dir: "/var/vcap/bosh".into(),
+        }
     }
 }
 

@@ -15,10 +15,18 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{events::Line, status::Status};
+use crate::{
+    events::{GrantEvent, Line},
+    status::Status,
+    verify::Verification,
+};
+
+mod peer;
+
+pub use peer::{CgroupError, Peer};
 
 /// Longest request, in bytes.
-const MAX_REQUEST: u64 = 4096;
+const MAX_REQUEST: u64 = 32 << 10;
 /// How long a caller may take to ask, or to take an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two tries to reach a daemon that is behind.
@@ -40,8 +48,95 @@ pub enum Request {
         #[serde(default)]
         follow: bool,
     },
+    /// Let somebody in to a target.
+    Grant(GrantRequest),
+    /// End what was granted.
+    Revoke(RevokeRequest),
+    /// What is granted.
+    Grants,
+    /// Compare all that the kernel holds with what is wanted.
+    Verify,
     /// Remove everything from the kernel and end.
     Unload,
+}
+
+/// Let somebody in to a target; answered when the kernel holds it and the disk keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantRequest {
+    /// The target's name.
+    pub target: String,
+    /// Who.
+    #[serde(default)]
+    pub to: Selector,
+    /// How long; for good where absent.
+    #[serde(default)]
+    pub seconds: Option<u64>,
+}
+
+/// End what was granted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RevokeRequest {
+    /// The target's name.
+    pub target: String,
+    /// Who.
+    #[serde(default)]
+    pub to: Selector,
+    /// Everybody, whatever `to` says.
+    #[serde(default)]
+    pub all: bool,
+}
+
+/// Who is meant: the caller's own cgroup where all are absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Selector {
+    /// A user's name or UID; anywhere, unless a cgroup or a process is given too.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// A cgroup's path from the root of the hierarchy.
+    #[serde(default)]
+    pub cgroup: Option<String>,
+    /// A process, whose cgroup is meant.
+    #[serde(default)]
+    pub pid: Option<u32>,
+}
+
+/// `enforcer grants --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantsReport {
+    /// `enforcer/grants/1`.
+    pub schema: String,
+    /// Most grants at a time.
+    pub limit: usize,
+    /// All of them.
+    pub grants: Vec<GrantStatus>,
+}
+
+/// A grant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantStatus {
+    /// The target.
+    pub target: String,
+    /// The user let in; absent for everybody in the cgroup.
+    pub user: Option<u32>,
+    /// The cgroup below which they are; absent for anywhere.
+    pub cgroup: Option<String>,
+    /// Whether that exists now; while it does not, the grant lets nobody in.
+    pub cgroup_exists: Option<bool>,
+    /// Whether the target is configured, with `grants = true`.
+    pub active: bool,
+    /// RFC 3339, UTC.
+    pub since: String,
+    /// When it ends by itself.
+    pub expires: Option<String>,
+    /// Process that asked for it last.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// Its name.
+    pub comm: String,
 }
 
 /// One line of an answer.
@@ -53,6 +148,14 @@ pub enum Reply {
     Status(Box<Status>),
     /// To `events`.
     Event(Line),
+    /// To `grant`.
+    Grant(Box<GrantEvent>),
+    /// To `revoke`.
+    Revoked(Vec<GrantEvent>),
+    /// To `grants`.
+    Grants(GrantsReport),
+    /// To `verify`.
+    Verification(Box<Verification>),
     /// To `unload`.
     Done,
     /// It could not be done.
@@ -64,6 +167,8 @@ pub enum Reply {
 pub struct Call {
     /// What is asked.
     pub request: Request,
+    /// By whom.
+    pub peer: Peer,
     /// Where the answer goes: replies, then closed.
     pub replies: mpsc::Sender<Reply>,
 }
@@ -92,7 +197,7 @@ pub enum ControlError {
         mode: u32,
     },
     /// Another daemon answers there.
-    #[error("{} is in use by another enforcer; name another socket, or stop that one", path.display())]
+    #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another socket", path.display())]
     Busy {
         /// The socket.
         path: PathBuf,
@@ -106,9 +211,15 @@ pub enum ControlError {
         error: io::Error,
     },
     /// The daemon took too long.
-    #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match request {
+    #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match **request {
         Request::Refresh => "it may still be looking names up: give it longer with --timeout",
-        Request::Status | Request::Events { .. } | Request::Unload => "its log may say why: restart it if this stays",
+        Request::Status
+        | Request::Events { .. }
+        | Request::Grant(_)
+        | Request::Revoke(_)
+        | Request::Grants
+        | Request::Verify
+        | Request::Unload => "its log may say why: restart it if this stays",
     })]
     TimedOut {
         /// The socket.
@@ -116,7 +227,7 @@ pub enum ControlError {
         /// How long it was waited for.
         patience: Duration,
         /// What was asked.
-        request: Request,
+        request: Box<Request>,
     },
     /// The daemon ended before it answered.
     #[error("the daemon on {} hung up without an answer; its log may say why", path.display())]
@@ -176,6 +287,16 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     let listener = listener.map_err(failed("bind"))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of"))?;
     Ok(listener)
+}
+
+/// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
+pub async fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(ControlError::Busy { path: path.into() }),
+        // One that is too busy to accept.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ControlError::Busy { path: path.into() }),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Accepts callers for ever and hands their requests to the loop.
@@ -243,7 +364,7 @@ async fn within<T>(
         Err(ControlError::TimedOut {
             path: path.into(),
             patience,
-            request: request.clone(),
+            request: Box::new(request.clone()),
         })
     })
 }
@@ -285,13 +406,20 @@ fn parse(line: &str) -> Option<Reply> {
 fn refused(reply: Reply) -> Result<Reply, ControlError> {
     match reply {
         Reply::Error(error) => Err(ControlError::Refused(error.into())),
-        Reply::Status(_) | Reply::Event(_) | Reply::Done => Ok(reply),
+        Reply::Status(_)
+        | Reply::Event(_)
+        | Reply::Grant(_)
+        | Reply::Revoked(_)
+        | Reply::Grants(_)
+        | Reply::Verification(_)
+        | Reply::Done => Ok(reply),
     }
 }
 
 async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result<()> {
     // The socket's mode keeps others out already; a descriptor handed on does not get round this (F6).
-    if stream.peer_cred()?.uid() != 0 {
+    let peer = Peer::of(&stream)?;
+    if peer.uid != 0 {
         return send(&mut stream, &Reply::Error("only root may ask".to_owned())).await;
     }
     let mut line = Vec::new();
@@ -315,7 +443,8 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result
     // A caller that only follows has nothing more to say; any other may close its half and wait.
     let follows = matches!(request, Request::Events { follow: true });
     let (replies, mut receiver) = mpsc::channel(64);
-    if calls.send(Call { request, replies }).await.is_err() {
+    let call = Call { request, peer, replies };
+    if calls.send(call).await.is_err() {
         return Ok(());
     }
     loop {

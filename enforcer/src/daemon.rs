@@ -1,11 +1,16 @@
 //! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
 
+mod boot;
+mod bus;
 mod capabilities;
 mod denials;
 mod drift;
 mod error;
 mod faults;
+mod grants;
+mod keep;
 mod lookups;
+mod mounts;
 mod report;
 mod sources;
 mod trace;
@@ -18,32 +23,37 @@ use std::{
 };
 
 use tokio::{
-    signal::unix::{SignalKind, signal},
     sync::{broadcast, mpsc},
     task::{self, JoinSet},
 };
 use tracing::{error, info, warn};
 
 use self::{
+    boot::{Left, Pending},
     denials::{KEPT_EVENTS, send_events},
     drift::Drift,
     faults::{About, Faults},
-    sources::{readable, ready_to_read, ready_to_take},
+    keep::Kept,
+    mounts::Mounts,
+    sources::{Ends, changed, readable, ready_to_read, ready_to_take},
 };
 use crate::{
     backend::{Enforcement, Start, nftables},
+    bosh::Watch,
+    config::ConfigError,
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
+    grants::Grants,
     host::{self, AddressChanges},
-    policy::Name,
-    resolve::{Answer, Names},
+    policy::{Endpoint, Name, Policy},
+    resolve::{Answer, Known, Names},
     ruleset::{Host, Resolved, compile},
-    state,
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
+    verify::Verification,
 };
 
-pub use self::{error::DaemonError, wanted::Wanted};
+pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -53,6 +63,11 @@ const EVENT_REST: Duration = Duration::from_millis(50);
 /// What runs.
 struct Daemon {
     wanted: Wanted,
+    /// What it means, with what was granted.
+    policy: Policy,
+    grants: Grants,
+    /// The file does not hold them as they are.
+    grants_unsaved: bool,
     enforcement: Enforcement,
     names: Names,
     host: Host,
@@ -75,8 +90,13 @@ struct Daemon {
     unanswered: BTreeSet<Name>,
     applied: Option<Applied>,
     faults: Faults,
-    /// What the state file holds; none where it could not be read or written.
-    saved: Option<Resolved>,
+    /// The message bus as far as it is known (B2).
+    bus: Option<BTreeSet<Endpoint>>,
+    /// What was known of names before this process, for those that come late.
+    known_before: Known,
+    kept: Kept,
+    /// A configuration that was refused at the start.
+    pending: Option<Pending>,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
@@ -87,6 +107,8 @@ struct Applied {
     generation: u64,
     host: Host,
     resolved: Resolved,
+    /// Revision of the grants.
+    grants: u64,
 }
 
 struct Waiting {
@@ -97,7 +119,11 @@ struct Waiting {
 
 /// Puts a configuration in force once, looking every name up, and returns what is then in force.
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
-    let mut daemon = Daemon::start(Wanted::load(path)?, false)?;
+    let wanted = Wanted::load(path)?;
+    control::nobody_listens(&wanted.config.settings.socket).await?;
+    let (left, _) = Left::load(&wanted.config.settings.state_dir);
+    let mut daemon = Daemon::start(wanted, false, left)?;
+    daemon.take_bus();
     daemon.look_up_all();
     while let Some(joined) = daemon.lookups.join_next_with_id().await {
         daemon.answered(joined);
@@ -107,6 +133,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
+    daemon.keep_for_next_start();
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -117,14 +144,11 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 
 /// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1).
 pub async fn run(path: &Path) -> Result<(), DaemonError> {
-    let wanted = Wanted::load(path)?;
-    let socket = wanted.config.settings.socket.clone();
-    let listener = control::listen(&socket)?;
-    let mut daemon = Daemon::start(wanted, true)?;
+    // What needs no look-up is in force before any; readiness waits for the names' first answers.
+    let (mut daemon, listener) = boot::start(path)?;
+    let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
-    let mut hangup = signal(SignalKind::hangup()).map_err(failed("wait for SIGHUP"))?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for SIGTERM"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for SIGINT"))?;
+    let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
     let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
     let addresses = readable(addresses).map_err(failed("watch addresses"))?;
     let mut denials = daemon.denials()?;
@@ -140,30 +164,37 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
     let (reports, mut swept) = mpsc::channel(1);
     tokio::spawn(sweep::run(daemon.sweeps.clone(), reports));
 
-    // Addresses and literals are in force before any look-up; readiness waits for the names' first answers.
-    daemon.apply_now()?;
     daemon.enforcement.retire(&daemon.wanted.config.settings);
-    daemon.look_up_all();
+    daemon.look_up_due(Instant::now());
+    let mut watch = daemon.watch(None);
     let mut ready = false;
+    let mut again = false;
     let mut rest = None;
+    let mounts = Mounts::from_environment();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         if !ready && daemon.unanswered.is_empty() {
             ready = true;
+            daemon.keep_for_next_start();
             daemon.ready()?;
         }
+        if std::mem::take(&mut again) {
+            // Another configuration may have brought another backend and other settings.
+            denials = daemon.denials()?;
+            if let Some(fresh) = daemon.logged()? {
+                logged = Some(fresh);
+            }
+            watch = daemon.watch(watch);
+        }
+        let until_expiry = daemon.until_expiry();
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
         tokio::select! {
             _ = hangup.recv() => {
                 daemon.reload();
-                denials = daemon.denials()?;
-                if let Some(fresh) = daemon.logged()? {
-                    logged = Some(fresh);
-                }
+                again = true;
             }
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            () = ends.recv() => break,
             Some(joined) = daemon.lookups.join_next_with_id() => {
                 daemon.answered(joined);
                 daemon.apply_or_keep();
@@ -192,47 +223,54 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 guard.clear_ready();
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
-            _ = tick.tick() => daemon.look_at_host(),
+            () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
+            () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
+                daemon.keep_for_next_start();
+                // What fails here fails again when it is needed, and is told then.
+                let _ = daemon.enforcement.settle();
+            }
+            _ = tick.tick() => {
+                again = daemon.tick(watch.as_mut());
+                if !goes_on(&mounts) {
+                    break;
+                }
+            }
+            () = tokio::time::sleep(until_expiry) => daemon.look_at_host(),
             Some(report) = swept.recv() => daemon.swept(report),
             Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
                 let result = daemon.unload();
-                let reply = result.as_ref().map_or_else(|error| Reply::Error(error.to_string()), |()| Reply::Done);
-                let _ = replies.send(reply).await;
-                // The caller hangs up once it has read the answer.
-                let _ = tokio::time::timeout(TICK, replies.closed()).await;
+                tell(&result, &replies).await;
                 let _ = std::fs::remove_file(&socket);
                 return result;
             },
         }
     }
-    let _ = std::fs::remove_file(&socket);
-    info!(
-        "stopping; generation {} stays in force",
-        daemon.enforcement.observe()?.generation
-    );
-    Ok(())
+    daemon.stop(&socket)
+}
+
+/// Tells how unloading went.
+async fn tell(result: &Result<(), DaemonError>, replies: &mpsc::Sender<Reply>) {
+    let reply = match result {
+        Ok(()) => Reply::Done,
+        Err(error) => Reply::Error(error.to_string()),
+    };
+    let _ = replies.send(reply).await;
+    // The caller hangs up once it has read the answer.
+    let _ = tokio::time::timeout(TICK, replies.closed()).await;
 }
 
 impl Daemon {
-    fn start(wanted: Wanted, stays: bool) -> Result<Self, DaemonError> {
+    fn start(mut wanted: Wanted, stays: bool, left: Left) -> Result<Self, DaemonError> {
         for warning in &wanted.warnings {
             warn!("{warning}");
+        }
+        if let (Some(bus), Some(_)) = (&left.bus, wanted.config.bus_dir()) {
+            wanted.policy.set_bus(bus);
         }
         let settings = &wanted.config.settings;
         let mut names = Names::new(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
-        let mut faults = Faults::default();
-        let saved = match state::load(&settings.state_dir) {
-            Ok(known) => Some(known),
-            Err(error) => {
-                let fault = format!("{error}; the addresses known before are not protected until they are looked up");
-                faults.set(About::State, Some(fault)); // F4
-                None
-            }
-        };
-        for (name, addresses) in saved.iter().flatten() {
-            names.seed(name, addresses);
-        }
+        names.restore(&left.names, Instant::now());
         let level = trace::level();
         let enforcement = Enforcement::take_over(Start {
             settings,
@@ -240,13 +278,26 @@ impl Daemon {
             daemon: stays,
             log_level: level,
         })?;
-        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
+        let mut faults = Faults::default();
+        let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
+        faults.set(About::Grants, fault); // F4
+        let policy = grants.add_to(&wanted.policy);
+        let host = host::snapshot(Some(&wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
             action: "list this host's addresses",
             error,
         })?;
+        let fault = left.fault.map(|error| {
+            format!(
+                "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
+            )
+        });
+        faults.set(About::State, fault.clone()); // F4
         Ok(Self {
             unanswered: wanted.policy.names(),
             wanted,
+            policy,
+            grants,
+            grants_unsaved: false,
             enforcement,
             log_level: level,
             drift: Drift::default(),
@@ -262,7 +313,10 @@ impl Daemon {
             lost: 0,
             applied: None,
             faults,
-            saved,
+            bus: left.bus,
+            known_before: left.names,
+            kept: Kept::new(left.mark, fault.is_some()),
+            pending: None,
             sweeps: Jobs::default(),
             existing: None,
         })
@@ -271,17 +325,22 @@ impl Daemon {
     /// Compiles what is wanted now and puts it in force.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
         let resolved = self.names.resolved(Instant::now());
-        let rules = compile(&self.wanted.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
             path: self.wanted.path.clone(),
             error,
         })?;
+        if let Some(nftables) = self.enforcement.nftables() {
+            let monit = self.policy.target(nftables::dropin::TARGET);
+            nftables.honour_jobs(monit.is_some_and(|monit| monit.grants)); // B5
+        }
         let generation = self.enforcement.apply(&rules)?;
         self.applied = Some(Applied {
             generation,
             host: self.host.clone(),
-            resolved: resolved.clone(),
+            resolved,
+            grants: self.grants.revision(),
         });
-        self.save(resolved);
+        self.kept.changed();
         self.sweeps.set(Job {
             generation,
             rules,
@@ -296,22 +355,6 @@ impl Daemon {
             local: self.host.local.clone(),
         });
         Ok(generation)
-    }
-
-    /// Keeps the addresses for the next start (N7), which alone would miss them; what failed is tried again at each tick.
-    fn save(&mut self, resolved: Resolved) {
-        let due = match &self.saved {
-            Some(saved) => *saved != resolved,
-            // A file that cannot be read is kept for its owner to see until there is something to replace it with.
-            None => !resolved.is_empty() || self.wanted.policy.names().is_empty(),
-        };
-        if !due {
-            return;
-        }
-        let saved = state::save(&self.wanted.config.settings.state_dir, &resolved);
-        let fault = |error| format!("{error}; after a restart names are unprotected until they are looked up");
-        self.faults.set(About::State, saved.as_ref().err().map(fault));
-        self.saved = saved.is_ok().then_some(resolved);
     }
 
     /// Takes what a sweep found and did.
@@ -334,8 +377,9 @@ impl Daemon {
             return;
         }
         let resolved = self.names.resolved(now);
-        let unchanged =
-            (self.applied.as_ref()).is_some_and(|applied| applied.host == self.host && applied.resolved == resolved);
+        let unchanged = self.applied.as_ref().is_some_and(|applied| {
+            applied.host == self.host && applied.resolved == resolved && applied.grants == self.grants.revision()
+        });
         let restored = self.enforcement.restored();
         let kept = match &self.applied {
             Some(applied) if unchanged && self.faults.of(About::RuleSet).is_none() => {
@@ -352,7 +396,6 @@ impl Daemon {
                 if let Some(applied) = &mut self.applied {
                     applied.generation = generation;
                 }
-                self.save(resolved);
                 None
             }
             Ok(None) => self.apply_now().err(),
@@ -381,8 +424,24 @@ impl Daemon {
         })
     }
 
+    /// What is to be looked at every second. True if another configuration was taken.
+    fn tick(&mut self, watch: Option<&mut Watch>) -> bool {
+        self.look_at_settings(watch);
+        self.look_at_host();
+        self.retry()
+    }
+
+    /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the defaults (F4).
+    fn take_configuration(&mut self) -> Result<(), DaemonError> {
+        let path = &self.wanted.path;
+        if self.wanted.from_file && !path.exists() {
+            return Err(ConfigError::Missing { path: path.clone() }.into());
+        }
+        Wanted::load(path).and_then(|wanted| self.change_to(wanted))
+    }
+
     fn reload(&mut self) {
-        let loaded = Wanted::load(&self.wanted.path).and_then(|wanted| self.change_to(wanted));
+        let loaded = self.take_configuration();
         match loaded {
             Ok(()) => {
                 self.faults.put(About::Reload, None);
@@ -397,8 +456,8 @@ impl Daemon {
         }
     }
 
-    /// Puts another configuration in force, or keeps this one whole.
-    fn change_to(&mut self, wanted: Wanted) -> Result<(), DaemonError> {
+    /// Keys that hold for the whole run and are others in another configuration.
+    fn fixed_keys(&self, wanted: &Wanted) -> Vec<&'static str> {
         let (old, new) = (&self.wanted.config.settings, &wanted.config.settings);
         let fixed = [
             ("cgroup", self.wanted.cgroup != wanted.cgroup),
@@ -407,11 +466,13 @@ impl Daemon {
             ("socket", old.socket != new.socket),
             ("nft_table", old.nft_table != new.nft_table),
         ];
-        let keys: Vec<_> = fixed
-            .iter()
-            .filter(|(_, changed)| *changed)
-            .map(|(key, _)| *key)
-            .collect();
+        let changed = fixed.iter().filter(|(_, changed)| *changed);
+        changed.map(|(key, _)| *key).collect()
+    }
+
+    /// Puts another configuration in force, or keeps this one whole.
+    fn change_to(&mut self, mut wanted: Wanted) -> Result<(), DaemonError> {
+        let keys = self.fixed_keys(&wanted);
         if !keys.is_empty() {
             return Err(DaemonError::FixedKeys {
                 path: wanted.path,
@@ -421,16 +482,19 @@ impl Daemon {
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
-        let host = host::snapshot(Some(&wanted.mount), &wanted.policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })?;
+        self.read_bus(wanted.config.bus_dir());
+        if let (Some(bus), Some(_)) = (&self.bus, wanted.config.bus_dir()) {
+            wanted.policy.set_bus(bus);
+        }
+        let policy = self.grants.add_to(&wanted.policy);
+        let host = self.snapshot(&policy)?;
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
         let names = std::mem::replace(&mut self.names, names);
         let before = (
             std::mem::replace(&mut self.wanted, wanted),
+            std::mem::replace(&mut self.policy, policy),
             std::mem::replace(&mut self.host, host),
             names,
         );
@@ -442,7 +506,7 @@ impl Daemon {
         };
         let extended = self.enforcement.extend(start).map_err(DaemonError::from);
         if let Err(error) = extended.and_then(|()| self.apply_now()) {
-            (self.wanted, self.host, self.names) = before;
+            (self.wanted, self.policy, self.host, self.names) = before;
             // Goes back to what was needed before.
             self.enforcement.retire(&self.wanted.config.settings);
             return Err(error);
@@ -450,20 +514,33 @@ impl Daemon {
         self.enforcement.retire(&self.wanted.config.settings);
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
-        // What is no longer a name keeps nobody waiting.
-        let names = self.wanted.policy.names();
-        self.unanswered.retain(|name| names.contains(name));
-        for waiting in &mut self.waiting {
-            waiting.names.retain(|name| names.contains(name));
-        }
+        self.pending = None;
+        self.forget_gone_names();
         self.look_up_due(Instant::now());
         self.answer_waiting();
         Ok(())
     }
 
+    /// What is no longer a name keeps nobody waiting.
+    fn forget_gone_names(&mut self) {
+        let names = self.wanted.policy.names();
+        self.unanswered.retain(|name| names.contains(name));
+        for waiting in &mut self.waiting {
+            waiting.names.retain(|name| names.contains(name));
+        }
+    }
+
+    /// Settings may be others, or be there at last.
+    fn look_at_settings(&mut self, watch: Option<&mut Watch>) {
+        if watch.is_some_and(Watch::look) || self.misses_bus() {
+            self.settings_changed();
+        }
+    }
+
     /// Addresses and cgroups come and go; links may be taken away.
     fn look_at_host(&mut self) {
-        let fault = match host::snapshot(Some(&self.wanted.mount), &self.wanted.policy.cgroups()) {
+        self.end_expired();
+        let fault = match host::snapshot(Some(&self.wanted.mount), &self.policy.cgroups()) {
             Ok(host) => {
                 self.host = host;
                 None
@@ -478,7 +555,7 @@ impl Daemon {
 
     /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
     fn answer(&mut self, call: Call) -> Option<mpsc::Sender<Reply>> {
-        let Call { request, replies } = call;
+        let Call { request, peer, replies } = call;
         match request {
             Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
             Request::Refresh => {
@@ -497,14 +574,59 @@ impl Daemon {
                 let live = follow.then(|| self.followers.subscribe());
                 tokio::spawn(send_events(kept, live, replies));
             }
+            Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
+            Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
+            Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
+            Request::Verify => {
+                let reply = match self.verify() {
+                    Ok(verification) => Reply::Verification(Box::new(verification)),
+                    Err(error) => Reply::Error(error.to_string()),
+                };
+                drop(replies.try_send(reply));
+            }
             Request::Unload => return Some(replies),
         }
         None
     }
 
+    /// Compares all that the kernel holds with what is wanted now.
+    fn verify(&mut self) -> Result<Verification, DaemonError> {
+        let resolved = self.names.resolved(Instant::now());
+        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+            path: self.wanted.path.clone(),
+            error,
+        })?;
+        Ok(self.enforcement.verify(&rules)?)
+    }
+
+    /// Ends, with everything of ours removed.
     fn unload(self) -> Result<(), DaemonError> {
         self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
         Ok(())
     }
+
+    /// Ends, and leaves in force what is (F1).
+    fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
+        self.keep_for_next_start();
+        let _ = std::fs::remove_file(socket);
+        let generation = self.enforcement.observe_quickly()?.generation;
+        info!("stopping; generation {generation} stays in force");
+        Ok(())
+    }
+}
+
+/// Whether the loop is to turn on. Tells the service manager that it does, where that asked for it (`WATCHDOG_USEC`, man 3
+/// `sd_watchdog_enabled`).
+fn goes_on(mounts: &Mounts) -> bool {
+    if sd_notify::watchdog_enabled().is_some() {
+        // Whoever does not hear it will restart us.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+    }
+    let Some(mount) = mounts.unseen() else { return true };
+    warn!(
+        "{} was mounted after the start and cannot be seen from here; ending, to be started again",
+        mount.display()
+    );
+    false
 }

@@ -20,6 +20,8 @@ pub enum Line {
     Event(Event),
     /// A connection older than the rules.
     Existing(Existing),
+    /// A grant made or ended.
+    Grant(GrantEvent),
     /// Denials that nobody could be told of.
     Lost(Lost),
 }
@@ -94,6 +96,33 @@ pub struct Existing {
     pub target: String,
     /// Generation of the rule set that decided.
     pub generation: u64,
+}
+
+/// A grant made or ended (B4).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantEvent {
+    /// `enforcer/grant/1`.
+    pub schema: String,
+    /// RFC 3339, UTC.
+    pub time: String,
+    /// `granted`, `renewed`, `revoked` or `expired`.
+    pub action: String,
+    /// The target.
+    pub target: String,
+    /// The user let in; absent for everybody in the cgroup.
+    pub user: Option<u32>,
+    /// The cgroup below which they are; absent for anywhere.
+    pub cgroup: Option<String>,
+    /// When it ends by itself.
+    pub expires: Option<String>,
+    /// When it would have ended before it was renewed; `never`, or absent for what was not.
+    pub expires_before: Option<String>,
+    /// Process that asked; absent where time ended it.
+    pub pid: Option<u32>,
+    /// Its user.
+    pub uid: Option<u32>,
+    /// Its name.
+    pub comm: Option<String>,
 }
 
 /// Denials that nobody could be told of.
@@ -203,6 +232,7 @@ impl fmt::Display for Line {
         match self {
             Self::Event(event) => event.fmt(f),
             Self::Existing(existing) => existing.fmt(f),
+            Self::Grant(grant) => grant.fmt(f),
             Self::Lost(lost) => write!(
                 f,
                 "{} denials were lost: they came faster than they were read",
@@ -252,6 +282,28 @@ impl fmt::Display for Existing {
             self.protocol, self.local, self.remote, self.state, self.target, self.action
         )?;
         self.reason.iter().try_for_each(|reason| write!(f, " ({reason})"))
+    }
+}
+
+impl fmt::Display for GrantEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} to ", self.time, self.action, self.target)?;
+        match (self.user, &self.cgroup) {
+            (Some(user), None) => write!(f, "user {user}")?,
+            (Some(user), Some(cgroup)) => write!(f, "user {user} in {cgroup}")?,
+            (None, cgroup) => write!(f, "anybody in {}", cgroup.as_deref().unwrap_or_default())?,
+        }
+        match &self.expires {
+            Some(end) => write!(f, " until {end}")?,
+            None => f.write_str(" for good")?,
+        }
+        if let Some(before) = &self.expires_before {
+            write!(f, " (before: until {before})")?;
+        }
+        if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.uid) {
+            write!(f, ", asked by {}[{pid}] uid {uid}", comm.escape_debug())?;
+        }
+        Ok(())
     }
 }
 

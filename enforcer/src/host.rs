@@ -31,12 +31,23 @@ pub fn local_addresses() -> io::Result<BTreeSet<IpAddr>> {
 
 /// Where the cgroup v2 hierarchy is mounted, from `/proc/self/mountinfo` (man 5 proc).
 pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
+    cgroup2(4)
+}
+
+/// The cgroup that the mount of [`cgroup2_mount`] shows as its root: `/` but in odd containers.
+pub fn cgroup2_root() -> io::Result<PathBuf> {
+    let shown = cgroup2(3)?;
+    Ok(shown.unwrap_or_else(|| PathBuf::from("/")))
+}
+
+/// A field of the line of the cgroup v2 mount in `/proc/self/mountinfo`.
+fn cgroup2(field: usize) -> io::Result<Option<PathBuf>> {
     let mounts = fs::read("/proc/self/mountinfo")?;
     Ok(mounts.split(|byte| *byte == b'\n').find_map(|line| {
         let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
         let separator = fields.iter().position(|field| *field == b"-")?;
-        (*fields.get(separator + 1)? == b"cgroup2")
-            .then(|| PathBuf::from(std::ffi::OsStr::from_bytes(fields.get(4).copied().unwrap_or_default())))
+        (*fields.get(separator + 1)? == b"cgroup2").then_some(())?;
+        Some(PathBuf::from(std::ffi::OsStr::from_bytes(fields.get(field)?)))
     }))
 }
 

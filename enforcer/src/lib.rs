@@ -2,6 +2,7 @@
 //!
 //! In reading order: what is asked for, what it means, what it resolves to, the rules, the kernel, what is seen, the loop.
 
+pub mod bosh;
 pub mod config;
 pub mod policy;
 
@@ -16,8 +17,16 @@ pub mod backend;
 pub mod events;
 pub mod status;
 pub mod sweep;
+pub mod verify;
 
+pub mod grants;
+
+pub mod client;
 pub mod control;
 pub mod daemon;
 
+pub mod doctor;
+
 pub mod cli;
+
+pub use client::{DEFAULT_SOCKET, refresh, refresh_blocking};

@@ -14,7 +14,7 @@ mod build;
 mod parse;
 mod users;
 
-pub use build::{MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
+pub use build::{BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub use users::{HostUsers, Users};
 
@@ -73,6 +73,11 @@ pub enum Principal {
         /// Where the connecting task must be, if anywhere in particular.
         cgroup: Option<CgroupPath>,
     },
+    /// Every user, but only below a cgroup: what a grant without a user is (B4). No configuration can say it.
+    Anybody {
+        /// Where the connecting task must be.
+        cgroup: CgroupPath,
+    },
     /// Kernel threads (D3).
     Kernel,
 }
@@ -86,6 +91,8 @@ pub struct Target {
     pub endpoints: BTreeSet<Endpoint>,
     /// Empty means nobody.
     pub principals: BTreeSet<Principal>,
+    /// Whether others may be let in while it is in force (B4).
+    pub grants: bool,
 }
 
 /// What a verdict against an attempt does.
@@ -144,6 +151,29 @@ impl Policy {
             .collect()
     }
 
+    /// The endpoints of the target that a BOSH agent's message bus is.
+    #[must_use]
+    pub fn bus(&self) -> Option<&BTreeSet<Endpoint>> {
+        let bus = self.targets.iter().find(|target| target.name == BUS);
+        bus.map(|bus| &bus.endpoints)
+    }
+
+    /// Replaces the endpoints of a BOSH agent's message bus (B1). True if that changes anything.
+    pub fn set_bus(&mut self, endpoints: &BTreeSet<Endpoint>) -> bool {
+        let bus = self.targets.iter_mut().find(|target| target.name == BUS);
+        bus.is_some_and(|bus| {
+            let changed = bus.endpoints != *endpoints;
+            bus.endpoints.clone_from(endpoints);
+            changed
+        })
+    }
+
+    /// The target of this name.
+    #[must_use]
+    pub fn target(&self, name: &str) -> Option<&Target> {
+        self.targets.iter().find(|target| target.name == name)
+    }
+
     /// The cgroups that principals name.
     #[must_use]
     pub fn cgroups(&self) -> BTreeSet<CgroupPath> {
@@ -152,6 +182,7 @@ impl Policy {
             .flat_map(|target| &target.principals)
             .filter_map(|principal| match principal {
                 Principal::User { cgroup, .. } => cgroup.clone(),
+                Principal::Anybody { cgroup } => Some(cgroup.clone()),
                 Principal::Kernel => None,
             })
             .collect()
@@ -229,6 +260,7 @@ impl fmt::Display for Principal {
                 uid,
                 cgroup: Some(cgroup),
             } => write!(f, "user {uid} in {cgroup}"),
+            Self::Anybody { cgroup } => write!(f, "anybody in {cgroup}"),
             Self::Kernel => f.write_str("kernel"),
         }
     }

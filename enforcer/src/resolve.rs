@@ -72,6 +72,18 @@ pub enum Note {
     Changed(Name, BTreeSet<IpAddr>),
 }
 
+/// What is known of each name, without times: what a restart can take over (N7).
+pub type Known = BTreeMap<Name, KnownName>;
+
+/// What is known of a name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KnownName {
+    /// The last positive answers.
+    pub current: BTreeSet<IpAddr>,
+    /// Addresses that have left the answers and are still protected (N4).
+    pub left: BTreeSet<IpAddr>,
+}
+
 /// All names and what is known of them.
 #[derive(Clone, Debug)]
 pub struct Names {
@@ -85,8 +97,6 @@ pub struct Names {
 struct State {
     /// By family, IPv4 and IPv6; the hosts file's too.
     current: [BTreeSet<IpAddr>; 2],
-    /// Known from before this process, and not answered since.
-    seeds: BTreeSet<IpAddr>,
     /// When an address left the answers.
     left: BTreeMap<IpAddr, Instant>,
     /// Failures in a row.
@@ -121,7 +131,6 @@ impl Names {
         for name in names {
             self.states.entry(name).or_insert_with(|| State {
                 current: Default::default(),
-                seeds: BTreeSet::new(),
                 left: BTreeMap::new(),
                 failures: 0,
                 stale: None,
@@ -133,13 +142,31 @@ impl Names {
         }
     }
 
-    /// Protects addresses known from before this process (N7) until a newer positive answer (N3), however long DNS is away.
-    pub fn seed(&mut self, name: &Name, addresses: &BTreeSet<IpAddr>) {
-        if let Some(state) = self.states.get_mut(name) {
-            state
-                .seeds
-                .extend(addresses.iter().copied().map(canonical).take(MAX_ADDRESSES));
+    /// Takes what was known before this process (N7) of names of which nothing is known yet: what was current is until a newer positive answer (N3), however long DNS
+    /// is away; what had left is retained from now on, as nobody knows how long ago that was (N4).
+    pub fn restore(&mut self, known: &Known, now: Instant) {
+        for (name, known) in known {
+            let Some(state) = self.states.get_mut(name).filter(|state| state.is_unknown()) else {
+                continue;
+            };
+            let (v4, v6) = known.current.iter().copied().map(canonical).partition(IpAddr::is_ipv4);
+            state.current = [v4, v6];
+            state.left = known.left.iter().map(|address| (canonical(*address), now)).collect();
+            state.forget_returned();
+            state.cap();
         }
+    }
+
+    /// What is known now, for [`Names::restore`].
+    #[must_use]
+    pub fn known(&self, now: Instant) -> Known {
+        let known = |state: &State| KnownName {
+            current: state.current.iter().flatten().copied().collect(),
+            left: state.retained(now, self.dns.retain).collect(),
+        };
+        let all = self.states.iter().map(|(name, state)| (name.clone(), known(state)));
+        all.filter(|(_, known)| !(known.current.is_empty() && known.left.is_empty()))
+            .collect()
     }
 
     /// When the next look-up is due, or the next address has been retained long enough.
@@ -230,18 +257,9 @@ impl Names {
     #[must_use]
     pub fn resolved(&self, now: Instant) -> Resolved {
         let kept = |state: &State| {
-            let left = state
-                .left
-                .iter()
-                .filter(|(_, left)| now < **left + self.dns.retain)
-                .map(|(address, _)| *address);
-            state
-                .current
-                .iter()
-                .flatten()
-                .copied()
-                .chain(left)
-                .chain(state.seeds.iter().copied())
+            let current = state.current.iter().flatten().copied();
+            current
+                .chain(state.retained(now, self.dns.retain))
                 .collect::<BTreeSet<_>>()
         };
         let all = self.states.iter().map(|(name, state)| (name.clone(), kept(state)));
@@ -262,20 +280,20 @@ impl Names {
 }
 
 impl State {
+    fn is_unknown(&self) -> bool {
+        self.left.is_empty() && self.current.iter().all(BTreeSet::is_empty)
+    }
+
     /// Current and retained.
     fn addresses(&self) -> BTreeSet<IpAddr> {
         let current = self.current.iter().flatten();
-        current.chain(self.left.keys()).chain(&self.seeds).copied().collect()
+        current.chain(self.left.keys()).copied().collect()
     }
 
-    /// What was known before of a family that is answered now counts as having left just now (N4).
-    fn outdate_seeds(&mut self, now: Instant, answered: impl Fn(&IpAddr) -> bool) {
-        let (out, kept): (BTreeSet<_>, _) = std::mem::take(&mut self.seeds).into_iter().partition(answered);
-        self.seeds = kept;
-        let left = out
-            .into_iter()
-            .filter(|seed| !self.current.iter().any(|current| current.contains(seed)));
-        self.left.extend(left.map(|address| (address, now)));
+    /// What has left and is protected still (N4).
+    fn retained(&self, now: Instant, retain: Duration) -> impl Iterator<Item = IpAddr> {
+        let left = self.left.iter().filter(move |(_, left)| now < **left + retain);
+        left.map(|(address, _)| *address)
     }
 
     /// Takes what the hosts file says; false if it says nothing usable.
@@ -293,7 +311,6 @@ impl State {
         let (v4, v6) = good.into_iter().partition(IpAddr::is_ipv4);
         self.replace(0, v4, now);
         self.replace(1, v6, now);
-        self.outdate_seeds(now, |_| true);
         true
     }
 
@@ -304,12 +321,7 @@ impl State {
             self.refused.clear(); // An answer without addresses says nothing of those refused before.
         }
         let missing = (&a, &aaaa) == (&Outcome::Missing, &Outcome::Missing);
-        let failed = |outcome: &Outcome| matches!(outcome, Outcome::Failed(_));
-        let (a_failed, aaaa_failed, positive) = (failed(&a), failed(&aaaa), found(&a) || found(&aaaa));
         let (a, aaaa) = (self.take(0, a, now), self.take(1, aaaa, now));
-        if positive {
-            self.outdate_seeds(now, |seed| !if seed.is_ipv4() { a_failed } else { aaaa_failed });
-        }
         let nothing = self.current.iter().all(BTreeSet::is_empty).then(|| {
             let cause = if missing {
                 "the name does not exist (NXDOMAIN)"
@@ -353,7 +365,11 @@ impl State {
         };
         let before = std::mem::replace(current, addresses);
         self.left.extend(before.into_iter().map(|address| (address, now))); // N4
-        // AAAA may hold a mapped address that A names as well (D4), so both families count.
+        self.forget_returned();
+    }
+
+    /// What is current has not left. AAAA may hold a mapped address that A names as well (D4), so both families count.
+    fn forget_returned(&mut self) {
         self.left
             .retain(|address, _| !self.current.iter().any(|current| current.contains(address)));
     }
@@ -370,7 +386,6 @@ impl State {
                 .map(|(address, _)| *address);
             let gone = match oldest {
                 Some(address) => self.left.remove(&address).is_some(),
-                None if !self.seeds.is_empty() => self.seeds.pop_last().is_some(),
                 None => self.current.iter_mut().rev().any(|family| family.pop_last().is_some()),
             };
             if !gone {

@@ -54,6 +54,11 @@ pub enum RulePrincipal {
         /// The cgroup below which the connecting task must be.
         cgroup: Option<(CgroupPath, Cgroup)>,
     },
+    /// Every user below a cgroup.
+    Anybody {
+        /// The cgroup below which the connecting task must be.
+        cgroup: (CgroupPath, Cgroup),
+    },
     /// Kernel threads.
     Kernel,
 }
@@ -301,6 +306,7 @@ fn target_admits(target: &RuleTarget, subject: &Subject) -> bool {
                 uid,
                 cgroup: Some((_, cgroup)),
             } => *uid == user && subject.cgroups.contains(&cgroup.id),
+            RulePrincipal::Anybody { cgroup: (_, cgroup) } => subject.cgroups.contains(&cgroup.id),
             RulePrincipal::Kernel => false,
         })
     };
@@ -361,6 +367,12 @@ fn principal_now(principal: &Principal, host: &Host) -> Option<RulePrincipal> {
                 cgroup: Some((path.clone(), *cgroup)),
             })
         }
+        Principal::Anybody { cgroup: path } => {
+            let cgroup = host.cgroups.get(path)?;
+            Some(RulePrincipal::Anybody {
+                cgroup: (path.clone(), *cgroup),
+            })
+        }
         Principal::Kernel => Some(RulePrincipal::Kernel),
     }
 }
@@ -389,11 +401,7 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
     }
     let mut levels = BTreeSet::new();
     for principal in rules.targets.iter().flat_map(|target| &target.principals) {
-        if let RulePrincipal::User {
-            cgroup: Some((path, Cgroup { level, .. })),
-            ..
-        } = principal
-        {
+        if let Some((path, Cgroup { level, .. })) = principal.cgroup() {
             if *level > MAX_CGROUP_DEPTH {
                 return Err(CompileError::Depth {
                     cgroup: path.clone(),
@@ -407,6 +415,18 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
         return Err(CompileError::Levels { found: levels.len() });
     }
     Ok(())
+}
+
+impl RulePrincipal {
+    /// The cgroup below which the connecting task must be, if it must.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&(CgroupPath, Cgroup)> {
+        match self {
+            Self::User { cgroup, .. } => cgroup.as_ref(),
+            Self::Anybody { cgroup } => Some(cgroup),
+            Self::Kernel => None,
+        }
+    }
 }
 
 /// Whether a prefix is one address.

@@ -1,27 +1,29 @@
-//! The last known addresses of each name, so that a restart protects them before any look-up (N7).
+//! The last rule set known good, on disk: with it a start enforces before configuration, settings or DNS are asked (F4, N7).
+//!
+//! Whole or not at all: written aside, synced, renamed; a checksum over its content tells whatever a power cut left.
+
+mod content;
+mod early;
+#[cfg(test)]
+mod tests;
 
 use std::{
-    collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write},
-    net::IpAddr,
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
-use crate::{policy::Name, ruleset::Resolved};
+pub use self::content::{LastGood, LastGoodRef};
 
-const FILE: &str = "names.json";
-const SCHEMA: &str = "enforcer/names/1";
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Saved {
-    schema: String,
-    names: BTreeMap<String, Vec<IpAddr>>,
-}
+/// The file, in `state_dir`.
+pub const FILE: &str = "last-good.json";
+const SCHEMA: &str = "enforcer/last-good/1";
+/// Most bytes of it (F7): room for the most endpoints, and an end to what is none of ours.
+const MAX_BYTES: u64 = 64 << 20;
 
 /// Why the state cannot be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -37,60 +39,95 @@ pub enum StateError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make it root's with mode 0700", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make it root's and writable by nobody else", path.display())]
     Untrusted {
-        /// The directory.
+        /// The file or directory.
         path: PathBuf,
         /// Its owner.
         uid: u32,
         /// Its mode.
         mode: u32,
     },
+    /// Another version's.
+    #[error("{} is of another version ({schema}, not {SCHEMA}), so it is not used; remove it if this stays", path.display())]
+    OtherVersion {
+        /// The file.
+        path: PathBuf,
+        /// What it says it is.
+        schema: String,
+    },
     /// Not what we write.
-    #[error("{} is damaged or of another version ({error}); remove it if this stays", path.display())]
-    Malformed {
+    #[error("{} is damaged ({fault}), so it is not used; remove it if this stays", path.display())]
+    Damaged {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        error: serde_json::Error,
+        fault: String,
     },
 }
 
-/// Reads the addresses known last; none where there is no file.
-pub fn load(dir: &Path) -> Result<Resolved, StateError> {
-    let path = dir.join(FILE);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Resolved::new()),
-        Err(error) => {
-            return Err(StateError::Io {
-                action: "read",
-                path,
-                error,
-            });
-        }
-    };
-    trusted(dir)?;
-    let saved: Saved = serde_json::from_slice(&text).map_err(|error| StateError::Malformed {
-        path: path.clone(),
-        error,
-    })?;
-    if saved.schema != SCHEMA {
-        let error = serde::de::Error::custom(format_args!("schema {}", saved.schema));
-        return Err(StateError::Malformed { path, error });
-    }
-    let named = saved
-        .names
-        .into_iter()
-        .filter_map(|(name, addresses)| Some((Name::parse(&name).ok()?, addresses.into_iter().collect())));
-    Ok(named.collect())
+/// The file: content behind its checksum, byte for byte.
+#[derive(Serialize, Deserialize)]
+struct Envelope<C> {
+    schema: String,
+    crc32: Option<String>,
+    content: Option<C>,
 }
 
-/// Keeps the addresses, whole or not at all: written aside, synced, renamed.
-pub fn save(dir: &Path, resolved: &Resolved) -> Result<(), StateError> {
-    if resolved.is_empty() && !dir.join(FILE).exists() {
-        return Ok(());
+/// What tells one content from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    length: usize,
+    crc: u32,
+}
+
+/// Content ready to be written.
+#[derive(Debug)]
+pub struct Record {
+    text: Box<RawValue>,
+    /// What tells it from others.
+    pub mark: Mark,
+}
+
+impl Record {
+    /// The content of a rule set that is in force.
+    pub fn new(good: &LastGoodRef<'_>) -> io::Result<Self> {
+        let text = serde_json::value::to_raw_value(&content::Content::from(good))?;
+        Ok(Self {
+            mark: Mark::of(text.get()),
+            text,
+        })
     }
+}
+
+impl Mark {
+    fn of(text: &str) -> Self {
+        Self {
+            length: text.len(),
+            crc: crc32fast::hash(text.as_bytes()),
+        }
+    }
+}
+
+/// Reads the last rule set known good; none where there is none yet. A file of an earlier version has its addresses only.
+pub fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
+    let path = dir.join(FILE);
+    let Some(bytes) = read(dir, &path)? else {
+        return Ok(None);
+    };
+    parse(&bytes, &path).map(Some)
+}
+
+/// The addresses in the file of an earlier version, where there is no newer one.
+#[must_use]
+pub fn load_early(dir: &Path) -> crate::resolve::Known {
+    let path = dir.join(early::FILE);
+    let bytes = read(dir, &path).ok().flatten();
+    bytes.and_then(|bytes| early::parse(&bytes)).unwrap_or_default()
+}
+
+/// Keeps a rule set, whole or not at all. What an earlier version kept goes.
+pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
     let failed = |action, path: &Path| {
         let path = path.to_path_buf();
         move |error| StateError::Io { action, path, error }
@@ -100,22 +137,24 @@ pub fn save(dir: &Path, resolved: &Resolved) -> Result<(), StateError> {
         .mode(0o700)
         .create(dir)
         .map_err(failed("make", dir))?;
-    trusted(dir)?;
-    let names = resolved
-        .iter()
-        .map(|(name, addresses)| (name.to_string(), addresses.iter().copied().collect()))
-        .collect();
+    let meta = fs::metadata(dir).map_err(failed("look at", dir))?;
+    trusted(dir, &meta)?;
     let path = dir.join(FILE);
     let aside = dir.join(format!("{FILE}.new"));
-    let text = serde_json::to_vec_pretty(&Saved {
+    let envelope = Envelope {
         schema: SCHEMA.to_owned(),
-        names,
-    })
-    .map_err(|error| failed("write", &path)(error.into()))?;
+        crc32: Some(format!("{:08x}", record.mark.crc)),
+        content: Some(&record.text),
+    };
+    let text = serde_json::to_vec(&envelope).map_err(|error| failed("write", &path)(error.into()))?;
+    // Not whatever lies there under that name, a link perhaps.
+    match fs::remove_file(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("replace", &aside)(error)),
+        Ok(()) | Err(_) => {}
+    }
     let mut file = OpenOptions::new()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(&aside)
         .map_err(failed("write", &aside))?;
@@ -125,20 +164,75 @@ pub fn save(dir: &Path, resolved: &Resolved) -> Result<(), StateError> {
     fs::rename(&aside, &path).map_err(failed("replace", &path))?;
     File::open(dir)
         .and_then(|dir| dir.sync_all())
-        .map_err(failed("sync", dir))
+        .map_err(failed("sync", dir))?;
+    let _ = fs::remove_file(dir.join(early::FILE));
+    Ok(())
 }
 
-fn trusted(dir: &Path) -> Result<(), StateError> {
-    let meta = fs::metadata(dir).map_err(|error| StateError::Io {
-        action: "look at",
-        path: dir.into(),
-        error,
-    })?;
+/// The bytes of a file that only root can have written.
+fn read(dir: &Path, path: &Path) -> Result<Option<Vec<u8>>, StateError> {
+    let failed = |action| {
+        move |error| StateError::Io {
+            action,
+            path: path.into(),
+            error,
+        }
+    };
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed("read")(error)),
+    };
+    let meta = fs::metadata(dir).map_err(failed("look at the directory of"))?;
+    trusted(dir, &meta)?;
+    let meta = file.metadata().map_err(failed("look at"))?;
+    trusted(path, &meta)?;
+    let mut bytes = Vec::new();
+    let read = if meta.is_file() {
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes)
+    } else {
+        Err(io::Error::other("not a regular file"))
+    };
+    read.map_err(failed("read"))?;
+    Ok(Some(bytes))
+}
+
+fn parse(bytes: &[u8], path: &Path) -> Result<(LastGood, Mark), StateError> {
+    let damaged = |fault: String| StateError::Damaged {
+        path: path.into(),
+        fault,
+    };
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(damaged(format!("longer than {} MiB", MAX_BYTES >> 20)));
+    }
+    let envelope: Envelope<&RawValue> = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
+    if envelope.schema != SCHEMA {
+        // Printed only as far as it looks like one.
+        let plain = |c: char| c.is_ascii_alphanumeric() || "/-".contains(c);
+        return Err(StateError::OtherVersion {
+            path: path.into(),
+            schema: envelope.schema.chars().take(40).filter(|c| plain(*c)).collect(),
+        });
+    }
+    let (Some(crc32), Some(content)) = (envelope.crc32, envelope.content) else {
+        return Err(damaged("no checksum or no content".to_owned()));
+    };
+    let mark = Mark::of(content.get());
+    if crc32 != format!("{:08x}", mark.crc) {
+        return Err(damaged("the checksum is another".to_owned()));
+    }
+    let content: content::Content = serde_json::from_str(content.get()).map_err(|error| damaged(error.to_string()))?;
+    let good = LastGood::try_from(content).map_err(damaged)?;
+    Ok((good, mark))
+}
+
+fn trusted(path: &Path, meta: &fs::Metadata) -> Result<(), StateError> {
     if meta.uid() == 0 && meta.mode() & 0o022 == 0 {
         Ok(())
     } else {
         Err(StateError::Untrusted {
-            path: dir.into(),
+            path: path.into(),
             uid: meta.uid(),
             mode: meta.mode() & 0o7777,
         })

@@ -11,7 +11,7 @@ use enforcer_ebpf::Verdict;
 
 use crate::{
     policy::{Protocol, Uid, canonical},
-    ruleset::{RulePrincipal, RuleSet, Subject, owners, weigh},
+    ruleset::{RuleSet, Subject, owners, weigh},
 };
 
 mod diag;
@@ -19,6 +19,7 @@ mod rounds;
 #[cfg(test)]
 mod tests;
 
+pub use diag::{listening, probe};
 pub use rounds::{Job, Jobs, Report, once, run};
 
 /// A socket with a remote end.
@@ -236,10 +237,7 @@ fn subject(uid: Uid, kernel_thread: bool, cgroups: &[u64]) -> Subject {
 pub(crate) fn principal_cgroups(rules: &RuleSet) -> Vec<u64> {
     let principals = rules.targets.iter().flat_map(|target| &target.principals);
     principals
-        .filter_map(|principal| match principal {
-            RulePrincipal::User { cgroup, .. } => cgroup.as_ref().map(|(_, cgroup)| cgroup.id),
-            RulePrincipal::Kernel => None,
-        })
+        .filter_map(|principal| principal.cgroup().map(|(_, cgroup)| cgroup.id))
         .collect()
 }
 

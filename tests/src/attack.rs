@@ -5,6 +5,7 @@
 
 mod dial;
 mod hold;
+mod raw;
 mod subject;
 
 use std::{
@@ -45,6 +46,8 @@ pub enum Way {
     /// `0.0.0.0` without `bind`.
     UnspecifiedUnbound,
     BindToDevice,
+    /// A SYN by a raw socket, and no connection.
+    RawSyn,
     FastOpenSendto,
     FastOpenConnect,
     /// Fast open of an IPv4-mapped address.
@@ -238,6 +241,9 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
 /// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken.
 fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
     let (mut connected, mut refused, mut reset, mut other) = (0_u64, 0_u64, 0_u64, 0_u64);
+    // So that whoever changes the rules meanwhile gets on with it.
+    // SAFETY: changes this process's own priority.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
     let forms = [attempt.destination, mapped(attempt.destination)];
     while file.exists() {
         for to in forms.iter().cycle().take(64) {

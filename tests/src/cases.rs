@@ -1,11 +1,20 @@
 //! The cases, by what they are about.
 
+pub mod boot;
+pub mod bosh;
+pub mod containers;
 pub mod decision;
+pub mod doctor;
+pub mod dropin;
 pub mod endurance;
+pub mod failover;
 pub mod faults;
+pub mod grants;
 pub mod input;
 pub mod kernel;
 pub mod limits;
+pub mod missing;
+pub mod monit;
 pub mod names;
 pub mod neighbours;
 pub mod nftables;
@@ -15,22 +24,49 @@ pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
+pub mod units;
+pub mod verify;
 
 use anyhow::{Result, ensure};
 
-/// A case: a name that cites the guarantee, and what it does.
-pub type Case = (String, Box<dyn FnOnce() -> Result<()> + Send>);
+use crate::backend::{ALIKE, Backend};
+
+/// A case: what it is about, on which backends, and what it does.
+pub struct Case {
+    /// Cites the guarantee.
+    pub name: String,
+    /// Runs of the suite that it is part of.
+    pub on: &'static [Backend],
+    /// Fails with what is not as it should be.
+    pub run: Box<dyn FnOnce() -> Result<()> + Send>,
+}
+
+impl Case {
+    /// Of other runs of the suite than [`ALIKE`].
+    fn on(self, on: &'static [Backend]) -> Self {
+        Self { on, ..self }
+    }
+}
 
 /// All of them.
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        boot::cases(),
+        bosh::cases(),
+        containers::cases(),
         decision::cases(),
+        doctor::cases(),
+        dropin::cases(),
         endurance::cases(),
+        failover::cases(),
         faults::cases(),
+        grants::cases(),
         input::cases(),
         kernel::cases(),
         limits::cases(),
+        missing::cases(),
+        monit::cases(),
         names::cases(),
         neighbours::cases(),
         nftables::cases(),
@@ -40,6 +76,8 @@ pub fn all() -> Vec<Case> {
         surfaces::cases(),
         sweep::cases(),
         takeover::cases(),
+        units::cases(),
+        verify::cases(),
     ]
     .into_iter()
     .flatten()
@@ -56,14 +94,19 @@ pub fn chosen(patterns: &str) -> Result<Vec<Case>> {
     let all = all();
     for pattern in &patterns {
         ensure!(
-            all.iter().any(|(name, _)| names(pattern, name)),
+            all.iter().any(|case| names(pattern, &case.name)),
             "no case is named {pattern}"
         );
     }
     let is_chosen = |name: &str| patterns.is_empty() || patterns.iter().any(|pattern| names(pattern, name));
-    Ok(all.into_iter().filter(|(name, _)| is_chosen(name)).collect())
+    Ok(all.into_iter().filter(|case| is_chosen(&case.name)).collect())
 }
 
+/// A case that holds whatever enforces. Where the two differ (§5) it asserts the outcome of each.
 fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {
-    (name.to_owned(), Box::new(run))
+    Case {
+        name: name.to_owned(),
+        on: ALIKE,
+        run: Box::new(run),
+    }
 }

@@ -6,6 +6,7 @@
 )]
 
 pub mod attack;
+pub mod backend;
 pub mod cases;
 pub mod dns;
 pub mod foreign;

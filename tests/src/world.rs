@@ -26,6 +26,7 @@ use serde_json::Value;
 
 use crate::{
     attack::{GREETING, Way, Who},
+    backend::{Backend, without_bpf},
     kernel::{Feature, lacks},
 };
 
@@ -118,9 +119,9 @@ impl World {
     pub fn configure_on(&self, cgroup: &Path, targets: &str) -> Result<()> {
         // Unless a case asks for another one.
         let backend = if targets.contains("backend = ") {
-            ""
+            String::new()
         } else {
-            "backend = \"ebpf\"\n"
+            format!("backend = {:?}\n", Backend::current().configured())
         };
         let place = if lacks(Feature::Cgroup2) {
             String::new()
@@ -154,7 +155,7 @@ impl World {
     pub fn enforcer_as(&self, uid: u32) -> Result<Command> {
         // The build's directory may be closed to others.
         let copy = self.path("enforcer");
-        fs::copy(binary("enforcer")?, &copy)?;
+        copy_binary("enforcer", &copy)?;
         let user = uid.to_string();
         let mut command = Command::new("setpriv");
         command
@@ -217,15 +218,24 @@ impl World {
 
     /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` if it is there.
     pub fn with_resolver(&self) -> Result<Command> {
-        let mut command = Command::new("unshare");
+        Ok(self.resolving(Command::new("unshare"), &binary("enforcer")?))
+    }
+
+    /// As `with_resolver`, for any program, in a network namespace.
+    #[must_use]
+    pub fn with_resolver_in(&self, netns: &Netns, program: &Path) -> Command {
+        self.resolving(netns.command(Path::new("unshare")), program)
+    }
+
+    fn resolving(&self, mut unshare: Command, program: &Path) -> Command {
         let script = "mount --bind \"$1/resolv.conf\" /etc/resolv.conf || exit\n\
             [ ! -e \"$1/hosts\" ] || mount --bind \"$1/hosts\" /etc/hosts || exit\n\
             shift && exec \"$@\"";
-        command
+        unshare
             .args(["--mount", "sh", "-c", script, "sh"])
             .arg(self.dir.path())
-            .arg(binary("enforcer")?);
-        Ok(command)
+            .arg(program);
+        unshare
     }
 
     /// Listens on every address of this host, this world's port, TCP and UDP, until the world ends.
@@ -239,6 +249,7 @@ impl World {
         Attack {
             cgroup: (!lacks(Feature::Cgroup2)).then(|| self.cgroup.clone()),
             arguments: Vec::new(),
+            way: Way::Plain,
             uid,
             to: self.here(),
             program: None,
@@ -316,8 +327,18 @@ pub fn cgroup_mount() -> Result<PathBuf> {
     mount.context("no cgroup v2 is mounted")
 }
 
-/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one.
+/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one. What this run of the suite takes
+/// from `enforcer` has been taken from it.
 pub fn binary(name: &str) -> Result<PathBuf> {
+    let path = whole_binary(name)?;
+    if name == "enforcer" && Backend::current() == Backend::AutoWithoutBpf {
+        return without_bpf(&path, &whole_binary("confined")?);
+    }
+    Ok(path)
+}
+
+/// As [`binary`], with nothing taken from it.
+pub fn whole_binary(name: &str) -> Result<PathBuf> {
     if name == "enforcer"
         && let Some(path) = std::env::var_os("ENFORCER_BIN")
     {
@@ -326,6 +347,12 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     let path = std::env::current_exe()?.with_file_name(name);
     ensure!(path.exists(), "{} is not built; run cargo xtask test", path.display());
     Ok(path)
+}
+
+/// Copies a binary of this build. In a process of its own: one that another case forks meanwhile would hold the copy open for
+/// writing, and nothing that is may be executed (execve(2), `ETXTBSY`).
+pub fn copy_binary(name: &str, to: &Path) -> Result<()> {
+    ran(Command::new("cp").arg(binary(name)?).arg(to))?.demand(0).map(drop)
 }
 
 /// Waits until `done` says so.
@@ -417,7 +444,13 @@ impl Daemon {
         let answers = |log: &str| log.matches("reloaded ").count() + log.matches("reload: ").count();
         let before = answers(&self.log());
         self.signal(Signal::SIGHUP)?;
-        until("the daemon has reloaded", || Ok(answers(&self.log()) > before))
+        let deadline = Instant::now() + PATIENCE;
+        // A thousand in a row wait no longer than they must.
+        while answers(&self.log()) == before {
+            ensure!(Instant::now() < deadline, "the daemon does not reload");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Waits for it to end by itself.
@@ -450,6 +483,7 @@ impl Drop for Daemon {
 pub struct Attack {
     cgroup: Option<PathBuf>,
     arguments: Vec<String>,
+    way: Way,
     uid: u32,
     to: SocketAddr,
     program: Option<PathBuf>,
@@ -469,7 +503,7 @@ impl Attack {
     /// By another way.
     #[must_use]
     pub fn way(self, way: Way) -> Self {
-        self.option("--way", &value(&way))
+        Self { way, ..self }
     }
 
     /// With other users.
@@ -535,6 +569,7 @@ impl Attack {
         let mut words = self.prefix.iter().map(Into::into).chain([program.into_os_string()]);
         let mut command = Command::new(words.next().unwrap_or_default());
         command.args(words).args(&self.arguments);
+        command.args(["--way", &value(&self.way)]);
         if let Some(cgroup) = &self.cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
@@ -620,14 +655,33 @@ impl Attack {
         Ok(())
     }
 
-    /// Fails unless every call fails with EPERM, the fastest in under a millisecond (D8): of five, or of more on a busy host.
+    /// Fails unless every call is refused as what enforces here refuses (D8), the fastest in under a millisecond: of five, or of more on a
+    /// busy host.
     pub fn is_refused(&self) -> Result<()> {
+        if Backend::current().is_nftables() {
+            self.is_reset()
+        } else {
+            self.is_forbidden()
+        }
+    }
+
+    /// As `is_refused`, by eBPF.
+    pub fn is_forbidden(&self) -> Result<()> {
         self.fails_at_once(libc::EPERM)
     }
 
-    /// As `is_refused`, by a reset.
+    /// As `is_refused`, by nftables: a reset; a datagram does not leave.
     pub fn is_reset(&self) -> Result<()> {
-        self.fails_at_once(libc::ECONNREFUSED)
+        self.fails_at_once(if self.way.is_udp() {
+            libc::EPERM
+        } else {
+            libc::ECONNREFUSED
+        })
+    }
+
+    /// Fails unless the listener is reached, or else the attempt refused.
+    pub fn succeeds(&self, reaches: bool) -> Result<()> {
+        if reaches { self.reaches() } else { self.is_refused() }
     }
 
     fn fails_at_once(&self, errno: i32) -> Result<()> {

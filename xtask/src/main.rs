@@ -1,12 +1,13 @@
 //! Every developer task; `cargo xtask --help` lists them.
 
 mod ci;
+mod package;
 mod run;
 mod setup;
 mod suites;
 mod vm;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -33,8 +34,11 @@ enum Task {
         #[arg(long, default_value = "auto", value_parser = ["auto", "ebpf", "nftables", "both"])]
         backend: String,
     },
-    /// Run all tests: unit, property, and the privileged suite (as root, or through sudo)
+    /// Run all tests: unit, property, and the privileged suite on each backend (as root, or through sudo)
     Test {
+        /// Run only the privileged suite, on this backend: with `auto-without-bpf` every bpf(2) of enforcer fails
+        #[arg(long, value_parser = suites::BACKENDS)]
+        backend: Option<String>,
         /// Run only privileged cases whose name contains this
         filter: Option<String>,
     },
@@ -48,16 +52,27 @@ enum Task {
     Vm(vm::Options),
     /// Check format and lints, as CI does before the tests
     Ci,
+    /// Build the Debian package, install it into a scratch root (as root, or through sudo) and check it there
+    Package {
+        /// Only build it
+        #[arg(long)]
+        build_only: bool,
+    },
+    /// The second half of `package`
+    #[command(hide = true)]
+    PackageCheck { package: PathBuf, next: PathBuf },
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Setup { dry_run } => setup::run(dry_run),
         Task::Demo { backend } => suites::demo(&backend),
-        Task::Test { filter } => suites::test(filter.as_deref()),
+        Task::Test { backend, filter } => suites::test(backend.as_deref(), filter.as_deref()),
         Task::Bench => suites::bench(),
         Task::Vm(options) => vm::run(&options),
         Task::Ci => ci::run(),
+        Task::Package { build_only } => package::run(build_only),
+        Task::PackageCheck { package, next } => package::check(&package, &next),
     };
     finish(result)
 }

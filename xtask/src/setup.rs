@@ -12,12 +12,13 @@ const BPF_LINKER: &str = "0.10.3";
 const LINKED: &str = "debian";
 
 /// Debian packages, and a file that each brings.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("gcc", "/usr/bin/cc"),
     ("iproute2", "/usr/sbin/ip|/sbin/ip|/usr/bin/ip"),
     ("nats-server", "/usr/sbin/nats-server|/usr/bin/nats-server"),
     ("libc6-dev", "/usr/include/stdlib.h"),
     ("libmnl-dev", "/usr/include/libmnl/libmnl.h"),
+    ("monit", "/usr/bin/monit"),
     ("libnftnl-dev", "/usr/include/libnftnl/rule.h"),
     ("nftables", "/usr/sbin/nft|/sbin/nft|/usr/bin/nft"),
     ("pkg-config", "/usr/bin/pkg-config"),

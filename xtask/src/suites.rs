@@ -19,17 +19,28 @@ pub(crate) fn demo(backend: &str) -> Result<()> {
     )
 }
 
-/// Runs every test. The privileged suite comes last, so that its closing lines end the output.
-pub(crate) fn test(filter: Option<&str>) -> Result<()> {
+/// What the privileged suite can be run on. The last one differs from nftables only in how that is chosen.
+pub(crate) const BACKENDS: [&str; 4] = ["ebpf", "nftables", "both", "auto-without-bpf"];
+/// What it is run on, in this order; `both` has a selection of its cases.
+const ROUTINE: [&str; 3] = ["ebpf", "nftables", "both"];
+
+/// Runs every test, or the privileged suite on one backend, or the cases of a name on all. The suite comes last, so that its closing
+/// lines end the output.
+pub(crate) fn test(backend: Option<&str>, filter: Option<&str>) -> Result<()> {
     build()?;
-    if filter.is_none() {
+    if backend.is_none() && filter.is_none() {
         shown(cargo().args(["test", "--workspace", "--lib", "--bins"]))?;
     }
-    shown(
-        as_root(&built("privileged"))?
-            .args(filter)
-            .env("ENFORCER_BIN", built("enforcer")),
-    )
+    for backend in backend.as_ref().map_or(&ROUTINE[..], std::slice::from_ref) {
+        eprintln!("privileged suite, {backend}");
+        shown(
+            as_root(&built("privileged"))?
+                .args(["--backend", backend])
+                .args(filter)
+                .env("ENFORCER_BIN", built("enforcer")),
+        )?;
+    }
+    Ok(())
 }
 
 /// Measures.

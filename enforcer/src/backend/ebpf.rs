@@ -14,6 +14,7 @@ pub mod pins;
 pub mod sys;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{
     fs::File,
@@ -23,11 +24,14 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use aya::{
     Ebpf, EbpfLoader,
     maps::{MapData, RingBuf},
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
 };
 use enforcer_ebpf::{ABI, EventRecord, TargetName};
 
@@ -35,7 +39,7 @@ use self::{
     btf::Offsets,
     image::{Image, Loader, Names},
     links::Hook,
-    maps::Maps,
+    maps::{Maps, Part},
     observe::observe,
     pins::{Lock, Pins},
 };
@@ -62,9 +66,18 @@ pub struct Kernel {
     slots: [Option<Image>; 2],
     /// Whether a program may still be reading the slot that is not in force.
     flipped: bool,
-    /// Links made so far: more of them than at first means that some were taken away (F5).
-    links_made: u64,
+    /// The slot and number of the rule set that was put in force.
+    in_force: Option<(u8, u64)>,
+    /// When each part of the maps is read again, to see whether others have changed it.
+    look_again: [(Part, Instant); 2],
+    /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that others took
+    /// or changed what is ours (F5).
+    mended: u64,
 }
+
+/// The maps are read again no sooner than this after the time before, and so much later that it takes a hundredth of one processor.
+const LOOK_AGAIN: Duration = Duration::from_millis(900);
+const SHARE: u32 = 100;
 
 /// The programs as built for the BPF target.
 static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-programs"));
@@ -125,7 +138,9 @@ impl Kernel {
                 [None, None]
             },
             flipped: !fresh,
-            links_made: 0,
+            in_force: None,
+            look_again: [Part::Rest, Part::Endpoints].map(|part| (part, Instant::now())),
+            mended: 0,
         })
     }
 
@@ -145,17 +160,16 @@ impl Kernel {
             && *self.held(slot)? == image
         {
             self.attach(image.has_udp())?;
+            self.in_force = Some((slot, number));
             return Ok(number);
         }
+        self.put(image, active, &previous, number + 1)
+    }
+
+    /// Writes an image to the slot that is not in force, and puts it in force under a number.
+    fn put(&mut self, image: Image, active: Option<u8>, previous: &Names, number: u64) -> Result<u64, BackendError> {
         let slot = active.map_or(0, |slot| 1 - slot);
-        if std::mem::take(&mut self.flipped) {
-            // Verdicts in flight may still read the slot that was in force before this one (F2).
-            sys::wait_for_programs().map_err(|error| BackendError::Map {
-                action: "wait for readers of",
-                map: "endpoints",
-                error,
-            })?;
-        }
+        self.settle()?;
         self.held(slot)?;
         // Not known again until it is written whole.
         let have = self
@@ -163,44 +177,121 @@ impl Kernel {
             .get_mut(usize::from(slot))
             .and_then(Option::take)
             .unwrap_or_else(Image::empty);
-        self.maps.write_slot(slot, &have, &image, number + 1)?;
-        self.clear_reused_counters(&previous, &image.names)?;
+        self.maps.write_slot(slot, &have, &image, number)?;
+        self.clear_reused_counters(previous, &image.names)?;
         self.attach_missing(image.has_udp())?;
         self.maps.activate(slot)?;
+        self.in_force = Some((slot, number));
         self.flipped = true;
         self.attach(image.has_udp())?;
         if let Some(held) = self.slots.get_mut(usize::from(slot)) {
             *held = Some(image);
         }
-        Ok(number + 1)
+        Ok(number)
     }
 
-    /// Makes sure that a generation is in force and every link in place; false if another rule set is, or none (F5).
-    pub fn keep(&mut self, number: u64) -> Result<bool, BackendError> {
-        let Some(slot) = self.maps.active_slot()? else {
-            return Ok(false);
+    /// Waits, tens of milliseconds perhaps, until no verdict in flight reads the slot that was in force before (F2). Whoever has
+    /// the time does so before the next change asks for it.
+    pub fn settle(&mut self) -> Result<(), BackendError> {
+        if self.flipped {
+            sys::wait_for_programs().map_err(|error| BackendError::Map {
+                action: "wait for readers of",
+                map: "endpoints",
+                error,
+            })?;
+            self.flipped = false;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the rule set of a number is in force whole and every link in place (F5): its number, another one where it had
+    /// to be written anew. None if it is not the one that was put in force last.
+    pub fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+        if self.in_force.is_none_or(|(_, put)| put != number) {
+            return Ok(None);
+        }
+        let kept = if self.is_whole()? { number } else { self.repair()? };
+        self.attach(self.udp)?;
+        Ok(Some(kept))
+    }
+
+    /// Whether the maps hold what was put in force: a look at two entries, and now and then at all of them.
+    fn is_whole(&mut self) -> Result<bool, BackendError> {
+        let Some((slot, number)) = self.in_force else {
+            return Ok(true);
         };
-        if self.maps.generation_of(slot)?.number != number {
+        if self.maps.active_slot()? != Some(slot) || self.maps.generation_of(slot)?.number != number {
             return Ok(false);
         }
-        self.attach(self.udp)?;
+        let Some(Some(held)) = self.slots.get(usize::from(slot)) else {
+            return Ok(true);
+        };
+        for (part, due) in &mut self.look_again {
+            let started = Instant::now();
+            if started < *due {
+                continue;
+            }
+            let whole = self.maps.holds(slot, held, *part)?;
+            *due = started + LOOK_AGAIN.max(started.elapsed() * SHARE);
+            if !whole {
+                return Ok(false);
+            }
+        }
         Ok(true)
     }
 
-    /// Links made so far.
-    #[must_use]
-    pub fn links_made(&self) -> u64 {
-        self.links_made
+    /// Puts what was in force back, whatever has become of the maps: in the other slot, under a new number.
+    fn repair(&mut self) -> Result<u64, BackendError> {
+        let (slot, number) = self.in_force.ok_or(BackendError::ReadBack { map: "active" })?;
+        let held = self.slots.get(usize::from(slot)).and_then(Clone::clone);
+        let image = held.ok_or(BackendError::ReadBack { map: "endpoints" })?;
+        let active = self.maps.active_slot()?;
+        let told = match active {
+            Some(active) => self.maps.generation_of(active)?.number,
+            None => 0,
+        };
+        // Whoever changed one slot may have changed the other: both are read before they are written.
+        self.slots = [None, None];
+        self.flipped = true;
+        let names = image.names;
+        let put = self.put(
+            image.clone(),
+            active.or(Some(slot)),
+            &names,
+            number.max(told.min(MAX_TOLD)) + 1,
+        );
+        if put.is_err() {
+            // To be tried again: what is wanted must not be forgotten.
+            self.in_force = Some((slot, number));
+            if let Some(held) = self.slots.get_mut(usize::from(slot)) {
+                *held = Some(image);
+            }
+        }
+        self.mended += u64::from(put.is_ok());
+        put
     }
 
-    /// What the kernel holds now, read from it.
-    pub fn observe(&self) -> Result<Observed, BackendError> {
+    /// Links and rule sets that had to be put back so far.
+    #[must_use]
+    pub fn mended(&self) -> u64 {
+        self.mended
+    }
+
+    /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they were written,
+    /// as reading large maps takes tens of milliseconds.
+    pub fn observe(&self, quick: bool) -> Result<Observed, BackendError> {
         let runs = |hook: &Hook, program| {
             let ours = self.programs.program(hook.name).map(aya::programs::Program::info);
             let ours = ours.and_then(Result::ok);
             Ok(ours.is_some_and(|ours| ours.id() == program))
         };
-        observe(&self.maps, &self.pins, Some(self.cgroup_id), runs)
+        let held = |slot: u8| {
+            self.slots
+                .get(usize::from(slot))
+                .and_then(Option::as_ref)
+                .filter(|_| quick)
+        };
+        observe(&self.maps, &self.pins, Some(self.cgroup_id), runs, held)
     }
 
     /// Denials that the ring buffer had no room for.
@@ -249,14 +340,19 @@ impl Kernel {
 
     /// Bits that change hands start to count from zero.
     fn clear_reused_counters(&self, previous: &Names, names: &Names) -> Result<(), BackendError> {
-        for (bit, (before, now)) in (0..).zip(previous.iter().zip(names)) {
-            if before != now && *now != TargetName::NONE {
-                self.maps.clear_counters(bit)?;
-            }
+        let reused = (0..)
+            .zip(previous.iter().zip(names))
+            .filter(|(_, (before, now))| before != now && **now != TargetName::NONE)
+            .fold(0, |bits, (bit, _)| bits | 1 << bit);
+        if reused == 0 {
+            return Ok(());
         }
-        Ok(())
+        self.maps.clear_counters(reused)
     }
 }
+
+/// A number beyond this was not given by us.
+const MAX_TOLD: u64 = u64::MAX / 2;
 
 /// The consumer of the ring buffer.
 pub struct Events {
@@ -294,15 +390,22 @@ fn maps_name() -> String {
 }
 
 fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf, BackendError> {
-    let Offsets { sk_uid, task_flags } = offsets.unwrap_or(Offsets {
-        sk_uid: 0,
-        task_flags: 0,
-    });
+    let Offsets {
+        sk_uid,
+        task_flags,
+        task_cred,
+        cred_uid,
+    } = offsets.unwrap_or_default();
+    // Where the kernel cannot tell whether it has the helper, the slower way does.
+    let typed_task = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_get_current_task_btf);
+    let task_cred = if typed_task.unwrap_or(false) { task_cred } else { 0 };
     EbpfLoader::new()
         .btf(None)
         .default_map_pin_directory(maps_dir)
         .override_global("SK_UID_OFFSET", &sk_uid, true)
         .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
+        .override_global("TASK_CRED_OFFSET", &task_cred, true)
+        .override_global("CRED_UID_OFFSET", &cred_uid, true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(PROGRAMS)
         .map_err(|error| BackendError::Load {

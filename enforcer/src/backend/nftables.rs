@@ -3,12 +3,15 @@
 //! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is not touched.
 
 pub mod check;
+pub mod dropin;
 pub mod expression;
 pub mod image;
 pub mod netlink;
 pub mod nflog;
+pub mod others;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::{collections::BTreeMap, io};
 
@@ -26,6 +29,7 @@ use crate::{
     ruleset::{Place, RuleSet, RuleTarget},
 };
 
+pub use dropin::Tables;
 pub use netlink::Changes;
 pub use nflog::{Denial, Denials};
 
@@ -47,6 +51,14 @@ pub enum NftablesError {
         "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: nft delete table inet {table}"
     )]
     Foreign {
+        /// The table.
+        table: String,
+    },
+    /// Somebody else has what we need in the table that we share.
+    #[error(
+        "nftables table inet {table} is used by another enforcer, or has chains named as ours that somebody else made (nft list table inet {table}); unload that one, or rename those"
+    )]
+    Shared {
         /// The table.
         table: String,
     },
@@ -85,6 +97,8 @@ pub struct Nftables {
     rules: Option<RuleSet>,
     /// Until the loop takes it.
     denials: Option<Denials>,
+    /// The table whose drop-in this one is, which others share (B5); none for a table of our own.
+    shared: Option<String>,
 }
 
 impl Nftables {
@@ -118,7 +132,9 @@ impl Nftables {
                 Ok(()) | Err(_) => break,
             }
         }
-        result.map_err(|Failed { step, error }| failed(table, &format!("try what is needed: {step}"), error))?;
+        result.map_err(|Failed { step, error }| {
+            failed(table, &["try what is needed", &step].map(str::trim).join(" "), error)
+        })?;
         let mut this = Self {
             netlink,
             table: table.to_owned(),
@@ -126,6 +142,7 @@ impl Nftables {
             held: None,
             rules: None,
             denials: denials.filter(|_| loader.log.is_some()),
+            shared: None,
         };
         this.read()?;
         Ok(this)
@@ -154,13 +171,13 @@ impl Nftables {
             .as_ref()
             .and_then(|dump| dump.image.header())
             .map_or(0, |header| header.generation);
-        let unchanged = image::lower(rules, number, self.loader);
+        let unchanged = self.lower(rules, number);
         if let Some(dump) = before.as_ref().filter(|dump| dump.image == unchanged && !dump.dormant) {
             self.held = Some((unchanged, dump.generation));
             self.rules = Some(rules.clone());
             return Ok(number);
         }
-        let image = image::lower(rules, number + 1, self.loader);
+        let image = self.lower(rules, number + 1);
         self.held = None;
         let result = self.put(image, before.as_ref());
         if matches!(result, Err(NftablesError::ReadBack { .. })) {
@@ -191,7 +208,8 @@ impl Nftables {
     }
 
     fn put(&mut self, image: Image, before: Option<&Dump>) -> Result<(), NftablesError> {
-        let sent = self.netlink.replace(&self.table, &image, before);
+        let guest = self.shared.as_ref().map(|_| dropin::JOBS);
+        let sent = self.netlink.replace(&self.table, &image, before, guest);
         sent.map_err(|Failed { step, error }| failed(&self.table, &step, error))?;
         let found = self.read()?.unwrap_or_default();
         if found.image != image || found.dormant {
@@ -212,7 +230,7 @@ impl Nftables {
             Some((_, seen)) if *seen == generation => Ok(true),
             Some((image, _)) => {
                 let image = image.clone();
-                let found = dump(&mut self.netlink, &self.table)?;
+                let found = self.dump()?;
                 let whole = found
                     .as_ref()
                     .is_some_and(|found| found.image == image && !found.dormant);
@@ -233,7 +251,7 @@ impl Nftables {
             places: Vec::new(),
         });
         // Where the table is gone or tells nothing, the number goes on from what was held.
-        let found = dump(&mut self.netlink, &self.table)?;
+        let found = self.dump()?;
         let held = self.held.as_ref().and_then(|(image, _)| image.header());
         let told = found.as_ref().and_then(|dump| dump.image.header());
         let number = held
@@ -243,9 +261,15 @@ impl Nftables {
             .max()
             .unwrap_or_default()
             + 1;
-        let image = image::lower(&rules, number, self.loader);
+        let image = self.lower(&rules, number);
         self.put(image, found.as_ref())?;
         Ok(number)
+    }
+
+    /// The generation that was put in force; 0 before any was.
+    pub(super) fn generation(&self) -> u64 {
+        let header = self.held.as_ref().and_then(|(image, _)| image.header());
+        header.map_or(0, |header| header.generation)
     }
 
     /// What the kernel holds now, read from it.
@@ -270,15 +294,42 @@ impl Nftables {
     }
 
     fn remove(&mut self) -> Result<(), NftablesError> {
+        if self.shared.is_some() {
+            return dropin::leave(&mut self.netlink, &self.table);
+        }
         let removed = self.netlink.remove(&self.table);
         removed.map_err(|Failed { step, error }| failed(&self.table, &step, error))
     }
 
-    fn read(&mut self) -> Result<Option<Dump>, NftablesError> {
+    fn lower(&self, rules: &RuleSet, number: u64) -> Image {
+        let mut image = image::lower(rules, number, self.loader);
+        if let Some(of) = &self.shared {
+            dropin::honour(&mut image, of);
+        }
+        image
+    }
+
+    /// What of the table is ours.
+    fn dump(&mut self) -> Result<Option<Dump>, NftablesError> {
         let found = dump(&mut self.netlink, &self.table)?;
+        Ok(if self.shared.is_some() {
+            found.and_then(dropin::own)
+        } else {
+            found
+        })
+    }
+
+    fn read(&mut self) -> Result<Option<Dump>, NftablesError> {
+        let found = self.dump()?;
+        let is_ours = |dump: &Dump| match &self.shared {
+            Some(of) => dropin::is_of(dump, of),
+            None => is_ours(dump),
+        };
         if self.held.is_none() && found.as_ref().is_some_and(|dump| !is_ours(dump)) {
-            return Err(NftablesError::Foreign {
-                table: self.table.clone(),
+            let table = self.table.clone();
+            return Err(match self.shared {
+                Some(_) => NftablesError::Shared { table },
+                None => NftablesError::Foreign { table },
             });
         }
         Ok(found)
@@ -375,13 +426,14 @@ fn sample() -> RuleSet {
         .iter()
         .filter_map(|net| net.parse().ok())
         .flat_map(|net| [Protocol::Tcp, Protocol::Udp].map(|protocol| (Place { protocol, port: 1, net }, 1)));
-    let within = Some((CgroupPath("/a".to_owned()), Cgroup { id: 1, level: 1 }));
+    let within = (CgroupPath("/a".to_owned()), Cgroup { id: 1, level: 1 });
     let user = |cgroup| RulePrincipal::User { uid: Uid(0), cgroup };
+    let anybody = RulePrincipal::Anybody { cgroup: within.clone() };
     RuleSet {
         mode: Mode::Enforce,
         targets: vec![RuleTarget {
             name: "sample".to_owned(),
-            principals: vec![user(None), user(within), RulePrincipal::Kernel],
+            principals: vec![user(None), user(Some(within.clone())), anybody, RulePrincipal::Kernel],
         }],
         places: places.collect(),
     }

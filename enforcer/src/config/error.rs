@@ -30,12 +30,6 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// A policy that protects nothing is a mistake.
-    #[error("{}: no target; add [target.NAME] with endpoints and allow", path.display())]
-    NoTarget {
-        /// The file.
-        path: PathBuf,
-    },
     /// A line of it is wrong.
     #[error("{}:{line}: {fault}", path.display())]
     At {

@@ -15,16 +15,14 @@ use toml::{
 };
 
 use super::{
-    Allow, Backend, Config, ConfigError, ConfigFault, EndpointText, Existing, Forward, Line, MAX_REFRESH, MAX_RETAIN,
-    MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
+    Allow, Backend, Bosh, Config, ConfigError, ConfigFault, EndpointText, Existing, Forward, Line, MAX_REFRESH,
+    MAX_RETAIN, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
 use crate::policy::{Dns, Mode, Unresolved};
 
 /// The keys of a section.
 struct Keys {
     known: &'static [&'static str],
-    /// Keys that will be known.
-    later: &'static [&'static str],
 }
 
 const TOP: Keys = Keys {
@@ -39,21 +37,19 @@ const TOP: Keys = Keys {
         "forward",
         "nft_table",
         "dns",
+        "bosh",
         "target",
     ],
-    later: &["bosh"],
 };
+const BOSH: Keys = Keys { known: &["dir"] };
 const DNS: Keys = Keys {
     known: &["min_refresh", "max_refresh", "retain", "unresolved"],
-    later: &[],
 };
 const TARGET: Keys = Keys {
     known: &["endpoints", "allow", "grants"],
-    later: &[],
 };
 const PRINCIPAL: Keys = Keys {
     known: &["user", "cgroup", "kernel"],
-    later: &[],
 };
 
 const AN_ENDPOINT: &str = "an endpoint such as \"tcp://10.0.0.5:4222\"";
@@ -71,17 +67,25 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
     let root = DeTable::parse(text).map_err(|error| at(syntax(text, &error)))?;
     let top = Section::open(String::new(), root.get_ref(), &TOP).map_err(at)?;
     let targets = targets(&top, &lines).map_err(at)?;
-    let config = Config {
+    let bosh = bosh(&top).map_err(at)?;
+    Ok(Config {
         path: path.into(),
         mode: mode(&top).map_err(at)?,
         settings: settings(&top).map_err(at)?,
         dns: dns(&top).map_err(at)?,
+        bosh: bosh.or_else(|| targets.is_empty().then(Bosh::default)), // B1
         targets,
+    })
+}
+
+/// The path that a line of its own gives as `state_dir`.
+pub(super) fn state_dir(line: &str) -> Option<PathBuf> {
+    let root = DeTable::parse(line).ok()?;
+    let top = Section {
+        name: String::new(),
+        table: root.get_ref(),
     };
-    if config.targets.is_empty() {
-        return Err(ConfigError::NoTarget { path: path.into() });
-    }
-    Ok(config)
+    path(&top, "state_dir", |_| None).ok().flatten()
 }
 
 /// What is wrong and where, in bytes.
@@ -167,22 +171,6 @@ impl<'a, 't> Section<'a, 't> {
         present.sort_by_key(|key| key.span().start);
         for key in present {
             let text = key.get_ref().as_ref();
-            if keys.later.contains(&text) {
-                let what = if text == "bosh" { "[bosh]" } else { text }.to_owned();
-                let remedy = if text == "bosh" {
-                    "remove the section"
-                } else {
-                    "remove the key"
-                };
-                return Err(fault(
-                    key,
-                    ConfigFault::NotBuilt {
-                        what,
-                        section: name,
-                        remedy,
-                    },
-                ));
-            }
             if !keys.known.contains(&text) {
                 let key_shown = bare(text).to_owned();
                 return Err(fault(
@@ -416,6 +404,19 @@ fn duration(section: &Section<'_, '_>, key: &'static str, max: Duration) -> Resu
     Ok(Some(found))
 }
 
+fn bosh(top: &Section<'_, '_>) -> Result<Option<Bosh>, Fault> {
+    let Some(value) = top.table.get("bosh") else {
+        return Ok(None);
+    };
+    let section = Section::open(
+        "[bosh]".to_owned(),
+        top.table("bosh", value, "a section [bosh]")?,
+        &BOSH,
+    )?;
+    let dir = path(&section, "dir", |_| None)?;
+    Ok(Some(dir.map_or_else(Bosh::default, |dir| Bosh { dir })))
+}
+
 fn targets(top: &Section<'_, '_>, lines: &Lines) -> Result<BTreeMap<String, Target>, Fault> {
     let Some(value) = top.table.get("target") else {
         return Ok(BTreeMap::new());
@@ -443,25 +444,15 @@ fn targets(top: &Section<'_, '_>, lines: &Lines) -> Result<BTreeMap<String, Targ
 fn target(section: &Section<'_, '_>, name: &Spanned<impl Sized>, lines: &Lines) -> Result<Target, Fault> {
     let endpoints = section.required("endpoints", "endpoints = [\"tcp://ADDRESS:PORT\"]", name)?;
     let allow = section.required("allow", "allow = [\"root\"]", name)?;
-    if let Some(value) = section.table.get("grants") {
-        match value.get_ref().as_bool() {
-            Some(false) => {}
-            Some(true) => {
-                let what = "grants = true".to_owned();
-                let remedy = "write false or remove the key";
-                return Err(fault(
-                    value,
-                    ConfigFault::NotBuilt {
-                        what,
-                        section: section.name.clone(),
-                        remedy,
-                    },
-                ));
-            }
-            None => return Err(section.kind("grants", value, "false")),
+    let grants = match section.table.get("grants") {
+        Some(value) => {
+            let said = value.get_ref().as_bool();
+            said.ok_or_else(|| section.kind("grants", value, "true or false"))?
         }
-    }
+        None => false,
+    };
     Ok(Target {
+        grants,
         line: lines.of(name.span().start),
         endpoints: endpoints
             .iter()

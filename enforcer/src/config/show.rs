@@ -4,7 +4,7 @@ use humantime::format_duration;
 use serde::{Serialize, Serializer};
 use toml::{Table, Value};
 
-use super::{Allow, Backend, Config, Existing, Settings, Target, User};
+use super::{Allow, Backend, Bosh, Config, Existing, Settings, Target, User};
 use crate::policy::{Dns, Mode, Unresolved};
 
 /// A key of the file: its section, its name, its comment.
@@ -70,6 +70,13 @@ const TARGET_COMMENT: &str = "\
 # A target: endpoints, and who alone may connect to them.
 # endpoints (no default): [tcp://|udp://|nats://|tls://]ADDR:PORT, ADDR an IPv4 address, [IPv6], a prefix, `local` or a DNS name.
 # allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" } or { kernel = true }; empty allows nobody.
+# grants: whether `enforcer grant` may let others in. Default: false.
+";
+
+const BOSH_COMMENT: &str = "\
+# The host of a BOSH agent: protects `monit` (tcp://127.0.0.1:2822, with grants) and `nats` (the message bus in the agent's settings), both for root only.
+# A [target.monit] or [target.nats] in this file replaces ours of that name. Default: there where no target is configured.
+# dir: where the agent keeps settings.json and update_settings.json, itself or in `settings` below it. Default: \"/var/vcap/bosh\".
 ";
 
 impl Config {
@@ -95,6 +102,12 @@ impl Config {
             out.push_str(&format!("# {comment}{default}\n{line}\n"));
         }
         out.push('\n');
+        out.push_str(BOSH_COMMENT);
+        out.push_str(&match &self.bosh {
+            Some(Bosh { dir }) => format!("[bosh]\ndir = {}\n", Value::String(dir.display().to_string())),
+            None => "# [bosh]\n# dir = \"/var/vcap/bosh\"\n".to_owned(),
+        });
+        out.push('\n');
         out.push_str(TARGET_COMMENT);
         for (name, target) in &self.targets {
             out.push_str(&format!("[target.{name}]\n"));
@@ -117,6 +130,10 @@ impl Serialize for Config {
             .targets
             .iter()
             .map(|(name, target)| (name.clone(), Value::Table(target.table())));
+        if let Some(Bosh { dir }) = &self.bosh {
+            let dir = ("dir".to_owned(), Value::String(dir.display().to_string()));
+            tree.insert("bosh".to_owned(), Value::Table(Table::from_iter([dir])));
+        }
         tree.insert("target".to_owned(), Value::Table(targets.collect()));
         tree.serialize(serializer)
     }
@@ -191,6 +208,7 @@ impl Target {
         Table::from_iter([
             ("endpoints".to_owned(), Value::Array(endpoints.collect())),
             ("allow".to_owned(), Value::Array(allow.collect())),
+            ("grants".to_owned(), Value::Boolean(self.grants)),
         ])
     }
 }

@@ -29,12 +29,18 @@ allow = ["root", 999, { user = "agent", cgroup = "/a" }, { kernel = true }]
 [target.monit]
 endpoints = ["tcp://127.0.0.1:2822"]
 allow = []
-grants = false
+grants = true
 "#;
 
 #[test]
 fn shown_is_read_back() {
-    for text in [WHOLE, "[target.a]\nendpoints = []\nallow = []\n"] {
+    for text in [
+        WHOLE,
+        "",
+        "[bosh]",
+        "[bosh]\ndir = \"/x/y\"\n[target.nats]\nendpoints = []\nallow = []\n",
+        "[target.a]\nendpoints = []\nallow = []\n",
+    ] {
         let config = parse(text);
         assert!(config.is_ok(), "{config:?}");
         let shown = config.map(|config| config.show()).unwrap_or_default();
@@ -57,9 +63,11 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("forward = \"drop\"", 1, "forward"),
         ("nft_table = \"a-b\"", 1, "nft_table"),
         ("existing = \"drop\"", 1, "existing"),
-        ("[bosh]\ndir = \"/x\"", 1, "bosh"),
+        ("[bosh]\ndri = \"/x\"", 2, "dri"),
+        ("[bosh]\ndir = \"x\"", 2, "absolute"),
+        ("bosh = true", 1, "[bosh]"),
         ("backend = \"iptables\"", 1, "nftables"),
-        ("[target.x]\nendpoints = []\nallow = []\ngrants = true", 4, "grants"),
+        ("[target.x]\nendpoints = []\nallow = []\ngrants = \"yes\"", 4, "grants"),
         ("[target.x]\nendpoints = [5]\nallow = []", 2, "endpoint"),
         ("[target.x]\nendpoints = []\nallow = [{ cgroup = \"/a\" }]", 3, "user"),
         ("[target.x]\nendpoints = []\nallow = [{ kernel = false }]", 3, "kernel"),
@@ -91,4 +99,35 @@ fn passwords_are_never_shown() {
     for text in [shown, json, format!("{config:?}")] {
         assert!(text.contains("nats.example") && !text.contains("secret"), "{text}");
     }
+}
+
+#[test]
+fn b1_without_targets_bosh_is_there() {
+    let dir = |text: &str| parse(text).map(|config| config.bosh.map(|bosh| bosh.dir.display().to_string()));
+    let default = || Ok(Some("/var/vcap/bosh".to_owned()));
+    assert_eq!(dir(""), default());
+    assert_eq!(dir("mode = \"audit\""), default());
+    assert_eq!(dir("[target]"), default());
+    assert_eq!(dir("[bosh]\ndir = \"/x\""), Ok(Some("/x".to_owned())));
+    let target = "[target.a]\nendpoints = []\nallow = []\n";
+    assert_eq!(dir(target), Ok(None));
+    assert_eq!(dir(&format!("[bosh]\n{target}")), default());
+}
+
+#[test]
+fn the_state_directory_is_found_in_a_bad_file() -> std::io::Result<()> {
+    let file = tempfile::NamedTempFile::new()?;
+    let default = "/var/lib/enforcer";
+    for (text, expected) in [
+        ("", default),
+        ("state_dir = \"/x\"", "/x"),
+        ("mode = 5\nnonsense = [\n state_dir = \"/x/./y\" # so\n[[[", "/x/y"),
+        ("state_dir = \"relative\"", default),
+        ("[dns]\nstate_dir = \"/x\"", default),
+    ] {
+        std::fs::write(file.path(), text)?;
+        assert_eq!(super::state_dir(file.path()), Path::new(expected), "{text}");
+    }
+    assert_eq!(super::state_dir(Path::new("/no/such/file")), Path::new(default));
+    Ok(())
 }

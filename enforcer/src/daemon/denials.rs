@@ -32,7 +32,7 @@ impl Daemon {
 
     /// The denials of nftables, where it has just begun to log them.
     pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
-        let denials = self.enforcement.nftables().and_then(nftables::Nftables::denials);
+        let denials = self.enforcement.nftables().and_then(nftables::Tables::denials);
         denials.map(readable).transpose().map_err(|error| DaemonError::Io {
             action: "watch the denials of nftables",
             error,

@@ -3,7 +3,8 @@
 use std::{io, path::PathBuf};
 
 use crate::{
-    backend::BackendError, config::ConfigError, control::ControlError, host, policy::PolicyError, ruleset::CompileError,
+    backend::BackendError, config::ConfigError, control::ControlError, host, policy::PolicyError,
+    ruleset::CompileError, state::StateError,
 };
 
 /// Why the daemon cannot start, or an attempt to put a configuration in force failed.
@@ -29,6 +30,9 @@ pub enum DaemonError {
     /// The control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The last rule set known good.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// A cgroup that a principal names.
     #[error("{}: cgroup {cgroup} does not exist below {}; make it first, or start enforcer after the unit that does", path.display(), mount.display())]
     NoCgroup {

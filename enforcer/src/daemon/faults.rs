@@ -11,10 +11,14 @@ pub(super) enum About {
     RuleSet,
     /// The configuration as it is now was refused.
     Reload,
-    /// The file of the last known addresses.
+    /// The file of the last rule set known good.
     State,
+    /// The BOSH agent's settings.
+    Bus,
     /// This host's addresses and cgroups.
     Host,
+    /// The file of grants.
+    Grants,
     /// The sweep of older connections.
     Sweep,
 }
@@ -33,7 +37,9 @@ impl Faults {
             (Some(fault), _) => error!("{fault}"),
             (None, About::RuleSet) => info!("the rule set is in force again as wanted"),
             (None, About::Reload) => info!("the configuration is in force again as it is"),
-            (None, About::State) => info!("the addresses known are kept again"),
+            (None, About::State) => info!("what is in force is kept for the next start again"),
+            (None, About::Bus) => info!("the message bus is known"),
+            (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Host) => info!("this host's addresses are followed again"),
         }

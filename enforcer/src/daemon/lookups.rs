@@ -58,6 +58,7 @@ impl Daemon {
             return;
         }
         *newest = round;
+        self.kept.changed();
         for note in self.names.answered(Instant::now(), &name, answer) {
             if note.is_fault() {
                 warn!("{note}");
@@ -87,7 +88,7 @@ impl Daemon {
     pub(super) fn applied_reply(&mut self) -> Reply {
         match self.faults.of(About::RuleSet) {
             Some(fault) => Reply::Error(fault.to_owned()),
-            None => Reply::Status(Box::new(self.status())),
+            None => Reply::Status(Box::new(self.quick_status())),
         }
     }
 }

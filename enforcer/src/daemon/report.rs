@@ -3,10 +3,25 @@
 use std::time::Instant;
 
 use super::{Daemon, Drift};
-use crate::status::{Context, Status, status};
+use crate::{
+    backend::{BackendError, Observed},
+    status::{Context, Status, status},
+};
 
 impl Daemon {
+    /// All of it read from the kernel.
     pub(super) fn status(&mut self) -> Status {
+        let observed = self.enforcement.observe();
+        self.status_of(&observed)
+    }
+
+    /// For those who wait to connect (B3).
+    pub(super) fn quick_status(&mut self) -> Status {
+        let observed = self.enforcement.observe_quickly();
+        self.status_of(&observed)
+    }
+
+    fn status_of(&self, observed: &Result<Observed, BackendError>) -> Status {
         let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) {
@@ -25,8 +40,7 @@ impl Daemon {
                 Drift::MEMORY.as_secs()
             ));
         }
-        let observed = self.enforcement.observe();
-        if let Err(error) = &observed {
+        if let Err(error) = observed {
             causes.push(error.to_string());
         }
         let names = self.names.report();

@@ -2,10 +2,49 @@
 
 use std::{io, os::fd::AsRawFd};
 
-use tokio::io::{
-    Interest,
-    unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdReadyMutGuard},
+use tokio::{
+    io::{
+        Interest,
+        unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdReadyMutGuard},
+    },
+    signal::unix::{Signal, SignalKind, signal},
 };
+
+use super::DaemonError;
+use crate::bosh::Watch;
+
+/// The signals that end the daemon: SIGTERM and SIGINT.
+pub(super) struct Ends([Signal; 2]);
+
+impl Ends {
+    pub(super) fn new() -> Result<Self, DaemonError> {
+        Ok(Self([
+            waited("SIGTERM", SignalKind::terminate())?,
+            waited("SIGINT", SignalKind::interrupt())?,
+        ]))
+    }
+
+    /// Waits for one of them.
+    pub(super) async fn recv(&mut self) {
+        let Self([terminate, interrupt]) = self;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+}
+
+/// The signal that asks for a reload.
+pub(super) fn hangup() -> Result<Signal, DaemonError> {
+    waited("SIGHUP", SignalKind::hangup())
+}
+
+fn waited(name: &str, kind: SignalKind) -> Result<Signal, DaemonError> {
+    signal(kind).map_err(|error| DaemonError::Io {
+        action: "wait for signals",
+        error: io::Error::new(error.kind(), format!("{name}: {error}")),
+    })
+}
 
 /// Waits until there is something to read; for ever where there is no source.
 pub(super) async fn ready_to_read<T: AsRawFd>(
@@ -23,6 +62,14 @@ pub(super) async fn ready_to_take<T: AsRawFd>(
 ) -> Option<io::Result<AsyncFdReadyMutGuard<'_, T>>> {
     match source {
         Some(source) => Some(source.readable_mut().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until settings may have changed; for ever where none are watched.
+pub(super) async fn changed(watch: Option<&mut Watch>) {
+    match watch {
+        Some(watch) => watch.changed().await,
         None => std::future::pending().await,
     }
 }

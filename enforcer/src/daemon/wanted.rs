@@ -1,12 +1,20 @@
 //! A configuration read, understood, and found possible on this host.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
-use super::DaemonError;
+use super::{DaemonError, boot::Left};
 use crate::{
-    config::{Backend, Config},
-    host,
+    config::{Backend, Bosh, Config, Settings},
+    grants, host,
     policy::{HostUsers, Policy},
+    resolve::Names,
+    ruleset::{RuleSet, compile},
+    state::LastGood,
 };
 
 /// Where cgroups are looked for when none is mounted: there are none.
@@ -16,6 +24,8 @@ const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 #[derive(Debug)]
 pub struct Wanted {
     pub(super) path: PathBuf,
+    /// Whether that file was there, so that the defaults are not what was asked for (B1).
+    pub(super) from_file: bool,
     pub(super) config: Config,
     pub(super) policy: Policy,
     /// The cgroup to attach to; none where no cgroup v2 is mounted and nothing needs one.
@@ -30,19 +40,7 @@ impl Wanted {
     pub fn load(path: &Path) -> Result<Self, DaemonError> {
         let config = Config::load(path)?;
         let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
-        let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
-            action: "read /proc/self/mountinfo",
-            error,
-        })?;
-        let cgroup = config.settings.cgroup.clone().or_else(|| mount.clone());
-        let needs_one = match config.settings.backend {
-            Backend::Ebpf | Backend::Both => true,
-            Backend::Nftables | Backend::Auto => !policy.cgroups().is_empty(),
-        };
-        if cgroup.is_none() && needs_one {
-            return Err(DaemonError::NoCgroup2);
-        }
-        let mount = mount.or_else(|| cgroup.clone()).unwrap_or_else(|| USUAL_MOUNT.into());
+        let (cgroup, mount) = cgroups(&config.settings, &policy)?;
         for path_of in policy.cgroups() {
             if host::cgroup(&mount, &path_of).is_none() {
                 return Err(DaemonError::NoCgroup {
@@ -55,11 +53,33 @@ impl Wanted {
         let warnings = warnings.iter().map(ToString::to_string).collect();
         Ok(Self {
             path: path.into(),
+            from_file: path.exists(),
             config,
             policy,
             cgroup,
             mount,
             warnings,
+        })
+    }
+
+    /// What was in force last, with nothing of it looked up again.
+    pub(super) fn of(path: &Path, good: &LastGood) -> Result<Self, DaemonError> {
+        let (cgroup, mount) = cgroups(&good.settings, &good.policy)?;
+        Ok(Self {
+            path: path.into(),
+            from_file: path.exists(),
+            config: Config {
+                path: path.into(),
+                mode: good.policy.mode,
+                settings: good.settings.clone(),
+                dns: good.policy.dns,
+                bosh: good.bosh.clone().map(|dir| Bosh { dir }),
+                targets: BTreeMap::new(),
+            },
+            policy: good.policy.clone(),
+            cgroup,
+            mount,
+            warnings: Vec::new(),
         })
     }
 
@@ -75,9 +95,68 @@ impl Wanted {
         &self.policy
     }
 
+    /// The rules that it asks for by the addresses known last, and the id of the cgroup to be judged: for those who look from outside.
+    pub fn rules_known_last(&self) -> Result<(RuleSet, u64), DaemonError> {
+        let failed = |action| move |error| DaemonError::Io { action, error };
+        let dir = &self.config.settings.state_dir;
+        let (left, _) = Left::load(dir);
+        if let Some(fault) = left.fault {
+            return Err(failed("read what was in force last")(io::Error::other(fault)));
+        }
+        let mut policy = self.policy.clone();
+        if let (Some(bus), Some(_)) = (&left.bus, self.config.bus_dir()) {
+            policy.set_bus(bus);
+        }
+        let mut grants = grants::load(dir)
+            .map_err(io::Error::other)
+            .map_err(failed("read the grants"))?;
+        grants.expire(jiff::Timestamp::now());
+        let policy = grants.add_to(&policy);
+        let mut names = Names::new(policy.dns);
+        let now = Instant::now();
+        names.set(policy.names(), now);
+        names.restore(&left.names, now);
+        let host =
+            host::snapshot(Some(&self.mount), &policy.cgroups()).map_err(failed("list this host's addresses"))?;
+        let rules = compile(&policy, &names.resolved(now), &host).map_err(|error| DaemonError::Compile {
+            path: self.path.clone(),
+            error,
+        })?;
+        let cgroup = match &self.cgroup {
+            Some(cgroup) => host::directory_id(cgroup).ok_or(DaemonError::NoCgroup2)?,
+            // No program is attached anywhere then.
+            None => 0,
+        };
+        Ok((rules, cgroup))
+    }
+
+    /// How and where it is enforced.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.config.settings
+    }
+
     /// What is allowed, but probably not meant.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
+}
+
+/// The cgroup to attach to, if something needs or has one, and where paths of cgroups start.
+fn cgroups(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, PathBuf), DaemonError> {
+    let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
+        action: "read /proc/self/mountinfo",
+        error,
+    })?;
+    let cgroup = settings.cgroup.clone().or_else(|| mount.clone());
+    let needs_one = match settings.backend {
+        Backend::Ebpf | Backend::Both => true,
+        Backend::Nftables | Backend::Auto => !policy.cgroups().is_empty(),
+    };
+    if cgroup.is_none() && needs_one {
+        return Err(DaemonError::NoCgroup2);
+    }
+    let mount = mount.or_else(|| cgroup.clone()).unwrap_or_else(|| USUAL_MOUNT.into());
+    Ok((cgroup, mount))
 }

@@ -1,10 +1,12 @@
 //! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4).
 
-use std::{collections::BTreeSet, fmt, io, path::PathBuf};
+use std::{collections::BTreeSet, fmt, io, net::Ipv4Addr, num::NonZeroU16, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{CgroupPath, CgroupPathError, Endpoint, EndpointError, Policy, Principal, Target, Uid, Users};
+use super::{
+    CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol, Target, Uid, Users,
+};
 use crate::config::{self, Allow, Config, Line, User};
 
 /// Most targets of one policy (F7): a rule set has one bit for each.
@@ -15,6 +17,14 @@ pub const MAX_ENDPOINTS: usize = enforcer_ebpf::MAX_ENDPOINTS as usize;
 
 /// Most principals of one target (F7).
 pub const MAX_PRINCIPALS: usize = 1024;
+
+/// The target that a BOSH agent's message bus is (B1).
+pub const BUS: &str = "nats";
+
+const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
+    Some(port) => port,
+    None => NonZeroU16::MIN,
+};
 
 /// The UID that the kernel keeps for "no user" (`(uid_t) -1`).
 const NOBODY_AT_ALL: u32 = u32::MAX;
@@ -144,7 +154,15 @@ impl Policy {
                 name: (*name).clone(),
                 endpoints,
                 principals,
+                grants: source.grants,
             });
+        }
+        if config.bosh.is_some() {
+            targets.extend(
+                bosh()
+                    .into_iter()
+                    .filter(|ours| !config.targets.contains_key(&ours.name)),
+            );
         }
         targets.sort_by(|a, b| a.name.cmp(&b.name));
         Ok((
@@ -156,6 +174,35 @@ impl Policy {
             warnings,
         ))
     }
+}
+
+/// The targets of a BOSH agent's host, for root only (B1); [`Policy::set_bus`] completes `nats`.
+fn bosh() -> [Target; 2] {
+    let root = || {
+        BTreeSet::from([Principal::User {
+            uid: Uid(0),
+            cgroup: None,
+        }])
+    };
+    let monit = Endpoint {
+        protocol: Protocol::Tcp,
+        destination: Destination::Address(Ipv4Addr::LOCALHOST.into()),
+        port: MONIT_PORT,
+    };
+    [
+        Target {
+            name: "monit".to_owned(),
+            endpoints: [monit].into(),
+            principals: root(),
+            grants: true,
+        },
+        Target {
+            name: BUS.to_owned(),
+            endpoints: BTreeSet::new(),
+            principals: root(),
+            grants: false,
+        },
+    ]
 }
 
 type Fault = Line<PolicyFault>;

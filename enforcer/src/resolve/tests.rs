@@ -1,14 +1,14 @@
 //! The state machine of names, time passed in.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
 
 use proptest::prelude::*;
 
-use super::{Answer, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
+use super::{Answer, Known, KnownName, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
 use crate::policy::{Dns, Name, Unresolved};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -51,6 +51,14 @@ fn answer(names: &mut Names, now: Instant, to: &str, a: Outcome, aaaa: Outcome) 
 
 fn known(names: &Names, now: Instant, of: &str) -> BTreeSet<IpAddr> {
     names.resolved(now).get(&name(of)).cloned().unwrap_or_default()
+}
+
+fn before(current: &[&str], left: &[&str]) -> Known {
+    let known = KnownName {
+        current: ips(current),
+        left: ips(left),
+    };
+    [(name("bus"), known)].into()
 }
 
 fn failure() -> Outcome {
@@ -187,19 +195,19 @@ fn too_many_addresses_drop_the_oldest_left() {
 }
 
 #[test]
-fn seeds_are_protected_before_any_answer() {
+fn known_before_is_protected_before_any_answer() {
     let start = Instant::now();
     let mut names = names(start);
-    names.seed(&name("bus"), &ips(&["10.0.0.1"]));
+    names.restore(&before(&["10.0.0.1"], &[]), start);
     answer(&mut names, start, "bus", failure(), failure());
     assert_eq!(known(&names, start + SECOND * 3599, "bus"), ips(&["10.0.0.1"]));
 }
 
 #[test]
-fn seeds_outlast_retain_while_dns_is_away() {
+fn known_before_outlasts_retain_while_dns_is_away() {
     let start = Instant::now();
     let mut names = names(start);
-    names.seed(&name("bus"), &ips(&["10.0.0.1", "2001:db8::1"]));
+    names.restore(&before(&["10.0.0.1", "2001:db8::1"], &[]), start);
     let mut now = start;
     for _ in 0..100 {
         now += SECOND * 120;
@@ -213,6 +221,27 @@ fn seeds_outlast_retain_while_dns_is_away() {
         ips(&["10.0.0.2", "2001:db8::1"]),
         "only the family that was answered moves on"
     );
+}
+
+#[test]
+fn a_lie_lets_nothing_go_that_was_known_before() {
+    let start = Instant::now();
+    let mut names = names(start);
+    names.restore(&before(&["10.0.0.1", "2001:db8::1"], &["10.0.0.7"]), start);
+    for bad in [found(&["127.0.0.1"], 30), Outcome::Empty, Outcome::Missing] {
+        answer(&mut names, start, "bus", bad.clone(), bad.clone());
+        let later = known(&names, start + SECOND * 7200, "bus");
+        assert_eq!(later, ips(&["10.0.0.1", "2001:db8::1"]), "{bad:?} (N3, N6)");
+    }
+    assert_eq!(
+        known(&names, start + SECOND * 3599, "bus"),
+        ips(&["10.0.0.1", "10.0.0.7", "2001:db8::1"]),
+        "what had left is retained anew"
+    );
+    let now = start + SECOND * 10;
+    assert_eq!(names.known(now), before(&["10.0.0.1", "2001:db8::1"], &["10.0.0.7"]));
+    answer(&mut names, now, "bus", found(&["10.0.0.7"], 30), Outcome::Missing);
+    assert_eq!(names.known(now), before(&["10.0.0.7", "2001:db8::1"], &["10.0.0.1"]));
 }
 
 #[test]
@@ -312,6 +341,41 @@ fn outcome() -> impl Strategy<Value = Outcome> {
     ]
 }
 
+/// As `outcome`, with lies, both families, and answers too large.
+fn any_outcome() -> impl Strategy<Value = Outcome> {
+    let v4 = |last: u8| IpAddr::V4(Ipv4Addr::new(10, 0, 0, last));
+    let found = |addresses| Outcome::Found { addresses, ttl: SECOND };
+    prop_oneof![
+        4 => proptest::collection::btree_set((0_u8..12).prop_map(v4), 1..6).prop_map(found),
+        1 => Just(found(ips(&["127.0.0.1", "::1"]))),
+        1 => Just(found(ips(&["127.0.0.1", "10.0.0.3"]))),
+        1 => (0_u8..4, 100_u16..300).prop_map(move |(third, count)| {
+            let hosts = (0..count).map(|host| {
+                let [high, low] = host.to_be_bytes();
+                IpAddr::V4(Ipv4Addr::new(10, 1 + third, high, low))
+            });
+            found(hosts.collect())
+        }),
+        3 => outcome(),
+    ]
+}
+
+/// The same of the other family.
+fn as_v6(outcome: Outcome) -> Outcome {
+    let v6 = |address: IpAddr| match address {
+        IpAddr::V4(v4) if v4.is_loopback() => std::net::Ipv6Addr::LOCALHOST.into(),
+        IpAddr::V4(v4) => std::net::Ipv6Addr::from((0x2001_0db8 << 96) | u128::from(v4.to_bits())).into(),
+        v6 @ IpAddr::V6(_) => v6,
+    };
+    match outcome {
+        Outcome::Found { addresses, ttl } => Outcome::Found {
+            addresses: addresses.into_iter().map(v6).collect(),
+            ttl,
+        },
+        Outcome::Empty | Outcome::Missing | Outcome::Failed(_) => outcome,
+    }
+}
+
 proptest! {
     /// N3, N4: whatever was answered within `retain` is protected, whatever came since, and no name touches another.
     #[test]
@@ -332,6 +396,70 @@ proptest! {
                 prop_assert!(now - *at >= SECOND * 3600 || protected.contains(address));
             }
             prop_assert_eq!(known(&names, now, "other"), ips(&["10.9.9.9"]));
+        }
+    }
+
+    /// N3, N4: whatever comes of three names, over restarts too: nothing current is let go but for a newer positive answer of its
+    /// family, nothing that left before `retain` is over, no name has more than 256 addresses or touches another, none is refused (N6).
+    #[test]
+    fn whatever_comes_invariants_hold(steps in proptest::collection::vec((0_usize..3, any_outcome(), any_outcome().prop_map(as_v6), 0_u32..2000, 0_u8..10), 1..40)) {
+        let all = ["one", "two", "three"];
+        let mut now = Instant::now();
+        let fresh = |now| {
+            let mut names = Names::new(dns());
+            names.random = || 0.5;
+            names.set(all.iter().map(|text| name(text)).collect(), now);
+            names
+        };
+        let mut names = fresh(now);
+        // For each name and family: the last usable answer; and when each address was last known to be in one.
+        let mut current: BTreeMap<(usize, bool), BTreeSet<IpAddr>> = BTreeMap::new();
+        let mut seen: BTreeMap<(usize, IpAddr), Instant> = BTreeMap::new();
+        for (which, a, aaaa, pause, dice) in steps {
+            now += SECOND * pause;
+            for ((of, _), addresses) in &current {
+                seen.extend(addresses.iter().map(|address| ((*of, *address), now)));
+            }
+            if dice == 0 {
+                let before = names.known(now);
+                names = fresh(now);
+                names.restore(&before, now);
+                prop_assert_eq!(names.known(now), before);
+            }
+            names.due(now);
+            let others = |names: &Names| -> Vec<_> {
+                all.iter().enumerate().filter(|(at, _)| *at != which).map(|(_, of)| known(names, now, of)).collect()
+            };
+            let before = others(&names);
+            let small = [&a, &aaaa].iter().all(|outcome| !matches!(outcome, Outcome::Found { addresses, .. } if addresses.len() > 20));
+            for (v4, outcome) in [(true, &a), (false, &aaaa)] {
+                if let Outcome::Found { addresses, .. } = outcome {
+                    let good: BTreeSet<IpAddr> = addresses.iter().copied().filter(|address| !address.is_loopback()).collect();
+                    if !good.is_empty() {
+                        seen.extend(good.iter().map(|address| ((which, *address), now)));
+                        current.insert((which, v4), good);
+                    }
+                }
+            }
+            let Some(text) = all.get(which) else { continue };
+            answer(&mut names, now, text, a, aaaa);
+            prop_assert_eq!(others(&names), before, "one name touched another");
+            let protected = known(&names, now, text);
+            prop_assert!(protected.len() <= MAX_ADDRESSES);
+            prop_assert!(protected.iter().all(|address| !address.is_loopback()));
+            if !small || protected.len() == MAX_ADDRESSES {
+                // The cap may have let addresses go: from here on the model knows no better.
+                seen.retain(|(of, address), _| *of != which || protected.contains(address));
+                for addresses in current.iter_mut().filter(|((of, _), _)| *of == which).map(|(_, addresses)| addresses) {
+                    addresses.retain(|address| protected.contains(address));
+                }
+                continue;
+            }
+            let is_current = |address: &IpAddr| current.iter().any(|((of, _), addresses)| *of == which && addresses.contains(address));
+            for ((of, address), at) in &seen {
+                let must = *of == which && (is_current(address) || now - *at < SECOND * 3600);
+                prop_assert!(!must || protected.contains(address), "{} was let go", address);
+            }
         }
     }
 

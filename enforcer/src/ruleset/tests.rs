@@ -18,6 +18,7 @@ fn principals(targets: u32, each: u32, level: impl Fn(u32) -> Option<u32>) -> Re
         name: format!("t{target}"),
         endpoints: BTreeSet::new(),
         principals: (0..each).map(|number| principal(target * each + number)).collect(),
+        grants: false,
     });
     let policy = Policy {
         mode: Mode::Enforce,

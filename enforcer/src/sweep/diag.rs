@@ -16,7 +16,10 @@ use netlink_packet_sock_diag::{
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols::NETLINK_SOCK_DIAG};
 
 use super::{Connection, Listener, State, SweepError};
-use crate::policy::{Protocol, Uid};
+use crate::{
+    backend::probe::{Fact, Feature},
+    policy::{Protocol, Uid},
+};
 
 /// The kernel fills at most so much at once (`max_recvmsg_len` in `net/netlink/af_netlink.c`), some hundred sockets.
 const CHUNK: usize = 32 << 10;
@@ -91,6 +94,40 @@ pub(super) async fn cut(connection: &Connection) -> Result<bool, SweepError> {
             error,
         }),
     }
+}
+
+/// Every socket of a protocol that waits for others, in this network namespace.
+pub async fn listening(protocol: Protocol) -> Result<Vec<Listener>, SweepError> {
+    let mut all = Vec::new();
+    for v6 in [false, true] {
+        listeners(protocol, v6, |listener| all.push(listener)).await?;
+    }
+    Ok(all)
+}
+
+/// Whether the kernel lists and destroys sockets. What is asked to be destroyed is no socket: nobody has its number.
+pub async fn probe() -> [(Feature, Fact); 2] {
+    let error = |error| match error {
+        SweepError::List { error, .. } | SweepError::Cut { error, .. } | SweepError::Cgroups { error, .. } => error,
+    };
+    let listed = listeners(Protocol::Tcp, false, |_| {}).await.map_err(error);
+    let nowhere = SocketAddr::from(([192, 0, 2, 1], 1));
+    let none = Connection {
+        protocol: Protocol::Tcp,
+        state: State::Established,
+        local: nowhere,
+        remote: nowhere,
+        interface: 0,
+        uid: Uid(0),
+        held: true,
+        cgroup: None,
+        cookie: [0xee; 8],
+    };
+    let destroyed = cut(&none).await.map(drop).map_err(error);
+    [
+        (Feature::SockDiag, Fact::from_errno(listed)),
+        (Feature::SockDestroy, Fact::from_errno(destroyed)),
+    ]
 }
 
 fn family(v6: bool) -> u8 {

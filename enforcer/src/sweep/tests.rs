@@ -1,5 +1,7 @@
 //! Who is found, and in doubt.
 
+#![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
+
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use proptest::prelude::*;
@@ -145,6 +147,17 @@ fn cgroups_decide_where_they_are_known() {
     let root = connection(0, "10.0.0.5:4222");
     check("below", vec![within(0, 5)], &all, &root, "allowed");
     check("beside", vec![within(0, 8)], &all, &root, "a user's");
+    let anybody = |id| {
+        let path = CgroupPath::parse("/a").expect("a path");
+        vec![RulePrincipal::Anybody {
+            cgroup: (path, Cgroup { id, level: 1 }),
+        }]
+    };
+    let ninth = connection(9, "10.0.0.5:4222");
+    check("anybody below", anybody(5), &all, &ninth, "allowed");
+    check("anybody beside", anybody(8), &all, &ninth, "a user's");
+    let unknown = Connection { cgroup: None, ..ninth };
+    check("anybody, unknown where", anybody(5), &all, &unknown, "in doubt");
     check("another user below", vec![within(9, 5)], &all, &root, "a user's");
     for cgroup in [None, Some(99)] {
         let unknown = Connection { cgroup, ..root.clone() };

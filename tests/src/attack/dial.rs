@@ -53,7 +53,7 @@ pub(super) fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> 
             time.as_micros()
         )));
     }
-    if attempt.no_greeting {
+    if attempt.no_greeting || attempt.way == Way::RawSyn {
         return Ok(time);
     }
     let mut greeting = [0; 7];
@@ -109,6 +109,7 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
             socket.bind_device(Some(b"lo"))?;
             plain((Ipv4Addr::UNSPECIFIED, port).into())?;
         }
+        Way::RawSyn => super::raw::syn(to)?,
         Way::FastOpenSendto => {
             socket.send_to_with_flags(b"x", &SockAddr::from(to), libc::MSG_FASTOPEN)?;
         }

@@ -1,5 +1,5 @@
 //! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should run.
-//! An argument, `connects`, `nftables`, `programs`, `starts` or `updates`, chooses one part.
+//! An argument, `connects`, `established`, `nftables`, `programs`, `starts` or `updates`, chooses one part.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns};
 use tests::{
     attack::Way,
     foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
-    world::{Attack, Listener, NOBODY, Netns, World, binary, ran},
+    world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount, ran},
 };
 
 type Part = fn() -> Result<()>;
@@ -24,8 +24,9 @@ const CONNECTS: usize = 1000;
 
 fn main() -> Result<()> {
     let only = std::env::args().nth(1);
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 6] = [
         ("connects", connects),
+        ("established", established),
         ("nftables", nftables),
         ("programs", programs),
         ("starts", starts),
@@ -90,83 +91,202 @@ fn connects() -> Result<()> {
     Ok(())
 }
 
-/// P3, P4, P5 with nftables: two network namespaces in turn, one without any rule.
-fn nftables() -> Result<()> {
-    println!(
-        "\nnftables: connect, and a byte there and back on an established connection; medians of {ROUNDS} rounds in turn"
-    );
-    println!(
-        "{:>10}  {:>12}  {:>12}  {:>12}  {:>12}  {:>10}",
-        "endpoints", "no rules", "unprotected", "allowed", "denied", "established"
-    );
-    for count in [1, 1_000, 10_000, 100_000] {
-        let (bare, world) = (World::new()?, World::new()?);
-        let (without, with) = (Netns::new(&bare, "b")?, Netns::new(&world, "b")?);
-        let _first = Listener::start(Some(&without.file()), bare.port, &[])?;
-        let _second = Listener::start(Some(&with.file()), world.port, &[])?;
-        rules(&world, count)?;
-        let text = fs::read_to_string(world.path("enforcer.toml"))?.replace("\"ebpf\"", "\"nftables\"");
-        fs::write(world.path("enforcer.toml"), text)?;
-        let started = Instant::now();
-        with.enforcer(&world, &["apply"])?.demand(0)?;
-        let installed = started.elapsed();
-        let elsewhere = |world: &World| SocketAddr::new(IpAddr::from([127, 0, 0, 1]), world.port);
-        let attacks: [Attack; 4] = [
-            bare.attack(0).to(elsewhere(&bare)).in_netns(&without)?,
-            world.attack(0).to(elsewhere(&world)).in_netns(&with)?,
-            world.attack(0).in_netns(&with)?,
-            world.attack(NOBODY).in_netns(&with)?,
-        ];
-        let mut times: [Vec<u128>; 4] = Default::default();
-        let mut trips: [Vec<u128>; 2] = Default::default();
-        for _ in 0..ROUNDS {
-            for (attack, times) in attacks.iter().zip(&mut times) {
-                times.push(attack.measure(CONNECTS)?);
-            }
-            for (netns, trips) in [&without, &with].into_iter().zip(&mut trips) {
-                trips.push(round_trips(&netns.file())?);
-            }
+/// Ratios of pairs of slices, one with rules and one without, each pair as close in time as can be.
+struct Ratios(Vec<f64>);
+
+impl Ratios {
+    /// Which of a pair comes first changes by turns.
+    fn of(pairs: usize, without: &mut Slice<'_>, with: &mut Slice<'_>) -> Result<Self> {
+        let mut ratios = Vec::with_capacity(pairs);
+        for number in 0..pairs {
+            let (before, after) = if number % 2 == 0 {
+                let before = without()?;
+                (before, with()?)
+            } else {
+                let after = with()?;
+                (without()?, after)
+            };
+            ratios.push(after.as_secs_f64() / before.as_secs_f64());
         }
-        let medians = times.map(|times| median(times).unwrap_or(0));
-        let [before, after] = trips.map(|trips| median(trips).unwrap_or(1));
-        let [first, ..] = medians;
-        #[allow(clippy::cast_precision_loss, reason = "a ratio of small numbers")]
-        let ratio = |time: u128, to: u128| time as f64 / to as f64;
-        #[allow(clippy::cast_precision_loss, reason = "a few microseconds")]
-        let cell = |time: u128| format!("{:.2} µs {:.3}", time as f64 / 1000.0, ratio(time, first));
-        println!(
-            "{count:>10}  {}  {:>10.3}   installed and read back in {} ms",
-            medians.map(|time| format!("{:>12}", cell(time))).join("  "),
-            ratio(after, before),
-            installed.as_millis()
-        );
+        ratios.sort_unstable_by(f64::total_cmp);
+        Ok(Self(ratios))
+    }
+
+    fn at(&self, percent: usize) -> f64 {
+        let last = self.0.len().saturating_sub(1);
+        self.0.get(last * percent / 100).copied().unwrap_or(f64::NAN)
+    }
+}
+
+/// Median, with the 95 % interval of the median (order statistics) and the quartiles of the pairs.
+impl std::fmt::Display for Ratios {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let count = self.0.len();
+        let reach = count.isqrt();
+        let rank = |rank: usize| self.0.get(rank.min(count - 1)).copied().unwrap_or(f64::NAN);
+        let (low, high) = (rank((count / 2).saturating_sub(reach)), rank(count / 2 + reach));
+        write!(
+            f,
+            "{:.3} [{low:.3}, {high:.3}], pairs {:.3} to {:.3}",
+            self.at(50),
+            self.at(25),
+            self.at(75)
+        )
+    }
+}
+
+type Slice<'a> = dyn FnMut() -> Result<Duration> + 'a;
+
+/// Both ends of a connection over the loopback of a network namespace, made in a cgroup.
+struct Ends {
+    near: TcpStream,
+    far: TcpStream,
+}
+
+impl Ends {
+    fn new(netns: &Netns, world: &World) -> Result<Self> {
+        let (netns, port) = (netns.file(), world.port);
+        let ours = fs::read_to_string("/proc/self/cgroup")?;
+        let ours = ours
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .unwrap_or_default();
+        let pid = std::process::id().to_string();
+        fs::write(world.cgroup.join("cgroup.procs"), &pid)?;
+        let made = std::thread::spawn(move || -> Result<Self> {
+            setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
+            let near = TcpStream::connect(listener.local_addr()?)?;
+            let (far, _) = listener.accept()?;
+            near.set_nodelay(true)?;
+            far.set_nodelay(true)?;
+            Ok(Self { near, far })
+        });
+        let made = made.join();
+        fs::write(cgroup_mount()?.join(ours).join("cgroup.procs"), &pid)?;
+        made.map_err(|_| anyhow::anyhow!("the thread panicked"))?
+    }
+
+    /// A byte there and back, so often.
+    fn trips(&mut self, count: u32) -> Result<Duration> {
+        let mut byte = [0];
+        let started = Instant::now();
+        for _ in 0..count {
+            self.near.write_all(&byte)?;
+            self.far.read_exact(&mut byte)?;
+            self.far.write_all(&byte)?;
+            self.near.read_exact(&mut byte)?;
+        }
+        Ok(started.elapsed())
+    }
+}
+
+/// Connects of this thread, in a network namespace that it enters first.
+fn connects_in(netns: &fs::File, to: SocketAddr) -> Result<Duration> {
+    const SLICE: usize = 20;
+    setns(netns, CloneFlags::CLONE_NEWNET)?;
+    let mut time = Duration::ZERO;
+    for _ in 0..SLICE {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_linger(Some(Duration::ZERO))?;
+        let started = Instant::now();
+        let _ = socket.connect(&to.into());
+        time += started.elapsed();
+    }
+    Ok(time)
+}
+
+/// A network namespace with rules of this backend for so many endpoints, or with none.
+fn ruled(backend: Option<&str>, count: u32) -> Result<(World, Netns, Listener, Duration)> {
+    let world = World::new()?;
+    let netns = Netns::new(&world, "b")?;
+    let listener = Listener::start(Some(&netns.file()), world.port + 1, &[])?;
+    let mut took = Duration::ZERO;
+    if let Some(backend) = backend {
+        let mut endpoints: Vec<String> = (0..count)
+            .map(|host| format!("tcp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port + 1))
+            .collect();
+        endpoints.push(format!("tcp://{}:{}", world.address(), world.port + 1));
+        world.configure(&format!(
+            "backend = {backend:?}\n[target.main]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n"
+        ))?;
+        let started = Instant::now();
+        netns.enforcer(&world, &["apply"])?.demand(0)?;
+        took = started.elapsed();
+    }
+    Ok((world, netns, listener, took))
+}
+
+/// P3: request and response on an established connection, to the same without rules in another namespace; that without rules to
+/// another without rules, for what such a comparison can tell here.
+fn established() -> Result<()> {
+    const PAIRS: usize = 2001;
+    const TRIPS: u32 = 100;
+    println!(
+        "\nestablished, {TRIPS} bytes there and back a slice, {PAIRS} pairs of slices: median ratio to no rules [its 95 % interval], quartiles"
+    );
+    let kinds = [
+        (None, 0),
+        (Some("ebpf"), 1),
+        (Some("ebpf"), 100_000),
+        (Some("nftables"), 1),
+        (Some("nftables"), 10_000),
+        (Some("nftables"), 100_000),
+    ];
+    for (backend, count) in kinds {
+        let (bare, without, _first, _) = ruled(None, 0)?;
+        let (world, with, _second, _) = ruled(backend, count)?;
+        let (mut before, mut after) = (Ends::new(&without, &bare)?, Ends::new(&with, &world)?);
+        let ratios = Ratios::of(PAIRS, &mut || before.trips(TRIPS), &mut || after.trips(TRIPS))?;
+        println!("{:>10} {count:>7}  {ratios}", backend.unwrap_or("no rules"));
     }
     Ok(())
 }
 
-/// Nanoseconds for a byte there and back, mean of many, over loopback of a network namespace.
-fn round_trips(netns: &std::path::Path) -> Result<u128> {
-    const TRIPS: u32 = 5000;
-    let netns = netns.to_path_buf();
-    let work = move || -> Result<u128> {
-        setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let mut near = TcpStream::connect(listener.local_addr()?)?;
-        let (mut far, _) = listener.accept()?;
-        near.set_nodelay(true)?;
-        far.set_nodelay(true)?;
-        let mut byte = [0];
-        let started = Instant::now();
-        for _ in 0..TRIPS {
-            near.write_all(&byte)?;
-            far.read_exact(&mut byte)?;
-            far.write_all(&byte)?;
-            near.read_exact(&mut byte)?;
+/// P4, P5: connect with nftables, to the same without rules; a denial as its caller sees it.
+fn nftables() -> Result<()> {
+    const PAIRS: usize = 1001;
+    println!(
+        "\nnftables, connect, {PAIRS} pairs of slices of 20: median ratio to no rules [its 95 % interval], quartiles; a denial, median"
+    );
+    for count in [1, 1_000, 10_000, 100_000] {
+        let (bare, without, _first, _) = ruled(None, 0)?;
+        let (world, with, _second, installed) = ruled(Some("nftables"), count)?;
+        let port = world.port + 1;
+        let (without, inside) = (fs::File::open(without.file())?, fs::File::open(with.file())?);
+        let (unprotected, allowed) = (
+            SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            SocketAddr::new(world.address(), port),
+        );
+        // A thread of its own, as it changes namespaces.
+        let measured = std::thread::scope(|scope| {
+            let work = scope.spawn(|| -> Result<_> {
+                let of = |to: SocketAddr| {
+                    let there = SocketAddr::new(to.ip(), bare.port + 1);
+                    Ratios::of(PAIRS, &mut || connects_in(&without, there), &mut || {
+                        connects_in(&inside, to)
+                    })
+                };
+                Ok((of(unprotected)?, of(allowed)?))
+            });
+            work.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?
+        });
+        let (unprotected, protected) = measured?;
+        let denied = world.attack(NOBODY).to(allowed).in_netns(&with)?;
+        let mut times = Vec::new();
+        for _ in 0..ROUNDS {
+            times.push(denied.measure(CONNECTS)?);
         }
-        Ok(started.elapsed().as_nanos() / u128::from(TRIPS))
-    };
-    let done = std::thread::spawn(work).join();
-    done.map_err(|_| anyhow::anyhow!("the round trips' thread panicked"))?
+        times.sort_unstable();
+        println!(
+            "{count:>7}  unprotected {unprotected}\n         allowed     {protected}\n         denied      {} ns, rounds {} to {}; installed and read back in {} ms",
+            median(times.clone()).unwrap_or(0),
+            times.first().copied().unwrap_or(0),
+            times.last().copied().unwrap_or(0),
+            installed.as_millis()
+        );
+    }
+    Ok(())
 }
 
 /// P2: what the program adds to an empty one, by the kernel's own statistics.

@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use super::{Case, case};
 use crate::{
     attack::as_user,
+    backend::EBPF,
     foreign::{ForeignProgram, Sharing},
     world::{Listener, NOBODY, World},
 };
@@ -19,10 +20,10 @@ use crate::{
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("f5_programs_of_others_keep_running", others_keep_running),
+        case("f5_programs_of_others_keep_running", others_keep_running).on(EBPF),
         case("f5_no_program_below_takes_our_place", none_below_replaces),
         case("d1_f5_a_program_below_that_rewrites_is_caught", rewritten),
-        case("f6_another_user_opens_nothing", others_open_nothing),
+        case("f6_another_user_opens_nothing", others_open_nothing).on(EBPF),
         case("f6_another_user_asks_nothing", others_ask_nothing),
     ]
 }

@@ -8,15 +8,19 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use enforcer::{
     config::Config,
+    grants::{Grantee, Grants, Key},
     host,
-    policy::{HostUsers, Policy, Protocol, Uid},
+    policy::{CgroupPath, HostUsers, Policy, Protocol, Uid},
     ruleset::{self, RuleSet, Subject, compile, explain},
 };
 use enforcer_ebpf::Verdict;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
-use super::{Case, case};
-use crate::world::{Listener, NOBODY, Netns, World, cgroup_mount};
+use super::{Case, case, grants::lasting};
+use crate::{
+    backend::{ALL, BOTH, Backend},
+    world::{Listener, NOBODY, Netns, World, cgroup_mount},
+};
 
 /// Rule sets, and attempts on each by each backend.
 const RULE_SETS: usize = 40;
@@ -26,7 +30,10 @@ const USERS: [u32; 4] = [0, 33, 1001, NOBODY];
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    vec![case("s5_the_oracle_ebpf_and_nftables_agree", agree)]
+    vec![
+        case("s5_the_oracle_ebpf_and_nftables_agree", agree).on(BOTH),
+        case("s5_who_counts_a_refusal", counters).on(ALL),
+    ]
 }
 
 fn agree() -> Result<()> {
@@ -49,6 +56,8 @@ fn agree() -> Result<()> {
     let mut judged = [0; 2];
     for _ in 0..RULE_SETS {
         let targets = random_targets(&mut random, &world, &addresses)?;
+        let grants = random_grants(&mut random, &world)?;
+        enforcer::grants::save(&world.path("state"), &grants)?;
         let attempts: Vec<_> = (0..ATTEMPTS)
             .map(|_| {
                 let address = addresses.get(random.random_range(0..addresses.len())).copied();
@@ -59,7 +68,7 @@ fn agree() -> Result<()> {
         for backend in ["ebpf", "nftables"] {
             world.configure(&format!("backend = \"{backend}\"\n{targets}"))?;
             netns.enforcer(&world, &["apply"])?.demand(0)?;
-            let rules = rules(&world)?;
+            let rules = rules(&world, &grants)?;
             for (address, user, in_child) in &attempts {
                 let (Some(address), Some(user)) = (*address, *user) else {
                     continue;
@@ -100,6 +109,36 @@ fn agree() -> Result<()> {
     Ok(())
 }
 
+/// §5: with eBPF every target that refuses counts, with nftables the first; what each half refuses adds up.
+fn counters() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let here = world.here();
+    let target = |name: &str| format!("[target.{name}]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\n");
+    world.attack(NOBODY).reaches()?;
+    world.configure(&(target("one") + &target("two")))?;
+    world.apply()?;
+    let backend = Backend::current();
+    let refused = |attack: &crate::world::Attack| -> Result<()> {
+        ensure!(attack.run()?.errno.is_some(), "not refused");
+        Ok(())
+    };
+    refused(&world.attack(NOBODY))?;
+    let mut expected = if backend.is_nftables() { [1, 0] } else { [1, 1] };
+    if backend == Backend::Both {
+        // Out of eBPF's cgroup nftables refuses.
+        refused(&world.attack(NOBODY).anywhere())?;
+        expected = [2, 1];
+    }
+    let status = world.status()?;
+    let denied = [0, 1].map(|number| status["targets"][number]["denied"].as_u64());
+    ensure!(
+        denied == expected.map(Some),
+        "{denied:?} instead of {expected:?}: {status}"
+    );
+    Ok(())
+}
+
 fn random_targets(random: &mut StdRng, world: &World, addresses: &[IpAddr]) -> Result<String> {
     let mount = cgroup_mount()?;
     let below = world.cgroup.strip_prefix(&mount)?.display().to_string();
@@ -129,11 +168,30 @@ fn random_targets(random: &mut StdRng, world: &World, addresses: &[IpAddr]) -> R
             }
         }
         text.push_str(&format!(
-            "[target.t{number}]\nendpoints = {endpoints:?}\nallow = [{}]\n",
-            allow.join(", ")
+            "[target.t{number}]\nendpoints = {endpoints:?}\nallow = [{}]\ngrants = {}\n",
+            allow.join(", "),
+            random.random_bool(0.8)
         ));
     }
     Ok(text)
+}
+
+/// What no configuration can say: anybody within a cgroup.
+fn random_grants(random: &mut StdRng, world: &World) -> Result<Grants> {
+    let below = world.cgroup.strip_prefix(cgroup_mount()?)?.display().to_string();
+    let mut grants = Grants::default();
+    for number in 0..3 {
+        let path = match random.random_range(0..6) {
+            0 => format!("/{below}"),
+            1 | 2 => format!("/{below}/child"),
+            3 => format!("/{below}/gone"),
+            _ => continue,
+        };
+        let to = Grantee::Cgroup(CgroupPath::parse(&path)?);
+        let target = format!("t{number}");
+        grants.grant(Key { target, to }, lasting())?;
+    }
+    Ok(grants)
 }
 
 fn ipnet_text(address: Ipv4Addr, length: u32) -> String {
@@ -142,9 +200,10 @@ fn ipnet_text(address: Ipv4Addr, length: u32) -> String {
 }
 
 /// The rule set that the world's configuration means.
-fn rules(world: &World) -> Result<RuleSet> {
+fn rules(world: &World, grants: &Grants) -> Result<RuleSet> {
     let config = Config::load(&world.path("enforcer.toml"))?;
     let (policy, _) = Policy::from_config(&config, &HostUsers)?;
+    let policy = grants.add_to(&policy);
     let mount = cgroup_mount()?;
     let host = host::snapshot(Some(&mount), &policy.cgroups())?;
     Ok(compile(&policy, &ruleset::Resolved::new(), &host)?)

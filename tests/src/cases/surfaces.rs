@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::{Case, case};
 use crate::{
     attack::Way,
+    backend::{Backend, EBPF},
     world::{NOBODY, World, ask_raw, ran, until},
 };
 
@@ -16,17 +17,17 @@ use crate::{
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("f6_nothing_of_ours_is_open_to_others", closed),
+        case("f6_nothing_of_ours_is_open_to_others", closed).on(EBPF),
         case("control_socket_bears_anything", hostile_requests),
-        case("events_tell_who_and_where", events),
+        case("events_tell_who_and_where", events).on(EBPF),
         case("events_follow", follow),
         case("status_counts_and_names_the_generation", status),
-        case("check_explains", check),
+        case("check_explains", check).on(EBPF),
         case("config_show_is_read_back", config_show),
-        case("f5_a_link_taken_away_comes_back", link_restored),
+        case("f5_a_link_taken_away_comes_back", link_restored).on(EBPF),
         case("capabilities_are_dropped", capabilities),
         case("help_names_every_command", help),
-        case("the_programs_can_be_traced", traced),
+        case("the_programs_can_be_traced", traced).on(EBPF),
     ]
 }
 
@@ -177,7 +178,7 @@ fn status() -> Result<()> {
         "{after}"
     );
     ensure!(
-        after["daemon"]["pid"] == daemon.pid() && after["backend"] == "ebpf" && after["subject"] == "task+socket",
+        after["daemon"]["pid"] == daemon.pid() && after["backend"] == Backend::current().in_force(),
         "{after}"
     );
     let target = &after["targets"][0];
@@ -304,7 +305,7 @@ fn help() -> Result<()> {
     let world = World::new()?;
     let help = world.enforcer(&["--help"])?.demand(0)?.stdout;
     for command in [
-        "run", "apply", "status", "check", "events", "refresh", "unload", "config",
+        "run", "apply", "status", "check", "events", "refresh", "grant", "revoke", "grants", "unload", "config",
     ] {
         ensure!(help.contains(&format!("  {command} ")), "{command} is not in: {help}");
         world.enforcer(&[command, "--help"])?.demand(0)?;

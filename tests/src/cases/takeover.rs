@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 
 use super::{Case, case};
 use crate::{
+    backend::EBPF,
     foreign::take_link,
     world::{Listener, NOBODY, World, binary, ran, until},
 };
@@ -15,14 +16,14 @@ use crate::{
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("f1_a_start_killed_half_way_is_no_obstacle", killed_half_way),
-        case("f1_damaged_pins_are_taken_over_without_a_gap", damaged_under_fire),
-        case("f1_unload_removes_whatever_is_left", unload_damaged),
-        case("f1_unload_ends_another_version_at_once", unload_other_version),
-        case("f5_another_version_is_told_from_off", other_version),
-        case("f5_a_link_that_runs_another_program_is_told", taken_link),
-        case("f5_a_link_on_another_cgroup_is_told", other_cgroup),
-        case("d3_without_btf_the_task_decides_alone", without_btf),
+        case("f1_a_start_killed_half_way_is_no_obstacle", killed_half_way).on(EBPF),
+        case("f1_damaged_pins_are_taken_over_without_a_gap", damaged_under_fire).on(EBPF),
+        case("f1_unload_removes_whatever_is_left", unload_damaged).on(EBPF),
+        case("f1_unload_ends_another_version_at_once", unload_other_version).on(EBPF),
+        case("f5_another_version_is_told_from_off", other_version).on(EBPF),
+        case("f5_a_link_that_runs_another_program_is_told", taken_link).on(EBPF),
+        case("f5_a_link_on_another_cgroup_is_told", other_cgroup).on(EBPF),
+        case("d3_without_btf_the_task_decides_alone", without_btf).on(EBPF),
     ]
 }
 
@@ -55,14 +56,14 @@ fn killed_half_way() -> Result<()> {
     for missing in ["active", "events", "endpoints", "lost"] {
         let (world, _listener) = guarded()?;
         world.apply()?;
-        unpin(&world, &["connect4", "connect6", &format!("maps_v1/{missing}")])?;
+        unpin(&world, &["connect4", "connect6", &format!("maps_v2/{missing}")])?;
         until("the links are gone", || Ok(world.attack(NOBODY).run()?.errno.is_none()))?;
         told(&world, "off", "nothing is in force")?;
         world.apply()?;
         world.attack(NOBODY).is_refused()?;
         world.attack(0).reaches()?;
         ensure!(
-            !world.pins().join("maps_v1_damaged").exists(),
+            !world.pins().join("maps_v2_damaged").exists(),
             "the damaged maps were left"
         );
         world.enforcer(&["unload"])?.demand(0)?;
@@ -76,7 +77,7 @@ fn damaged_under_fire() -> Result<()> {
     let fire = world.path("fire");
     fs::write(&fire, "")?;
     let (denied, allowed) = (world.attack(NOBODY).hammer(&fire)?, world.attack(0).hammer(&fire)?);
-    for missing in ["maps_v1/active", "maps_v1/endpoints", "maps_v1/events"] {
+    for missing in ["maps_v2/active", "maps_v2/endpoints", "maps_v2/events"] {
         unpin(&world, &[missing])?;
         told(&world, "degraded", missing)?;
         let check = world
@@ -105,11 +106,11 @@ fn unload_damaged() -> Result<()> {
     type Harm = fn(&Path) -> std::io::Result<()>;
     let harms: [Harm; 5] = [
         // One map is another one, and one is gone.
-        |pins| fs::rename(pins.join("maps_v1/principals"), pins.join("maps_v1/endpoints")),
-        |pins| fs::rename(pins.join("maps_v1/endpoints"), pins.join("maps_v1/ports")),
-        |pins| fs::remove_file(pins.join("maps_v1/active")),
-        |pins| fs::remove_dir_all(pins.join("maps_v1")),
-        |pins| fs::rename(pins.join("maps_v1/lost"), pins.join("maps_v1/active")),
+        |pins| fs::rename(pins.join("maps_v2/principals"), pins.join("maps_v2/endpoints")),
+        |pins| fs::rename(pins.join("maps_v2/endpoints"), pins.join("maps_v2/ports")),
+        |pins| fs::remove_file(pins.join("maps_v2/active")),
+        |pins| fs::remove_dir_all(pins.join("maps_v2")),
+        |pins| fs::rename(pins.join("maps_v2/lost"), pins.join("maps_v2/active")),
     ];
     for harm in harms {
         let (world, _listener) = guarded()?;
@@ -127,7 +128,7 @@ fn unload_other_version() -> Result<()> {
     let (world, _listener) = guarded()?;
     for _ in 0..5 {
         world.apply()?;
-        fs::rename(world.pins().join("maps_v1"), world.pins().join("maps_v0"))?;
+        fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
         world.attack(NOBODY).is_refused()?;
         world.enforcer(&["unload"])?.demand(0)?;
         world.attack(NOBODY).reaches()?;
@@ -138,7 +139,7 @@ fn unload_other_version() -> Result<()> {
 fn other_version() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
-    fs::rename(world.pins().join("maps_v1"), world.pins().join("maps_v0"))?;
+    fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
     let says = "another version of enforcer (map layout 0) enforces";
     told(&world, "degraded", says)?;
     let check = world
@@ -169,7 +170,8 @@ fn taken_link() -> Result<()> {
     until("the program is back", || {
         Ok(world.attack(NOBODY).run()?.errno == Some(libc::EPERM))
     })?;
-    ensure!(world.status()?["state"] == "enforcing", "{}", world.status()?);
+    let status = world.status()?;
+    ensure!(status["restored"] == 1 && status["state"] == "degraded", "{status}");
     Ok(())
 }
 

@@ -8,12 +8,16 @@ use std::{fs, io, path::Path};
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 /// Offsets in bytes that the programs need.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offsets {
     /// `sk_uid` in `struct sock`.
     pub sk_uid: u32,
     /// `flags` in `struct task_struct`.
     pub task_flags: u32,
+    /// `cred` in `struct task_struct`.
+    pub task_cred: u32,
+    /// `uid` in `struct cred`.
+    pub cred_uid: u32,
 }
 
 /// Reads the offsets of the running kernel; none where it has no BTF or not these members.
@@ -27,15 +31,21 @@ pub fn offsets() -> io::Result<Option<Offsets>> {
 
 fn find(btf: &[u8]) -> Option<Offsets> {
     let sections = Sections::of(btf)?;
-    let (mut sk_uid, mut task_flags) = (None, None);
+    let (mut sk_uid, mut task_flags, mut task_cred, mut cred_uid) = (None, None, None, None);
     sections.structures(|name, members| match name {
         b"sock" => sk_uid = sk_uid.or_else(|| sections.member(members, b"sk_uid")),
-        b"task_struct" => task_flags = task_flags.or_else(|| sections.member(members, b"flags")),
+        b"task_struct" => {
+            task_flags = task_flags.or_else(|| sections.member(members, b"flags"));
+            task_cred = task_cred.or_else(|| sections.member(members, b"cred"));
+        }
+        b"cred" => cred_uid = cred_uid.or_else(|| sections.member(members, b"uid")),
         _ => {}
     })?;
     Some(Offsets {
         sk_uid: sk_uid?,
         task_flags: task_flags?,
+        task_cred: task_cred?,
+        cred_uid: cred_uid?,
     })
 }
 
@@ -111,15 +121,13 @@ mod tests {
     fn finds_members_of_the_running_kernel() {
         let found = offsets().ok().flatten();
         if Path::new(VMLINUX).exists() {
-            let found = found.unwrap_or(Offsets {
-                sk_uid: 0,
-                task_flags: 0,
-            });
+            let found = found.unwrap_or_default();
             assert!(
                 found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid.is_multiple_of(4),
                 "{found:?}"
             );
             assert!(found.task_flags > 0 && found.task_flags < 4000, "{found:?}");
+            assert!(found.task_cred > 0 && found.cred_uid > 0, "{found:?}");
         } else {
             assert_eq!(found, None);
         }

@@ -122,6 +122,13 @@ pub enum BackendError {
 }
 
 impl BackendError {
+    /// Whether another process enforces there.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        let half = |error: &Self| matches!(error, Self::Busy { .. });
+        half(self) || matches!(self, Self::Half { error, .. } if half(error))
+    }
+
     /// Whether this kernel, or what we may do with it, is the cause, and not something of ours that needs mending.
     #[must_use]
     pub fn is_inability(&self) -> bool {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    EndpointKey, KEY_BITS, MAX_TARGET_NAME, MAX_TARGETS, Owners, PrincipalKey, TCP, TargetName, UDP, canonical4,
+    EndpointKey, Few, KEY_BITS, MAX_TARGET_NAME, MAX_TARGETS, Owners, PrincipalKey, TCP, TargetName, UDP, canonical4,
     canonical6, flag, kind, scope,
 };
 use ipnet::IpNet;
@@ -38,6 +38,8 @@ pub struct Image {
     pub levels: u64,
     /// Cookie of the network namespace of loopback endpoints.
     pub netns: u64,
+    /// The first users that are admitted anywhere.
+    pub few: Few,
     /// Ports in network byte order.
     pub ports: BTreeSet<u16>,
     /// Exact endpoints.
@@ -58,6 +60,7 @@ impl Image {
             flags: 0,
             levels: 0,
             netns: 0,
+            few: Few::default(),
             ports: BTreeSet::new(),
             endpoints: Vec::new(),
             prefixes: Vec::new(),
@@ -126,11 +129,25 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
     (image.principals, image.levels) = principals(rules, &bits);
     image.endpoints.sort_unstable();
     image.prefixes.sort_unstable();
+    let mut anywhere = image
+        .principals
+        .iter()
+        .filter(|(key, _)| key.kind == kind::USER && key.cgroup == 0);
+    let Few { users, admitting } = &mut image.few;
+    for ((user, admitting), (key, owners)) in users.iter_mut().zip(admitting).zip(&mut anywhere) {
+        (*user, *admitting) = (key.uid, *owners);
+    }
+    let few = anywhere.next().is_none();
     image.flags = [
         (rules.mode == Mode::Audit, flag::AUDIT),
         (!image.prefixes.is_empty(), flag::PREFIXES),
         (loader.daemon, flag::DAEMON),
         (loader.socket_user, flag::SOCKET_USER),
+        (few, flag::FEW),
+        (
+            image.principals.iter().any(|(key, _)| key.kind == kind::ANYBODY),
+            flag::ANYBODY,
+        ),
     ]
     .into_iter()
     .filter_map(|(set, bit)| set.then_some(bit))
@@ -257,6 +274,10 @@ fn principals(rules: &RuleSet, bits: &[Owners]) -> (Vec<(PrincipalKey, Owners)>,
                 } => {
                     depths.insert(cgroup.level);
                     (cgroup.id, uid.0, kind::USER)
+                }
+                RulePrincipal::Anybody { cgroup: (_, cgroup) } => {
+                    depths.insert(cgroup.level);
+                    (cgroup.id, 0, kind::ANYBODY)
                 }
                 RulePrincipal::Kernel => (0, 0, kind::KERNEL),
             };

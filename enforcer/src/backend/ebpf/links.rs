@@ -71,7 +71,7 @@ impl Kernel {
         let [hook, ..] = &HOOKS;
         if !self.pins.path(hook.name).exists() {
             self.create_link(hook)?;
-            self.links_made = 0;
+            self.mended = 0;
         }
         Ok(())
     }
@@ -123,6 +123,7 @@ impl Kernel {
                 if sys::link_info(link.as_fd()).map_err(failed)?.program != wanted {
                     return Err(self.attach_error(hook, io::Error::other("the link kept its old program"))); // F3
                 }
+                self.mended += 1;
             }
         }
         self.remove_old_maps()
@@ -130,7 +131,7 @@ impl Kernel {
 
     fn create_link(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
         let program = self.program_fd(hook)?;
-        self.links_made += 1;
+        self.mended += 1;
         sys::link_create(program.as_fd(), self.cgroup_fd.as_fd(), hook.attach_type)
             .map_err(|error| self.attach_error(hook, error))
     }

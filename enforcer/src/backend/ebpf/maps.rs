@@ -1,6 +1,7 @@
 //! The pinned maps as typed tables: written slot by slot, read back, judged by from outside.
 
 use std::{
+    collections::BTreeSet,
     io,
     marker::PhantomData,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -8,8 +9,8 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS,
-    Owners, PrincipalKey, SLOTS, TargetName, decide::Tables, scope,
+    AllCounters, Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS,
+    MAX_TARGETS, Owners, PrincipalKey, SLOTS, TargetName, decide::Tables, scope,
 };
 
 use super::{
@@ -37,6 +38,15 @@ pub struct Table<K, V> {
     types: PhantomData<(K, V)>,
 }
 
+/// A part of a slot, to be read by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Exact endpoints and prefixes: perhaps a hundred thousand.
+    Endpoints,
+    /// All else.
+    Rest,
+}
+
 /// All maps of one ABI.
 #[derive(Debug)]
 pub struct Maps {
@@ -47,7 +57,7 @@ pub struct Maps {
     prefixes: Table<PrefixKey, Owners>,
     principals: Table<PrincipalKey, Owners>,
     targets: Table<u32, TargetName>,
-    counters: Table<u32, Counters>,
+    counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
     cpus: usize,
 }
@@ -81,7 +91,7 @@ impl Maps {
             prefixes: Table::open(dir, "prefixes", LPM_TRIE, SLOTS * MAX_PREFIXES)?,
             principals: Table::open(dir, "principals", HASH, SLOTS * MAX_PRINCIPALS)?,
             targets: Table::open(dir, "targets", ARRAY, SLOTS * MAX_TARGETS)?,
-            counters: Table::open(dir, "counters", PERCPU_ARRAY, MAX_TARGETS)?,
+            counters: Table::open(dir, "counters", PERCPU_ARRAY, 1)?,
             lost: Table::open(dir, "lost", PERCPU_ARRAY, 1)?,
             cpus,
         }))
@@ -135,21 +145,59 @@ impl Maps {
     /// All that a slot holds.
     pub fn read_slot(&self, slot: u8) -> Result<Image, BackendError> {
         let generation = self.generation_of(slot)?;
-        let mut endpoints = Vec::new();
-        self.endpoints.for_each_batch(|mut key, owners| {
-            if key.scope & scope::SLOT == slot {
-                key.scope &= !scope::SLOT;
-                endpoints.push((key, owners));
+        Ok(Image {
+            flags: generation.flags,
+            levels: generation.levels,
+            netns: generation.netns,
+            few: generation.few,
+            ports: self.read_ports(slot)?,
+            endpoints: self.read_endpoints(slot)?,
+            prefixes: self.read_prefixes(slot)?,
+            principals: self.read_principals(slot)?,
+            names: self.names(slot)?,
+        })
+    }
+
+    /// Whether a slot holds a part of an image. The filter of ports may hold more: it is never narrower than what it stands before.
+    pub fn holds(&self, slot: u8, image: &Image, part: Part) -> Result<bool, BackendError> {
+        match part {
+            Part::Endpoints => {
+                Ok(self.read_endpoints(slot)? == image.endpoints && self.read_prefixes(slot)? == image.prefixes)
             }
-        })?;
-        let mut principals = Vec::new();
-        self.principals.for_each_batch(|mut key, owners| {
-            if key.slot == slot {
-                key.slot = 0;
-                principals.push((key, owners));
+            Part::Rest => {
+                let Generation {
+                    number: _,
+                    netns,
+                    levels,
+                    flags,
+                    few,
+                } = self.generation_of(slot)?;
+                Ok(
+                    (netns, levels, flags, few) == (image.netns, image.levels, image.flags, image.few)
+                        && self.read_principals(slot)? == image.principals
+                        && self.names(slot)? == image.names
+                        && self.lets_through(slot, image)?,
+                )
             }
-        })?;
-        let mut ports = std::collections::BTreeSet::new();
+        }
+    }
+
+    fn lets_through(&self, slot: u8, image: &Image) -> Result<bool, BackendError> {
+        /// Up to here ports are read one by one, beyond it all of them at once.
+        const FEW_PORTS: usize = 1024;
+        if image.ports.len() > FEW_PORTS {
+            return Ok(image.ports.is_subset(&self.read_ports(slot)?));
+        }
+        for port in &image.ports {
+            if self.ports.get(&u32::from(*port))?.unwrap_or(0) >> slot & 1 == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn read_ports(&self, slot: u8) -> Result<BTreeSet<u16>, BackendError> {
+        let mut ports = BTreeSet::new();
         self.ports.for_each_batch(|port, slots| {
             if slots >> slot & 1 == 1
                 && let Ok(port) = u16::try_from(port)
@@ -157,6 +205,22 @@ impl Maps {
                 ports.insert(port);
             }
         })?;
+        Ok(ports)
+    }
+
+    fn read_endpoints(&self, slot: u8) -> Result<Vec<(EndpointKey, Owners)>, BackendError> {
+        let mut endpoints = Vec::new();
+        self.endpoints.for_each_batch(|mut key, owners| {
+            if key.scope & scope::SLOT == slot {
+                key.scope &= !scope::SLOT;
+                endpoints.push((key, owners));
+            }
+        })?;
+        endpoints.sort_unstable();
+        Ok(endpoints)
+    }
+
+    fn read_prefixes(&self, slot: u8) -> Result<Vec<(PrefixKey, Owners)>, BackendError> {
         let mut prefixes = Vec::new();
         for mut key in self.prefixes.keys()? {
             if key.key.scope & scope::SLOT == slot {
@@ -168,19 +232,20 @@ impl Maps {
                 prefixes.push((key, owners));
             }
         }
-        endpoints.sort_unstable();
         prefixes.sort_unstable();
+        Ok(prefixes)
+    }
+
+    fn read_principals(&self, slot: u8) -> Result<Vec<(PrincipalKey, Owners)>, BackendError> {
+        let mut principals = Vec::new();
+        self.principals.for_each_batch(|mut key, owners| {
+            if key.slot == slot {
+                key.slot = 0;
+                principals.push((key, owners));
+            }
+        })?;
         principals.sort_unstable();
-        Ok(Image {
-            flags: generation.flags,
-            levels: generation.levels,
-            netns: generation.netns,
-            ports,
-            endpoints,
-            prefixes,
-            principals,
-            names: self.names(slot)?,
-        })
+        Ok(principals)
     }
 
     /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).
@@ -215,23 +280,33 @@ impl Maps {
             netns: want.netns,
             levels: want.levels,
             flags: want.flags,
+            few: want.few,
         };
         self.generations.put_read_back(&u32::from(slot), generation)
     }
 
-    /// Sets a target's counters to zero.
-    pub fn clear_counters(&self, bit: u32) -> Result<(), BackendError> {
-        self.counters.put_all(&bit, &vec![Counters::default(); self.cpus])
+    /// Sets the counters of some targets to zero. What others count at this very moment may be lost.
+    pub fn clear_counters(&self, bits: Owners) -> Result<(), BackendError> {
+        let mut all = self.counters.get_all(&0, self.cpus)?;
+        for (bit, counters) in all.iter_mut().flat_map(|cpu| (0..).zip(cpu)) {
+            if bits >> bit & 1 == 1 {
+                *counters = Counters::default();
+            }
+        }
+        self.counters.put_all(&0, &all)
     }
 
-    /// A target's counters, all CPUs together.
-    pub fn counters(&self, bit: u32) -> Result<Counters, BackendError> {
-        let all = self.counters.get_all(&bit, self.cpus)?;
-        Ok(all.iter().fold(Counters::default(), |sum, cpu| Counters {
-            allowed: sum.allowed + cpu.allowed,
-            denied: sum.denied + cpu.denied,
-            would_deny: sum.would_deny + cpu.would_deny,
-        }))
+    /// The counters of every target by its bit, all CPUs together.
+    pub fn counters(&self) -> Result<AllCounters, BackendError> {
+        let mut sums = [Counters::default(); MAX_TARGETS as usize];
+        for cpu in self.counters.get_all(&0, self.cpus)? {
+            for (sum, counters) in sums.iter_mut().zip(cpu) {
+                sum.allowed += counters.allowed;
+                sum.denied += counters.denied;
+                sum.would_deny += counters.would_deny;
+            }
+        }
+        Ok(sums)
     }
 
     /// Denials that the ring buffer had no room for.
@@ -288,6 +363,10 @@ impl Tables for Outside<'_> {
 
     fn generation(&self, slot: u8) -> Option<Generation> {
         self.keep(self.maps.generation_of(slot).map(Some))
+    }
+
+    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
+        self.generation(slot)?.few.find(user)
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {

@@ -1,10 +1,10 @@
 //! What the kernel holds, read from it; and `check`, the kernel's own decision over the kernel's own maps.
 
-use std::{io, path::Path};
+use std::{borrow::Cow, io, path::Path};
 
 use enforcer_ebpf::{
     Counters, Generation, TargetName, Verdict,
-    decide::{self, Destination, SocketUser, Subject},
+    decide::{self, Destination, SocketUser, Subject, Task},
     flag,
 };
 
@@ -95,6 +95,11 @@ impl Pinned {
         Ok(maps?.map(|maps| Self { maps, pins }))
     }
 
+    /// The maps and the directory.
+    pub(super) fn parts(&self) -> (&Maps, &Pins) {
+        (&self.maps, &self.pins)
+    }
+
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ours = self.maps.ids()?;
@@ -102,7 +107,7 @@ impl Pinned {
             let used = sys::program_maps(program)?;
             Ok(ours.iter().all(|map| used.contains(map)))
         };
-        observe(&self.maps, &self.pins, cgroup, runs)
+        observe(&self.maps, &self.pins, cgroup, runs, |_| None)
     }
 
     /// Runs the kernel's decision over the kernel's maps.
@@ -182,18 +187,18 @@ impl Subject for Asker {
         if self.foreign_netns { !self.home } else { self.home }
     }
 
-    fn task_user(&self) -> u32 {
-        self.subject.task.0
+    fn task(&self) -> Task {
+        if self.subject.kernel_thread {
+            Task::Kernel
+        } else {
+            Task::User(self.subject.task.0)
+        }
     }
 
     fn socket_user(&self) -> SocketUser {
         self.subject
             .socket
             .map_or(SocketUser::Unsupported, |uid| SocketUser::Uid(uid.0))
-    }
-
-    fn is_kernel_thread(&self) -> bool {
-        self.subject.kernel_thread
     }
 
     fn cgroup(&self, level: u32) -> u64 {
@@ -205,17 +210,25 @@ impl Subject for Asker {
     }
 }
 
-/// Reads all of it; `runs` tells whether a hook's program is ours, by its id.
-pub(super) fn observe(
+/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `runs` tells whether a
+/// hook's program is ours, by its id.
+pub(super) fn observe<'i>(
     maps: &Maps,
     pins: &Pins,
     cgroup: Option<u64>,
     runs: impl Fn(&Hook, u32) -> io::Result<bool>,
+    held: impl Fn(u8) -> Option<&'i Image>,
 ) -> Result<Observed, BackendError> {
     let slot = maps.active_slot()?;
     let (image, generation) = match slot {
-        Some(slot) => (maps.read_slot(slot)?, maps.generation_of(slot)?.number),
-        None => (Image::empty(), 0),
+        Some(slot) => {
+            let image = match held(slot) {
+                Some(image) => Cow::Borrowed(image),
+                None => Cow::Owned(maps.read_slot(slot)?),
+            };
+            (image, maps.generation_of(slot)?.number)
+        }
+        None => (Cow::Owned(Image::empty()), 0),
     };
     let mut faults = Vec::new();
     for hook in HOOKS
@@ -241,9 +254,10 @@ pub(super) fn observe(
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);
     let mut targets = Vec::new();
-    for (bit, name) in (0_u32..)
-        .zip(&image.names)
-        .filter(|(_, name)| **name != TargetName::NONE)
+    let counters = maps.counters()?;
+    for (bit, (name, counters)) in (0_u32..)
+        .zip(image.names.iter().zip(counters))
+        .filter(|(_, (name, _))| **name != TargetName::NONE)
     {
         let endpoints = real().filter(|(_, owners)| placed(*owners, bit)).count()
             + image.prefixes.iter().filter(|(_, owners)| placed(*owners, bit)).count();
@@ -256,7 +270,7 @@ pub(super) fn observe(
             name: name.as_str().to_owned(),
             endpoints: endpoints as u64,
             allow: allow.collect(),
-            counters: maps.counters(bit)?,
+            counters,
         });
     }
     Ok(Observed {
@@ -275,6 +289,7 @@ pub(super) fn observe(
 fn describe(key: &enforcer_ebpf::PrincipalKey) -> String {
     match (key.kind, key.cgroup) {
         (enforcer_ebpf::kind::KERNEL, _) => "kernel".to_owned(),
+        (enforcer_ebpf::kind::ANYBODY, cgroup) => format!("anybody in cgroup id {cgroup}"),
         (_, 0) => format!("user {}", key.uid),
         (_, cgroup) => format!("user {} in cgroup id {cgroup}", key.uid),
     }

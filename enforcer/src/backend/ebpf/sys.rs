@@ -15,7 +15,7 @@ use std::{
     path::Path,
 };
 
-use enforcer_ebpf::{Counters, EndpointKey, EventRecord, Generation, PrincipalKey, TargetName};
+use enforcer_ebpf::{AllCounters, EndpointKey, EventRecord, Generation, PrincipalKey, TargetName};
 
 use super::image::PrefixKey;
 
@@ -43,7 +43,7 @@ unsafe impl Plain for Generation {}
 // SAFETY: as above.
 unsafe impl Plain for TargetName {}
 // SAFETY: as above.
-unsafe impl Plain for Counters {}
+unsafe impl Plain for AllCounters {}
 // SAFETY: as above.
 unsafe impl Plain for EventRecord {}
 
@@ -66,6 +66,9 @@ pub struct LinkInfo {
     /// `BPF_CGROUP_…` number.
     pub attach_type: u32,
 }
+
+/// Most programs of one hook of a cgroup (`BPF_CGROUP_MAX_PROGS`).
+const MAX_ATTACHED: usize = 64;
 
 /// Most maps of a program that are asked for: ours have ten.
 const MAX_MAPS: usize = 64;
@@ -153,6 +156,83 @@ pub fn program_maps(program: u32) -> io::Result<Vec<u32>> {
     };
     read_info(std::os::fd::AsFd::as_fd(&program), &mut info)?;
     Ok(maps.into_iter().take(info.map_count as usize).collect())
+}
+
+/// A program on a cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Its id.
+    pub id: u32,
+    /// `BPF_F_PREORDER` (Linux 6.15): it runs before those below.
+    pub preorder: bool,
+    /// Its name, which is its owner's choice.
+    pub name: String,
+    /// Whether it writes the address or port of what it is asked about, as far as its code tells.
+    pub rewrites: bool,
+}
+
+/// The programs attached to a cgroup itself at a hook, in the order in which they run (`BPF_PROG_QUERY`, Linux 4.15).
+pub fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<Attached>> {
+    const PREORDER: u32 = 1 << 6;
+    let (mut ids, mut flags) = ([0_u32; MAX_ATTACHED], [0_u32; MAX_ATTACHED]);
+    let mut query = |with_flags: bool| {
+        let mut attr = QueryAttr {
+            target: raw(cgroup),
+            attach_type,
+            ids: ids.as_mut_ptr() as u64,
+            count: u32::try_from(MAX_ATTACHED).map_err(io::Error::other)?,
+            program_flags: if with_flags { flags.as_mut_ptr() as u64 } else { 0 },
+            ..QueryAttr::default()
+        };
+        bpf(BPF_PROG_QUERY, &mut attr).map(|_| attr.count as usize)
+    };
+    // Kernels before 6.0 do not know of the flags.
+    let count = query(true).or_else(|_| query(false))?;
+    let found = ids.into_iter().zip(flags).take(count);
+    found
+        .map(|(id, flags)| {
+            let (name, code) = program_code(id)?;
+            Ok(Attached {
+                id,
+                preorder: flags & PREORDER != 0,
+                name,
+                rewrites: rewrites(&code),
+            })
+        })
+        .collect()
+}
+
+/// A program's name and its code as the kernel runs it.
+fn program_code(id: u32) -> io::Result<(String, Vec<u64>)> {
+    let program = owned(bpf(BPF_PROG_GET_FD_BY_ID, &mut [id, 0, 0])?);
+    let fd = std::os::fd::AsFd::as_fd(&program);
+    let info: RawProgramInfo = object_info(fd)?;
+    let [_, bytes] = info.code_lengths;
+    let mut code = vec![0_u64; bytes as usize / 8];
+    let mut again = RawProgramInfo {
+        code_lengths: [0, bytes],
+        code: [0, code.as_mut_ptr() as u64],
+        ..RawProgramInfo::default()
+    };
+    read_info(fd, &mut again)?;
+    let name: Vec<u8> = info.name.into_iter().take_while(|byte| *byte != 0).collect();
+    Ok((String::from_utf8_lossy(&name).into_owned(), code))
+}
+
+/// Whether code stores to an address or port of `struct bpf_sock_addr`. The kernel makes of it: keep a register at offset 16 of the
+/// context, load the pointer at offset 8 of it (`SOCK_ADDR_STORE_NESTED_FIELD_OFF` in `net/core/filter.c`, Linux 4.17 to 6.18).
+fn rewrites(code: &[u64]) -> bool {
+    const KEEP: u64 = 0x7b;
+    const LOAD: u64 = 0x79;
+    let part = |word: u64| (word & 0xff, word >> 8 & 0xf, word >> 12 & 0xf, word >> 16 & 0xffff);
+    code.windows(2).any(|pair| match pair {
+        [first, second] => {
+            let (keep, context, _, keep_at) = part(*first);
+            let (load, _, from, load_at) = part(*second);
+            keep == KEEP && keep_at == 16 && load == LOAD && load_at == 8 && from == context && context != 10
+        }
+        _ => false,
+    })
 }
 
 /// Asks for a map's id.
@@ -280,6 +360,66 @@ pub fn wait_for_programs() -> io::Result<()> {
     update(outer, &0_u32, &[inner.as_raw_fd().cast_unsigned()])
 }
 
+/// A kind of map to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapKind {
+    /// Every kernel with bpf(2) has it.
+    Array,
+    /// Linux 5.8.
+    RingBuffer,
+}
+
+/// Makes a map that vanishes at once.
+pub fn try_map(kind: MapKind) -> io::Result<()> {
+    let mut attr = match kind {
+        MapKind::Array => CreateAttr {
+            map_type: 2,
+            key_size: 4,
+            value_size: 4,
+            max_entries: 1,
+            ..CreateAttr::default()
+        },
+        MapKind::RingBuffer => CreateAttr {
+            map_type: 27,
+            // A page of any size that a kernel has.
+            max_entries: 1 << 16,
+            ..CreateAttr::default()
+        },
+    };
+    bpf(BPF_MAP_CREATE, &mut attr).map(|fd| drop(owned(fd)))
+}
+
+/// Writes to a hash that vanishes at once, in a batch.
+pub fn try_batch() -> io::Result<()> {
+    let mut attr = CreateAttr {
+        map_type: 1,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        ..CreateAttr::default()
+    };
+    let map = owned(bpf(BPF_MAP_CREATE, &mut attr)?);
+    update_batch(std::os::fd::AsFd::as_fd(&map), &[0_u32], &[0_u32])
+}
+
+/// `BPF_CGROUP_INET4_CONNECT`.
+pub const CONNECT4: u32 = 10;
+
+/// Loads a program for `connect4` that lets everything pass: `r0 = 1; exit`.
+pub fn load_passing() -> io::Result<OwnedFd> {
+    const SOCK_ADDR: u32 = 18;
+    let code = [0x0000_0001_0000_00b7_u64, 0x0000_0000_0000_0095];
+    let mut attr = LoadAttr {
+        kind: SOCK_ADDR,
+        count: 2,
+        code: code.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        attach_type: CONNECT4,
+        ..LoadAttr::default()
+    };
+    Ok(owned(bpf(BPF_PROG_LOAD, &mut attr)?))
+}
+
 /// Gives freed memory back to the system: loading leaves tens of megabytes behind that are never wanted again.
 #[cfg(target_env = "gnu")]
 pub fn trim_memory() {
@@ -329,10 +469,12 @@ const BPF_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_MAP_UPDATE_ELEM: i32 = 2;
 const BPF_MAP_DELETE_ELEM: i32 = 3;
 const BPF_MAP_GET_NEXT_KEY: i32 = 4;
+const BPF_PROG_LOAD: i32 = 5;
 const BPF_OBJ_PIN: i32 = 6;
 const BPF_OBJ_GET: i32 = 7;
 const BPF_PROG_GET_FD_BY_ID: i32 = 13;
 const BPF_OBJ_GET_INFO_BY_FD: i32 = 15;
+const BPF_PROG_QUERY: i32 = 16;
 const BPF_MAP_LOOKUP_BATCH: i32 = 24;
 const BPF_MAP_UPDATE_BATCH: i32 = 26;
 const BPF_MAP_DELETE_BATCH: i32 = 27;
@@ -349,6 +491,35 @@ struct CreateAttr {
     max_entries: u32,
     flags: u32,
     inner: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    _pad: u32,
+    program_flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttr {
+    kind: u32,
+    count: u32,
+    code: u64,
+    license: u64,
+    log: [u32; 2],
+    log_buffer: u64,
+    kernel: u32,
+    flags: u32,
+    name: [u8; 16],
+    device: u32,
+    attach_type: u32,
 }
 
 #[repr(C)]
@@ -434,6 +605,7 @@ struct RawProgramInfo {
     user: u32,
     map_count: u32,
     maps: u64,
+    name: [u8; 16],
 }
 
 /// Head of `struct bpf_map_info`.

@@ -39,6 +39,10 @@ impl Tables for Plain<'_> {
         Some(generation(self.0))
     }
 
+    fn few(&self, _: u8, user: u32) -> Option<Owners> {
+        self.0.few.find(user)
+    }
+
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {
         self.0
             .endpoints
@@ -83,6 +87,7 @@ fn generation(image: &Image) -> Generation {
         netns: image.netns,
         levels: image.levels,
         flags: image.flags,
+        few: image.few,
     }
 }
 
@@ -170,10 +175,13 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 
 fn principal() -> impl Strategy<Value = Principal> {
     let cgroup = |path: &str| Some(CgroupPath(path.to_owned()));
+    // More users than a generation has at hand.
     prop_oneof![
-        3 => (0_u32..4).prop_map(|uid| Principal::User { uid: Uid(uid), cgroup: None }),
-        2 => (0_u32..4, proptest::sample::select(vec!["/a", "/a/b", "/c", "/gone"]))
+        3 => (0_u32..8).prop_map(|uid| Principal::User { uid: Uid(uid), cgroup: None }),
+        2 => (0_u32..8, proptest::sample::select(vec!["/a", "/a/b", "/c", "/gone"]))
             .prop_map(move |(uid, path)| Principal::User { uid: Uid(uid), cgroup: cgroup(path) }),
+        1 => proptest::sample::select(vec!["/a", "/a/b", "/c", "/gone", "/"])
+            .prop_map(|path| Principal::Anybody { cgroup: CgroupPath(path.to_owned()) }),
         1 => Just(Principal::Kernel),
     ]
 }
@@ -181,7 +189,7 @@ fn principal() -> impl Strategy<Value = Principal> {
 fn policy() -> impl Strategy<Value = Policy> {
     let target = (
         proptest::collection::btree_set(endpoint(), 0..6),
-        proptest::collection::btree_set(principal(), 0..4),
+        proptest::collection::btree_set(principal(), 0..6),
     );
     (any::<bool>(), proptest::collection::vec(target, 1..5)).prop_map(|(audit, targets)| Policy {
         mode: if audit { Mode::Audit } else { Mode::Enforce },
@@ -197,6 +205,7 @@ fn policy() -> impl Strategy<Value = Policy> {
                 name: format!("t{number}"),
                 endpoints,
                 principals,
+                grants: false,
             })
             .collect(),
     })
@@ -212,8 +221,8 @@ fn attempt() -> impl Strategy<Value = Attempt> {
         vec![1, 10, 11, 99],
     ]);
     let subject = (
-        0_u32..5,
-        proptest::option::of(0_u32..5),
+        0_u32..9,
+        proptest::option::of(0_u32..9),
         proptest::bool::weighted(0.1),
         cgroups,
     )
@@ -235,7 +244,7 @@ fn attempt() -> impl Strategy<Value = Attempt> {
 }
 
 fn host() -> Host {
-    let cgroups = HashMap::from([("/a", (10, 1)), ("/a/b", (11, 2)), ("/c", (12, 1))]);
+    let cgroups = HashMap::from([("/a", (10, 1)), ("/a/b", (11, 2)), ("/c", (12, 1)), ("/", (1, 0))]);
     Host {
         local: ["192.168.0.1", "fe80::1", "127.0.0.1"]
             .iter()

@@ -24,6 +24,10 @@ pub(super) enum Admitted {
     User(u32),
     /// A user whose socket was made below a cgroup.
     Below(u32, u32, u64),
+    /// Every user.
+    Anybody,
+    /// Every user whose socket was made below a cgroup.
+    AnybodyBelow(u32, u64),
     /// Sockets without a file.
     Kernel,
 }
@@ -33,6 +37,8 @@ impl fmt::Display for Admitted {
         match self {
             Self::User(uid) => write!(f, "user {uid}"),
             Self::Below(uid, _, cgroup) => write!(f, "user {uid} in cgroup id {cgroup}"),
+            Self::Anybody => f.write_str("anybody"),
+            Self::AnybodyBelow(_, cgroup) => write!(f, "anybody in cgroup id {cgroup}"),
             Self::Kernel => f.write_str("kernel"),
         }
     }
@@ -141,6 +147,22 @@ pub(super) fn principals(image: &Image, target: &str) -> Vec<Admitted> {
                 let id = id.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
                 found.push(Admitted::Below(number(uid), *level, id));
             }
+            [
+                Expression::Meta { key: meta::SKUID, .. },
+                Expression::Cgroup { level },
+                Expression::Lookup { set, .. },
+                Expression::Count(_),
+                ..,
+            ] if *set == image.slot().cgroups(target, *level) => {
+                let cgroups = image.sets.get(set).map_or(&[][..], |set| &set.elements);
+                let id = |key: &[u8]| key.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+                found.extend(
+                    cgroups
+                        .iter()
+                        .map(|element| Admitted::AnybodyBelow(*level, id(&element.key))),
+                );
+            }
+            [Expression::Meta { key: meta::SKUID, .. }, Expression::Count(_), ..] => found.push(Admitted::Anybody),
             [Expression::Count(_), ..] => found.push(Admitted::Kernel),
             // A jump, or nothing of ours.
             _ => {}
@@ -155,14 +177,15 @@ fn admits(principals: &[Admitted], subject: &Subject) -> bool {
         return principals.contains(&Admitted::Kernel);
     }
     let user = subject.socket.unwrap_or(subject.task).0;
+    let below = |level: u32, id| {
+        let at = usize::try_from(level).ok().and_then(|level| subject.cgroups.get(level));
+        at == Some(id)
+    };
     principals.iter().any(|principal| match principal {
         Admitted::User(uid) => *uid == user,
-        Admitted::Below(uid, level, id) => {
-            let at = usize::try_from(*level)
-                .ok()
-                .and_then(|level| subject.cgroups.get(level));
-            *uid == user && at == Some(id)
-        }
+        Admitted::Below(uid, level, id) => *uid == user && below(*level, id),
+        Admitted::Anybody => true,
+        Admitted::AnybodyBelow(level, id) => below(*level, id),
         Admitted::Kernel => false,
     })
 }

@@ -184,11 +184,10 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
     all
 }
 
-/// Only packets to a loopback address that came in on another device (D6).
+/// Only packets that came in on another device than loopback, whose index is 1 in every network namespace.
 #[must_use]
-pub fn strays_to_loopback(family: u8) -> Vec<Expression> {
-    let mut all = equal(meta::NFPROTO, vec![family]);
-    all.extend([
+pub fn from_elsewhere() -> Vec<Expression> {
+    vec![
         Expression::Meta {
             key: meta::IIF,
             register: REGISTER,
@@ -197,7 +196,13 @@ pub fn strays_to_loopback(family: u8) -> Vec<Expression> {
             equal: false,
             value: 1_u32.to_ne_bytes().to_vec(),
         },
-    ]);
+    ]
+}
+
+/// Only packets to a loopback address (D6).
+#[must_use]
+pub fn to_loopback(family: u8) -> Vec<Expression> {
+    let mut all = equal(meta::NFPROTO, vec![family]);
     let (offset, value) = if family == IPV4 {
         (16, vec![Ipv4Addr::LOCALHOST.octets()[0]])
     } else {
@@ -244,6 +249,21 @@ pub fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
         Expression::Compare {
             equal: true,
             value: cgroup.to_ne_bytes().to_vec(),
+        },
+    ]);
+    all
+}
+
+/// Only packets of sockets that have a file and were made below one of the cgroups, all of one depth, in a set.
+#[must_use]
+pub fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
+    // The kernel's own sockets may carry a cgroup, and match no user (D3).
+    let mut all = has_user();
+    all.extend([
+        Expression::Cgroup { level },
+        Expression::Lookup {
+            set: set.to_owned(),
+            value: None,
         },
     ]);
     all

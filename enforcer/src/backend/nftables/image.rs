@@ -35,7 +35,7 @@ pub struct Image {
 /// A chain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// Where packets come in, for a base chain. Its policy is always to accept.
+    /// Where packets come in, for a base chain.
     pub base: Option<Base>,
     /// In order.
     pub rules: Vec<Rule>,
@@ -48,6 +48,8 @@ pub struct Base {
     pub hook: u32,
     /// Greater is later.
     pub priority: i32,
+    /// Whether its policy is to accept, as ours always is.
+    pub accepts: bool,
 }
 
 /// A rule.
@@ -80,6 +82,8 @@ pub enum SetKind {
     },
     /// Users.
     Users,
+    /// Cgroups, by id.
+    Cgroups,
 }
 
 /// An element of a set.
@@ -187,10 +191,22 @@ impl Slot {
         format!("users_{target}_{self}")
     }
 
+    /// The set of a target's cgroups of one depth that admit anybody.
+    #[must_use]
+    pub fn cgroups(self, target: &str, level: u32) -> String {
+        format!("cgroups_{target}_{level}_{self}")
+    }
+
     /// Looks a destination up, for packets that have no socket here.
     #[must_use]
     pub fn judge_forwarded(self) -> String {
         format!("judge_forwarded_{self}")
+    }
+
+    /// Picks what is for a loopback address, of what came in from elsewhere.
+    #[must_use]
+    pub fn strays(self) -> String {
+        format!("strays_{self}")
     }
 
     /// The map of single endpoints, and that of ranges that do not overlap, to classes.
@@ -241,15 +257,15 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let endpoints = Endpoints::of(rules);
     let numbers: BTreeMap<u64, u32> = endpoints.masks.iter().copied().zip(1..).collect();
     let class = |mask| slot.class(numbers.get(&mask).copied().unwrap_or_default());
-    endpoints.add_to(&mut image, |family| slot.endpoints(family), |_| true, class);
+    endpoints.add_to(&mut image, |family| slot.endpoints(family), class);
     // What has no socket here has no user either: the first target refuses, as every other would.
     let refusal = |mask| {
         owners(rules, mask)
             .next()
             .map_or_else(String::new, |first| slot.refusal(&first.name))
     };
-    let judged = |address: IpAddr| address.is_loopback() || loader.forward == Forward::Refuse;
-    endpoints.add_to(&mut image, |family| slot.forwarded(family), judged, refusal);
+    // With `forward = "allow"` too: a range that begins elsewhere may hold loopback addresses.
+    endpoints.add_to(&mut image, |family| slot.forwarded(family), refusal);
 
     image.chains.insert(chain::ABOUT.to_owned(), about(header));
     let has_udp = rules.places.iter().any(|(place, _)| place.protocol == Protocol::Udp);
@@ -262,44 +278,38 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         )
     };
     let (judge_local, judge_forwarded) = (judge(Slot::endpoints), judge(Slot::forwarded));
-    let entries = |extra: &[Vec<Expression>], judge: &str| {
-        let mut all = Vec::new();
-        for extra in extra {
-            all.push(
-                [
-                    is::transport(TCP),
-                    is::opens_connection(),
-                    extra.clone(),
-                    vec![goto(judge)],
-                ]
-                .concat(),
-            );
-            if has_udp {
-                all.push([is::transport(UDP), extra.clone(), vec![goto(judge)]].concat());
-            }
-        }
-        all
+    // One rule a protocol, as every packet of what is established passes them (P3).
+    let entries = |first: &[Expression], chain: &str| {
+        let tcp = [first, &is::transport(TCP), &is::opens_connection(), &[goto(chain)]].concat();
+        let udp = [first, &is::transport(UDP), &[goto(chain)]].concat();
+        if has_udp { vec![tcp, udp] } else { vec![tcp] }
     };
     let base = |hook, rules| {
         let place = Base {
             hook,
             priority: PRIORITY,
+            accepts: true,
         };
         chain_of(Some(place), rules)
     };
     let mut add = |name: &str, chain| image.chains.insert(name.to_owned(), chain);
     add(&slot.judge(), judge_local);
     add(&slot.judge_forwarded(), judge_forwarded);
-    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[Vec::new()], &slot.judge())));
-    let strays = [is::strays_to_loopback(IPV4), is::strays_to_loopback(IPV6)];
+    let strays = [IPV4, IPV6].map(|family| {
+        let mut rule = is::to_loopback(family);
+        rule.push(goto(&slot.judge_forwarded()));
+        rule
+    });
+    add(&slot.strays(), chain_of(None, strays.to_vec()));
+    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[], &slot.judge())));
     add(
         chain::PREROUTING,
-        base(PREROUTING_HOOK, entries(&strays, &slot.judge_forwarded())),
+        base(PREROUTING_HOOK, entries(&is::from_elsewhere(), &slot.strays())),
     );
     if loader.forward == Forward::Refuse {
         add(
             chain::FORWARD,
-            base(FORWARD_HOOK, entries(&[Vec::new()], &slot.judge_forwarded())),
+            base(FORWARD_HOOK, entries(&[], &slot.judge_forwarded())),
         );
     }
 
@@ -371,16 +381,10 @@ impl Endpoints {
         Self { masks, single, ranges }
     }
 
-    /// Adds the maps of both families, from the endpoints that are wanted to a chain that depends on their owners.
-    fn add_to(
-        &self,
-        image: &mut Image,
-        names: impl Fn(u8) -> [String; 2],
-        wanted: impl Fn(IpAddr) -> bool,
-        chain: impl Fn(u64) -> String,
-    ) {
+    /// Adds the maps of both families, from the endpoints to a chain that depends on their owners.
+    fn add_to(&self, image: &mut Image, names: impl Fn(u8) -> [String; 2], chain: impl Fn(u64) -> String) {
         for family in [IPV4, IPV6] {
-            let here = |key: &Key| key.address.is_ipv4() == (family == IPV4) && wanted(key.address);
+            let here = |key: &Key| key.address.is_ipv4() == (family == IPV4);
             let single = self
                 .single
                 .iter()
@@ -451,6 +455,7 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
         when
     };
     let (mut users, mut below, mut kernel) = (Vec::new(), Vec::new(), false);
+    let mut anybody: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
     for principal in &target.principals {
         match principal {
             RulePrincipal::User { uid, cgroup: None } => users.push(uid.0),
@@ -463,6 +468,9 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
                 uid,
                 cgroup: Some((_, cgroup)),
             } => below.push((uid.0, cgroup.level, cgroup.id)),
+            RulePrincipal::Anybody { cgroup: (_, cgroup) } => {
+                anybody.entry(cgroup.level).or_default().push(cgroup.id);
+            }
             RulePrincipal::Kernel => kernel = true,
         }
     }
@@ -482,6 +490,22 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
     // Without the expression the principal matches nobody: never widened.
     for (uid, level, id) in below.into_iter().filter(|_| cgroups) {
         rules.push(admit(is::user_below(uid, level, id)));
+    }
+    for (level, mut ids) in anybody.into_iter().filter(|_| cgroups) {
+        if level == 0 {
+            rules.push(admit(is::has_user())); // Every task lies below the root.
+            continue;
+        }
+        let set = slot.cgroups(&target.name, level);
+        rules.push(admit(is::anybody_below(level, &set)));
+        ids.sort_unstable();
+        ids.dedup();
+        let elements = ids.iter().map(|id| Element {
+            key: id.to_ne_bytes().to_vec(),
+            last: Vec::new(),
+            value: Value::None,
+        });
+        image.sets.insert(set, sorted(SetKind::Cgroups, elements.collect()));
     }
     if kernel {
         rules.push([is::has_user(), vec![goto(&refusal)]].concat());

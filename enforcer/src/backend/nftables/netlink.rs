@@ -83,7 +83,15 @@ impl Netlink {
 
     /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes afterwards, when
     /// no packet can be under way that began with it; counters that stay go on counting.
-    pub fn replace(&mut self, table: &str, image: &Image, found: Option<&Dump>) -> Result<(), Failed> {
+    ///
+    /// `guest` names a chain of others' in a table that is not ours alone: it is made if it is missing, and the table is never emptied.
+    pub fn replace(
+        &mut self,
+        table: &str,
+        image: &Image,
+        found: Option<&Dump>,
+        guest: Option<&str>,
+    ) -> Result<(), Failed> {
         let empty = Dump::default();
         let before = found.unwrap_or(&empty);
         let stays = |name: &str| image.chains.get(name).is_some_and(|chain| chain.base.is_some()) || name == ABOUT;
@@ -98,6 +106,7 @@ impl Netlink {
         stale.counters.clear();
         let done = self
             .remove_parts(table, &stale)
+            .and_then(|()| self.lay_out(table, image, before, guest))
             .and_then(|()| self.switch(table, image, before));
         let done = done.and_then(|()| {
             let old = parts(|wanted| !wanted);
@@ -108,28 +117,48 @@ impl Netlink {
         });
         match done {
             // Somebody has bent the table so that it cannot be changed piece by piece.
-            Err(failed) if found.is_some() && failed.is_about_contents() => {
+            Err(failed) if guest.is_none() && found.is_some() && failed.is_about_contents() => {
                 self.make_anew(table, image, &before.counts)
             }
             done => done,
         }
     }
 
-    /// Builds an image beside what is in force, and lets the base chains lead to it, in one transaction.
-    fn switch(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
+    /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after it has switched
+    /// rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty for a moment.
+    fn lay_out(&mut self, table: &str, image: &Image, before: &Dump, guest: Option<&str>) -> Result<(), Failed> {
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
+        if let Some(guest) = guest {
+            let chain = chain_message(&table, guest, None);
+            batch.add(&format!("make sure of chain {guest}"), &chain, MsgType::Add);
+        }
+        make_chains(&mut batch, &table, image, |chain| chain.base.is_none());
+        make_sets(&mut batch, &table, image, &before.counts);
+        make_rules(&mut batch, &table, image, |name, chain| {
+            chain.base.is_none() && name != ABOUT
+        });
+        self.commit(batch)
+    }
+
+    /// Lets the base chains lead to what was laid out, in one transaction.
+    fn switch(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
+        let name = text(table);
+        let table = Table::new(&name, ProtoFamily::Inet);
+        let mut batch = Steps::new();
+        let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
         for (name, _) in image
             .chains
             .iter()
-            .filter(|(name, _)| before.image.chains.contains_key(*name))
+            .filter(|(name, chain)| front(name, chain) && before.image.chains.contains_key(*name))
         {
             let chain = chain_message(&table, name, None);
             batch.add(&format!("empty chain {name}"), &NlRule::new(&chain), MsgType::Del);
         }
-        build(&mut batch, &table, image, &before.counts);
+        make_chains(&mut batch, &table, image, |chain| chain.base.is_some());
+        make_rules(&mut batch, &table, image, front);
         self.commit(batch)
     }
 
@@ -186,6 +215,32 @@ impl Netlink {
         batch.add("make the table", &table, MsgType::Add);
         batch.add("remove the table", &table, MsgType::Del);
         self.commit(batch)
+    }
+
+    /// Removes everything that a dump names, and with `last`, the names of chains without rules, the table too.
+    pub fn remove_contents(&mut self, table: &str, found: &Dump, last: Option<&[String]>) -> Result<(), Failed> {
+        let mut parts = Parts {
+            chains: found.image.chains.keys().cloned().collect(),
+            sets: found.image.sets.keys().cloned().collect(),
+            counters: found.image.counters.iter().cloned().collect(),
+        };
+        self.remove_parts(table, &parts)?;
+        let Some(last) = last else { return Ok(()) };
+        // A chain that somebody fills meanwhile is not removed, and the table stays with it.
+        parts = Parts {
+            chains: last.to_vec(),
+            sets: Vec::new(),
+            counters: Vec::new(),
+        };
+        let name = text(table);
+        let message = Table::new(&name, ProtoFamily::Inet);
+        let mut batch = Steps::new();
+        for name in &parts.chains {
+            let chain = chain_message(&message, name, None);
+            batch.add(&format!("remove chain {name}"), &chain, MsgType::Del);
+        }
+        self.commit(batch)?;
+        self.remove(table)
     }
 
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is in force.
@@ -315,6 +370,18 @@ impl Netlink {
         kind: i32,
         flags: i32,
         fill: impl FnOnce(*mut libc::nlmsghdr),
+        each: impl FnMut(&libc::nlmsghdr),
+    ) -> io::Result<()> {
+        self.ask_of(INET, kind, flags, fill, each)
+    }
+
+    /// As [`Netlink::ask`], of another family, or of all by 0.
+    pub(super) fn ask_of(
+        &mut self,
+        family: u16,
+        kind: i32,
+        flags: i32,
+        fill: impl FnOnce(*mut libc::nlmsghdr),
         mut each: impl FnMut(&libc::nlmsghdr),
     ) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
@@ -325,7 +392,7 @@ impl Netlink {
             sys::nftnl_nlmsg_build_hdr(
                 buffer.as_mut_ptr().cast(),
                 u16::try_from(kind).unwrap_or_default(),
-                INET,
+                family,
                 u16::try_from(flags).unwrap_or_default(),
                 sequence,
             )
@@ -487,6 +554,8 @@ impl Netlink {
                         let base = sys::nftnl_chain_is_set(object, sys::NFTNL_CHAIN_HOOKNUM as u16).then(|| Base {
                             hook: sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_HOOKNUM as u16),
                             priority: sys::nftnl_chain_get_s32(object, sys::NFTNL_CHAIN_PRIO as u16),
+                            accepts: sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_POLICY as u16)
+                                == libc::NF_ACCEPT.unsigned_abs(),
                         });
                         let name = owned(sys::nftnl_chain_get_str(object, sys::NFTNL_CHAIN_NAME as u16));
                         let rules = Vec::new();
@@ -554,6 +623,7 @@ impl Netlink {
                     let flags = number(sys::NFTNL_SET_FLAGS);
                     let kind = match number(sys::NFTNL_SET_KEY_LEN) {
                         4 => SetKind::Users,
+                        8 => SetKind::Cgroups,
                         length => SetKind::Endpoints {
                             family: if length == 12 { IPV4 } else { IPV6 },
                             ranges: flags & libc::NFT_SET_INTERVAL as u32 != 0,
@@ -734,14 +804,20 @@ impl Steps {
 
 /// Everything inside the table, in an order in which each thing knows what it refers to.
 fn build(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<String, u64>) {
-    let chains: Vec<_> = image
-        .chains
-        .iter()
-        .map(|(name, chain)| (name, chain_message(table, name, chain.base), chain))
-        .collect();
-    for (name, message, _) in &chains {
-        batch.add(&format!("make chain {name}"), message, MsgType::Add);
+    make_chains(batch, table, image, |_| true);
+    make_sets(batch, table, image, counts);
+    make_rules(batch, table, image, |_, _| true);
+}
+
+fn make_chains(batch: &mut Steps, table: &Table, image: &Image, wanted: impl Fn(&Chain) -> bool) {
+    for (name, chain) in image.chains.iter().filter(|(_, chain)| wanted(chain)) {
+        let message = chain_message(table, name, chain.base);
+        batch.add(&format!("make chain {name}"), &message, MsgType::Add);
     }
+}
+
+/// Counters and sets, with their elements.
+fn make_sets(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<String, u64>) {
     for name in &image.counters {
         let counter = Counter {
             table,
@@ -759,9 +835,13 @@ fn build(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<Stri
             }
         }
     }
-    for (name, message, chain) in &chains {
+}
+
+fn make_rules(batch: &mut Steps, table: &Table, image: &Image, wanted: impl Fn(&str, &Chain) -> bool) {
+    for (name, chain) in image.chains.iter().filter(|(name, chain)| wanted(name, chain)) {
+        let message = chain_message(table, name, chain.base);
         for (number, rule) in (1..).zip(&chain.rules) {
-            let mut built = NlRule::new(message);
+            let mut built = NlRule::new(&message);
             if !rule.comment.is_empty() {
                 // Ours are shorter than libnftnl's limit.
                 let _ = built.set_comment(text(&rule.comment));
@@ -776,7 +856,12 @@ fn build(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<Stri
 
 fn chain_message<'t>(table: &'t Table, name: &str, base: Option<Base>) -> nftnl::Chain<'t> {
     let mut chain = nftnl::Chain::new(text(name), table);
-    if let Some(Base { hook, priority }) = base {
+    if let Some(Base {
+        hook,
+        priority,
+        accepts,
+    }) = base
+    {
         let hook = match i32::try_from(hook) {
             Ok(libc::NF_INET_PRE_ROUTING) => nftnl::Hook::PreRouting,
             Ok(libc::NF_INET_FORWARD) => nftnl::Hook::Forward,
@@ -784,7 +869,11 @@ fn chain_message<'t>(table: &'t Table, name: &str, base: Option<Base>) -> nftnl:
         };
         chain.set_hook(hook, priority);
         chain.set_type(nftnl::ChainType::Filter);
-        chain.set_policy(nftnl::Policy::Accept);
+        chain.set_policy(if accepts {
+            nftnl::Policy::Accept
+        } else {
+            nftnl::Policy::Drop
+        });
     }
     chain
 }
@@ -807,6 +896,7 @@ fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) -> NlSet<'t
     const PROTOCOL: u32 = 12;
     const SERVICE: u32 = 13;
     const UID: u32 = 24;
+    const CGROUP: u32 = 46;
     let message = NlSet::<AnyKey>::new_named(&text(name), id, table, ProtoFamily::Inet);
     let object = message.as_ptr().as_ptr();
     let concatenation = |address: u32| address << 12 | PROTOCOL << 6 | SERVICE;
@@ -827,6 +917,7 @@ fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) -> NlSet<'t
             data = Some((libc::NFT_DATA_VERDICT, 16));
         }
         SetKind::Users => {}
+        SetKind::Cgroups => (key, length) = (CGROUP, 8),
     }
     // SAFETY: the object is the message's own; pointers are to live values of the length given.
     unsafe {
@@ -893,7 +984,7 @@ unsafe fn element_of(element: *mut sys::nftnl_set_elem, kind: SetKind) -> Elemen
         }
     };
     let value = match kind {
-        SetKind::Users => Value::None,
+        SetKind::Users | SetKind::Cgroups => Value::None,
         SetKind::Endpoints { .. } => {
             // SAFETY: the element is live; the text is copied.
             Value::Goto(unsafe { owned(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)) })
@@ -1206,7 +1297,7 @@ unsafe fn comment(rule: *mut sys::nftnl_rule) -> String {
 }
 
 /// SAFETY: `data` must be null or point to `length` bytes.
-unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
+pub(super) unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
     if data.is_null() {
         return Vec::new();
     }
@@ -1215,7 +1306,7 @@ unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
 }
 
 /// SAFETY: `text` must be null or a C string.
-unsafe fn owned(text: *const std::os::raw::c_char) -> String {
+pub(super) unsafe fn owned(text: *const std::os::raw::c_char) -> String {
     if text.is_null() {
         return String::new();
     }

@@ -16,7 +16,7 @@ use crate::{
     ruleset::{Attempt, Cgroup, Place, RulePrincipal, RuleSet, RuleTarget, Subject, explain},
 };
 
-const LOADER: Loader = Loader {
+pub(super) const LOADER: Loader = Loader {
     daemon: true,
     forward: Forward::Refuse,
     log: None,
@@ -46,6 +46,7 @@ fn principal() -> impl Strategy<Value = RulePrincipal> {
         )
     });
     prop_oneof![
+        1 => cgroup.clone().prop_map(|cgroup| RulePrincipal::Anybody { cgroup }),
         4 => (0..4_u32, proptest::option::weighted(0.3, cgroup))
             .prop_map(|(uid, cgroup)| RulePrincipal::User { uid: Uid(uid), cgroup }),
         1 => Just(RulePrincipal::Kernel),
@@ -62,7 +63,7 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn rules()(
+    pub(super) fn rules()(
         targets in prop::collection::vec(prop::collection::vec(principal(), 0..4), 1..5),
         places in prop::collection::btree_map(place(), 1..16_u64, 0..12),
         audit in any::<bool>(),
@@ -81,7 +82,7 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn attempt()(
+    pub(super) fn attempt()(
         address in address(),
         protocol in protocol(),
         port in 1..3_u16,

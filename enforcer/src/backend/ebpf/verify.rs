@@ -1,0 +1,283 @@
+//! Compares all that is pinned, attached and in force with what a rule set asks for. Changes nothing.
+
+use std::{
+    fs, io,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+};
+
+use enforcer_ebpf::{Generation, Owners, TargetName, flag};
+
+use super::{
+    BackendError, Kernel,
+    image::{self, Image, Loader},
+    links::{self, HOOKS, Hook},
+    maps::Maps,
+    maps_name,
+    observe::Pinned,
+    pins::Pins,
+    sys,
+};
+use crate::{ruleset::RuleSet, verify::Comparison};
+
+impl Kernel {
+    /// Compares with a rule set; the number is that of the rule set found in force.
+    pub fn verify(&self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, BackendError> {
+        // What the target names should be is known by heart: the kernel's own may have been changed.
+        let held = self.in_force.and_then(|(slot, number)| {
+            let image = self.slots.get(usize::from(slot))?.as_ref()?;
+            Some((image.names, number))
+        });
+        let wanted = match held {
+            Some((names, number)) => Wanted {
+                image: image::lower(rules, &names, self.loader),
+                number: Some(number),
+            },
+            None => Wanted {
+                image: image::lower(rules, &Image::empty().names, self.loader),
+                number: None,
+            },
+        };
+        let ours = |hook: &Hook, program: u32| {
+            let info = self.programs.program(hook.name).map(aya::programs::Program::info);
+            Ok(info.and_then(Result::ok).is_some_and(|info| info.id() == program))
+        };
+        pinned_maps(&self.pins, &self.maps, comparison)?;
+        compare(&self.maps, &self.pins, &wanted, self.cgroup_id, ours, comparison)
+    }
+}
+
+impl Pinned {
+    /// As [`Kernel::verify`], by who only reads; the cgroup is the id of the one to be judged.
+    pub fn verify(&self, rules: &RuleSet, cgroup: u64, comparison: &mut Comparison) -> Result<u64, BackendError> {
+        let (maps, pins) = self.parts();
+        let (names, found) = match maps.active_slot()? {
+            Some(slot) => (maps.names(slot)?, maps.generation_of(slot)?),
+            None => (Image::empty().names, Generation::default()),
+        };
+        let loader = Loader {
+            netns: sys::netns_cookie().unwrap_or(0),
+            // Whoever put it in force may stay or not.
+            daemon: found.flags & flag::DAEMON != 0,
+            socket_user: super::btf::offsets().ok().flatten().is_some(),
+        };
+        let wanted = Wanted {
+            image: image::lower(rules, &names, loader),
+            number: None,
+        };
+        let ids = maps.ids()?;
+        let ours = |_: &Hook, program: u32| {
+            let used = sys::program_maps(program)?;
+            Ok(ids.iter().all(|map| used.contains(map)))
+        };
+        compare(maps, pins, &wanted, cgroup, ours, comparison)
+    }
+}
+
+struct Wanted {
+    image: Image,
+    /// None where any will do.
+    number: Option<u64>,
+}
+
+fn compare(
+    maps: &Maps,
+    pins: &Pins,
+    wanted: &Wanted,
+    cgroup: u64,
+    ours: impl Fn(&Hook, u32) -> io::Result<bool>,
+    comparison: &mut Comparison,
+) -> Result<u64, BackendError> {
+    let slot = maps.active_slot()?;
+    let (found, number) = match slot {
+        Some(slot) => (maps.read_slot(slot)?, maps.generation_of(slot)?.number),
+        None => (Image::empty(), 0),
+    };
+    let on = if slot.is_some() {
+        "a rule set is in force"
+    } else {
+        "none is"
+    };
+    comparison.words("map active", "rule set", "a rule set is in force", on);
+    if let Some(wanted) = wanted.number {
+        comparison.words("map generations", "number", &wanted.to_string(), &number.to_string());
+    }
+    let want = &wanted.image;
+    if found == *want {
+        comparison.same(want.ports.len() + want.endpoints.len() + want.prefixes.len() + want.principals.len());
+    } else {
+        entries(want, &found, comparison);
+    }
+    for hook in HOOKS.iter().filter(|hook| want.has_udp() || !hook.udp_only) {
+        let found = match links::look_at(pins, hook) {
+            Ok(info) if info.cgroup == 0 => "detached".to_owned(),
+            Ok(info) if info.attach_type != hook.attach_type => format!("a link of hook {}", info.attach_type),
+            Ok(info) if info.cgroup != cgroup => format!("attached to cgroup {}", info.cgroup),
+            Ok(info) => match ours(hook, info.program) {
+                Ok(true) => OURS.to_owned(),
+                Ok(false) => format!("runs program {}, not ours", info.program),
+                Err(error) => format!("runs program {}, which cannot be examined: {error}", info.program),
+            },
+            Err(error) => format!("cannot be opened: {error}"),
+        };
+        comparison.words("link", hook.name, OURS, &found);
+    }
+    modes(pins, want.has_udp(), comparison)?;
+    Ok(number)
+}
+
+/// Names every entry in which two images differ.
+fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
+    for (entry, wanted, found) in [
+        ("flags", want.flags, found.flags),
+        ("levels", want.levels, found.levels),
+        ("netns", want.netns, found.netns),
+    ] {
+        comparison.words(
+            "map generations",
+            entry,
+            &format!("{wanted:#x}"),
+            &format!("{found:#x}"),
+        );
+    }
+    let ports =
+        |image: &Image| -> Vec<(u16, ())> { image.ports.iter().map(|port| (u16::from_be(*port), ())).collect() };
+    comparison.entries("map ports", ports(want), ports(found));
+    let targets = |owners: Owners, image: &Image| -> Vec<String> {
+        let named = (0..).zip(&image.names).filter(|(bit, _)| owners >> bit & 1 == 1);
+        named
+            .map(|(bit, name): (u32, &TargetName)| format!("{bit} {}", name.as_str()))
+            .collect()
+    };
+    let endpoints = |image: &Image| -> Vec<(Endpoint, Vec<String>)> {
+        let exact = image
+            .endpoints
+            .iter()
+            .map(|(key, owners)| (Endpoint::of(key, None), *owners));
+        let prefixes = image
+            .prefixes
+            .iter()
+            .map(|(key, owners)| (Endpoint::of(&key.key, Some(key.bits)), *owners));
+        exact
+            .chain(prefixes)
+            .map(|(key, owners)| (key, targets(owners, want)))
+            .collect()
+    };
+    comparison.entries("maps endpoints and prefixes", endpoints(want), endpoints(found));
+    let principals = |image: &Image| -> Vec<_> {
+        let all = image.principals.iter();
+        all.map(|(key, owners)| ((key.kind, key.uid, key.cgroup, key.zero), targets(*owners, want)))
+            .collect()
+    };
+    comparison.entries(
+        "map principals (kind, user, cgroup)",
+        principals(want),
+        principals(found),
+    );
+    let at_hand = |image: &Image| -> Vec<_> {
+        let few = image.few.users.iter().zip(image.few.admitting);
+        (0_u32..)
+            .zip(few.map(|(user, admitting)| (*user, targets(admitting, want))))
+            .collect()
+    };
+    comparison.entries("map generations, users at hand", at_hand(want), at_hand(found));
+    let names = |image: &Image| -> Vec<(u32, String)> {
+        (0..)
+            .zip(image.names.iter().map(|name| name.as_str().to_owned()))
+            .collect()
+    };
+    comparison.entries("map targets", names(want), names(found));
+}
+
+const OURS: &str = "attached, runs our program";
+
+/// Names, owners and modes of all that is pinned (F6).
+fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), BackendError> {
+    let maps = maps_name();
+    let mut wanted = vec![maps.as_str()];
+    wanted.extend(HOOKS.iter().filter(|hook| udp || !hook.udp_only).map(|hook| hook.name));
+    let names = pins.list()?;
+    comparison.names("pin directory", wanted, names.iter().map(String::as_str));
+    let below = |dir: &str| -> Vec<String> {
+        let entries = fs::read_dir(pins.path(dir)).into_iter().flatten().flatten();
+        entries
+            .map(|entry| format!("{dir}/{}", entry.file_name().to_string_lossy()))
+            .collect()
+    };
+    let mut all = vec![String::new()];
+    all.extend(names.iter().cloned());
+    all.extend(below(&maps));
+    for name in all {
+        let path = pins.path(&name);
+        // What has gone meanwhile is missing by name.
+        let Ok(meta) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        let mode = if meta.is_dir() { "0700" } else { "0600" };
+        comparison.words(
+            "pin",
+            &path.display().to_string(),
+            &format!("user 0, mode {mode}"),
+            &format!("user {}, mode {:04o}", meta.uid(), meta.mode() & 0o7777),
+        );
+    }
+    Ok(())
+}
+
+/// Whether the pins are the maps that we hold: who starts next takes over what is pinned.
+fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) -> Result<(), BackendError> {
+    let dir = maps_name();
+    let names = ["active", "generations", "ports", "endpoints", "prefixes", "principals"];
+    for (name, id) in names.into_iter().zip(maps.ids()?) {
+        let found = sys::open_pin(&pins.path(&dir).join(name)).and_then(|map| sys::map_id(map.as_fd()));
+        let found = found.map_or_else(|error| error.to_string(), |id| format!("map {id}"));
+        comparison.words("pinned map", name, &format!("map {id}"), &found);
+    }
+    Ok(())
+}
+
+/// A key as a person reads it.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Endpoint {
+    key: enforcer_ebpf::EndpointKey,
+    bits: Option<u32>,
+}
+
+impl Endpoint {
+    fn of(key: &enforcer_ebpf::EndpointKey, bits: Option<u32>) -> Self {
+        Self { key: *key, bits }
+    }
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let key = &self.key;
+        let protocol = match key.protocol {
+            enforcer_ebpf::TCP => "tcp",
+            enforcer_ebpf::UDP => "udp",
+            _ => "unknown",
+        };
+        let bits = key
+            .address
+            .iter()
+            .fold(0_u128, |bits, word| bits << 32 | u128::from(u32::from_be(*word)));
+        let address = std::net::Ipv6Addr::from_bits(bits).to_canonical();
+        write!(f, "{protocol} {address}")?;
+        if let Some(bits) = self.bits {
+            let length = bits.saturating_sub(enforcer_ebpf::KEY_BITS);
+            write!(
+                f,
+                "/{}",
+                if address.is_ipv4() {
+                    length.saturating_sub(96)
+                } else {
+                    length
+                }
+            )?;
+        }
+        write!(f, " port {}", u16::from_be(key.port))?;
+        if key.scope & enforcer_ebpf::scope::FOREIGN != 0 {
+            f.write_str(" from other network namespaces")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,114 @@
+//! Compares the whole table with what a rule set asks for. Changes nothing.
+
+use super::{
+    Nftables, NftablesError, Reading, dropin, failed,
+    image::{self, Image, Loader},
+    netlink::{Dump, Netlink},
+};
+use crate::{config::Forward, ruleset::RuleSet, verify::Comparison};
+
+impl Nftables {
+    /// Compares with a rule set; the number is that of the rule set found in force.
+    pub fn verify(&mut self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, NftablesError> {
+        let found = self.dump()?.unwrap_or_default();
+        let told = found.image.header().map_or(0, |header| header.generation);
+        let held = self.held.as_ref().and_then(|(image, _)| image.header());
+        let number = held.map_or(told, |header| header.generation);
+        compare(&self.lower(rules, number), &found, comparison);
+        Ok(told)
+    }
+}
+
+impl Reading {
+    /// As [`Nftables::verify`], by who only reads.
+    ///
+    /// `shared` names the table whose part of the shared one this is (B5).
+    pub fn verify(&self, rules: &RuleSet, forward: Forward, shared: Option<&str>, comparison: &mut Comparison) -> u64 {
+        let header = self.0.image.header();
+        let generation = header.map_or(0, |header| header.generation);
+        // What the loader was is told by the table itself, but for the expression that a kernel may lack.
+        let loader = |cgroups| Loader {
+            daemon: header.is_some_and(|header| header.daemon),
+            forward,
+            log: header.and_then(|header| header.log),
+            cgroups,
+        };
+        let lower = |cgroups| {
+            let mut image = image::lower(rules, generation, loader(cgroups));
+            if let Some(of) = shared {
+                dropin::honour(&mut image, of);
+            }
+            image
+        };
+        let without = lower(false);
+        let wanted = if without == self.0.image && !knows_cgroups() {
+            without
+        } else {
+            lower(true)
+        };
+        compare(&wanted, &self.0, comparison);
+        generation
+    }
+}
+
+/// Whether this kernel tells a socket's cgroup.
+fn knows_cgroups() -> bool {
+    let table = format!("enforcer_trial_{}", std::process::id());
+    let loader = Loader {
+        daemon: false,
+        forward: Forward::Refuse,
+        log: None,
+        cgroups: true,
+    };
+    let tried = Netlink::open().map_err(|error| failed(&table, "open a netlink socket", error));
+    tried.is_ok_and(|mut netlink| {
+        netlink
+            .attempt(&table, &image::lower(&super::sample(), 0, loader))
+            .is_ok()
+    })
+}
+
+fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
+    let state = if found.dormant { "dormant" } else { "active" };
+    comparison.words("nft table", "state", "active", state);
+    let image = &found.image;
+    comparison.names(
+        "nft chains",
+        wanted.chains.keys().map(String::as_str),
+        image.chains.keys().map(String::as_str),
+    );
+    for (name, chain) in &wanted.chains {
+        let Some(found) = image.chains.get(name) else { continue };
+        let object = format!("nft chain {name}");
+        comparison.one(&object, || "hook".to_owned(), chain.base.as_ref(), found.base.as_ref());
+        for index in 0..chain.rules.len().max(found.rules.len()) {
+            comparison.one(
+                &object,
+                || format!("rule {}", index + 1),
+                chain.rules.get(index),
+                found.rules.get(index),
+            );
+        }
+    }
+    comparison.names(
+        "nft sets",
+        wanted.sets.keys().map(String::as_str),
+        image.sets.keys().map(String::as_str),
+    );
+    for (name, set) in &wanted.sets {
+        let Some(found) = image.sets.get(name) else { continue };
+        let object = format!("nft set {name}");
+        comparison.one(&object, || "kind".to_owned(), Some(&set.kind), Some(&found.kind));
+        let elements = |set: &image::Set| -> Vec<_> {
+            let all = set.elements.iter();
+            all.map(|element| ((element.key.clone(), element.last.clone()), element.value.clone()))
+                .collect()
+        };
+        comparison.entries(&object, elements(set), elements(found));
+    }
+    comparison.names(
+        "nft counters",
+        wanted.counters.iter().map(String::as_str),
+        image.counters.iter().map(String::as_str),
+    );
+}

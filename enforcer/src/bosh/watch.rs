@@ -1,0 +1,96 @@
+//! Tells when a BOSH agent's settings may have changed: inotify on the nearest directories that exist, and a look now and then
+//! for what it does not tell, such as a tmpfs that is mounted over a directory.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
+
+use futures_util::StreamExt as _;
+use inotify::{EventStream, Inotify, WatchDescriptor, WatchMask};
+
+use super::{fingerprint, nearest};
+
+/// Bytes of events read at once; what they say is not looked at.
+const BUFFER: usize = 4096;
+
+/// Watches one directory of settings, whether it exists yet or not.
+pub struct Watch {
+    dir: PathBuf,
+    events: Option<EventStream<[u8; BUFFER]>>,
+    watched: BTreeMap<PathBuf, WatchDescriptor>,
+    seen: Option<Vec<Option<[i128; 7]>>>,
+}
+
+impl Watch {
+    /// Watches; without inotify only [`Watch::look`] tells, and the error says why.
+    #[must_use]
+    pub fn start(dir: &Path) -> (Self, Option<io::Error>) {
+        let (events, error) = match Inotify::init().and_then(|inotify| inotify.into_event_stream([0; BUFFER])) {
+            Ok(events) => (Some(events), None),
+            Err(error) => (None, Some(error)),
+        };
+        let watch = Self {
+            dir: dir.into(),
+            events,
+            watched: BTreeMap::new(),
+            seen: None,
+        };
+        (watch, error)
+    }
+
+    /// What is watched.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Waits until something happens there; then it is time to [`Watch::look`].
+    pub async fn changed(&mut self) {
+        let Some(events) = &mut self.events else {
+            return std::future::pending().await;
+        };
+        if events.next().await.is_none() {
+            self.events = None;
+        }
+    }
+
+    /// Whether the files may be others than at the last look. Follows directories that have come or gone.
+    pub fn look(&mut self) -> bool {
+        // Before the look: what comes between the two is told.
+        self.follow();
+        let now = fingerprint(&self.dir);
+        let changed = self.seen.as_ref() != Some(&now);
+        self.seen = Some(now);
+        changed
+    }
+
+    fn follow(&mut self) {
+        let Some(events) = &self.events else { return };
+        let mut watches = events.watches();
+        let mask = WatchMask::CREATE
+            | WatchMask::CLOSE_WRITE
+            | WatchMask::MOVED_FROM
+            | WatchMask::MOVED_TO
+            | WatchMask::DELETE
+            | WatchMask::ATTRIB
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF
+            | WatchMask::ONLYDIR;
+        let below = self.dir.join("settings");
+        let mut now = BTreeMap::new();
+        for dir in [nearest(&self.dir), nearest(&below)].into_iter().flatten() {
+            // The same directory again gives the same descriptor (inotify_add_watch(2)).
+            if let Ok(descriptor) = watches.add(dir, mask) {
+                now.insert(dir.to_path_buf(), descriptor);
+            }
+        }
+        for (_, gone) in std::mem::replace(&mut self.watched, now) {
+            if !self.watched.values().any(|kept| *kept == gone) {
+                // One whose directory was removed is gone already.
+                let _ = watches.remove(gone);
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Who is at the other end of the control socket, and in which cgroup.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd as _, OwnedFd},
+    path::Path,
+};
+
+use nix::sys::socket::{getsockopt, sockopt};
+use tokio::net::UnixStream;
+
+use crate::{
+    host,
+    policy::{CgroupPath, CgroupPathError},
+};
+
+/// A caller, as the kernel remembers it from its `connect` (unix(7), `SO_PEERCRED`).
+#[derive(Debug)]
+pub struct Peer {
+    /// Its process in our PID namespace; 0 where that cannot see it.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// The process itself, not its number, which another may get later; since Linux 6.5.
+    process: Option<OwnedFd>,
+}
+
+/// Why the cgroup of a process is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A container's, seen from another one.
+    #[error(
+        "the calling process is not visible in the daemon's PID namespace; name the cgroup with --cgroup, as the host has it"
+    )]
+    Invisible,
+    /// `--pid` with numbers of another namespace.
+    #[error(
+        "the caller runs in a PID namespace of its own, where --pid {pid} means another process than here; name the cgroup with --cgroup, as the host has it"
+    )]
+    Namespace {
+        /// The number given.
+        pid: u32,
+    },
+    /// It has ended.
+    #[error("process {pid} does not exist any more; name a process that runs, or the cgroup with --cgroup")]
+    Gone {
+        /// Its number.
+        pid: u32,
+    },
+    /// It cannot be read.
+    #[error("read /proc/{pid}/cgroup: {error}; name the cgroup with --cgroup")]
+    Proc {
+        /// The process.
+        pid: u32,
+        /// Why not.
+        error: io::Error,
+    },
+    /// No line `0::`.
+    #[error("process {pid} is in no cgroup of version 2; name one with --cgroup")]
+    NoCgroup2 {
+        /// The process.
+        pid: u32,
+    },
+    /// Not below the mount.
+    #[error(
+        "process {pid} is in cgroup {cgroup}, which lies outside of what is mounted here; run enforcer on the host, not in a cgroup namespace"
+    )]
+    Outside {
+        /// The process.
+        pid: u32,
+        /// Its cgroup.
+        cgroup: String,
+    },
+    /// A path that no rule can name.
+    #[error("process {pid} is in cgroup {cgroup:?}: {error}")]
+    Path {
+        /// The process.
+        pid: u32,
+        /// Its cgroup.
+        cgroup: String,
+        /// What is wrong with it.
+        error: CgroupPathError,
+    },
+}
+
+impl Peer {
+    /// Asks the kernel.
+    pub fn of(stream: &UnixStream) -> io::Result<Self> {
+        let credentials = stream.peer_cred()?;
+        let process = getsockopt(stream, sockopt::PeerPidfd).ok();
+        let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok());
+        Ok(Self {
+            pid: pid.unwrap_or(0),
+            uid: credentials.uid(),
+            process,
+        })
+    }
+
+    /// Its name, which it chooses itself.
+    #[must_use]
+    pub fn comm(&self) -> String {
+        let name = fs::read(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
+        String::from_utf8_lossy(name.trim_ascii_end()).into_owned()
+    }
+
+    /// The cgroup that it is in now.
+    pub fn cgroup(&self) -> Result<CgroupPath, CgroupError> {
+        if self.pid == 0 {
+            return Err(CgroupError::Invisible);
+        }
+        let cgroup = cgroup_of(self.pid)?;
+        // Its number was still its own while it was looked at.
+        if self
+            .process
+            .as_ref()
+            .is_some_and(|process| !is_still(process, self.pid))
+        {
+            return Err(CgroupError::Gone { pid: self.pid });
+        }
+        Ok(cgroup)
+    }
+
+    /// The cgroup of a process to which it gave a number.
+    pub fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        // One number: that of our own PID namespace, which is its own too (proc(5)).
+        if numbers.is_none_or(|numbers| numbers.split_whitespace().count() != 1) {
+            return Err(CgroupError::Namespace { pid });
+        }
+        let before = started(pid);
+        let cgroup = cgroup_of(pid)?;
+        if before.is_none() || started(pid) != before {
+            return Err(CgroupError::Gone { pid });
+        }
+        Ok(cgroup)
+    }
+}
+
+/// Whether a process still has a number (`Pid:` in `/proc/self/fdinfo` of its descriptor, -1 once it has ended).
+fn is_still(process: &OwnedFd, pid: u32) -> bool {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd())).unwrap_or_default();
+    let number = info.lines().find_map(|line| line.strip_prefix("Pid:"));
+    number.is_some_and(|number| number.trim().parse() == Ok(pid))
+}
+
+/// When a process was started, in ticks since boot (proc(5), stat field 22): tells it from a later one of the same number.
+fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn cgroup_of(pid: u32) -> Result<CgroupPath, CgroupError> {
+    let text = fs::read(format!("/proc/{pid}/cgroup")).map_err(|error| {
+        // ESRCH: it ended between being opened and being read.
+        if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) {
+            CgroupError::Gone { pid }
+        } else {
+            CgroupError::Proc { pid, error }
+        }
+    })?;
+    let shown = host::cgroup2_root().map_err(|error| CgroupError::Proc { pid, error })?;
+    read(pid, &text, &shown)
+}
+
+/// The path, below a mount that shows the hierarchy from `shown` on, that `/proc/PID/cgroup` tells.
+fn read(pid: u32, text: &[u8], shown: &Path) -> Result<CgroupPath, CgroupError> {
+    let line = text
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::"));
+    let cgroup = String::from_utf8_lossy(line.ok_or(CgroupError::NoCgroup2 { pid })?).into_owned();
+    if cgroup.ends_with(" (deleted)") {
+        return Err(CgroupError::Gone { pid });
+    }
+    let outside = || CgroupError::Outside {
+        pid,
+        cgroup: cgroup.clone(),
+    };
+    if cgroup.split('/').any(|part| part == "..") {
+        return Err(outside());
+    }
+    let below = Path::new(&cgroup).strip_prefix(shown).map_err(|_| outside())?;
+    CgroupPath::parse(&format!("/{}", below.display())).map_err(|error| CgroupError::Path {
+        pid,
+        cgroup: cgroup.clone(),
+        error,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, shown: &str, expected: &str) {
+        let found = read(7, text.as_bytes(), Path::new(shown));
+        let said = found.map_or_else(|error| error.to_string(), |path| path.to_string());
+        assert!(said.contains(expected), "{text:?} below {shown}: {said}");
+    }
+
+    #[test]
+    fn the_line_of_version_2_counts_as_the_mount_shows_it() {
+        check("0::/a/b\n", "/", "/a/b");
+        check("12:memory:/v1\n1:name=systemd:/other\n0::/a\n", "/", "/a");
+        check("0::/\n", "/", "/");
+        check("12:memory:/v1\n", "/", "no cgroup of version 2");
+        check("0::/box/a\n", "/box", "/a");
+        check("0::/boxes/a\n", "/box", "outside");
+        check("0::/../other\n", "/", "outside");
+        check("0::/a (deleted)\n", "/", "does not exist any more");
+        check("0::/a\u{1b}b\n", "/", "control");
+    }
+
+    #[test]
+    fn this_process_is_told_by_its_start() {
+        let pid = std::process::id();
+        assert!(started(pid).is_some_and(|start| start > 0));
+        assert_eq!(started(pid), started(pid));
+        assert_eq!(started(u32::MAX), None);
+        assert!(matches!(cgroup_of(u32::MAX), Err(CgroupError::Gone { .. })));
+    }
+}

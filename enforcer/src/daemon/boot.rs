@@ -1,0 +1,274 @@
+//! The start: the last rule set known good first (F4), then the configuration; whichever can be put in force.
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use tokio::net::UnixListener;
+use tracing::{info, warn};
+
+use super::{About, Daemon, DaemonError, Wanted};
+use crate::{
+    backend::{ebpf, nftables},
+    config::{self, Settings},
+    control::{self, ControlError},
+    policy::Endpoint,
+    resolve::Known,
+    state::{self, LastGood, Mark, StateError},
+    status::Status,
+};
+
+/// Between two tries of a configuration that was refused at the start, at first and at last.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_mins(1);
+
+/// What an earlier run left on disk.
+pub(super) struct Left {
+    /// Names, to be protected before any look-up (N7).
+    pub(super) names: Known,
+    /// The message bus (B2).
+    pub(super) bus: Option<BTreeSet<Endpoint>>,
+    /// What the file holds; none where there is none, or none that can be used.
+    pub(super) mark: Option<Mark>,
+    /// Why it cannot be used.
+    pub(super) fault: Option<StateError>,
+}
+
+impl Left {
+    /// What is in a state directory, and the rule set itself.
+    pub(super) fn load(dir: &Path) -> (Self, Option<LastGood>) {
+        let (good, fault) = match state::load(dir) {
+            Ok(good) => (good, None),
+            Err(error) => (None, Some(error)),
+        };
+        let Some((good, mark)) = good else {
+            let left = Self {
+                names: state::load_early(dir),
+                bus: None,
+                mark: None,
+                fault,
+            };
+            return (left, None);
+        };
+        (Self::of(&good, Some(mark)), Some(good))
+    }
+
+    fn of(good: &LastGood, mark: Option<Mark>) -> Self {
+        let bus = good.bosh.as_ref().and(good.policy.bus()).filter(|bus| !bus.is_empty());
+        Self {
+            names: good.names.clone(),
+            bus: bus.cloned(),
+            mark,
+            fault: None,
+        }
+    }
+}
+
+/// A configuration that was refused at the start: it is tried again until it is taken.
+pub(super) struct Pending {
+    due: Instant,
+    wait: Duration,
+    /// Of the file, when it was tried last.
+    seen: Option<std::time::SystemTime>,
+}
+
+impl Pending {
+    fn new(path: &Path) -> Self {
+        Self {
+            due: Instant::now() + FIRST_RETRY,
+            wait: FIRST_RETRY,
+            seen: modified(path),
+        }
+    }
+
+    /// Whether to try again: the file is another one, or users and cgroups may be.
+    pub(super) fn is_due(&mut self, path: &Path, now: Instant) -> bool {
+        let found = modified(path);
+        let changed = found != self.seen;
+        if !changed && now < self.due {
+            return false;
+        }
+        self.seen = found;
+        self.wait = if changed {
+            FIRST_RETRY
+        } else {
+            (self.wait * 2).min(LAST_RETRY)
+        };
+        self.due = now + self.wait;
+        true
+    }
+}
+
+fn modified(path: &Path) -> Option<std::time::SystemTime> {
+    path.metadata().and_then(|meta| meta.modified()).ok()
+}
+
+/// Starts a daemon that enforces: its first rule set is in force when this returns.
+pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
+    let (left, good) = Left::load(&config::state_dir(path));
+    let mut early = None;
+    if let Some(good) = &good {
+        // The socket first: whoever has it enforces there.
+        let listener = match control::listen(&good.settings.socket) {
+            Err(error @ ControlError::Busy { .. }) => return Err(error.into()),
+            listener => listener.ok(),
+        };
+        match LastRun::take_over(path, good, left.mark) {
+            Ok(run) => early = Some((run, listener)),
+            Err(DaemonError::Backend(error)) if error.is_busy() => return Err(error.into()),
+            Err(error) => warn!("the last rule set known good cannot be put in force: {error}"),
+        }
+    }
+    let wanted = Wanted::load(path);
+    let (Some((run, listener)), Some(good)) = (early, good) else {
+        let wanted = wanted?;
+        let listener = control::listen(&wanted.config.settings.socket)?;
+        return Ok((Daemon::begin(wanted, left)?, listener));
+    };
+    let mut daemon = match wanted {
+        Ok(wanted) if run.daemon.fixed_keys(&wanted).is_empty() => {
+            let mut daemon = run.daemon;
+            if let Err(error) = daemon.change_to(wanted) {
+                daemon.refuse(&error)?;
+            }
+            daemon
+        }
+        Ok(wanted) => run.move_to(wanted, &good)?,
+        Err(error) => {
+            let mut daemon = run.daemon;
+            daemon.refuse(&error)?;
+            daemon
+        }
+    };
+    daemon.unanswered = daemon.wanted.policy.names();
+    let socket = &daemon.wanted.config.settings.socket;
+    let listener = match listener.filter(|_| *socket == good.settings.socket) {
+        Some(listener) => listener,
+        None => control::listen(socket)?,
+    };
+    if *socket != good.settings.socket {
+        let _ = std::fs::remove_file(&good.settings.socket);
+    }
+    Ok((daemon, listener))
+}
+
+/// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation
+/// that is in force already stays.
+pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
+    let dir = config::state_dir(path);
+    let Some((good, mark)) = state::load(&dir)? else {
+        return Ok(None);
+    };
+    let wanted = Wanted::of(path, &good)?;
+    let mut daemon = Daemon::start(wanted, false, Left::of(&good, Some(mark)))?;
+    if daemon.enforcement.observe()?.generation == 0 {
+        daemon.apply_now()?;
+    }
+    let mut status = daemon.status();
+    status.daemon = crate::status::DaemonStatus {
+        running: false,
+        pid: None,
+    };
+    Ok(Some(status))
+}
+
+/// A daemon that has what the last run knew.
+struct LastRun {
+    daemon: Daemon,
+    /// Whether it was put in force just now, as after a boot.
+    fresh: bool,
+}
+
+impl LastRun {
+    /// Sees to it that something is in force: what is, else the last rule set known good.
+    fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
+        let wanted = Wanted::of(path, good)?;
+        let mut daemon = Daemon::start(wanted, true, Left::of(good, mark))?;
+        let fresh = daemon.enforcement.observe()?.generation == 0;
+        if fresh {
+            let generation = daemon.apply_now()?;
+            info!("the last rule set known good is in force, generation {generation}");
+        }
+        Ok(Self { daemon, fresh })
+    }
+
+    /// Goes on at other places, which the configuration names; where that fails, at the old ones.
+    fn move_to(self, wanted: Wanted, good: &LastGood) -> Result<Daemon, DaemonError> {
+        let Self { daemon, fresh } = self;
+        let (path, mark) = (daemon.wanted.path.clone(), daemon.kept.mark());
+        // Lets go of the pins' lock; what is in force stays.
+        drop(daemon);
+        let new = wanted.config.settings.clone();
+        let (left, _) = Left::load(&new.state_dir);
+        match Daemon::begin(wanted, left) {
+            Ok(daemon) => {
+                if fresh {
+                    leave(&good.settings, &new);
+                }
+                Ok(daemon)
+            }
+            Err(error) => {
+                let mut daemon = Self::take_over(&path, good, mark)?.daemon;
+                daemon.refuse(&error)?;
+                Ok(daemon)
+            }
+        }
+    }
+}
+
+/// Removes what was put in force a moment ago at places that turned out to be old ones.
+fn leave(old: &Settings, new: &Settings) {
+    let removed = [
+        (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map_err(|error| error.to_string())),
+        (old.nft_table != new.nft_table).then(|| nftables::unload(&old.nft_table).map_err(|error| error.to_string())),
+    ];
+    for error in removed.into_iter().flatten().filter_map(Result::err) {
+        warn!("remove what was enforced at the places before: {error}");
+    }
+}
+
+impl Daemon {
+    /// Starts, and puts a configuration in force.
+    fn begin(wanted: Wanted, left: Left) -> Result<Self, DaemonError> {
+        let mut daemon = Self::start(wanted, true, left)?;
+        daemon.take_bus();
+        daemon.apply_now()?;
+        Ok(daemon)
+    }
+
+    /// Stays with the last rule set known good, as the configuration cannot be used (F4).
+    fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
+        if self.applied.is_none() {
+            self.apply_now()?;
+        }
+        self.pending = Some(Pending::new(&self.wanted.path));
+        self.refused(error);
+        Ok(())
+    }
+
+    fn refused(&mut self, error: &DaemonError) {
+        let fault = format!("{error}; the last rule set known good is in force instead");
+        self.faults.set(About::Reload, Some(fault));
+    }
+
+    /// Tries a configuration again that was refused at the start, if it is time. True if it was taken.
+    pub(super) fn retry(&mut self) -> bool {
+        let path = self.wanted.path.clone();
+        let due = (self.pending.as_mut()).is_some_and(|pending| pending.is_due(&path, Instant::now()));
+        if !due {
+            return false;
+        }
+        match self.take_configuration() {
+            Ok(()) => {
+                self.faults.set(About::Reload, None);
+                true
+            }
+            Err(error) => {
+                self.refused(&error);
+                false
+            }
+        }
+    }
+}

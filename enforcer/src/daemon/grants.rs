@@ -1,0 +1,390 @@
+//! Grants asked for, ended and kept (B4): what each changes in the kernel and on disk, in which order.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use jiff::{SignedDuration, Timestamp};
+use tracing::{info, warn};
+
+use super::{About, Daemon, DaemonError};
+use crate::{
+    control::{CgroupError, GrantRequest, GrantStatus, GrantsReport, Peer, Reply, RevokeRequest, Selector},
+    events::{GrantEvent, Line},
+    grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Term},
+    host,
+    policy::{CgroupPath, CgroupPathError, HostUsers, Policy, Uid, Users},
+};
+
+/// Longest time that a grant with an end may have (F7).
+const MAX_TIME: Duration = Duration::from_hours(10 * 365 * 24);
+/// How long to wait where no grant ends.
+const LONG: Duration = Duration::from_hours(1);
+
+/// Why something was not granted, or not revoked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum GrantError {
+    #[error("there is no target {target}; the configuration has {}", if known.is_empty() { "none" } else { known })]
+    UnknownTarget { target: String, known: String },
+    #[error("target {target} may not be granted; write grants = true in its section [target.{target}] of {} and reload", path.display())]
+    NotGrantable { target: String, path: PathBuf },
+    #[error(
+        "{cgroup} holds every process that is judged here, so granting it would let everybody in; run this from the job's own cgroup, or name one with --cgroup or --pid, or a user with --user"
+    )]
+    Everybody { cgroup: CgroupPath },
+    #[error("cgroup {cgroup} does not exist below {}; make it first, or correct the path", mount.display())]
+    NoCgroup { cgroup: CgroupPath, mount: PathBuf },
+    #[error("cgroup {path:?}: {error}")]
+    CgroupPath { path: String, error: CgroupPathError },
+    #[error("name a cgroup or a process, not both")]
+    Both,
+    #[error(transparent)]
+    Process(#[from] CgroupError),
+    #[error("no user {name:?} on this host; create it, correct the name, or give a UID from 0 to 4294967294")]
+    UnknownUser { name: String },
+    #[error("look up user {name:?}: {error}; give the UID")]
+    Lookup { name: String, error: io::Error },
+    #[error("a grant lasts from 1 s to {}", humantime::format_duration(MAX_TIME))]
+    Time,
+    #[error(
+        "this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can), so that the grant would let nobody in; grant a user with --user alone"
+    )]
+    CgroupsIgnored,
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    #[error("{0}; nothing was granted")]
+    NotInForce(DaemonError),
+    #[error("{0}; nothing was granted, as a restart would lose it")]
+    NotKept(FileError),
+    #[error("{0}; the grant is revoked, but the rule set before stays in force until this is mended")]
+    StillInForce(DaemonError),
+    #[error("{0}; the grant is revoked, but would return with a restart before this is mended")]
+    StillKept(FileError),
+}
+
+impl Daemon {
+    /// What was granted before this start. What cannot be trusted grants nothing, and is kept for its owner to see (F4).
+    pub(super) fn load_grants(dir: &std::path::Path, stays: bool) -> (Grants, Option<String>) {
+        let mut granted = match grants::load(dir) {
+            Ok(granted) => granted,
+            Err(error) => return (Grants::default(), Some(format!("{error} (the next grant replaces it)"))),
+        };
+        for (key, _) in granted.expire(Timestamp::now()) {
+            info!("{}", key.event("expired", None, None));
+        }
+        if !stays {
+            for (key, _) in granted.without_end() {
+                let event = key.event("left out", None, None);
+                warn!("{event}: nobody stays to end it; use enforcer run");
+            }
+        }
+        (granted, None)
+    }
+
+    pub(super) fn answer_grant(&mut self, asked: &GrantRequest, peer: &Peer) -> Reply {
+        match self.grant(asked, peer) {
+            Ok(event) => Reply::Grant(Box::new(event)),
+            Err(error) => {
+                warn!("grant {} for {}: {error}", asked.target, describe(peer));
+                Reply::Error(format!("grant {}: {error}", asked.target))
+            }
+        }
+    }
+
+    pub(super) fn answer_revoke(&mut self, asked: &RevokeRequest, peer: &Peer) -> Reply {
+        self.revoke(asked, peer).map_or_else(
+            |error| {
+                warn!("revoke {} for {}: {error}", asked.target, describe(peer));
+                Reply::Error(format!("revoke {}: {error}", asked.target))
+            },
+            Reply::Revoked,
+        )
+    }
+
+    /// Answered only when the kernel holds it, and a restart would too.
+    fn grant(&mut self, asked: &GrantRequest, peer: &Peer) -> Result<GrantEvent, GrantError> {
+        let Some(target) = self.wanted.policy.target(&asked.target) else {
+            return Err(self.unknown(&asked.target));
+        };
+        if !target.grants {
+            return Err(GrantError::NotGrantable {
+                target: asked.target.clone(),
+                path: self.wanted.path.clone(),
+            });
+        }
+        let key = Key {
+            target: asked.target.clone(),
+            to: grantee(&asked.to, peer)?,
+        };
+        self.refuse_too_much(&key.to)?;
+        self.end_expired();
+        let now = Timestamp::now();
+        let by = asker(peer);
+        let term = Term {
+            since: now,
+            expires: asked.seconds.map(|seconds| end(now, seconds)).transpose()?,
+            by: by.clone(),
+        };
+        let expires = term.expires;
+        let mut grants = self.grants.clone();
+        let change = grants.grant(key.clone(), term)?;
+        Grants::check_depths(&grants.add_to(&self.wanted.policy))?;
+        let before = std::mem::replace(&mut self.grants, grants);
+        if let Err(error) = self.put_in_force() {
+            self.take_back(before);
+            return Err(GrantError::NotInForce(error));
+        }
+        // The cgroup may have gone since it was looked for.
+        if let Some(cgroup) = key.to.cgroup()
+            && !self.host.cgroups.contains_key(cgroup)
+        {
+            self.take_back(before);
+            return Err(self.no_cgroup(cgroup));
+        }
+        if let Err(error) = self.keep_grants() {
+            self.take_back(before);
+            return Err(GrantError::NotKept(error));
+        }
+        let (action, was) = match change {
+            Change::New => ("granted", None),
+            Change::Renewed { expired } => ("renewed", Some(expired)),
+        };
+        let event = GrantEvent {
+            expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
+            ..key.event(action, expires, Some(&by))
+        };
+        self.tell(&event);
+        Ok(event)
+    }
+
+    /// The file first: a restart in between must not bring back what was revoked.
+    fn revoke(&mut self, asked: &RevokeRequest, peer: &Peer) -> Result<Vec<GrantEvent>, GrantError> {
+        let of_target = |grants: &Grants| grants.iter().any(|(key, _)| key.target == asked.target);
+        if self.wanted.policy.target(&asked.target).is_none() && !of_target(&self.grants) {
+            return Err(self.unknown(&asked.target));
+        }
+        let to = if asked.all {
+            None
+        } else {
+            Some(grantee(&asked.to, peer)?)
+        };
+        let gone = self.grants.revoke(&asked.target, to.as_ref());
+        if gone.is_empty() {
+            return Ok(Vec::new());
+        }
+        let kept = self.keep_grants();
+        let in_force = self.put_in_force();
+        let by = asker(peer);
+        let events: Vec<_> = gone
+            .iter()
+            .map(|(key, term)| key.event("revoked", term.expires, Some(&by)))
+            .collect();
+        for event in &events {
+            self.tell(event);
+        }
+        if let Err(error) = in_force {
+            let fault = format!("{error}; the rule set before stays in force");
+            self.faults.set(About::RuleSet, Some(fault));
+            return Err(GrantError::StillInForce(error));
+        }
+        kept.map_err(GrantError::StillKept)?;
+        Ok(events)
+    }
+
+    /// Ends what has an end. True if something did, so that the rule set is to be made anew.
+    pub(super) fn end_expired(&mut self) {
+        let gone = self.grants.expire(Timestamp::now());
+        if gone.is_empty() {
+            if self.grants_unsaved {
+                let _ = self.keep_grants();
+            }
+            return;
+        }
+        self.policy = self.grants.add_to(&self.wanted.policy);
+        for (key, term) in gone {
+            self.tell(&key.event("expired", term.expires, None));
+        }
+        let _ = self.keep_grants();
+    }
+
+    /// How long until a grant ends, by the wall clock as it goes now; a jump of it is noticed at the next tick.
+    pub(super) fn until_expiry(&self) -> Duration {
+        let left = self
+            .grants
+            .next_expiry()
+            .map(|end| end.duration_since(Timestamp::now()));
+        left.map_or(LONG, |left| Duration::try_from(left).unwrap_or_default().min(LONG))
+    }
+
+    /// `enforcer grants`.
+    pub(super) fn grants_report(&self) -> GrantsReport {
+        let status = |(key, term): (&Key, &Term)| {
+            let target = self.wanted.policy.target(&key.target);
+            GrantStatus {
+                target: key.target.clone(),
+                user: key.to.user().map(|uid| uid.0),
+                cgroup: key.to.cgroup().map(ToString::to_string),
+                cgroup_exists: key
+                    .to
+                    .cgroup()
+                    .map(|cgroup| host::cgroup(&self.wanted.mount, cgroup).is_some()),
+                active: target.is_some_and(|target| target.grants),
+                since: term.since.to_string(),
+                expires: term.expires.map(|end| end.to_string()),
+                pid: term.by.pid,
+                uid: term.by.uid,
+                comm: term.by.comm.clone(),
+            }
+        };
+        GrantsReport {
+            schema: "enforcer/grants/1".to_owned(),
+            limit: MAX_GRANTS,
+            grants: self.grants.iter().map(status).collect(),
+        }
+    }
+
+    /// Refuses what would let everybody in, or nobody.
+    fn refuse_too_much(&self, to: &Grantee) -> Result<(), GrantError> {
+        let Some(cgroup) = to.cgroup() else { return Ok(()) };
+        if let Grantee::Cgroup(cgroup) = to {
+            let judged = self
+                .wanted
+                .cgroup
+                .as_deref()
+                .map(|judged| judged.strip_prefix(&self.wanted.mount));
+            let granted = cgroup.as_str().trim_start_matches('/');
+            if granted.is_empty() || matches!(judged, Some(Ok(judged)) if judged.starts_with(granted)) {
+                return Err(GrantError::Everybody { cgroup: cgroup.clone() });
+            }
+        }
+        if host::cgroup(&self.wanted.mount, cgroup).is_none() {
+            return Err(self.no_cgroup(cgroup));
+        }
+        if self.enforcement.ignores_cgroups() {
+            return Err(GrantError::CgroupsIgnored);
+        }
+        Ok(())
+    }
+
+    /// Makes the rule set from what is granted now, and puts it in force.
+    fn put_in_force(&mut self) -> Result<(), DaemonError> {
+        self.policy = self.grants.add_to(&self.wanted.policy);
+        self.host = self.snapshot(&self.policy)?;
+        self.apply_now()?;
+        self.faults.set(About::RuleSet, None);
+        Ok(())
+    }
+
+    /// Goes back to what was granted before; what cannot be put in force now is tried at each tick.
+    fn take_back(&mut self, before: Grants) {
+        let now = self.grants.revision();
+        self.grants = before;
+        if self.grants.revision() == now {
+            return;
+        }
+        if let Err(error) = self.put_in_force() {
+            let fault = format!("{error}; a grant that was taken back stays in force until this is mended");
+            self.faults.set(About::RuleSet, Some(fault));
+        }
+    }
+
+    /// This host as a policy needs it known.
+    pub(super) fn snapshot(&self, policy: &Policy) -> Result<crate::ruleset::Host, DaemonError> {
+        host::snapshot(Some(&self.wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
+            action: "list this host's addresses",
+            error,
+        })
+    }
+
+    /// Writes the file. What failed is tried again at each tick.
+    fn keep_grants(&mut self) -> Result<(), FileError> {
+        let saved = grants::save(&self.wanted.config.settings.state_dir, &self.grants);
+        let fault = |error: &FileError| format!("{error}; grants made or revoked since are lost with a restart");
+        self.faults.set(About::Grants, saved.as_ref().err().map(fault));
+        self.grants_unsaved = saved.is_err();
+        saved
+    }
+
+    fn tell(&mut self, event: &GrantEvent) {
+        info!("{event}");
+        self.publish(Line::Grant(event.clone()));
+    }
+
+    fn unknown(&self, target: &str) -> GrantError {
+        let known: Vec<&str> = self
+            .wanted
+            .policy
+            .targets
+            .iter()
+            .map(|target| target.name.as_str())
+            .collect();
+        GrantError::UnknownTarget {
+            target: target.escape_debug().to_string(),
+            known: known.join(", "),
+        }
+    }
+
+    fn no_cgroup(&self, cgroup: &CgroupPath) -> GrantError {
+        GrantError::NoCgroup {
+            cgroup: cgroup.clone(),
+            mount: self.wanted.mount.clone(),
+        }
+    }
+}
+
+/// Whom a request means: the caller's own cgroup unless it names somebody.
+fn grantee(to: &Selector, peer: &Peer) -> Result<Grantee, GrantError> {
+    let cgroup = match (&to.cgroup, to.pid, &to.user) {
+        (Some(_), Some(_), _) => return Err(GrantError::Both),
+        (Some(path), None, _) => {
+            let parsed = CgroupPath::parse(path).map_err(|error| GrantError::CgroupPath {
+                path: path.clone(),
+                error,
+            })?;
+            Some(parsed)
+        }
+        (None, Some(pid), _) => Some(peer.cgroup_of(pid)?),
+        (None, None, Some(_)) => None,
+        (None, None, None) => Some(peer.cgroup()?),
+    };
+    let user = to.user.as_deref().map(user).transpose()?;
+    match (user, cgroup) {
+        (Some(uid), Some(cgroup)) => Ok(Grantee::UserWithin(uid, cgroup)),
+        (Some(uid), None) => Ok(Grantee::User(uid)),
+        (None, Some(cgroup)) => Ok(Grantee::Cgroup(cgroup)),
+        // Not reached: without a user there is a cgroup.
+        (None, None) => Err(GrantError::Process(CgroupError::Invisible)),
+    }
+}
+
+fn end(now: Timestamp, seconds: u64) -> Result<Timestamp, GrantError> {
+    let time = Duration::from_secs(seconds);
+    if time.is_zero() || time > MAX_TIME {
+        return Err(GrantError::Time);
+    }
+    let signed = SignedDuration::try_from(time).map_err(|_| GrantError::Time)?;
+    now.checked_add(signed).map_err(|_| GrantError::Time)
+}
+
+fn user(name: &str) -> Result<Uid, GrantError> {
+    let unknown = || GrantError::UnknownUser { name: name.to_owned() };
+    if let Ok(uid) = name.parse::<u64>() {
+        let uid = u32::try_from(uid).ok().filter(|uid| *uid != u32::MAX);
+        return uid.map(Uid).ok_or_else(unknown);
+    }
+    let found = HostUsers.uid(name).map_err(|error| GrantError::Lookup {
+        name: name.to_owned(),
+        error,
+    })?;
+    found.ok_or_else(unknown)
+}
+
+fn asker(peer: &Peer) -> Asker {
+    Asker {
+        pid: peer.pid,
+        uid: peer.uid,
+        comm: peer.comm(),
+    }
+}
+
+fn describe(peer: &Peer) -> String {
+    format!("{}[{}] uid {}", peer.comm().escape_debug(), peer.pid, peer.uid)
+}

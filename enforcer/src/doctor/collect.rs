@@ -1,0 +1,472 @@
+//! What `doctor` looks at on this host: facts only, nothing is judged and nothing is changed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io,
+    net::IpAddr,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures_util::stream::TryStreamExt as _;
+
+use super::{
+    Unseen,
+    legacy::{self, LegacyRule},
+};
+use crate::{
+    backend::{
+        InForce,
+        ebpf::sys::{self, Attached},
+        nftables::{
+            netlink::Netlink,
+            others::{self, ForeignRule},
+        },
+        probe::{Facts, Place, probe},
+    },
+    config::{Config, Settings},
+    control::{self, ControlError, Reply, Request},
+    host,
+    policy::{HostUsers, Name, Policy, Protocol},
+    resolve::{Answer, LOOKUP_TIMEOUT, Outcome, lookup},
+    ruleset::{Host, Resolved, RuleSet, compile},
+    state,
+    status::Status,
+    sweep::{self, Listener},
+};
+
+/// What was seen.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Seen {
+    pub(super) kernel: String,
+    pub(super) config: PathBuf,
+    /// Why the configuration means nothing.
+    pub(super) fault: Option<String>,
+    pub(super) settings: Settings,
+    pub(super) cgroup: Option<PathBuf>,
+    pub(super) facts: Facts,
+    /// Whether a configuration asks for cgroups, or for cutting.
+    pub(super) names_cgroups: bool,
+    pub(super) rules: Option<RuleSet>,
+    pub(super) host: Host,
+    pub(super) daemon: Option<Status>,
+    pub(super) in_force: Option<String>,
+    /// Names that could not be resolved, and why.
+    pub(super) unresolved: Vec<(String, String)>,
+    /// A process of each other network namespace, the number of its namespace first.
+    pub(super) namespaces: BTreeMap<u64, String>,
+    pub(super) foreign: Vec<ForeignRule>,
+    pub(super) chains: Vec<(String, String, String)>,
+    pub(super) legacy: Vec<LegacyRule>,
+    /// Interfaces that accept source routes.
+    pub(super) source_route: Vec<String>,
+    /// Interfaces that accept segment routing headers.
+    pub(super) segment_routing: Vec<String>,
+    /// Addresses of a peer that MPTCP takes up.
+    pub(super) mptcp: u32,
+    pub(super) programs: Vec<Program>,
+    pub(super) places: Vec<PlaceMode>,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) capable: Vec<Capable>,
+    pub(super) unseen: Vec<Unseen>,
+}
+
+/// A program of whoever, on the cgroup or one above it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Program {
+    pub(super) hook: &'static str,
+    pub(super) cgroup: PathBuf,
+    pub(super) above: bool,
+    /// Whether it runs when ours has decided.
+    pub(super) after: bool,
+    pub(super) attached: Attached,
+}
+
+/// Whose a file of ours is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PlaceMode {
+    pub(super) kind: PlaceKind,
+    pub(super) path: PathBuf,
+    pub(super) uid: u32,
+    pub(super) mode: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PlaceKind {
+    /// Where the pin directory lies.
+    Bpffs,
+    /// The pin directory, or a directory in it.
+    PinDir,
+    Pin,
+    StateDir,
+    SocketDir,
+    Socket,
+}
+
+/// A process that may do what we cannot stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Capable {
+    pub(super) pid: u32,
+    pub(super) uid: u32,
+    pub(super) name: String,
+    pub(super) capabilities: Vec<&'static str>,
+}
+
+pub(super) async fn host(config: &Path) -> Seen {
+    let mut seen = Seen {
+        config: config.into(),
+        kernel: nix::sys::utsname::uname().map_or_else(
+            |_| "unknown".to_owned(),
+            |name| name.release().to_string_lossy().into_owned(),
+        ),
+        ..Seen::default()
+    };
+    let policy = seen.read_config();
+    let mount = seen.saw("cgroup v2 mounts", host::cgroup2_mount()).flatten();
+    seen.cgroup = seen.settings.cgroup.clone().or_else(|| mount.clone());
+    let cgroups = policy.as_ref().map(Policy::cgroups).unwrap_or_default();
+    seen.host = seen
+        .saw("addresses of this host", host::snapshot(mount.as_deref(), &cgroups))
+        .unwrap_or_default();
+    seen.ask_daemon().await;
+    if let Some(policy) = &policy {
+        seen.names_cgroups = !cgroups.is_empty();
+        let names = seen.look_up(policy.names()).await;
+        seen.rules = seen.saw("the rules", compile(policy, &names, &seen.host));
+    }
+    seen.look_at_pins();
+    let place = Place {
+        cgroup: seen.cgroup.as_deref(),
+        pin_dir: &seen.settings.pin_dir,
+    };
+    seen.facts = probe(place).await;
+    seen.look_at_network().await;
+    seen.look_at_programs();
+    seen.look_at_processes();
+    seen
+}
+
+impl Seen {
+    /// What a look brought, or that it brought nothing and why.
+    fn saw<T, E: std::fmt::Display>(&mut self, what: &str, result: Result<T, E>) -> Option<T> {
+        result
+            .map_err(|error| {
+                self.unseen.push(Unseen {
+                    what: what.to_owned(),
+                    why: error.to_string(),
+                });
+            })
+            .ok()
+    }
+
+    fn read_config(&mut self) -> Option<Policy> {
+        let read = Config::load(&self.config).map_err(|error| error.to_string());
+        let read = read.and_then(|config| {
+            self.settings = config.settings.clone();
+            Policy::from_config(&config, &HostUsers).map_err(|error| error.to_string())
+        });
+        match read {
+            Ok((policy, _)) => Some(policy),
+            Err(fault) => {
+                self.fault = Some(fault);
+                None
+            }
+        }
+    }
+
+    async fn ask_daemon(&mut self) {
+        match control::ask(&self.settings.socket, &Request::Status, Duration::from_secs(5)).await {
+            Ok(Reply::Status(status)) => self.daemon = Some(*status),
+            Err(ControlError::NoDaemon { .. }) => {}
+            Ok(_) => drop(self.saw::<(), _>("the daemon", Err("it answered something else than its status"))),
+            Err(error) => drop(self.saw::<(), _>("the daemon", Err(error))),
+        }
+        let in_force = match InForce::open_as_far_as_possible(&self.settings) {
+            Ok((in_force, unread)) => {
+                if let Some(unread) = unread {
+                    self.saw::<(), _>("what is in force", Err(unread));
+                }
+                in_force.map(|in_force| in_force.name().to_owned())
+            }
+            Err(error) => self.saw("what is in force", Err(error)),
+        };
+        self.in_force = in_force;
+    }
+
+    /// Looks every name up now, and falls back to what is known of it.
+    async fn look_up(&mut self, names: BTreeSet<Name>) -> Resolved {
+        let known = self
+            .saw("the addresses known last", state::load(&self.settings.state_dir))
+            .flatten()
+            .map(|(good, _)| good.names)
+            .unwrap_or_default();
+        let tasks: Vec<_> = names
+            .into_iter()
+            .map(|name| {
+                let asked = name.clone();
+                (name, tokio::spawn(async move { lookup(&asked, LOOKUP_TIMEOUT).await }))
+            })
+            .collect();
+        let mut resolved = Resolved::new();
+        for (name, task) in tasks {
+            let (mut addresses, why) = match task.await {
+                Ok(answer) => addresses_of(answer),
+                Err(error) => (BTreeSet::new(), error.to_string()),
+            };
+            if addresses.is_empty() {
+                self.unresolved.push((name.to_string(), why));
+            }
+            addresses.extend(
+                known
+                    .get(&name)
+                    .into_iter()
+                    .flat_map(|known| known.current.union(&known.left)),
+            );
+            resolved.insert(name, addresses);
+        }
+        resolved
+    }
+
+    fn look_at_pins(&mut self) {
+        let Settings {
+            pin_dir,
+            state_dir,
+            socket,
+            ..
+        } = self.settings.clone();
+        let parent = |path: &Path| path.parent().map(Path::to_path_buf);
+        if let Some(bpffs) = parent(&pin_dir) {
+            self.look_at_mode(PlaceKind::Bpffs, &bpffs);
+        }
+        self.look_at_mode(PlaceKind::StateDir, &state_dir);
+        if let Some(dir) = parent(&socket) {
+            self.look_at_mode(PlaceKind::SocketDir, &dir);
+        }
+        self.look_at_mode(PlaceKind::Socket, &socket);
+        let mut dirs = vec![pin_dir];
+        while let Some(dir) = dirs.pop() {
+            self.look_at_mode(PlaceKind::PinDir, &dir);
+            for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    dirs.push(entry.path());
+                } else {
+                    self.look_at_mode(PlaceKind::Pin, &entry.path());
+                }
+            }
+        }
+    }
+
+    fn look_at_mode(&mut self, kind: PlaceKind, path: &Path) {
+        match fs::symlink_metadata(path) {
+            Ok(meta) => self.places.push(PlaceMode {
+                kind,
+                path: path.into(),
+                uid: meta.uid(),
+                mode: meta.mode() & 0o7777,
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => drop(self.saw::<(), _>(&path.display().to_string(), Err(error))),
+        }
+    }
+
+    async fn look_at_network(&mut self) {
+        match Netlink::open() {
+            Ok(mut netlink) => {
+                let rules = others::rules(&mut netlink);
+                let chains = others::chains(&mut netlink);
+                // Without nf_tables there are none; that it is missing is told already.
+                let none = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL));
+                if !rules.as_ref().is_err_and(none) {
+                    self.foreign = self.saw("nftables rules of others", rules).unwrap_or_default();
+                    self.chains = self.saw("nftables chains of others", chains).unwrap_or_default();
+                }
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {}
+            Err(error) => drop(self.saw::<(), _>("nftables rules of others", Err(error))),
+        }
+        self.legacy = self.saw("rules of iptables", legacy::rules()).unwrap_or_default();
+        self.source_route = interfaces("/proc/sys/net/ipv4/conf", "accept_source_route");
+        self.segment_routing = interfaces("/proc/sys/net/ipv6/conf", "seg6_enabled");
+        let mptcp = fs::read_to_string("/proc/sys/net/mptcp/enabled").unwrap_or_default();
+        if mptcp.trim() == "1" {
+            self.mptcp = self.saw("limits of MPTCP", mptcp_limit().await).unwrap_or_default();
+        }
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let found = sweep::listening(protocol).await;
+            let found = self.saw(&format!("{protocol} listeners"), found);
+            self.listeners.extend(found.unwrap_or_default());
+        }
+    }
+
+    /// Programs on the judged cgroup, and on those above it, whose programs run later.
+    fn look_at_programs(&mut self) {
+        let Some(judged) = self.cgroup.clone() else { return };
+        let hooks = [("connect4", 10), ("connect6", 11), ("sendmsg4", 14), ("sendmsg6", 15)];
+        let mut ancestors: Vec<PathBuf> = Vec::new();
+        let is_cgroup = |path: &Path| {
+            nix::sys::statfs::statfs(path)
+                .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
+        };
+        let mut at = Some(judged.as_path());
+        while let Some(path) = at.filter(|path| is_cgroup(path)) {
+            ancestors.push(path.into());
+            at = path.parent();
+        }
+        for (hook, attach_type) in hooks {
+            let ours = sys::open_pin(&self.settings.pin_dir.join(hook))
+                .and_then(|link| sys::link_info(link.as_fd()))
+                .map(|info| info.program)
+                .ok();
+            for (depth, path) in ancestors.iter().enumerate() {
+                let found = File::open(path).and_then(|cgroup| sys::attached(cgroup.as_fd(), attach_type));
+                let what = format!("programs of {hook} on {}", path.display());
+                // A kernel without them has none.
+                let Some(found) = (if found
+                    .as_ref()
+                    .is_err_and(|error| error.raw_os_error() == Some(libc::ENOSYS))
+                {
+                    None
+                } else {
+                    self.saw(&what, found)
+                }) else {
+                    continue;
+                };
+                let position = found.iter().position(|one| Some(one.id) == ours);
+                for (index, attached) in found.into_iter().enumerate() {
+                    if Some(attached.id) == ours && depth == 0 {
+                        continue;
+                    }
+                    self.programs.push(Program {
+                        hook,
+                        cgroup: path.clone(),
+                        above: depth > 0,
+                        // Before ours are all that were attached earlier, and those that ask for it (`BPF_F_PREORDER`).
+                        after: !attached.preorder && (depth > 0 || position.is_some_and(|ours| index > ours)),
+                        attached,
+                    });
+                }
+            }
+        }
+    }
+
+    fn look_at_processes(&mut self) {
+        let namespace = |path: &str, kind: &str| fs::metadata(format!("{path}/ns/{kind}")).map(|meta| meta.ino());
+        let (Ok(net), Ok(user)) = (namespace("/proc/self", "net"), namespace("/proc/self", "user")) else {
+            self.saw::<(), _>("namespaces", Err("/proc is not mounted"));
+            return;
+        };
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            let path = format!("/proc/{pid}");
+            let name = fs::read_to_string(format!("{path}/comm")).unwrap_or_default();
+            let name = name.trim().to_owned();
+            if let Ok(other) = namespace(&path, "net")
+                && other != net
+            {
+                self.namespaces
+                    .entry(other)
+                    .or_insert_with(|| format!("{name} (pid {pid})"));
+            }
+            if namespace(&path, "user").is_ok_and(|other| other == user) {
+                let status = fs::read_to_string(format!("{path}/status")).unwrap_or_default();
+                if let Some((uid, capabilities)) = powers(&status) {
+                    self.capable.push(Capable {
+                        pid,
+                        uid,
+                        name,
+                        capabilities,
+                    });
+                }
+            }
+        }
+        // Namespaces that have a name and perhaps no process.
+        for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+            if let Ok(meta) = fs::metadata(entry.path())
+                && meta.ino() != net
+            {
+                let name = format!("named {}", entry.file_name().to_string_lossy());
+                self.namespaces.entry(meta.ino()).or_insert(name);
+            }
+        }
+    }
+}
+
+fn addresses_of(answer: Answer) -> (BTreeSet<IpAddr>, String) {
+    match answer {
+        Answer::Hosts(addresses) => (addresses, String::new()),
+        Answer::Dns { a, aaaa } => {
+            let mut why = Vec::new();
+            let mut all = BTreeSet::new();
+            for outcome in [a, aaaa] {
+                match outcome {
+                    Outcome::Found { addresses, .. } => all.extend(addresses),
+                    Outcome::Empty => {}
+                    Outcome::Missing => why.push("it does not exist".to_owned()),
+                    Outcome::Failed(error) => why.push(error),
+                }
+            }
+            why.dedup();
+            if why.is_empty() {
+                why.push("it has no address".to_owned());
+            }
+            (all, why.join(", "))
+        }
+    }
+}
+
+/// Interfaces for which a setting is on; what `all` says must be on too.
+fn interfaces(dir: &str, setting: &str) -> Vec<String> {
+    let is_on = |name: &str| {
+        let value = fs::read_to_string(format!("{dir}/{name}/{setting}")).unwrap_or_default();
+        value.trim().parse::<i32>().is_ok_and(|value| value > 0)
+    };
+    if !is_on("all") {
+        return Vec::new();
+    }
+    let names = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut found: Vec<String> = names
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name != "all" && name != "default" && is_on(name))
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+/// How many addresses that a peer tells of are connected to (`MPTCP_PM_ATTR_RCV_ADD_ADDRS`).
+async fn mptcp_limit() -> Result<u32, String> {
+    use mptcp_pm::{MptcpPathManagerAttr, MptcpPathManagerLimitsAttr};
+    let (connection, handle, _) = mptcp_pm::new_connection().map_err(|error| error.to_string())?;
+    let connection = tokio::spawn(connection);
+    let answers: Result<Vec<_>, _> = handle.limits().get().execute().await.try_collect().await;
+    connection.abort();
+    let answers = answers.map_err(|error| error.to_string())?;
+    let attributes = answers.iter().flat_map(|answer| &answer.payload.nlas);
+    let limit = attributes.into_iter().find_map(|attribute| match attribute {
+        MptcpPathManagerAttr::Limits(MptcpPathManagerLimitsAttr::RcvAddAddrs(limit)) => Some(*limit),
+        MptcpPathManagerAttr::Address(_) | MptcpPathManagerAttr::Limits(_) | MptcpPathManagerAttr::Other(_) => None,
+    });
+    limit.ok_or_else(|| "the kernel did not tell them".to_owned())
+}
+
+/// The user of a process and what it may do that we cannot stop, from `/proc/PID/status`; none for root and for the powerless.
+pub(super) fn powers(status: &str) -> Option<(u32, Vec<&'static str>)> {
+    const POWERS: [(u32, &str); 4] = [
+        (12, "CAP_NET_ADMIN"),
+        (13, "CAP_NET_RAW"),
+        (21, "CAP_SYS_ADMIN"),
+        (39, "CAP_BPF"),
+    ];
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let uid = field("Uid:")?.split_whitespace().next()?.parse().ok()?;
+    let effective = u64::from_str_radix(field("CapEff:")?, 16).ok()?;
+    let held: Vec<_> = POWERS
+        .into_iter()
+        .filter(|(bit, _)| effective >> bit & 1 == 1)
+        .map(|(_, name)| name)
+        .collect();
+    (uid != 0 && !held.is_empty()).then_some((uid, held))
+}

@@ -1,0 +1,624 @@
+//! What was seen → what weakens protection, and what to do about each. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use super::{
+    ChoiceReport, FeatureReport, Finding, HostReport, Report, Unseen, Weight,
+    collect::{PlaceKind, PlaceMode, Seen},
+    image::{ImageSeen, judge_image},
+    legacy::AGENT_CHAINS,
+};
+use crate::{
+    backend::{
+        nftables::others::{Nat, To},
+        probe::{Choice, Fact, Facts, Feature, Need, Side, choose},
+    },
+    config::Backend,
+    policy::{Mode, Protocol},
+    ruleset::{RuleSet, is_single, owners},
+};
+
+/// Most places that a finding lists.
+const MAX_ITEMS: usize = 16;
+
+/// The report on a host.
+pub(super) fn host(seen: &Seen) -> Report {
+    let choice = choose(&seen.facts.works(), seen.settings.backend);
+    let enforces = Enforces::of(seen, &choice);
+    let mut findings = Vec::new();
+    own_state(seen, &choice, &mut findings);
+    features(&seen.facts, enforces, &mut findings);
+    ways_around(seen, enforces, &mut findings);
+    network(seen, &mut findings);
+    programs(seen, enforces, &mut findings);
+    modes(&seen.places, &mut findings);
+    findings.extend(listeners(seen));
+    findings.extend(old_rules(seen));
+    if !seen.capable.is_empty() {
+        findings.push(finding(
+            "capable-processes",
+            Weight::Low,
+            "users other than root run processes with capabilities that get past any rule",
+            seen.capable.iter().map(|one| {
+                format!("{} (pid {}, user {}): {}", one.name, one.pid, one.uid, one.capabilities.join(", "))
+            }),
+            "take the capabilities away unless they are meant (CapabilityBoundingSet= in the unit); who holds them is as good as root here",
+        ));
+    }
+    report(
+        HostReport {
+            root: None,
+            kernel: seen.kernel.clone(),
+            config: seen.config.display().to_string(),
+            cgroup: seen.cgroup.as_ref().map(|path| path.display().to_string()),
+            daemon: seen.daemon.as_ref().and_then(|status| status.daemon.pid),
+            in_force: seen.in_force.clone(),
+        },
+        &seen.facts,
+        seen.settings.backend,
+        choice,
+        findings,
+        seen.unseen.clone(),
+    )
+}
+
+/// The report on an image.
+pub(super) fn image(seen: &ImageSeen) -> Report {
+    let (facts, findings) = judge_image(seen);
+    let choice = choose(&facts.works(), seen.settings.backend);
+    let mut findings = findings;
+    if choice.backend.is_none() {
+        findings.push(no_backend(&choice));
+    }
+    report(
+        HostReport {
+            root: Some(seen.root.display().to_string()),
+            kernel: seen.release.clone().unwrap_or_else(|| "none found".to_owned()),
+            config: seen.config.display().to_string(),
+            ..HostReport::default()
+        },
+        &facts,
+        seen.settings.backend,
+        choice,
+        findings,
+        seen.unseen.clone(),
+    )
+}
+
+fn report(
+    host: HostReport,
+    facts: &Facts,
+    wanted: Backend,
+    choice: Choice,
+    mut findings: Vec<Finding>,
+    unseen: Vec<Unseen>,
+) -> Report {
+    findings.sort_by_key(|finding| (finding.weight, finding.id));
+    let features = facts.iter().map(|(feature, fact)| {
+        let about = feature.about();
+        let consequence = match about.need {
+            Need::Must => None,
+            Need::May(consequence) => Some(consequence),
+        };
+        let why = fact.obstacle().map(|why| match consequence {
+            Some(consequence) => format!("{why}; {consequence}"),
+            None => why.to_owned(),
+        });
+        FeatureReport {
+            id: id_of(feature),
+            title: about.title.to_owned(),
+            of: match about.side {
+                Side::Ebpf => "ebpf",
+                Side::Nftables => "nftables",
+                Side::Either => "either",
+            },
+            required: about.need == Need::Must,
+            state: fact.word(),
+            why,
+            since: about.since.to_owned(),
+        }
+    });
+    Report {
+        schema: "enforcer/doctor/1",
+        host,
+        features: features.collect(),
+        choice: ChoiceReport {
+            wanted: wanted.to_string(),
+            backend: choice.backend.map(|backend| backend.to_string()),
+            why: choice.reason,
+        },
+        findings,
+        unseen,
+    }
+}
+
+/// As serde names it.
+fn id_of(feature: Feature) -> String {
+    let id = serde_json::to_value(feature).ok();
+    id.and_then(|id| id.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// Makes a finding, its list cut to what a person reads.
+pub(super) fn finding(
+    id: &'static str,
+    weight: Weight,
+    what: impl Into<String>,
+    items: impl IntoIterator<Item = String>,
+    remedy: impl Into<String>,
+) -> Finding {
+    let mut items: Vec<String> = items.into_iter().collect();
+    let more = items.len().saturating_sub(MAX_ITEMS);
+    if more > 0 {
+        items.truncate(MAX_ITEMS);
+        items.push(format!("… and {more} more"));
+    }
+    Finding {
+        id,
+        weight,
+        what: what.into(),
+        items,
+        remedy: remedy.into(),
+    }
+}
+
+/// What enforces here now, or would.
+#[derive(Clone, Copy)]
+struct Enforces {
+    ebpf: bool,
+    nftables: bool,
+}
+
+impl Enforces {
+    fn of(seen: &Seen, choice: &Choice) -> Self {
+        let now = match seen.in_force.as_deref() {
+            Some("ebpf") => Some(Backend::Ebpf),
+            Some("nftables") => Some(Backend::Nftables),
+            Some("both") => Some(Backend::Both),
+            Some(_) | None => choice.backend,
+        };
+        match now {
+            Some(Backend::Ebpf | Backend::Auto) => Self {
+                ebpf: true,
+                nftables: false,
+            },
+            Some(Backend::Nftables) => Self {
+                ebpf: false,
+                nftables: true,
+            },
+            Some(Backend::Both) => Self {
+                ebpf: true,
+                nftables: true,
+            },
+            None => Self {
+                ebpf: false,
+                nftables: false,
+            },
+        }
+    }
+}
+
+fn no_backend(choice: &Choice) -> Finding {
+    finding(
+        "no-backend",
+        Weight::High,
+        choice.reason.clone(),
+        [],
+        "mend what is missing, or name the other backend with `backend`; until then enforcer refuses to start and guards nothing",
+    )
+}
+
+fn own_state(seen: &Seen, choice: &Choice, findings: &mut Vec<Finding>) {
+    if let Some(fault) = &seen.fault {
+        findings.push(finding(
+            "configuration",
+            Weight::High,
+            "the configuration cannot be put in force; the next start fails",
+            [fault.clone()],
+            "mend it; enforcer config check says when it is good",
+        ));
+    }
+    if choice.backend.is_none() {
+        findings.push(no_backend(choice));
+    }
+    if seen.in_force.is_none() {
+        findings.push(finding(
+            "nothing-in-force",
+            Weight::High,
+            "nothing is in force: every user reaches every endpoint",
+            [],
+            "start enforcer run, or enforcer apply",
+        ));
+    }
+    match &seen.daemon {
+        None => findings.push(finding(
+            "no-daemon",
+            Weight::Medium,
+            "no daemon answers: what is in force stays, but names, addresses and cgroups are not followed, and what others remove is not restored",
+            [],
+            "start enforcer run, by its unit",
+        )),
+        Some(status) if !status.causes.is_empty() => findings.push(finding(
+            "degraded",
+            Weight::Medium,
+            "the daemon says that not all is as asked for",
+            status.causes.clone(),
+            "each cause says what to do",
+        )),
+        Some(_) => {}
+    }
+    let audits = seen.rules.as_ref().is_some_and(|rules| rules.mode == Mode::Audit);
+    if audits || seen.daemon.as_ref().is_some_and(|status| status.mode == "audit") {
+        findings.push(finding(
+            "audit-mode",
+            Weight::Medium,
+            "mode = \"audit\": denials are counted, and nothing is refused",
+            [],
+            "set mode = \"enforce\" once enforcer events shows no denial of somebody who must be allowed",
+        ));
+    }
+    if !seen.unresolved.is_empty() {
+        findings.push(finding(
+            "name-unresolved",
+            Weight::Medium,
+            "names cannot be resolved: only what is known of them from before is protected",
+            seen.unresolved.iter().map(|(name, why)| format!("{name}: {why}")),
+            "mend /etc/resolv.conf, the server or the name; unresolved = \"closed\" in [dns] guards the port of a name that never resolved on any address",
+        ));
+    }
+}
+
+fn features(facts: &Facts, enforces: Enforces, findings: &mut Vec<Finding>) {
+    let missing = facts.iter().filter_map(|(feature, fact)| {
+        let about = feature.about();
+        let asked = match about.side {
+            Side::Ebpf => enforces.ebpf,
+            Side::Nftables => enforces.nftables,
+            Side::Either => true,
+        };
+        match (about.need, fact) {
+            (Need::May(consequence), Fact::Missing { why } | Fact::Inconclusive(why)) if asked => {
+                Some(format!("{} ({}): {why}; {consequence}", about.title, about.since))
+            }
+            (Need::May(_) | Need::Must, _) => None,
+        }
+    });
+    let missing: Vec<String> = missing.collect();
+    if !missing.is_empty() {
+        findings.push(finding(
+            "feature-missing",
+            Weight::Medium,
+            "this kernel cannot do all that enforcer can use",
+            missing,
+            "take a kernel that has it, or load its module",
+        ));
+    }
+}
+
+/// Ways that lead to an endpoint without a `connect` to it.
+fn ways_around(seen: &Seen, enforces: Enforces, findings: &mut Vec<Finding>) {
+    if !seen.namespaces.is_empty() && enforces.ebpf && !enforces.nftables {
+        findings.push(finding(
+            "other-network-namespaces",
+            Weight::Medium,
+            "there are other network namespaces, containers perhaps: what they forward or send by raw sockets is not judged by ebpf alone",
+            seen.namespaces.values().cloned(),
+            "set backend = \"both\"",
+        ));
+    }
+    let Some(rules) = &seen.rules else { return };
+    let local = |to: To| match to {
+        To::Address(address) => vec![address],
+        To::Here => here(seen).into_iter().collect(),
+        To::Unknown => Vec::new(),
+    };
+    let (mut onto, mut unknown) = (Vec::new(), Vec::new());
+    let mut weigh = |nat: Nat, place: String| match (nat.to, nat.port) {
+        (To::Unknown, _) => unknown.push(place),
+        (to, port) => {
+            if local(to).into_iter().any(|address| leads_onto(rules, address, port)) {
+                onto.push(place);
+            }
+        }
+    };
+    for rule in &seen.foreign {
+        if let Some(nat) = &rule.nat {
+            weigh(
+                nat.clone(),
+                format!("nft: {} {} {}: {}", rule.family, rule.table, rule.chain, shown(nat)),
+            );
+        }
+    }
+    for rule in &seen.legacy {
+        if let Some(nat) = rule.nat() {
+            weigh(nat, format!("iptables-legacy -t {} {}", rule.table, rule.text));
+        }
+    }
+    if !onto.is_empty() && !enforces.nftables {
+        findings.push(finding(
+            "nat-onto-endpoint",
+            Weight::High,
+            "address translation leads onto an endpoint: whoever dials the address before it is not judged by ebpf, which sees only that",
+            onto,
+            "set backend = \"both\", which judges after translation; or remove the rules, or make what they translate an endpoint too",
+        ));
+    }
+    if !unknown.is_empty() && !enforces.nftables {
+        findings.push(finding(
+            "nat-unknown",
+            Weight::Low,
+            "address translation leads where a map or range tells: perhaps onto an endpoint, which ebpf would not see",
+            unknown,
+            "look whether an endpoint is among them; backend = \"both\" judges after translation",
+        ));
+    }
+}
+
+fn shown(nat: &Nat) -> String {
+    let to = match nat.to {
+        To::Address(address) => address.to_string(),
+        To::Here => "this host".to_owned(),
+        To::Unknown => "somewhere".to_owned(),
+    };
+    nat.port.map_or_else(
+        || format!("to {to}, the port as it was"),
+        |port| format!("to {to}, port {port}"),
+    )
+}
+
+/// Whether an address has an endpoint at a port, or at any where the port stays as it was.
+fn leads_onto(rules: &RuleSet, address: IpAddr, port: Option<u16>) -> bool {
+    let protocols = [Protocol::Tcp, Protocol::Udp];
+    match port {
+        Some(port) => protocols
+            .into_iter()
+            .any(|protocol| owners(rules, protocol, address, port) != 0),
+        None => rules.places.iter().any(|(place, _)| place.net.contains(&address)),
+    }
+}
+
+/// Addresses of this host, the two loopback ones included.
+fn here(seen: &Seen) -> BTreeSet<IpAddr> {
+    let mut all = seen.host.local.clone();
+    all.extend([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
+    all
+}
+
+fn network(seen: &Seen, findings: &mut Vec<Finding>) {
+    if !seen.source_route.is_empty() {
+        findings.push(finding(
+            "source-route",
+            Weight::Medium,
+            "packets with a source route are accepted: a packet to an unguarded address may be led to an endpoint by its own header",
+            seen.source_route.iter().cloned(),
+            "sysctl -w net.ipv4.conf.all.accept_source_route=0, and in /etc/sysctl.d for good",
+        ));
+    }
+    if !seen.segment_routing.is_empty() {
+        findings.push(finding(
+            "segment-routing",
+            Weight::Medium,
+            "IPv6 segment routing headers are accepted: a packet may be led to an endpoint by its own header",
+            seen.segment_routing.iter().cloned(),
+            "sysctl -w net.ipv6.conf.all.seg6_enabled=0, and in /etc/sysctl.d for good",
+        ));
+    }
+    if seen.mptcp > 0 {
+        findings.push(finding(
+            "mptcp-add-addr",
+            Weight::Medium,
+            format!(
+                "MPTCP takes up to {} addresses from a peer: any server can make the kernel, as root, connect to an endpoint",
+                seen.mptcp
+            ),
+            [],
+            "ip mptcp limits set add_addr_accepted 0, or sysctl -w net.mptcp.enabled=0",
+        ));
+    }
+}
+
+fn programs(seen: &Seen, enforces: Enforces, findings: &mut Vec<Finding>) {
+    if !enforces.ebpf {
+        return;
+    }
+    let shown = |one: &&super::collect::Program| {
+        let name = if one.attached.name.is_empty() {
+            "without a name"
+        } else {
+            &one.attached.name
+        };
+        let what = if one.attached.rewrites {
+            ", which rewrites addresses"
+        } else {
+            ""
+        };
+        let order = if one.attached.preorder { " (BPF_F_PREORDER)" } else { "" };
+        format!(
+            "{} on {}: program {name}, id {}{order}{what}",
+            one.hook,
+            one.cgroup.display(),
+            one.attached.id
+        )
+    };
+    let (after, before): (Vec<_>, Vec<_>) = seen.programs.iter().partition(|one| one.after);
+    let (rewriting, others): (Vec<_>, Vec<_>) = after.into_iter().partition(|one| one.attached.rewrites);
+    let remedy = "find its owner (bpftool prog show id ID, bpftool cgroup show); have it attached before enforcer's, or to a cgroup below, or set backend = \"both\", which judges what comes of it";
+    if !rewriting.is_empty() {
+        findings.push(finding(
+            "program-rewrites-after",
+            Weight::High,
+            "programs of others run after ours and rewrite addresses: they can lead an allowed connection to an endpoint",
+            rewriting.iter().map(shown),
+            remedy,
+        ));
+    }
+    if !others.is_empty() {
+        findings.push(finding(
+            "program-after",
+            Weight::Medium,
+            "programs of others run after ours: they can undo a denial (bpf_set_retval)",
+            others.iter().map(shown),
+            remedy,
+        ));
+    }
+    if !before.is_empty() {
+        findings.push(finding(
+            "program-before",
+            Weight::Low,
+            "programs of others run before ours: they can refuse what is allowed; what they rewrite is judged as rewritten",
+            before.iter().map(shown),
+            "nothing, if they are meant to be there",
+        ));
+    }
+}
+
+fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
+    let shown = |place: &&PlaceMode| {
+        format!(
+            "{} is owned by uid {} with mode {:04o}",
+            place.path.display(),
+            place.uid,
+            place.mode
+        )
+    };
+    let of = |kinds: &[PlaceKind], bad: fn(&PlaceMode) -> bool| -> Vec<String> {
+        let found = places.iter().filter(|place| kinds.contains(&place.kind) && bad(place));
+        found.map(|place| shown(&place)).collect()
+    };
+    let others_write = |place: &PlaceMode| place.uid != 0 || place.mode & 0o022 != 0;
+    let open = of(&[PlaceKind::Bpffs], |place| {
+        place.uid != 0 || (place.mode & 0o022 != 0 && place.mode & 0o1000 == 0)
+    });
+    if !open.is_empty() {
+        findings.push(finding(
+            "bpffs-open",
+            Weight::High,
+            "others can write where the pins lie, and put something else in their place",
+            open,
+            "mount -o remount,mode=0700 on that bpffs (or chmod 0700, chown root), then restart enforcer run",
+        ));
+    }
+    let sticky = of(&[PlaceKind::Bpffs], |place| {
+        place.uid == 0 && place.mode & 0o022 != 0 && place.mode & 0o1000 != 0
+    });
+    if !sticky.is_empty() {
+        findings.push(finding(
+            "bpffs-shared",
+            Weight::Low,
+            "others can make files where the pin directory lies; its sticky bit keeps them from ours",
+            sticky,
+            "mount -o remount,mode=0700 on that bpffs, unless they are meant to",
+        ));
+    }
+    let open = of(&[PlaceKind::PinDir, PlaceKind::Pin], |place| {
+        place.uid != 0 || place.mode & 0o077 != 0
+    });
+    if !open.is_empty() {
+        findings.push(finding(
+            "pins-open",
+            Weight::High,
+            "others can open what is pinned: they can detach the links or change the rules",
+            open,
+            "chown root and chmod 0700 the directories, 0600 the pins; then look whether all is as it was: enforcer verify",
+        ));
+    }
+    let open = of(&[PlaceKind::StateDir], others_write);
+    if !open.is_empty() {
+        findings.push(finding(
+            "state-open",
+            Weight::Medium,
+            "others can write the addresses that are protected at the next start; they are not trusted until that is mended",
+            open,
+            "chown root and chmod 0700 it, and look at names.json in it",
+        ));
+    }
+    let mut open = of(&[PlaceKind::SocketDir], others_write);
+    open.extend(of(&[PlaceKind::Socket], |place| {
+        place.uid != 0 || place.mode & 0o077 != 0
+    }));
+    if !open.is_empty() {
+        findings.push(finding(
+            "socket-open",
+            Weight::Medium,
+            "others can reach or replace the control socket; it answers root alone, but what they put there could answer in its place",
+            open,
+            "chown root and chmod 0700 the directory, 0600 the socket; restart enforcer run",
+        ));
+    }
+}
+
+/// Services at the port of an endpoint of this host that can be reached by an address that is no endpoint.
+fn listeners(seen: &Seen) -> Option<Finding> {
+    let rules = seen.rules.as_ref()?;
+    let here = here(seen);
+    let guarded = |protocol, port| {
+        rules.places.iter().any(|(place, _)| {
+            (place.protocol, place.port) == (protocol, port)
+                && is_single(&place.net)
+                && (here.contains(&place.net.addr()) || place.net.addr().is_loopback())
+        })
+    };
+    let mut open: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for listener in &seen.listeners {
+        let (at, protocol) = (listener.at, listener.protocol);
+        if !guarded(protocol, at.port()) {
+            continue;
+        }
+        let reached = here.iter().filter(|address| match at.ip() {
+            // An IPv6 socket takes IPv4 too, unless it was told not to: that it was cannot be seen from here.
+            IpAddr::V6(own) if own.is_unspecified() => true,
+            IpAddr::V4(own) if own.is_unspecified() => address.is_ipv4(),
+            IpAddr::V4(_) | IpAddr::V6(_) => at.ip().to_canonical() == **address,
+        });
+        let through = reached.filter(|address| owners(rules, protocol, **address, at.port()) == 0);
+        let through: BTreeSet<String> = through.map(ToString::to_string).collect();
+        if !through.is_empty() {
+            open.entry(format!("{protocol} {at}")).or_default().extend(through);
+        }
+    }
+    if open.is_empty() {
+        return None;
+    }
+    Some(finding(
+        "listener-beyond-endpoint",
+        Weight::High,
+        "a service at an endpoint's port listens on more addresses than are guarded: it is reached through the others",
+        open.into_iter().map(|(listener, through)| {
+            let through: Vec<String> = through.into_iter().collect();
+            format!("{listener} is open at {}", through.join(", "))
+        }),
+        "make the endpoint tcp://local:PORT, or name the other addresses too, or have the service listen on the guarded one alone",
+    ))
+}
+
+/// B6: rules of earlier stemcells and of the agent's own.
+fn old_rules(seen: &Seen) -> Option<Finding> {
+    let agents = seen
+        .chains
+        .iter()
+        .filter(|(family, table, chain)| family == "inet" && AGENT_CHAINS.contains(&(table.as_str(), chain.as_str())));
+    let mut all: Vec<String> = agents
+        .map(|(family, table, chain)| format!("nft chain {family} {table} {chain}"))
+        .collect();
+    let by_cgroup = seen
+        .foreign
+        .iter()
+        .filter(|rule| rule.table == "mangle" && rule.matches.iter().any(|name| name == "cgroup"));
+    all.extend(by_cgroup.map(|rule| format!("iptables -t mangle, chain {}: a match by cgroup", rule.chain)));
+    let legacy = seen.legacy.iter().filter(|rule| rule.is_stemcells());
+    all.extend(legacy.map(|rule| format!("iptables-legacy -t {} {}", rule.table, rule.text)));
+    all.sort_unstable();
+    all.dedup();
+    if all.is_empty() {
+        return None;
+    }
+    Some(finding(
+        "old-stemcell-rules",
+        Weight::Medium,
+        "rules of an earlier stemcell or of the BOSH agent's own firewall are in force besides ours: they drop in silence what ours allow, and go out of date",
+        all,
+        "remove them once enforcer guards the same endpoints (nft delete table inet bosh_agent; iptables -t mangle -D …), and have the agent not make them again",
+    ))
+}

@@ -1,0 +1,247 @@
+//! Grants (B4): who was let in to a target besides its configuration, by whom, until when. Pure; `grants/file.rs` keeps them on disk.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+
+use crate::{
+    events::{GrantEvent, rfc3339},
+    policy::{CgroupPath, Policy, Principal, Uid},
+};
+
+mod file;
+#[cfg(test)]
+mod tests;
+
+pub use file::{FileError, load, save};
+
+/// Most grants at a time (F7).
+pub const MAX_GRANTS: usize = 1024;
+
+/// Who is let in.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Grantee {
+    /// Whoever is below a cgroup, which is not the root.
+    Cgroup(CgroupPath),
+    /// A user, anywhere.
+    User(Uid),
+    /// A user below a cgroup.
+    UserWithin(Uid, CgroupPath),
+}
+
+/// What a grant is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    /// A target's name.
+    pub target: String,
+    /// Who is let in.
+    pub to: Grantee,
+}
+
+/// How long, and at whose word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Term {
+    /// When it was granted first.
+    pub since: Timestamp,
+    /// When it ends by itself, by the wall clock; none for never.
+    pub expires: Option<Timestamp>,
+    /// Who asked for it last.
+    pub by: Asker,
+}
+
+/// Who asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asker {
+    /// Its process then, in the daemon's PID namespace; 0 where that cannot see it.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// Its name, its own choice.
+    pub comm: String,
+}
+
+/// Every grant, in force or not: those of targets that are not configured now wait for these to return.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Grants {
+    all: BTreeMap<Key, Term>,
+    /// Counts changes of whom they let in.
+    revision: u64,
+}
+
+/// What a grant did to one that was there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// There was none.
+    New,
+    /// There was one, which would have ended then.
+    Renewed {
+        /// Its end before.
+        expired: Option<Timestamp>,
+    },
+}
+
+/// A limit of grants; each message names it (F7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// [`MAX_GRANTS`].
+    #[error("there are {MAX_GRANTS} grants, the maximum; revoke some (enforcer grants lists them)")]
+    Grants,
+    /// Cgroups of too many depths, those that do not exist now counted too.
+    #[error(
+        "the cgroups that principals and grants name would lie at {found} different depths, more than the maximum of {}; grant an ancestor at a depth in use, or revoke grants",
+        enforcer_ebpf::MAX_CGROUP_LEVELS
+    )]
+    Depths {
+        /// How many.
+        found: usize,
+    },
+    /// A cgroup too deep.
+    #[error(
+        "the cgroup lies {found} levels deep, more than the maximum of {}; grant an ancestor of it",
+        enforcer_ebpf::MAX_CGROUP_DEPTH
+    )]
+    Depth {
+        /// Its depth.
+        found: usize,
+    },
+}
+
+impl Grants {
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Term)> {
+        self.all.iter()
+    }
+
+    /// Changes whenever whom they let in does.
+    #[must_use]
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Grants, or gives what was granted another end. What was granted first keeps its beginning.
+    pub fn grant(&mut self, key: Key, term: Term) -> Result<Change, LimitError> {
+        if let Some(known) = self.all.get_mut(&key) {
+            let expired = known.expires;
+            *known = Term {
+                since: known.since,
+                ..term
+            };
+            return Ok(Change::Renewed { expired });
+        }
+        if self.all.len() >= MAX_GRANTS {
+            return Err(LimitError::Grants);
+        }
+        self.all.insert(key, term);
+        self.revision += 1;
+        Ok(Change::New)
+    }
+
+    /// Ends one grant, or all of a target's; tells which.
+    pub fn revoke(&mut self, target: &str, to: Option<&Grantee>) -> Vec<(Key, Term)> {
+        self.remove(|key, _| key.target == target && to.is_none_or(|to| key.to == *to))
+    }
+
+    /// Ends those whose time has come; tells which.
+    pub fn expire(&mut self, now: Timestamp) -> Vec<(Key, Term)> {
+        self.remove(|_, term| term.expires.is_some_and(|end| end <= now))
+    }
+
+    /// Leaves out what has an end: where nobody stays to see to it.
+    pub fn without_end(&mut self) -> Vec<(Key, Term)> {
+        self.remove(|_, term| term.expires.is_some())
+    }
+
+    fn remove(&mut self, goes: impl Fn(&Key, &Term) -> bool) -> Vec<(Key, Term)> {
+        let gone: Vec<_> = self.all.extract_if(.., |key, term| goes(key, term)).collect();
+        self.revision += u64::from(!gone.is_empty());
+        gone
+    }
+
+    /// When the next one ends.
+    #[must_use]
+    pub fn next_expiry(&self) -> Option<Timestamp> {
+        self.all.values().filter_map(|term| term.expires).min()
+    }
+
+    /// The policy with what was granted: only targets that may be granted now.
+    #[must_use]
+    pub fn add_to(&self, policy: &Policy) -> Policy {
+        let mut policy = policy.clone();
+        for target in policy.targets.iter_mut().filter(|target| target.grants) {
+            let granted = self.all.keys().filter(|key| key.target == target.name);
+            target.principals.extend(granted.map(|key| key.to.principal()));
+        }
+        policy
+    }
+
+    /// Whether there is room for the cgroups of a policy, grants included, all of them existing (F7).
+    pub fn check_depths(policy: &Policy) -> Result<(), LimitError> {
+        let depth = |path: &CgroupPath| path.as_str().split('/').filter(|part| !part.is_empty()).count();
+        let depths: BTreeSet<usize> = policy.cgroups().iter().map(depth).collect();
+        if let Some(found) = depths.last().copied()
+            && found > enforcer_ebpf::MAX_CGROUP_DEPTH as usize
+        {
+            return Err(LimitError::Depth { found });
+        }
+        if depths.len() > enforcer_ebpf::MAX_CGROUP_LEVELS as usize {
+            return Err(LimitError::Depths { found: depths.len() });
+        }
+        Ok(())
+    }
+}
+
+impl Grantee {
+    /// Whom a rule set is to admit.
+    #[must_use]
+    pub fn principal(&self) -> Principal {
+        match self {
+            Self::Cgroup(cgroup) => Principal::Anybody { cgroup: cgroup.clone() },
+            Self::User(uid) => Principal::User {
+                uid: *uid,
+                cgroup: None,
+            },
+            Self::UserWithin(uid, cgroup) => Principal::User {
+                uid: *uid,
+                cgroup: Some(cgroup.clone()),
+            },
+        }
+    }
+
+    /// The user, if one was named.
+    #[must_use]
+    pub fn user(&self) -> Option<Uid> {
+        match self {
+            Self::Cgroup(_) => None,
+            Self::User(uid) | Self::UserWithin(uid, _) => Some(*uid),
+        }
+    }
+
+    /// The cgroup, unless it is anywhere.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&CgroupPath> {
+        match self {
+            Self::Cgroup(cgroup) | Self::UserWithin(_, cgroup) => Some(cgroup),
+            Self::User(_) => None,
+        }
+    }
+}
+
+impl Key {
+    /// As events tell that something was done about it; `by` where somebody asked.
+    #[must_use]
+    pub fn event(&self, action: &str, expires: Option<Timestamp>, by: Option<&Asker>) -> GrantEvent {
+        GrantEvent {
+            schema: "enforcer/grant/1".to_owned(),
+            time: rfc3339(std::time::SystemTime::from(Timestamp::now())),
+            action: action.to_owned(),
+            target: self.target.clone(),
+            user: self.to.user().map(|uid| uid.0),
+            cgroup: self.to.cgroup().map(ToString::to_string),
+            expires: expires.map(|end| end.to_string()),
+            expires_before: None,
+            pid: by.map(|by| by.pid),
+            uid: by.map(|by| by.uid),
+            comm: by.map(|by| by.comm.clone()),
+        }
+    }
+}

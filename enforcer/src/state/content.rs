@@ -1,0 +1,237 @@
+//! A rule set known good as JSON: canonical, without credentials, with nothing left to look up.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::{Backend, Existing, Forward, Settings},
+    policy::{CgroupPath, Dns, Endpoint, Mode, Name, Policy, Principal, Target, Uid, Unresolved},
+    resolve::{Known, KnownName},
+};
+
+/// All that is needed to put a rule set in force again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastGood {
+    /// How and where it was enforced.
+    pub settings: Settings,
+    /// What was asked for.
+    pub policy: Policy,
+    /// What names resolved to.
+    pub names: Known,
+    /// Where the settings lie that named the message bus, if any did (B2).
+    pub bosh: Option<PathBuf>,
+}
+
+/// As [`LastGood`], of somebody else's.
+#[derive(Clone, Copy, Debug)]
+pub struct LastGoodRef<'a> {
+    /// How and where it is enforced.
+    pub settings: &'a Settings,
+    /// What is asked for.
+    pub policy: &'a Policy,
+    /// What names resolve to.
+    pub names: &'a Known,
+    /// Where the settings lie that name the message bus, if any do.
+    pub bosh: Option<&'a Path>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Content {
+    #[serde(with = "ModeContent")]
+    mode: Mode,
+    #[serde(with = "SettingsContent")]
+    settings: Settings,
+    #[serde(with = "DnsContent")]
+    dns: Dns,
+    bosh: Option<PathBuf>,
+    targets: BTreeMap<String, TargetContent>,
+    names: BTreeMap<String, NameContent>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TargetContent {
+    endpoints: Vec<String>,
+    allow: Vec<PrincipalContent>,
+    grants: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
+enum PrincipalContent {
+    User { uid: u32, cgroup: Option<String> },
+    Anybody { cgroup: String },
+    Kernel,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NameContent {
+    current: BTreeSet<IpAddr>,
+    left: BTreeSet<IpAddr>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Mode", rename_all = "lowercase")]
+enum ModeContent {
+    Enforce,
+    Audit,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Settings", deny_unknown_fields)]
+struct SettingsContent {
+    #[serde(with = "BackendContent")]
+    backend: Backend,
+    #[serde(with = "ExistingContent")]
+    existing: Existing,
+    cgroup: Option<PathBuf>,
+    #[serde(with = "ForwardContent")]
+    forward: Forward,
+    pin_dir: PathBuf,
+    state_dir: PathBuf,
+    socket: PathBuf,
+    nft_table: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Backend", rename_all = "lowercase")]
+enum BackendContent {
+    Auto,
+    Ebpf,
+    Nftables,
+    Both,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Existing", rename_all = "lowercase")]
+enum ExistingContent {
+    Report,
+    Cut,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Forward", rename_all = "lowercase")]
+enum ForwardContent {
+    Refuse,
+    Allow,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Dns", deny_unknown_fields)]
+struct DnsContent {
+    min_refresh: Duration,
+    max_refresh: Duration,
+    retain: Duration,
+    #[serde(with = "UnresolvedContent")]
+    unresolved: Unresolved,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Unresolved", rename_all = "lowercase")]
+enum UnresolvedContent {
+    Open,
+    Closed,
+}
+
+impl From<&LastGoodRef<'_>> for Content {
+    fn from(good: &LastGoodRef<'_>) -> Self {
+        let Policy { mode, dns, targets } = good.policy;
+        let target = |target: &Target| {
+            let endpoints = target.endpoints.iter().map(ToString::to_string).collect();
+            let allow = target.principals.iter().map(PrincipalContent::from).collect();
+            let grants = target.grants;
+            let content = TargetContent {
+                endpoints,
+                allow,
+                grants,
+            };
+            (target.name.clone(), content)
+        };
+        let name = |(name, known): (&Name, &KnownName)| {
+            let KnownName { current, left } = known.clone();
+            (name.to_string(), NameContent { current, left })
+        };
+        Self {
+            mode: *mode,
+            settings: good.settings.clone(),
+            dns: *dns,
+            bosh: good.bosh.map(Path::to_path_buf),
+            targets: targets.iter().map(target).collect(),
+            names: good.names.iter().map(name).collect(),
+        }
+    }
+}
+
+impl From<&Principal> for PrincipalContent {
+    fn from(principal: &Principal) -> Self {
+        match principal {
+            Principal::User { uid, cgroup } => Self::User {
+                uid: uid.0,
+                cgroup: cgroup.as_ref().map(ToString::to_string),
+            },
+            Principal::Anybody { cgroup } => Self::Anybody {
+                cgroup: cgroup.to_string(),
+            },
+            Principal::Kernel => Self::Kernel,
+        }
+    }
+}
+
+impl TryFrom<Content> for LastGood {
+    type Error = String;
+
+    fn try_from(content: Content) -> Result<Self, String> {
+        let names = content.names.into_iter().map(|(name, known)| {
+            let NameContent { current, left } = known;
+            Ok((parsed(&name, Name::parse)?, KnownName { current, left }))
+        });
+        let names = names.collect::<Result<_, String>>()?;
+        let targets = content.targets.into_iter().map(|(name, target)| {
+            let endpoints = target.endpoints.iter().map(|text| parsed(text, Endpoint::parse));
+            Ok(Target {
+                endpoints: endpoints.collect::<Result<_, String>>()?,
+                principals: target.allow.iter().map(principal).collect::<Result<_, String>>()?,
+                grants: target.grants,
+                name,
+            })
+        });
+        Ok(Self {
+            settings: content.settings,
+            policy: Policy {
+                mode: content.mode,
+                dns: content.dns,
+                targets: targets.collect::<Result<_, String>>()?,
+            },
+            names,
+            bosh: content.bosh,
+        })
+    }
+}
+
+fn principal(content: &PrincipalContent) -> Result<Principal, String> {
+    Ok(match content {
+        PrincipalContent::User { uid, cgroup } => Principal::User {
+            uid: Uid(*uid),
+            cgroup: cgroup
+                .as_deref()
+                .map(|path| parsed(path, CgroupPath::parse))
+                .transpose()?,
+        },
+        PrincipalContent::Anybody { cgroup } => Principal::Anybody {
+            cgroup: parsed(cgroup, CgroupPath::parse)?,
+        },
+        PrincipalContent::Kernel => Principal::Kernel,
+    })
+}
+
+fn parsed<T, E: ToString>(text: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Result<T, String> {
+    parse(text).map_err(|error| error.to_string())
+}

@@ -1,0 +1,188 @@
+//! The file: what is kept comes back; whatever a power cut, a bad block or somebody else leaves is told and not used.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+};
+
+use proptest::prelude::*;
+
+use super::{FILE, LastGood, LastGoodRef, Record, StateError, load, load_early, parse, save};
+use crate::{
+    config::{Config, Settings},
+    policy::{HostUsers, Policy},
+    resolve::{Known, KnownName},
+};
+
+type Test = Result<(), Box<dyn std::error::Error>>;
+
+const TOML: &str = r#"
+mode = "audit"
+backend = "both"
+cgroup = "/sys/fs/cgroup/x"
+[dns]
+retain = "90s"
+unresolved = "closed"
+[target.bus]
+endpoints = ["nats://me:secret@nats.example:4222", "tcp://[2001:db8::5]:4222", "tcp://local:1", "udp://10.0.0.0/8:53", "tcp://[::/0]:9"]
+allow = ["root", 999, { user = 7, cgroup = "/a b/\u00e9" }, { kernel = true }]
+[target.empty]
+endpoints = []
+allow = []
+"#;
+
+fn good() -> Result<LastGood, Box<dyn std::error::Error>> {
+    let config = Config::parse(TOML, Path::new("x.toml"))?;
+    let (policy, _) = Policy::from_config(&config, &HostUsers)?;
+    let known = KnownName {
+        current: ["10.9.0.1".parse()?, "2001:db8::9".parse()?].into(),
+        left: ["10.9.0.2".parse()?].into(),
+    };
+    Ok(LastGood {
+        settings: config.settings,
+        names: policy.names().into_iter().map(|name| (name, known.clone())).collect(),
+        policy,
+        bosh: Some("/var/vcap/bosh".into()),
+    })
+}
+
+fn record(good: &LastGood) -> Result<Record, std::io::Error> {
+    Record::new(&LastGoodRef {
+        settings: &good.settings,
+        policy: &good.policy,
+        names: &good.names,
+        bosh: good.bosh.as_deref(),
+    })
+}
+
+/// A state directory with a file, and the file's bytes.
+fn kept() -> Result<(tempfile::TempDir, LastGood, Vec<u8>), Box<dyn std::error::Error>> {
+    let dir = tempfile::tempdir()?;
+    let good = good()?;
+    save(dir.path(), &record(&good)?)?;
+    let bytes = fs::read(dir.path().join(FILE))?;
+    Ok((dir, good, bytes))
+}
+
+#[test]
+fn n7_f4_what_is_kept_comes_back() -> Test {
+    let (dir, good, bytes) = kept()?;
+    let (again, mark) = load(dir.path())?.ok_or("nothing")?;
+    assert_eq!(again, good);
+    assert_eq!(mark, record(&good)?.mark);
+    assert!(!String::from_utf8(bytes)?.contains("secret"), "B2");
+    assert_eq!(
+        fs::metadata(dir.path().join(FILE))?.permissions().mode() & 0o7777,
+        0o600
+    );
+    assert_eq!(fs::read_dir(dir.path())?.count(), 1, "something was left aside");
+    let other = LastGood {
+        names: Known::new(),
+        settings: Settings::default(),
+        bosh: None,
+        ..good
+    };
+    save(dir.path(), &record(&other)?)?;
+    assert_eq!(load(dir.path())?.map(|(good, _)| good), Some(other));
+    Ok(())
+}
+
+#[test]
+fn f4_a_power_cut_at_every_byte_is_told() -> Test {
+    let (_dir, good, bytes) = kept()?;
+    for length in 0..bytes.len() {
+        let cut = bytes.get(..length).unwrap_or_default();
+        let loaded = parse(cut, Path::new(FILE));
+        assert!(
+            matches!(loaded, Err(StateError::Damaged { .. })),
+            "cut to {length} of {}: {loaded:?}",
+            bytes.len()
+        );
+        // What a file system may leave behind a size that was written before the data.
+        let mut zeros = cut.to_vec();
+        zeros.resize(bytes.len(), 0);
+        assert!(parse(&zeros, Path::new(FILE)).is_err(), "zeros from {length}");
+    }
+    assert_eq!(parse(&bytes, Path::new(FILE))?.0, good);
+    Ok(())
+}
+
+#[test]
+fn f4_every_single_bit_that_turns_is_told() -> Test {
+    let (_dir, good, bytes) = kept()?;
+    for at in 0..bytes.len() {
+        for bit in 0..8 {
+            let mut turned = bytes.clone();
+            if let Some(byte) = turned.get_mut(at) {
+                *byte ^= 1 << bit;
+            }
+            if let Ok((loaded, _)) = parse(&turned, Path::new(FILE)) {
+                assert_eq!(loaded, good, "bit {bit} of byte {at}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn f6_what_others_could_have_written_is_not_used() -> Test {
+    let (dir, _, bytes) = kept()?;
+    let path = dir.path().join(FILE);
+    let told = || {
+        load(dir.path())
+            .err()
+            .map(|error| error.to_string())
+            .unwrap_or_default()
+    };
+    if !nix::unistd::geteuid().is_root() {
+        assert!(told().contains("not trusted"), "{}", told());
+        return Ok(());
+    }
+    assert_eq!(told(), "");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o620))?;
+    assert!(told().contains("0620"), "{}", told());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    std::os::unix::fs::chown(&path, Some(65534), None)?;
+    assert!(told().contains("uid 65534"), "{}", told());
+    fs::rename(&path, dir.path().join("other"))?;
+    std::os::unix::fs::chown(dir.path().join("other"), Some(0), None)?;
+    symlink("other", &path)?;
+    assert!(told().contains(FILE), "a link was followed");
+    fs::remove_file(&path)?;
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR)?;
+    assert!(told().contains("not a regular file"), "{}", told());
+    fs::remove_file(&path)?;
+    let newer = String::from_utf8(bytes)?.replace("last-good/1", "last-good/2");
+    fs::write(&path, newer)?;
+    assert!(told().contains("enforcer/last-good/2"), "{}", told());
+    fs::write(&path, "{\"schema\":\"enforcer/last-good/2\",\"other\":[]}")?;
+    assert!(told().contains("another version"), "{}", told());
+    Ok(())
+}
+
+#[test]
+fn the_file_of_an_earlier_version_is_read_once() -> Test {
+    let dir = tempfile::tempdir()?;
+    let early = dir.path().join("names.json");
+    fs::write(
+        &early,
+        r#"{"schema":"enforcer/names/1","names":{"nats.example":["10.9.0.1"]}}"#,
+    )?;
+    let known = load_early(dir.path());
+    if nix::unistd::geteuid().is_root() {
+        assert_eq!(known.len(), 1);
+    }
+    save(dir.path(), &record(&good()?)?)?;
+    assert!(!early.exists() && load_early(dir.path()).is_empty());
+    fs::write(&early, "not JSON")?;
+    assert!(load_early(dir.path()).is_empty());
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn garbage_is_damage(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        prop_assert!(parse(&bytes, Path::new(FILE)).is_err());
+    }
+}

@@ -1,0 +1,261 @@
+//! `enforcer verify`: what the kernel holds against what is wanted, entry by entry. Pure; the backends read and name their parts.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write as _},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Most differences that are listed; all are counted.
+const MAX_LISTED: usize = 256;
+
+/// `enforcer verify --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verification {
+    /// `enforcer/verify/1`.
+    pub schema: String,
+    /// Whether the kernel holds exactly what is wanted.
+    pub identical: bool,
+    /// `daemon`: against what it wants now; `configuration`: against the file and the addresses known last.
+    pub against: String,
+    /// `ebpf`, `nftables` or `both`: what was looked at.
+    pub backend: String,
+    /// Number of the rule set in force, 0 for none.
+    pub generation: u64,
+    /// Entries compared.
+    pub compared: u64,
+    /// How many differences of each object.
+    pub counts: BTreeMap<String, u64>,
+    /// The first of the differences.
+    pub differences: Vec<Difference>,
+}
+
+/// Something in which the kernel differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// A map, link, pin, chain, set, …
+    pub object: String,
+    /// How.
+    pub kind: Kind,
+    /// Which entry.
+    pub entry: String,
+    /// As wanted; null for what is extra.
+    pub wanted: Option<String>,
+    /// As found; null for what is missing.
+    pub found: Option<String>,
+}
+
+/// How something differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Wanted, and not there.
+    Missing,
+    /// There, and not wanted.
+    Extra,
+    /// There, but not as wanted.
+    Changed,
+}
+
+/// Differences as they are found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Comparison {
+    compared: u64,
+    counts: BTreeMap<String, u64>,
+    differences: Vec<Difference>,
+}
+
+impl Comparison {
+    /// Compares two sets of entries of an object.
+    pub fn entries<K: Ord + fmt::Debug, V: PartialEq + fmt::Debug>(
+        &mut self,
+        object: &str,
+        wanted: impl IntoIterator<Item = (K, V)>,
+        found: impl IntoIterator<Item = (K, V)>,
+    ) {
+        let wanted: BTreeMap<K, V> = wanted.into_iter().collect();
+        let mut found: BTreeMap<K, V> = found.into_iter().collect();
+        for (key, value) in &wanted {
+            let there = found.remove(key);
+            self.one(object, || format!("{key:?}"), Some(value), there.as_ref());
+        }
+        for (key, value) in &found {
+            self.one(object, || format!("{key:?}"), None, Some(value));
+        }
+    }
+
+    /// Counts entries that are known to be as wanted.
+    pub fn same(&mut self, entries: usize) {
+        self.compared += u64::try_from(entries).unwrap_or(u64::MAX);
+    }
+
+    /// Compares one entry.
+    pub fn one<V: PartialEq + fmt::Debug>(
+        &mut self,
+        object: &str,
+        entry: impl FnOnce() -> String,
+        wanted: Option<&V>,
+        found: Option<&V>,
+    ) {
+        self.compared += 1;
+        let kind = match (wanted, found) {
+            (Some(wanted), Some(found)) if wanted == found => return,
+            (None, None) => return,
+            (Some(_), Some(_)) => Kind::Changed,
+            (Some(_), None) => Kind::Missing,
+            (None, Some(_)) => Kind::Extra,
+        };
+        let shown = |value: Option<&V>| value.map(|value| format!("{value:?}"));
+        *self.counts.entry(object.to_owned()).or_default() += 1;
+        if self.differences.len() < MAX_LISTED {
+            self.differences.push(Difference {
+                object: object.to_owned(),
+                kind,
+                entry: entry(),
+                wanted: shown(wanted),
+                found: shown(found),
+            });
+        }
+    }
+
+    /// Compares what is told in words.
+    pub fn words(&mut self, object: &str, entry: &str, wanted: &str, found: &str) {
+        self.one(object, || entry.to_owned(), Some(&Words(wanted)), Some(&Words(found)));
+    }
+
+    /// What names are there against those that should be.
+    pub fn names<'a>(
+        &mut self,
+        object: &str,
+        wanted: impl IntoIterator<Item = &'a str>,
+        found: impl IntoIterator<Item = &'a str>,
+    ) {
+        let (wanted, found): (BTreeSet<_>, BTreeSet<_>) = (wanted.into_iter().collect(), found.into_iter().collect());
+        for name in wanted.union(&found) {
+            let there = Words(name);
+            self.one(
+                object,
+                || (*name).to_owned(),
+                wanted.contains(name).then_some(&there),
+                found.contains(name).then_some(&there),
+            );
+        }
+    }
+
+    /// The whole answer.
+    #[must_use]
+    pub fn finish(self, against: &str, backend: &str, generation: u64) -> Verification {
+        Verification {
+            schema: "enforcer/verify/1".to_owned(),
+            identical: self.counts.is_empty(),
+            against: against.to_owned(),
+            backend: backend.to_owned(),
+            generation,
+            compared: self.compared,
+            counts: self.counts,
+            differences: self.differences,
+        }
+    }
+}
+
+/// Shown without quotes.
+#[derive(PartialEq)]
+struct Words<'a>(&'a str);
+
+impl fmt::Debug for Words<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl Verification {
+    /// As a person reads it.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        let against = match self.against.as_str() {
+            "daemon" => "what the daemon wants now",
+            _ => "the configuration and the addresses known last; no daemon answers",
+        };
+        let total: u64 = self.counts.values().sum();
+        let _ = if self.identical {
+            writeln!(
+                text,
+                "identical: {} entries of {}, generation {}",
+                self.compared, self.backend, self.generation
+            )
+        } else {
+            writeln!(
+                text,
+                "drifted: {total} of {} entries differ, generation {}",
+                self.compared, self.generation
+            )
+        };
+        let _ = writeln!(text, "compared with {against}");
+        for difference in &self.differences {
+            let kind = match difference.kind {
+                Kind::Missing => "missing",
+                Kind::Extra => "extra",
+                Kind::Changed => "changed",
+            };
+            let _ = writeln!(text, "  {kind:<8}{}: {}", difference.object, difference.entry);
+            match (&difference.wanted, &difference.found) {
+                (Some(wanted), Some(found)) => {
+                    let _ = writeln!(text, "          wanted {wanted}\n          found  {found}");
+                }
+                (Some(value), None) | (None, Some(value)) if *value != difference.entry => {
+                    let _ = writeln!(text, "          {value}");
+                }
+                (Some(_) | None, None) | (None, Some(_)) => {}
+            }
+        }
+        let listed = u64::try_from(self.differences.len()).unwrap_or(u64::MAX);
+        if total > listed {
+            let _ = writeln!(text, "  … and {} more", total - listed);
+        }
+        if !self.identical {
+            let remedy = if self.against == "daemon" {
+                "the daemon restores this within seconds; find out who changed it (nft monitor, bpftool, the audit log)"
+            } else {
+                "start enforcer run, or enforcer apply, to put in force what is wanted; find out who changed it"
+            };
+            let _ = writeln!(text, "do: {remedy}");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_difference_is_counted_and_the_first_are_listed() {
+        let mut comparison = Comparison::default();
+        comparison.entries("map", [(1, 'a'), (2, 'b'), (3, 'c')], [(2, 'b'), (3, 'x'), (4, 'd')]);
+        let found = comparison.clone().finish("daemon", "ebpf", 7);
+        assert!(!found.identical);
+        assert_eq!(found.compared, 4);
+        let kinds: Vec<_> = found
+            .differences
+            .iter()
+            .map(|one| (one.kind, one.entry.as_str()))
+            .collect();
+        assert_eq!(kinds, [(Kind::Missing, "1"), (Kind::Changed, "3"), (Kind::Extra, "4")]);
+        comparison.entries("more", (0..1000).map(|key| (key, ())), []);
+        let found = comparison.finish("configuration", "ebpf", 7);
+        assert_eq!(found.counts.get("more"), Some(&1000));
+        assert_eq!(found.differences.len(), MAX_LISTED);
+        let text = found.render();
+        assert!(text.contains("and 747 more") && text.contains("do: "), "{text}");
+
+        let mut same = Comparison::default();
+        same.entries("map", [(1, 'a')], [(1, 'a')]);
+        same.words("link", "connect4", "attached", "attached");
+        same.names("pin", ["a"], ["a"]);
+        let same = same.finish("daemon", "both", 3);
+        assert!(same.identical && same.compared == 3, "{same:?}");
+        assert!(same.render().starts_with("identical: 3 entries"));
+    }
+}

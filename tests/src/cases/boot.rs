@@ -1,0 +1,271 @@
+//! F4, N7: a start puts the last rule set known good in force first, whatever has become of configuration, DNS and the file.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+
+use super::{
+    Case, case,
+    names::{Named, addresses},
+};
+use crate::{
+    backend::EBPF,
+    dns::Zone,
+    world::{Daemon, Listener, NOBODY, World, ran, until},
+};
+
+const FILE: &str = "last-good.json";
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("f4_a_bad_configuration_at_boot_leaves_the_last_good", bad_configuration),
+        case(
+            "f4_without_a_last_good_a_bad_configuration_is_the_end",
+            nothing_to_fall_back_to,
+        ),
+        case("f4_a_cgroup_missing_at_boot_keeps_nobody_from_starting", missing_cgroup),
+        // In another network namespace, where a table would not guard ours.
+        case("f4_n7_apply_last_good_needs_nothing_else", apply_last_good).on(EBPF),
+        case("f4_a_power_cut_of_any_length_is_told", power_cuts),
+        case("f4_a_start_at_other_places_leaves_nothing_at_the_old", moved).on(EBPF),
+        case("f4_a_last_good_of_another_version_is_kept_and_told", other_version),
+    ]
+}
+
+/// A world whose rules a daemon has had in force, then everything of ours left the kernel, as by a reboot.
+fn rebooted(allow: &str) -> Result<(World, Listener)> {
+    let world = World::new()?;
+    let listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], allow)?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    unload(&world, daemon)?;
+    world.attack(NOBODY).reaches()?;
+    Ok((world, listener))
+}
+
+fn unload(world: &World, daemon: Daemon) -> Result<()> {
+    world.enforcer(&["unload"])?.demand(0)?;
+    drop(daemon);
+    Ok(())
+}
+
+fn guarded(world: &World) -> Result<()> {
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()
+}
+
+/// Demands a cause in the status.
+fn told(world: &World, says: &str) -> Result<()> {
+    let status = asked(world)?;
+    ensure!(
+        status.contains("degraded") && status.contains(says),
+        "{says:?}: {status}"
+    );
+    Ok(())
+}
+
+/// Asked of the daemon itself: the configuration that tells the command where it is may be broken.
+fn asked(world: &World) -> Result<String> {
+    crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")
+}
+
+fn bad_configuration() -> Result<()> {
+    for by_signal in [false, true] {
+        let (world, _listener) = rebooted(r#"["root"]"#)?;
+        let toml = world.path("enforcer.toml");
+        let good = fs::read_to_string(&toml)?;
+        for bad in [
+            "bogus = 1\n",
+            "[target.x\n",
+            "[target.x]\nendpoints = []\nallow = [\"nosuchuser\"]\n",
+        ] {
+            fs::write(&toml, format!("{good}{bad}"))?;
+            let daemon = world.daemon()?;
+            guarded(&world)?;
+            told(&world, "the last rule set known good is in force instead")?;
+            unload_raw(&world, daemon)?;
+            world.attack(NOBODY).reaches()?;
+        }
+        fs::remove_file(&toml)?;
+        fs::write(&toml, format!("{good}bogus = 1\n"))?;
+        let daemon = world.daemon()?;
+        guarded(&world)?;
+        fs::write(&toml, &good)?;
+        if by_signal {
+            daemon.signal(nix::sys::signal::Signal::SIGHUP)?;
+        }
+        until("the configuration is taken", || {
+            Ok(asked(&world)?.contains("\"enforcing\""))
+        })?;
+        guarded(&world)?;
+        ensure!(daemon.log().matches("bogus").count() == 1, "{}", daemon.log());
+    }
+    Ok(())
+}
+
+/// By the socket alone.
+fn unload_raw(world: &World, daemon: Daemon) -> Result<()> {
+    let answer = crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"unload\"}\n")?;
+    ensure!(answer.contains("done"), "{answer}");
+    drop(daemon);
+    Ok(())
+}
+
+fn nothing_to_fall_back_to() -> Result<()> {
+    let world = World::new()?;
+    world.configure("bogus = 1\n")?;
+    let ended = world.enforcer(&["run"])?.demand(2)?;
+    ensure!(
+        ended.stderr.contains("bogus") && ended.stderr.trim_end().lines().count() == 1,
+        "{ended:?}"
+    );
+    Ok(())
+}
+
+fn missing_cgroup() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let child = world.cgroup.join("child");
+    fs::create_dir(&child)?;
+    let path = format!("/{}/child", world.name());
+    world.configure_one(
+        &[format!("tcp://{}", world.here())],
+        &format!("[\"root\", {{ user = {NOBODY}, cgroup = {path:?} }}]"),
+    )?;
+    let within = || world.attack(NOBODY).in_cgroup(&child);
+    let daemon = world.daemon()?;
+    within().reaches()?;
+    guarded(&world)?;
+    unload(&world, daemon)?;
+    fs::remove_dir(&child)?;
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    told(&world, &path)?;
+    fs::create_dir(&child)?;
+    until("the configuration is taken", || {
+        Ok(asked(&world)?.contains("\"enforcing\""))
+    })
+    .map_err(|error| error.context(daemon.log()))?;
+    within().reaches()?;
+    guarded(&world)
+}
+
+fn apply_last_good() -> Result<()> {
+    let fresh = World::new()?;
+    fresh.configure("")?;
+    let none = fresh.enforcer(&["apply", "--last-good"])?.demand(0)?;
+    ensure!(none.stdout.contains("nothing known yet"), "{none:?}");
+
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    let daemon = named.daemon()?;
+    let world = &named.world;
+    ensure!(named.denied("10.9.0.1")?, "the address is open");
+    unload(world, daemon)?;
+    named.dns.set("bus.test", Zone::Silence);
+    let toml = world.path("enforcer.toml");
+    let good = fs::read_to_string(&toml)?;
+    fs::write(&toml, format!("{good}\n[[[ bogus"))?;
+    // No network either.
+    let mut command = std::process::Command::new("unshare");
+    command.arg("--net").arg(crate::world::binary("enforcer")?);
+    command.arg("--config").arg(&toml);
+    let applied = ran(command.args(["apply", "--last-good"]))?.demand(0)?;
+    ensure!(applied.stdout.contains("enforcing"), "{applied:?}");
+    fs::write(&toml, &good)?;
+    ensure!(named.denied("10.9.0.1")?, "the address is open");
+    // What is in force stays.
+    let again = world.enforcer(&["apply", "--last-good"])?.demand(0)?;
+    ensure!(again.stdout.contains("generation 1,"), "{again:?}");
+    world.enforcer(&["unload"])?.demand(0)?;
+    let path = world.path("state").join(FILE);
+    let text = fs::read_to_string(&path)?;
+    fs::write(&path, text.replace("10.9.0.1", "10.9.0.2"))?;
+    let damaged = world.enforcer(&["apply", "--last-good"])?.demand(2)?;
+    ensure!(
+        damaged.stderr.contains("damaged") && damaged.stderr.contains(FILE),
+        "{damaged:?}"
+    );
+    ensure!(!named.denied("10.9.0.2")?, "a damaged file was believed");
+    Ok(())
+}
+
+fn power_cuts() -> Result<()> {
+    let (world, _listener) = rebooted(r#"["root"]"#)?;
+    let path = world.path("state").join(FILE);
+    let whole = fs::read(&path)?;
+    // Every length is tried by the unit tests; here what a real start makes of some.
+    let lengths = (0..whole.len()).step_by(whole.len() / 12).chain([whole.len() - 1]);
+    let mut starts = 0;
+    for length in lengths {
+        fs::write(&path, whole.get(..length).unwrap_or_default())?;
+        let refused = world.enforcer(&["apply", "--last-good"])?.demand(2)?;
+        ensure!(refused.stderr.contains("damaged"), "{length}: {refused:?}");
+        let daemon = world.daemon()?;
+        guarded(&world)?;
+        ensure!(daemon.log().contains("damaged"), "{length}: {}", daemon.log());
+        // Something good is in force: it has replaced what was damaged.
+        until("it is kept again", || Ok(fs::read(&path)? == whole))?;
+        until("all is well", || Ok(asked(&world)?.contains("\"enforcing\"")))?;
+        unload(&world, daemon)?;
+        starts += 1;
+    }
+    println!("    {starts} starts with a file of {} bytes cut short", whole.len());
+    // With the configuration gone as well there is nothing: that is said, and the file is left as it is.
+    let cut = whole.get(..whole.len() / 2).unwrap_or_default();
+    fs::write(&path, cut)?;
+    let toml = fs::read_to_string(world.path("enforcer.toml"))?;
+    fs::write(world.path("enforcer.toml"), format!("{toml}bogus = 1\n"))?;
+    world.enforcer(&["run"])?.demand(2)?;
+    ensure!(fs::read(&path)? == cut, "a damaged file was replaced by nothing");
+    // A file that was being written when the power went is none.
+    fs::write(&path, &whole)?;
+    fs::write(world.path("state").join(format!("{FILE}.new")), cut)?;
+    let _daemon = world.daemon()?;
+    guarded(&world)
+}
+
+fn moved() -> Result<()> {
+    let (world, _listener) = rebooted(r#"["root"]"#)?;
+    let toml = fs::read_to_string(world.path("enforcer.toml"))?;
+    let pins = format!("{}_b", world.pins().display());
+    let before = format!("pin_dir = {:?}", world.pins().display().to_string());
+    fs::write(
+        world.path("enforcer.toml"),
+        toml.replace(&before, &format!("pin_dir = {pins:?}")),
+    )?;
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    ensure!(!world.pins().exists(), "rules were left at {}", world.pins().display());
+    unload(&world, daemon)?;
+    // A place that cannot be: the last good stays.
+    fs::write(
+        world.path("enforcer.toml"),
+        toml.replace(
+            &before,
+            &format!("pin_dir = {:?}", world.path("pins").display().to_string()),
+        ),
+    )?;
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    told(&world, "bpffs")?;
+    unload_raw(&world, daemon)
+}
+
+fn other_version() -> Result<()> {
+    let (world, _listener) = rebooted(r#"["root"]"#)?;
+    let path = world.path("state").join(FILE);
+    let newer = fs::read_to_string(&path)?.replace("last-good/1", "last-good/7");
+    fs::write(&path, &newer)?;
+    let refused = world.enforcer(&["apply", "--last-good"])?.demand(2)?;
+    ensure!(refused.stderr.contains("enforcer/last-good/7"), "{refused:?}");
+    world.attack(NOBODY).reaches()?;
+    ensure!(fs::read_to_string(&path)? == newer, "it was replaced by nothing");
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    ensure!(daemon.log().contains("last-good/7"), "{}", daemon.log());
+    Ok(())
+}

@@ -1,0 +1,419 @@
+//! `enforcer doctor`: each thing that weakens protection, made really, is found, and is not found before.
+
+use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
+
+use anyhow::{Result, bail, ensure};
+use serde_json::Value;
+
+use super::{Case, case, names::Named};
+use crate::{
+    dns::Zone,
+    foreign::{ForeignProgram, Sharing},
+    world::{NOBODY, Netns, World, binary, ran},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("doctor_finds_what_this_kernel_can_do_and_leaves_nothing", kernel),
+        case("doctor_needs_root_and_an_image_that_is_there", refusals),
+        case("doctor_finds_translation_onto_an_endpoint", translation),
+        case("doctor_finds_source_routes_segment_routing_and_mptcp", ways_around),
+        case("doctor_finds_a_listener_beyond_its_endpoint", listener),
+        case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
+        case("doctor_finds_programs_of_others_by_their_order", programs),
+        case("doctor_finds_an_open_bpffs_and_open_pins", open_places),
+        case("doctor_finds_names_that_do_not_resolve", unresolved),
+        case("doctor_finds_a_process_with_capabilities", capable),
+        case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
+        case("doctor_judges_an_image", image),
+    ]
+}
+
+/// A network namespace of its own in which the binary looks around.
+struct Ward {
+    world: World,
+    netns: Netns,
+}
+
+impl Ward {
+    fn new(targets: &str) -> Result<Self> {
+        let world = World::new()?;
+        let netns = Netns::new(&world, "d")?;
+        world.configure(targets)?;
+        Ok(Self { world, netns })
+    }
+
+    /// One endpoint on this world's address, by a backend.
+    fn guarded(backend: &str) -> Result<Self> {
+        let ward = Self::new("")?;
+        ward.guard(backend, &[format!("tcp://{}", ward.world.here())])?;
+        Ok(ward)
+    }
+
+    fn guard(&self, backend: &str, endpoints: &[String]) -> Result<()> {
+        self.world.configure(&format!(
+            "backend = {backend:?}\n[target.main]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n"
+        ))?;
+        self.netns.enforcer(&self.world, &["apply"])?.demand(0).map(drop)
+    }
+
+    fn report(&self) -> Result<Value> {
+        let ran = self.netns.enforcer(&self.world, &["doctor", "--json"])?;
+        // On any machine something is found: no daemon runs here.
+        ran.demand(1).and_then(|ran| Ok(serde_json::from_str(&ran.stdout)?))
+    }
+
+    fn finds(&self, id: &str) -> Result<Value> {
+        let report = self.report()?;
+        found(&report, id)
+            .cloned()
+            .ok_or_else(|| anyhow::anyhow!("{id} is not in {report}"))
+    }
+
+    fn misses(&self, id: &str) -> Result<()> {
+        let report = self.report()?;
+        ensure!(found(&report, id).is_none(), "{id} is in {report}");
+        Ok(())
+    }
+}
+
+fn found<'a>(report: &'a Value, id: &str) -> Option<&'a Value> {
+    report["findings"]
+        .as_array()?
+        .iter()
+        .find(|finding| finding["id"] == id)
+}
+
+fn kernel() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    let programs = |world: &World| ran(Command::new("bpftool").args(["cgroup", "show"]).arg(&world.cgroup));
+    let before = programs(&ward.world)?.demand(0)?.stdout;
+    let report = ward.report()?;
+    let features = report["features"].as_array().cloned().unwrap_or_default();
+    ensure!(features.len() == 25, "{report}");
+    for feature in &features {
+        ensure!(feature["state"] == "supported", "{feature}");
+    }
+    ensure!(report["schema"] == "enforcer/doctor/1", "{report}");
+    ensure!(report["choice"]["backend"] == "ebpf", "{report}");
+    ensure!(found(&report, "no-daemon").is_some(), "{report}");
+    ensure!(report["unseen"].as_array().is_some_and(Vec::is_empty), "{report}");
+    let after = programs(&ward.world)?.demand(0)?.stdout;
+    ensure!(before == after, "{before} became {after}");
+    let tables = ward.netns.nft("list tables")?;
+    ensure!(!tables.contains("probe"), "{tables}");
+    ensure!(!Path::new("/sys/fs/bpf/enforcer_probe").exists());
+    // The text says the same, and what to do about each.
+    let text = ward.netns.enforcer(&ward.world, &["doctor"])?.demand(1)?.stdout;
+    for finding in report["findings"].as_array().into_iter().flatten() {
+        ensure!(
+            text.contains(finding["id"].as_str().unwrap_or("?")),
+            "{finding} is not in {text}"
+        );
+    }
+    ensure!(text.matches("do: ").count() >= 2, "{text}");
+    Ok(())
+}
+
+fn refusals() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    let other = ran(ward.world.enforcer_as(NOBODY)?.arg("doctor"))?.demand(2)?;
+    ensure!(other.stderr.contains("run as root"), "{other:?}");
+    let gone = ward
+        .world
+        .enforcer(&["doctor", "--root", "/no/such/image"])?
+        .demand(2)?;
+    ensure!(gone.stderr.contains("/no/such/image"), "{gone:?}");
+    Ok(())
+}
+
+fn translation() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    ward.misses("nat-onto-endpoint")?;
+    ward.netns.nft("add table ip theirs")?;
+    ward.netns
+        .nft("add chain ip theirs out { type nat hook output priority -100 ; }")?;
+    let elsewhere = "10.9.9.9";
+    let rule = |to: &str| format!("add rule ip theirs out ip daddr {elsewhere} tcp dport 80 dnat to {to}");
+    ward.netns.nft(&rule("10.1.1.1:80"))?;
+    ward.misses("nat-onto-endpoint")?;
+    ward.netns.nft(&rule(&ward.world.here().to_string()))?;
+    let finding = ward.finds("nat-onto-endpoint")?;
+    ensure!(
+        finding["weight"] == "high" && finding["do"].to_string().contains("both"),
+        "{finding}"
+    );
+    // nftables judges after it.
+    ward.guard("both", &[format!("tcp://{}", ward.world.here())])?;
+    ward.misses("nat-onto-endpoint")?;
+    ward.guard("ebpf", &["tcp://127.0.0.1:2822".to_owned()])?;
+    ward.misses("nat-onto-endpoint")?;
+    ward.netns
+        .nft("add rule ip theirs out tcp dport 81 redirect to :2822")?;
+    ward.finds("nat-onto-endpoint")?;
+    Ok(())
+}
+
+fn ways_around() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    let set = |setting: &str| {
+        ran(ward.netns.command(Path::new("sysctl")).args(["-qw", setting]))?
+            .demand(0)
+            .map(drop)
+    };
+    set("net.ipv4.conf.all.accept_source_route=0")?;
+    set("net.mptcp.enabled=1")?;
+    for id in ["source-route", "segment-routing", "mptcp-add-addr"] {
+        ward.misses(id)?;
+    }
+    set("net.ipv4.conf.all.accept_source_route=1")?;
+    set("net.ipv4.conf.lo.accept_source_route=1")?;
+    set("net.ipv6.conf.all.seg6_enabled=1")?;
+    set("net.ipv6.conf.lo.seg6_enabled=1")?;
+    ward.netns
+        .ip(&["mptcp", "limits", "set", "add_addr_accepted", "2", "subflows", "2"])?;
+    for id in ["source-route", "segment-routing"] {
+        let finding = ward.finds(id)?;
+        ensure!(finding["items"].to_string().contains("\"lo\""), "{finding}");
+    }
+    let finding = ward.finds("mptcp-add-addr")?;
+    ensure!(finding["what"].to_string().contains("up to 2"), "{finding}");
+    Ok(())
+}
+
+fn listener() -> Result<()> {
+    let ward = Ward::new("")?;
+    let here = |address: &str| format!("tcp://{address}:{}", ward.world.port);
+    ward.guard("ebpf", &[here("127.0.0.1")])?;
+    ward.misses("listener-beyond-endpoint")?;
+    let _listener = crate::world::Listener::start(Some(&ward.netns.file()), ward.world.port, &[])?;
+    let finding = ward.finds("listener-beyond-endpoint")?;
+    ensure!(finding["items"].to_string().contains("::1"), "{finding}");
+    // As it says.
+    ward.guard("ebpf", &[here("local")])?;
+    ward.misses("listener-beyond-endpoint")
+}
+
+fn old_rules() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    ward.misses("old-stemcell-rules")?;
+    // As the agent makes them.
+    for command in [
+        "add table inet bosh_agent",
+        "add chain inet bosh_agent monit_access_jobs",
+        "add chain inet bosh_agent monit_access { type filter hook output priority -1 ; policy accept ; }",
+        "add rule inet bosh_agent monit_access jump monit_access_jobs",
+        "add rule inet bosh_agent monit_access meta skuid 0 ip daddr 127.0.0.1 tcp dport 2822 accept",
+        "add rule inet bosh_agent monit_access ip daddr 127.0.0.1 tcp dport 2822 drop",
+    ] {
+        ward.netns.nft(command)?;
+    }
+    let finding = ward.finds("old-stemcell-rules")?;
+    ensure!(
+        finding["items"].to_string().contains("bosh_agent monit_access"),
+        "{finding}"
+    );
+    ward.netns.nft("delete table inet bosh_agent")?;
+    ward.misses("old-stemcell-rules")
+}
+
+fn programs() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    let cgroup = ward.world.cgroup.clone();
+    for id in ["program-before", "program-after", "program-rewrites-after"] {
+        ward.misses(id)?;
+    }
+    {
+        let _theirs = ForeignProgram::passing(&cgroup, Sharing::Multi)?;
+        ward.finds("program-after")?;
+        ward.misses("program-rewrites-after")?;
+    }
+    {
+        let _theirs = ForeignProgram::rewriting(&cgroup, Sharing::Multi, Ipv4Addr::new(127, 9, 9, 9))?;
+        let finding = ward.finds("program-rewrites-after")?;
+        ensure!(finding["weight"] == "high", "{finding}");
+        ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
+        ward.guard("ebpf", &[format!("tcp://{}", ward.world.here())])?;
+        ward.misses("program-rewrites-after")?;
+        ward.finds("program-before")?;
+    }
+    ward.misses("program-before")
+}
+
+/// In a mount namespace of its own, so that nobody else meets the open bpffs.
+fn open_places() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    ward.misses("bpffs-open")?;
+    ward.misses("pins-open")?;
+    let look = |preparation: &str| -> Result<Value> {
+        let script = format!("{preparation} && shift && exec \"$@\"");
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script, "sh"]);
+        command.arg(ward.world.path("")).arg(binary("enforcer")?);
+        command.arg("--config").arg(ward.world.path("enforcer.toml"));
+        let ran = ran(command.args(["doctor", "--json"]))?.demand(1)?;
+        Ok(serde_json::from_str(&ran.stdout)?)
+    };
+    for (mode, id) in [("0777", "bpffs-open"), ("1777", "bpffs-shared")] {
+        let report = look(&format!("mount -t bpf bpf /sys/fs/bpf && chmod {mode} /sys/fs/bpf"))?;
+        ensure!(found(&report, id).is_some(), "{id} is not in {report}");
+    }
+    let pin = ward.world.pins().join("connect4");
+    fs::set_permissions(&pin, fs::Permissions::from_mode(0o666))?;
+    let finding = ward.finds("pins-open")?;
+    ensure!(finding["items"].to_string().contains("connect4"), "{finding}");
+    fs::set_permissions(&pin, fs::Permissions::from_mode(0o600))?;
+    let state = ward.world.path("state");
+    fs::create_dir_all(&state)?;
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o777))?;
+    ward.finds("state-open")?;
+    let run = ward.world.path("run");
+    fs::create_dir_all(&run)?;
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o777))?;
+    ward.finds("socket-open")?;
+    Ok(())
+}
+
+fn unresolved() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    let look = || -> Result<Value> {
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        Ok(serde_json::from_str(
+            &ran(command.args(["doctor", "--json"]))?.demand(1)?.stdout,
+        )?)
+    };
+    named.dns.set("bus.test", super::names::addresses(&["10.9.0.1"]));
+    let report = look()?;
+    ensure!(found(&report, "name-unresolved").is_none(), "{report}");
+    named
+        .dns
+        .set("bus.test", Zone::Code(hickory_proto::op::ResponseCode::NXDomain));
+    let report = look()?;
+    let Some(finding) = found(&report, "name-unresolved") else {
+        bail!("{report}");
+    };
+    ensure!(finding["items"].to_string().contains("bus.test"), "{finding}");
+    Ok(())
+}
+
+fn capable() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    let mut child = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+        .args(["--inh-caps", "+net_raw", "--ambient-caps", "+net_raw", "sleep", "60"])
+        .spawn()?;
+    let looked = crate::world::until("the process has its capabilities", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+        Ok(status.contains("CapEff:\t0000000000002000"))
+    })
+    .and_then(|()| ward.finds("capable-processes"));
+    child.kill()?;
+    child.wait()?;
+    let finding = looked?;
+    let pid = format!("pid {}", child.id());
+    ensure!(
+        finding["items"].to_string().contains(&pid) || finding["items"].to_string().contains("more"),
+        "{finding}"
+    );
+    Ok(())
+}
+
+fn nothing() -> Result<()> {
+    let ward = Ward::guarded("ebpf")?;
+    ward.misses("nothing-in-force")?;
+    ward.misses("configuration")?;
+    ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
+    ward.finds("nothing-in-force")?;
+    fs::write(ward.world.path("enforcer.toml"), "mode = \"perhaps\"\n")?;
+    let finding = ward.finds("configuration")?;
+    ensure!(finding["items"].to_string().contains("enforcer.toml:1"), "{finding}");
+    Ok(())
+}
+
+/// A directory that looks like a stemcell unpacked.
+fn image() -> Result<()> {
+    let world = World::new()?;
+    let root = world.path("image");
+    let put = |path: &str, text: &str| -> Result<()> {
+        let path = root.join(path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        Ok(fs::write(path, text)?)
+    };
+    let look = |code| -> Result<Value> {
+        let path = root.display().to_string();
+        let ran = ran(Command::new(binary("enforcer")?).args(["doctor", "--json", "--root", &path]))?.demand(code)?;
+        Ok(serde_json::from_str(&ran.stdout)?)
+    };
+    put(
+        "etc/passwd",
+        "root:x:0:0::/root:/bin/sh\nvcap:x:1000:1000::/home/vcap:/bin/sh\n",
+    )?;
+    let report = look(1)?;
+    for id in ["files-missing", "no-backend"] {
+        ensure!(found(&report, id).is_some(), "{id} is not in {report}");
+    }
+    let built_in = "BPF_SYSCALL CGROUPS CGROUP_BPF INET DEBUG_INFO_BTF NF_TABLES_INET NF_TABLES_IPV4 NF_TABLES_IPV6 INET_DIAG_DESTROY";
+    let modules = [
+        ("NF_TABLES", "nf_tables"),
+        ("NFT_REJECT", "nft_reject"),
+        ("NFT_REJECT_INET", "nft_reject_inet"),
+        ("NFT_LIMIT", "nft_limit"),
+        ("NFT_LOG", "nft_log"),
+        ("NETFILTER_NETLINK_LOG", "nfnetlink_log"),
+        ("NFT_SOCKET", "nft_socket"),
+        ("INET_DIAG", "inet_diag"),
+        ("INET_TCP_DIAG", "tcp_diag"),
+    ];
+    let mut options = String::new();
+    for name in built_in.split(' ') {
+        options.push_str(&format!("CONFIG_{name}=y\n"));
+    }
+    let mut dep = String::new();
+    for (option, module) in modules {
+        options.push_str(&format!("CONFIG_{option}=m\n"));
+        dep.push_str(&format!("kernel/net/{module}.ko: \n"));
+    }
+    put("boot/config-6.8.0-9-generic", &options)?;
+    put("boot/config-5.15.0-1-generic", "CONFIG_INET=y\n")?;
+    put("lib/modules/6.8.0-9-generic/modules.dep", &dep)?;
+    for file in [
+        "usr/sbin/enforcer",
+        "usr/lib/systemd/system/enforcer.service",
+        "etc/systemd/system/multi-user.target.wants/enforcer.service",
+        "usr/share/man/man8/enforcer.8.gz",
+        "usr/share/man/man5/enforcer.toml.5.gz",
+    ] {
+        put(file, "")?;
+    }
+    let config =
+        |user: &str| format!("[target.monit]\nendpoints = [\"tcp://127.0.0.1:2822\"]\nallow = [\"root\", {user:?}]\n");
+    put("etc/enforcer/enforcer.toml", &config("nosuchuser"))?;
+    let report = look(1)?;
+    ensure!(found(&report, "configuration").is_some(), "{report}");
+    put("etc/enforcer/enforcer.toml", &config("vcap"))?;
+    let report = look(0)?;
+    ensure!(
+        report["host"]["kernel"] == "6.8.0-9-generic" && report["choice"]["backend"] == "ebpf",
+        "{report}"
+    );
+    let without = options.replace("CONFIG_CGROUP_BPF=y", "# CONFIG_CGROUP_BPF is not set");
+    put("boot/config-6.8.0-9-generic", &without)?;
+    put("etc/nftables/monit.nft", "")?;
+    let writable = root.join("usr/sbin/enforcer");
+    fs::set_permissions(&writable, fs::Permissions::from_mode(0o777))?;
+    let report = look(1)?;
+    for id in ["kernel-options", "old-stemcell-rules", "files-writable"] {
+        ensure!(found(&report, id).is_some(), "{id} is not in {report}");
+    }
+    ensure!(report["choice"]["backend"] == "nftables", "{report}");
+    fs::remove_file(root.join("lib/modules/6.8.0-9-generic/modules.dep"))?;
+    put("lib/modules/6.8.0-9-generic/modules.dep", "kernel/net/nf_tables.ko:\n")?;
+    let report = look(1)?;
+    ensure!(report["choice"]["backend"].is_null(), "{report}");
+    Ok(())
+}

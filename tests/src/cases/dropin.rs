@@ -1,0 +1,326 @@
+//! B5: the table and chain that BOSH releases know, and the rules that they put there.
+
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Case, case};
+use crate::world::{Attack, Daemon, Listener, NOBODY, Netns, World, binary, until};
+
+/// Another user who may nothing.
+const OTHER: u32 = 33;
+const CHAIN: &str = "inet bosh_agent monit_access_jobs";
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    let mut all: Vec<Case> = Vec::new();
+    for backend in ["nftables", "both"] {
+        all.push(case(&format!("b5_rules_of_jobs_are_honoured_{backend}"), move || {
+            honoured(backend)
+        }));
+    }
+    all.extend([
+        case("b5_rules_of_jobs_open_nothing_else", nothing_else),
+        case("b5_the_agents_own_rules_are_left_alone", agents_table),
+        case("b5_only_where_monit_may_be_granted", not_wanted),
+        case("b5_f1_changes_under_fire", under_fire),
+        case("b5_f5_a_table_taken_away_comes_back", taken_away),
+        case("b5_another_instances_part_is_not_touched", two_instances),
+    ]);
+    all
+}
+
+/// `monit` at 127.0.0.1 and another target at 127.0.0.2, in a network namespace, for root alone.
+struct Host {
+    world: World,
+    netns: Netns,
+    _listener: Listener,
+}
+
+impl Host {
+    fn new() -> Result<Self> {
+        let world = World::new()?;
+        let netns = Netns::new(&world, "home")?;
+        let listener = Listener::start(Some(&netns.file()), world.port, &[])?;
+        let host = Self {
+            world,
+            netns,
+            _listener: listener,
+        };
+        host.monit(NOBODY)?.reaches()?;
+        host.other(NOBODY)?.reaches()?;
+        Ok(host)
+    }
+
+    fn configure(&self, backend: &str, grants: bool, more: &str) -> Result<()> {
+        let port = self.world.port;
+        self.world.configure(&format!(
+            "backend = \"{backend}\"\n\
+             [target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\nallow = [\"root\"]\ngrants = {grants}\n\
+             [target.other]\nendpoints = [\"tcp://127.0.0.2:{port}\"{more}]\nallow = [\"root\"]\n"
+        ))
+    }
+
+    fn daemon(&self) -> Result<Daemon> {
+        self.world.daemon_with(&mut self.netns.command(&binary("enforcer")?))
+    }
+
+    fn at(&self, user: u32, address: [u8; 4]) -> Result<Attack> {
+        let attack = self.world.attack(user).to((address, self.world.port).into());
+        attack.in_netns(&self.netns)
+    }
+
+    fn monit(&self, user: u32) -> Result<Attack> {
+        self.at(user, [127, 0, 0, 1])
+    }
+
+    fn other(&self, user: u32) -> Result<Attack> {
+        self.at(user, [127, 0, 0, 2])
+    }
+
+    /// As releases do it.
+    fn rule(&self, matches: &str) -> Result<()> {
+        let port = self.world.port;
+        let rule = format!("add rule {CHAIN} {matches} ip daddr 127.0.0.1 tcp dport {port} accept");
+        self.netns.nft(&rule).map(drop)
+    }
+
+    fn rules(&self) -> Result<String> {
+        self.netns.nft(&format!("list chain {CHAIN}"))
+    }
+
+    fn tables(&self) -> Result<String> {
+        self.netns.nft("list tables")
+    }
+}
+
+fn honoured(backend: &str) -> Result<()> {
+    let host = Host::new()?;
+    host.configure(backend, true, "")?;
+    let daemon = host.daemon()?;
+    ensure!(host.rules()?.contains("monit_access_jobs"), "{}", host.rules()?);
+    let refused = |attack: Attack| {
+        if backend == "both" {
+            attack.is_refused()
+        } else {
+            attack.is_reset()
+        }
+    };
+    refused(host.monit(NOBODY)?)?;
+    refused(host.other(NOBODY)?)?;
+    host.rule(&format!("meta skuid {NOBODY}"))?;
+    if backend == "both" {
+        // What eBPF refuses never becomes a packet: there `enforcer grant` is the way.
+        refused(host.monit(NOBODY)?)?;
+        host.netns
+            .enforcer(&host.world, &["grant", "monit", "--user", "nobody"])?
+            .demand(0)?;
+    }
+    host.monit(NOBODY)?.reaches()?;
+    host.monit(0)?.reaches()?;
+    refused(host.monit(OTHER)?)?;
+    refused(host.other(NOBODY)?)?;
+    let status = host.netns.enforcer(&host.world, &["status"])?.demand(0)?.stdout;
+    ensure!(status.contains("monit") && status.contains("other"), "{status}");
+    if backend == "nftables" {
+        // By the cgroup, with what goes before the verdict in real releases. nft looks for its path below /sys/fs/cgroup.
+        let child = host.world.cgroup.join("child");
+        fs::create_dir(&child)?;
+        let path = child.strip_prefix("/sys/fs/cgroup")?.display().to_string();
+        let matches = format!("socket cgroupv2 level 2 \"{path}\"");
+        let port = host.world.port;
+        host.netns.nft(&format!(
+            "add rule {CHAIN} {matches} ip daddr 127.0.0.1 tcp dport {port} log prefix \"job: \" accept"
+        ))?;
+        host.monit(OTHER)?.in_cgroup(&child).reaches()?;
+        refused(host.monit(OTHER)?)?;
+        // A grant, and a job's rule, side by side.
+        host.netns
+            .enforcer(&host.world, &["grant", "monit", "--user", "33"])?
+            .demand(0)?;
+        host.monit(OTHER)?.reaches()?;
+        host.netns
+            .enforcer(&host.world, &["revoke", "monit", "--all"])?
+            .demand(0)?;
+        refused(host.monit(OTHER)?)?;
+    }
+    let before = host.rules()?;
+    daemon.reload()?;
+    daemon.kill()?;
+    host.monit(NOBODY)?.reaches()?;
+    let daemon = host.daemon()?;
+    host.monit(NOBODY)?.reaches()?;
+    ensure!(host.rules()? == before, "{before} became {}", host.rules()?);
+    // What others put there stays; without it the table goes.
+    let said = host.netns.enforcer(&host.world, &["unload"])?.demand(0)?.stdout;
+    ensure!(said.contains("inet bosh_agent stays"), "{said}");
+    drop(daemon);
+    let left = host.netns.nft("list table inet bosh_agent")?;
+    ensure!(left.contains("skuid") && left.matches("chain").count() == 1, "{left}");
+    host.monit(OTHER)?.reaches()?;
+    host.netns.nft(&format!("flush chain {CHAIN}"))?;
+    let _daemon = host.daemon()?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0)?;
+    ensure!(host.tables()?.is_empty(), "{}", host.tables()?);
+    Ok(())
+}
+
+fn nothing_else() -> Result<()> {
+    let host = Host::new()?;
+    let port = host.world.port;
+    // One endpoint is both targets': a job's rule speaks for monit alone (D2).
+    host.configure("nftables", true, &format!(", \"tcp://127.0.0.3:{port}\""))?;
+    let text = fs::read_to_string(host.world.path("enforcer.toml"))?;
+    let both = text.replacen("127.0.0.1:", &format!("127.0.0.3:{port}\", \"tcp://127.0.0.1:"), 1);
+    fs::write(host.world.path("enforcer.toml"), both)?;
+    let _daemon = host.daemon()?;
+    for address in [[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 3]] {
+        host.at(NOBODY, address)?.is_reset()?;
+    }
+    host.netns.nft(&format!("add rule {CHAIN} accept"))?;
+    host.monit(NOBODY)?.reaches()?;
+    for address in [[127, 0, 0, 2], [127, 0, 0, 3]] {
+        host.at(NOBODY, address)?.is_reset()?;
+        host.at(0, address)?.reaches()?;
+    }
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+fn agents_table() -> Result<()> {
+    let host = Host::new()?;
+    let port = host.world.port;
+    for command in [
+        "add table inet bosh_agent",
+        &format!("add chain {CHAIN}"),
+        "add chain inet bosh_agent monit_access { type filter hook output priority -1; policy accept; }",
+        "add rule inet bosh_agent monit_access jump monit_access_jobs",
+        &format!("add rule inet bosh_agent monit_access meta skuid 0 ip daddr 127.0.0.1 tcp dport {port} accept"),
+        &format!("add rule inet bosh_agent monit_access ip daddr 127.0.0.1 tcp dport {port} drop"),
+        "add chain inet bosh_agent nats_access { type filter hook output priority -1; policy accept; }",
+        &format!(
+            "add rule inet bosh_agent monit_access_jobs meta skuid {NOBODY} ip daddr 127.0.0.1 tcp dport {port} accept"
+        ),
+    ] {
+        host.netns.nft(command)?;
+    }
+    let before = host.netns.nft("list table inet bosh_agent")?;
+    host.configure("nftables", true, "")?;
+    let daemon = host.daemon()?;
+    host.monit(NOBODY)?.reaches()?;
+    host.monit(0)?.reaches()?;
+    host.other(NOBODY)?.is_reset()?;
+    for chain in ["monit_access", "monit_access_jobs", "nats_access"] {
+        let shown = host.netns.nft(&format!("list chain inet bosh_agent {chain}"))?;
+        let body = shown
+            .split_once("chain")
+            .context("no chain")?
+            .1
+            .trim_end()
+            .trim_end_matches('}')
+            .trim_end();
+        ensure!(
+            before.contains(body),
+            "{chain} was changed: {shown} instead of {before}"
+        );
+    }
+    daemon.kill()?;
+    let _daemon = host.daemon()?;
+    host.monit(NOBODY)?.reaches()?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0)?;
+    let after = host.netns.nft("list table inet bosh_agent")?;
+    ensure!(after == before, "{before} became {after}");
+    Ok(())
+}
+
+fn not_wanted() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", false, "")?;
+    let daemon = host.daemon()?;
+    ensure!(!host.tables()?.contains("bosh_agent"), "{}", host.tables()?);
+    host.monit(NOBODY)?.is_reset()?;
+    host.configure("nftables", true, "")?;
+    daemon.reload()?;
+    host.monit(NOBODY)?.is_reset()?;
+    host.rule("meta skuid 65534")?;
+    host.monit(NOBODY)?.reaches()?;
+    host.configure("nftables", false, "")?;
+    daemon.reload()?;
+    host.monit(NOBODY)?.is_reset()?;
+    host.monit(0)?.reaches()?;
+    ensure!(host.rules()?.contains("65534"), "{}", host.rules()?);
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+/// The judgement of monit moves from table to table, and its rules change, while everybody knocks.
+fn under_fire() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", true, "")?;
+    let daemon = host.daemon()?;
+    let fire = host.world.path("fire");
+    fs::write(&fire, "")?;
+    let denied = host.monit(NOBODY)?.hammer(&fire)?;
+    let allowed = host.monit(0)?.hammer(&fire)?;
+    for round in 0..12 {
+        host.configure("nftables", round % 2 == 1, "")?;
+        daemon.reload()?;
+        if round % 2 == 1 {
+            host.netns
+                .enforcer(&host.world, &["grant", "monit", "--user", &round.to_string()])?
+                .demand(0)?;
+        }
+    }
+    fs::remove_file(&fire)?;
+    let (denied, allowed) = (denied.finish()?, allowed.finish()?);
+    ensure!(denied.connected == 0 && denied.reset > 100, "{denied:?}");
+    ensure!(allowed.reset == 0 && allowed.connected > 100, "{allowed:?}");
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+fn taken_away() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", true, "")?;
+    let _daemon = host.daemon()?;
+    for harm in ["delete table inet bosh_agent", "flush table inet bosh_agent"] {
+        host.monit(NOBODY)?.is_reset()?;
+        host.netns.nft(harm)?;
+        until("the rules are back", || {
+            Ok(host.monit(NOBODY)?.run()?.errno == Some(libc::ECONNREFUSED))
+        })?;
+        host.rule("meta skuid 65534")?;
+        host.monit(NOBODY)?.reaches()?;
+        host.netns.nft(&format!("flush chain {CHAIN}"))?;
+        host.other(NOBODY)?.is_reset()?;
+    }
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+fn two_instances() -> Result<()> {
+    let (host, second) = (Host::new()?, World::new()?);
+    host.configure("nftables", true, "")?;
+    let _daemon = host.daemon()?;
+    // Counters count on.
+    let table = || -> Result<String> {
+        let shown = host.netns.nft("list table inet bosh_agent")?;
+        Ok(shown
+            .lines()
+            .filter(|line| !line.contains("packets"))
+            .collect::<Vec<_>>()
+            .join("\n"))
+    };
+    let before = table()?;
+    let port = host.world.port;
+    second.configure(&format!(
+        "backend = \"nftables\"\n[target.monit]\nendpoints = [\"tcp://127.0.0.9:{port}\"]\nallow = [\"root\"]\ngrants = true\n"
+    ))?;
+    let _other = second.daemon_with(&mut host.netns.command(&binary("enforcer")?))?;
+    let status = host.netns.enforcer(&second, &["status", "--json"])?.demand(1)?.stdout;
+    ensure!(status.contains("is used by another enforcer"), "{status}");
+    // Judged all the same, by its own table.
+    host.at(NOBODY, [127, 0, 0, 9])?.is_reset()?;
+    host.monit(NOBODY)?.is_reset()?;
+    ensure!(table()? == before, "it was changed");
+    host.netns.enforcer(&second, &["unload"])?.demand(0)?;
+    ensure!(table()? == before, "it was changed");
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}

@@ -1,0 +1,145 @@
+# The package's life in a scratch root, with a real supervisor (runit) and a real kernel: nothing may get through from the first
+# start to the removal, and nothing of ours may be left after purge. $PACKAGE and $NEXT are the packages.
+
+say() { echo "life: $*"; }
+fail() { echo "life: FAILED: $*"; exit 1; }
+
+# The judged processes: a cgroup of their own, so that this host's others are not concerned.
+judged=/sys/fs/cgroup/enforcer-package-check
+mkdir "$judged"
+mount -t bpf -o mode=700,nosuid,nodev,noexec bpf /sys/fs/bpf
+
+# One attempt as nobody in that cgroup. Nobody listens there, so that what is let through is refused by the kernel's TCP.
+attempt() {
+    sh -c "echo \$\$ >$judged/cgroup.procs; exec setpriv --reuid 65534 --regid 65534 --clear-groups \
+        bash -c ': </dev/tcp/127.0.0.1/2822'" 2>&1 | grep -oEm 1 'Operation not permitted|Connection refused' || echo other
+}
+open() { [ "$(attempt)" = 'Connection refused' ] || fail "$1: $(attempt)"; }
+guarded() { [ "$(attempt)" = 'Operation not permitted' ] || fail "$1: $(attempt)"; }
+# Attempts without pause; every one that is not denied is written down.
+attack() {
+    sh -c "echo \$\$ >$judged/cgroup.procs; exec setpriv --reuid 65534 --regid 65534 --clear-groups bash" <<'LOOP'
+while :; do
+    result=$({ : </dev/tcp/127.0.0.1/2822; } 2>&1)
+    case $result in *'Operation not permitted'*) echo >>/tmp/attack/denied ;; *) echo "$result" >>/tmp/attack/through ;; esac
+done
+LOOP
+}
+stopped() {
+    for _ in $(seq 100); do
+        [ -z "$(pgrep -x enforcer)" ] && return
+        sleep 0.1
+    done
+    fail "the daemon does not end"
+}
+
+# What a unit's ExecStart says.
+command_of() { sed -n 's/^ExecStart=//p' "/lib/systemd/system/$1"; }
+
+open "before installation somebody already refuses"
+dpkg -i "$PACKAGE" >/tmp/dpkg.log 2>&1 || fail "dpkg -i: $(cat /tmp/dpkg.log)"
+cat >>/etc/enforcer/enforcer.toml <<EOF
+cgroup = "$judged"
+backend = "ebpf"
+[target.monit]
+endpoints = ["tcp://127.0.0.1:2822"]
+allow = ["root"]
+EOF
+open "installed, not started"
+
+# The daemon as its unit confines it, so far as that can be done without systemd: capabilities, no new privileges, a read-only
+# /sys and /proc/sys but for the pins, a read-only root but for its directories.
+mkdir -p -m 700 /var/lib/enforcer /run/enforcer
+capabilities=$(sed -n 's/^CapabilityBoundingSet=//p' /lib/systemd/system/enforcer.service | sed 's/CAP_/+/g; s/ /,/g' | tr A-Z a-z)
+[ "$capabilities" = '+bpf,+perfmon,+net_admin' ] || fail "unexpected capabilities $capabilities"
+cat >/tmp/confined <<EOF
+set -e
+for own in /var/lib/enforcer /run/enforcer; do mount --bind \$own \$own; done
+mount --bind /proc/sys /proc/sys
+for closed in / /run /sys /sys/fs/cgroup /proc/sys; do mount -o remount,bind,ro \$closed; done
+! mkdir /sys/fs/cgroup/enforcer-package-check/below /var/lib/other 2>/dev/null
+exec setpriv --bounding-set=-all,$capabilities --inh-caps=-all --no-new-privs $(command_of enforcer.service)
+EOF
+# Its mounts are private, as on a stemcell.
+confined() {
+    env "$(sed -n 's/^Environment=//p' /lib/systemd/system/enforcer.service)" \
+        unshare --mount --propagation private sh /tmp/confined >/tmp/confined.log 2>&1 &
+    for _ in $(seq 100); do
+        enforcer status >/dev/null 2>&1 && break
+        sleep 0.1
+    done
+    enforcer status >/tmp/status 2>&1 || fail "confined, the daemon does not enforce: $(cat /tmp/confined.log /tmp/status)"
+    guarded "confined daemon"
+}
+confined
+say "the daemon enforces with the capabilities and mounts of its unit"
+# It mends what is taken away with those, too.
+rm -f /sys/fs/bpf/enforcer/*connect4*
+sleep 3
+guarded "a link was removed and did not come back: $(ls /sys/fs/bpf/enforcer; cat /tmp/confined.log)"
+say "a link that is removed comes back under the same"
+mkdir -p /var/vcap/bosh/settings
+mount -t tmpfs tmpfs /var/vcap/bosh/settings
+stopped
+guarded "after a new mount"
+confined
+sleep 3
+pgrep -x enforcer >/dev/null || fail "the daemon ends for a mount that it has: $(cat /tmp/confined.log)"
+say "a mount of the agent's settings ends the daemon, to be started again with it; enforcement stays on"
+kill -TERM "$(pgrep -x enforcer)"
+stopped
+guarded "after stop"
+say "stop leaves enforcement on"
+umount /var/vcap/bosh/settings
+rm -r /var/vcap
+enforcer unload >/dev/null
+open "after unload"
+
+# Boot: the early unit's command before anything else, then the supervisor with the daemon.
+$(command_of enforcer-early.service) >/tmp/early.log 2>&1 || fail "early: $(cat /tmp/early.log)"
+guarded "after the early unit"
+say "the early unit's command guards what was known"
+mkdir -m 777 /tmp/attack
+attack &
+mkdir -p /etc/service
+ln -s /etc/sv/enforcer /etc/service/enforcer
+runsvdir /etc/service >/tmp/runsvdir.log 2>&1 &
+for _ in $(seq 100); do
+    [ -e /etc/service/enforcer/supervise/ok ] && break
+    sleep 0.1
+done
+sv -w 20 start enforcer >/tmp/sv.log || fail "sv start: $(cat /tmp/sv.log)"
+guarded "under runit"
+say "under runit, sv start returns when the kernel enforces"
+if [ ! -e /tmp/attack ]; then
+    mkdir -m 777 /tmp/attack
+    attack &
+fi
+sleep 1
+kill -KILL "$(pgrep -x enforcer)"
+sleep 3
+first=$(pgrep -x enforcer) || fail "runit does not restart it"
+say "killed, it is started again"
+
+dpkg -i "$NEXT" >/tmp/dpkg.log 2>&1 || fail "upgrade: $(cat /tmp/dpkg.log)"
+sleep 2
+second=$(pgrep -x enforcer) || fail "after the upgrade no daemon runs"
+[ "$first" != "$second" ] || fail "the upgrade does not restart the daemon"
+case $(readlink "/proc/$second/exe") in *deleted*) fail "the old program still runs" ;; esac
+grep -q '^backend = "ebpf"$' /etc/enforcer/enforcer.toml || fail "the upgrade loses the configuration"
+say "an upgrade restarts the daemon and keeps the configuration"
+
+dpkg -r enforcer >/tmp/dpkg.log 2>&1 || fail "remove: $(cat /tmp/dpkg.log)"
+stopped
+sleep 1
+guarded "after removal"
+[ -s /tmp/attack/denied ] || fail "the attacker did nothing"
+[ ! -e /tmp/attack/through ] || fail "let through: $(sort /tmp/attack/through | uniq -c)"
+say "removal leaves enforcement on; of $(wc -l </tmp/attack/denied) attempts since the start none got through"
+
+dpkg --purge enforcer >/tmp/dpkg.log 2>&1 || fail "purge: $(cat /tmp/dpkg.log)"
+open "after purge: $(cat /tmp/dpkg.log)"
+# The kernel's own, in each new bpffs, end in .debug.
+pins=$(ls -A /sys/fs/bpf | grep -v '\.debug$' || true)
+[ -z "$pins" ] || fail "purge leaves pins: $pins"
+say "purge removes everything from the kernel"
