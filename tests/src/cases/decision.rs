@@ -78,6 +78,8 @@ pub fn cases() -> Vec<Case> {
     for (who, nftables) in MIXTURES {
         cases.push(case(&format!("d3_who_{who:?}"), move || one_mixture(who, nftables)));
     }
+    cases.push(case("d2_d4_d5_every_way_of_one_rule_set", every_way).on(ALL));
+    cases.push(case("d3_everybody_of_one_rule_set", everybody));
     cases.push(case(
         "d3_both_users_may_be_allowed_by_different_principals",
         both_allowed,
@@ -136,6 +138,60 @@ fn one_way(way: Way, at_root: bool) -> Result<()> {
     ensure!(denied.as_u64() > Some(0), "nothing was counted: {denied}");
     world.enforcer(&["unload"])?.demand(0)?;
     nobody.reaches()
+}
+
+/// All ways on one rule set: where to load one is dear, under emulation.
+fn every_way() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let mut ways = Vec::new();
+    for way in TCP_WAYS.into_iter().chain(UDP_WAYS) {
+        let nobody = world.attack(NOBODY).way(way);
+        if let Some(errno) = cannot(way) {
+            nobody.fails_by(errno)?;
+            continue;
+        }
+        nobody.reaches()?;
+        ways.push(way);
+    }
+    let mut places = vec![world.here().to_string()];
+    if Backend::current().is_nftables() {
+        // What an unspecified destination has become by the time its packet leaves.
+        places.extend(["127.0.0.1", "[::1]"].map(|address| format!("{address}:{}", world.port)));
+    }
+    let endpoints: Vec<String> = ["tcp", "udp"]
+        .iter()
+        .flat_map(|scheme| places.iter().map(move |place| format!("{scheme}://{place}")))
+        .collect();
+    world.configure_one(&endpoints, r#"["root"]"#)?;
+    world.apply()?;
+    for way in ways {
+        world.attack(NOBODY).way(way).is_refused()?;
+        world.attack(0).way(way).reaches()?;
+    }
+    Ok(())
+}
+
+/// All mixtures of users on one rule set.
+fn everybody() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let ways = [Way::Plain, Way::IoUringSqpoll, Way::UdpSendto];
+    for (who, _) in MIXTURES {
+        for way in ways {
+            world.attack(NOBODY).who(who).way(way).reaches()?;
+        }
+    }
+    let endpoints = ["tcp", "udp"].map(|scheme| format!("{scheme}://{}", world.here()));
+    world.configure_one(&endpoints, r#"["root"]"#)?;
+    world.apply()?;
+    for (who, nftables) in MIXTURES {
+        for way in ways {
+            let attack = world.attack(NOBODY).who(who).way(way);
+            attack.succeeds(nftables && Backend::current().is_nftables())?;
+        }
+    }
+    world.attack(0).reaches()
 }
 
 /// Whether a packet to the unspecified address ends up at the world's own.

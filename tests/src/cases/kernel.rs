@@ -51,7 +51,7 @@ fn auto() -> Result<()> {
         ensure!(daemon.log().contains("auto chose nftables"), "{}", daemon.log());
         ensure!(status.to_string().contains("auto chose nftables"), "{status}");
         for way in [Way::Plain, Way::Mapped, Way::FastOpenSendto] {
-            attack.clone().way(way).is_reset()?;
+            attack.clone().way(way).fails_by(libc::ECONNREFUSED)?;
             world.attack(0).way(way).reaches()?;
         }
     } else {
@@ -59,7 +59,7 @@ fn auto() -> Result<()> {
         let subject = if lacks(Feature::Btf) { "task" } else { "task+socket" };
         ensure!(status["subject"] == subject, "not {subject}: {status}");
         for way in [Way::Plain, Way::Mapped, Way::FastOpenSendto] {
-            attack.clone().way(way).is_refused()?;
+            attack.clone().way(way).fails_by(libc::EPERM)?;
             world.attack(0).way(way).reaches()?;
         }
     }
@@ -90,7 +90,7 @@ fn refused() -> Result<()> {
             world.attack(NOBODY).reaches()?;
         } else {
             applied.demand(0)?;
-            world.attack(NOBODY).is_refused()?;
+            world.attack(NOBODY).fails_by(libc::EPERM)?;
             world.enforcer(&["unload"])?.demand(0)?;
         }
     }

@@ -15,7 +15,7 @@ use super::{Case, case};
 use crate::{
     backend::{ALL, BOTH, Backend, NFTABLES},
     kernel::{Feature, lacks},
-    world::{Attack, Blows, Daemon, Listener, NOBODY, Netns, World, binary, ran, until},
+    world::{Attack, Blows, Daemon, Listener, NOBODY, Netns, World, binary, ran, slowness, until},
 };
 
 /// All cases of this file.
@@ -396,7 +396,10 @@ fn drift() -> Result<()> {
         })?;
         let took = started.elapsed();
         println!("    nft {blow}: back and reported after {took:?}");
-        ensure!(took < Duration::from_secs(2), "back only after {took:?}");
+        ensure!(
+            took < Duration::from_secs(2) * slowness().min(5),
+            "back only after {took:?}"
+        );
         guarded.attack(0)?.reaches()?;
         guarded.attack(NOBODY)?.is_reset()?;
         let status = guarded.status()?;
