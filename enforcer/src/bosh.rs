@@ -38,7 +38,7 @@ const SETTINGS: &str = "settings.json";
 pub struct Settings {
     /// The message bus, where a file names one.
     pub bus: Option<Bus>,
-    /// What is wrong, or not there yet. Beside a bus: the file that would have been asked before is damaged.
+    /// What is wrong, or not there yet. Beside a bus: the file that would have been asked before is damaged, or some of its URLs are.
     pub fault: Option<BoshError>,
 }
 
@@ -67,10 +67,10 @@ pub fn read(dir: &Path) -> Settings {
         })
     };
     let (bus, fault) = match update {
-        Ok(Some(bus)) => (Some(bus), None),
+        Ok(Some((bus, fault))) => (Some(bus), fault),
         Ok(None) => split(main()),
         Err(error) if error.is_missing() => split(main()),
-        Err(error) => (main().ok().flatten(), Some(error)),
+        Err(error) => (main().ok().flatten().map(|(bus, _)| bus), Some(error)),
     };
     // The one that was read.
     let silent = || {
@@ -91,9 +91,13 @@ pub fn read(dir: &Path) -> Settings {
     }
 }
 
-fn split(read: Result<Option<Bus>, BoshError>) -> (Option<Bus>, Option<BoshError>) {
+/// A bus, and what is wrong with some of its URLs.
+type Named = (Bus, Option<BoshError>);
+
+fn split(read: Result<Option<Named>, BoshError>) -> (Option<Bus>, Option<BoshError>) {
     match read {
-        Ok(bus) => (bus, None),
+        Ok(Some((bus, fault))) => (Some(bus), fault),
+        Ok(None) => (None, None),
         Err(error) => (None, Some(error)),
     }
 }
@@ -108,7 +112,7 @@ fn file(
     dir: &Path,
     name: &str,
     urls: impl FnOnce(&Value) -> Result<Vec<&str>, BoshFault>,
-) -> Result<Option<Bus>, BoshError> {
+) -> Result<Option<Named>, BoshError> {
     let (first, second) = places(dir, name);
     let (path, opened) = match open(&first) {
         Err(BoshFault::Missing) => {
@@ -122,7 +126,13 @@ fn file(
         endpoints(&urls(&settings)?)
     });
     match result {
-        Ok(endpoints) => Ok(endpoints.map(|endpoints| Bus { endpoints, file: path })),
+        Ok(named) => Ok(named.map(|(endpoints, fault)| {
+            let fault = fault.map(|fault| BoshError {
+                path: path.clone(),
+                fault,
+            });
+            (Bus { endpoints, file: path }, fault)
+        })),
         Err(fault) => Err(BoshError { path, fault }),
     }
 }
@@ -210,8 +220,9 @@ fn kind(keys: &[&'static str], value: &Value, expected: &'static str) -> BoshFau
     }
 }
 
-/// The endpoints of some URLs; none where there is no URL at all. Those of `https://` are a new director's own (create-env).
-fn endpoints(urls: &[&str]) -> Result<Option<BTreeSet<Endpoint>>, BoshFault> {
+/// The endpoints of some URLs, and what is wrong with the first that has none; none where there is no URL at all. Those of
+/// `https://` are a new director's own (create-env).
+fn endpoints(urls: &[&str]) -> Result<Option<(BTreeSet<Endpoint>, Option<BoshFault>)>, BoshFault> {
     if !any(urls) {
         return Ok(None);
     }
@@ -219,8 +230,17 @@ fn endpoints(urls: &[&str]) -> Result<Option<BTreeSet<Endpoint>>, BoshFault> {
         return Err(BoshFault::TooMany { found: urls.len() });
     }
     let meant = urls.iter().map(|url| url.trim()).filter(|url| !url.is_empty());
-    let parsed = meant.filter_map(|url| endpoint(url).transpose());
-    parsed.collect::<Result<_, _>>().map(Some)
+    let (mut found, mut fault) = (BTreeSet::new(), None);
+    for parsed in meant.filter_map(|url| endpoint(url).transpose()) {
+        match parsed {
+            Ok(endpoint) => drop(found.insert(endpoint)),
+            Err(error) => fault = fault.or(Some(error)),
+        }
+    }
+    match fault {
+        Some(fault) if found.is_empty() => Err(fault),
+        fault => Ok(Some((found, fault))),
+    }
 }
 
 /// The endpoint of a URL; none where it is to be skipped.

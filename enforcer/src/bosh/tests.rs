@@ -35,6 +35,21 @@ fn found(update: &str, main: &str) -> Result<Settings, std::io::Error> {
 }
 
 #[test]
+fn b2_a_bad_url_leaves_the_others() -> Test {
+    let settings = found(
+        "-",
+        r#"{"env":{"bosh":{"mbus":{"urls":["nats://u:hunter2@a:1","nats://u:hunter2@b"]}}}}"#,
+    )?;
+    assert_eq!(endpoints(&settings), Some(vec!["tcp://a:1".to_owned()]));
+    let fault = fault(&settings);
+    assert!(
+        fault.contains("b") && fault.contains("port") && !fault.contains("hunter2"),
+        "{fault}"
+    );
+    Ok(())
+}
+
+#[test]
 fn b2_the_first_non_empty_counts() -> Test {
     let update = r#"{"mbus":{"urls":["nats://a:1"],"cert":{}}}"#;
     let main = r#"{"agent_id":"x","mbus":"nats://c:3","env":{"bosh":{"mbus":{"urls":["nats://b:2","nats://b:22"]}}}}"#;
