@@ -1,0 +1,337 @@
+//! Kernel → `Dump`: a table read back, at one generation of all of `nf_tables`.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{CStr, c_void},
+    io,
+};
+
+use nftnl::nftnl_sys as sys;
+
+use super::{Dump, INET, NFT_OBJECT_COUNTER, Netlink, expressions::expressions, text};
+use crate::backend::nftables::{
+    expression::{IPV4, IPV6},
+    image::{Base, Chain, Element, Rule, Set, SetKind, Value},
+};
+
+impl Netlink {
+    /// The generation of all of `nf_tables`.
+    pub fn generation(&mut self) -> io::Result<u32> {
+        let mut found = None;
+        self.ask(
+            libc::NFT_MSG_GETGEN,
+            0,
+            |_| {},
+            |header| {
+                // SAFETY: allocated, given a whole message, freed.
+                unsafe {
+                    let generation = sys::nftnl_gen_alloc();
+                    if sys::nftnl_gen_nlmsg_parse(header, generation) >= 0 {
+                        found = Some(sys::nftnl_gen_get_u32(generation, sys::NFTNL_GEN_ID as u16));
+                    }
+                    sys::nftnl_gen_free(generation);
+                }
+            },
+        )?;
+        found.ok_or_else(|| io::Error::other("nf_tables did not tell its generation"))
+    }
+
+    /// Reads a table back; none if there is none. Read at one generation, or again.
+    pub fn read(&mut self, table: &str) -> io::Result<Option<Dump>> {
+        for _ in 0..100 {
+            let before = self.generation()?;
+            match self.read_once(table) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Gone between two requests: look again.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.generation()? != before => {}
+                found => {
+                    let mut found = found?;
+                    if self.generation()? == before {
+                        if let Some(dump) = &mut found {
+                            dump.generation = before;
+                        }
+                        return Ok(found);
+                    }
+                }
+            }
+        }
+        Err(io::Error::other(
+            "nf_tables changed again and again while the table was read",
+        ))
+    }
+
+    fn read_once(&mut self, table: &str) -> io::Result<Option<Dump>> {
+        let Some(dormant) = self.table(table)? else {
+            return Ok(None);
+        };
+        let mut dump = Dump {
+            dormant,
+            ..Dump::default()
+        };
+        dump.image.chains = self.chains(table)?;
+        for (chain, rule) in self.rules(table)? {
+            dump.image.chains.entry(chain).or_default().rules.push(rule);
+        }
+        for (name, kind) in self.sets(table)? {
+            let mut elements = self.elements(table, &name, kind)?;
+            elements.sort_unstable();
+            dump.image.sets.insert(name, Set { kind, elements });
+        }
+        dump.counts = self.counters(table)?;
+        dump.image.counters = dump.counts.keys().cloned().collect();
+        Ok(Some(dump))
+    }
+
+    fn table(&mut self, table: &str) -> io::Result<Option<bool>> {
+        let mut found = None;
+        self.ask(
+            libc::NFT_MSG_GETTABLE,
+            libc::NLM_F_DUMP,
+            |_| {},
+            |header| {
+                // SAFETY: allocated, given a whole message, freed.
+                unsafe {
+                    let object = sys::nftnl_table_alloc();
+                    if sys::nftnl_table_nlmsg_parse(header, object) >= 0
+                        && sys::nftnl_table_get_u32(object, sys::NFTNL_TABLE_FAMILY as u16) == u32::from(INET)
+                        && owned(sys::nftnl_table_get_str(object, sys::NFTNL_TABLE_NAME as u16)) == table
+                    {
+                        let flags = sys::nftnl_table_get_u32(object, sys::NFTNL_TABLE_FLAGS as u16);
+                        found = Some(flags & 1 != 0);
+                    }
+                    sys::nftnl_table_free(object);
+                }
+            },
+        )?;
+        Ok(found)
+    }
+
+    fn chains(&mut self, table: &str) -> io::Result<BTreeMap<String, Chain>> {
+        let mut found = BTreeMap::new();
+        self.ask(
+            libc::NFT_MSG_GETCHAIN,
+            libc::NLM_F_DUMP,
+            |_| {},
+            |header| {
+                // SAFETY: allocated, given a whole message, freed.
+                unsafe {
+                    let object = sys::nftnl_chain_alloc();
+                    if sys::nftnl_chain_nlmsg_parse(header, object) >= 0
+                        && sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_FAMILY as u16) == u32::from(INET)
+                        && owned(sys::nftnl_chain_get_str(object, sys::NFTNL_CHAIN_TABLE as u16)) == table
+                    {
+                        let base = sys::nftnl_chain_is_set(object, sys::NFTNL_CHAIN_HOOKNUM as u16).then(|| Base {
+                            hook: sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_HOOKNUM as u16),
+                            priority: sys::nftnl_chain_get_s32(object, sys::NFTNL_CHAIN_PRIO as u16),
+                            accepts: sys::nftnl_chain_get_u32(object, sys::NFTNL_CHAIN_POLICY as u16)
+                                == libc::NF_ACCEPT.unsigned_abs(),
+                        });
+                        let name = owned(sys::nftnl_chain_get_str(object, sys::NFTNL_CHAIN_NAME as u16));
+                        let rules = Vec::new();
+                        found.insert(name, Chain { base, rules });
+                    }
+                    sys::nftnl_chain_free(object);
+                }
+            },
+        )?;
+        Ok(found)
+    }
+
+    fn rules(&mut self, table: &str) -> io::Result<Vec<(String, Rule)>> {
+        let mut found = Vec::new();
+        let name = text(table);
+        let fill = |header| {
+            // SAFETY: allocated, filled, written to a message of the largest size, freed.
+            unsafe {
+                let object = sys::nftnl_rule_alloc();
+                sys::nftnl_rule_set_str(object, sys::NFTNL_RULE_TABLE as u16, name.as_ptr());
+                sys::nftnl_rule_nlmsg_build_payload(header, object);
+                sys::nftnl_rule_free(object);
+            }
+        };
+        self.ask(libc::NFT_MSG_GETRULE, libc::NLM_F_DUMP, fill, |header| {
+            // SAFETY: allocated, given a whole message, freed.
+            unsafe {
+                let object = sys::nftnl_rule_alloc();
+                if sys::nftnl_rule_nlmsg_parse(header, object) >= 0
+                    && owned(sys::nftnl_rule_get_str(object, sys::NFTNL_RULE_TABLE as u16)) == table
+                {
+                    let chain = owned(sys::nftnl_rule_get_str(object, sys::NFTNL_RULE_CHAIN as u16));
+                    let rule = Rule {
+                        comment: comment(object),
+                        expressions: expressions(object),
+                    };
+                    found.push((chain, rule));
+                }
+                sys::nftnl_rule_free(object);
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn sets(&mut self, table: &str) -> io::Result<Vec<(String, SetKind)>> {
+        let mut found = Vec::new();
+        let name = text(table);
+        let fill = |header| {
+            // SAFETY: as for rules.
+            unsafe {
+                let object = sys::nftnl_set_alloc();
+                sys::nftnl_set_set_str(object, sys::NFTNL_SET_TABLE as u16, name.as_ptr());
+                sys::nftnl_set_nlmsg_build_payload(header, object);
+                sys::nftnl_set_free(object);
+            }
+        };
+        self.ask(libc::NFT_MSG_GETSET, libc::NLM_F_DUMP, fill, |header| {
+            // SAFETY: allocated, given a whole message, freed.
+            unsafe {
+                let object = sys::nftnl_set_alloc();
+                if sys::nftnl_set_nlmsg_parse(header, object) >= 0
+                    && owned(sys::nftnl_set_get_str(object, sys::NFTNL_SET_TABLE as u16)) == table
+                {
+                    let number = |attribute: u32| sys::nftnl_set_get_u32(object, attribute as u16);
+                    let flags = number(sys::NFTNL_SET_FLAGS);
+                    let kind = match number(sys::NFTNL_SET_KEY_LEN) {
+                        4 => SetKind::Users,
+                        8 => SetKind::Cgroups,
+                        length => SetKind::Endpoints {
+                            family: if length == 12 { IPV4 } else { IPV6 },
+                            ranges: flags & libc::NFT_SET_INTERVAL as u32 != 0,
+                        },
+                    };
+                    found.push((owned(sys::nftnl_set_get_str(object, sys::NFTNL_SET_NAME as u16)), kind));
+                }
+                sys::nftnl_set_free(object);
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn elements(&mut self, table: &str, set: &str, kind: SetKind) -> io::Result<Vec<Element>> {
+        let mut found = Vec::new();
+        let (table, set) = (text(table), text(set));
+        let fill = |header| {
+            // SAFETY: as for rules.
+            unsafe {
+                let object = sys::nftnl_set_alloc();
+                sys::nftnl_set_set_str(object, sys::NFTNL_SET_TABLE as u16, table.as_ptr());
+                sys::nftnl_set_set_str(object, sys::NFTNL_SET_NAME as u16, set.as_ptr());
+                sys::nftnl_set_elems_nlmsg_build_payload(header, object);
+                sys::nftnl_set_free(object);
+            }
+        };
+        self.ask(libc::NFT_MSG_GETSETELEM, libc::NLM_F_DUMP, fill, |header| {
+            // SAFETY: allocated, given a whole message, freed; the iterator lives shorter than the set.
+            unsafe {
+                let object = sys::nftnl_set_alloc();
+                if sys::nftnl_set_elems_nlmsg_parse(header, object) >= 0 {
+                    let all = sys::nftnl_set_elems_iter_create(object);
+                    loop {
+                        let element = sys::nftnl_set_elems_iter_next(all);
+                        if element.is_null() {
+                            break;
+                        }
+                        found.push(element_of(element, kind));
+                    }
+                    sys::nftnl_set_elems_iter_destroy(all);
+                }
+                sys::nftnl_set_free(object);
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn counters(&mut self, table: &str) -> io::Result<BTreeMap<String, u64>> {
+        let mut found = BTreeMap::new();
+        let name = text(table);
+        let fill = |header| {
+            // SAFETY: as for rules.
+            unsafe {
+                let object = sys::nftnl_obj_alloc();
+                sys::nftnl_obj_set_str(object, sys::NFTNL_OBJ_TABLE as u16, name.as_ptr());
+                sys::nftnl_obj_set_u32(object, sys::NFTNL_OBJ_TYPE as u16, NFT_OBJECT_COUNTER);
+                sys::nftnl_obj_nlmsg_build_payload(header, object);
+                sys::nftnl_obj_free(object);
+            }
+        };
+        self.ask(libc::NFT_MSG_GETOBJ, libc::NLM_F_DUMP, fill, |header| {
+            // SAFETY: allocated, given a whole message, freed.
+            unsafe {
+                let object = sys::nftnl_obj_alloc();
+                if sys::nftnl_obj_nlmsg_parse(header, object) >= 0
+                    && owned(sys::nftnl_obj_get_str(object, sys::NFTNL_OBJ_TABLE as u16)) == table
+                {
+                    let name = owned(sys::nftnl_obj_get_str(object, sys::NFTNL_OBJ_NAME as u16));
+                    found.insert(name, sys::nftnl_obj_get_u64(object, sys::NFTNL_OBJ_CTR_PKTS as u16));
+                }
+                sys::nftnl_obj_free(object);
+            }
+        })?;
+        Ok(found)
+    }
+}
+
+/// SAFETY: `element` must be live.
+pub(super) unsafe fn element_of(element: *mut sys::nftnl_set_elem, kind: SetKind) -> Element {
+    let bytes = |attribute: u32| {
+        let mut length = 0;
+        // SAFETY: libnftnl gives a pointer to so many bytes, or null.
+        unsafe {
+            let found = sys::nftnl_set_elem_get(element, attribute as u16, &raw mut length);
+            copied(found, length)
+        }
+    };
+    let value = match kind {
+        SetKind::Users | SetKind::Cgroups => Value::None,
+        SetKind::Endpoints { .. } => {
+            // SAFETY: the element is live; the text is copied.
+            Value::Goto(unsafe { owned(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)) })
+        }
+    };
+    // SAFETY: the element is live.
+    let ranged = unsafe { sys::nftnl_set_elem_is_set(element, sys::NFTNL_SET_ELEM_KEY_END as u16) };
+    Element {
+        key: bytes(sys::NFTNL_SET_ELEM_KEY),
+        last: if ranged {
+            bytes(sys::NFTNL_SET_ELEM_KEY_END)
+        } else {
+            Vec::new()
+        },
+        value,
+    }
+}
+
+/// SAFETY: `rule` must be live.
+pub(super) unsafe fn comment(rule: *mut sys::nftnl_rule) -> String {
+    let mut length = 0;
+    // SAFETY: libnftnl gives a pointer to so many bytes, or null.
+    let data = unsafe {
+        let found = sys::nftnl_rule_get_data(rule, sys::NFTNL_RULE_USERDATA as u16, &raw mut length);
+        copied(found, length)
+    };
+    // Type, length, text, zero (NFTNL_UDATA_RULE_COMMENT is 0).
+    match data.as_slice() {
+        [0, length, rest @ ..] => {
+            let text = rest.get(..usize::from(*length)).unwrap_or_default();
+            String::from_utf8_lossy(text.strip_suffix(&[0]).unwrap_or(text)).into_owned()
+        }
+        _ => String::new(),
+    }
+}
+
+/// SAFETY: `data` must be null or point to `length` bytes.
+pub(in crate::backend::nftables) unsafe fn copied(data: *const c_void, length: u32) -> Vec<u8> {
+    if data.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { std::slice::from_raw_parts(data.cast::<u8>(), length as usize) }.to_vec()
+}
+
+/// SAFETY: `text` must be null or a C string.
+pub(in crate::backend::nftables) unsafe fn owned(text: *const std::os::raw::c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
