@@ -293,7 +293,7 @@ impl fmt::Display for State {
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Cgroup => "the cgroup that its socket was made in is not known, and decides",
+            Self::Cgroup => "the cgroup that it was dialled from is not known, and decides",
             Self::Accepted => {
                 "another socket waits for callers on its local port: it may have been accepted, not dialled"
             }
