@@ -91,6 +91,9 @@ pub fn read(dir: &Path) -> Settings {
     }
 }
 
+/// Endpoints, and what is wrong with some of the URLs beside theirs.
+type Parsed = (BTreeSet<Endpoint>, Option<BoshFault>);
+
 /// A bus, and what is wrong with some of its URLs.
 type Named = (Bus, Option<BoshError>);
 
@@ -222,7 +225,7 @@ fn kind(keys: &[&'static str], value: &Value, expected: &'static str) -> BoshFau
 
 /// The endpoints of some URLs, and what is wrong with the first that has none; none where there is no URL at all. Those of
 /// `https://` are a new director's own (create-env).
-fn endpoints(urls: &[&str]) -> Result<Option<(BTreeSet<Endpoint>, Option<BoshFault>)>, BoshFault> {
+fn endpoints(urls: &[&str]) -> Result<Option<Parsed>, BoshFault> {
     if !any(urls) {
         return Ok(None);
     }

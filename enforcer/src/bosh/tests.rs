@@ -43,7 +43,7 @@ fn b2_a_bad_url_leaves_the_others() -> Test {
     assert_eq!(endpoints(&settings), Some(vec!["tcp://a:1".to_owned()]));
     let fault = fault(&settings);
     assert!(
-        fault.contains("b") && fault.contains("port") && !fault.contains("hunter2"),
+        fault.contains('b') && fault.contains("port") && !fault.contains("hunter2"),
         "{fault}"
     );
     Ok(())
