@@ -5,6 +5,7 @@ use std::fs;
 use anyhow::{Context as _, Result, ensure};
 
 use super::{Case, case};
+use crate::backend::EBPF;
 use crate::world::{Attack, Daemon, Listener, NOBODY, Netns, World, binary, until};
 
 /// Another user who may nothing.
@@ -28,7 +29,8 @@ pub fn cases() -> Vec<Case> {
         case("b5_f5_a_table_taken_away_comes_back", taken_away),
         case("b5_another_instances_part_is_not_touched", two_instances),
     ]);
-    all
+    // Each says itself what enforces: one run has them all.
+    all.into_iter().map(|case| case.on(EBPF)).collect()
 }
 
 /// `monit` at 127.0.0.1 and another target at 127.0.0.2, in a network namespace, for root alone.

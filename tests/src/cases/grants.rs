@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::{Case, case};
+use crate::backend::EBPF;
 use crate::world::{Attack, Listener, NOBODY, Ran, World, ask_raw, binary, cgroup_mount, ran, until};
 
 /// Another user who may nothing.
@@ -27,15 +28,21 @@ const OTHER: u32 = 33;
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
+    // These say themselves what enforces: one run has them all.
     for backend in ["ebpf", "nftables", "both"] {
-        all.push(case(
-            &format!("b4_a_grant_lets_the_callers_cgroup_in_{backend}"),
-            move || callers_cgroup(backend),
-        ));
-        all.push(case(
-            &format!("b4_a_cgroup_made_again_keeps_its_grant_{backend}"),
-            move || made_again(backend),
-        ));
+        all.push(
+            case(&format!("b4_a_grant_lets_the_callers_cgroup_in_{backend}"), move || {
+                callers_cgroup(backend)
+            })
+            .on(EBPF),
+        );
+        all.push(
+            case(
+                &format!("b4_a_cgroup_made_again_keeps_its_grant_{backend}"),
+                move || made_again(backend),
+            )
+            .on(EBPF),
+        );
     }
     all.extend([
         case("b4_grants_survive_restarts_and_kills", survive),

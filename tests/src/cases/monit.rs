@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{Case, case};
+use crate::backend::EBPF;
 use crate::world::{NOBODY, Netns, Ran, World, binary, ran, until};
 
 /// Where a BOSH agent has its monit.
@@ -33,6 +34,8 @@ pub fn cases() -> Vec<Case> {
                 }),
             ]
         })
+        // Each says itself what enforces: one run has them all.
+        .map(|case| case.on(EBPF))
         .collect()
 }
 
