@@ -28,21 +28,15 @@ const OTHER: u32 = 33;
 #[must_use]
 pub fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
-    // These say themselves what enforces: one run has them all.
     for backend in ["ebpf", "nftables", "both"] {
-        all.push(
-            case(&format!("b4_a_grant_lets_the_callers_cgroup_in_{backend}"), move || {
-                callers_cgroup(backend)
-            })
-            .on(EBPF),
-        );
-        all.push(
-            case(
-                &format!("b4_a_cgroup_made_again_keeps_its_grant_{backend}"),
-                move || made_again(backend),
-            )
-            .on(EBPF),
-        );
+        all.push(case(
+            &format!("b4_a_grant_lets_the_callers_cgroup_in_{backend}"),
+            move || callers_cgroup(backend),
+        ));
+        all.push(case(
+            &format!("b4_a_cgroup_made_again_keeps_its_grant_{backend}"),
+            move || made_again(backend),
+        ));
     }
     all.extend([
         case("b4_grants_survive_restarts_and_kills", survive),
@@ -58,7 +52,8 @@ pub fn cases() -> Vec<Case> {
         case("b4_d9_a_revoked_grant_is_cut", revoked_is_cut),
         case("f7_more_grants_than_the_maximum", limit),
     ]);
-    all
+    // They say themselves what enforces: one run has them all.
+    all.into_iter().map(|case| case.on(EBPF)).collect()
 }
 
 /// A world whose endpoint is root's alone and may be granted, and a job's cgroup in it.

@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use super::{Case, case, names::Named};
 use crate::{
+    backend::EBPF,
     foreign::take_link,
     world::{Daemon, Listener, NOBODY, Netns, World, binary, ran, until},
 };
@@ -22,15 +23,15 @@ use crate::{
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("verify_tells_every_tampering_with_a_map", maps),
-        case("verify_tells_links_and_pins", links),
+        case("verify_tells_every_tampering_with_a_map", maps).on(EBPF),
+        case("verify_tells_links_and_pins", links).on(EBPF),
         case("verify_tells_a_table_that_was_changed", table),
         case("verify_asks_the_daemon_what_it_wants_now", daemon),
         case("verify_says_what_is_missing_and_what_it_cannot", nothing),
         case("verify_changes_nothing", changes_nothing),
-        case("f5_an_entry_taken_from_a_map_comes_back_within_2_s", entry_comes_back),
-        case("f5_every_tampering_with_a_map_is_restored", all_come_back),
-        case("f5_reading_100000_entries_again_takes_little_time", large),
+        case("f5_an_entry_taken_from_a_map_comes_back_within_2_s", entry_comes_back).on(EBPF),
+        case("f5_every_tampering_with_a_map_is_restored", all_come_back).on(EBPF),
+        case("f5_reading_100000_entries_again_takes_little_time", large).on(EBPF),
     ]
 }
 
