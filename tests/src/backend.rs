@@ -27,6 +27,8 @@ pub enum Backend {
 pub const ALIKE: &[Backend] = &[Backend::Ebpf, Backend::Nftables, Backend::AutoWithoutBpf];
 /// As [`ALIKE`], and part of the selection that is run with both.
 pub const ALL: &[Backend] = &[Backend::Ebpf, Backend::Nftables, Backend::Both, Backend::AutoWithoutBpf];
+/// About what BPF tells too: not where every bpf(2) fails.
+pub const WITH_BPF: &[Backend] = &[Backend::Ebpf, Backend::Nftables];
 /// About pins, links, maps, cgroups or tasks: there is none of it in nftables.
 pub const EBPF: &[Backend] = &[Backend::Ebpf];
 /// About the table and its packets.

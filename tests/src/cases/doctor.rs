@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::{Case, case, names::Named};
 use crate::{
+    backend::WITH_BPF,
     dns::Zone,
     foreign::{ForeignProgram, Sharing},
     world::{NOBODY, Netns, World, binary, ran},
@@ -15,7 +16,7 @@ use crate::{
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    vec![
+    let cases = [
         case("doctor_finds_what_this_kernel_can_do_and_leaves_nothing", kernel),
         case("doctor_needs_root_and_an_image_that_is_there", refusals),
         case("doctor_finds_translation_onto_an_endpoint", translation),
@@ -28,7 +29,8 @@ pub fn cases() -> Vec<Case> {
         case("doctor_finds_a_process_with_capabilities", capable),
         case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
         case("doctor_judges_an_image", image),
-    ]
+    ];
+    cases.into_iter().map(|case| case.on(WITH_BPF)).collect()
 }
 
 /// A network namespace of its own in which the binary looks around.

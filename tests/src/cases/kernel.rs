@@ -7,6 +7,7 @@ use enforcer::host::cgroup2_mount;
 use super::{Case, case};
 use crate::{
     attack::Way,
+    backend::WITH_BPF,
     kernel::{Feature, has, lacking, lacks},
     world::{NOBODY, World},
 };
@@ -16,8 +17,8 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("kernel_has_what_it_should", as_said),
-        case("s5_auto_takes_what_the_kernel_has", auto),
-        case("s5_a_backend_that_cannot_be_is_refused", refused),
+        case("s5_auto_takes_what_the_kernel_has", auto).on(WITH_BPF),
+        case("s5_a_backend_that_cannot_be_is_refused", refused).on(WITH_BPF),
     ]
 }
 
