@@ -47,7 +47,7 @@ use crate::{
     host::{self, AddressChanges},
     policy::{Endpoint, Name, Policy},
     resolve::{Answer, Known, Names},
-    ruleset::{Host, Resolved, compile},
+    ruleset::{Host, Resolved, RuleSet, compile},
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
     verify::Verification,
@@ -339,10 +339,7 @@ impl Daemon {
             return Err(DaemonError::Frozen);
         }
         let resolved = self.names.resolved(Instant::now());
-        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
-            path: self.wanted.path.clone(),
-            error,
-        })?;
+        let rules = self.rules(&resolved)?;
         if let Some(nftables) = self.enforcement.nftables() {
             let monit = self.policy.target(nftables::dropin::TARGET);
             nftables.honour_jobs(monit.is_some_and(|monit| monit.grants)); // B5
@@ -614,11 +611,16 @@ impl Daemon {
     /// Compares all that the kernel holds with what is wanted now.
     fn verify(&mut self) -> Result<Verification, DaemonError> {
         let resolved = self.names.resolved(Instant::now());
-        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| DaemonError::Compile {
+        let rules = self.rules(&resolved)?;
+        Ok(self.enforcement.verify(&rules)?)
+    }
+
+    /// What is wanted now, with these addresses.
+    fn rules(&self, resolved: &Resolved) -> Result<RuleSet, DaemonError> {
+        compile(&self.policy, resolved, &self.host).map_err(|error| DaemonError::Compile {
             path: self.wanted.path.clone(),
             error,
-        })?;
-        Ok(self.enforcement.verify(&rules)?)
+        })
     }
 
     /// Ends, with everything of ours removed.
