@@ -140,16 +140,29 @@ pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
     let meta = fs::metadata(dir).map_err(failed("look at", dir))?;
     trusted(dir, &meta)?;
     let path = dir.join(FILE);
-    let aside = dir.join(format!("{FILE}.new"));
     let envelope = Envelope {
         schema: SCHEMA.to_owned(),
         crc32: Some(format!("{:08x}", record.mark.crc)),
         content: Some(&record.text),
     };
     let text = serde_json::to_vec(&envelope).map_err(|error| failed("write", &path)(error.into()))?;
-    // Not whatever lies there under that name, a link perhaps.
+    replace(dir, FILE, &text).map_err(|(action, path, error)| StateError::Io { action, path, error })?;
+    let _ = fs::remove_file(dir.join(early::FILE));
+    Ok(())
+}
+
+/// Gives a file of `dir` another text, whole or not at all, readable by its owner alone: written aside, synced, renamed. An error
+/// says what was tried, on which path, and why not.
+pub(crate) fn replace(dir: &Path, name: &str, text: &[u8]) -> Result<(), (&'static str, PathBuf, io::Error)> {
+    let failed = |action, path: &Path| {
+        let path = path.to_path_buf();
+        move |error| (action, path, error)
+    };
+    let path = dir.join(name);
+    let aside = dir.join(format!("{name}.new"));
+    // Not whatever lies there under that name: what a killed process left, or a link.
     match fs::remove_file(&aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("replace", &aside)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &aside)(error)),
         Ok(()) | Err(_) => {}
     }
     let mut file = OpenOptions::new()
@@ -158,15 +171,13 @@ pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
         .mode(0o600)
         .open(&aside)
         .map_err(failed("write", &aside))?;
-    file.write_all(&text)
+    file.write_all(text)
         .and_then(|()| file.sync_all())
         .map_err(failed("write", &aside))?;
     fs::rename(&aside, &path).map_err(failed("replace", &path))?;
     File::open(dir)
         .and_then(|dir| dir.sync_all())
-        .map_err(failed("sync", dir))?;
-    let _ = fs::remove_file(dir.join(early::FILE));
-    Ok(())
+        .map_err(failed("sync", dir))
 }
 
 /// The bytes of a file that only root can have written.

@@ -1,8 +1,8 @@
 //! Grants on disk: `grants.json` in the state directory, versioned and checksummed, replaced whole (F1, F4, F6).
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read as _, Write as _},
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, Read as _},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -11,7 +11,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{Asker, Grantee, Grants, Key, MAX_GRANTS, Term};
-use crate::policy::{CgroupPath, Uid};
+use crate::{
+    policy::{CgroupPath, Uid},
+    state,
+};
 
 const FILE: &str = "grants.json";
 const SCHEMA: &str = "enforcer/grants-file/1";
@@ -135,26 +138,8 @@ pub fn save(dir: &Path, grants: &Grants) -> Result<(), FileError> {
         .map_err(failed("make", dir))?;
     directory(dir)?;
     let path = dir.join(FILE);
-    let aside = dir.join(format!("{FILE}.new"));
     let text = text(grants).map_err(|error| failed("write", &path)(error.into()))?;
-    // What a killed process left, whatever its mode.
-    match fs::remove_file(&aside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &aside)(error)),
-        Ok(()) | Err(_) => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&aside)
-        .map_err(failed("write", &aside))?;
-    file.write_all(&text)
-        .and_then(|()| file.sync_all())
-        .map_err(failed("write", &aside))?;
-    fs::rename(&aside, &path).map_err(failed("replace", &path))?;
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(failed("sync", dir))
+    state::replace(dir, FILE, &text).map_err(|(action, path, error)| FileError::Io { action, path, error })
 }
 
 /// What is wrong with a text.
