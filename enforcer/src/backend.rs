@@ -369,8 +369,7 @@ impl InForce {
             Err(error @ (BackendError::OtherVersion { .. } | BackendError::Damaged { .. })) => (None, Some(error)),
             Err(error) => return Err(error),
         };
-        // Without nf_tables there is no table.
-        let nftables = nftables::dropin::open(&settings.nft_table).ok().flatten();
+        let nftables = nftables::dropin::open(&settings.nft_table)?;
         let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
         Ok((in_force, unread))
     }
@@ -425,6 +424,8 @@ impl InForce {
 
 /// Removes all of ours from the kernel; false where there was nothing.
 pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
-    let nftables = nftables::dropin::unload(&settings.nft_table)?;
-    Ok(ebpf::unload(&settings.pin_dir)? || nftables)
+    // What one half meets keeps nothing of the other in force.
+    let nftables = nftables::dropin::unload(&settings.nft_table);
+    let ebpf = ebpf::unload(&settings.pin_dir)?;
+    Ok(nftables? || ebpf)
 }

@@ -341,9 +341,25 @@ impl Nftables {
 pub struct Saved(Dump);
 
 /// The table for those who only read it; none where nothing of ours is there.
-pub fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
-    let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
-    Ok(dump(&mut netlink, table)?.filter(is_ours).map(Reading))
+fn open(netlink: &mut Netlink, table: &str) -> Result<Option<Reading>, NftablesError> {
+    Ok(dump(netlink, table)?.filter(is_ours).map(Reading))
+}
+
+/// A way to ask `nf_tables`; none where the kernel has none, and so no table. That it may not be asked is an error: nothing is known then.
+fn reach(table: &str) -> Result<Option<Netlink>, NftablesError> {
+    match Netlink::open().and_then(|mut netlink| netlink.generation().map(|_| netlink)) {
+        Ok(netlink) => Ok(Some(netlink)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(failed(table, "look for the table", error)),
+    }
+}
+
+/// What a kernel without netfilter says to the socket, and one without `nf_tables` to a question.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT | libc::EINVAL | libc::EOPNOTSUPP)
+    )
 }
 
 /// A table as read.
@@ -366,13 +382,12 @@ impl Reading {
 
 /// Removes the table if it is ours; false where there was none.
 pub fn unload(table: &str) -> Result<bool, NftablesError> {
-    // Without `nf_tables` there is no table.
-    let Ok(mut netlink) = Netlink::open() else {
+    reach(table)?.map_or(Ok(false), |mut netlink| remove(&mut netlink, table))
+}
+
+fn remove(netlink: &mut Netlink, table: &str) -> Result<bool, NftablesError> {
+    if !dump(netlink, table)?.as_ref().is_some_and(is_ours) {
         return Ok(false);
-    };
-    match dump(&mut netlink, table) {
-        Ok(Some(found)) if is_ours(&found) => {}
-        Ok(_) | Err(_) => return Ok(false),
     }
     let removed = netlink.remove(table);
     removed.map_err(|Failed { step, error }| failed(table, &step, error))?;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{Case, case};
 use crate::{
-    backend::EBPF,
+    backend::{Backend, EBPF},
     foreign::{ForeignProgram, Sharing},
     world::{NOBODY, World, binary, ran},
 };
@@ -246,6 +246,15 @@ fn no_permission() -> Result<()> {
             "{action}: {}",
             ran.stderr
         );
+    }
+    // Who may look at the pins, and not at nftables, is told so instead of that nothing is in force.
+    let unload = Backend::current().is_nftables().then_some("unload");
+    for action in ["status", "verify"].into_iter().chain(unload) {
+        let mut command = Command::new("setpriv");
+        command.arg("--bounding-set=-net_admin").arg(binary("enforcer")?);
+        command.arg("--config").arg(world.path("enforcer.toml"));
+        let ran = ran(command.arg(action))?.demand(2)?;
+        ensure!(ran.stderr.contains("run as root"), "{action}: {}", ran.stderr);
     }
     still_guarded(&world)
 }

@@ -220,12 +220,14 @@ pub struct Readings {
     shared: Option<Reading>,
 }
 
-/// As [`super::open`].
+/// The tables for those who only read them; none where nothing of ours is there.
 pub fn open(table: &str) -> Result<Option<Readings>, NftablesError> {
-    let Some(own) = super::open(table)? else {
+    let Some(mut netlink) = super::reach(table)? else {
         return Ok(None);
     };
-    let mut netlink = Netlink::open().map_err(|error| failed(TABLE, "open a netlink socket", error))?;
+    let Some(own) = super::open(&mut netlink, table)? else {
+        return Ok(None);
+    };
     let shared = found_of(&mut netlink, table)?.map(Reading);
     Ok(Some(Readings { own, shared }))
 }
@@ -281,15 +283,15 @@ pub fn others_stay() -> bool {
     found.flatten().is_some_and(|found| own(found).is_none())
 }
 
-/// Removes what is ours of both tables, if there is any.
+/// Removes what is ours of both tables; false where there was nothing.
 pub fn unload(table: &str) -> Result<bool, NftablesError> {
-    // As for our own: what cannot be read is none.
-    if let Ok(mut netlink) = Netlink::open()
-        && matches!(found_of(&mut netlink, table), Ok(Some(_)))
-    {
+    let Some(mut netlink) = super::reach(table)? else {
+        return Ok(false);
+    };
+    if found_of(&mut netlink, table)?.is_some() {
         leave(&mut netlink, TABLE)?;
     }
-    super::unload(table)
+    super::remove(&mut netlink, table)
 }
 
 /// What of the shared table is that of the instance with this table.
