@@ -29,7 +29,10 @@ pub mod verify;
 
 use anyhow::{Result, ensure};
 
-use crate::backend::{ALIKE, Backend};
+use crate::{
+    backend::{ALIKE, Backend},
+    kernel::{Feature, lacks},
+};
 
 /// A case: what it is about, on which backends, and what it does.
 pub struct Case {
@@ -37,6 +40,8 @@ pub struct Case {
     pub name: String,
     /// Runs of the suite that it is part of.
     pub on: &'static [Backend],
+    /// What it cannot do without. What is so where the kernel lacks it is a case of its own.
+    pub needs: &'static [Feature],
     /// Fails with what is not as it should be.
     pub run: Box<dyn FnOnce() -> Result<()> + Send>,
 }
@@ -45,6 +50,26 @@ impl Case {
     /// Of other runs of the suite than [`ALIKE`].
     fn on(self, on: &'static [Backend]) -> Self {
         Self { on, ..self }
+    }
+
+    /// Only where the kernel has all of these.
+    fn needs(self, needs: &'static [Feature]) -> Self {
+        Self { needs, ..self }
+    }
+
+    /// What it needs and this kernel lacks; eBPF tells a task's cgroup without nftables' help.
+    #[must_use]
+    pub fn lacking(&self, run: Backend) -> Vec<Feature> {
+        let counts = |feature: &Feature| run != Backend::Ebpf || *feature != Feature::SocketCgroup;
+        let needs = self.needs.iter().copied().filter(counts);
+        needs.filter(|feature| lacks(*feature)).collect()
+    }
+
+    /// Whether it is part of a run. Where there is no BPF, the run on what `auto` takes then has all that is about nftables.
+    #[must_use]
+    pub fn is_on(&self, run: Backend) -> bool {
+        let instead = run == Backend::AutoWithoutBpf && lacks(Feature::Bpf);
+        self.on.contains(&run) || instead && self.on.contains(&Backend::Nftables)
     }
 }
 
@@ -107,6 +132,7 @@ fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {
     Case {
         name: name.to_owned(),
         on: ALIKE,
+        needs: &[],
         run: Box::new(run),
     }
 }

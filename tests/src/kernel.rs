@@ -30,6 +30,17 @@ pub enum Feature {
     SocketCgroup,
 }
 
+/// What eBPF needs.
+pub const EBPF_NEEDS: &[Feature] = &[Feature::Bpf, Feature::Cgroup2];
+/// What a principal with a cgroup needs on any backend.
+pub const CGROUP_NEEDS: &[Feature] = &[Feature::Cgroup2, Feature::SocketCgroup];
+
+/// Whether eBPF cannot be had, by what is said that the kernel lacks.
+#[must_use]
+pub fn lacks_ebpf() -> bool {
+    EBPF_NEEDS.iter().any(|feature| lacks(*feature))
+}
+
 /// Whether it is said that the kernel lacks this.
 #[must_use]
 pub fn lacks(feature: Feature) -> bool {

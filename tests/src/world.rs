@@ -32,8 +32,8 @@ use crate::{
 
 /// A user who may nothing.
 pub const NOBODY: u32 = 65534;
-/// How long anything may take before a case fails.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How long anything may take on a machine before a case fails.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks at something that is awaited.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Begins the name of everything that a test makes.
@@ -331,7 +331,7 @@ pub fn cgroup_mount() -> Result<PathBuf> {
 /// from `enforcer` has been taken from it.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let path = whole_binary(name)?;
-    if name == "enforcer" && Backend::current() == Backend::AutoWithoutBpf {
+    if name == "enforcer" && Backend::current() == Backend::AutoWithoutBpf && !lacks(Feature::Bpf) {
         return without_bpf(&path, &whole_binary("confined")?);
     }
     Ok(path)
@@ -355,9 +355,15 @@ pub fn copy_binary(name: &str, to: &Path) -> Result<()> {
     ran(Command::new("cp").arg(binary(name)?).arg(to))?.demand(0).map(drop)
 }
 
+/// How long anything may take here before a case fails.
+#[must_use]
+pub fn patience() -> Duration {
+    PATIENCE * slowness().min(5)
+}
+
 /// Waits until `done` says so.
 pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let patience = PATIENCE * slowness().min(5);
+    let patience = patience();
     let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
         if done()? {
@@ -444,7 +450,7 @@ impl Daemon {
         let answers = |log: &str| log.matches("reloaded ").count() + log.matches("reload: ").count();
         let before = answers(&self.log());
         self.signal(Signal::SIGHUP)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         // A thousand in a row wait no longer than they must.
         while answers(&self.log()) == before {
             ensure!(Instant::now() < deadline, "the daemon does not reload");
@@ -627,7 +633,7 @@ impl Attack {
             }
         });
         let held = Held { child, lines };
-        let first = held.lines.recv_timeout(PATIENCE);
+        let first = held.lines.recv_timeout(patience());
         ensure!(first.as_deref() == Ok("held"), "{self:?} holds nothing: {first:?}");
         Ok(held)
     }
@@ -724,7 +730,7 @@ impl Held {
     pub fn fails(&self) -> Result<i32> {
         let line = self
             .lines
-            .recv_timeout(PATIENCE)
+            .recv_timeout(patience())
             .context("the connection stays, or its process ended")?;
         let errno = line.strip_prefix("errno ").with_context(|| line.clone())?;
         Ok(errno.parse()?)
@@ -1000,7 +1006,7 @@ fn ip(arguments: &[&str]) -> Result<()> {
 /// Asks over a control socket as whoever we are.
 pub fn ask_raw(socket: &Path, request: &[u8]) -> Result<String> {
     let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience()))?;
     stream.write_all(request)?;
     stream.shutdown(std::net::Shutdown::Write)?;
     let mut text = String::new();

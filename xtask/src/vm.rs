@@ -12,14 +12,18 @@ mod table;
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread::{self, available_parallelism},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args as Arguments;
+use indicatif::MultiProgress;
 
 use self::{
     initramfs::Initramfs,
+    kernel::Kernel,
     machine::{Outcome, Settings},
     report::Row,
     table::{Entry, Table},
@@ -71,9 +75,12 @@ pub(crate) struct Options {
     /// The package for --systemd; given again, the one to upgrade to [default: those in target/package]
     #[arg(long, value_name = "FILE", requires = "systemd")]
     deb: Vec<PathBuf>,
-    /// Memory of a guest in MiB
-    #[arg(long, default_value_t = 1024)]
-    memory: u32,
+    /// Guests that run at once [default: one for each processor; one with --log, --keep or --systemd]
+    #[arg(long, short, value_name = "NUMBER")]
+    jobs: Option<usize>,
+    /// Memory of a guest in MiB [default: 1024, and 3072 with --full]
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
     /// Seconds of silence after which a guest hangs
     #[arg(long, default_value_t = 120)]
     patience: u64,
@@ -114,18 +121,30 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let binaries = target_dir().join(if options.debug { "debug" } else { "release" });
     let dir = target_dir().join("vm");
     fs::create_dir_all(&dir)?;
-    let mut rows = Vec::new();
-    for entry in &entries {
-        let outcome = guest(&table, entry, &cache, &binaries, &dir, options);
+    let settings = Settings {
+        kvm: options.kvm,
+        memory: options.memory.unwrap_or(if options.full { 3072 } else { 1024 }),
+        log: options.log,
+        shell: options.keep,
+        disk: None,
+        patience: Duration::from_secs(options.patience),
+        progress: MultiProgress::new(),
+    };
+    // One after the other: they share an archive, and building one takes all processors.
+    let kernels = entries.into_iter().map(|entry| {
+        let kernel = kernel::obtain(&table, &entry, &cache, options.newest_if_gone);
+        (entry, kernel)
+    });
+    let kernels: Vec<_> = kernels.collect();
+    let rows = at_once(options.jobs(), kernels, |(entry, kernel)| {
+        let outcome =
+            kernel.and_then(|kernel| guest(&table, &entry, &kernel, &cache, &binaries, &dir, &settings, options));
         let outcome = outcome.map_err(|error| format!("{error:#}"));
         if let Err(why) = &outcome {
-            eprintln!("vm: {}: {why}", entry.name);
+            settings.progress.suspend(|| eprintln!("vm: {}: {why}", entry.name));
         }
-        rows.push(Row {
-            entry: entry.clone(),
-            outcome,
-        });
-    }
+        Row { entry, outcome }
+    });
     report::write(&rows, &dir, started.elapsed())?;
     println!(
         "vm: {} kernels in {:.0} s; {} and junit.xml beside it",
@@ -148,37 +167,64 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+impl Options {
+    /// How many guests run at once: one where its console is shown or the terminal is its own.
+    fn jobs(&self) -> usize {
+        if self.log || self.keep || self.systemd {
+            return 1;
+        }
+        self.jobs
+            .unwrap_or_else(|| available_parallelism().map_or(1, usize::from))
+    }
+}
+
+/// Does something with each, so many at a time. What comes of it in their order.
+fn at_once<T: Send, R: Send>(jobs: usize, all: Vec<T>, act: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let done = Mutex::new(Vec::new());
+    let waiting = Mutex::new(all.into_iter().enumerate());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    thread::scope(|scope| {
+        for _ in 0..jobs.max(1) {
+            scope.spawn(|| {
+                while let Some((place, one)) = next() {
+                    let result = act(one);
+                    done.lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push((place, result));
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(place, _)| *place);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
 fn cases(outcome: &Outcome) -> usize {
     outcome.cells.iter().map(|cell| cell.cases.len()).sum()
 }
 
 /// One kernel's guest.
+#[allow(clippy::too_many_arguments, reason = "each is another thing")]
 fn guest(
     table: &Table,
     entry: &Entry,
+    kernel: &Kernel,
     cache: &Path,
     binaries: &Path,
     dir: &Path,
+    settings: &Settings,
     options: &Options,
 ) -> Result<Outcome> {
-    let kernel = kernel::obtain(table, entry, cache, options.newest_if_gone)?;
     let dir = dir.join(if options.systemd {
         "systemd"
     } else {
         entry.name.as_str()
     });
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-    let mut settings = Settings {
-        kvm: options.kvm,
-        memory: options.memory,
-        log: options.log,
-        shell: options.keep,
-        disk: None,
-        patience: Duration::from_secs(options.patience),
-    };
     if options.systemd {
         let packages = system::Packages::find(&options.deb)?;
-        return system::run(table, &kernel, &packages, cache, binaries, &dir, &settings);
+        return system::run(table, kernel, &packages, cache, binaries, &dir, settings);
     }
     let suites: &[plan::Suite] = if options.full || options.filter.is_some() {
         &plan::WHOLE
@@ -187,16 +233,20 @@ fn guest(
     };
     let mut plan = plan::plan(entry, suites, &options.backend, options.filter.as_deref(), options.keep);
     let mut initramfs = Initramfs::new(binaries, &binaries.join("enforcer"))?;
-    plan.modules = initramfs.modules(&kernel, &initramfs::MODULES)?;
+    plan.modules = initramfs.modules(kernel, &initramfs::MODULES)?;
     plan.slowness = if options.kvm { 2 } else { EMULATION };
     initramfs.text("plan.json", &serde_json::to_string_pretty(&plan)?)?;
     let file = dir.join("initramfs.cpio");
     initramfs.write(&file)?;
-    eprintln!("vm: {}: boot", entry.name);
-    let mut outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
+    let say = |text: &str| settings.progress.suspend(|| eprintln!("vm: {}: {text}", entry.name));
+    say("boot");
+    let mut outcome = machine::run(&entry.name, &kernel.image, &file, &dir, settings);
     if settings.kvm && outcome.as_ref().is_ok_and(|outcome| outcome.booted.is_none()) {
-        eprintln!("vm: {}: KVM does not work here; boot under emulation", entry.name);
-        settings.kvm = false;
+        say("KVM does not work here; boot under emulation");
+        let settings = Settings {
+            kvm: false,
+            ..settings.clone()
+        };
         outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
     }
     let _ = fs::remove_file(&file);

@@ -59,13 +59,29 @@ fn trials(backend: Option<Backend>, arguments: &Arguments) -> Result<Vec<Trial>>
     let cases = cases::chosen(&env::var("ENFORCER_TEST_CASES").unwrap_or_default())?;
     let run = cases
         .into_iter()
-        .filter(|case| chosen.is_none_or(|backend| case.on.contains(&backend)));
-    Ok(run.map(|case| trial(case, chosen, Arc::clone(&record))).collect())
+        .filter(|case| chosen.is_none_or(|backend| case.is_on(backend)));
+    let (mut trials, mut left_out) = (Vec::new(), Vec::new());
+    for case in run {
+        let lacking = chosen.map_or_else(Vec::new, |backend| case.lacking(backend));
+        if lacking.is_empty() {
+            trials.push(trial(case, chosen, Arc::clone(&record)));
+        } else {
+            left_out.push(format!("{} ({lacking:?})", case.name));
+        }
+    }
+    if !left_out.is_empty() {
+        eprintln!(
+            "{} cases are not for this kernel, by what it lacks: {}",
+            left_out.len(),
+            left_out.join(", ")
+        );
+    }
+    Ok(trials)
 }
 
 /// Its kind is the backend that it is run on, or all of them.
 fn trial(case: Case, chosen: Option<Backend>, record: Arc<Record>) -> Trial {
-    let Case { name, on, run } = case;
+    let Case { name, on, run, .. } = case;
     let all = chosen.as_ref().map_or(on, std::slice::from_ref);
     let names = all.iter().filter_map(Backend::to_possible_value);
     let kind: Vec<String> = names.map(|value| value.get_name().to_owned()).collect();

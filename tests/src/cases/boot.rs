@@ -11,6 +11,7 @@ use super::{
 use crate::{
     backend::EBPF,
     dns::Zone,
+    kernel::CGROUP_NEEDS,
     world::{Daemon, Listener, NOBODY, World, ran, until},
 };
 
@@ -25,7 +26,7 @@ pub fn cases() -> Vec<Case> {
             "f4_without_a_last_good_a_bad_configuration_is_the_end",
             nothing_to_fall_back_to,
         ),
-        case("f4_a_cgroup_missing_at_boot_keeps_nobody_from_starting", missing_cgroup),
+        case("f4_a_cgroup_missing_at_boot_keeps_nobody_from_starting", missing_cgroup).needs(CGROUP_NEEDS),
         // In another network namespace, where a table would not guard ours.
         case("f4_n7_apply_last_good_needs_nothing_else", apply_last_good).on(EBPF),
         case("f4_a_power_cut_of_any_length_is_told", power_cuts),

@@ -13,7 +13,7 @@ use super::{Case, case};
 use crate::{
     attack::{Way, Who},
     backend::{ALL, Backend, EBPF},
-    kernel::{Feature, cannot, lacks},
+    kernel::{CGROUP_NEEDS, Feature, cannot, lacks},
     world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary},
 };
 
@@ -94,7 +94,7 @@ pub fn cases() -> Vec<Case> {
     cases.push(case("d1_datagrams_to_many_are_judged_by_that_address_alone", multicast));
     cases.push(case("d6_containers_loopback_is_their_own_routable_is_not", containers));
     cases.push(case("d7_local_follows_addresses", local));
-    cases.push(case("principal_within_cgroup", within_cgroup));
+    cases.push(case("principal_within_cgroup", within_cgroup).needs(CGROUP_NEEDS));
     cases.push(case("principal_kernel_admits_no_user", kernel_only));
     cases.push(case("audit_refuses_nothing", audit));
     cases

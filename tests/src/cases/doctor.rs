@@ -10,6 +10,7 @@ use crate::{
     backend::WITH_BPF,
     dns::Zone,
     foreign::{ForeignProgram, Sharing},
+    kernel::{EBPF_NEEDS, Feature, lacks, lacks_ebpf},
     world::{NOBODY, Netns, World, binary, ran},
 };
 
@@ -19,18 +20,23 @@ pub fn cases() -> Vec<Case> {
     let cases = [
         case("doctor_finds_what_this_kernel_can_do_and_leaves_nothing", kernel),
         case("doctor_needs_root_and_an_image_that_is_there", refusals),
-        case("doctor_finds_translation_onto_an_endpoint", translation),
         case("doctor_finds_source_routes_segment_routing_and_mptcp", ways_around),
         case("doctor_finds_a_listener_beyond_its_endpoint", listener),
         case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
-        case("doctor_finds_programs_of_others_by_their_order", programs),
-        case("doctor_finds_an_open_bpffs_and_open_pins", open_places),
         case("doctor_finds_names_that_do_not_resolve", unresolved),
         case("doctor_finds_a_process_with_capabilities", capable),
         case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
         case("doctor_judges_an_image", image),
     ];
-    cases.into_iter().map(|case| case.on(WITH_BPF)).collect()
+    let of_programs = [
+        case("doctor_finds_translation_onto_an_endpoint", translation),
+        case("doctor_finds_programs_of_others_by_their_order", programs),
+        case("doctor_finds_an_open_bpffs_and_open_pins", open_places),
+    ];
+    let all = cases
+        .into_iter()
+        .chain(of_programs.into_iter().map(|case| case.needs(EBPF_NEEDS)));
+    all.map(|case| case.on(WITH_BPF)).collect()
 }
 
 /// A network namespace of its own in which the binary looks around.
@@ -47,10 +53,10 @@ impl Ward {
         Ok(Self { world, netns })
     }
 
-    /// One endpoint on this world's address, by a backend.
-    fn guarded(backend: &str) -> Result<Self> {
+    /// One endpoint on this world's address, by what `auto` takes.
+    fn guarded() -> Result<Self> {
         let ward = Self::new("")?;
-        ward.guard(backend, &[format!("tcp://{}", ward.world.here())])?;
+        ward.guard("auto", &[format!("tcp://{}", ward.world.here())])?;
         Ok(ward)
     }
 
@@ -89,20 +95,29 @@ fn found<'a>(report: &'a Value, id: &str) -> Option<&'a Value> {
 }
 
 fn kernel() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
-    let programs = |world: &World| ran(Command::new("bpftool").args(["cgroup", "show"]).arg(&world.cgroup));
-    let before = programs(&ward.world)?.demand(0)?.stdout;
+    let ward = Ward::guarded()?;
+    let programs = |world: &World| -> Result<String> {
+        if lacks_ebpf() {
+            return Ok(String::new());
+        }
+        let shown = ran(Command::new("bpftool").args(["cgroup", "show"]).arg(&world.cgroup))?;
+        Ok(shown.demand(0)?.stdout)
+    };
+    let before = programs(&ward.world)?;
     let report = ward.report()?;
     let features = report["features"].as_array().cloned().unwrap_or_default();
     ensure!(features.len() == 25, "{report}");
     for feature in &features {
-        ensure!(feature["state"] == "supported", "{feature}");
+        let id = feature["id"].as_str().unwrap_or_default();
+        let wanted = if is_lacking(id) { "missing" } else { "supported" };
+        ensure!(feature["state"] == wanted, "not {wanted}: {feature}");
     }
     ensure!(report["schema"] == "enforcer/doctor/1", "{report}");
-    ensure!(report["choice"]["backend"] == "ebpf", "{report}");
+    let chosen = if lacks_ebpf() { "nftables" } else { "ebpf" };
+    ensure!(report["choice"]["backend"] == chosen, "not {chosen}: {report}");
     ensure!(found(&report, "no-daemon").is_some(), "{report}");
     ensure!(report["unseen"].as_array().is_some_and(Vec::is_empty), "{report}");
-    let after = programs(&ward.world)?.demand(0)?.stdout;
+    let after = programs(&ward.world)?;
     ensure!(before == after, "{before} became {after}");
     let tables = ward.netns.nft("list tables")?;
     ensure!(!tables.contains("probe"), "{tables}");
@@ -119,8 +134,22 @@ fn kernel() -> Result<()> {
     Ok(())
 }
 
+/// Whether this kernel is said to lack what a feature of the report is about.
+fn is_lacking(id: &str) -> bool {
+    match id {
+        "bpf-syscall" | "ring-buffer" | "batch-operations" | "bpffs" | "programs" | "cgroup-sock-addr" => {
+            lacks(Feature::Bpf)
+        }
+        "attach" | "cgroup-link" => lacks_ebpf(),
+        "socket-owner" => lacks(Feature::Bpf) || lacks(Feature::Btf),
+        "netns-cookie" => lacks(Feature::Bpf) || lacks(Feature::NetnsCookie),
+        "nft-socket-cgroup" => lacks(Feature::SocketCgroup),
+        _ => false,
+    }
+}
+
 fn refusals() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     let other = ran(ward.world.enforcer_as(NOBODY)?.arg("doctor"))?.demand(2)?;
     ensure!(other.stderr.contains("run as root"), "{other:?}");
     let gone = ward
@@ -132,7 +161,7 @@ fn refusals() -> Result<()> {
 }
 
 fn translation() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     ward.misses("nat-onto-endpoint")?;
     ward.netns.nft("add table ip theirs")?;
     ward.netns
@@ -159,14 +188,16 @@ fn translation() -> Result<()> {
 }
 
 fn ways_around() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     let set = |setting: &str| {
         ran(ward.netns.command(Path::new("sysctl")).args(["-qw", setting]))?
             .demand(0)
             .map(drop)
     };
     set("net.ipv4.conf.all.accept_source_route=0")?;
-    set("net.mptcp.enabled=1")?;
+    if !lacks(Feature::Mptcp) {
+        set("net.mptcp.enabled=1")?;
+    }
     for id in ["source-route", "segment-routing", "mptcp-add-addr"] {
         ward.misses(id)?;
     }
@@ -174,12 +205,15 @@ fn ways_around() -> Result<()> {
     set("net.ipv4.conf.lo.accept_source_route=1")?;
     set("net.ipv6.conf.all.seg6_enabled=1")?;
     set("net.ipv6.conf.lo.seg6_enabled=1")?;
-    ward.netns
-        .ip(&["mptcp", "limits", "set", "add_addr_accepted", "2", "subflows", "2"])?;
     for id in ["source-route", "segment-routing"] {
         let finding = ward.finds(id)?;
         ensure!(finding["items"].to_string().contains("\"lo\""), "{finding}");
     }
+    if lacks(Feature::Mptcp) {
+        return Ok(());
+    }
+    ward.netns
+        .ip(&["mptcp", "limits", "set", "add_addr_accepted", "2", "subflows", "2"])?;
     let finding = ward.finds("mptcp-add-addr")?;
     ensure!(finding["what"].to_string().contains("up to 2"), "{finding}");
     Ok(())
@@ -188,18 +222,18 @@ fn ways_around() -> Result<()> {
 fn listener() -> Result<()> {
     let ward = Ward::new("")?;
     let here = |address: &str| format!("tcp://{address}:{}", ward.world.port);
-    ward.guard("ebpf", &[here("127.0.0.1")])?;
+    ward.guard("auto", &[here("127.0.0.1")])?;
     ward.misses("listener-beyond-endpoint")?;
     let _listener = crate::world::Listener::start(Some(&ward.netns.file()), ward.world.port, &[])?;
     let finding = ward.finds("listener-beyond-endpoint")?;
     ensure!(finding["items"].to_string().contains("::1"), "{finding}");
     // As it says.
-    ward.guard("ebpf", &[here("local")])?;
+    ward.guard("auto", &[here("local")])?;
     ward.misses("listener-beyond-endpoint")
 }
 
 fn old_rules() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     ward.misses("old-stemcell-rules")?;
     // As the agent makes them.
     for command in [
@@ -242,7 +276,7 @@ fn old_rules() -> Result<()> {
 }
 
 fn programs() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     let cgroup = ward.world.cgroup.clone();
     for id in ["program-before", "program-after", "program-rewrites-after"] {
         ward.misses(id)?;
@@ -266,7 +300,7 @@ fn programs() -> Result<()> {
 
 /// In a mount namespace of its own, so that nobody else meets the open bpffs.
 fn open_places() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     ward.misses("bpffs-open")?;
     ward.misses("pins-open")?;
     let look = |preparation: &str| -> Result<Value> {
@@ -322,7 +356,7 @@ fn unresolved() -> Result<()> {
 }
 
 fn capable() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     let mut child = Command::new("setpriv")
         .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
         .args(["--inh-caps", "+net_raw", "--ambient-caps", "+net_raw", "sleep", "60"])
@@ -344,7 +378,7 @@ fn capable() -> Result<()> {
 }
 
 fn nothing() -> Result<()> {
-    let ward = Ward::guarded("ebpf")?;
+    let ward = Ward::guarded()?;
     ward.misses("nothing-in-force")?;
     ward.misses("configuration")?;
     ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;

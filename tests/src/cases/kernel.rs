@@ -8,7 +8,7 @@ use super::{Case, case};
 use crate::{
     attack::Way,
     backend::WITH_BPF,
-    kernel::{Feature, has, lacking, lacks},
+    kernel::{Feature, has, lacking, lacks, lacks_ebpf},
     world::{NOBODY, World},
 };
 
@@ -47,7 +47,7 @@ fn auto() -> Result<()> {
     ))?;
     let daemon = world.daemon()?;
     let status = world.status()?;
-    if lacks(Feature::Bpf) || lacks(Feature::Cgroup2) {
+    if lacks_ebpf() {
         ensure!(status["backend"] == "nftables", "{status}");
         ensure!(daemon.log().contains("auto chose nftables"), "{}", daemon.log());
         ensure!(status.to_string().contains("auto chose nftables"), "{status}");
@@ -79,7 +79,7 @@ fn refused() -> Result<()> {
             world.here()
         ))?;
         let applied = world.enforcer(&["apply"])?;
-        if lacks(Feature::Bpf) || lacks(Feature::Cgroup2) {
+        if lacks_ebpf() {
             let applied = applied.demand(2)?;
             ensure!(applied.stderr.lines().count() == 1, "{}", applied.stderr);
             let missing = if cgroup2_mount()?.is_none() { "cgroup v2" } else { "bpf" };

@@ -13,6 +13,7 @@ use crate::{
     attack::as_user,
     backend::EBPF,
     foreign::{ForeignProgram, Sharing},
+    kernel::EBPF_NEEDS,
     world::{Listener, NOBODY, World},
 };
 
@@ -21,8 +22,8 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("f5_programs_of_others_keep_running", others_keep_running).on(EBPF),
-        case("f5_no_program_below_takes_our_place", none_below_replaces),
-        case("d1_f5_a_program_below_that_rewrites_is_caught", rewritten),
+        case("f5_no_program_below_takes_our_place", none_below_replaces).needs(EBPF_NEEDS),
+        case("d1_f5_a_program_below_that_rewrites_is_caught", rewritten).needs(EBPF_NEEDS),
         case("f6_another_user_opens_nothing", others_open_nothing).on(EBPF),
         case("f6_another_user_asks_nothing", others_ask_nothing),
     ]

@@ -103,11 +103,18 @@ fn cgroup() -> Result<()> {
     let path = format!("/{}/child", guarded.world.name());
     let allow = format!("[{{ user = {NOBODY}, cgroup = {path:?} }}]");
     guarded.configure("nftables", &[format!("tcp://{}", guarded.world.here())], &allow)?;
-    guarded.apply()?;
     if lacks(Feature::SocketCgroup) {
-        // A principal with a cgroup matches nobody, and `status` says so.
+        // A principal with a cgroup matches nobody, and that is told.
+        let applied = guarded.netns.enforcer(&guarded.world, &["apply"])?.demand(1)?;
+        ensure!(applied.stdout.contains("match nobody"), "{applied:?}");
+        let status = guarded.status()?;
+        ensure!(
+            status["state"] == "degraded" && status["causes"].to_string().contains("match nobody"),
+            "{status}"
+        );
         guarded.attack(NOBODY)?.in_cgroup(&child).is_reset()?;
     } else {
+        guarded.apply()?;
         guarded.attack(NOBODY)?.in_cgroup(&child).reaches()?;
     }
     guarded.attack(NOBODY)?.is_reset()?;

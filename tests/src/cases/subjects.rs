@@ -22,7 +22,7 @@ use super::{Case, case};
 use crate::{
     attack::{GREETING, Way},
     backend::{Backend, EBPF},
-    kernel::cannot,
+    kernel::{CGROUP_NEEDS, cannot},
     world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary, ran, until},
 };
 
@@ -31,7 +31,7 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("d3_the_sockets_cgroup_decides_who_is_judged", moved_away),
-        case("d3_the_tasks_cgroup_decides_whom_a_principal_is", moved_about),
+        case("d3_the_tasks_cgroup_decides_whom_a_principal_is", moved_about).needs(CGROUP_NEEDS),
         case("d3_cgroup_v1_is_no_way_out", cgroup_v1),
         case("d3_root_of_a_user_and_network_namespace", user_and_network),
         case("d3_a_kernel_thread_is_no_user", kernel_thread).on(EBPF),

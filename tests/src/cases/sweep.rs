@@ -9,6 +9,7 @@ use super::{Case, case};
 use crate::{
     attack::Way,
     backend::{BOTH, Backend, EBPF},
+    kernel::CGROUP_NEEDS,
     world::{Held, NOBODY, Netns, World, binary, until},
 };
 
@@ -32,7 +33,7 @@ pub fn cases() -> Vec<Case> {
         case("d9_audit_never_cuts", audit),
         case("d9_apply_sweeps_too", apply),
         case("d9_half_open_and_deferred_are_cut", half_open),
-        case("d9_a_principals_cgroup_counts", cgroups),
+        case("d9_a_principals_cgroup_counts", cgroups).needs(CGROUP_NEEDS),
         case("d9_other_cgroups_and_accepted_ends_stay", others).on(EBPF),
         case("d9_reload_begins_to_cut", reload),
         case("d9_many_are_found_and_cut", many),

@@ -16,6 +16,7 @@ use super::{Case, case, names::Named};
 use crate::{
     backend::{EBPF, WITH_BPF},
     foreign::take_link,
+    kernel::EBPF_NEEDS,
     world::{Daemon, Listener, NOBODY, Netns, World, binary, ran, until},
 };
 
@@ -25,10 +26,14 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("verify_tells_every_tampering_with_a_map", maps).on(EBPF),
         case("verify_tells_links_and_pins", links).on(EBPF),
-        case("verify_tells_a_table_that_was_changed", table).on(WITH_BPF),
+        case("verify_tells_a_table_that_was_changed", table)
+            .on(WITH_BPF)
+            .needs(EBPF_NEEDS),
         case("verify_asks_the_daemon_what_it_wants_now", daemon),
         case("verify_says_what_is_missing_and_what_it_cannot", nothing),
-        case("verify_changes_nothing", changes_nothing).on(WITH_BPF),
+        case("verify_changes_nothing", changes_nothing)
+            .on(WITH_BPF)
+            .needs(EBPF_NEEDS),
         case("f5_an_entry_taken_from_a_map_comes_back_within_2_s", entry_comes_back).on(EBPF),
         case("f5_every_tampering_with_a_map_is_restored", all_come_back).on(EBPF),
         case("f5_reading_100000_entries_again_takes_little_time", large).on(EBPF),

@@ -12,7 +12,10 @@ use nix::{
     errno::Errno,
     kmod::{ModuleInitFlags, finit_module},
     mount::{MsFlags, mount},
-    sys::reboot::{RebootMode, reboot},
+    sys::{
+        reboot::{RebootMode, reboot},
+        resource::{Resource, setrlimit},
+    },
     unistd::{chdir, chroot, setsid},
 };
 
@@ -20,6 +23,9 @@ use crate::{
     kernel::{Feature, has},
     world::{ran, until},
 };
+
+/// How many files a process may open, as under systemd.
+const FILES: u64 = 524_288;
 
 /// Mounts what every program takes for granted.
 pub(super) fn mount_all() -> Result<()> {
@@ -73,6 +79,7 @@ pub(super) fn go_on_with(device: &Path) -> Result<()> {
 
 /// What an ordinary host has by the time that its services start.
 pub(super) fn prepare() -> Result<()> {
+    setrlimit(Resource::RLIMIT_NOFILE, FILES, FILES)?;
     ran(Command::new("ip").args(["link", "set", "lo", "up"]))?
         .demand(0)
         .map(drop)

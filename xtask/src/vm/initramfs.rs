@@ -89,6 +89,7 @@ impl Initramfs {
             (enforcer.to_path_buf(), "bin/enforcer"),
             (binaries.join("privileged"), "bin/privileged"),
             (binaries.join("attack"), "bin/attack"),
+            (binaries.join("confined"), "bin/confined"),
         ] {
             this.program(&from, to, true)?;
         }

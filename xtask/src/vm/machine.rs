@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -34,6 +34,8 @@ pub(super) struct Settings {
     pub(super) disk: Option<PathBuf>,
     /// Silence for so long is a hang.
     pub(super) patience: Duration,
+    /// What is being done in all guests.
+    pub(super) progress: MultiProgress,
 }
 
 /// What became of a guest.
@@ -111,7 +113,7 @@ pub(super) fn run(name: &str, image: &Path, initramfs: &Path, dir: &Path, settin
     let started = Instant::now();
     let mut child = start(image, initramfs, &console, &results, settings)?;
     let (mut lines, mut shown) = (Tail::new(results), Tail::new(console.clone()));
-    let mut reading = Reading::new(name, settings.shell);
+    let mut reading = Reading::new(name, settings);
     let mut last = Instant::now();
     let mut fatal = None;
     let failure = loop {
@@ -241,12 +243,13 @@ struct Reading {
     in_shell: bool,
     done: bool,
     progress: ProgressBar,
+    all: MultiProgress,
 }
 
 impl Reading {
-    fn new(name: &str, shell: bool) -> Self {
-        let progress = if std::io::stderr().is_terminal() && !shell {
-            let progress = ProgressBar::new_spinner();
+    fn new(name: &str, settings: &Settings) -> Self {
+        let progress = if std::io::stderr().is_terminal() && !settings.shell {
+            let progress = settings.progress.add(ProgressBar::new_spinner());
             if let Ok(style) = ProgressStyle::with_template("  {spinner} {elapsed} {wide_msg}") {
                 progress.set_style(style);
             }
@@ -262,6 +265,7 @@ impl Reading {
             in_shell: false,
             done: false,
             progress,
+            all: settings.progress.clone(),
         }
     }
 
@@ -344,7 +348,7 @@ impl Reading {
     }
 
     fn say(&self, text: &str) {
-        self.progress.suspend(|| eprintln!("vm: {}: {text}", self.name));
+        self.all.suspend(|| eprintln!("vm: {}: {text}", self.name));
     }
 
     fn end(self) -> Outcome {

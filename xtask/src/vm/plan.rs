@@ -45,7 +45,7 @@ pub(super) struct Suite {
     cases: &'static [&'static str],
     /// Where all of them run, and where only some.
     layouts: &'static [&'static str],
-    /// Without these it cannot run; what is expected then is a case of suite `kernel`.
+    /// Without these it cannot run, or with `!` before it, where it is there: what is expected then is a case of suite `kernel`.
     needs: &'static [&'static str],
 }
 
@@ -119,21 +119,28 @@ pub(super) const SUITES: [Suite; 7] = [
     },
 ];
 
-/// The whole suite.
-pub(super) const WHOLE: [Suite; 2] = [
+/// The whole suite, with `--full`: what the layouts of hierarchies make of it is told by the parts above.
+pub(super) const WHOLE: [Suite; 3] = [
     Suite {
         name: "all",
         backend: "ebpf",
         cases: &[],
-        layouts: &["unified", "hybrid"],
+        layouts: &["unified"],
         needs: BPF,
     },
     Suite {
         name: "all",
         backend: "nftables",
         cases: &[],
-        layouts: ALL,
-        needs: &[],
+        layouts: &["unified"],
+        needs: BPF,
+    },
+    Suite {
+        name: "all",
+        backend: "auto",
+        cases: &[],
+        layouts: &["unified"],
+        needs: &["!bpf"],
     },
 ];
 
@@ -143,18 +150,20 @@ impl Suite {
         format!("{} {}", self.name, self.backend)
     }
 
-    /// The run of the suite that its cases are taken from; those about the choice say themselves what they ask for.
+    /// The run of the suite that its cases are taken from; those about the choice alone say themselves what they ask for.
     fn run(&self) -> &'static str {
-        if self.backend == "auto" {
-            "nftables"
-        } else {
-            self.backend
+        match self.backend {
+            "auto" if self.cases.is_empty() => "auto-without-bpf",
+            "auto" => "nftables",
+            backend => backend,
         }
     }
 
     /// Whether it has a cell in this row.
     fn runs(&self, layout: &str, lacks: &[String]) -> bool {
-        self.layouts.contains(&layout) && !self.needs.iter().any(|need| lacks.iter().any(|lack| lack == need))
+        let has = |thing: &str| !lacks.iter().any(|lack| lack == thing);
+        let met = |need: &&str| need.strip_prefix('!').map_or_else(|| has(need), |absent| !has(absent));
+        self.layouts.contains(&layout) && self.needs.iter().all(met)
     }
 }
 
