@@ -1,6 +1,7 @@
 //! Every developer task; `cargo xtask --help` lists them.
 
 mod ci;
+mod debian;
 mod package;
 mod run;
 mod setup;

@@ -109,8 +109,7 @@ fn kernel() -> Result<()> {
     ensure!(features.len() == 25, "{report}");
     for feature in &features {
         let id = feature["id"].as_str().unwrap_or_default();
-        let wanted = if is_lacking(id) { "missing" } else { "supported" };
-        ensure!(feature["state"] == wanted, "not {wanted}: {feature}");
+        ensure!((feature["state"] == "supported") != is_lacking(id), "{feature}");
     }
     ensure!(report["schema"] == "enforcer/doctor/1", "{report}");
     let chosen = if lacks_ebpf() { "nftables" } else { "ebpf" };

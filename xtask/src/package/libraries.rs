@@ -8,10 +8,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::run::{quiet, read, target_dir};
+use crate::{
+    debian,
+    run::{quiet, read, target_dir},
+};
 
 /// Debian has the static libmnl in its development package from trixie on; older releases, and Ubuntu's up to noble, have not.
-const LIBMNL: &str = "http://deb.debian.org/debian/pool/main/libm/libmnl/libmnl-dev_1.0.5-3";
+const LIBMNL: &str = "pool/main/libm/libmnl/libmnl-dev_1.0.5-3";
 /// Its SHA-256 for each architecture, as Debian's signed package lists have it.
 const LIBMNL_SUMS: [(&str, &str); 2] = [
     (
@@ -60,7 +63,7 @@ fn fetch() -> Result<PathBuf> {
     let package = dir.join("package.deb");
     // apt's own downloader: it knows the host's proxies and verifies the sum.
     let mut download = Command::new("/usr/lib/apt/apt-helper");
-    download.args(["download-file", &format!("{LIBMNL}_{arch}.deb")]);
+    download.args(["download-file", &format!("{}/{LIBMNL}_{arch}.deb", debian::mirror()?)]);
     download.arg(&package).arg(format!("SHA256:{sum}"));
     quiet(
         "package: fetch Debian's libmnl-dev 1.0.5-3 for its static library, which the one installed here lacks",

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
 use super::table::{Package, Table};
-use crate::run::quiet;
+use crate::{debian, run::quiet};
 
 /// One suite of the archive.
 #[derive(Debug)]
@@ -25,9 +25,7 @@ pub(super) struct Archive {
 impl Archive {
     /// Nothing is fetched before something is asked for.
     pub(super) fn new(table: &Table, suite: &str, cache: &Path) -> Result<Self> {
-        let Some(address) = table.archive.get(suite) else {
-            bail!("xtask/kernels.toml has no archive for suite {suite}");
-        };
+        let address = debian::mirror()?;
         ensure!(
             table.keyring.exists(),
             "{} is missing; install debian-archive-keyring",

@@ -18,7 +18,10 @@ use super::{
     plan::Plan,
     table::Table,
 };
-use crate::run::{is_root, quiet, target_dir};
+use crate::{
+    debian,
+    run::{is_root, quiet, target_dir},
+};
 
 /// Of what the system consists.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,nftables,kmod,procps,udev";
@@ -188,10 +191,7 @@ fn base(table: &Table, cache: &Path) -> Result<PathBuf> {
     if file.exists() {
         return Ok(file);
     }
-    let address = table
-        .archive
-        .get(SUITE)
-        .with_context(|| format!("no archive for {SUITE}"))?;
+    let address = debian::mirror()?;
     let aside = file.with_extension("new.tar");
     let mut make = Command::new("mmdebstrap");
     make.args(["--quiet", "--variant=minbase", &format!("--include={PACKAGES}")])

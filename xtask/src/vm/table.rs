@@ -1,6 +1,6 @@
 //! `xtask/kernels.toml`: which kernels there are, where each comes from, and its digests.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
@@ -13,8 +13,6 @@ use crate::run::root;
 pub(super) struct Table {
     /// With which keys the archive signs.
     pub(super) keyring: PathBuf,
-    /// Address of each suite's archive.
-    pub(super) archive: BTreeMap<String, String>,
     #[serde(rename = "kernel")]
     pub(super) kernels: Vec<Entry>,
 }
@@ -77,7 +75,6 @@ mod tests {
     fn the_table_is_whole() -> Result<()> {
         let table = Table::read()?;
         for kernel in &table.kernels {
-            assert!(table.archive.contains_key(&kernel.suite), "{}", kernel.name);
             assert!(!kernel.packages.is_empty(), "{}", kernel.name);
             let built = kernel
                 .config
