@@ -28,7 +28,7 @@ use crate::{
 /// Lets only chosen local users open connections to this host's sensitive endpoints.
 ///
 /// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, drifted, nothing in force, something weakens); 2 it could not be done, or not be
-/// looked at.
+/// looked at; 3 of `run` alone: it ended as it was told to unload, so that what supervises it does not start it again.
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
@@ -141,6 +141,8 @@ enum Answer {
     No,
     /// The answer itself says that it is not whole.
     Unknown,
+    /// Of a daemon: it was told to unload, and is not to be started again by whatever supervises it.
+    Unloaded,
 }
 
 /// Runs the command line and says how the process should end.
@@ -152,6 +154,7 @@ pub fn main() -> ExitCode {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::from(1),
         Ok(Answer::Unknown) => ExitCode::from(2),
+        Ok(Answer::Unloaded) => ExitCode::from(3),
         Err(error) => {
             // One line, whatever the cause holds.
             let text = format!("{error:#}").replace(['\n', '\r'], " ");
@@ -181,7 +184,10 @@ fn run(cli: &Cli) -> Result<Answer> {
     match &cli.command {
         Command::Run => runtime()?
             .block_on(daemon::run(config))
-            .map(|()| Answer::Yes)
+            .map(|end| match end {
+                daemon::End::Stopped => Answer::Yes,
+                daemon::End::Unloaded => Answer::Unloaded,
+            })
             .map_err(Into::into),
         Command::Apply(Apply { last_good: false }) => apply(config),
         Command::Apply(Apply { last_good: true }) => apply_last_good(config),

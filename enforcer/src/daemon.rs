@@ -151,8 +151,17 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     Ok(status)
 }
 
-/// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1).
-pub async fn run(path: &Path) -> Result<(), DaemonError> {
+/// Why a daemon ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was told to stop, or has to be started again: what is in force stays (F1).
+    Stopped,
+    /// It was told to unload: nothing is in force, and nobody is to start it again by himself.
+    Unloaded,
+}
+
+/// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1), or until it is to unload.
+pub async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
     let socket = daemon.wanted.config.settings.socket.clone();
@@ -251,11 +260,11 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 // Who starts another one once it is told finds the place free.
                 let _ = std::fs::remove_file(&socket);
                 tell(&result, &replies).await;
-                return result;
+                return result.map(|()| End::Unloaded);
             },
         }
     }
-    daemon.stop(&socket)
+    daemon.stop(&socket).map(|()| End::Stopped)
 }
 
 /// Tells how unloading went.

@@ -129,7 +129,7 @@ fn unload_one_of_two() -> Result<()> {
     rules(&one, 0)?;
     rules(&two, 0)?;
     let mut daemon = one.daemon()?;
-    let _other = two.daemon()?;
+    let mut other = two.daemon()?;
     one.attack(NOBODY).is_refused()?;
     two.attack(NOBODY).is_refused()?;
     // Neither judges for the other's cgroup; a table holds for all of them.
@@ -137,7 +137,9 @@ fn unload_one_of_two() -> Result<()> {
     one.attack(NOBODY).to(two.here()).succeeds(apart)?;
     two.attack(NOBODY).to(one.here()).succeeds(apart)?;
     one.enforcer(&["unload"])?.demand(0)?;
-    ensure!(daemon.wait()? == 0, "{}", daemon.log());
+    // What supervises it does not start it again.
+    let code = daemon.wait()?;
+    ensure!(code == 3, "{code}: {}", daemon.log());
     one.attack(NOBODY).reaches()?;
     two.attack(NOBODY).is_refused()?;
     let status = two.status()?;
@@ -145,7 +147,10 @@ fn unload_one_of_two() -> Result<()> {
         status["state"] == "enforcing" && status["targets"][0]["denied"].as_u64() >= Some(1),
         "{status}"
     );
-    Ok(())
+    other.signal(Signal::SIGTERM)?;
+    let code = other.wait()?;
+    ensure!(code == 0, "{code}: {}", other.log());
+    two.attack(NOBODY).is_refused()
 }
 
 fn random_rule_sets() -> Result<()> {
