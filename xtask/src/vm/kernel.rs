@@ -27,11 +27,20 @@ pub(super) struct Kernel {
     pub(super) modules: Option<(PathBuf, String)>,
 }
 
-/// Finds it in the cache, or fetches, unpacks and builds it.
-pub(super) fn obtain(table: &Table, entry: &Entry, cache: &Path, newest: bool) -> Result<Kernel> {
+/// How to come by one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ways {
+    /// Where the table's packages are gone, the archive's newest.
+    pub(super) newest: bool,
+    /// One that is not in the cache may be built.
+    pub(super) build: bool,
+}
+
+/// Finds it in the cache, or fetches, unpacks and builds it; none if that is not wanted.
+pub(super) fn obtain(table: &Table, entry: &Entry, cache: &Path, ways: Ways) -> Result<Option<Kernel>> {
     let archive = Archive::new(table, &entry.suite, cache)?;
     let mut entry = entry.clone();
-    if newest && archive.lacks(&entry.packages)? {
+    if ways.newest && archive.lacks(&entry.packages)? {
         entry.packages = archive.newest(&entry.packages)?;
         let versions: Vec<&str> = entry.packages.iter().map(|package| package.version.as_str()).collect();
         eprintln!(
@@ -51,6 +60,9 @@ pub(super) fn obtain(table: &Table, entry: &Entry, cache: &Path, newest: bool) -
         .join("kernels")
         .join(format!("{}-{}", entry.name, key.get(..12).unwrap_or(&key)));
     if !home.exists() {
+        if config.is_some() && !ways.build {
+            return Ok(None);
+        }
         make(&archive, &entry, config.as_deref(), cache, &home)?;
     }
     let image = home.join("vmlinuz");
@@ -60,7 +72,7 @@ pub(super) fn obtain(table: &Table, entry: &Entry, cache: &Path, newest: bool) -
         home.display()
     );
     let modules = release(&home)?.map(|release| (home.clone(), release));
-    Ok(Kernel { image, modules })
+    Ok(Some(Kernel { image, modules }))
 }
 
 /// Makes a directory that appears only when it is whole.
