@@ -27,6 +27,7 @@ pub fn cases() -> Vec<Case> {
         case("b5_only_where_monit_may_be_granted", not_wanted),
         case("b5_f1_changes_under_fire", under_fire),
         case("b5_f2_an_endpoint_that_leaves_monit_is_never_open", changes_hands),
+        case("b5_f1_killed_before_the_first_part_was_in_force", killed_early),
         case("b5_f5_a_table_taken_away_comes_back", taken_away),
         case("b5_another_instances_part_is_not_touched", two_instances),
     ]);
@@ -324,6 +325,32 @@ fn changes_hands() -> Result<()> {
     host.monit(NOBODY)?.reaches()?;
     host.netns.enforcer(&host.world, &["verify"])?.demand(0)?;
     host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+/// What a process leaves that is killed once its part is laid out, and before any packet is led there.
+fn killed_early() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", true, "")?;
+    for command in [
+        "add table inet bosh_agent",
+        &format!("add chain {CHAIN}"),
+        "add chain inet bosh_agent about",
+        "add chain inet bosh_agent judge_b",
+        "add counter inet bosh_agent allowed_monit",
+    ] {
+        host.netns.nft(command)?;
+    }
+    let daemon = host.daemon()?;
+    host.netns.enforcer(&host.world, &["status"])?.demand(0)?;
+    host.monit(NOBODY)?.is_reset()?;
+    host.rule("meta skuid 65534")?;
+    host.monit(NOBODY)?.reaches()?;
+    host.other(NOBODY)?.is_reset()?;
+    host.netns.nft(&format!("flush chain {CHAIN}"))?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0)?;
+    drop(daemon);
+    ensure!(host.tables()?.is_empty(), "{}", host.tables()?);
+    Ok(())
 }
 
 fn taken_away() -> Result<()> {

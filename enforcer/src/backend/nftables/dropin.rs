@@ -402,13 +402,16 @@ pub(super) fn own(mut found: Dump) -> Option<Dump> {
     (!found.image.chains.is_empty()).then_some(found)
 }
 
-/// Whether it is the part of the instance with this table.
+/// Whether it is the part of the instance with this table, or of one that was killed before it said whose: no packet comes there.
 pub(super) fn is_of(found: &Dump, of: &str) -> bool {
     let about = found.image.chains.get(ABOUT);
-    found.image.header().is_some()
-        && about
-            .and_then(|about| about.rules.get(1))
-            .is_some_and(|rule| rule.comment == whose(of))
+    let unfinished = about.is_some_and(|about| about.rules.is_empty())
+        && found.image.chains.values().all(|chain| chain.base.is_none());
+    unfinished
+        || found.image.header().is_some()
+            && about
+                .and_then(|about| about.rules.get(1))
+                .is_some_and(|rule| rule.comment == whose(of))
 }
 
 fn whose(of: &str) -> String {
