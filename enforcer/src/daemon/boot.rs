@@ -37,6 +37,15 @@ pub(super) struct Left {
 }
 
 impl Left {
+    pub(super) fn nothing() -> Self {
+        Self {
+            names: Known::default(),
+            bus: None,
+            mark: None,
+            fault: None,
+        }
+    }
+
     /// What is in a state directory, and the rule set itself.
     pub(super) fn load(dir: &Path) -> (Self, Option<LastGood>) {
         let (good, fault) = match state::load(dir) {
@@ -111,7 +120,11 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
         // Whose instance it is cannot be told.
         return Err(ConfigError::Missing { path: path.into() }.into());
     }
-    let (left, good) = Left::load(&config::state_dir(path));
+    let (left, good) = match config::state_dir(path) {
+        Some(dir) => Left::load(&dir),
+        // The file is refused below.
+        None => (Left::nothing(), None),
+    };
     let mut early = None;
     if let Some(good) = &good {
         // The socket first: whoever has it enforces there.
@@ -161,8 +174,8 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
 /// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation
 /// that is in force already stays.
 pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
-    let dir = config::state_dir(path);
-    let Some((good, mark)) = state::load(&dir)? else {
+    let good = config::state_dir(path).map(|dir| state::load(&dir)).transpose()?;
+    let Some((good, mark)) = good.flatten() else {
         return Ok(None);
     };
     let wanted = Wanted::of(path, &good)?;

@@ -36,6 +36,7 @@ pub fn cases() -> Vec<Case> {
             newer_in_force,
         ),
         case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
+        case("f4_a_state_directory_in_quotes_is_found", quoted),
     ]
 }
 
@@ -341,4 +342,24 @@ fn other_version() -> Result<()> {
     guarded(&world)?;
     ensure!(daemon.log().contains("last-good/7"), "{}", daemon.log());
     Ok(())
+}
+
+/// TOML lets a key stand in quotes; the state is this instance's all the same.
+fn quoted() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let toml = world.path("enforcer.toml");
+    let text = fs::read_to_string(&toml)?.replace("state_dir =", "\"state_dir\" =");
+    fs::write(&toml, &text)?;
+    world.enforcer(&["config", "check"])?.demand(0)?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    unload(&world, daemon)?;
+    world.attack(NOBODY).reaches()?;
+    fs::write(&toml, format!("{text}bogus = 1\n"))?;
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    told(&world, "the last rule set known good is in force instead")?;
+    unload_raw(&world, daemon)
 }
