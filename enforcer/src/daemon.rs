@@ -126,6 +126,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let (left, good) = Left::load(&wanted.config.settings.state_dir);
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
+    let wanted = boot::has_not_gone(wanted, good.as_ref())?;
         control::nobody_listens(&good.settings.socket).await?;
     }
     let mut daemon = Daemon::start(wanted, false, left)?;

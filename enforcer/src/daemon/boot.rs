@@ -14,7 +14,7 @@ use crate::{
     backend::{ebpf, nftables},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
-    policy::Endpoint,
+    policy::{BUS, Endpoint, Target},
     resolve::Known,
     state::{self, LastGood, Mark, StateError},
     status::Status,
@@ -138,7 +138,7 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
             Err(error) => warn!("the last rule set known good cannot be put in force: {error}"),
         }
     }
-    let wanted = Wanted::load(path);
+    let wanted = Wanted::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
     let (Some((run, listener)), Some(good)) = (early, good) else {
         let wanted = wanted?;
         let listener = control::listen(&wanted.config.settings.socket)?;
@@ -155,6 +155,7 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
         Ok(wanted) => run.move_to(wanted, &good)?,
         Err(error) => {
             let mut daemon = run.daemon;
+            daemon.wanted.from_file |= matches!(error, DaemonError::Config(ConfigError::Gone { .. }));
             daemon.refuse(&error)?;
             daemon
         }
@@ -169,6 +170,20 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
         let _ = std::fs::remove_file(&good.settings.socket);
     }
     Ok((daemon, listener))
+}
+
+/// F4: a file that named targets which were in force last, and has gone, is a mistake, not the wish for the defaults (B1).
+pub(super) fn has_not_gone(wanted: Wanted, good: Option<&LastGood>) -> Result<Wanted, DaemonError> {
+    let named_still = |target: &Target| {
+        let now = wanted.policy.target(&target.name);
+        now.is_some_and(|now| target.name == BUS || target.endpoints.is_subset(&now.endpoints))
+    };
+    let has = good.is_none_or(|good| good.policy.targets.iter().all(named_still));
+    if has || wanted.from_file {
+        Ok(wanted)
+    } else {
+        Err(ConfigError::Gone { path: wanted.path }.into())
+    }
 }
 
 /// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation

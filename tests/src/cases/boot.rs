@@ -37,6 +37,7 @@ pub fn cases() -> Vec<Case> {
         ),
         case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
         case("f4_a_state_directory_in_quotes_is_found", quoted),
+        case("b1_f4_a_default_file_that_has_gone_is_not_the_defaults", gone).on(EBPF),
     ]
 }
 
@@ -362,4 +363,62 @@ fn quoted() -> Result<()> {
     guarded(&world)?;
     told(&world, "the last rule set known good is in force instead")?;
     unload_raw(&world, daemon)
+}
+
+/// In namespaces where the default places are this case's own: the file that named what is in force is removed, and the daemon starts
+/// again.
+fn gone() -> Result<()> {
+    const SCRIPT: &str = r#"
+        echo $$ > "$1/cgroup.procs"
+        exec unshare --cgroup --mount --net sh -euc '
+            daemon=none; trap "kill -9 \$daemon 2>/dev/null || true" EXIT
+            ip link set lo up
+            cgroups=$1 etc=$2 enforcer=$3 attack=$4
+            umount "$cgroups" && mount -t cgroup2 none "$cgroups" && mount -t bpf -o mode=0700 none /sys/fs/bpf
+            mount -t tmpfs -o mode=0755 none /var/lib && mount -t tmpfs -o mode=0755 none /run
+            mkdir -p "$etc/enforcer" && cp /etc/passwd /etc/group /etc/nsswitch.conf "$etc" && mount --bind "$etc" /etc
+            knock() { "$attack" --uid 65534 127.0.0.1:4001 || true; }
+            start() { "$enforcer" run & daemon=$!; for _ in $(seq 200); do
+                "$enforcer" status --json 2>/dev/null | grep -q "\"pid\":$daemon" && return; sleep 0.1; done; }
+            toml=/etc/enforcer/enforcer.toml
+            printf "[target.own]\nendpoints = [\"tcp://127.0.0.1:4001\"]\nallow = [\"root\"]\n" > "$toml"
+            echo before; knock
+            start; echo with; knock
+            kill -9 "$daemon"; wait "$daemon" || true
+            cp "$toml" "$etc/kept"; rm "$toml"
+            start; echo gone; knock; "$enforcer" status || true
+            sleep 3; echo later; knock
+            cp "$etc/kept" "$toml"
+            for _ in $(seq 200); do "$enforcer" status >/dev/null && break; sleep 0.1; done
+            echo again; "$enforcer" status || true; knock
+            "$enforcer" unload; wait "$daemon" || true
+        ' sh "$2" "$3" "$4" "$5"
+    "#;
+    let world = World::new()?;
+    // The build's directory may be closed to others.
+    let attack = world.path("attack");
+    crate::world::copy_binary("attack", &attack)?;
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", SCRIPT, "sh"]);
+    command.args([&world.cgroup, &crate::world::cgroup_mount()?, &world.path("etc")]);
+    let said = ran(command.arg(crate::world::binary("enforcer")?).arg(&attack))?
+        .demand(0)?
+        .stdout;
+    let errno = |after: &str| {
+        let rest = said.split_once(&format!("{after}\n")).map_or("", |(_, rest)| rest);
+        let words: Vec<&str> = rest.split_whitespace().take(2).collect();
+        words.join(" ")
+    };
+    let with = errno("with");
+    ensure!(errno("before") == "errno 111" && with == "errno 1", "{said}");
+    for after in ["gone", "later"] {
+        ensure!(errno(after) == with, "{after}: {said}");
+    }
+    ensure!(
+        said.contains("degraded") && said.contains("is gone, and what it named"),
+        "{said}"
+    );
+    let again = said.split_once("again\n").map_or("", |(_, rest)| rest);
+    ensure!(again.contains("enforcing") && again.contains(&with), "{said}");
+    Ok(())
 }
