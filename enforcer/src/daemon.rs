@@ -99,6 +99,8 @@ struct Daemon {
     pending: Option<Pending>,
     /// Whether what is in force is newer than all that this process knows, so that it stays until a configuration is taken (F1).
     frozen: bool,
+    /// Whether that is only so until names are looked up, as what the last run knew of them is lost.
+    forgetful: bool,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
@@ -329,6 +331,7 @@ impl Daemon {
             kept: Kept::new(left.mark, fault.is_some()),
             pending: None,
             frozen: false,
+            forgetful: false,
             sweeps: Jobs::default(),
             existing: None,
         })
@@ -385,6 +388,7 @@ impl Daemon {
     /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
     fn apply_or_keep(&mut self) {
         let now = Instant::now();
+        self.remember();
         if self.frozen || self.drift.rests(now) {
             return;
         }
@@ -536,6 +540,7 @@ impl Daemon {
         self.faults.set(About::Host, None);
         self.pending = None;
         self.forget_gone_names();
+        self.forgetful = false;
         self.look_up_due(Instant::now());
         self.answer_waiting();
         Ok(())

@@ -14,7 +14,7 @@ use crate::{
     backend::{ebpf, nftables},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
-    policy::{BUS, Endpoint, Target},
+    policy::{BUS, Destination, Endpoint, Target},
     resolve::Known,
     state::{self, LastGood, Mark, StateError},
     status::Status,
@@ -266,8 +266,59 @@ impl Daemon {
     fn begin(wanted: Wanted, left: Left) -> Result<Self, DaemonError> {
         let mut daemon = Self::start(wanted, true, left)?;
         daemon.take_bus();
-        daemon.apply_now()?;
+        if daemon.would_forget()? {
+            daemon.frozen = true;
+            daemon.forgetful = true;
+            let fault = "what was in force last is not kept any more, and names of it have not been looked up yet; \
+                         what is in force stays until they have been";
+            daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
+        } else {
+            daemon.apply_now()?;
+        }
         Ok(daemon)
+    }
+
+    /// Whether the kernel guards addresses that only the last run knew: those of names that are not looked up yet, and of a message
+    /// bus that is not known (F1). Without what it kept they would be open until then.
+    fn would_forget(&mut self) -> Result<bool, DaemonError> {
+        let unknown: Vec<&str> = self.targets_unknown().collect();
+        if self.kept.mark().is_some() || unknown.is_empty() {
+            return Ok(false);
+        }
+        let unknown: Vec<String> = unknown.into_iter().map(str::to_owned).collect();
+        let observed = self.enforcement.observe()?;
+        Ok(observed.generation != 0
+            && observed
+                .targets
+                .iter()
+                .any(|target| target.endpoints > 0 && unknown.contains(&target.name)))
+    }
+
+    /// Targets of whose endpoints some are not known.
+    fn targets_unknown(&self) -> impl Iterator<Item = &str> {
+        let resolved = self.names.resolved(Instant::now());
+        let bus_is_unknown = self.bus.is_none() && self.wanted.config.bus_dir().is_some();
+        let unknown = move |target: &&Target| {
+            (target.name == BUS && bus_is_unknown)
+                || target.endpoints.iter().any(|endpoint| match &endpoint.destination {
+                    Destination::Name(name) => !resolved.contains_key(name),
+                    Destination::Address(_) | Destination::Prefix(_) | Destination::Local => false,
+                })
+        };
+        self.wanted
+            .policy
+            .targets
+            .iter()
+            .filter(unknown)
+            .map(|target| target.name.as_str())
+    }
+
+    /// Goes on once nothing is unknown that the kernel may guard.
+    pub(super) fn remember(&mut self) {
+        if self.forgetful && self.targets_unknown().next().is_none() {
+            self.forgetful = false;
+            self.frozen = false;
+        }
     }
 
     /// Stays with the last rule set known good, as the configuration cannot be used (F4).

@@ -36,6 +36,7 @@ pub fn cases() -> Vec<Case> {
             newer_in_force,
         ),
         case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
+        case("f1_a_restart_without_the_last_good_forgets_no_address", forgetful),
         case("f4_a_state_directory_in_quotes_is_found", quoted),
         case("b1_f4_a_default_file_that_has_gone_is_not_the_defaults", gone).on(EBPF),
     ]
@@ -342,6 +343,35 @@ fn other_version() -> Result<()> {
     let daemon = world.daemon()?;
     guarded(&world)?;
     ensure!(daemon.log().contains("last-good/7"), "{}", daemon.log());
+    Ok(())
+}
+
+/// The kernel guards an address that nothing on disk and no look-up knows any more.
+fn forgetful() -> Result<()> {
+    let harms: [fn(&str) -> Option<String>; 2] = [|_| None, |text| Some(text.replace("10.9.0.1", "10.9.0.3"))];
+    for harm in harms {
+        let named = Named::new(&["bus.test"], "")?;
+        let world = &named.world;
+        ensure!(!named.denied("10.9.0.1")?, "it is guarded before there is anything");
+        named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+        let daemon = named.daemon()?;
+        ensure!(named.denied("10.9.0.1")?, "the address is open");
+        daemon.kill()?;
+        let path = world.path("state").join(FILE);
+        match harm(&fs::read_to_string(&path)?) {
+            Some(text) => fs::write(&path, text)?,
+            None => fs::remove_file(&path)?,
+        }
+        named.dns.set("bus.test", Zone::Silence);
+        let _daemon = named.daemon()?;
+        ensure!(named.denied("10.9.0.1")?, "a restart opened the address");
+        told(world, "what is in force stays")?;
+        named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+        world.enforcer(&["refresh"])?;
+        until("the answer is in force", || named.denied("10.9.0.2"))?;
+        until("all is well", || Ok(asked(world)?.contains("\"enforcing\"")))?;
+        until("it is kept", || Ok(path.exists()))?;
+    }
     Ok(())
 }
 
