@@ -325,7 +325,8 @@ impl Daemon {
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         if self.applied.is_none() {
             // Something was in force before this start: it is taken over if it is what is known of it, else left alone (F1).
-            if self.verify()?.identical {
+            // Its links run the programs of the process before, until they are taken over.
+            if self.verify()?.counts.keys().all(|object| object == "link") {
                 self.apply_now()?;
             } else {
                 self.frozen = true;

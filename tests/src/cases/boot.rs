@@ -37,6 +37,10 @@ pub fn cases() -> Vec<Case> {
         ),
         case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
         case("f1_a_restart_without_the_last_good_forgets_no_address", forgetful),
+        case(
+            "f4_names_are_followed_after_a_restart_with_a_bad_configuration",
+            followed,
+        ),
         case("f4_a_state_directory_in_quotes_is_found", quoted),
         case("b1_f4_a_default_file_that_has_gone_is_not_the_defaults", gone).on(EBPF),
     ]
@@ -372,6 +376,34 @@ fn forgetful() -> Result<()> {
         until("all is well", || Ok(asked(world)?.contains("\"enforcing\"")))?;
         until("it is kept", || Ok(path.exists()))?;
     }
+    Ok(())
+}
+
+/// The rule set in force is the last one known good: it goes on from there.
+fn followed() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    let world = &named.world;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    named.daemon()?.kill()?;
+    let toml = world.path("enforcer.toml");
+    let good = fs::read_to_string(&toml)?;
+    fs::write(&toml, format!("{good}bogus = 1\n"))?;
+    let readable = world.path("good.toml");
+    fs::write(&readable, &good)?;
+    let denied = |address: &str| -> Result<bool> {
+        let mut check = std::process::Command::new(crate::world::binary("enforcer")?);
+        check.arg("--config").arg(&readable).args(["check", "nobody"]);
+        Ok(ran(check.arg(format!("{address}:{}", world.port)))?.code == 1)
+    };
+    named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+    ensure!(
+        denied("10.9.0.1")? && !denied("10.9.0.2")?,
+        "what is in force is not what it was"
+    );
+    let _daemon = named.daemon()?;
+    told(world, "the last rule set known good is in force instead")?;
+    until("the name is followed", || denied("10.9.0.2"))?;
+    ensure!(denied("10.9.0.1")?, "the address before is open");
     Ok(())
 }
 
