@@ -126,9 +126,9 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket).await?;
     let (left, good) = Left::load(&wanted.config.settings.state_dir);
+    let wanted = boot::has_not_gone(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
-    let wanted = boot::has_not_gone(wanted, good.as_ref())?;
         control::nobody_listens(&good.settings.socket).await?;
     }
     let mut daemon = Daemon::start(wanted, false, left)?;
@@ -448,6 +448,7 @@ impl Daemon {
     fn tick(&mut self, watch: Option<&mut Watch>) -> bool {
         self.look_at_settings(watch);
         self.look_at_host();
+        self.look_at_kept();
         self.retry()
     }
 
@@ -539,8 +540,8 @@ impl Daemon {
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
         self.pending = None;
-        self.forget_gone_names();
         self.forgetful = false;
+        self.forget_gone_names();
         self.look_up_due(Instant::now());
         self.answer_waiting();
         Ok(())

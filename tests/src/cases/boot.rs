@@ -42,6 +42,7 @@ pub fn cases() -> Vec<Case> {
             followed,
         ),
         case("f4_a_state_directory_in_quotes_is_found", quoted),
+        case("f4_a_last_good_that_is_removed_comes_back", removed),
         case("b1_f4_a_default_file_that_has_gone_is_not_the_defaults", gone).on(EBPF),
     ]
 }
@@ -425,6 +426,20 @@ fn quoted() -> Result<()> {
     guarded(&world)?;
     told(&world, "the last rule set known good is in force instead")?;
     unload_raw(&world, daemon)
+}
+
+fn removed() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let daemon = world.daemon()?;
+    let path = world.path("state").join(FILE);
+    fs::remove_file(&path)?;
+    until("it is back", || Ok(path.exists()))?;
+    unload(&world, daemon)?;
+    world.attack(NOBODY).reaches()?;
+    world.enforcer(&["apply", "--last-good"])?.demand(0)?;
+    guarded(&world)
 }
 
 /// In namespaces where the default places are this case's own: the file that named what is in force is removed, and the daemon starts
