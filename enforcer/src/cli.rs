@@ -258,7 +258,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
         Err(error) => error,
     };
     let settings = match &error {
-        ConfigError::Missing { .. } => None,
+        ConfigError::Missing { .. } | ConfigError::Gone { .. } => None,
         ConfigError::Unreadable { .. } => lenient.then(Settings::default),
         ConfigError::TooLong { .. } | ConfigError::At { .. } => config::place(path, lenient),
     };

@@ -215,11 +215,18 @@ impl Config {
 }
 
 /// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found by,
-/// whatever is wrong with the rest of the file (F4). The default where there is no such line.
+/// whatever is wrong with the rest of the file (F4). The default where there is no such line; none where that line itself is wrong
+/// in a file that is not the default one: what lies at the default place is another instance's.
 #[must_use]
-pub fn state_dir(path: &Path) -> PathBuf {
-    let found = top_lines(path).and_then(|text| read::state_dir(&text));
-    found.unwrap_or_else(|| Settings::default().state_dir)
+pub fn state_dir(path: &Path) -> Option<PathBuf> {
+    let found = top_lines(path).map_or(Ok(None), |text| read::state_dir(&text));
+    let guessed = || Some(Settings::default().state_dir);
+    match found {
+        Ok(Some(dir)) => Some(dir),
+        Ok(None) => guessed(),
+        Err(_) if path == Path::new(DEFAULT_PATH) => guessed(),
+        Err(_) => None,
+    }
 }
 
 /// Where the instance of the file at `path` is to be found, each key taken from its line alone, whatever is wrong with the rest

@@ -99,6 +99,8 @@ struct Daemon {
     pending: Option<Pending>,
     /// Whether what is in force is newer than all that this process knows, so that it stays until a configuration is taken (F1).
     frozen: bool,
+    /// Whether that is only so until names are looked up, as what the last run knew of them is lost.
+    forgetful: bool,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
@@ -124,6 +126,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket).await?;
     let (left, good) = Left::load(&wanted.config.settings.state_dir);
+    let wanted = boot::has_not_gone(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
         control::nobody_listens(&good.settings.socket).await?;
@@ -337,6 +340,7 @@ impl Daemon {
             kept: Kept::new(left.mark, fault.is_some()),
             pending: None,
             frozen: false,
+            forgetful: false,
             sweeps: Jobs::default(),
             existing: None,
         })
@@ -393,6 +397,7 @@ impl Daemon {
     /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
     fn apply_or_keep(&mut self) {
         let now = Instant::now();
+        self.remember();
         if self.frozen || self.drift.rests(now) {
             return;
         }
@@ -452,6 +457,7 @@ impl Daemon {
     fn tick(&mut self, watch: Option<&mut Watch>) -> bool {
         self.look_at_settings(watch);
         self.look_at_host();
+        self.look_at_kept();
         self.retry()
     }
 
@@ -543,6 +549,7 @@ impl Daemon {
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
         self.pending = None;
+        self.forgetful = false;
         self.forget_gone_names();
         self.look_up_due(Instant::now());
         self.answer_waiting();

@@ -20,7 +20,7 @@ use tracing::warn;
 
 use self::{
     image::{Header, Image, Loader},
-    netlink::{Dump, Failed, Netlink},
+    netlink::{Change, Dump, Failed, Netlink},
 };
 use super::{Observed, ObservedTarget};
 use crate::{
@@ -166,6 +166,22 @@ impl Nftables {
 
     /// Puts a rule set in force, whole or not at all (F2). Returns its generation number.
     pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
+        let Some(Plan { image, before }) = self.plan(rules)? else {
+            return Ok(self.generation());
+        };
+        self.held = None;
+        let result = self.put(image, before.as_ref());
+        if matches!(result, Err(NftablesError::ReadBack { .. })) {
+            self.restore(before)?;
+        }
+        result.map(|()| {
+            self.rules = Some(rules.clone());
+            self.generation()
+        })
+    }
+
+    /// What the table is to become for a rule set; none where it is that already.
+    fn plan(&mut self, rules: &RuleSet) -> Result<Option<Plan>, NftablesError> {
         let before = self.read()?;
         let number = before
             .as_ref()
@@ -175,18 +191,10 @@ impl Nftables {
         if let Some(dump) = before.as_ref().filter(|dump| dump.image == unchanged && !dump.dormant) {
             self.held = Some((unchanged, dump.generation));
             self.rules = Some(rules.clone());
-            return Ok(number);
+            return Ok(None);
         }
         let image = self.lower(rules, number + 1);
-        self.held = None;
-        let result = self.put(image, before.as_ref());
-        if matches!(result, Err(NftablesError::ReadBack { .. })) {
-            self.restore(before)?;
-        }
-        result.map(|()| {
-            self.rules = Some(rules.clone());
-            number + 1
-        })
+        Ok(Some(Plan { image, before }))
     }
 
     /// What the table holds, to be given to [`Nftables::restore`].
@@ -208,9 +216,24 @@ impl Nftables {
     }
 
     fn put(&mut self, image: Image, before: Option<&Dump>) -> Result<(), NftablesError> {
-        let guest = self.shared.as_ref().map(|_| dropin::JOBS);
-        let sent = self.netlink.replace(&self.table, &image, before, guest);
+        let change = Change {
+            table: &self.table,
+            image: &image,
+            found: before,
+            guest: self.guest(),
+        };
+        let sent = self.netlink.replace(change);
         sent.map_err(|Failed { step, error }| failed(&self.table, &step, error))?;
+        self.confirm(image)
+    }
+
+    /// The chain of others' that the table is to have.
+    fn guest(&self) -> Option<&'static str> {
+        self.shared.as_ref().map(|_| dropin::JOBS)
+    }
+
+    /// Reads back what was sent (F3).
+    fn confirm(&mut self, image: Image) -> Result<(), NftablesError> {
         let found = self.read()?.unwrap_or_default();
         if found.image != image || found.dormant {
             return Err(NftablesError::ReadBack {
@@ -334,6 +357,13 @@ impl Nftables {
         }
         Ok(found)
     }
+}
+
+/// What a table is to become, and what it is.
+#[derive(Debug)]
+struct Plan {
+    image: Image,
+    before: Option<Dump>,
 }
 
 /// What a table held.

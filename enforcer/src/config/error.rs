@@ -16,6 +16,12 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// There was one, by what was in force last.
+    #[error("{} is gone, and what it named was in force last; write it again, or run enforcer unload and remove last-good.json in the state directory if the defaults are meant", path.display())]
+    Gone {
+        /// The file.
+        path: PathBuf,
+    },
     /// There is one, and it cannot be read.
     #[error("read {}: {cause}; make it a file that root can read or name another with --config", path.display())]
     Unreadable {

@@ -78,7 +78,7 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
     })
 }
 
-/// What the lines of `text` that begin with `key` say, each read by itself; the last that can be read counts. An error where there
+/// What the lines of `text` that begin with `key`, in quotes or not, say, each read by itself; the last that can be read counts. An error where there
 /// are such lines and none can be read.
 fn line_of<T>(
     text: &str,
@@ -87,9 +87,12 @@ fn line_of<T>(
 ) -> Result<Option<T>, Unread> {
     let lines = text.lines().map(str::trim_start);
     let ours = lines.filter(|line| {
-        line.strip_prefix(key).is_some_and(|rest| {
-            !rest.starts_with(|next: char| next.is_ascii_alphanumeric() || matches!(next, '_' | '-'))
-        })
+        // TOML lets a key stand in quotes.
+        line.trim_start_matches(['"', '\''])
+            .strip_prefix(key)
+            .is_some_and(|rest| {
+                !rest.starts_with(|next: char| next.is_ascii_alphanumeric() || matches!(next, '_' | '-'))
+            })
     });
     let mut found = Ok(None);
     for line in ours {
@@ -111,13 +114,20 @@ fn line_of<T>(
 
 /// A line that is there and says nothing.
 #[derive(Clone, Copy, Debug)]
-struct Unread;
+pub(super) struct Unread;
 
-/// The path that a line of its own gives as `state_dir`.
-pub(super) fn state_dir(text: &str) -> Option<PathBuf> {
-    line_of(text, "state_dir", |top| path(top, "state_dir", |_| None))
-        .ok()
-        .flatten()
+/// The path that the lines before the first section give as `state_dir`: as TOML has them, and where something is wrong there the
+/// line of its own. An error where it is named and cannot be read.
+pub(super) fn state_dir(text: &str) -> Result<Option<PathBuf>, Unread> {
+    let take = |top: &Section<'_, '_>| path(top, "state_dir", |_| None);
+    match DeTable::parse(text) {
+        Ok(root) => {
+            let name = String::new();
+            let table = root.get_ref();
+            take(&Section { name, table }).map_err(|_| Unread)
+        }
+        Err(_) => line_of(text, "state_dir", take),
+    }
 }
 
 /// Where an instance is to be found, each key from its own line.

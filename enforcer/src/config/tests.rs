@@ -119,16 +119,29 @@ fn the_state_directory_is_found_in_a_bad_file() -> std::io::Result<()> {
     let file = tempfile::NamedTempFile::new()?;
     let default = "/var/lib/enforcer";
     for (text, expected) in [
-        ("", default),
-        ("state_dir = \"/x\"", "/x"),
-        ("mode = 5\nnonsense = [\n state_dir = \"/x/./y\" # so\n[[[", "/x/y"),
-        ("state_dir = \"relative\"", default),
-        ("[dns]\nstate_dir = \"/x\"", default),
+        ("", Some(default)),
+        ("state_dir = \"/x\"", Some("/x")),
+        ("\"state_dir\" = '/x'\nmode = 5", Some("/x")),
+        ("'state_dir' = \"\"\"\n/x\"\"\"\n[dns]", Some("/x")),
+        (
+            "mode = 5\nnonsense = [\n state_dir = \"/x/./y\" # so\n[[[",
+            Some("/x/y"),
+        ),
+        ("mode =\n \"state_dir\" = \"/x\"", Some("/x")),
+        // Another instance's is none of this one's.
+        ("state_dir = \"relative\"", None),
+        ("\"state_dir\" = 5\nmode =", None),
+        ("[dns]\nstate_dir = \"/x\"", Some(default)),
     ] {
         std::fs::write(file.path(), text)?;
-        assert_eq!(super::state_dir(file.path()), Path::new(expected), "{text}");
+        assert_eq!(
+            super::state_dir(file.path()).as_deref(),
+            expected.map(Path::new),
+            "{text}"
+        );
     }
-    assert_eq!(super::state_dir(Path::new("/no/such/file")), Path::new(default));
+    let none = super::state_dir(Path::new("/no/such/file"));
+    assert_eq!(none.as_deref(), Some(Path::new(default)));
     Ok(())
 }
 

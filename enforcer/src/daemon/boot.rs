@@ -14,7 +14,7 @@ use crate::{
     backend::{ebpf, nftables},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
-    policy::Endpoint,
+    policy::{BUS, Destination, Endpoint, Target},
     resolve::Known,
     state::{self, LastGood, Mark, StateError},
     status::Status,
@@ -37,6 +37,15 @@ pub(super) struct Left {
 }
 
 impl Left {
+    pub(super) fn nothing() -> Self {
+        Self {
+            names: Known::default(),
+            bus: None,
+            mark: None,
+            fault: None,
+        }
+    }
+
     /// What is in a state directory, and the rule set itself.
     pub(super) fn load(dir: &Path) -> (Self, Option<LastGood>) {
         let (good, fault) = match state::load(dir) {
@@ -111,7 +120,11 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
         // Whose instance it is cannot be told.
         return Err(ConfigError::Missing { path: path.into() }.into());
     }
-    let (left, good) = Left::load(&config::state_dir(path));
+    let (left, good) = match config::state_dir(path) {
+        Some(dir) => Left::load(&dir),
+        // The file is refused below.
+        None => (Left::nothing(), None),
+    };
     let mut early = None;
     if let Some(good) = &good {
         // The socket first: whoever has it enforces there.
@@ -125,7 +138,7 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
             Err(error) => warn!("the last rule set known good cannot be put in force: {error}"),
         }
     }
-    let wanted = Wanted::load(path);
+    let wanted = Wanted::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
     let (Some((run, listener)), Some(good)) = (early, good) else {
         let wanted = wanted?;
         let listener = control::listen(&wanted.config.settings.socket)?;
@@ -142,6 +155,7 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
         Ok(wanted) => run.move_to(wanted, &good)?,
         Err(error) => {
             let mut daemon = run.daemon;
+            daemon.wanted.from_file |= matches!(error, DaemonError::Config(ConfigError::Gone { .. }));
             daemon.refuse(&error)?;
             daemon
         }
@@ -158,11 +172,25 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
     Ok((daemon, listener))
 }
 
+/// F4: a file that named targets which were in force last, and has gone, is a mistake, not the wish for the defaults (B1).
+pub(super) fn has_not_gone(wanted: Wanted, good: Option<&LastGood>) -> Result<Wanted, DaemonError> {
+    let named_still = |target: &Target| {
+        let now = wanted.policy.target(&target.name);
+        now.is_some_and(|now| target.name == BUS || target.endpoints.is_subset(&now.endpoints))
+    };
+    let has = good.is_none_or(|good| good.policy.targets.iter().all(named_still));
+    if has || wanted.from_file {
+        Ok(wanted)
+    } else {
+        Err(ConfigError::Gone { path: wanted.path }.into())
+    }
+}
+
 /// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation
 /// that is in force already stays.
 pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
-    let dir = config::state_dir(path);
-    let Some((good, mark)) = state::load(&dir)? else {
+    let good = config::state_dir(path).map(|dir| state::load(&dir)).transpose()?;
+    let Some((good, mark)) = good.flatten() else {
         return Ok(None);
     };
     let wanted = Wanted::of(path, &good)?;
@@ -238,15 +266,67 @@ impl Daemon {
     fn begin(wanted: Wanted, left: Left) -> Result<Self, DaemonError> {
         let mut daemon = Self::start(wanted, true, left)?;
         daemon.take_bus();
-        daemon.apply_now()?;
+        if daemon.would_forget()? {
+            daemon.frozen = true;
+            daemon.forgetful = true;
+            let fault = "what was in force last is not kept any more, and names of it have not been looked up yet; \
+                         what is in force stays until they have been";
+            daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
+        } else {
+            daemon.apply_now()?;
+        }
         Ok(daemon)
+    }
+
+    /// Whether the kernel guards addresses that only the last run knew: those of names that are not looked up yet, and of a message
+    /// bus that is not known (F1). Without what it kept they would be open until then.
+    fn would_forget(&mut self) -> Result<bool, DaemonError> {
+        let unknown: Vec<&str> = self.targets_unknown().collect();
+        if self.kept.mark().is_some() || unknown.is_empty() {
+            return Ok(false);
+        }
+        let unknown: Vec<String> = unknown.into_iter().map(str::to_owned).collect();
+        let observed = self.enforcement.observe()?;
+        Ok(observed.generation != 0
+            && observed
+                .targets
+                .iter()
+                .any(|target| target.endpoints > 0 && unknown.contains(&target.name)))
+    }
+
+    /// Targets of whose endpoints some are not known.
+    fn targets_unknown(&self) -> impl Iterator<Item = &str> {
+        let resolved = self.names.resolved(Instant::now());
+        let bus_is_unknown = self.bus.is_none() && self.wanted.config.bus_dir().is_some();
+        let unknown = move |target: &&Target| {
+            (target.name == BUS && bus_is_unknown)
+                || target.endpoints.iter().any(|endpoint| match &endpoint.destination {
+                    Destination::Name(name) => !resolved.contains_key(name),
+                    Destination::Address(_) | Destination::Prefix(_) | Destination::Local => false,
+                })
+        };
+        self.wanted
+            .policy
+            .targets
+            .iter()
+            .filter(unknown)
+            .map(|target| target.name.as_str())
+    }
+
+    /// Goes on once nothing is unknown that the kernel may guard.
+    pub(super) fn remember(&mut self) {
+        if self.forgetful && self.targets_unknown().next().is_none() {
+            self.forgetful = false;
+            self.frozen = false;
+        }
     }
 
     /// Stays with the last rule set known good, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         if self.applied.is_none() {
             // Something was in force before this start: it is taken over if it is what is known of it, else left alone (F1).
-            if self.verify()?.identical {
+            // Its links run the programs of the process before, until they are taken over.
+            if self.verify()?.counts.keys().all(|object| object == "link") {
                 self.apply_now()?;
             } else {
                 self.frozen = true;

@@ -1,6 +1,11 @@
 //! Keeps what is in force for the next start (F4, N7): only once it is, and only if it is another.
 
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use tracing::warn;
 
 use super::{About, Daemon};
 use crate::state::{self, LastGoodRef, Mark, Record};
@@ -40,12 +45,31 @@ impl Kept {
         self.due
     }
 
+    /// Takes note that the file has gone.
+    fn lost(&mut self) {
+        self.mark = None;
+        self.changed();
+    }
+
     pub(super) fn mark(&self) -> Option<Mark> {
         self.mark
     }
 }
 
 impl Daemon {
+    /// What was kept may have been removed.
+    pub(super) fn look_at_kept(&mut self) {
+        let path = self.wanted.config.settings.state_dir.join(state::FILE);
+        let gone = || {
+            path.symlink_metadata()
+                .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        if self.kept.mark.is_some() && self.kept.due.is_none() && gone() {
+            warn!("somebody removed {}; it is written again", path.display());
+            self.kept.lost();
+        }
+    }
+
     /// Keeps what is in force now, if it has changed. What failed is tried again.
     pub(super) fn keep_for_next_start(&mut self) {
         if self.kept.due.take().is_none() {

@@ -37,6 +37,14 @@ pub fn cases() -> Vec<Case> {
             newer_in_force,
         ),
         case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
+        case("f1_a_restart_without_the_last_good_forgets_no_address", forgetful),
+        case(
+            "f4_names_are_followed_after_a_restart_with_a_bad_configuration",
+            followed,
+        ),
+        case("f4_a_state_directory_in_quotes_is_found", quoted),
+        case("f4_a_last_good_that_is_removed_comes_back", removed),
+        case("b1_f4_a_default_file_that_has_gone_is_not_the_defaults", gone).on(EBPF),
     ]
 }
 
@@ -341,5 +349,154 @@ fn other_version() -> Result<()> {
     let daemon = world.daemon()?;
     guarded(&world)?;
     ensure!(daemon.log().contains("last-good/7"), "{}", daemon.log());
+    Ok(())
+}
+
+/// The kernel guards an address that nothing on disk and no look-up knows any more.
+fn forgetful() -> Result<()> {
+    let harms: [fn(&str) -> Option<String>; 2] = [|_| None, |text| Some(text.replace("10.9.0.1", "10.9.0.3"))];
+    for harm in harms {
+        let named = Named::new(&["bus.test"], "")?;
+        let world = &named.world;
+        ensure!(!named.denied("10.9.0.1")?, "it is guarded before there is anything");
+        named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+        let daemon = named.daemon()?;
+        ensure!(named.denied("10.9.0.1")?, "the address is open");
+        daemon.kill()?;
+        let path = world.path("state").join(FILE);
+        match harm(&fs::read_to_string(&path)?) {
+            Some(text) => fs::write(&path, text)?,
+            None => fs::remove_file(&path)?,
+        }
+        named.dns.set("bus.test", Zone::Silence);
+        let _daemon = named.daemon()?;
+        ensure!(named.denied("10.9.0.1")?, "a restart opened the address");
+        told(world, "what is in force stays")?;
+        named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+        world.enforcer(&["refresh"])?;
+        until("the answer is in force", || named.denied("10.9.0.2"))?;
+        until("all is well", || Ok(asked(world)?.contains("\"enforcing\"")))?;
+        until("it is kept", || Ok(path.exists()))?;
+    }
+    Ok(())
+}
+
+/// The rule set in force is the last one known good: it goes on from there.
+fn followed() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    let world = &named.world;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    named.daemon()?.kill()?;
+    let toml = world.path("enforcer.toml");
+    let good = fs::read_to_string(&toml)?;
+    fs::write(&toml, format!("{good}bogus = 1\n"))?;
+    let readable = world.path("good.toml");
+    fs::write(&readable, &good)?;
+    let denied = |address: &str| -> Result<bool> {
+        let mut check = std::process::Command::new(crate::world::binary("enforcer")?);
+        check.arg("--config").arg(&readable).args(["check", "nobody"]);
+        Ok(ran(check.arg(format!("{address}:{}", world.port)))?.code == 1)
+    };
+    named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+    ensure!(
+        denied("10.9.0.1")? && !denied("10.9.0.2")?,
+        "what is in force is not what it was"
+    );
+    let _daemon = named.daemon()?;
+    told(world, "the last rule set known good is in force instead")?;
+    until("the name is followed", || denied("10.9.0.2"))?;
+    ensure!(denied("10.9.0.1")?, "the address before is open");
+    Ok(())
+}
+
+/// TOML lets a key stand in quotes; the state is this instance's all the same.
+fn quoted() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let toml = world.path("enforcer.toml");
+    let text = fs::read_to_string(&toml)?.replace("state_dir =", "\"state_dir\" =");
+    fs::write(&toml, &text)?;
+    world.enforcer(&["config", "check"])?.demand(0)?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    unload(&world, daemon)?;
+    world.attack(NOBODY).reaches()?;
+    fs::write(&toml, format!("{text}bogus = 1\n"))?;
+    let daemon = world.daemon()?;
+    guarded(&world)?;
+    told(&world, "the last rule set known good is in force instead")?;
+    unload_raw(&world, daemon)
+}
+
+fn removed() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let daemon = world.daemon()?;
+    let path = world.path("state").join(FILE);
+    fs::remove_file(&path)?;
+    until("it is back", || Ok(path.exists()))?;
+    unload(&world, daemon)?;
+    world.attack(NOBODY).reaches()?;
+    world.enforcer(&["apply", "--last-good"])?.demand(0)?;
+    guarded(&world)
+}
+
+/// In namespaces where the default places are this case's own: the file that named what is in force is removed, and the daemon starts
+/// again.
+fn gone() -> Result<()> {
+    const SCRIPT: &str = r#"
+        echo $$ > "$1/cgroup.procs"
+        exec unshare --cgroup --mount --net sh -euc '
+            daemon=none; trap "kill -9 \$daemon 2>/dev/null || true" EXIT
+            ip link set lo up
+            cgroups=$1 etc=$2 enforcer=$3 attack=$4
+            umount "$cgroups" && mount -t cgroup2 none "$cgroups" && mount -t bpf -o mode=0700 none /sys/fs/bpf
+            mount -t tmpfs -o mode=0755 none /var/lib && mount -t tmpfs -o mode=0755 none /run
+            mkdir -p "$etc/enforcer" && cp /etc/passwd /etc/group /etc/nsswitch.conf "$etc" && mount --bind "$etc" /etc
+            knock() { "$attack" --uid 65534 127.0.0.1:4001 || true; }
+            start() { "$enforcer" run & daemon=$!; for _ in $(seq 200); do
+                "$enforcer" status --json 2>/dev/null | grep -q "\"pid\":$daemon" && return; sleep 0.1; done; }
+            toml=/etc/enforcer/enforcer.toml
+            printf "[target.own]\nendpoints = [\"tcp://127.0.0.1:4001\"]\nallow = [\"root\"]\n" > "$toml"
+            echo before; knock
+            start; echo with; knock
+            kill -9 "$daemon"; wait "$daemon" || true
+            cp "$toml" "$etc/kept"; rm "$toml"
+            start; echo gone; knock; "$enforcer" status || true
+            sleep 3; echo later; knock
+            cp "$etc/kept" "$toml"
+            for _ in $(seq 200); do "$enforcer" status >/dev/null && break; sleep 0.1; done
+            echo again; "$enforcer" status || true; knock
+            "$enforcer" unload; wait "$daemon" || true
+        ' sh "$2" "$3" "$4" "$5"
+    "#;
+    let world = World::new()?;
+    // The build's directory may be closed to others.
+    let attack = world.path("attack");
+    crate::world::copy_binary("attack", &attack)?;
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", SCRIPT, "sh"]);
+    command.args([&world.cgroup, &crate::world::cgroup_mount()?, &world.path("etc")]);
+    let said = ran(command.arg(crate::world::binary("enforcer")?).arg(&attack))?
+        .demand(0)?
+        .stdout;
+    let errno = |after: &str| {
+        let rest = said.split_once(&format!("{after}\n")).map_or("", |(_, rest)| rest);
+        let words: Vec<&str> = rest.split_whitespace().take(2).collect();
+        words.join(" ")
+    };
+    let with = errno("with");
+    ensure!(errno("before") == "errno 111" && with == "errno 1", "{said}");
+    for after in ["gone", "later"] {
+        ensure!(errno(after) == with, "{after}: {said}");
+    }
+    ensure!(
+        said.contains("degraded") && said.contains("is gone, and what it named"),
+        "{said}"
+    );
+    let again = said.split_once("again\n").map_or("", |(_, rest)| rest);
+    ensure!(again.contains("enforcing") && again.contains(&with), "{said}");
     Ok(())
 }

@@ -26,6 +26,8 @@ pub fn cases() -> Vec<Case> {
         case("b5_the_agents_own_rules_are_left_alone", agents_table),
         case("b5_only_where_monit_may_be_granted", not_wanted),
         case("b5_f1_changes_under_fire", under_fire),
+        case("b5_f2_an_endpoint_that_leaves_monit_is_never_open", changes_hands),
+        case("b5_f1_killed_before_the_first_part_was_in_force", killed_early),
         case("b5_f5_a_table_taken_away_comes_back", taken_away),
         case("b5_another_instances_part_is_not_touched", two_instances),
     ]);
@@ -277,6 +279,78 @@ fn under_fire() -> Result<()> {
     ensure!(denied.connected == 0 && denied.reset > 100, "{denied:?}");
     ensure!(allowed.reset == 0 && allowed.connected > 100, "{allowed:?}");
     host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+/// An endpoint goes from monit to another target, which another table judges, and back, while everybody knocks.
+fn changes_hands() -> Result<()> {
+    let host = Host::new()?;
+    let port = host.world.port;
+    let configure = |monit: &str, other: &str| {
+        host.world.configure(&format!(
+            "backend = \"nftables\"\n\
+             [target.monit]\nendpoints = [\"tcp://127.0.0.9:{port}\"{monit}]\nallow = [\"root\"]\ngrants = true\n\
+             [target.other]\nendpoints = [\"tcp://127.0.0.2:{port}\"{other}]\nallow = [\"root\"]\n"
+        ))
+    };
+    let changing = format!(", \"tcp://127.0.0.1:{port}\"");
+    configure(&changing, "")?;
+    let mut daemon = host.daemon()?;
+    host.rule("meta skuid 65534")?;
+    host.monit(NOBODY)?.reaches()?;
+    host.netns.nft(&format!("flush chain {CHAIN}"))?;
+    let fire = host.world.path("fire");
+    fs::write(&fire, "")?;
+    let denied = host.monit(NOBODY)?.hammer(&fire)?;
+    let allowed = host.monit(0)?.hammer(&fire)?;
+    for round in 0..8 {
+        if round % 2 == 0 {
+            configure("", &changing)?;
+        } else {
+            configure(&changing, "")?;
+        }
+        // The next process does not know what the last one held.
+        if round % 4 == 2 {
+            daemon.kill()?;
+            daemon = host.daemon()?;
+        } else {
+            daemon.reload()?;
+        }
+    }
+    fs::remove_file(&fire)?;
+    let (denied, allowed) = (denied.finish()?, allowed.finish()?);
+    ensure!(denied.connected == 0 && denied.reset > 100, "{denied:?}");
+    ensure!(allowed.reset == 0 && allowed.connected > 100, "{allowed:?}");
+    // It is monit's again, and a job's rule counts.
+    host.rule("meta skuid 65534")?;
+    host.monit(NOBODY)?.reaches()?;
+    host.netns.enforcer(&host.world, &["verify"])?.demand(0)?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
+}
+
+/// What a process leaves that is killed once its part is laid out, and before any packet is led there.
+fn killed_early() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", true, "")?;
+    for command in [
+        "add table inet bosh_agent",
+        &format!("add chain {CHAIN}"),
+        "add chain inet bosh_agent about",
+        "add chain inet bosh_agent judge_b",
+        "add counter inet bosh_agent allowed_monit",
+    ] {
+        host.netns.nft(command)?;
+    }
+    let daemon = host.daemon()?;
+    host.netns.enforcer(&host.world, &["status"])?.demand(0)?;
+    host.monit(NOBODY)?.is_reset()?;
+    host.rule("meta skuid 65534")?;
+    host.monit(NOBODY)?.reaches()?;
+    host.other(NOBODY)?.is_reset()?;
+    host.netns.nft(&format!("flush chain {CHAIN}"))?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0)?;
+    drop(daemon);
+    ensure!(host.tables()?.is_empty(), "{}", host.tables()?);
+    Ok(())
 }
 
 fn taken_away() -> Result<()> {

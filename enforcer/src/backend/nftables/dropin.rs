@@ -8,11 +8,11 @@ use enforcer_ebpf::Verdict as Outcome;
 use tracing::warn;
 
 use super::{
-    Denials, Nftables, NftablesError, Reading, Saved, check, dump,
+    Denials, Nftables, NftablesError, Plan, Reading, Saved, check, dump,
     expression::{Expression, Verdict},
     failed,
     image::{self, Image, Rule, chain::ABOUT},
-    netlink::{Dump, Failed, Netlink},
+    netlink::{Change, Dump, Failed, Netlink},
 };
 use crate::{
     backend::{Checked, Observed, merged_tables},
@@ -78,12 +78,17 @@ impl Tables {
         self.own.set_forward(forward);
     }
 
-    /// Puts a rule set in force. What moves from one table to the other is judged by both in between: nothing is let
-    /// through that either rule set refuses.
+    /// Puts a rule set in force. What moves from one table to the other is judged by both in between, or moves at one instant:
+    /// nothing is let through that either rule set refuses.
     pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
         let fault = self.fault.take();
         let mut before = None;
         let mut split = self.honour.then(|| split(rules)).flatten();
+        if let Some((own, shared)) = &split
+            && self.apply_together(own, shared)?
+        {
+            return Ok(self.own.generation());
+        }
         if let Some((_, shared)) = &split {
             match self.apply_shared(shared) {
                 Ok(saved) => before = saved,
@@ -118,7 +123,27 @@ impl Tables {
         Ok(number)
     }
 
-    fn apply_shared(&mut self, rules: &RuleSet) -> Result<Option<Saved>, NftablesError> {
+    /// Puts both parts in force at one instant, where both change: an endpoint that goes from `monit` to another target is not judged
+    /// by the new own table before it has left the shared one, nor the other way round (F2). False where there is no need, or no way.
+    fn apply_together(&mut self, own: &RuleSet, rules: &RuleSet) -> Result<bool, NftablesError> {
+        // What is wrong with the shared table is told by who changes it alone.
+        let Ok(mut shared) = self.open_shared() else {
+            return Ok(false);
+        };
+        let planned = shared.plan(rules).ok().flatten();
+        let Some(theirs) = planned.filter(|plan| plan.before.is_some()) else {
+            self.shared = Some(shared);
+            return Ok(false);
+        };
+        let result = self.own.plan(own).and_then(|plan| match plan {
+            Some(mine) => put_both((&mut shared, rules, theirs), (&mut self.own, own, mine)),
+            None => Ok(false),
+        });
+        self.shared = Some(shared);
+        result
+    }
+
+    fn open_shared(&mut self) -> Result<Nftables, NftablesError> {
         let mut shared = match self.shared.take() {
             Some(shared) => shared,
             None => Nftables {
@@ -132,6 +157,11 @@ impl Tables {
             },
         };
         shared.loader = self.own.loader;
+        Ok(shared)
+    }
+
+    fn apply_shared(&mut self, rules: &RuleSet) -> Result<Option<Saved>, NftablesError> {
+        let mut shared = self.open_shared()?;
         let saved = shared.save()?;
         shared.apply(rules)?;
         self.shared = Some(shared);
@@ -211,6 +241,34 @@ impl Tables {
         }
         self.own.unload()
     }
+}
+
+/// A table, the rule set that it is to judge by, and what that makes of it.
+type Part<'a> = (&'a mut Nftables, &'a RuleSet, Plan);
+
+/// Puts two tables in force at one instant. False where one is bent, so that they can only be changed one after the other.
+fn put_both((shared, theirs, plan): Part<'_>, (own, mine, own_plan): Part<'_>) -> Result<bool, NftablesError> {
+    (shared.held, own.held) = (None, None);
+    let changes = [(&*shared, &plan), (&*own, &own_plan)].map(|(table, plan)| Change {
+        table: &table.table,
+        image: &plan.image,
+        found: plan.before.as_ref(),
+        guest: table.guest(),
+    });
+    let mut netlink = Netlink::open().map_err(|error| failed(&own.table, "open a netlink socket", error))?;
+    match netlink.replace_all(&changes) {
+        Ok(()) => {}
+        Err(found) if found.is_about_contents() => return Ok(false),
+        Err(Failed { step, error }) => return Err(failed(&own.table, &step, error)),
+    }
+    let confirmed = shared.confirm(plan.image).and_then(|()| own.confirm(own_plan.image));
+    if matches!(confirmed, Err(NftablesError::ReadBack { .. })) {
+        own.restore(own_plan.before)?;
+        shared.restore(plan.before)?;
+    }
+    confirmed?;
+    (shared.rules, own.rules) = (Some(theirs.clone()), Some(mine.clone()));
+    Ok(true)
 }
 
 /// Both tables for those who only read them.
@@ -346,13 +404,16 @@ pub(super) fn own(mut found: Dump) -> Option<Dump> {
     (!found.image.chains.is_empty()).then_some(found)
 }
 
-/// Whether it is the part of the instance with this table.
+/// Whether it is the part of the instance with this table, or of one that was killed before it said whose: no packet comes there.
 pub(super) fn is_of(found: &Dump, of: &str) -> bool {
     let about = found.image.chains.get(ABOUT);
-    found.image.header().is_some()
-        && about
-            .and_then(|about| about.rules.get(1))
-            .is_some_and(|rule| rule.comment == whose(of))
+    let unfinished = about.is_some_and(|about| about.rules.is_empty())
+        && found.image.chains.values().all(|chain| chain.base.is_none());
+    unfinished
+        || found.image.header().is_some()
+            && about
+                .and_then(|about| about.rules.get(1))
+                .is_some_and(|rule| rule.comment == whose(of))
 }
 
 fn whose(of: &str) -> String {

@@ -81,50 +81,48 @@ impl Netlink {
 
     /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes afterwards, when
     /// no packet can be under way that began with it; counters that stay go on counting.
-    ///
-    /// `guest` names a chain of others' in a table that is not ours alone: it is made if it is missing, and the table is never emptied.
-    pub fn replace(
-        &mut self,
-        table: &str,
-        image: &Image,
-        found: Option<&Dump>,
-        guest: Option<&str>,
-    ) -> Result<(), Failed> {
-        let empty = Dump::default();
-        let before = found.unwrap_or(&empty);
-        let stays = |name: &str| image.chains.get(name).is_some_and(|chain| chain.base.is_some()) || name == ABOUT;
-        let parts = |wanted: fn(bool) -> bool| Parts {
-            chains: keys(&before.image.chains, |name| {
-                !stays(name) && wanted(image.chains.contains_key(name))
-            }),
-            sets: keys(&before.image.sets, |name| wanted(image.sets.contains_key(name))),
-            counters: before.image.counters.difference(&image.counters).cloned().collect(),
-        };
-        let mut stale = parts(|wanted| wanted);
-        stale.counters.clear();
-        let done = self
-            .remove_parts(table, &stale)
-            .and_then(|()| self.lay_out(table, image, before, guest))
-            .and_then(|()| self.switch(table, image, before));
-        let done = done.and_then(|()| {
-            let old = parts(|wanted| !wanted);
-            if !old.is_empty() {
-                wait_for_packets();
-            }
-            self.remove_parts(table, &old)
-        });
-        match done {
+    pub fn replace(&mut self, change: Change<'_>) -> Result<(), Failed> {
+        match self.replace_all(&[change]) {
             // Somebody has bent the table so that it cannot be changed piece by piece.
-            Err(failed) if guest.is_none() && found.is_some() && failed.is_about_contents() => {
-                self.make_anew(table, image, &before.counts)
-            }
+            Err(failed) if change.guest.is_none() && failed.is_about_contents() => match change.found {
+                Some(found) => self.make_anew(change.table, change.image, &found.counts),
+                None => Err(failed),
+            },
             done => done,
         }
     }
 
+    /// As [`Netlink::replace`], of tables that all come to be another at the same instant.
+    pub fn replace_all(&mut self, changes: &[Change<'_>]) -> Result<(), Failed> {
+        for change in changes {
+            let mut stale = change.parts(|wanted| wanted);
+            stale.counters.clear();
+            self.remove_parts(change.table, &stale)?;
+            self.lay_out(change)?;
+        }
+        self.switch(changes)?;
+        let old: Vec<_> = changes
+            .iter()
+            .map(|change| (change.table, change.parts(|wanted| !wanted)))
+            .collect();
+        if old.iter().any(|(_, parts)| !parts.is_empty()) {
+            wait_for_packets();
+        }
+        old.iter()
+            .try_for_each(|(table, parts)| self.remove_parts(table, parts))
+    }
+
     /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after it has switched
     /// rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty for a moment.
-    fn lay_out(&mut self, table: &str, image: &Image, before: &Dump, guest: Option<&str>) -> Result<(), Failed> {
+    fn lay_out(&mut self, change: &Change<'_>) -> Result<(), Failed> {
+        let Change {
+            table,
+            image,
+            found,
+            guest,
+        } = *change;
+        let none = BTreeMap::new();
+        let counts = found.map_or(&none, |found| &found.counts);
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
@@ -134,7 +132,7 @@ impl Netlink {
             batch.add(&format!("make sure of chain {guest}"), &chain, MsgType::Add);
         }
         make_chains(&mut batch, &table, image, |chain| chain.base.is_none());
-        make_sets(&mut batch, &table, image, &before.counts);
+        make_sets(&mut batch, &table, image, counts);
         make_rules(&mut batch, &table, image, |name, chain| {
             chain.base.is_none() && name != ABOUT
         });
@@ -142,21 +140,27 @@ impl Netlink {
     }
 
     /// Lets the base chains lead to what was laid out, in one transaction.
-    fn switch(&mut self, table: &str, image: &Image, before: &Dump) -> Result<(), Failed> {
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+    fn switch(&mut self, changes: &[Change<'_>]) -> Result<(), Failed> {
         let mut batch = Steps::new();
-        let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
-        for (name, _) in image
-            .chains
-            .iter()
-            .filter(|(name, chain)| front(name, chain) && before.image.chains.contains_key(*name))
+        for Change {
+            table, image, found, ..
+        } in changes
         {
-            let chain = chain_message(&table, name, None);
-            batch.add(&format!("empty chain {name}"), &NlRule::new(&chain), MsgType::Del);
+            let name = text(table);
+            let table = Table::new(&name, ProtoFamily::Inet);
+            let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
+            let there = |name: &str| found.is_some_and(|found| found.image.chains.contains_key(name));
+            for (name, _) in image
+                .chains
+                .iter()
+                .filter(|(name, chain)| front(name, chain) && there(name))
+            {
+                let chain = chain_message(&table, name, None);
+                batch.add(&format!("empty chain {name}"), &NlRule::new(&chain), MsgType::Del);
+            }
+            make_chains(&mut batch, &table, image, |chain| chain.base.is_some());
+            make_rules(&mut batch, &table, image, front);
         }
-        make_chains(&mut batch, &table, image, |chain| chain.base.is_some());
-        make_rules(&mut batch, &table, image, front);
         self.commit(batch)
     }
 
@@ -473,6 +477,35 @@ impl std::os::fd::AsRawFd for Changes {
     }
 }
 
+/// A table on its way to be an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Change<'a> {
+    /// Its name.
+    pub table: &'a str,
+    /// What it is to hold.
+    pub image: &'a Image,
+    /// What it holds; none where it is not there.
+    pub found: Option<&'a Dump>,
+    /// A chain of others' in a table that is not ours alone: it is made if it is missing, and the table is never emptied.
+    pub guest: Option<&'a str>,
+}
+
+impl Change<'_> {
+    /// Parts that it holds, but for what leads packets to them, by whether the image names them.
+    fn parts(&self, goes: fn(bool) -> bool) -> Parts {
+        let empty = Dump::default();
+        let (image, before) = (self.image, self.found.unwrap_or(&empty));
+        let stays = |name: &str| image.chains.get(name).is_some_and(|chain| chain.base.is_some()) || name == ABOUT;
+        Parts {
+            chains: keys(&before.image.chains, |name| {
+                !stays(name) && goes(image.chains.contains_key(name))
+            }),
+            sets: keys(&before.image.sets, |name| goes(image.sets.contains_key(name))),
+            counters: before.image.counters.difference(&image.counters).cloned().collect(),
+        }
+    }
+}
+
 /// Names of parts of a table that are to go.
 struct Parts {
     chains: Vec<String>,
@@ -488,7 +521,7 @@ impl Parts {
 
 impl Failed {
     /// Whether the table's contents stand in the way, and not the kernel or our rights.
-    fn is_about_contents(&self) -> bool {
+    pub(in crate::backend::nftables) fn is_about_contents(&self) -> bool {
         let codes = [libc::EBUSY, libc::EEXIST, libc::ENOENT, libc::EOPNOTSUPP, libc::EINVAL];
         self.error.raw_os_error().is_some_and(|code| codes.contains(&code))
     }
