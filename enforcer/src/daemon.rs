@@ -155,6 +155,8 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 pub async fn run(path: &Path) -> Result<(), DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
+    // Nothing below, look-ups above all, runs with more.
+    capabilities::reduce()?;
     let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
     let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
@@ -425,7 +427,6 @@ impl Daemon {
         if let Some(kernel) = self.enforcement.kernel() {
             kernel.trim_memory();
         }
-        capabilities::reduce()?;
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
             observed.generation,

@@ -6,6 +6,7 @@ use std::{
     os::unix::{fs::MetadataExt as _, net::UnixStream},
     path::Path,
     process::Command,
+    thread,
     time::Duration,
 };
 
@@ -13,11 +14,12 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{Case, case};
+use super::{Case, case, names::Named};
 use crate::{
     attack::Way,
     backend::{Backend, EBPF},
-    world::{NOBODY, World, ask_raw, ran, until},
+    dns::Zone,
+    world::{Daemon, NOBODY, World, ask_raw, ran, until},
 };
 
 /// All cases of this file.
@@ -142,7 +144,7 @@ fn events() -> Result<()> {
     let fire = world.path("fire");
     fs::write(&fire, "")?;
     let hammer = world.attack(NOBODY).hammer(&fire)?;
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    thread::sleep(Duration::from_millis(500));
     fs::remove_file(&fire)?;
     let refused = hammer.finish()?.refused + 1;
     until("every denial is counted", || {
@@ -355,19 +357,53 @@ fn link_restored() -> Result<()> {
 }
 
 fn capabilities() -> Result<()> {
-    let (world, _listener) = guarded()?;
-    let daemon = world.daemon()?;
-    let status = fs::read_to_string(Path::new("/proc").join(daemon.pid().to_string()).join("status"))?;
-    // CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39 (linux/capability.h).
-    let wanted = format!("{:016x}", 1_u64 << 12 | 1_u64 << 38 | 1_u64 << 39);
-    for set in ["CapPrm", "CapEff", "CapBnd"] {
-        ensure!(
-            status.lines().any(|line| line == format!("{set}:\t{wanted}")),
-            "{set} is not {wanted}: {status}"
-        );
-    }
-    ensure!(status.contains("NoNewPrivs:\t1"), "{status}");
+    let named = Named::new(&["silent.test"], "")?;
+    named.dns.set("silent.test", Zone::Silence);
+    // No answer for as long as a look-up may take: readiness is far.
+    fs::write(
+        named.world.path("resolv.conf"),
+        format!("nameserver {}\noptions timeout:5 attempts:1\n", named.world.address()),
+    )?;
+    let (daemon, _ready) = named.world.start(&mut named.world.with_resolver()?)?;
+    let mut excess = String::new();
+    until("what is not needed is given up", || {
+        excess = excess_capabilities(&daemon)?;
+        Ok(excess.is_empty())
+    })
+    .map_err(|error| error.context(excess))?;
+    thread::sleep(Duration::from_millis(200));
+    ensure!(
+        !daemon.log().contains("enforcing generation"),
+        "given up only once ready: {}",
+        daemon.log()
+    );
+    until("it is ready", || Ok(daemon.log().contains("enforcing generation")))?;
+    let excess = excess_capabilities(&daemon)?;
+    ensure!(excess.is_empty(), "{excess}");
     Ok(())
+}
+
+/// What a daemon's threads, whose own capabilities are, have other than they should.
+fn excess_capabilities(daemon: &Daemon) -> Result<String> {
+    // CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39 (linux/capability.h).
+    let three = format!("{:016x}", 1_u64 << 12 | 1_u64 << 38 | 1_u64 << 39);
+    let none = format!("{:016x}", 0);
+    for thread in fs::read_dir(Path::new("/proc").join(daemon.pid().to_string()).join("task"))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        for (set, wanted) in [
+            ("CapPrm", three.as_str()),
+            ("CapEff", &three),
+            ("CapBnd", &three),
+            ("CapInh", &none),
+            ("CapAmb", &none),
+            ("NoNewPrivs", "1"),
+        ] {
+            if !status.lines().any(|line| line == format!("{set}:\t{wanted}")) {
+                return Ok(format!("{set} is not {wanted}: {status}"));
+            }
+        }
+    }
+    Ok(String::new())
 }
 
 fn help() -> Result<()> {
