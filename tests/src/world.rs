@@ -321,6 +321,12 @@ pub fn leftovers() -> Result<Vec<String>> {
     Ok(left)
 }
 
+/// The directory of maps below a pin directory, of this build's layout.
+#[must_use]
+pub fn maps_name() -> String {
+    format!("maps_v{}", enforcer_ebpf::ABI)
+}
+
 /// Where cgroup v2 is mounted.
 pub fn cgroup_mount() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/mounts")?;
