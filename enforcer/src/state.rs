@@ -109,7 +109,7 @@ impl Mark {
     }
 }
 
-/// Reads the last rule set known good; none where there is none yet. A file of an earlier version has its addresses only.
+/// Reads the last rule set known good; none where there is none yet. What versions before that kept is [`load_early`]'s.
 pub fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
     let path = dir.join(FILE);
     let Some(bytes) = read(dir, &path)? else {
