@@ -1018,9 +1018,15 @@ fn ip(arguments: &[&str]) -> Result<()> {
 pub fn ask_raw(socket: &Path, request: &[u8]) -> Result<String> {
     let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(patience()))?;
-    stream.write_all(request)?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
+    let sent = stream
+        .write_all(request)
+        .and_then(|()| stream.shutdown(std::net::Shutdown::Write));
+    let mut answer = Vec::new();
+    let read = stream.read_to_end(&mut answer);
+    // Whoever answers before it has heard all hangs up on the rest: an error, but behind the answer.
+    if answer.is_empty() {
+        sent?;
+        read?;
+    }
+    Ok(String::from_utf8(answer)?)
 }

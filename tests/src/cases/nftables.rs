@@ -207,9 +207,11 @@ fn told() -> Result<()> {
             Ok(!said.is_empty())
         })?;
         let event: serde_json::Value = serde_json::from_str(&said)?;
-        let event = event.get("Event").or_else(|| event.get("event")).unwrap_or(&event);
         ensure!(
-            event["verdict"] == verdict
+            event["schema"] == "enforcer/event/1"
+                && event["backend"] == "nftables"
+                && event["verdict"] == verdict
+                && event["task_uid"].is_null()
                 && event["socket_uid"] == NOBODY
                 && event["target"] == "main"
                 && event["judged"] == guarded.world.here().to_string()

@@ -11,6 +11,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use clap::CommandFactory as _;
+use enforcer::cli::Cli;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -83,7 +85,8 @@ fn hostile_requests() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let socket = world.path("run/control.sock");
-    let long = vec![b'x'; 1 << 20];
+    // Longer than a request may be, and than what a socket takes at once.
+    let (long, longer) = (vec![b'x'; 40_000], vec![b'x'; 1 << 20]);
     let deep = [b"[".repeat(4000).as_slice(), b"\n"].concat();
     for request in [
         b"\n".as_slice(),
@@ -93,11 +96,15 @@ fn hostile_requests() -> Result<()> {
         b"null\n",
         &deep,
         b"{\"request\":\"status\"",
+        &long,
+        &longer,
     ] {
         let answer = ask_raw(&socket, request)?;
-        ensure!(answer.contains("error"), "{answer}");
+        ensure!(
+            answer.starts_with("{\"error\":") && answer.contains("of at most 32768 bytes"),
+            "{answer}"
+        );
     }
-    let _ = ask_raw(&socket, &long);
     ensure!(
         ask_raw(&socket, b"{\"request\":\"status\"}\n")?.contains("enforcer/status/1"),
         "it no longer answers"
@@ -322,11 +329,68 @@ fn bad_file() -> Result<()> {
 }
 
 fn config_show() -> Result<()> {
-    let (world, _listener) = guarded()?;
+    let world = World::new()?;
+    // Nothing that the defaults have: a key that is left out, or shown as its default, is missed.
+    let keys = [
+        "mode = \"audit\"",
+        "existing = \"cut\"",
+        "forward = \"allow\"",
+        "min_refresh = \"7s\"",
+        "max_refresh = \"49s\"",
+        "retain = \"2h\"",
+        "unresolved = \"closed\"",
+        "dir = \"/srv/agent\"",
+        "grants = true",
+    ];
+    let principals = [
+        "\"root\"",
+        "999",
+        "user = \"nobody\"",
+        "cgroup = \"/\"",
+        "kernel = true",
+    ];
+    let endpoints = [
+        "tcp://10.8.0.0/16:6443",
+        "udp://[2001:db8::9]:53",
+        "tcp://local:10250",
+        "tcp://nats.example:4222",
+    ];
+    world.configure(&format!(
+        "{}\n{}\n{}\n[dns]\n{}\n{}\n{}\n{}\n[bosh]\n{}\n[target.main]\n{}\nendpoints = {endpoints:?}\n\
+        allow = [{}, {}, {{ {}, {} }}, {{ {} }}]\n",
+        keys[0],
+        keys[1],
+        keys[2],
+        keys[3],
+        keys[4],
+        keys[5],
+        keys[6],
+        keys[7],
+        keys[8],
+        principals[0],
+        principals[1],
+        principals[2],
+        principals[3],
+        principals[4],
+    ))?;
+    let file = world.path("enforcer.toml");
+    let written = fs::read_to_string(&file)?;
+    let places = written.lines().take_while(|line| !line.starts_with("mode"));
     let shown = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
-    fs::write(world.path("enforcer.toml"), &shown)?;
+    let values: Vec<&str> = shown.lines().filter(|line| !line.starts_with('#')).collect();
+    for line in places.chain(keys) {
+        ensure!(values.contains(&line), "{line} is not in {shown}");
+    }
+    for part in principals.iter().chain(&endpoints) {
+        ensure!(
+            values.iter().any(|line| line.contains(part)),
+            "{part} is not in {shown}"
+        );
+    }
+    ensure!(shown.contains('#'), "no comment: {shown}");
+    fs::write(&file, &shown)?;
     let again = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
-    ensure!(shown == again && shown.contains('#'), "{shown}\n---\n{again}");
+    ensure!(shown == again, "{shown}\n---\n{again}");
     for (words, schema) in [
         (["config", "show", "--json"], "enforcer/config/1"),
         (["config", "check", "--json"], "enforcer/config-check/1"),
@@ -408,13 +472,31 @@ fn excess_capabilities(daemon: &Daemon) -> Result<String> {
 
 fn help() -> Result<()> {
     let world = World::new()?;
-    let help = world.enforcer(&["--help"])?.demand(0)?.stdout;
-    for command in [
-        "run", "apply", "status", "check", "events", "refresh", "grant", "revoke", "grants", "unload", "config",
-    ] {
-        ensure!(help.contains(&format!("  {command} ")), "{command} is not in: {help}");
-        world.enforcer(&[command, "--help"])?.demand(0)?;
+    let readme = include_str!("../../../README.md");
+    let mut waiting = vec![(Cli::command(), Vec::<String>::new())];
+    let mut seen = 0;
+    while let Some((command, words)) = waiting.pop() {
+        let mut asked = words.clone();
+        asked.push("--help".to_owned());
+        let help = world.enforcer(&asked)?.demand(0)?.stdout;
+        for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
+            let name = below.get_name();
+            let told = |line: &str| {
+                let said = line.strip_prefix("  ").and_then(|line| line.strip_prefix(name));
+                said.is_some_and(|said| said.starts_with(' ') && !said.trim().is_empty())
+            };
+            ensure!(help.lines().any(told), "{name} is not told in: {help}");
+            let mut words = words.clone();
+            words.push(name.to_owned());
+            ensure!(
+                words.len() > 1 || readme.contains(&format!("`enforcer {name}")),
+                "the README does not name {name}"
+            );
+            waiting.push((below.clone(), words));
+            seen += 1;
+        }
     }
+    ensure!(seen > 13, "only {seen} commands were found");
     Ok(())
 }
 
