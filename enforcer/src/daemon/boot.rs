@@ -286,3 +286,41 @@ impl Daemon {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{self, File},
+        io,
+        time::SystemTime,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_refused_configuration_is_tried_again_less_and_less_often() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("enforcer.toml");
+        fs::write(&path, "")?;
+        let (before, mut pending, after) = (Instant::now(), Pending::new(&path), Instant::now());
+        let second = Duration::from_secs(1);
+        assert!(pending.due >= before + second && pending.due <= after + second);
+        for wait in [2, 4, 8, 16, 32, 60, 60] {
+            let due = pending.due;
+            assert!(!pending.is_due(&path, due - Duration::from_millis(1)));
+            assert!(pending.is_due(&path, due));
+            assert_eq!(pending.due, due + Duration::from_secs(wait));
+        }
+        // Another file is tried at once, and again soon.
+        File::options()
+            .write(true)
+            .open(&path)?
+            .set_modified(SystemTime::UNIX_EPOCH)?;
+        let early = pending.due - Duration::from_secs(30);
+        assert!(pending.is_due(&path, early) && !pending.is_due(&path, early));
+        assert_eq!(pending.due, early + second);
+        fs::remove_file(&path)?;
+        assert!(pending.is_due(&path, early), "a file that has gone is another one");
+        Ok(())
+    }
+}

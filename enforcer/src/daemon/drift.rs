@@ -53,8 +53,10 @@ mod tests {
             now += Duration::from_secs(wait);
             assert!(!drift.rests(now));
         }
-        assert!(drift.is_recent(now));
-        now += Drift::MEMORY;
+        // `status` is degraded for 30 s.
+        let last = now - Duration::from_secs(16);
+        assert!(drift.is_recent(last + Duration::from_millis(29_999)));
+        now = last + Duration::from_secs(30);
         assert!(!drift.is_recent(now));
         drift.happened(now);
         assert!(!drift.rests(now));
