@@ -1,0 +1,197 @@
+//! What programs read: every read has `--json`, and no version of a schema loses a key.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result, ensure};
+use enforcer::events::Lost;
+use serde_json::Value;
+
+use super::{
+    Case, case,
+    names::{Named, addresses},
+};
+use crate::{
+    kernel::CGROUP_NEEDS,
+    world::{NOBODY, until},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![case("every_read_has_json_of_the_documented_keys", documented).needs(CGROUP_NEEDS)]
+}
+
+/// The keys of each schema besides `schema`, those of objects inside by their path. What is here never goes while its schema has that
+/// version; what is new is entered here, and in `schemas.md`.
+const SCHEMAS: [(&str, &str); 11] = [
+    (
+        "enforcer/status/1",
+        "state causes backend subject mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
+         backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
+         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause events_lost \
+         existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
+         existing.connections.schema existing.connections.time existing.connections.verdict existing.connections.action \
+         existing.connections.reason existing.connections.protocol existing.connections.state \
+         existing.connections.local existing.connections.remote existing.connections.uid existing.connections.cgroup_id \
+         existing.connections.target existing.connections.generation",
+    ),
+    (
+        "enforcer/check/1",
+        "verdict judged destination generation targets targets.name targets.admits targets.reason reason",
+    ),
+    (
+        "enforcer/event/1",
+        "time verdict backend source pid tid comm kernel_thread task_uid socket_uid cgroup_id netns_cookie protocol \
+         dialled judged target generation",
+    ),
+    (
+        "enforcer/existing/1",
+        "time verdict action reason protocol state local remote uid cgroup_id target generation",
+    ),
+    (
+        "enforcer/grant/1",
+        "time action target user cgroup expires expires_before pid uid comm",
+    ),
+    ("enforcer/lost/1", "lost"),
+    (
+        "enforcer/verify/1",
+        "identical against backend generation compared counts differences differences.object differences.kind \
+         differences.entry differences.wanted differences.found",
+    ),
+    (
+        "enforcer/doctor/1",
+        "host host.root host.kernel host.config host.cgroup host.daemon host.in_force features features.id \
+         features.title features.of features.required features.state features.why features.since choice choice.wanted \
+         choice.backend choice.why findings findings.id findings.weight findings.what findings.items findings.do unseen \
+         unseen.what unseen.why",
+    ),
+    (
+        "enforcer/grants/1",
+        "limit grants grants.target grants.user grants.cgroup grants.cgroup_exists grants.active grants.since \
+         grants.expires grants.pid grants.uid grants.comm",
+    ),
+    (
+        "enforcer/config/1",
+        "mode backend existing forward cgroup pin_dir state_dir socket nft_table dns dns.min_refresh dns.max_refresh \
+         dns.retain dns.unresolved bosh bosh.dir target target.main target.main.endpoints target.main.allow \
+         target.main.grants",
+    ),
+    ("enforcer/config-check/1", "path targets warnings"),
+];
+
+/// Where they are told of.
+const DOCUMENT: &str = include_str!("../../../enforcer/docs/schemas.md");
+/// What parts words there.
+const WORD: [char; 6] = [' ', ',', '{', '}', '"', ':'];
+/// Keys under which others of somebody's choice lie: a principal's, the counted objects'.
+const OPEN: [&str; 2] = ["target.main.allow", "counts"];
+
+fn documented() -> Result<()> {
+    let named = Named::new(&[], "")?;
+    let world = &named.world;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    let here = world.here();
+    world.configure(&format!(
+        "[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://bus.test:{}\"]\n\
+        allow = [\"root\", {{ user = \"root\", cgroup = \"/\" }}, {{ kernel = true }}]\ngrants = true\n[bosh]\ndir = {:?}\n",
+        world.port,
+        world.path("vcap").display().to_string()
+    ))?;
+    let mut older = world.attack(NOBODY).hold()?;
+    let _daemon = named.daemon()?;
+    world.attack(NOBODY).run()?;
+    let read = |words: &[&str]| -> Result<Vec<Value>> {
+        let ran = world.enforcer(&[words, &["--json"]].concat())?;
+        ensure!(ran.code < 2, "{words:?}: {ran:?}");
+        ran.stdout.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    };
+    until("the older connection is found", || {
+        Ok(read(&["status"])?.iter().any(|status| status["existing"]["found"] == 1))
+    })?;
+    let at = here.to_string();
+    let mut seen = BTreeSet::new();
+    check(&serde_json::to_value(Lost::new(1))?, &mut seen)?;
+    for words in [
+        &["grant", "main", "--user", "nobody", "--for", "1h"] as &[&str],
+        &["status"],
+        &["refresh"],
+        &["grants"],
+        &["check", "nobody", &at],
+        &["verify"],
+        &["doctor"],
+        &["config", "show"],
+        &["config", "check"],
+        &["revoke", "main", "--all"],
+        &["events"],
+    ] {
+        let answers = read(words)?;
+        ensure!(!answers.is_empty(), "{words:?} answers nothing");
+        for answer in answers {
+            check(&answer, &mut seen).with_context(|| format!("{words:?}"))?;
+        }
+    }
+    let all: BTreeSet<&str> = SCHEMAS.iter().map(|(schema, _)| *schema).collect();
+    ensure!(seen == all, "of {all:?} only {seen:?} were seen");
+    for key in SCHEMAS.iter().flat_map(|(_, keys)| keys.split_whitespace()) {
+        let name = key.rsplit('.').next().unwrap_or(key);
+        let told = |mark| {
+            DOCUMENT
+                .split(mark)
+                .skip(1)
+                .step_by(2)
+                .any(|code| code.split(WORD).any(|word| word == name))
+        };
+        ensure!(name == "main" || told('`'), "schemas.md does not tell of {key}");
+    }
+    older.stays()
+}
+
+/// Demands all keys of a schema, and no other.
+fn check(answer: &Value, seen: &mut BTreeSet<&'static str>) -> Result<()> {
+    let schema = answer["schema"].as_str().context("an answer without a schema")?;
+    let known = SCHEMAS.iter().find(|(name, _)| *name == schema);
+    let (name, keys) = known.with_context(|| format!("{schema} is not known"))?;
+    let keys: BTreeSet<&str> = keys.split_whitespace().chain(["schema"]).collect();
+    for key in &keys {
+        let path: Vec<&str> = key.split('.').collect();
+        ensure!(has(answer, &path), "{schema} has lost {key}: {answer}");
+    }
+    let mut found = BTreeSet::new();
+    collect(answer, "", &mut found);
+    let new: Vec<_> = found.iter().filter(|key| !keys.contains(key.as_str())).collect();
+    ensure!(new.is_empty(), "{schema} has keys that are not entered here: {new:?}");
+    seen.insert(name);
+    Ok(())
+}
+
+/// Whether there is a key wherever it can be: in every element of a list, and where there is an object at all.
+fn has(value: &Value, path: &[&str]) -> bool {
+    let Some((key, rest)) = path.split_first() else {
+        return true;
+    };
+    match value {
+        Value::Object(object) => object.get(*key).is_some_and(|value| has(value, rest)),
+        Value::Array(list) => list.iter().all(|value| has(value, path)),
+        Value::Null => true,
+        Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
+    }
+}
+
+/// The paths of all keys.
+fn collect(value: &Value, at: &str, keys: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(object) if !OPEN.contains(&at) => {
+            for (key, value) in object {
+                let path = if at.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{at}.{key}")
+                };
+                collect(value, &path, keys);
+                keys.insert(path);
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|value| collect(value, at, keys)),
+        Value::Object(_) | Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
