@@ -21,6 +21,7 @@ use crate::{
     attack::Way,
     backend::{Backend, EBPF},
     dns::Zone,
+    kernel::CGROUP_NEEDS,
     world::{Daemon, NOBODY, World, ask_raw, ran, until},
 };
 
@@ -36,7 +37,7 @@ pub fn cases() -> Vec<Case> {
         case("status_counts_and_names_the_generation", status),
         case("check_explains", check).on(EBPF),
         case("f4_a_bad_file_keeps_nobody_from_asking", bad_file),
-        case("config_show_is_read_back", config_show),
+        case("config_show_is_read_back", config_show).needs(CGROUP_NEEDS),
         case("f5_a_link_taken_away_comes_back", link_restored).on(EBPF),
         case("capabilities_are_dropped", capabilities),
         case("help_names_every_command", help),
@@ -428,7 +429,12 @@ fn capabilities() -> Result<()> {
         named.world.path("resolv.conf"),
         format!("nameserver {}\noptions timeout:5 attempts:1\n", named.world.address()),
     )?;
-    let (daemon, _ready) = named.world.start(&mut named.world.with_resolver()?)?;
+    // Started with some to hand on, which it must not.
+    let resolving = named.world.with_resolver()?;
+    let mut command = Command::new("setpriv");
+    command.args(["--inh-caps=+chown,+net_raw", "--ambient-caps=+chown,+net_raw", "--"]);
+    command.arg(resolving.get_program()).args(resolving.get_args());
+    let (daemon, _ready) = named.world.start(&mut command)?;
     let mut excess = String::new();
     until("what is not needed is given up", || {
         excess = excess_capabilities(&daemon)?;
