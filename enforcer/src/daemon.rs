@@ -155,8 +155,6 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 pub async fn run(path: &Path) -> Result<(), DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
-    // Nothing below, look-ups above all, runs with more.
-    capabilities::reduce()?;
     let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
     let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
