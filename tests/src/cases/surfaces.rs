@@ -11,8 +11,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use clap::CommandFactory as _;
-use enforcer::cli::Cli;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -21,7 +19,6 @@ use crate::{
     attack::Way,
     backend::{Backend, EBPF},
     dns::Zone,
-    kernel::CGROUP_NEEDS,
     world::{Daemon, NOBODY, World, ask_raw, ran, until},
 };
 
@@ -37,10 +34,8 @@ pub fn cases() -> Vec<Case> {
         case("status_counts_and_names_the_generation", status),
         case("check_explains", check).on(EBPF),
         case("f4_a_bad_file_keeps_nobody_from_asking", bad_file),
-        case("config_show_is_read_back", config_show).needs(CGROUP_NEEDS),
         case("f5_a_link_taken_away_comes_back", link_restored).on(EBPF),
         case("capabilities_are_dropped", capabilities),
-        case("help_names_every_command", help),
         case("the_programs_can_be_traced", traced).on(EBPF),
     ]
 }
@@ -329,83 +324,6 @@ fn bad_file() -> Result<()> {
     Ok(())
 }
 
-fn config_show() -> Result<()> {
-    let world = World::new()?;
-    // Nothing that the defaults have: a key that is left out, or shown as its default, is missed.
-    let keys = [
-        "mode = \"audit\"",
-        "existing = \"cut\"",
-        "forward = \"allow\"",
-        "min_refresh = \"7s\"",
-        "max_refresh = \"49s\"",
-        "retain = \"2h\"",
-        "unresolved = \"closed\"",
-        "dir = \"/srv/agent\"",
-        "grants = true",
-    ];
-    let principals = [
-        "\"root\"",
-        "999",
-        "user = \"nobody\"",
-        "cgroup = \"/\"",
-        "kernel = true",
-    ];
-    let endpoints = [
-        "tcp://10.8.0.0/16:6443",
-        "udp://[2001:db8::9]:53",
-        "tcp://local:10250",
-        "tcp://nats.example:4222",
-    ];
-    world.configure(&format!(
-        "{}\n{}\n{}\n[dns]\n{}\n{}\n{}\n{}\n[bosh]\n{}\n[target.main]\n{}\nendpoints = {endpoints:?}\n\
-        allow = [{}, {}, {{ {}, {} }}, {{ {} }}]\n",
-        keys[0],
-        keys[1],
-        keys[2],
-        keys[3],
-        keys[4],
-        keys[5],
-        keys[6],
-        keys[7],
-        keys[8],
-        principals[0],
-        principals[1],
-        principals[2],
-        principals[3],
-        principals[4],
-    ))?;
-    let file = world.path("enforcer.toml");
-    let written = fs::read_to_string(&file)?;
-    let places = written.lines().take_while(|line| !line.starts_with("mode"));
-    let shown = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
-    let values: Vec<&str> = shown.lines().filter(|line| !line.starts_with('#')).collect();
-    for line in places.chain(keys) {
-        ensure!(values.contains(&line), "{line} is not in {shown}");
-    }
-    for part in principals.iter().chain(&endpoints) {
-        ensure!(
-            values.iter().any(|line| line.contains(part)),
-            "{part} is not in {shown}"
-        );
-    }
-    ensure!(shown.contains('#'), "no comment: {shown}");
-    fs::write(&file, &shown)?;
-    let again = world.enforcer(&["config", "show"])?.demand(0)?.stdout;
-    ensure!(shown == again, "{shown}\n---\n{again}");
-    for (words, schema) in [
-        (["config", "show", "--json"], "enforcer/config/1"),
-        (["config", "check", "--json"], "enforcer/config-check/1"),
-    ] {
-        let text = world.enforcer(&words)?.demand(0)?.stdout;
-        let json: Value = serde_json::from_str(&text)?;
-        ensure!(
-            json["schema"] == schema && text.ends_with('\n') && text.lines().count() == 1,
-            "{words:?}: {text}"
-        );
-    }
-    world.enforcer(&["config", "check"])?.demand(0).map(drop)
-}
-
 fn link_restored() -> Result<()> {
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
@@ -474,36 +392,6 @@ fn excess_capabilities(daemon: &Daemon) -> Result<String> {
         }
     }
     Ok(String::new())
-}
-
-fn help() -> Result<()> {
-    let world = World::new()?;
-    let readme = include_str!("../../../README.md");
-    let mut waiting = vec![(Cli::command(), Vec::<String>::new())];
-    let mut seen = 0;
-    while let Some((command, words)) = waiting.pop() {
-        let mut asked = words.clone();
-        asked.push("--help".to_owned());
-        let help = world.enforcer(&asked)?.demand(0)?.stdout;
-        for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
-            let name = below.get_name();
-            let told = |line: &str| {
-                let said = line.strip_prefix("  ").and_then(|line| line.strip_prefix(name));
-                said.is_some_and(|said| said.starts_with(' ') && !said.trim().is_empty())
-            };
-            ensure!(help.lines().any(told), "{name} is not told in: {help}");
-            let mut words = words.clone();
-            words.push(name.to_owned());
-            ensure!(
-                words.len() > 1 || readme.contains(&format!("`enforcer {name}")),
-                "the README does not name {name}"
-            );
-            waiting.push((below.clone(), words));
-            seen += 1;
-        }
-    }
-    ensure!(seen > 13, "only {seen} commands were found");
-    Ok(())
 }
 
 fn traced() -> Result<()> {
