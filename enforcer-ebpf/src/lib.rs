@@ -1,4 +1,4 @@
-//! What the kernel programs and the loader share: map keys and values, limits, and the pure decision.
+//! What the kernel programs and the loader share: map keys, values and sizes, limits, and the pure decision.
 
 #![no_std]
 #![allow(
@@ -8,7 +8,7 @@
 
 pub mod decide;
 
-/// Version of everything in this file; maps of another version are never reused.
+/// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never reused.
 pub const ABI: u32 = 2;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
@@ -30,6 +30,30 @@ pub const EVENT_BYTES: u32 = 1 << 20;
 
 /// Every rule set in the kernel lies in one of two slots; readers use the active one, the loader writes the other.
 pub const SLOTS: u32 = 2;
+
+/// Most entries of each map.
+pub mod entries {
+    use super::{MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, SLOTS};
+
+    /// Of `active`.
+    pub const ACTIVE: u32 = 1;
+    /// Of `generations`, one a slot.
+    pub const GENERATIONS: u32 = SLOTS;
+    /// Of `ports`, one a port.
+    pub const PORTS: u32 = 1 << 16;
+    /// Of `endpoints`.
+    pub const ENDPOINTS: u32 = SLOTS * MAX_ENDPOINTS;
+    /// Of `prefixes`.
+    pub const PREFIXES: u32 = SLOTS * MAX_PREFIXES;
+    /// Of `principals`.
+    pub const PRINCIPALS: u32 = SLOTS * MAX_PRINCIPALS;
+    /// Of `targets`, slot by slot.
+    pub const TARGETS: u32 = SLOTS * MAX_TARGETS;
+    /// Of `counters`, one for all targets.
+    pub const COUNTERS: u32 = 1;
+    /// Of `lost`.
+    pub const LOST: u32 = 1;
+}
 
 /// The targets that own an endpoint, or that admit a user: a bit a target.
 pub type Owners = u64;
@@ -68,6 +92,16 @@ pub struct EndpointKey {
 
 /// Bits of [`EndpointKey`] before the address: what a prefix's length counts besides its own bits.
 pub const KEY_BITS: u32 = 32;
+
+/// Key of a prefix: its length, [`KEY_BITS`] included, and its data (`struct bpf_lpm_trie_key` of linux/bpf.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PrefixKey {
+    /// Bits that count.
+    pub bits: u32,
+    /// Scope, protocol, port and address.
+    pub key: EndpointKey,
+}
 
 /// Who asks, as far as one look-up sees.
 #[repr(C)]
@@ -240,6 +274,7 @@ pub const NO_UID: u32 = u32::MAX;
 
 const _: () = {
     assert!(size_of::<EndpointKey>() == 20);
+    assert!(size_of::<PrefixKey>() == 24);
     assert!(size_of::<PrincipalKey>() == 16);
     assert!(size_of::<Generation>() == 80);
     assert!(size_of::<TargetName>() == 48);

@@ -25,11 +25,13 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::trace;
 use enforcer_ebpf::{
-    Address, AllCounters, Counters, EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_ENDPOINTS,
-    MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, NO_UID, Owners, PrincipalKey, SLOTS, TCP, TargetName, UDP, Verdict,
-    canonical4, canonical6,
+    Address, AllCounters, Counters, EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_TARGETS, NO_UID,
+    Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict, canonical4, canonical6,
     decide::{self, Decision, Destination, SocketUser, Subject, Tables, Task},
+    entries,
 };
+
+const _: () = assert!(size_of::<lpm_trie::Key<EndpointKey>>() == size_of::<PrefixKey>());
 
 /// `IPPROTO_MPTCP`, of which some kernels show the low byte only, which is TCP's number.
 const MPTCP: u32 = 262;
@@ -53,28 +55,28 @@ static CRED_UID_OFFSET: Global<u32> = Global::new(0);
 
 /// 0: no rule set in force; else its slot plus 1. One byte, so that it is read and written whole.
 #[map(name = "active")]
-static ACTIVE: Array<u8> = Array::pinned(1, 0);
+static ACTIVE: Array<u8> = Array::pinned(entries::ACTIVE, 0);
 #[map(name = "generations")]
-static GENERATIONS: Array<Generation> = Array::pinned(SLOTS, 0);
+static GENERATIONS: Array<Generation> = Array::pinned(entries::GENERATIONS, 0);
 /// By port: bit n is set where slot n may have an endpoint on it.
 #[map(name = "ports")]
-static PORTS: Array<u8> = Array::pinned(1 << 16, 0);
+static PORTS: Array<u8> = Array::pinned(entries::PORTS, 0);
 #[map(name = "endpoints")]
-static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(SLOTS * MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(entries::ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map(name = "prefixes")]
-static PREFIXES: LpmTrie<EndpointKey, Owners> = LpmTrie::pinned(SLOTS * MAX_PREFIXES, BPF_F_NO_PREALLOC);
+static PREFIXES: LpmTrie<EndpointKey, Owners> = LpmTrie::pinned(entries::PREFIXES, BPF_F_NO_PREALLOC);
 #[map(name = "principals")]
-static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(SLOTS * MAX_PRINCIPALS, BPF_F_NO_PREALLOC);
+static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(entries::PRINCIPALS, BPF_F_NO_PREALLOC);
 /// Slot by slot, the names of its targets.
 #[map(name = "targets")]
-static TARGETS: Array<TargetName> = Array::pinned(SLOTS * MAX_TARGETS, 0);
+static TARGETS: Array<TargetName> = Array::pinned(entries::TARGETS, 0);
 #[map(name = "counters")]
-static COUNTERS: PerCpuArray<AllCounters> = PerCpuArray::pinned(1, 0);
+static COUNTERS: PerCpuArray<AllCounters> = PerCpuArray::pinned(entries::COUNTERS, 0);
 #[map(name = "events")]
 static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 /// Denials that found the ring buffer full.
 #[map(name = "lost")]
-static LOST: PerCpuArray<u64> = PerCpuArray::pinned(1, 0);
+static LOST: PerCpuArray<u64> = PerCpuArray::pinned(entries::LOST, 0);
 
 #[cgroup_sock_addr(connect4)]
 fn connect4(context: SockAddrContext) -> i32 {

@@ -1,4 +1,4 @@
-//! What carries a rule set in the kernel: eBPF, nftables, or both as one. Three verbs: apply, observe, remove.
+//! What carries a rule set in the kernel: eBPF, nftables, or both as one. Taken over at the start; then applied, kept, observed, verified; unloaded.
 
 pub mod ebpf;
 pub mod nftables;
@@ -210,8 +210,9 @@ impl Enforcement {
         Ok(number)
     }
 
-    /// Sees to it that a generation is in force whole, putting back what others took (F5); none if another rule set is. With
-    /// nftables, what is put back is a new generation: its number.
+    /// Sees to it that the generation put in force last, of this number, is so whole, putting back what others took or changed (F5): the
+    /// number in force then, another one where rules or entries were written anew; with both backends eBPF's. None if another
+    /// generation was put in force last.
     pub fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         let mut kept = number;
         if let Some(nftables) = &mut self.nftables

@@ -25,6 +25,9 @@ use crate::policy::{Destination, Endpoint, shown};
 /// Most bytes of a settings file (F7).
 pub const MAX_BYTES: usize = 8 << 20;
 
+/// The user whose files are trusted.
+const ROOT: u32 = 0;
+
 /// Most message-bus URLs (F7).
 pub const MAX_URLS: usize = 256;
 
@@ -54,11 +57,16 @@ pub struct Bus {
 /// Reads what is in `dir`, or in `settings` below it, which on some stemcells is a tmpfs and counts first.
 #[must_use]
 pub fn read(dir: &Path) -> Settings {
-    let update = file(dir, UPDATE, |settings| {
+    read_of(ROOT, dir)
+}
+
+/// As [`read`], from files of `owner`'s.
+fn read_of(owner: u32, dir: &Path) -> Settings {
+    let update = file(owner, dir, UPDATE, |settings| {
         Ok(list(settings, &["mbus", "urls"])?.unwrap_or_default())
     });
     let main = || {
-        file(dir, SETTINGS, |settings| {
+        file(owner, dir, SETTINGS, |settings| {
             let several = list(settings, &["env", "bosh", "mbus", "urls"])?.filter(|urls| any(urls));
             match several {
                 Some(urls) => Ok(urls),
@@ -112,6 +120,7 @@ fn places(dir: &Path, file: &str) -> (PathBuf, PathBuf) {
 
 /// The message bus that a file names; none where it names none.
 fn file(
+    owner: u32,
     dir: &Path,
     name: &str,
     urls: impl FnOnce(&Value) -> Result<Vec<&str>, BoshFault>,
@@ -124,7 +133,7 @@ fn file(
         }
         opened => (first, opened),
     };
-    let result = opened.and_then(contents).and_then(|bytes| {
+    let result = opened.and_then(|file| contents(owner, file)).and_then(|bytes| {
         let settings: Value = serde_json::from_slice(&bytes).map_err(BoshFault::Json)?;
         endpoints(&urls(&settings)?)
     });
@@ -151,14 +160,14 @@ fn open(path: &Path) -> Result<File, BoshFault> {
     })
 }
 
-fn contents(file: File) -> Result<Vec<u8>, BoshFault> {
+fn contents(owner: u32, file: File) -> Result<Vec<u8>, BoshFault> {
     let meta = file.metadata().map_err(BoshFault::Read)?;
     if !meta.is_file() {
         return Err(BoshFault::NotAFile);
     }
     // Who can write it says what is protected.
     let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
-    if uid != 0 || mode & 0o002 != 0 || (mode & 0o020 != 0 && meta.gid() != 0) {
+    if uid != owner || mode & 0o002 != 0 || (mode & 0o020 != 0 && meta.gid() != 0) {
         return Err(BoshFault::Untrusted { uid, mode });
     }
     let mut bytes = Vec::new();

@@ -439,7 +439,6 @@ impl Daemon {
         if let Some(kernel) = self.enforcement.kernel() {
             kernel.trim_memory();
         }
-        capabilities::reduce()?;
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
             observed.generation,

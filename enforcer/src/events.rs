@@ -1,4 +1,5 @@
-//! Denials as people and machines read them: a kernel record becomes an `Event`.
+//! What is told as it happens, for people and machines: denials, of a kernel record or of what nftables logged; older connections, grants and
+//! losses, made elsewhere.
 
 use std::{
     fmt,

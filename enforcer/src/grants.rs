@@ -227,12 +227,12 @@ impl Grantee {
 }
 
 impl Key {
-    /// As events tell that something was done about it; `by` where somebody asked.
+    /// As events tell that something was done about it at a time; `by` where somebody asked.
     #[must_use]
-    pub fn event(&self, action: &str, expires: Option<Timestamp>, by: Option<&Asker>) -> GrantEvent {
+    pub fn event(&self, action: &str, time: Timestamp, expires: Option<Timestamp>, by: Option<&Asker>) -> GrantEvent {
         GrantEvent {
             schema: "enforcer/grant/1".to_owned(),
-            time: rfc3339(std::time::SystemTime::from(Timestamp::now())),
+            time: rfc3339(time.into()),
             action: action.to_owned(),
             target: self.target.clone(),
             user: self.to.user().map(|uid| uid.0),

@@ -24,6 +24,8 @@ pub const FILE: &str = "last-good.json";
 const SCHEMA: &str = "enforcer/last-good/1";
 /// Most bytes of it (F7): room for the most endpoints, and an end to what is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
+/// The user whose files and directories are trusted (F6).
+const ROOT: u32 = 0;
 
 /// Why the state cannot be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -109,10 +111,15 @@ impl Mark {
     }
 }
 
-/// Reads the last rule set known good; none where there is none yet. A file of an earlier version has its addresses only.
+/// Reads the last rule set known good; none where there is none yet. What versions before that kept is [`load_early`]'s.
 pub fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
+    load_of(ROOT, dir)
+}
+
+/// As [`load`], from a file of `owner`'s.
+fn load_of(owner: u32, dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
     let path = dir.join(FILE);
-    let Some(bytes) = read(dir, &path)? else {
+    let Some(bytes) = read(owner, dir, &path)? else {
         return Ok(None);
     };
     parse(&bytes, &path).map(Some)
@@ -121,13 +128,23 @@ pub fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
 /// The addresses in the file of an earlier version, where there is no newer one.
 #[must_use]
 pub fn load_early(dir: &Path) -> crate::resolve::Known {
+    load_early_of(ROOT, dir)
+}
+
+/// As [`load_early`], from a file of `owner`'s.
+fn load_early_of(owner: u32, dir: &Path) -> crate::resolve::Known {
     let path = dir.join(early::FILE);
-    let bytes = read(dir, &path).ok().flatten();
+    let bytes = read(owner, dir, &path).ok().flatten();
     bytes.and_then(|bytes| early::parse(&bytes)).unwrap_or_default()
 }
 
 /// Keeps a rule set, whole or not at all. What an earlier version kept goes.
 pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
+    save_as(ROOT, dir, record)
+}
+
+/// As [`save`], into a directory of `owner`'s.
+fn save_as(owner: u32, dir: &Path, record: &Record) -> Result<(), StateError> {
     let failed = |action, path: &Path| {
         let path = path.to_path_buf();
         move |error| StateError::Io { action, path, error }
@@ -138,7 +155,7 @@ pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
         .create(dir)
         .map_err(failed("make", dir))?;
     let meta = fs::metadata(dir).map_err(failed("look at", dir))?;
-    trusted(dir, &meta)?;
+    trusted(owner, dir, &meta)?;
     let path = dir.join(FILE);
     let envelope = Envelope {
         schema: SCHEMA.to_owned(),
@@ -180,8 +197,8 @@ pub(crate) fn replace(dir: &Path, name: &str, text: &[u8]) -> Result<(), (&'stat
         .map_err(failed("sync", dir))
 }
 
-/// The bytes of a file that only root can have written.
-fn read(dir: &Path, path: &Path) -> Result<Option<Vec<u8>>, StateError> {
+/// The bytes of a file that only its owner can have written.
+fn read(owner: u32, dir: &Path, path: &Path) -> Result<Option<Vec<u8>>, StateError> {
     let failed = |action| {
         move |error| StateError::Io {
             action,
@@ -196,9 +213,9 @@ fn read(dir: &Path, path: &Path) -> Result<Option<Vec<u8>>, StateError> {
         Err(error) => return Err(failed("read")(error)),
     };
     let meta = fs::metadata(dir).map_err(failed("look at the directory of"))?;
-    trusted(dir, &meta)?;
+    trusted(owner, dir, &meta)?;
     let meta = file.metadata().map_err(failed("look at"))?;
-    trusted(path, &meta)?;
+    trusted(owner, path, &meta)?;
     let mut bytes = Vec::new();
     let read = if meta.is_file() {
         file.take(MAX_BYTES + 1).read_to_end(&mut bytes)
@@ -238,8 +255,8 @@ fn parse(bytes: &[u8], path: &Path) -> Result<(LastGood, Mark), StateError> {
     Ok((good, mark))
 }
 
-fn trusted(path: &Path, meta: &fs::Metadata) -> Result<(), StateError> {
-    if meta.uid() == 0 && meta.mode() & 0o022 == 0 {
+fn trusted(owner: u32, path: &Path, meta: &fs::Metadata) -> Result<(), StateError> {
+    if meta.uid() == owner && meta.mode() & 0o022 == 0 {
         Ok(())
     } else {
         Err(StateError::Untrusted {

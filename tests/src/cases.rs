@@ -20,6 +20,7 @@ pub mod neighbours;
 pub mod nftables;
 pub mod parity;
 pub mod retention;
+pub mod schemas;
 pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
@@ -97,6 +98,7 @@ pub fn all() -> Vec<Case> {
         nftables::cases(),
         parity::cases(),
         retention::cases(),
+        schemas::cases(),
         subjects::cases(),
         surfaces::cases(),
         sweep::cases(),

@@ -177,6 +177,22 @@ impl World {
 
     /// As `daemon`, by a command that ends in the binary: inside namespaces.
     pub fn daemon_with(&self, command: &mut Command) -> Result<Daemon> {
+        let (mut daemon, socket) = self.start(command)?;
+        let child = &mut daemon.child;
+        until("the daemon says READY", || {
+            if let Some(status) = child.try_wait()? {
+                bail!("the daemon ended ({status})");
+            }
+            let mut message = [0; 256];
+            let read = socket.recv(&mut message).unwrap_or(0);
+            Ok(String::from_utf8_lossy(message.get(..read).unwrap_or_default()).contains("READY=1"))
+        })
+        .map_err(|error| anyhow!("{error}; it said: {}", daemon.log()))?;
+        Ok(daemon)
+    }
+
+    /// As `daemon_with`, without waiting: the daemon, and the socket on which it will say that it is ready.
+    pub fn start(&self, command: &mut Command) -> Result<(Daemon, UnixDatagram)> {
         let notify = self.path("notify");
         let _ = fs::remove_file(&notify);
         let socket = UnixDatagram::bind(&notify)?;
@@ -202,18 +218,7 @@ impl World {
                 }
             }
         });
-        let mut daemon = Daemon { child, log };
-        let child = &mut daemon.child;
-        until("the daemon says READY", || {
-            if let Some(status) = child.try_wait()? {
-                bail!("the daemon ended ({status})");
-            }
-            let mut message = [0; 256];
-            let read = socket.recv(&mut message).unwrap_or(0);
-            Ok(String::from_utf8_lossy(message.get(..read).unwrap_or_default()).contains("READY=1"))
-        })
-        .map_err(|error| anyhow!("{error}; it said: {}", daemon.log()))?;
-        Ok(daemon)
+        Ok((Daemon { child, log }, socket))
     }
 
     /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` if it is there.
@@ -314,6 +319,12 @@ pub fn leftovers() -> Result<Vec<String>> {
     let ours = tables.lines().filter(|table| table.contains(&mark));
     left.extend(ours.map(str::to_owned));
     Ok(left)
+}
+
+/// The directory of maps below a pin directory, of this build's layout.
+#[must_use]
+pub fn maps_name() -> String {
+    format!("maps_v{}", enforcer_ebpf::ABI)
 }
 
 /// Where cgroup v2 is mounted.
@@ -1007,9 +1018,15 @@ fn ip(arguments: &[&str]) -> Result<()> {
 pub fn ask_raw(socket: &Path, request: &[u8]) -> Result<String> {
     let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(patience()))?;
-    stream.write_all(request)?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
+    let sent = stream
+        .write_all(request)
+        .and_then(|()| stream.shutdown(std::net::Shutdown::Write));
+    let mut answer = Vec::new();
+    let read = stream.read_to_end(&mut answer);
+    // Whoever answers before it has heard all hangs up on the rest: an error, but behind the answer.
+    if answer.is_empty() {
+        sent?;
+        read?;
+    }
+    Ok(String::from_utf8(answer)?)
 }

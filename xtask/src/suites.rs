@@ -30,6 +30,7 @@ pub(crate) fn test(backend: Option<&str>, filter: Option<&str>) -> Result<()> {
     build()?;
     if backend.is_none() && filter.is_none() {
         shown(cargo().args(["test", "--workspace", "--lib", "--bins"]))?;
+        shown(cargo().args(["test", "--workspace", "--doc"]))?;
     }
     for backend in backend.as_ref().map_or(&ROUTINE[..], std::slice::from_ref) {
         eprintln!("privileged suite, {backend}");

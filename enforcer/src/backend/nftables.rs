@@ -1,4 +1,5 @@
-//! The nftables backend: one table of family inet, replaced in one transaction, read back and compared (F2, F3).
+//! The nftables backend: one table of family inet, switched from one rule set to the next in one transaction of three (F2), read back
+//! and compared (F3).
 //!
 //! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is not touched.
 

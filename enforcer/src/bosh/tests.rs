@@ -2,13 +2,22 @@
 
 use std::{
     fs,
-    os::unix::fs::{PermissionsExt as _, symlink},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
     path::Path,
 };
 
-use super::{MAX_BYTES, Settings, Watch, read};
+use super::{MAX_BYTES, Settings, Watch, read_of};
 
 type Test = Result<(), Box<dyn std::error::Error>>;
+
+/// Who runs this, in root's place: what it makes is its own.
+fn me() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
+fn read(dir: &Path) -> Settings {
+    read_of(me(), dir)
+}
 
 fn dir() -> Result<tempfile::TempDir, std::io::Error> {
     tempfile::tempdir()
@@ -219,14 +228,16 @@ fn b2_only_a_file_of_roots_own_counts() -> Test {
     assert!(now().contains("symbolic link"), "{}", now());
     fs::remove_file(&path)?;
     fs::rename(&elsewhere, &path)?;
-    if nix::unistd::geteuid().is_root() {
-        assert_eq!(now(), "");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;
-        assert!(now().contains("0666"), "{}", now());
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        std::os::unix::fs::chown(&path, Some(65534), None)?;
-    }
-    assert!(now().contains("not trusted"), "{}", now());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    assert_eq!(now(), "");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o602))?;
+    assert!(now().contains("0602") && now().contains("not trusted"), "{}", now());
+    // Root's group may write, no other.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o620))?;
+    assert_eq!(now().is_empty(), path.metadata()?.gid() == 0, "{}", now());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    let anothers = fault(&read_of(me() + 1, dir.path()));
+    assert!(anothers.contains(&format!("uid {}", me())), "{anothers}");
     Ok(())
 }
 

@@ -29,19 +29,19 @@ const KEYS: [Key; 13] = [
     Key(
         "",
         "cgroup",
-        "Processes below this cgroup are judged. Default: the root of the cgroup v2 mount found.",
+        "Processes below this cgroup are judged; a reload cannot change it. Default: the root of the cgroup v2 mount found.",
     ),
     Key(
         "",
         "pin_dir",
-        "Where links and maps are pinned, below a bpffs; no dot in the last part.",
+        "Where links and maps are pinned, below a bpffs; no dot in the last part; a reload cannot change it.",
     ),
     Key(
         "",
         "state_dir",
-        "Where the last rule set known good (last-good.json) and the grants (grants.json) are kept, so that a restart protects at once.",
+        "Where the last rule set known good (last-good.json) and the grants (grants.json) are kept, so that a restart protects at once; a reload cannot change it.",
     ),
-    Key("", "socket", "The control socket."),
+    Key("", "socket", "The control socket; a reload cannot change it."),
     Key(
         "",
         "forward",
@@ -50,7 +50,7 @@ const KEYS: [Key; 13] = [
     Key(
         "",
         "nft_table",
-        "The nftables table of family inet; letters, digits and _.",
+        "The nftables table of family inet; letters, digits and _; a reload cannot change it.",
     ),
     Key("dns", "min_refresh", "Shortest time between two look-ups of a name."),
     Key("dns", "max_refresh", "Longest time between two look-ups of a name."),

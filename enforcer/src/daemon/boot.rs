@@ -9,7 +9,7 @@ use std::{
 use tokio::net::UnixListener;
 use tracing::{info, warn};
 
-use super::{About, Daemon, DaemonError, Wanted};
+use super::{About, Daemon, DaemonError, Wanted, capabilities};
 use crate::{
     backend::{ebpf, nftables},
     config::{self, ConfigError, Settings},
@@ -114,8 +114,15 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
     path.metadata().and_then(|meta| meta.modified()).ok()
 }
 
-/// Starts a daemon that enforces: its first rule set is in force when this returns.
+/// Starts a daemon that enforces: its first rule set is in force when this returns, and it has no more capabilities than it needs.
 pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
+    let started = enforce(path)?;
+    // Nothing that follows, look-ups above all, runs with more.
+    capabilities::reduce()?;
+    Ok(started)
+}
+
+fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     if path != Path::new(config::DEFAULT_PATH) && !path.exists() {
         // Whose instance it is cannot be told.
         return Err(ConfigError::Missing { path: path.into() }.into());
@@ -364,5 +371,44 @@ impl Daemon {
                 false
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{self, File},
+        io,
+        time::SystemTime,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_refused_configuration_is_tried_again_less_and_less_often() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("enforcer.toml");
+        fs::write(&path, "")?;
+        let (before, mut pending, after) = (Instant::now(), Pending::new(&path), Instant::now());
+        let second = Duration::from_secs(1);
+        assert!(pending.due >= before + second && pending.due <= after + second);
+        let mut now = pending.due;
+        assert!(pending.is_due(&path, now));
+        for wait in [2, 4, 8, 16, 32, 60, 60] {
+            assert!(!pending.is_due(&path, now + Duration::from_millis(wait * 1000 - 1)));
+            now += Duration::from_secs(wait);
+            assert!(pending.is_due(&path, now));
+        }
+        // Another file is tried at once, and again soon.
+        File::options()
+            .write(true)
+            .open(&path)?
+            .set_modified(SystemTime::UNIX_EPOCH)?;
+        now += second;
+        assert!(pending.is_due(&path, now) && !pending.is_due(&path, now));
+        assert_eq!(pending.due, now + second);
+        fs::remove_file(&path)?;
+        assert!(pending.is_due(&path, now), "a file that has gone is another one");
+        Ok(())
     }
 }

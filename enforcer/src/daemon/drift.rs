@@ -46,15 +46,18 @@ mod tests {
             drift.happened(now);
             assert!(!drift.rests(now));
         }
+        let mut last = now;
         for wait in [1, 2, 4, 8, 16, 16] {
             drift.happened(now);
+            last = now;
             assert!(drift.rests(now));
             assert!(drift.rests(now + Duration::from_millis(wait * 1000 - 1)));
             now += Duration::from_secs(wait);
             assert!(!drift.rests(now));
         }
-        assert!(drift.is_recent(now));
-        now += Drift::MEMORY;
+        // `status` is degraded for 30 s.
+        assert!(drift.is_recent(last + Duration::from_millis(29_999)));
+        now = last + Duration::from_secs(30);
         assert!(!drift.is_recent(now));
         drift.happened(now);
         assert!(!drift.rests(now));

@@ -67,12 +67,13 @@ impl Daemon {
             Ok(granted) => granted,
             Err(error) => return (Grants::default(), Some(format!("{error} (the next grant replaces it)"))),
         };
-        for (key, _) in granted.expire(Timestamp::now()) {
-            info!("{}", key.event("expired", None, None));
+        let now = Timestamp::now();
+        for (key, _) in granted.expire(now) {
+            info!("{}", key.event("expired", now, None, None));
         }
         if !stays {
             for (key, _) in granted.without_end() {
-                let event = key.event("left out", None, None);
+                let event = key.event("left out", now, None, None);
                 warn!("{event}: nobody stays to end it; use enforcer run");
             }
         }
@@ -149,7 +150,7 @@ impl Daemon {
         };
         let event = GrantEvent {
             expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
-            ..key.event(action, expires, Some(&by))
+            ..key.event(action, Timestamp::now(), expires, Some(&by))
         };
         self.tell(&event);
         Ok(event)
@@ -172,10 +173,10 @@ impl Daemon {
         }
         let kept = self.keep_grants();
         let in_force = self.put_in_force();
-        let by = asker(peer);
+        let (by, now) = (asker(peer), Timestamp::now());
         let events: Vec<_> = gone
             .iter()
-            .map(|(key, term)| key.event("revoked", term.expires, Some(&by)))
+            .map(|(key, term)| key.event("revoked", now, term.expires, Some(&by)))
             .collect();
         for event in &events {
             self.tell(event);
@@ -189,9 +190,10 @@ impl Daemon {
         Ok(events)
     }
 
-    /// Ends what has an end. True if something did, so that the rule set is to be made anew.
+    /// Ends what is over; the policy is without it then, and the rule set is to be made anew.
     pub(super) fn end_expired(&mut self) {
-        let gone = self.grants.expire(Timestamp::now());
+        let now = Timestamp::now();
+        let gone = self.grants.expire(now);
         if gone.is_empty() {
             if self.grants_unsaved {
                 let _ = self.keep_grants();
@@ -200,7 +202,7 @@ impl Daemon {
         }
         self.policy = self.grants.add_to(&self.wanted.policy);
         for (key, term) in gone {
-            self.tell(&key.event("expired", term.expires, None));
+            self.tell(&key.event("expired", now, term.expires, None));
         }
         let _ = self.keep_grants();
     }

@@ -1,4 +1,4 @@
-//! The one resolver call: hosts file, then DNS as this host is set up for it, in the C library's order.
+//! One look-up of a name: hosts file, then DNS as this host is set up for it, in the C library's order.
 
 use std::{collections::BTreeSet, fs, net::IpAddr, time::Duration};
 

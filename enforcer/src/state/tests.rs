@@ -8,7 +8,7 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{FILE, LastGood, LastGoodRef, Record, StateError, load, load_early, parse, save};
+use super::{FILE, LastGood, LastGoodRef, Record, StateError, load_early_of, load_of, parse, save_as};
 use crate::{
     config::{Config, Settings},
     policy::{HostUsers, Policy},
@@ -16,6 +16,11 @@ use crate::{
 };
 
 type Test = Result<(), Box<dyn std::error::Error>>;
+
+/// Who runs this, in root's place: what it makes is its own.
+fn me() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
 
 const TOML: &str = r#"
 mode = "audit"
@@ -60,7 +65,7 @@ fn record(good: &LastGood) -> Result<Record, std::io::Error> {
 fn kept() -> Result<(tempfile::TempDir, LastGood, Vec<u8>), Box<dyn std::error::Error>> {
     let dir = tempfile::tempdir()?;
     let good = good()?;
-    save(dir.path(), &record(&good)?)?;
+    save_as(me(), dir.path(), &record(&good)?)?;
     let bytes = fs::read(dir.path().join(FILE))?;
     Ok((dir, good, bytes))
 }
@@ -68,7 +73,7 @@ fn kept() -> Result<(tempfile::TempDir, LastGood, Vec<u8>), Box<dyn std::error::
 #[test]
 fn n7_f4_what_is_kept_comes_back() -> Test {
     let (dir, good, bytes) = kept()?;
-    let (again, mark) = load(dir.path())?.ok_or("nothing")?;
+    let (again, mark) = load_of(me(), dir.path())?.ok_or("nothing")?;
     assert_eq!(again, good);
     assert_eq!(mark, record(&good)?.mark);
     assert!(!String::from_utf8(bytes)?.contains("secret"), "B2");
@@ -83,8 +88,8 @@ fn n7_f4_what_is_kept_comes_back() -> Test {
         bosh: None,
         ..good
     };
-    save(dir.path(), &record(&other)?)?;
-    assert_eq!(load(dir.path())?.map(|(good, _)| good), Some(other));
+    save_as(me(), dir.path(), &record(&other)?)?;
+    assert_eq!(load_of(me(), dir.path())?.map(|(good, _)| good), Some(other));
     Ok(())
 }
 
@@ -129,24 +134,34 @@ fn f4_every_single_bit_that_turns_is_told() -> Test {
 fn f6_what_others_could_have_written_is_not_used() -> Test {
     let (dir, _, bytes) = kept()?;
     let path = dir.path().join(FILE);
-    let told = || {
-        load(dir.path())
+    let told_to = |owner| {
+        load_of(owner, dir.path())
             .err()
             .map(|error| error.to_string())
             .unwrap_or_default()
     };
-    if !nix::unistd::geteuid().is_root() {
-        assert!(told().contains("not trusted"), "{}", told());
-        return Ok(());
-    }
+    let told = || told_to(me());
     assert_eq!(told(), "");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o620))?;
-    assert!(told().contains("0620"), "{}", told());
+    let other = me() + 1;
+    assert!(
+        told_to(other).contains(&format!("uid {}", me())),
+        "another's is used: {}",
+        told_to(other)
+    );
+    assert!(
+        save_as(other, dir.path(), &record(&good()?)?).is_err(),
+        "another's directory is used"
+    );
+    for mode in [0o620, 0o602] {
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        assert!(told().contains(&format!("{mode:04o}")), "{}", told());
+    }
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-    std::os::unix::fs::chown(&path, Some(65534), None)?;
-    assert!(told().contains("uid 65534"), "{}", told());
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o770))?;
+    assert!(told().contains("0770"), "{}", told());
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700))?;
+    assert_eq!(told(), "");
     fs::rename(&path, dir.path().join("other"))?;
-    std::os::unix::fs::chown(dir.path().join("other"), Some(0), None)?;
     symlink("other", &path)?;
     assert!(told().contains(FILE), "a link was followed");
     fs::remove_file(&path)?;
@@ -169,14 +184,12 @@ fn the_file_of_an_earlier_version_is_read_once() -> Test {
         &early,
         r#"{"schema":"enforcer/names/1","names":{"nats.example":["10.9.0.1"]}}"#,
     )?;
-    let known = load_early(dir.path());
-    if nix::unistd::geteuid().is_root() {
-        assert_eq!(known.len(), 1);
-    }
-    save(dir.path(), &record(&good()?)?)?;
-    assert!(!early.exists() && load_early(dir.path()).is_empty());
+    let known = load_early_of(me(), dir.path());
+    assert_eq!(known.len(), 1);
+    save_as(me(), dir.path(), &record(&good()?)?)?;
+    assert!(!early.exists() && load_early_of(me(), dir.path()).is_empty());
     fs::write(&early, "not JSON")?;
-    assert!(load_early(dir.path()).is_empty());
+    assert!(load_early_of(me(), dir.path()).is_empty());
     Ok(())
 }
 

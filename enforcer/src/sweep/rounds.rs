@@ -1,5 +1,8 @@
 //! When to sweep, and the effects: after every new rule set, again shortly after, then each minute while something is found.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeSet, HashSet},
     os::unix::fs::MetadataExt as _,
@@ -112,14 +115,10 @@ pub async fn run(jobs: Jobs, reports: mpsc::Sender<Report>) {
             if reports.send(report).await.is_err() {
                 return;
             }
-            rest = Some(match () {
-                () if more => Duration::ZERO,
-                () if !rechecked => RECHECK,
-                () => AGAIN,
-            });
-            if clean && rechecked {
+            rest = until_next(more, rechecked, clean);
+            if rest.is_none() {
                 // Nothing is left to look at: the rule set need not be held.
-                (job, rest) = (None, None);
+                job = None;
             }
             rechecked = rechecked || !more;
         }
@@ -128,6 +127,16 @@ pub async fn run(jobs: Jobs, reports: mpsc::Sender<Report>) {
             Some(rest) => drop(tokio::time::timeout(rest, jobs.wait()).await),
             None => jobs.wait().await,
         }
+    }
+}
+
+/// How long to rest after a round; none where there is no other until another rule set comes.
+fn until_next(more: bool, rechecked: bool, clean: bool) -> Option<Duration> {
+    match (more, rechecked, clean) {
+        (true, _, _) => Some(Duration::ZERO),
+        (false, false, _) => Some(RECHECK),
+        (false, true, false) => Some(AGAIN),
+        (false, true, true) => None,
     }
 }
 

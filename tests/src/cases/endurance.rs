@@ -9,7 +9,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use super::{Case, case};
 use crate::{
     backend::{Backend, EBPF},
-    world::{Blows, NOBODY, World, binary},
+    world::{Blows, NOBODY, World, binary, maps_name},
 };
 
 /// All cases of this file.
@@ -56,7 +56,7 @@ fn under_fire() -> Result<()> {
             _ => {
                 // A version that lays out its maps differently takes over: as if these were another one's.
                 drop(daemon);
-                fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
+                fs::rename(world.pins().join(maps_name()), world.pins().join("maps_v0"))?;
             }
         }
         thread::sleep(Duration::from_millis(100));

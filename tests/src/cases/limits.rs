@@ -28,12 +28,12 @@ fn target(name: &str, endpoints: &[String]) -> String {
     format!("[target.{name}]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n")
 }
 
-/// Demands an error of one line that names the limit, and that `world` is guarded as before.
-fn refused(world: &World, limit: u32) -> Result<()> {
+/// Demands an error of one line that says this of the limit, and that `world` is guarded as before.
+fn refused(world: &World, says: &str) -> Result<()> {
     let error = world.enforcer(&["apply"])?.demand(2)?.stderr;
     // `auto` may warn of what it took.
     let errors = error.lines().filter(|line| !line.contains(" WARN ")).count();
-    ensure!(errors == 1 && error.contains(&limit.to_string()), "{error}");
+    ensure!(errors == 1 && error.contains(says), "{error}");
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()
 }
@@ -55,7 +55,10 @@ fn targets() -> Result<()> {
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()?;
     world.configure(&format!("{}{last}", many(TARGETS)))?;
-    refused(&world, TARGETS)
+    refused(
+        &world,
+        &format!("there are {} targets and the limit is {TARGETS};", TARGETS + 1),
+    )
 }
 
 fn principals() -> Result<()> {
@@ -69,7 +72,10 @@ fn principals() -> Result<()> {
     world.attack(PRINCIPALS_OF_A_TARGET - 1).reaches()?;
     world.attack(PRINCIPALS_OF_A_TARGET).is_refused()?;
     world.configure_one(&endpoints, &users(PRINCIPALS_OF_A_TARGET + 1))?;
-    refused(&world, PRINCIPALS_OF_A_TARGET)
+    refused(
+        &world,
+        &format!("one principal more than the limit of {PRINCIPALS_OF_A_TARGET};"),
+    )
 }
 
 fn prefixes() -> Result<()> {
@@ -97,7 +103,13 @@ fn prefixes() -> Result<()> {
             .demand(code)?;
     }
     world.configure_one(&many(PREFIXES), r#"["root"]"#)?;
-    refused(&world, PREFIXES)
+    refused(
+        &world,
+        &format!(
+            "{} prefix endpoints are more than the maximum of {PREFIXES};",
+            PREFIXES + 1
+        ),
+    )
 }
 
 fn changing_hands() -> Result<()> {

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::Ipv4Addr,
+    os::unix::fs::PermissionsExt as _,
     path::Path,
     process::Command,
     thread,
@@ -25,6 +26,7 @@ pub fn cases() -> Vec<Case> {
         case("s5_nftables_kernel_is_no_user", kernel_is_no_user).on(NFTABLES),
         case("s5_nftables_cgroup_of_the_socket", cgroup).on(NFTABLES),
         case("s5_auto_takes_nftables_without_bpf", auto).on(BOTH),
+        case("s5_auto_never_evades_a_mistake", mistakes).on(BOTH),
         case("s5_both_is_refused_by_each", both).on(BOTH),
         case("s5_nftables_denials_are_told", told).on(NFTABLES),
         case("f2_no_wrong_verdict_in_1000_rule_sets", under_fire).on(ALL),
@@ -153,6 +155,59 @@ fn auto() -> Result<()> {
     Ok(())
 }
 
+/// What is mended in the configuration is no reason to take nftables, which would do in each of these cases.
+fn mistakes() -> Result<()> {
+    let guarded = Guarded::new()?;
+    let world = &guarded.world;
+    let main = format!(
+        "[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
+        world.here()
+    );
+    world.configure(&format!("backend = \"auto\"\n{main}"))?;
+    let file = world.path("enforcer.toml");
+    let good = fs::read_to_string(&file)?;
+    let pins = world.pins().display().to_string();
+    let cgroup = world.cgroup.display().to_string();
+    for (what, with, says) in [
+        (&pins, world.path("pins").display().to_string(), "bpffs"),
+        (&pins, format!("{pins}.dot"), "dot"),
+        (&cgroup, format!("{cgroup}/no-such-group"), "no-such-group"),
+        (&cgroup, world.path("").display().to_string(), "cgroup v2"),
+    ] {
+        fs::write(&file, good.replace(what.as_str(), &with))?;
+        let refused = guarded.netns.enforcer(world, &["apply"])?.demand(2)?;
+        ensure!(refused.stderr.contains(says), "{with}: {refused:?}");
+        ensure!(
+            !guarded.netns.nft("list tables")?.contains(world.name()),
+            "{with}: nftables was taken: {refused:?}"
+        );
+        guarded.attack(NOBODY)?.reaches()?;
+    }
+    // Pins that others could have made.
+    fs::write(&file, &good)?;
+    fs::create_dir(world.pins())?;
+    fs::set_permissions(world.pins(), fs::Permissions::from_mode(0o777))?;
+    let refused = guarded.netns.enforcer(world, &["apply"])?.demand(2)?;
+    ensure!(refused.stderr.contains("0700"), "{refused:?}");
+    fs::remove_dir(world.pins())?;
+    ensure!(
+        !guarded.netns.nft("list tables")?.contains(world.name()),
+        "nftables was taken"
+    );
+    guarded.apply()?;
+    ensure!(guarded.status()?["backend"] == "ebpf", "{}", guarded.status()?);
+    // With the same mistakes nftables does.
+    fs::write(
+        &file,
+        good.replace(&pins, &world.path("pins").display().to_string())
+            .replace("\"auto\"", "\"nftables\""),
+    )?;
+    guarded.netns.enforcer(world, &["apply"])?.demand(0)?;
+    guarded.attack(NOBODY)?.anywhere().is_reset()?;
+    fs::write(&file, &good)?;
+    guarded.netns.enforcer(world, &["unload"])?.demand(0).map(drop)
+}
+
 fn both() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("both")?;
@@ -207,9 +262,11 @@ fn told() -> Result<()> {
             Ok(!said.is_empty())
         })?;
         let event: serde_json::Value = serde_json::from_str(&said)?;
-        let event = event.get("Event").or_else(|| event.get("event")).unwrap_or(&event);
         ensure!(
-            event["verdict"] == verdict
+            event["schema"] == "enforcer/event/1"
+                && event["backend"] == "nftables"
+                && event["verdict"] == verdict
+                && event["task_uid"].is_null()
                 && event["socket_uid"] == NOBODY
                 && event["target"] == "main"
                 && event["judged"] == guarded.world.here().to_string()

@@ -9,7 +9,7 @@ use super::{Case, case};
 use crate::{
     backend::EBPF,
     foreign::take_link,
-    world::{Listener, NOBODY, World, binary, ran, until},
+    world::{Listener, NOBODY, World, binary, maps_name, ran, until},
 };
 
 /// All cases of this file.
@@ -57,14 +57,14 @@ fn killed_half_way() -> Result<()> {
     for missing in ["active", "events", "endpoints", "lost"] {
         let (world, _listener) = guarded()?;
         world.apply()?;
-        unpin(&world, &["connect4", "connect6", &format!("maps_v2/{missing}")])?;
+        unpin(&world, &["connect4", "connect6", &format!("{}/{missing}", maps_name())])?;
         until("the links are gone", || Ok(world.attack(NOBODY).run()?.errno.is_none()))?;
         told(&world, "off", "nothing is in force")?;
         world.apply()?;
         world.attack(NOBODY).is_refused()?;
         world.attack(0).reaches()?;
         ensure!(
-            !world.pins().join("maps_v2_damaged").exists(),
+            !world.pins().join(format!("{}_damaged", maps_name())).exists(),
             "the damaged maps were left"
         );
         world.enforcer(&["unload"])?.demand(0)?;
@@ -78,9 +78,9 @@ fn damaged_under_fire() -> Result<()> {
     let fire = world.path("fire");
     fs::write(&fire, "")?;
     let (denied, allowed) = (world.attack(NOBODY).hammer(&fire)?, world.attack(0).hammer(&fire)?);
-    for missing in ["maps_v2/active", "maps_v2/endpoints", "maps_v2/events"] {
-        unpin(&world, &[missing])?;
-        told(&world, "degraded", missing)?;
+    for missing in ["active", "endpoints", "events"].map(|map| format!("{}/{map}", maps_name())) {
+        unpin(&world, &[&missing])?;
+        told(&world, "degraded", &missing)?;
         let check = world
             .enforcer(&["check", "nobody", &world.here().to_string()])?
             .demand(2)?;
@@ -107,16 +107,16 @@ fn unload_damaged() -> Result<()> {
     type Harm = fn(&Path) -> std::io::Result<()>;
     let harms: [Harm; 5] = [
         // One map is another one, and one is gone.
-        |pins| fs::rename(pins.join("maps_v2/principals"), pins.join("maps_v2/endpoints")),
-        |pins| fs::rename(pins.join("maps_v2/endpoints"), pins.join("maps_v2/ports")),
-        |pins| fs::remove_file(pins.join("maps_v2/active")),
-        |pins| fs::remove_dir_all(pins.join("maps_v2")),
-        |pins| fs::rename(pins.join("maps_v2/lost"), pins.join("maps_v2/active")),
+        |maps| fs::rename(maps.join("principals"), maps.join("endpoints")),
+        |maps| fs::rename(maps.join("endpoints"), maps.join("ports")),
+        |maps| fs::remove_file(maps.join("active")),
+        |maps| fs::remove_dir_all(maps),
+        |maps| fs::rename(maps.join("lost"), maps.join("active")),
     ];
     for harm in harms {
         let (world, _listener) = guarded()?;
         world.apply()?;
-        harm(&world.pins())?;
+        harm(&world.pins().join(maps_name()))?;
         world.attack(NOBODY).is_refused()?;
         world.enforcer(&["unload"])?.demand(0)?;
         world.attack(NOBODY).reaches()?;
@@ -129,7 +129,7 @@ fn unload_other_version() -> Result<()> {
     let (world, _listener) = guarded()?;
     for _ in 0..5 {
         world.apply()?;
-        fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
+        fs::rename(world.pins().join(maps_name()), world.pins().join("maps_v0"))?;
         world.attack(NOBODY).is_refused()?;
         world.enforcer(&["unload"])?.demand(0)?;
         world.attack(NOBODY).reaches()?;
@@ -140,7 +140,7 @@ fn unload_other_version() -> Result<()> {
 fn other_version() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
-    fs::rename(world.pins().join("maps_v2"), world.pins().join("maps_v0"))?;
+    fs::rename(world.pins().join(maps_name()), world.pins().join("maps_v0"))?;
     let says = "another version of enforcer (map layout 0) enforces";
     told(&world, "degraded", says)?;
     let check = world

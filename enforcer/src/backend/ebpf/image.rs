@@ -6,8 +6,8 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    EndpointKey, Few, KEY_BITS, MAX_TARGET_NAME, MAX_TARGETS, Owners, PrincipalKey, TCP, TargetName, UDP, canonical4,
-    canonical6, flag, kind, scope,
+    EndpointKey, Few, KEY_BITS, MAX_TARGET_NAME, MAX_TARGETS, Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP,
+    canonical4, canonical6, flag, kind, scope,
 };
 use ipnet::IpNet;
 
@@ -18,16 +18,6 @@ use crate::{
 
 /// Names by bit of [`Owners`].
 pub type Names = [TargetName; MAX_TARGETS as usize];
-
-/// Key of a prefix: its length, [`KEY_BITS`] included, and its data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(C)]
-pub struct PrefixKey {
-    /// Bits that count.
-    pub bits: u32,
-    /// Scope, protocol, port and address.
-    pub key: EndpointKey,
-}
 
 /// What one slot of the maps holds; keys are those of slot 0, each list sorted by key.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,13 +9,13 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    AllCounters, Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS,
-    MAX_TARGETS, Owners, PrincipalKey, SLOTS, TargetName, decide::Tables, scope,
+    AllCounters, Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_TARGETS, Owners, PrefixKey,
+    PrincipalKey, TargetName, decide::Tables, entries, scope,
 };
 
 use super::{
     BackendError,
-    image::{Image, Names, PrefixKey},
+    image::{Image, Names},
     sys::{self, MapInfo, Plain},
 };
 
@@ -84,15 +84,15 @@ impl Maps {
         })?;
         open_checked(dir, "events", RINGBUF, 0, 0, EVENT_BYTES)?;
         Ok(Some(Self {
-            active: Table::open(dir, "active", ARRAY, 1)?,
-            generations: Table::open(dir, "generations", ARRAY, SLOTS)?,
-            ports: Table::open(dir, "ports", ARRAY, 1 << 16)?,
-            endpoints: Table::open(dir, "endpoints", HASH, SLOTS * MAX_ENDPOINTS)?,
-            prefixes: Table::open(dir, "prefixes", LPM_TRIE, SLOTS * MAX_PREFIXES)?,
-            principals: Table::open(dir, "principals", HASH, SLOTS * MAX_PRINCIPALS)?,
-            targets: Table::open(dir, "targets", ARRAY, SLOTS * MAX_TARGETS)?,
-            counters: Table::open(dir, "counters", PERCPU_ARRAY, 1)?,
-            lost: Table::open(dir, "lost", PERCPU_ARRAY, 1)?,
+            active: Table::open(dir, "active", ARRAY, entries::ACTIVE)?,
+            generations: Table::open(dir, "generations", ARRAY, entries::GENERATIONS)?,
+            ports: Table::open(dir, "ports", ARRAY, entries::PORTS)?,
+            endpoints: Table::open(dir, "endpoints", HASH, entries::ENDPOINTS)?,
+            prefixes: Table::open(dir, "prefixes", LPM_TRIE, entries::PREFIXES)?,
+            principals: Table::open(dir, "principals", HASH, entries::PRINCIPALS)?,
+            targets: Table::open(dir, "targets", ARRAY, entries::TARGETS)?,
+            counters: Table::open(dir, "counters", PERCPU_ARRAY, entries::COUNTERS)?,
+            lost: Table::open(dir, "lost", PERCPU_ARRAY, entries::LOST)?,
             cpus,
         }))
     }

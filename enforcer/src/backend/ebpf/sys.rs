@@ -1,4 +1,5 @@
-//! The system calls that aya does not offer: batches, links by descriptor, pins, grace periods. All unsafe code of the eBPF backend.
+//! What aya does not offer: batches, links by descriptor, pins, grace periods, a network namespace's cookie, memory given back. All unsafe
+//! code of the eBPF backend.
 
 #![allow(
     unsafe_code,
@@ -15,9 +16,7 @@ use std::{
     path::Path,
 };
 
-use enforcer_ebpf::{AllCounters, EndpointKey, EventRecord, Generation, PrincipalKey, TargetName};
-
-use super::image::PrefixKey;
+use enforcer_ebpf::{AllCounters, EndpointKey, EventRecord, Generation, PrefixKey, PrincipalKey, TargetName};
 
 /// A type whose bytes the kernel may read and write.
 ///
@@ -46,8 +45,6 @@ unsafe impl Plain for TargetName {}
 unsafe impl Plain for AllCounters {}
 // SAFETY: as above.
 unsafe impl Plain for EventRecord {}
-
-const _: () = assert!(size_of::<PrefixKey>() == 24);
 
 /// A value of zeros.
 #[must_use]

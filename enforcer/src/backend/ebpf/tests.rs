@@ -7,7 +7,7 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    EndpointKey, Generation, KEY_BITS, Owners, PrincipalKey, TargetName, Verdict,
+    EndpointKey, Generation, KEY_BITS, Owners, PrefixKey, PrincipalKey, TargetName, Verdict,
     decide::{self, Destination as Dialled, Tables},
     is_v4, scope,
 };
@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::{
-    image::{Image, Loader, PrefixKey, canonical_words, lower},
+    image::{Image, Loader, canonical_words, lower},
     observe::Asker,
 };
 use crate::{

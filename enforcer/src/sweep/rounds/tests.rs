@@ -1,0 +1,69 @@
+//! When it is swept again, and how much of what was found is told.
+
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
+
+use enforcer_ebpf::Verdict;
+
+use super::{Fate, Job, Rounds, until_next};
+use crate::{
+    config::Existing,
+    policy::{Mode, Protocol, Uid},
+    ruleset::RuleSet,
+    sweep::{Connection, Found, State},
+};
+
+#[test]
+fn a_second_sweep_follows_and_then_one_a_minute_while_something_is_found() {
+    let seconds = |more, rechecked, clean| until_next(more, rechecked, clean).as_ref().map(Duration::as_secs);
+    for clean in [false, true] {
+        assert_eq!(seconds(false, false, clean), Some(1), "the second one, clean: {clean}");
+    }
+    assert_eq!(seconds(false, true, false), Some(60));
+    assert_eq!(seconds(false, true, true), None);
+    for rechecked in [false, true] {
+        assert_eq!(seconds(true, rechecked, false), Some(0), "more than one sweep cuts");
+    }
+}
+
+#[test]
+fn of_one_sweep_1024_are_told_and_256_listed_each_once() {
+    let job = Job {
+        generation: 3,
+        rules: RuleSet {
+            mode: Mode::Enforce,
+            targets: Vec::new(),
+            places: Vec::new(),
+        },
+        action: Existing::Report,
+        cgroup: None,
+        mount: PathBuf::new(),
+        local: BTreeSet::new(),
+    };
+    let found = |number: u64| Found {
+        connection: Connection {
+            protocol: Protocol::Tcp,
+            state: State::Established,
+            local: SocketAddr::from(([10, 0, 0, 1], 40_000)),
+            remote: SocketAddr::from(([10, 0, 0, 5], 4222)),
+            interface: 0,
+            uid: Uid(7),
+            held: true,
+            cgroup: None,
+            cookie: number.to_ne_bytes(),
+        },
+        user: Some(Uid(7)),
+        verdict: Verdict::Deny,
+        target: 0,
+        doubt: None,
+    };
+    let mut rounds = Rounds::default();
+    let first: Vec<_> = (0..1030).map(|number| (found(number), Fate::Stays)).collect();
+    let report = rounds.report(&job, &first, 5, None);
+    assert_eq!((report.news.len(), report.lost), (1024, 6));
+    assert_eq!((report.existing.found, report.existing.connections.len()), (1035, 256));
+    let second: Vec<_> = (1029..1032).map(|number| (found(number), Fate::Stays)).collect();
+    let report = rounds.report(&job, &second, 0, None);
+    assert_eq!((report.news.len(), report.lost, report.existing.found), (2, 0, 3));
+    let cut = rounds.report(&job, &[(found(1030), Fate::Cut)], 0, None);
+    assert_eq!((cut.news.len(), cut.existing.found), (1, 0), "a cut is told, too");
+}
