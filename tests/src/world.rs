@@ -272,6 +272,10 @@ impl Drop for World {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(self.pins());
         let _ = ran(Command::new("nft").args(["delete", "table", "inet", &self.name]));
+        // The part of a case that failed before it unloaded.
+        if shared_table().contains(&format!("inet {}\"", self.name)) {
+            let _ = ran(Command::new("nft").args(["delete", "table", "inet", SHARED_TABLE]));
+        }
         for cgroup in [self.cgroup.join("child"), self.cgroup.clone()] {
             let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
             for pid in processes.lines().filter_map(|line| line.parse().ok()) {
@@ -318,7 +322,18 @@ pub fn leftovers() -> Result<Vec<String>> {
     let tables = ran(Command::new("nft").args(["list", "tables"]))?.stdout;
     let ours = tables.lines().filter(|table| table.contains(&mark));
     left.extend(ours.map(str::to_owned));
+    if shared_table().contains(&mark) {
+        left.push(format!("our part of table inet {SHARED_TABLE}"));
+    }
     Ok(left)
+}
+
+/// The table that the BOSH agent and enforcer have in common (B5), and what is in it; nothing where it is not there.
+const SHARED_TABLE: &str = "bosh_agent";
+
+fn shared_table() -> String {
+    ran(Command::new("nft").args(["list", "table", "inet", SHARED_TABLE]))
+        .map_or_else(|_| String::new(), |ran| ran.stdout)
 }
 
 /// The directory of maps below a pin directory, of this build's layout.
