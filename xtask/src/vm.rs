@@ -59,16 +59,17 @@ pub(crate) struct Options {
     #[arg(long)]
     list: bool,
     /// Write the table of what each kernel can do into README.md; without this, a run of all kernels compares it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "systemd")]
     update_readme: bool,
     /// Where kernels are kept between runs [default: ~/.cache/enforcer-vm]
     #[arg(long, value_name = "DIRECTORY")]
     cache: Option<PathBuf>,
-    /// Boot a system with systemd and live a package's life in it: install, restart, crash, upgrade, reboot, purge; on the named kernel,
-    /// or 6.1
+    /// Boot a system with systemd and live the package's life in it: install, restart, crash, upgrade, reboot, power cut, purge; on the
+    /// named kernel, or 6.1
     #[arg(long)]
     systemd: bool,
-    /// The package for --systemd; given again, the one to upgrade to [default: those in target/package]
+    /// A package for --systemd, and given again the one to upgrade to [default: those of `cargo xtask package`, built first; with --debug
+    /// those that are there]
     #[arg(long, value_name = "FILE", requires = "systemd")]
     deb: Vec<PathBuf>,
     /// Memory of a guest in MiB
@@ -111,12 +112,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.debug {
         suites::build()?;
     }
+    let packages = options
+        .systemd
+        .then(|| system::Packages::find(&options.deb, options.debug))
+        .transpose()?;
     let binaries = target_dir().join(if options.debug { "debug" } else { "release" });
-    let dir = target_dir().join("vm");
+    let mut dir = target_dir().join("vm");
+    if options.systemd {
+        dir.push("systemd");
+    }
     fs::create_dir_all(&dir)?;
     let mut rows = Vec::new();
     for entry in &entries {
-        let outcome = guest(&table, entry, &cache, &binaries, &dir, options);
+        let outcome = guest(&table, entry, packages.as_ref(), &cache, &binaries, &dir, options);
         let outcome = outcome.map_err(|error| format!("{error:#}"));
         if let Err(why) = &outcome {
             eprintln!("vm: {}: {why}", entry.name);
@@ -156,17 +164,14 @@ fn cases(outcome: &Outcome) -> usize {
 fn guest(
     table: &Table,
     entry: &Entry,
+    packages: Option<&system::Packages>,
     cache: &Path,
     binaries: &Path,
     dir: &Path,
     options: &Options,
 ) -> Result<Outcome> {
     let kernel = kernel::obtain(table, entry, cache, options.newest_if_gone)?;
-    let dir = dir.join(if options.systemd {
-        "systemd"
-    } else {
-        entry.name.as_str()
-    });
+    let dir = dir.join(&entry.name);
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     let mut settings = Settings {
         kvm: options.kvm,
@@ -176,9 +181,8 @@ fn guest(
         disk: None,
         patience: Duration::from_secs(options.patience),
     };
-    if options.systemd {
-        let packages = system::Packages::find(&options.deb)?;
-        return system::run(table, &kernel, &packages, cache, binaries, &dir, &settings);
+    if let Some(packages) = packages {
+        return system::run(table, &kernel, packages, cache, binaries, &dir, &settings);
     }
     let suites: &[plan::Suite] = if options.full || options.filter.is_some() {
         &plan::WHOLE

@@ -1,4 +1,4 @@
-//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over two boots.
+//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over some boots, one of them after a power cut.
 
 use std::{
     fs,
@@ -18,12 +18,16 @@ use super::{
     plan::Plan,
     table::Table,
 };
-use crate::run::{is_root, quiet, target_dir};
+use crate::{
+    package,
+    run::{is_root, quiet, read},
+};
 
-/// Of what the system consists.
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,nftables,kmod,procps,udev";
+/// Of what the system consists; perl attacks, dnsmasq knows names.
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,nftables,kmod,procps,udev,perl,dnsmasq-base";
 const SUITE: &str = "bookworm";
-const BOOTS: usize = 2;
+/// How often it boots, as life.sh divides it.
+const BOOTS: usize = 4;
 /// Modules without which there is no disk; what a kernel has built in needs none, which not every package tells.
 const DISK_MODULES: [&str; 4] = [
     "virtio_pci|virtio_blk",
@@ -31,62 +35,108 @@ const DISK_MODULES: [&str; 4] = [
     "crc32c_generic|virtio_blk",
     "ext4|virtio_blk",
 ];
-const UNITS: [(&str, &str, &str); 2] = [
+/// What is added to the system, and its mode.
+const FILES: [(&str, u32, &str); 11] = [
+    ("life/life.sh", 0o755, include_str!("system/life.sh")),
+    ("life/attacker.pl", 0o755, include_str!("system/attacker.pl")),
     (
-        "life.service",
-        "[Unit]\nDescription=The package's life\nAfter=multi-user.target\n[Service]\nType=oneshot\nExecStart=/packages/life.sh\nStandardOutput=journal+console\nTimeoutStartSec=infinity\n",
-        "multi-user.target",
+        "etc/systemd/system/life.service",
+        0o644,
+        include_str!("system/life.service"),
     ),
     (
-        "early.service",
-        "[Unit]\nDescription=An attempt before there is any network\nDefaultDependencies=no\nAfter=network-pre.target\nBefore=network.target sysinit.target\nWants=network-pre.target\n[Service]\nType=oneshot\nExecStart=/packages/early.sh\n",
-        "sysinit.target",
+        "etc/systemd/system/attacker.service",
+        0o644,
+        include_str!("system/attacker.service"),
+    ),
+    (
+        "etc/systemd/system/bosh-agent.service",
+        0o644,
+        include_str!("system/bosh-agent.service"),
+    ),
+    (
+        "etc/systemd/system/names.service",
+        0o644,
+        include_str!("system/names.service"),
+    ),
+    (
+        "etc/systemd/network/net0.netdev",
+        0o644,
+        include_str!("system/net0.netdev"),
+    ),
+    (
+        "etc/systemd/network/net0.network",
+        0o644,
+        include_str!("system/net0.network"),
+    ),
+    ("etc/fstab", 0o644, "/dev/vda / ext4 defaults 0 0\n"),
+    ("etc/hostname", 0o644, "guest\n"),
+    ("etc/resolv.conf", 0o644, "nameserver 127.0.0.1\n"),
+];
+/// What is started at boot, and by which target.
+const ENABLED: [(&str, &str); 5] = [
+    ("/etc/systemd/system/attacker.service", "sysinit.target"),
+    ("/etc/systemd/system/bosh-agent.service", "multi-user.target"),
+    ("/etc/systemd/system/life.service", "multi-user.target"),
+    ("/lib/systemd/system/systemd-networkd.service", "multi-user.target"),
+    (
+        "/lib/systemd/system/systemd-networkd-wait-online.service",
+        "network-online.target",
     ),
 ];
-const EARLY: &str = "#!/bin/bash\nip link set lo up\nsetpriv --reuid 65534 --regid 65534 --clear-groups bash -c ': </dev/tcp/127.0.0.1/2822' 2>&1 | grep -oEm 1 'Operation not permitted|Connection refused' >/run/early || echo other >/run/early\n";
 
 /// Which packages live there.
 #[derive(Debug)]
 pub(super) struct Packages {
-    pub(super) first: PathBuf,
-    pub(super) second: PathBuf,
+    first: PathBuf,
+    /// What the first is upgraded to.
+    second: PathBuf,
 }
 
 impl Packages {
-    /// Those given, or what `cargo xtask package` has made; the second is what the first is upgraded to.
-    pub(super) fn find(given: &[PathBuf]) -> Result<Self> {
-        let mut found = given.to_vec();
-        if found.is_empty() {
-            let dir = target_dir().join("package");
-            let mut dirs = vec![dir.clone()];
-            dirs.extend(
-                fs::read_dir(&dir)
-                    .into_iter()
-                    .flatten()
-                    .flatten()
-                    .map(|entry| entry.path()),
-            );
-            let files = dirs
-                .iter()
-                .flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
-            found = files
-                .map(|entry| entry.path())
-                .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
-                .collect();
-            found.sort_by_key(|path| path.file_name().map(std::ffi::OsStr::to_owned));
-        }
-        match found.as_slice() {
-            [] => bail!("no package in target/package; make it with cargo xtask package, or name one with --deb"),
-            [only] => Ok(Self {
-                first: only.clone(),
-                second: only.clone(),
-            }),
-            [first, second, ..] => Ok(Self {
+    /// Those given, or those of `cargo xtask package`: built now, or `as_they_are` if they are there.
+    pub(super) fn find(given: &[PathBuf], as_they_are: bool) -> Result<Self> {
+        let this = match given {
+            [] => Self::ours(as_they_are)?,
+            [first, second] => Self {
                 first: first.clone(),
                 second: second.clone(),
-            }),
-        }
+            },
+            _ => bail!("--deb is given once for the package to install and once for the one to upgrade to"),
+        };
+        let (first, second) = (version(&this.first)?, version(&this.second)?);
+        ensure!(
+            first != second,
+            "both packages are of version {first}, so that nothing is upgraded; make two with cargo xtask package, or name others with --deb"
+        );
+        Ok(this)
     }
+
+    fn ours(as_they_are: bool) -> Result<Self> {
+        let [first, second] = package::paths()?;
+        let there = first.exists() && second.exists();
+        if there && as_they_are {
+            eprintln!(
+                "vm: the packages as they are: {} and its next revision",
+                first.display()
+            );
+        } else {
+            let long = if there { "" } else { ", which takes some minutes" };
+            eprintln!("vm: build the packages with cargo xtask package --build-only{long}");
+            package::run(true)?;
+        }
+        Ok(Self { first, second })
+    }
+}
+
+fn version(package: &Path) -> Result<String> {
+    let version = read("dpkg-deb", &["--field", &package.display().to_string(), "Version"]);
+    version.with_context(|| {
+        format!(
+            "{} is no Debian package; make packages with cargo xtask package",
+            package.display()
+        )
+    })
 }
 
 /// Boots the system as often as its life has parts.
@@ -119,11 +169,14 @@ pub(super) fn run(
     let mut all = Outcome::default();
     for boot in 1..=BOOTS {
         let outcome = machine::run(&format!("systemd, boot {boot}"), &kernel.image, &file, dir, &settings)?;
-        let green = outcome.failure.is_none();
+        let green = outcome.is_green();
         all.booted = all.booted.or(outcome.booted);
         all.cells.extend(outcome.cells);
         all.failure = outcome.failure;
         if !green {
+            if boot < BOOTS {
+                eprintln!("vm: systemd: not booted again after what failed");
+            }
             break;
         }
     }
@@ -154,23 +207,24 @@ fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, 
             .arg(at("usr/lib/modules"));
         quiet("vm: add the kernel's modules", &mut copy)?;
     }
-    fs::create_dir(at("packages"))?;
+    for dir in ["life", "var/lib/life"] {
+        fs::create_dir_all(at(dir))?;
+    }
     for (from, to) in [(&packages.first, "first.deb"), (&packages.second, "second.deb")] {
-        fs::copy(from, at("packages").join(to)).with_context(|| format!("copy {}", from.display()))?;
+        fs::copy(from, at("life").join(to)).with_context(|| format!("copy {}", from.display()))?;
     }
-    for (name, text) in [("life.sh", include_str!("life.sh")), ("early.sh", EARLY)] {
-        let path = at("packages").join(name);
-        fs::write(&path, text)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    for (name, mode, text) in FILES {
+        let path = at(name);
+        let _ = fs::remove_file(&path);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
-    for (name, text, wanted_by) in UNITS {
-        fs::write(at("etc/systemd/system").join(name), text)?;
-        let wants = at("etc/systemd/system").join(format!("{wanted_by}.wants"));
+    for (unit, target) in ENABLED {
+        let wants = at("etc/systemd/system").join(format!("{target}.wants"));
         fs::create_dir_all(&wants)?;
-        symlink(format!("/etc/systemd/system/{name}"), wants.join(name))?;
+        let name = Path::new(unit).file_name().unwrap_or_default();
+        symlink(unit, wants.join(name)).with_context(|| format!("enable {unit}"))?;
     }
-    fs::write(at("etc/fstab"), "/dev/vda / ext4 defaults 0 0\n")?;
-    fs::write(at("etc/hostname"), "guest\n")?;
     let mut make = Command::new("/sbin/mke2fs");
     make.args(["-q", "-F", "-t", "ext4", "-d"])
         .arg(root.path())
