@@ -86,12 +86,15 @@ const ENABLED: [(&str, &str); 5] = [
 ];
 
 /// What costs an emulated machine seconds at boot, and says nothing about enforcer.
-const MASKED: [&str; 4] = [
+const MASKED: [&str; 5] = [
     "e2scrub_reap.service",
     "getty.target",
     "systemd-logind.service",
+    "systemd-udev-trigger.service",
     "systemd-update-utmp.service",
 ];
+/// The only generator of units that is left, of a dozen that run with each reload.
+const GENERATOR: &str = "systemd-fstab-generator";
 
 /// Which packages live there.
 #[derive(Debug)]
@@ -205,7 +208,15 @@ fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, 
         .arg(&base)
         .arg("--directory")
         .arg(root.path());
-    quiet("vm: unpack the system", tar.args(["--exclude", "./dev/*"]))?;
+    for left_out in [
+        "./dev/*",
+        "./usr/share/doc/*",
+        "./usr/share/locale/*",
+        "./usr/share/man/*",
+    ] {
+        tar.args(["--exclude", left_out]);
+    }
+    quiet("vm: unpack the system", &mut tar)?;
     let at = |path: &str| root.path().join(path);
     if let Some((home, release)) = &kernel.modules {
         fs::create_dir_all(at("usr/lib/modules"))?;
@@ -235,6 +246,13 @@ fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, 
     }
     for unit in MASKED {
         symlink("/dev/null", at("etc/systemd/system").join(unit)).with_context(|| format!("mask {unit}"))?;
+    }
+    fs::create_dir_all(at("etc/systemd/system-generators"))?;
+    for generator in fs::read_dir(at("usr/lib/systemd/system-generators"))? {
+        let name = generator?.file_name();
+        if name != GENERATOR {
+            symlink("/dev/null", at("etc/systemd/system-generators").join(name))?;
+        }
     }
     let mut make = Command::new("/sbin/mke2fs");
     make.args(["-q", "-F", "-t", "ext4", "-d"])

@@ -75,5 +75,5 @@ while (1) {
         socket(my $manager, PF_UNIX, SOCK_DGRAM, 0) or die "socket: $!\n";
         send($manager, 'READY=1', 0, pack_sockaddr_un($ENV{NOTIFY_SOCKET})) or die "tell systemd: $!\n";
     }
-    sleep 0.01;
+    sleep 0.03;
 }

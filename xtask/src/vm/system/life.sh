@@ -162,14 +162,15 @@ crash() {
     until_true 'systemd starts another daemon' is_another "$1"
 }
 upgrade_opens_nothing() {
-    local before version
+    local before file version
     before=$(main_process)
+    file=$(stat -c %i /usr/sbin/enforcer)
     version=$(dpkg-query --show --showformat '${Version}' enforcer)
     under_attack dpkg -i /life/second.deb
     until_true 'another daemon runs' is_another "$before"
     [ "$(dpkg-query --show --showformat '${Version}' enforcer)" != "$version" ] || { echo "still $version"; return 1; }
-    # The daemon runs the file that the new package brought.
-    cmp "/proc/$(main_process)/exe" <(dpkg-deb --fsys-tarfile /life/second.deb | tar -xO ./usr/sbin/enforcer)
+    # dpkg has put another file there; that is what the daemon runs.
+    [ "$(stat -c %i /usr/sbin/enforcer)" != "$file" ] || { echo 'the program is still the same file'; return 1; }
     [ "$(stat -L -c %i "/proc/$(main_process)/exe")" = "$(stat -c %i /usr/sbin/enforcer)" ] || {
         ls -l "/proc/$(main_process)/exe"
         return 1
