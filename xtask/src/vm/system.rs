@@ -36,7 +36,7 @@ const DISK_MODULES: [&str; 4] = [
     "ext4|virtio_blk",
 ];
 /// What is added to the system, and its mode.
-const FILES: [(&str, u32, &str); 11] = [
+const FILES: [(&str, u32, &str); 12] = [
     ("life/life.sh", 0o755, include_str!("system/life.sh")),
     ("life/attacker.pl", 0o755, include_str!("system/attacker.pl")),
     (
@@ -60,6 +60,11 @@ const FILES: [(&str, u32, &str); 11] = [
         include_str!("system/names.service"),
     ),
     (
+        "etc/systemd/system/remount-rootdir-as-rprivate.service",
+        0o644,
+        include_str!("system/remount-rootdir-as-rprivate.service"),
+    ),
+    (
         "etc/systemd/network/net0.netdev",
         0o644,
         include_str!("system/net0.netdev"),
@@ -74,8 +79,12 @@ const FILES: [(&str, u32, &str); 11] = [
     ("etc/resolv.conf", 0o644, "nameserver 127.0.0.1\n"),
 ];
 /// What is started at boot, and by which target.
-const ENABLED: [(&str, &str); 5] = [
+const ENABLED: [(&str, &str); 6] = [
     ("/etc/systemd/system/attacker.service", "sysinit.target"),
+    (
+        "/etc/systemd/system/remount-rootdir-as-rprivate.service",
+        "sysinit.target",
+    ),
     ("/etc/systemd/system/bosh-agent.service", "multi-user.target"),
     ("/etc/systemd/system/life.service", "multi-user.target"),
     ("/lib/systemd/system/systemd-networkd.service", "multi-user.target"),
@@ -168,18 +177,22 @@ pub(super) fn run(
         ..Plan::default()
     };
     initramfs.text("plan.json", &serde_json::to_string_pretty(&plan)?)?;
-    let file = dir.join("initramfs.cpio");
+    // Hundreds of megabytes that nobody looks at later.
+    let scratch = tempfile::Builder::new().prefix("scratch").tempdir_in(dir)?;
+    let file = scratch.path().join("initramfs.cpio");
     initramfs.write(&file)?;
-    let disk = dir.join("disk.ext4");
+    let disk = scratch.path().join("disk.ext4");
     make_disk(table, kernel, packages, cache, &disk)?;
     let settings = Settings {
-        disk: Some(disk.clone()),
+        disk: Some(disk),
         ..settings.clone()
     };
     let started = Instant::now();
     let mut all = Outcome::default();
     for boot in 1..=BOOTS {
-        let outcome = machine::run(&format!("systemd, boot {boot}"), &kernel.image, &file, dir, &settings)?;
+        let dir = dir.join(format!("boot-{boot}"));
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let outcome = machine::run(&format!("systemd, boot {boot}"), &kernel.image, &file, &dir, &settings)?;
         let green = outcome.is_green();
         all.booted = all.booted.or(outcome.booted);
         all.cells.extend(outcome.cells);
@@ -192,9 +205,6 @@ pub(super) fn run(
         }
     }
     all.time = started.elapsed();
-    for file in [file, disk] {
-        let _ = fs::remove_file(file);
-    }
     Ok(all)
 }
 
