@@ -9,10 +9,10 @@ attempts=$state/attempts
 settings=/var/vcap/bosh/settings/settings.json
 all_ways='monit mapped monit-6 bus next-bus'
 # Seconds that a part may take.
-limit=100
+limit=110
 
 tell() { printf '%s\n' "$1" >"$results"; }
-quoted() { printf '%s' "$1" | tail -c 3000 | tr '\n\t' '| ' | tr -cd '[:print:]' | sed 's/\\/\\\\/g; s/"/\\"/g'; }
+quoted() { printf '%s\n' "$1" | tail -c 3000 | tr '\t' ' ' | tr -cd '[:print:]\n' | sed 's/\\/\\\\/g; s/"/\\"/g; s/$/\\n/' | tr -d '\n'; }
 # A named part, with what it printed if it failed: in a shell of its own, as the first command that fails ends no function whose
 # outcome is asked for.
 failed=0
@@ -20,7 +20,7 @@ part() {
     local name=$1 began=$SECONDS said code=0 error=null
     tell "{\"began\":\"$name\"}"
     said=$(timeout --kill-after=5 "$limit" "$0" "$name" 2>&1) || code=$?
-    [ "$code" != 124 ] || said="$said|it did not end within $limit s"
+    case $code in 124 | 137) said+=$'\n'"it did not end within $limit s" ;; esac
     if [ "$code" != 0 ]; then
         error="\"$(quoted "$said")\""
         failed=1
@@ -247,6 +247,8 @@ settings_change() {
     until_true 'the other bus is guarded' came_last next-bus denied
 }
 a_change_of_backend_opens_nothing() {
+    programs | grep -q '/sys/fs/bpf/enforcer/' || { echo 'no pin is seen'; return 1; }
+    programs | grep -q bpf_prog_ || { echo 'no program is seen'; programs; return 1; }
     sed -i '1i backend = "nftables"' /etc/enforcer/enforcer.toml
     remember word 'denied|refused'
     under_attack systemctl restart enforcer
@@ -257,6 +259,7 @@ a_change_of_backend_opens_nothing() {
 }
 # Pins, and programs that the kernel has, by their names.
 programs() {
+    sysctl --quiet --write net.core.bpf_jit_kallsyms=1
     find /sys/fs/bpf -path '*enforcer*'
     grep -E 'bpf_prog_[0-9a-f]+_(connect|sendmsg)[46]' /proc/kallsyms
 }
