@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -182,9 +182,12 @@ pub(super) fn run(
     let file = scratch.path().join("initramfs.cpio");
     initramfs.write(&file)?;
     let disk = scratch.path().join("disk.ext4");
-    make_disk(table, kernel, packages, cache, &disk)?;
+    // An upgrade takes longer than any case of the suite.
+    let patience = settings.patience * 2;
+    make_disk(table, kernel, packages, patience, cache, &disk)?;
     let settings = Settings {
         disk: Some(disk),
+        patience,
         ..settings.clone()
     };
     let started = Instant::now();
@@ -209,7 +212,14 @@ pub(super) fn run(
 }
 
 /// A file system with the base, the kernel's modules, the packages and what tells their life.
-fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, disk: &Path) -> Result<()> {
+fn make_disk(
+    table: &Table,
+    kernel: &Kernel,
+    packages: &Packages,
+    patience: Duration,
+    cache: &Path,
+    disk: &Path,
+) -> Result<()> {
     let base = base(table, cache)?;
     let root = tempfile::Builder::new().prefix("root").tempdir_in(cache)?;
     let mut tar = Command::new("tar");
@@ -242,6 +252,9 @@ fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, 
     for (from, to) in [(&packages.first, "first.deb"), (&packages.second, "second.deb")] {
         fs::copy(from, at("life").join(to)).with_context(|| format!("copy {}", from.display()))?;
     }
+    // So that a part that hangs is told by its name.
+    let limit = patience.as_secs().saturating_sub(20).max(1);
+    fs::write(at("life/limit"), limit.to_string())?;
     for (name, mode, text) in FILES {
         let path = at(name);
         let _ = fs::remove_file(&path);

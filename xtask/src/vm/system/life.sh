@@ -8,8 +8,8 @@ state=/var/lib/life
 attempts=$state/attempts
 settings=/var/vcap/bosh/settings/settings.json
 all_ways='monit mapped monit-6 bus next-bus'
-# Seconds that a part may take.
-limit=110
+# Seconds that a part may take; less than the silence that is taken for a hang of the guest.
+limit=$(cat /life/limit)
 
 tell() { printf '%s\n' "$1" >"$results"; }
 quoted() { printf '%s\n' "$1" | tail -c 3000 | tr '\t' ' ' | tr -cd '[:print:]\n' | sed 's/\\/\\\\/g; s/"/\\"/g; s/$/\\n/' | tr -d '\n'; }
@@ -32,17 +32,17 @@ part() {
 remember() { printf '%s' "$2" >"$state/$1"; }
 recall() { cat "$state/$1"; }
 # Microseconds since boot, as the attacker and systemd tell them.
-now() { awk '{ printf "%d\n", $1 * 1000000 }' /proc/uptime; }
+now() { awk '{ printf "%.0f\n", $1 * 1000000 }' /proc/uptime; }
 entered() { systemctl show --value --property ActiveEnterTimestampMonotonic "$1"; }
 # Waits until a command succeeds; says what is amiss if it never does.
 until_true() {
     local what=$1
     shift
-    for _ in $(seq 150); do
+    for _ in $(seq 300); do
         "$@" >/dev/null 2>&1 && return
         sleep 0.2
     done
-    echo "not within 30 s: $what"
+    echo "not within 60 s: $what"
     "$@" || true
     journal
     return 1
