@@ -65,6 +65,19 @@ pub(crate) fn run(build_only: bool) -> Result<()> {
     Ok(())
 }
 
+/// Where both revisions are, once built.
+pub(crate) fn paths() -> Result<[PathBuf; 2]> {
+    Ok([path(1)?, path(2)?])
+}
+
+fn path(revision: u32) -> Result<PathBuf> {
+    // Not target/debian: cargo-deb empties it each time.
+    let dir = if revision == 1 { "package" } else { "package/next" };
+    let arch = read("dpkg", &["--print-architecture"]).context("dpkg --print-architecture failed")?;
+    let name = format!("enforcer_{}-{revision}_{arch}.deb", env!("CARGO_PKG_VERSION"));
+    Ok(target_dir().join(dir).join(name))
+}
+
 /// Checks a package, and the upgrade to its next revision. As root.
 pub(crate) fn check(package: &Path, next: &Path) -> Result<()> {
     if !is_root() {
@@ -103,12 +116,9 @@ fn tools(build_only: bool) -> Result<()> {
 
 /// Makes `target/package/enforcer_VERSION-REVISION_ARCH.deb`. The second revision is there to be upgraded to.
 fn assemble(revision: u32) -> Result<PathBuf> {
-    // Not target/debian: cargo-deb empties it each time.
-    let dir = if revision == 1 { "package" } else { "package/next" };
-    let dir = target_dir().join(dir);
-    std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-    let arch = read("dpkg", &["--print-architecture"]).context("dpkg --print-architecture failed")?;
-    let package = dir.join(format!("enforcer_{}-{revision}_{arch}.deb", env!("CARGO_PKG_VERSION")));
+    let package = path(revision)?;
+    let dir = package.parent().context("the package has no directory")?;
+    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
     let mut deb = cargo();
     // Most paths of the metadata start at the manifest, but that of the description starts here.
     deb.current_dir(root().join("enforcer"));

@@ -66,16 +66,17 @@ pub(crate) struct Options {
     #[arg(long)]
     list: bool,
     /// Write the table of what each kernel can do into README.md; without this, a run of all kernels compares it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "systemd")]
     update_readme: bool,
     /// Where kernels are kept between runs [default: ~/.cache/enforcer-vm]
     #[arg(long, value_name = "DIRECTORY")]
     cache: Option<PathBuf>,
-    /// Boot a system with systemd and live a package's life in it: install, restart, crash, upgrade, reboot, purge; on the named kernel,
-    /// or 6.1
+    /// Boot a system with systemd and live the package's life in it: install, restart, crash, upgrade, reboot, power cut, purge; on the
+    /// named kernel, or 6.1
     #[arg(long)]
     systemd: bool,
-    /// The package for --systemd; given again, the one to upgrade to [default: those in target/package]
+    /// A package for --systemd, and given again the one to upgrade to [default: those of `cargo xtask package`, built first; with --debug
+    /// those that are there]
     #[arg(long, value_name = "FILE", requires = "systemd")]
     deb: Vec<PathBuf>,
     /// Guests that run at once [default: one for each processor; one with --log, --keep or --systemd]
@@ -121,8 +122,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.debug {
         suites::build()?;
     }
+    let packages = options
+        .systemd
+        .then(|| system::Packages::find(&options.deb, options.debug))
+        .transpose()?;
     let binaries = target_dir().join(if options.debug { "debug" } else { "release" });
-    let dir = target_dir().join("vm");
+    let mut dir = target_dir().join("vm");
+    if options.systemd {
+        dir.push("systemd");
+    }
     fs::create_dir_all(&dir)?;
     let settings = Settings {
         kvm: options.kvm,
@@ -151,9 +159,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             left_out.join(", ")
         );
     }
+    let ground = Ground {
+        table: &table,
+        cache: &cache,
+        binaries: &binaries,
+        dir: &dir,
+        packages: packages.as_ref(),
+        settings: &settings,
+    };
     let rows = at_once(options.jobs(), kernels, |(entry, kernel)| {
-        let outcome =
-            kernel.and_then(|kernel| guest(&table, &entry, &kernel, &cache, &binaries, &dir, &settings, options));
+        let outcome = kernel.and_then(|kernel| guest(&ground, &entry, &kernel, options));
         let outcome = outcome.map_err(|error| format!("{error:#}"));
         if let Err(why) = &outcome {
             settings.progress.suspend(|| eprintln!("vm: {}: {why}", entry.name));
@@ -219,27 +234,29 @@ fn cases(outcome: &Outcome) -> usize {
     outcome.cells.iter().map(|cell| cell.cases.len()).sum()
 }
 
+/// What all guests of a run have in common.
+struct Ground<'a> {
+    table: &'a Table,
+    cache: &'a Path,
+    binaries: &'a Path,
+    dir: &'a Path,
+    packages: Option<&'a system::Packages>,
+    settings: &'a Settings,
+}
+
 /// One kernel's guest.
-#[allow(clippy::too_many_arguments, reason = "each is another thing")]
-fn guest(
-    table: &Table,
-    entry: &Entry,
-    kernel: &Kernel,
-    cache: &Path,
-    binaries: &Path,
-    dir: &Path,
-    settings: &Settings,
-    options: &Options,
-) -> Result<Outcome> {
-    let dir = dir.join(if options.systemd {
-        "systemd"
-    } else {
-        entry.name.as_str()
-    });
+fn guest(ground: &Ground<'_>, entry: &Entry, kernel: &Kernel, options: &Options) -> Result<Outcome> {
+    let &Ground {
+        table,
+        cache,
+        binaries,
+        settings,
+        ..
+    } = ground;
+    let dir = ground.dir.join(&entry.name);
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-    if options.systemd {
-        let packages = system::Packages::find(&options.deb)?;
-        return system::run(table, kernel, &packages, cache, binaries, &dir, settings);
+    if let Some(packages) = ground.packages {
+        return system::run(table, kernel, packages, cache, binaries, &dir, settings);
     }
     let suites: &[plan::Suite] = if options.full || options.filter.is_some() {
         &plan::WHOLE

@@ -44,7 +44,9 @@ pub(super) fn write(rows: &[Row], dir: &Path, time: Duration) -> Result<()> {
         "{shown}\n\nA number of cases, and the seconds that they took together, under emulation. All in {:.0} s.\n",
         time.as_secs_f64()
     ));
-    text.push_str(&format!("\n## What `auto` takes\n\n{}", capabilities(rows)));
+    if cells(rows).any(|cell| cell.layout != SYSTEMD) {
+        text.push_str(&format!("\n## What `auto` takes\n\n{}", capabilities(rows)));
+    }
     let failures = failures(rows);
     if !failures.is_empty() {
         text.push_str("\n## Failures\n");

@@ -1,11 +1,11 @@
-//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over two boots.
+//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over some boots, one of them after a power cut.
 
 use std::{
     fs,
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -19,14 +19,15 @@ use super::{
     table::Table,
 };
 use crate::{
-    debian,
-    run::{is_root, quiet, target_dir},
+    debian, package,
+    run::{is_root, quiet, read},
 };
 
-/// Of what the system consists.
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,nftables,kmod,procps,udev";
+/// Of what the system consists; perl attacks, dnsmasq knows names.
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,nftables,kmod,procps,udev,perl,dnsmasq-base";
 const SUITE: &str = "bookworm";
-const BOOTS: usize = 2;
+/// How often it boots, as life.sh divides it.
+const BOOTS: usize = 4;
 /// Modules without which there is no disk; what a kernel has built in needs none, which not every package tells.
 const DISK_MODULES: [&str; 4] = [
     "virtio_pci|virtio_blk",
@@ -34,62 +35,128 @@ const DISK_MODULES: [&str; 4] = [
     "crc32c_generic|virtio_blk",
     "ext4|virtio_blk",
 ];
-const UNITS: [(&str, &str, &str); 2] = [
+/// What is added to the system, and its mode.
+const FILES: [(&str, u32, &str); 12] = [
+    ("life/life.sh", 0o755, include_str!("system/life.sh")),
+    ("life/attacker.pl", 0o755, include_str!("system/attacker.pl")),
     (
-        "life.service",
-        "[Unit]\nDescription=The package's life\nAfter=multi-user.target\n[Service]\nType=oneshot\nExecStart=/packages/life.sh\nStandardOutput=journal+console\nTimeoutStartSec=infinity\n",
-        "multi-user.target",
+        "etc/systemd/system/life.service",
+        0o644,
+        include_str!("system/life.service"),
     ),
     (
-        "early.service",
-        "[Unit]\nDescription=An attempt before there is any network\nDefaultDependencies=no\nAfter=network-pre.target\nBefore=network.target sysinit.target\nWants=network-pre.target\n[Service]\nType=oneshot\nExecStart=/packages/early.sh\n",
+        "etc/systemd/system/attacker.service",
+        0o644,
+        include_str!("system/attacker.service"),
+    ),
+    (
+        "etc/systemd/system/bosh-agent.service",
+        0o644,
+        include_str!("system/bosh-agent.service"),
+    ),
+    (
+        "etc/systemd/system/names.service",
+        0o644,
+        include_str!("system/names.service"),
+    ),
+    (
+        "etc/systemd/system/remount-rootdir-as-rprivate.service",
+        0o644,
+        include_str!("system/remount-rootdir-as-rprivate.service"),
+    ),
+    (
+        "etc/systemd/network/net0.netdev",
+        0o644,
+        include_str!("system/net0.netdev"),
+    ),
+    (
+        "etc/systemd/network/net0.network",
+        0o644,
+        include_str!("system/net0.network"),
+    ),
+    ("etc/fstab", 0o644, "/dev/vda / ext4 defaults 0 0\n"),
+    ("etc/hostname", 0o644, "guest\n"),
+    ("etc/resolv.conf", 0o644, "nameserver 127.0.0.1\n"),
+];
+/// What is started at boot, and by which target.
+const ENABLED: [(&str, &str); 6] = [
+    ("/etc/systemd/system/attacker.service", "sysinit.target"),
+    (
+        "/etc/systemd/system/remount-rootdir-as-rprivate.service",
         "sysinit.target",
     ),
+    ("/etc/systemd/system/bosh-agent.service", "multi-user.target"),
+    ("/etc/systemd/system/life.service", "multi-user.target"),
+    ("/lib/systemd/system/systemd-networkd.service", "multi-user.target"),
+    (
+        "/lib/systemd/system/systemd-networkd-wait-online.service",
+        "network-online.target",
+    ),
 ];
-const EARLY: &str = "#!/bin/bash\nip link set lo up\nsetpriv --reuid 65534 --regid 65534 --clear-groups bash -c ': </dev/tcp/127.0.0.1/2822' 2>&1 | grep -oEm 1 'Operation not permitted|Connection refused' >/run/early || echo other >/run/early\n";
+
+/// What costs an emulated machine seconds at boot, and says nothing about enforcer.
+const MASKED: [&str; 5] = [
+    "e2scrub_reap.service",
+    "getty.target",
+    "systemd-logind.service",
+    "systemd-udev-trigger.service",
+    "systemd-update-utmp.service",
+];
+/// The only generator of units that is left, of a dozen that run with each reload.
+const GENERATOR: &str = "systemd-fstab-generator";
 
 /// Which packages live there.
 #[derive(Debug)]
 pub(super) struct Packages {
-    pub(super) first: PathBuf,
-    pub(super) second: PathBuf,
+    first: PathBuf,
+    /// What the first is upgraded to.
+    second: PathBuf,
 }
 
 impl Packages {
-    /// Those given, or what `cargo xtask package` has made; the second is what the first is upgraded to.
-    pub(super) fn find(given: &[PathBuf]) -> Result<Self> {
-        let mut found = given.to_vec();
-        if found.is_empty() {
-            let dir = target_dir().join("package");
-            let mut dirs = vec![dir.clone()];
-            dirs.extend(
-                fs::read_dir(&dir)
-                    .into_iter()
-                    .flatten()
-                    .flatten()
-                    .map(|entry| entry.path()),
-            );
-            let files = dirs
-                .iter()
-                .flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
-            found = files
-                .map(|entry| entry.path())
-                .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
-                .collect();
-            found.sort_by_key(|path| path.file_name().map(std::ffi::OsStr::to_owned));
-        }
-        match found.as_slice() {
-            [] => bail!("no package in target/package; make it with cargo xtask package, or name one with --deb"),
-            [only] => Ok(Self {
-                first: only.clone(),
-                second: only.clone(),
-            }),
-            [first, second, ..] => Ok(Self {
+    /// Those given, or those of `cargo xtask package`: built now, or `as_they_are` if they are there.
+    pub(super) fn find(given: &[PathBuf], as_they_are: bool) -> Result<Self> {
+        let this = match given {
+            [] => Self::ours(as_they_are)?,
+            [first, second] => Self {
                 first: first.clone(),
                 second: second.clone(),
-            }),
-        }
+            },
+            _ => bail!("--deb is given once for the package to install and once for the one to upgrade to"),
+        };
+        let (first, second) = (version(&this.first)?, version(&this.second)?);
+        ensure!(
+            first != second,
+            "both packages are of version {first}, so that nothing is upgraded; make two with cargo xtask package, or name others with --deb"
+        );
+        Ok(this)
     }
+
+    fn ours(as_they_are: bool) -> Result<Self> {
+        let [first, second] = package::paths()?;
+        let there = first.exists() && second.exists();
+        if there && as_they_are {
+            eprintln!(
+                "vm: the packages as they are: {} and its next revision",
+                first.display()
+            );
+        } else {
+            let long = if there { "" } else { ", which takes some minutes" };
+            eprintln!("vm: build the packages with cargo xtask package --build-only{long}");
+            package::run(true)?;
+        }
+        Ok(Self { first, second })
+    }
+}
+
+fn version(package: &Path) -> Result<String> {
+    let version = read("dpkg-deb", &["--field", &package.display().to_string(), "Version"]);
+    version.with_context(|| {
+        format!(
+            "{} is no Debian package; make packages with cargo xtask package",
+            package.display()
+        )
+    })
 }
 
 /// Boots the system as often as its life has parts.
@@ -110,35 +177,49 @@ pub(super) fn run(
         ..Plan::default()
     };
     initramfs.text("plan.json", &serde_json::to_string_pretty(&plan)?)?;
-    let file = dir.join("initramfs.cpio");
+    // Hundreds of megabytes that nobody looks at later.
+    let scratch = tempfile::Builder::new().prefix("scratch").tempdir_in(dir)?;
+    let file = scratch.path().join("initramfs.cpio");
     initramfs.write(&file)?;
-    let disk = dir.join("disk.ext4");
-    make_disk(table, kernel, packages, cache, &disk)?;
+    let disk = scratch.path().join("disk.ext4");
+    // An upgrade takes longer than any case of the suite.
+    let patience = settings.patience * 2;
+    make_disk(table, kernel, packages, patience, cache, &disk)?;
     let settings = Settings {
-        disk: Some(disk.clone()),
+        disk: Some(disk),
+        patience,
         ..settings.clone()
     };
     let started = Instant::now();
     let mut all = Outcome::default();
     for boot in 1..=BOOTS {
-        let outcome = machine::run(&format!("systemd, boot {boot}"), &kernel.image, &file, dir, &settings)?;
-        let green = outcome.failure.is_none();
+        let dir = dir.join(format!("boot-{boot}"));
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let outcome = machine::run(&format!("systemd, boot {boot}"), &kernel.image, &file, &dir, &settings)?;
+        let green = outcome.is_green();
         all.booted = all.booted.or(outcome.booted);
         all.cells.extend(outcome.cells);
         all.failure = outcome.failure;
         if !green {
+            if boot < BOOTS {
+                eprintln!("vm: systemd: not booted again after what failed");
+            }
             break;
         }
     }
     all.time = started.elapsed();
-    for file in [file, disk] {
-        let _ = fs::remove_file(file);
-    }
     Ok(all)
 }
 
 /// A file system with the base, the kernel's modules, the packages and what tells their life.
-fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, disk: &Path) -> Result<()> {
+fn make_disk(
+    table: &Table,
+    kernel: &Kernel,
+    packages: &Packages,
+    patience: Duration,
+    cache: &Path,
+    disk: &Path,
+) -> Result<()> {
     let base = base(table, cache)?;
     let root = tempfile::Builder::new().prefix("root").tempdir_in(cache)?;
     let mut tar = Command::new("tar");
@@ -147,7 +228,15 @@ fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, 
         .arg(&base)
         .arg("--directory")
         .arg(root.path());
-    quiet("vm: unpack the system", tar.args(["--exclude", "./dev/*"]))?;
+    for left_out in [
+        "./dev/*",
+        "./usr/share/doc/*",
+        "./usr/share/locale/*",
+        "./usr/share/man/*",
+    ] {
+        tar.args(["--exclude", left_out]);
+    }
+    quiet("vm: unpack the system", &mut tar)?;
     let at = |path: &str| root.path().join(path);
     if let Some((home, release)) = &kernel.modules {
         fs::create_dir_all(at("usr/lib/modules"))?;
@@ -157,23 +246,37 @@ fn make_disk(table: &Table, kernel: &Kernel, packages: &Packages, cache: &Path, 
             .arg(at("usr/lib/modules"));
         quiet("vm: add the kernel's modules", &mut copy)?;
     }
-    fs::create_dir(at("packages"))?;
+    for dir in ["life", "var/lib/life"] {
+        fs::create_dir_all(at(dir))?;
+    }
     for (from, to) in [(&packages.first, "first.deb"), (&packages.second, "second.deb")] {
-        fs::copy(from, at("packages").join(to)).with_context(|| format!("copy {}", from.display()))?;
+        fs::copy(from, at("life").join(to)).with_context(|| format!("copy {}", from.display()))?;
     }
-    for (name, text) in [("life.sh", include_str!("life.sh")), ("early.sh", EARLY)] {
-        let path = at("packages").join(name);
-        fs::write(&path, text)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    // So that a part that hangs is told by its name.
+    let limit = patience.as_secs().saturating_sub(20).max(1);
+    fs::write(at("life/limit"), limit.to_string())?;
+    for (name, mode, text) in FILES {
+        let path = at(name);
+        let _ = fs::remove_file(&path);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
-    for (name, text, wanted_by) in UNITS {
-        fs::write(at("etc/systemd/system").join(name), text)?;
-        let wants = at("etc/systemd/system").join(format!("{wanted_by}.wants"));
+    for (unit, target) in ENABLED {
+        let wants = at("etc/systemd/system").join(format!("{target}.wants"));
         fs::create_dir_all(&wants)?;
-        symlink(format!("/etc/systemd/system/{name}"), wants.join(name))?;
+        let name = Path::new(unit).file_name().unwrap_or_default();
+        symlink(unit, wants.join(name)).with_context(|| format!("enable {unit}"))?;
     }
-    fs::write(at("etc/fstab"), "/dev/vda / ext4 defaults 0 0\n")?;
-    fs::write(at("etc/hostname"), "guest\n")?;
+    for unit in MASKED {
+        symlink("/dev/null", at("etc/systemd/system").join(unit)).with_context(|| format!("mask {unit}"))?;
+    }
+    fs::create_dir_all(at("etc/systemd/system-generators"))?;
+    for generator in fs::read_dir(at("usr/lib/systemd/system-generators"))? {
+        let name = generator?.file_name();
+        if name != GENERATOR {
+            symlink("/dev/null", at("etc/systemd/system-generators").join(name))?;
+        }
+    }
     let mut make = Command::new("/sbin/mke2fs");
     make.args(["-q", "-F", "-t", "ext4", "-d"])
         .arg(root.path())
