@@ -38,6 +38,8 @@ pub struct Start<'a> {
     pub settings: &'a Settings,
     /// The cgroup to attach to; none where no cgroup v2 is mounted.
     pub cgroup: Option<&'a Path>,
+    /// The nftables table that this instance had until now.
+    pub table_before: Option<&'a str>,
     /// Whether the process stays.
     pub daemon: bool,
     /// How much the kernel programs tell.
@@ -53,6 +55,7 @@ impl Start<'_> {
     fn nftables(&self) -> Result<Tables, BackendError> {
         Ok(Tables::take_over(
             &self.settings.nft_table,
+            self.table_before,
             self.settings.forward,
             self.daemon,
         )?)

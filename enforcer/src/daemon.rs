@@ -285,6 +285,7 @@ impl Daemon {
         let enforcement = Enforcement::take_over(Start {
             settings,
             cgroup: wanted.cgroup.as_deref(),
+            table_before: left.table.as_deref(),
             daemon: stays,
             log_level: level,
         })?;
@@ -518,6 +519,7 @@ impl Daemon {
         let start = Start {
             settings: &self.wanted.config.settings,
             cgroup: self.wanted.cgroup.as_deref(),
+            table_before: None,
             daemon: true,
             log_level: self.log_level,
         };
