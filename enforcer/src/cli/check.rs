@@ -77,10 +77,12 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
         Some(name) if !check.kernel => user(name)?,
         Some(_) | None => Uid(0),
     };
-    let mount = host::cgroup2_mount()?.unwrap_or_default();
+    let mount = host::cgroup2_mount()?;
     let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
-    let cgroups =
-        host::ancestors(&mount, &cgroup).with_context(|| format!("cgroup {cgroup} below {}", mount.display()))?;
+    let cgroups = host::ancestors(mount.as_deref(), &cgroup).with_context(|| match &mount {
+        Some(mount) => format!("cgroup {cgroup} below {}", mount.display()),
+        None => format!("cgroup {cgroup}"),
+    })?;
     let subject = Subject {
         task,
         socket: Some(check.socket_user.as_deref().map(user).transpose()?.unwrap_or(task)),
