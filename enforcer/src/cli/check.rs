@@ -1,21 +1,19 @@
 //! `enforcer check`: the verdict on an attempt, by the rule set in the kernel, with its reasons.
 
-use std::{
-    net::{IpAddr, ToSocketAddrs},
-    path::Path,
-};
+use std::{net::IpAddr, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
 use serde::Serialize;
 
-use super::{Answer, Json, print_line};
+use super::{Answer, Json, print_line, runtime};
 use crate::{
     backend::InForce,
     config::Config,
     host::{self, START},
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
+    resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
 };
 
@@ -191,8 +189,10 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
         bail!("destination {text}: give one address and port, such as tcp://10.0.0.5:4222");
     };
     let port = endpoint.port.get();
-    let found = (name.as_str(), port)
-        .to_socket_addrs()
-        .with_context(|| format!("look up {name}"))?;
-    Ok((protocol, found.map(|address| address.ip()).collect(), port))
+    // As the daemon does it (N1).
+    let (addresses, why) = runtime()?.block_on(lookup(name, LOOKUP_TIMEOUT)).into_addresses();
+    if addresses.is_empty() {
+        bail!("look up {name}: {why}");
+    }
+    Ok((protocol, addresses.into_iter().collect(), port))
 }

@@ -4,7 +4,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
-    net::IpAddr,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -30,7 +29,7 @@ use crate::{
     control::{self, ControlError, Reply, Request},
     host,
     policy::{HostUsers, Name, Policy, Protocol},
-    resolve::{Answer, LOOKUP_TIMEOUT, Outcome, lookup},
+    resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Host, Resolved, RuleSet, compile},
     state,
     status::Status,
@@ -212,7 +211,7 @@ impl Seen {
         let mut resolved = Resolved::new();
         for (name, task) in tasks {
             let (mut addresses, why) = match task.await {
-                Ok(answer) => addresses_of(answer),
+                Ok(answer) => answer.into_addresses(),
                 Err(error) => (BTreeSet::new(), error.to_string()),
             };
             if addresses.is_empty() {
@@ -391,29 +390,6 @@ impl Seen {
                 let name = format!("named {}", entry.file_name().to_string_lossy());
                 self.namespaces.entry(meta.ino()).or_insert(name);
             }
-        }
-    }
-}
-
-fn addresses_of(answer: Answer) -> (BTreeSet<IpAddr>, String) {
-    match answer {
-        Answer::Hosts(addresses) => (addresses, String::new()),
-        Answer::Dns { a, aaaa } => {
-            let mut why = Vec::new();
-            let mut all = BTreeSet::new();
-            for outcome in [a, aaaa] {
-                match outcome {
-                    Outcome::Found { addresses, .. } => all.extend(addresses),
-                    Outcome::Empty => {}
-                    Outcome::Missing => why.push("it does not exist".to_owned()),
-                    Outcome::Failed(error) => why.push(error),
-                }
-            }
-            why.dedup();
-            if why.is_empty() {
-                why.push("it has no address".to_owned());
-            }
-            (all, why.join(", "))
         }
     }
 }
