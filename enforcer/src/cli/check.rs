@@ -12,7 +12,7 @@ use crate::{
     backend::InForce,
     config::Config,
     host::{self, START},
-    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
+    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
 };
@@ -72,7 +72,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
     })?;
     // A kernel thread's UID is root's; it counts only where the programs cannot tell that it is one (D3).
     let task = match &check.user {
-        Some(name) if !check.kernel => user(name)?,
+        Some(name) if !check.kernel => Uid::parse(name, &HostUsers)?,
         Some(_) | None => Uid(0),
     };
     let mount = host::cgroup2_mount()?;
@@ -81,9 +81,10 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
         Some(mount) => format!("cgroup {cgroup} below {}", mount.display()),
         None => format!("cgroup {cgroup}"),
     })?;
+    let owner = check.socket_user.as_deref().map(|name| Uid::parse(name, &HostUsers));
     let subject = Subject {
         task,
-        socket: Some(check.socket_user.as_deref().map(user).transpose()?.unwrap_or(task)),
+        socket: Some(owner.transpose()?.unwrap_or(task)),
         kernel_thread: check.kernel,
         cgroups,
     };
@@ -159,16 +160,6 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
         targets,
         reason,
     })
-}
-
-pub(super) fn user(name: &str) -> Result<Uid> {
-    if let Ok(uid) = name.parse() {
-        return Ok(Uid(uid));
-    }
-    HostUsers
-        .uid(name)
-        .with_context(|| format!("look up user {name}"))?
-        .ok_or_else(|| anyhow!("user {name} does not exist; give its UID if it is to come"))
 }
 
 /// A destination as it is dialled: unlike an endpoint it may be unspecified.
