@@ -44,15 +44,16 @@ use crate::{
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
     grants::Grants,
-    host::{self, AddressChanges},
+    host::AddressChanges,
     policy::{Endpoint, Name, Policy},
     resolve::{Answer, Known, Names},
-    ruleset::{Host, Resolved, RuleSet, compile},
+    ruleset::{Host, Resolved, RuleSet},
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
     verify::Verification,
 };
 
+pub(crate) use self::wanted::complete;
 pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 
 /// How often links and cgroups are looked at.
@@ -274,9 +275,7 @@ impl Daemon {
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
-        if let (Some(bus), Some(_)) = (&left.bus, wanted.config.bus_dir()) {
-            wanted.policy.set_bus(bus);
-        }
+        wanted.take_bus(left.bus.as_ref());
         let settings = &wanted.config.settings;
         let mut names = Names::new(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -293,10 +292,7 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         let policy = grants.add_to(&wanted.policy);
-        let host = host::snapshot(Some(&wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })?;
+        let host = wanted.host(&policy)?;
         let fault = left.fault.map(|error| {
             format!(
                 "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
@@ -501,11 +497,9 @@ impl Daemon {
             warn!("{warning}");
         }
         self.read_bus(wanted.config.bus_dir());
-        if let (Some(bus), Some(_)) = (&self.bus, wanted.config.bus_dir()) {
-            wanted.policy.set_bus(bus);
-        }
+        wanted.take_bus(self.bus.as_ref());
         let policy = self.grants.add_to(&wanted.policy);
-        let host = self.snapshot(&policy)?;
+        let host = wanted.host(&policy)?;
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -561,14 +555,12 @@ impl Daemon {
     /// Addresses and cgroups come and go; links may be taken away.
     fn look_at_host(&mut self) {
         self.end_expired();
-        let fault = match host::snapshot(Some(&self.wanted.mount), &self.policy.cgroups()) {
+        let fault = match self.wanted.host(&self.policy) {
             Ok(host) => {
                 self.host = host;
                 None
             }
-            Err(error) => Some(format!(
-                "list this host's addresses: {error}; those that come and go are not followed"
-            )),
+            Err(error) => Some(format!("{error}; those that come and go are not followed")),
         };
         self.faults.set(About::Host, fault);
         self.apply_or_keep();
@@ -619,10 +611,7 @@ impl Daemon {
 
     /// What is wanted now, with these addresses.
     fn rules(&self, resolved: &Resolved) -> Result<RuleSet, DaemonError> {
-        compile(&self.policy, resolved, &self.host).map_err(|error| DaemonError::Compile {
-            path: self.wanted.path.clone(),
-            error,
-        })
+        self.wanted.rules(&self.policy, resolved, &self.host)
     }
 
     /// Ends, with everything of ours removed.

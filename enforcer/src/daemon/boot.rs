@@ -59,10 +59,9 @@ impl Left {
     }
 
     fn of(good: &LastGood, mark: Option<Mark>) -> Self {
-        let bus = good.bosh.as_ref().and(good.policy.bus()).filter(|bus| !bus.is_empty());
         Self {
             names: good.names.clone(),
-            bus: bus.cloned(),
+            bus: good.bus().cloned(),
             table: Some(good.settings.nft_table.clone()),
             mark,
             fault: None,

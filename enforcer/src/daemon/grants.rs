@@ -11,7 +11,7 @@ use crate::{
     events::{GrantEvent, Line},
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Term},
     host,
-    policy::{CgroupPath, CgroupPathError, HostUsers, Policy, Uid, UserError},
+    policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
 };
 
 /// Longest time that a grant with an end may have (F7).
@@ -267,7 +267,7 @@ impl Daemon {
     /// Makes the rule set from what is granted now, and puts it in force.
     fn put_in_force(&mut self) -> Result<(), DaemonError> {
         self.policy = self.grants.add_to(&self.wanted.policy);
-        self.host = self.snapshot(&self.policy)?;
+        self.host = self.wanted.host(&self.policy)?;
         self.apply_now()?;
         self.faults.set(About::RuleSet, None);
         Ok(())
@@ -284,14 +284,6 @@ impl Daemon {
             let fault = format!("{error}; a grant that was taken back stays in force until this is mended");
             self.faults.set(About::RuleSet, Some(fault));
         }
-    }
-
-    /// This host as a policy needs it known.
-    pub(super) fn snapshot(&self, policy: &Policy) -> Result<crate::ruleset::Host, DaemonError> {
-        host::snapshot(Some(&self.wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })
     }
 
     /// Writes the file. What failed is tried again at each tick.

@@ -24,6 +24,7 @@ pub fn cases() -> Vec<Case> {
         case("doctor_finds_a_listener_beyond_its_endpoint", listener),
         case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
         case("doctor_finds_names_that_do_not_resolve", unresolved),
+        case("doctor_finds_a_bus_of_the_settings_that_does_not_resolve", settings_bus),
         case("doctor_finds_a_process_with_capabilities", capable),
         case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
         case("doctor_judges_an_image", image),
@@ -353,6 +354,46 @@ fn unresolved() -> Result<()> {
     };
     ensure!(finding["items"].to_string().contains("bus.test"), "{finding}");
     Ok(())
+}
+
+/// The message bus that an agent's settings name counts as one that is configured, also when only the last run knew of it.
+fn settings_bus() -> Result<()> {
+    let named = Named::new(&[], "")?;
+    let dir = named.world.path("bosh");
+    fs::create_dir(&dir)?;
+    let settings = dir.join("settings.json");
+    let url = format!("nats://me:secret@bus.test:{}", named.world.port);
+    fs::write(&settings, format!("{{\"mbus\":{url:?}}}"))?;
+    named
+        .world
+        .configure(&format!("[bosh]\ndir = {:?}\n", dir.display().to_string()))?;
+    let look = |code| -> Result<Value> {
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        Ok(serde_json::from_str(
+            &ran(command.args(["doctor", "--json"]))?.demand(code)?.stdout,
+        )?)
+    };
+    named.dns.set("bus.test", super::names::addresses(&["10.9.0.1"]));
+    let report = look(1)?;
+    ensure!(found(&report, "name-unresolved").is_none(), "{report}");
+    let gone = Zone::Code(hickory_proto::op::ResponseCode::NXDomain);
+    named.dns.set("bus.test", gone.clone());
+    let unresolved = |report: &Value| {
+        let finding = found(report, "name-unresolved");
+        let items = finding.map(|finding| finding["items"].to_string());
+        ensure!(items.is_some_and(|items| items.contains("bus.test")), "{report}");
+        Ok(())
+    };
+    unresolved(&look(1)?)?;
+    named.dns.set("bus.test", super::names::addresses(&["10.9.0.1"]));
+    named.daemon()?.kill()?;
+    named.dns.set("bus.test", gone);
+    fs::remove_file(&settings)?;
+    let report = look(1)?;
+    unresolved(&report)?;
+    ensure!(!report.to_string().contains("secret"), "{report}");
+    named.world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
 fn capable() -> Result<()> {
