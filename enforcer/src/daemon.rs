@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 
 use self::{
     boot::{Left, Pending},
-    denials::{KEPT_EVENTS, send_events},
+    denials::{KEPT_EVENTS, rest_after, send_events},
     drift::Drift,
     faults::{About, Faults},
     keep::Kept,
@@ -58,8 +58,6 @@ pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
-/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
-const EVENT_REST: Duration = Duration::from_millis(50);
 
 /// What runs.
 struct Daemon {
@@ -87,6 +85,8 @@ struct Daemon {
     events: VecDeque<Line>,
     followers: broadcast::Sender<Line>,
     lost: u64,
+    /// Denials that nftables has logged and this process was too slow to take.
+    lost_logged: u64,
     /// Names whose first answer readiness waits for.
     unanswered: BTreeSet<Name>,
     applied: Option<Applied>,
@@ -222,15 +222,12 @@ pub async fn run(path: &Path) -> Result<(), DaemonError> {
                 daemon.apply_or_keep();
             }
             Some(Ok(mut guard)) = ready_to_take(denials.as_mut()), if rest.is_none() => {
-                if daemon.take_events(guard.get_inner_mut()) {
-                    guard.clear_ready();
-                } else {
-                    rest = Some(Instant::now() + EVENT_REST);
-                }
+                let all = daemon.take_events(guard.get_inner_mut());
+                rest = rest_after(all, guard);
             }
-            Some(Ok(mut guard)) = ready_to_take(logged.as_mut()) => {
-                daemon.take_logged(guard.get_inner_mut());
-                guard.clear_ready();
+            Some(Ok(mut guard)) = ready_to_take(logged.as_mut()), if rest.is_none() => {
+                let all = daemon.take_logged(guard.get_inner_mut());
+                rest = rest_after(all, guard);
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
@@ -318,6 +315,7 @@ impl Daemon {
             events: VecDeque::new(),
             followers: broadcast::channel(KEPT_EVENTS).0,
             lost: 0,
+            lost_logged: 0,
             applied: None,
             faults,
             bus: left.bus,

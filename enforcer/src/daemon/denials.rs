@@ -1,7 +1,12 @@
 //! Denials on their way from the kernel to those who asked for them.
 
+use std::{
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
 use tokio::{
-    io::unix::AsyncFd,
+    io::unix::{AsyncFd, AsyncFdReadyMutGuard},
     sync::{broadcast, mpsc},
 };
 
@@ -14,6 +19,8 @@ use crate::{
 
 /// Denials read at once: what comes faster is counted as lost.
 const EVENTS_AT_ONCE: usize = 1024;
+/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
+const EVENT_REST: Duration = Duration::from_millis(50);
 /// Denials kept for callers that ask later.
 pub(super) const KEPT_EVENTS: usize = 1024;
 
@@ -39,12 +46,21 @@ impl Daemon {
         })
     }
 
-    /// Takes what has come; the rules send no more than so many a second.
-    pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) {
-        while let Some(denial) = source.take() {
+    /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.
+    pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) -> bool {
+        let mut taken = 0;
+        while taken < EVENTS_AT_ONCE {
+            let Some(denial) = source.take() else { break };
             let event = events::read_logged(&denial, std::time::SystemTime::now());
             self.publish(Line::Event(event));
+            taken += 1;
         }
+        let lost = source.take_lost();
+        if lost > 0 {
+            self.lost_logged += lost;
+            self.publish(Line::Lost(Lost::new(lost)));
+        }
+        taken < EVENTS_AT_ONCE
     }
 
     /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
@@ -73,6 +89,15 @@ impl Daemon {
         self.events.push_back(line.clone());
         let _ = self.followers.send(line);
     }
+}
+
+/// Until when to take no more: where not all was taken, there is more at once.
+pub(super) fn rest_after<T: AsRawFd>(all: bool, mut guard: AsyncFdReadyMutGuard<'_, T>) -> Option<Instant> {
+    if all {
+        guard.clear_ready();
+        return None;
+    }
+    Some(Instant::now() + EVENT_REST)
 }
 
 pub(super) async fn send_events(
