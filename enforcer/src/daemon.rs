@@ -84,7 +84,10 @@ struct Daemon {
     drift: Drift,
     events: VecDeque<Line>,
     followers: broadcast::Sender<Line>,
-    lost: u64,
+    /// Those that the kernel programs could not hand over, as far as they were told.
+    lost: Option<u64>,
+    /// Since when there was more to be taken than was taken at once.
+    flood: Option<Instant>,
     /// Denials that nftables has logged and this process was too slow to take.
     lost_logged: u64,
     /// Names whose first answer readiness waits for.
@@ -314,7 +317,8 @@ impl Daemon {
             waiting: Vec::new(),
             events: VecDeque::new(),
             followers: broadcast::channel(KEPT_EVENTS).0,
-            lost: 0,
+            lost: None,
+            flood: None,
             lost_logged: 0,
             applied: None,
             faults,

@@ -21,6 +21,8 @@ use crate::{
 const EVENTS_AT_ONCE: usize = 1024;
 /// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
 const EVENT_REST: Duration = Duration::from_millis(50);
+/// How long a flood may go on before what is lost by it is told.
+const LONG_FLOOD: Duration = Duration::from_secs(2);
 /// Denials kept for callers that ask later.
 pub(super) const KEPT_EVENTS: usize = 1024;
 
@@ -34,6 +36,9 @@ impl Daemon {
             action: "watch the ring buffer",
             error,
         })?;
+        // Pinned, it counts on from what was told before this process.
+        let lost = kernel.lost()?;
+        self.lost = Some(self.lost.map_or(lost, |told| told.min(lost)));
         Ok(Some(source))
     }
 
@@ -72,14 +77,24 @@ impl Daemon {
             self.publish(Line::Event(events::read(&record, boot)));
             taken += 1;
         }
-        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
-        if let Some(lost) = lost
-            && lost > self.lost
-        {
-            self.publish(Line::Lost(Lost::new(lost - self.lost)));
-            self.lost = lost;
+        let all = taken < EVENTS_AT_ONCE;
+        // What was lost is younger than what was still to be read. In a flood without an end it is told all the same.
+        let since = *self.flood.get_or_insert_with(Instant::now);
+        if all || since.elapsed() > LONG_FLOOD {
+            self.flood = None;
+            self.tell_lost();
         }
-        taken < EVENTS_AT_ONCE
+        all
+    }
+
+    fn tell_lost(&mut self) {
+        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
+        if let (Some(lost), Some(told)) = (lost, self.lost)
+            && lost > told
+        {
+            self.publish(Line::Lost(Lost::new(lost - told)));
+            self.lost = Some(lost);
+        }
     }
 
     pub(super) fn publish(&mut self, line: Line) {

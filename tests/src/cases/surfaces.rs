@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Case> {
         case("control_socket_full_is_told_and_unload_frees_the_place", full).on(EBPF),
         case("control_socket_bears_anything", hostile_requests),
         case("events_tell_who_and_where", events).on(EBPF),
+        case("events_lost_are_told_once", lost),
         case("events_follow", follow),
         case("status_counts_and_names_the_generation", status),
         case("check_explains", check).on(EBPF),
@@ -148,6 +149,46 @@ fn events() -> Result<()> {
     until("every denial is counted", || {
         Ok(world.status()?["targets"][0]["denied"].as_u64() == Some(refused))
     })
+}
+
+/// A daemon that does not come to read: what did not fit is told as lost, once, and not again by the next one.
+fn lost() -> Result<()> {
+    use nix::sys::signal::Signal;
+    let (world, _listener) = guarded()?;
+    let daemon = world.daemon()?;
+    ensure!(world.status()?["events_lost"] == 0, "{}", world.status()?);
+    daemon.signal(Signal::SIGSTOP)?;
+    let fire = world.path("fire");
+    fs::write(&fire, "")?;
+    let hammer = world.attack(NOBODY).hammer(&fire)?;
+    // nftables logs 200 a second at most, which its socket holds for a second or so.
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    fs::remove_file(&fire)?;
+    let blows = hammer.finish()?;
+    daemon.signal(Signal::SIGCONT)?;
+    let told = |world: &World| -> Result<Vec<u64>> {
+        let lines = lines(world)?;
+        let lost = lines.iter().filter(|line| line["schema"] == "enforcer/lost/1");
+        Ok(lost.filter_map(|line| line["lost"].as_u64()).collect())
+    };
+    // One more: the number of what comes next says what is missing.
+    until("the losses are told", || {
+        world.attack(NOBODY).is_refused()?;
+        Ok(!told(&world)?.is_empty())
+    })?;
+    let (sum, status) = (told(&world)?.iter().sum::<u64>(), world.status()?);
+    println!("    {sum} lost of {blows:?}");
+    ensure!(status["events_lost"] == sum && sum > 0, "{sum}: {status}");
+    daemon.kill()?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    until("a denial is told", || Ok(!lines(&world)?.is_empty()))?;
+    ensure!(told(&world)?.is_empty(), "told again: {:?}", told(&world)?);
+    // Pinned, the kernel's count goes on; that of nftables is the daemon's.
+    let kept = if Backend::current().is_nftables() { 0 } else { sum };
+    let status = world.status()?;
+    ensure!(status["events_lost"] == kept, "not {kept}: {status}");
+    Ok(())
 }
 
 fn follow() -> Result<()> {
