@@ -8,6 +8,7 @@ mod drift;
 mod error;
 mod faults;
 mod grants;
+mod journal;
 mod keep;
 mod lookups;
 mod mounts;
@@ -33,6 +34,7 @@ use self::{
     denials::{KEPT_EVENTS, rest_after, send_events},
     drift::Drift,
     faults::{About, Faults},
+    journal::Journal,
     keep::Kept,
     mounts::Mounts,
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
@@ -84,6 +86,7 @@ struct Daemon {
     drift: Drift,
     events: VecDeque<Line>,
     followers: broadcast::Sender<Line>,
+    journal: Journal,
     /// Those that the kernel programs could not hand over, as far as they were told.
     lost: Option<u64>,
     /// Since when there was more to be taken than was taken at once.
@@ -317,6 +320,7 @@ impl Daemon {
             waiting: Vec::new(),
             events: VecDeque::new(),
             followers: broadcast::channel(KEPT_EVENTS).0,
+            journal: Journal::default(),
             lost: None,
             flood: None,
             lost_logged: 0,
@@ -442,6 +446,9 @@ impl Daemon {
     fn tick(&mut self, watch: Option<&mut Watch>) -> bool {
         self.look_at_settings(watch);
         self.look_at_host();
+        for line in self.journal.due(Instant::now()) {
+            info!("{line}");
+        }
         self.retry()
     }
 
@@ -617,7 +624,8 @@ impl Daemon {
     }
 
     /// Ends, with everything of ours removed.
-    fn unload(self) -> Result<(), DaemonError> {
+    fn unload(mut self) -> Result<(), DaemonError> {
+        self.journal.rest().iter().for_each(|line| info!("{line}"));
         self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
         Ok(())
@@ -626,6 +634,7 @@ impl Daemon {
     /// Ends, and leaves in force what is (F1).
     fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
         self.keep_for_next_start();
+        self.journal.rest().iter().for_each(|line| info!("{line}"));
         let _ = std::fs::remove_file(socket);
         let generation = self.enforcement.observe_quickly()?.generation;
         info!("stopping; generation {generation} stays in force");

@@ -10,11 +10,13 @@ use tokio::{
     sync::{broadcast, mpsc},
 };
 
+use tracing::info;
+
 use super::{Daemon, DaemonError, sources::readable};
 use crate::{
     backend::{ebpf::Events, nftables},
     control::Reply,
-    events::{self, Line, Lost},
+    events::{self, Event, Line, Lost},
 };
 
 /// Denials read at once: what comes faster is counted as lost.
@@ -57,7 +59,7 @@ impl Daemon {
         while taken < EVENTS_AT_ONCE {
             let Some(denial) = source.take() else { break };
             let event = events::read_logged(&denial, std::time::SystemTime::now());
-            self.publish(Line::Event(event));
+            self.denied(event);
             taken += 1;
         }
         let lost = source.take_lost();
@@ -74,7 +76,7 @@ impl Daemon {
         let mut taken = 0;
         while taken < EVENTS_AT_ONCE {
             let Some(record) = source.take() else { break };
-            self.publish(Line::Event(events::read(&record, boot)));
+            self.denied(events::read(&record, boot));
             taken += 1;
         }
         let all = taken < EVENTS_AT_ONCE;
@@ -95,6 +97,13 @@ impl Daemon {
             self.publish(Line::Lost(Lost::new(lost - told)));
             self.lost = Some(lost);
         }
+    }
+
+    fn denied(&mut self, event: Event) {
+        if let Some(line) = self.journal.take(&event, Instant::now()) {
+            info!("{line}");
+        }
+        self.publish(Line::Event(event));
     }
 
     pub(super) fn publish(&mut self, line: Line) {

@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Case> {
         case("control_socket_full_is_told_and_unload_frees_the_place", full).on(EBPF),
         case("control_socket_bears_anything", hostile_requests),
         case("events_tell_who_and_where", events).on(EBPF),
+        case("denials_are_logged_and_added_up", logged),
         case("events_lost_are_told_once", lost),
         case("events_follow", follow),
         case("status_counts_and_names_the_generation", status),
@@ -149,6 +150,39 @@ fn events() -> Result<()> {
     until("every denial is counted", || {
         Ok(world.status()?["targets"][0]["denied"].as_u64() == Some(refused))
     })
+}
+
+/// What somebody reads who has only the journal: the first denial at once, the others with their number.
+fn logged() -> Result<()> {
+    use nix::sys::signal::Signal;
+    let (world, _listener) = guarded()?;
+    let mut daemon = world.daemon()?;
+    world.attack(0).reaches()?;
+    let line = |count: &str, user: u32| {
+        let by = format!("on main (tcp {}) by uid {user}", world.here());
+        format!("denied {count} {by}")
+    };
+    let first = line("1 attempt", NOBODY);
+    ensure!(world.attack(NOBODY).run()?.errno.is_some(), "not refused");
+    until("the denial is logged", || Ok(daemon.log().contains(&first)))?;
+    for _ in 0..5 {
+        ensure!(world.attack(NOBODY).run()?.errno.is_some(), "not refused");
+    }
+    ensure!(world.attack(1).run()?.errno.is_some(), "not refused");
+    until("that of another user is logged", || {
+        Ok(daemon.log().contains(&line("1 attempt", 1)))
+    })?;
+    until("all are told", || Ok(lines(&world)?.len() == 7))?;
+    ensure!(daemon.log().matches("denied ").count() == 2, "{}", daemon.log());
+    daemon.signal(Signal::SIGTERM)?;
+    ensure!(daemon.wait()? == 0, "{}", daemon.log());
+    let rest = line("5 attempts", NOBODY);
+    until("the rest is logged at the end", || Ok(daemon.log().contains(&rest)))?;
+    ensure!(daemon.log().matches("denied ").count() == 3, "{}", daemon.log());
+    if !Backend::current().is_nftables() {
+        ensure!(daemon.log().contains(&format!("{first} (attack)")), "{}", daemon.log());
+    }
+    Ok(())
 }
 
 /// A daemon that does not come to read: what did not fit is told as lost, once, and not again by the next one.
