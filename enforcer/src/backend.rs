@@ -38,6 +38,8 @@ pub struct Start<'a> {
     pub settings: &'a Settings,
     /// The cgroup to attach to; none where no cgroup v2 is mounted.
     pub cgroup: Option<&'a Path>,
+    /// The nftables table that this instance had until now.
+    pub table_before: Option<&'a str>,
     /// Whether the process stays.
     pub daemon: bool,
     /// How much the kernel programs tell.
@@ -53,6 +55,7 @@ impl Start<'_> {
     fn nftables(&self) -> Result<Tables, BackendError> {
         Ok(Tables::take_over(
             &self.settings.nft_table,
+            self.table_before,
             self.settings.forward,
             self.daemon,
         )?)
@@ -110,32 +113,26 @@ impl Enforcement {
 
     /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it matters.
     fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
-        let mut ebpf = None;
-        let fact = match start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel)) {
-            Ok(kernel) => {
-                ebpf = Some(kernel);
-                Fact::Supported
-            }
-            Err(error) if error.is_inability() => Fact::Missing {
-                why: error.without_hint().into(),
-            },
-            // A mistake of the configuration, say: mended, not evaded.
-            Err(error) => return Err(error),
-        };
+        let tried = start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel));
         let mut works = Works {
-            ebpf: fact,
+            ebpf: tried.as_ref().map_or_else(Fact::from_backend, |_| Fact::Supported),
             nftables: Fact::Inconclusive("not tried".to_owned()),
         };
-        if let Some(why) = works.ebpf.obstacle() {
+        if let Fact::Missing { why } = &works.ebpf {
             if self.nftables.is_none() {
                 self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
-                    ebpf: why.into(),
+                    ebpf: why.as_str().into(),
                     nftables: Box::new(nftables),
                 })?);
             }
             works.nftables = Fact::Supported;
         }
         let choice = probe::choose(&works, Backend::Auto);
+        let ebpf = match (choice.backend, tried) {
+            (Some(_), tried) => tried.ok(),
+            (None, Ok(_)) => None,
+            (None, Err(error)) => return Err(error),
+        };
         self.ebpf = ebpf;
         if choice.backend == Some(Backend::Nftables) {
             warn!("{}", choice.reason);

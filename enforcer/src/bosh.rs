@@ -45,6 +45,14 @@ pub struct Settings {
     pub fault: Option<BoshError>,
 }
 
+impl Settings {
+    /// The bus that counts: of two files one of which is damaged, the other only where nothing better is known.
+    #[must_use]
+    pub fn usable(&self, known: Option<&BTreeSet<Endpoint>>) -> Option<&Bus> {
+        self.bus.as_ref().filter(|_| self.fault.is_none() || known.is_none())
+    }
+}
+
 /// A message bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bus {

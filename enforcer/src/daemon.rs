@@ -8,6 +8,7 @@ mod drift;
 mod error;
 mod faults;
 mod grants;
+mod journal;
 mod keep;
 mod lookups;
 mod mounts;
@@ -30,9 +31,10 @@ use tracing::{error, info, warn};
 
 use self::{
     boot::{Left, Pending},
-    denials::{KEPT_EVENTS, send_events},
+    denials::{KEPT_EVENTS, rest_after, send_events},
     drift::Drift,
     faults::{About, Faults},
+    journal::Journal,
     keep::Kept,
     mounts::Mounts,
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
@@ -44,21 +46,20 @@ use crate::{
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
     grants::Grants,
-    host::{self, AddressChanges},
+    host::AddressChanges,
     policy::{Endpoint, Name, Policy},
     resolve::{Answer, Known, Names},
-    ruleset::{Host, Resolved, RuleSet, compile},
+    ruleset::{Host, Resolved, RuleSet},
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
     verify::Verification,
 };
 
+pub(crate) use self::wanted::complete;
 pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
-/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
-const EVENT_REST: Duration = Duration::from_millis(50);
 
 /// What runs.
 struct Daemon {
@@ -85,7 +86,13 @@ struct Daemon {
     drift: Drift,
     events: VecDeque<Line>,
     followers: broadcast::Sender<Line>,
-    lost: u64,
+    journal: Journal,
+    /// Those that the kernel programs could not hand over, as far as they were told.
+    lost: Option<u64>,
+    /// Since when there was more to be taken than was taken at once.
+    flood: Option<Instant>,
+    /// Denials that nftables has logged and this process was too slow to take.
+    lost_logged: u64,
     /// Names whose first answer readiness waits for.
     unanswered: BTreeSet<Name>,
     applied: Option<Applied>,
@@ -218,6 +225,10 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             () = ends.recv() => break,
             Some(joined) = daemon.lookups.join_next_with_id() => {
                 daemon.answered(joined);
+                // What else has come is put in force with it: thousands of names are not as many rule sets.
+                while let Some(joined) = daemon.lookups.try_join_next_with_id() {
+                    daemon.answered(joined);
+                }
                 daemon.apply_or_keep();
                 daemon.answer_waiting();
             }
@@ -233,15 +244,12 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
                 daemon.apply_or_keep();
             }
             Some(Ok(mut guard)) = ready_to_take(denials.as_mut()), if rest.is_none() => {
-                if daemon.take_events(guard.get_inner_mut()) {
-                    guard.clear_ready();
-                } else {
-                    rest = Some(Instant::now() + EVENT_REST);
-                }
+                let all = daemon.take_events(guard.get_inner_mut());
+                rest = rest_after(all, guard);
             }
-            Some(Ok(mut guard)) = ready_to_take(logged.as_mut()) => {
-                daemon.take_logged(guard.get_inner_mut());
-                guard.clear_ready();
+            Some(Ok(mut guard)) = ready_to_take(logged.as_mut()), if rest.is_none() => {
+                let all = daemon.take_logged(guard.get_inner_mut());
+                rest = rest_after(all, guard);
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
@@ -286,9 +294,7 @@ impl Daemon {
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
-        if let (Some(bus), Some(_)) = (&left.bus, wanted.config.bus_dir()) {
-            wanted.policy.set_bus(bus);
-        }
+        wanted.take_bus(left.bus.as_ref());
         let settings = &wanted.config.settings;
         let mut names = Names::new(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -297,6 +303,7 @@ impl Daemon {
         let enforcement = Enforcement::take_over(Start {
             settings,
             cgroup: wanted.cgroup.as_deref(),
+            table_before: left.table.as_deref(),
             daemon: stays,
             log_level: level,
         })?;
@@ -304,10 +311,7 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         let policy = grants.add_to(&wanted.policy);
-        let host = host::snapshot(Some(&wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })?;
+        let host = wanted.host(&policy)?;
         let fault = left.fault.map(|error| {
             format!(
                 "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
@@ -332,7 +336,10 @@ impl Daemon {
             waiting: Vec::new(),
             events: VecDeque::new(),
             followers: broadcast::channel(KEPT_EVENTS).0,
-            lost: 0,
+            journal: Journal::default(),
+            lost: None,
+            flood: None,
+            lost_logged: 0,
             applied: None,
             faults,
             bus: left.bus,
@@ -457,6 +464,9 @@ impl Daemon {
         self.look_at_settings(watch);
         self.look_at_host();
         self.look_at_kept();
+        for line in self.journal.due(Instant::now()) {
+            info!("{line}");
+        }
         self.retry()
     }
 
@@ -514,11 +524,9 @@ impl Daemon {
             warn!("{warning}");
         }
         self.read_bus(wanted.config.bus_dir());
-        if let (Some(bus), Some(_)) = (&self.bus, wanted.config.bus_dir()) {
-            wanted.policy.set_bus(bus);
-        }
+        wanted.take_bus(self.bus.as_ref());
         let policy = self.grants.add_to(&wanted.policy);
-        let host = self.snapshot(&policy)?;
+        let host = wanted.host(&policy)?;
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -532,6 +540,7 @@ impl Daemon {
         let start = Start {
             settings: &self.wanted.config.settings,
             cgroup: self.wanted.cgroup.as_deref(),
+            table_before: None,
             daemon: true,
             log_level: self.log_level,
         };
@@ -574,14 +583,12 @@ impl Daemon {
     /// Addresses and cgroups come and go; links may be taken away.
     fn look_at_host(&mut self) {
         self.end_expired();
-        let fault = match host::snapshot(Some(&self.wanted.mount), &self.policy.cgroups()) {
+        let fault = match self.wanted.host(&self.policy) {
             Ok(host) => {
                 self.host = host;
                 None
             }
-            Err(error) => Some(format!(
-                "list this host's addresses: {error}; those that come and go are not followed"
-            )),
+            Err(error) => Some(format!("{error}; those that come and go are not followed")),
         };
         self.faults.set(About::Host, fault);
         self.apply_or_keep();
@@ -632,14 +639,12 @@ impl Daemon {
 
     /// What is wanted now, with these addresses.
     fn rules(&self, resolved: &Resolved) -> Result<RuleSet, DaemonError> {
-        compile(&self.policy, resolved, &self.host).map_err(|error| DaemonError::Compile {
-            path: self.wanted.path.clone(),
-            error,
-        })
+        self.wanted.rules(&self.policy, resolved, &self.host)
     }
 
     /// Ends, with everything of ours removed.
-    fn unload(self) -> Result<(), DaemonError> {
+    fn unload(mut self) -> Result<(), DaemonError> {
+        self.journal.rest().iter().for_each(|line| info!("{line}"));
         self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
         Ok(())
@@ -648,6 +653,7 @@ impl Daemon {
     /// Ends, and leaves in force what is (F1).
     fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
         self.keep_for_next_start();
+        self.journal.rest().iter().for_each(|line| info!("{line}"));
         let _ = std::fs::remove_file(socket);
         let generation = self.enforcement.observe_quickly()?.generation;
         info!("stopping; generation {generation} stays in force");

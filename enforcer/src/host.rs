@@ -66,8 +66,16 @@ pub fn cgroup(mount: &Path, path: &CgroupPath) -> Option<Cgroup> {
     })
 }
 
-/// Ids of a cgroup and all its ancestors, the root's first; an error names what does not exist.
-pub fn ancestors(mount: &Path, path: &CgroupPath) -> io::Result<Vec<u64>> {
+/// Ids of a cgroup and all its ancestors, the root's first; an error names what does not exist. Where no hierarchy is mounted
+/// everybody is in the root, which has no id.
+pub fn ancestors(mount: Option<&Path>, path: &CgroupPath) -> io::Result<Vec<u64>> {
+    let Some(mount) = mount else {
+        return if path.as_str() == "/" {
+            Ok(Vec::new())
+        } else {
+            Err(io::Error::other("no cgroup v2 hierarchy is mounted"))
+        };
+    };
     let mut at = mount.to_path_buf();
     let mut ids = vec![fs::metadata(&at)?.ino()];
     for part in path.as_str().split('/').filter(|part| !part.is_empty()) {
@@ -152,5 +160,27 @@ impl AddressChanges {
 impl AsRawFd for AddressChanges {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.0.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
+
+    use super::*;
+
+    #[test]
+    fn ancestors_with_and_without_a_hierarchy() {
+        let path = |text| CgroupPath::parse(text).expect("a path");
+        assert_eq!(ancestors(None, &path("/")).ok(), Some(Vec::new()));
+        let error = ancestors(None, &path("/a")).expect_err("there is none");
+        assert!(error.to_string().contains("no cgroup v2 hierarchy"), "{error}");
+        // Any directories do.
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::create_dir_all(dir.path().join("a/b")).expect("more");
+        let ids = ancestors(Some(dir.path()), &path("/a/b")).expect("they are there");
+        let wanted = ["", "a", "a/b"].map(|part| directory_id(&dir.path().join(part)).expect("an id"));
+        assert_eq!(ids, wanted);
+        assert!(ancestors(Some(dir.path()), &path("/a/c")).is_err());
     }
 }

@@ -16,7 +16,7 @@ mod users;
 
 pub use build::{BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
-pub use users::{HostUsers, Users};
+pub use users::{HostUsers, UserError, Users};
 
 /// A user of the initial user namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -39,6 +39,32 @@ pub enum Answer {
     },
 }
 
+impl Answer {
+    /// All addresses, and why there is none where that is so.
+    #[must_use]
+    pub fn into_addresses(self) -> (BTreeSet<IpAddr>, String) {
+        let (a, aaaa) = match self {
+            Self::Hosts(addresses) => return (addresses, String::new()),
+            Self::Dns { a, aaaa } => (a, aaaa),
+        };
+        let mut why = Vec::new();
+        let mut all = BTreeSet::new();
+        for outcome in [a, aaaa] {
+            match outcome {
+                Outcome::Found { addresses, .. } => all.extend(addresses),
+                Outcome::Empty => {}
+                Outcome::Missing => why.push("it does not exist".to_owned()),
+                Outcome::Failed(error) => why.push(error),
+            }
+        }
+        why.dedup();
+        if why.is_empty() {
+            why.push("it has no address".to_owned());
+        }
+        (all, why.join(", "))
+    }
+}
+
 /// What DNS says of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {

@@ -144,6 +144,8 @@ pub struct Context {
     pub names: Vec<NameStatus>,
     /// What else is wrong.
     pub causes: Vec<String>,
+    /// Denials that were lost on their way to the daemon, besides those that the kernel programs count.
+    pub lost: u64,
     /// The last sweep.
     pub existing: Option<ExistingStatus>,
     /// Whether something is in force that cannot be read; a cause says what.
@@ -217,7 +219,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         endpoints: on.map_or(0, |observed| observed.endpoints),
         targets,
         names: context.names,
-        events_lost: observed.map_or(0, |observed| observed.lost),
+        events_lost: context.lost + observed.map_or(0, |observed| observed.lost),
         existing: context.existing,
     }
 }

@@ -221,7 +221,8 @@ impl World {
         Ok((Daemon { child, log }, socket))
     }
 
-    /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` if it is there.
+    /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` and `nsswitch.conf` if they
+    /// are there.
     pub fn with_resolver(&self) -> Result<Command> {
         Ok(self.resolving(Command::new("unshare"), &binary("enforcer")?))
     }
@@ -235,6 +236,7 @@ impl World {
     fn resolving(&self, mut unshare: Command, program: &Path) -> Command {
         let script = "mount --bind \"$1/resolv.conf\" /etc/resolv.conf || exit\n\
             [ ! -e \"$1/hosts\" ] || mount --bind \"$1/hosts\" /etc/hosts || exit\n\
+            [ ! -e \"$1/nsswitch.conf\" ] || mount --bind \"$1/nsswitch.conf\" /etc/nsswitch.conf || exit\n\
             shift && exec \"$@\"";
         unshare
             .args(["--mount", "sh", "-c", script, "sh"])

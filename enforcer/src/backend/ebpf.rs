@@ -373,7 +373,7 @@ pub fn unload(pin_dir: &Path) -> Result<bool, BackendError> {
 }
 
 /// A cgroup's directory, held open, and its id.
-fn open_cgroup(cgroup: &Path) -> Result<(File, u64), BackendError> {
+pub(super) fn open_cgroup(cgroup: &Path) -> Result<(File, u64), BackendError> {
     let failed = |error| BackendError::Cgroup {
         path: cgroup.into(),
         error,

@@ -98,8 +98,17 @@ pub struct Nftables {
     rules: Option<RuleSet>,
     /// Until the loop takes it.
     denials: Option<Denials>,
-    /// The table whose drop-in this one is, which others share (B5); none for a table of our own.
-    shared: Option<String>,
+    /// Whose part of a table that others share this is (B5); none for a table of our own.
+    shared: Option<Whose>,
+}
+
+/// Of which instance a part of the shared table is.
+#[derive(Clone, Debug)]
+struct Whose {
+    /// The instance's own table.
+    of: String,
+    /// The own table of the instance that this one goes on for, at another place: its part becomes ours.
+    before: Option<String>,
 }
 
 impl Nftables {
@@ -327,7 +336,7 @@ impl Nftables {
 
     fn lower(&self, rules: &RuleSet, number: u64) -> Image {
         let mut image = image::lower(rules, number, self.loader);
-        if let Some(of) = &self.shared {
+        if let Some(Whose { of, .. }) = &self.shared {
             dropin::honour(&mut image, of);
         }
         image
@@ -346,7 +355,9 @@ impl Nftables {
     fn read(&mut self) -> Result<Option<Dump>, NftablesError> {
         let found = self.dump()?;
         let is_ours = |dump: &Dump| match &self.shared {
-            Some(of) => dropin::is_of(dump, of),
+            Some(Whose { of, before }) => {
+                dropin::is_of(dump, of) || before.as_ref().is_some_and(|before| dropin::is_of(dump, before))
+            }
             None => is_ours(dump),
         };
         if self.held.is_none() && found.as_ref().is_some_and(|dump| !is_ours(dump)) {
@@ -411,11 +422,7 @@ impl Reading {
     }
 }
 
-/// Removes the table if it is ours; false where there was none.
-pub fn unload(table: &str) -> Result<bool, NftablesError> {
-    reach(table)?.map_or(Ok(false), |mut netlink| remove(&mut netlink, table))
-}
-
+/// Removes the table if it is ours; false where there was none. Our part of the shared one is [`dropin::unload`]'s to remove.
 fn remove(netlink: &mut Netlink, table: &str) -> Result<bool, NftablesError> {
     if !dump(netlink, table)?.as_ref().is_some_and(is_ours) {
         return Ok(false);

@@ -7,6 +7,7 @@ use std::{fmt, path::Path};
 
 use serde::Serialize;
 
+use super::BackendError;
 use crate::config::Backend;
 
 mod bpf;
@@ -295,7 +296,9 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Chooses a backend (§5): `auto` takes ebpf, else nftables, else nothing. What is asked for by name is not replaced. Pure.
+/// Chooses a backend (§5), for a start and for `doctor`: `auto` takes ebpf, else nftables, else nothing. Only what this kernel lacks is
+/// a reason to fall back: a mistake of the configuration, or what could not be found out, is mended, not evaded. What is asked for by
+/// name is not replaced. Pure.
 #[must_use]
 pub fn choose(works: &Works, wanted: Backend) -> Choice {
     let chosen = |backend, reason: String| Choice {
@@ -304,6 +307,11 @@ pub fn choose(works: &Works, wanted: Backend) -> Choice {
     };
     let refused = |reason| Choice { backend: None, reason };
     let (ebpf, nftables) = (&works.ebpf, &works.nftables);
+    if let (Backend::Auto, Fact::Inconclusive(why)) = (wanted, ebpf) {
+        return refused(format!(
+            "auto does not fall back to nftables, as this kernel is not what keeps ebpf from working: {why}; mend that, or name a backend"
+        ));
+    }
     match (wanted, ebpf.obstacle(), nftables.obstacle()) {
         (Backend::Auto, None, _) => chosen(Backend::Ebpf, "auto takes ebpf, which works here".to_owned()),
         (Backend::Auto, Some(ebpf), None) => chosen(
@@ -349,6 +357,16 @@ impl Fact {
                 ) => Self::Missing { why: error.to_string() },
                 Some(_) | None => Self::Inconclusive(error.to_string()),
             },
+        }
+    }
+
+    /// By what a start met: what the kernel cannot do is missing, any other failure is somebody's to mend.
+    pub(crate) fn from_backend(error: &BackendError) -> Self {
+        let why = error.without_hint().into();
+        if error.is_inability() {
+            Self::Missing { why }
+        } else {
+            Self::Inconclusive(why)
         }
     }
 
@@ -418,7 +436,8 @@ mod tests {
             (Auto, &yes, &yes, Some(Ebpf)),
             (Auto, &yes, &no, Some(Ebpf)),
             (Auto, &no, &yes, Some(Nftables)),
-            (Auto, &unknown, &yes, Some(Nftables)),
+            // As a start does: only what is missing for sure is fallen back from.
+            (Auto, &unknown, &yes, None),
             (Auto, &no, &no, None),
             (Auto, &no, &unknown, None),
             (Ebpf, &yes, &no, Some(Ebpf)),

@@ -1,21 +1,19 @@
 //! `enforcer check`: the verdict on an attempt, by the rule set in the kernel, with its reasons.
 
-use std::{
-    net::{IpAddr, ToSocketAddrs},
-    path::Path,
-};
+use std::{net::IpAddr, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
 use serde::Serialize;
 
-use super::{Answer, Json, print_line};
+use super::{Answer, Json, print_line, runtime};
 use crate::{
     backend::InForce,
     config::Config,
     host::{self, START},
-    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, Users},
+    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid},
+    resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
 };
 
@@ -74,16 +72,19 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
     })?;
     // A kernel thread's UID is root's; it counts only where the programs cannot tell that it is one (D3).
     let task = match &check.user {
-        Some(name) if !check.kernel => user(name)?,
+        Some(name) if !check.kernel => Uid::parse(name, &HostUsers)?,
         Some(_) | None => Uid(0),
     };
-    let mount = host::cgroup2_mount()?.unwrap_or_default();
+    let mount = host::cgroup2_mount()?;
     let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
-    let cgroups =
-        host::ancestors(&mount, &cgroup).with_context(|| format!("cgroup {cgroup} below {}", mount.display()))?;
+    let cgroups = host::ancestors(mount.as_deref(), &cgroup).with_context(|| match &mount {
+        Some(mount) => format!("cgroup {cgroup} below {}", mount.display()),
+        None => format!("cgroup {cgroup}"),
+    })?;
+    let owner = check.socket_user.as_deref().map(|name| Uid::parse(name, &HostUsers));
     let subject = Subject {
         task,
-        socket: Some(check.socket_user.as_deref().map(user).transpose()?.unwrap_or(task)),
+        socket: Some(owner.transpose()?.unwrap_or(task)),
         kernel_thread: check.kernel,
         cgroups,
     };
@@ -161,16 +162,6 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
     })
 }
 
-pub(super) fn user(name: &str) -> Result<Uid> {
-    if let Ok(uid) = name.parse() {
-        return Ok(Uid(uid));
-    }
-    HostUsers
-        .uid(name)
-        .with_context(|| format!("look up user {name}"))?
-        .ok_or_else(|| anyhow!("user {name} does not exist; give its UID if it is to come"))
-}
-
 /// A destination as it is dialled: unlike an endpoint it may be unspecified.
 fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
     let (protocol, rest) = match text.split_once("://") {
@@ -189,8 +180,10 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
         bail!("destination {text}: give one address and port, such as tcp://10.0.0.5:4222");
     };
     let port = endpoint.port.get();
-    let found = (name.as_str(), port)
-        .to_socket_addrs()
-        .with_context(|| format!("look up {name}"))?;
-    Ok((protocol, found.map(|address| address.ip()).collect(), port))
+    // As the daemon does it (N1).
+    let (addresses, why) = runtime()?.block_on(lookup(name, LOOKUP_TIMEOUT)).into_addresses();
+    if addresses.is_empty() {
+        bail!("look up {name}: {why}");
+    }
+    Ok((protocol, addresses.into_iter().collect(), port))
 }

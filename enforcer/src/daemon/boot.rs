@@ -30,6 +30,8 @@ pub(super) struct Left {
     pub(super) names: Known,
     /// The message bus (B2).
     pub(super) bus: Option<BTreeSet<Endpoint>>,
+    /// Its nftables table: of a part of the table that releases know, whose it is (B5).
+    pub(super) table: Option<String>,
     /// What the file holds; none where there is none, or none that can be used.
     pub(super) mark: Option<Mark>,
     /// Why it cannot be used.
@@ -41,6 +43,7 @@ impl Left {
         Self {
             names: Known::default(),
             bus: None,
+            table: None,
             mark: None,
             fault: None,
         }
@@ -56,6 +59,7 @@ impl Left {
             let left = Self {
                 names: state::load_early(dir),
                 bus: None,
+                table: None,
                 mark: None,
                 fault,
             };
@@ -65,10 +69,10 @@ impl Left {
     }
 
     fn of(good: &LastGood, mark: Option<Mark>) -> Self {
-        let bus = good.bosh.as_ref().and(good.policy.bus()).filter(|bus| !bus.is_empty());
         Self {
             names: good.names.clone(),
-            bus: bus.cloned(),
+            bus: good.bus().cloned(),
+            table: Some(good.settings.nft_table.clone()),
             mark,
             fault: None,
         }
@@ -261,7 +265,8 @@ pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
 pub(super) fn leave(old: &Settings, new: &Settings) {
     let removed = [
         (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map_err(|error| error.to_string())),
-        (old.nft_table != new.nft_table).then(|| nftables::unload(&old.nft_table).map_err(|error| error.to_string())),
+        (old.nft_table != new.nft_table)
+            .then(|| nftables::dropin::unload(&old.nft_table).map_err(|error| error.to_string())),
     ];
     for error in removed.into_iter().flatten().filter_map(Result::err) {
         warn!("remove what was enforced at the places before: {error}");

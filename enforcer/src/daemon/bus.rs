@@ -30,9 +30,7 @@ impl Daemon {
             return;
         };
         let read = bosh::read(dir);
-        // Of two files one of which is damaged, the other counts only where nothing better is known.
-        let usable = |_: &Bus| read.fault.is_none() || self.bus.is_none();
-        if let Some(Bus { endpoints, file }) = read.bus.filter(usable)
+        if let Some(Bus { endpoints, file }) = read.usable(self.bus.as_ref()).cloned()
             && self.bus.as_ref() != Some(&endpoints)
         {
             let list: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
@@ -56,8 +54,7 @@ impl Daemon {
     pub(super) fn take_bus(&mut self) -> bool {
         let dir = self.wanted.config.bus_dir().map(Path::to_path_buf);
         self.read_bus(dir.as_deref());
-        let bus = self.bus.as_ref().filter(|_| dir.is_some());
-        let changed = bus.is_some_and(|bus| self.wanted.policy.set_bus(bus));
+        let changed = self.wanted.take_bus(self.bus.as_ref());
         if changed {
             self.policy = self.grants.add_to(&self.wanted.policy);
             self.names.set(self.wanted.policy.names(), Instant::now());

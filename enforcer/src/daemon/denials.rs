@@ -1,19 +1,30 @@
 //! Denials on their way from the kernel to those who asked for them.
 
+use std::{
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
 use tokio::{
-    io::unix::AsyncFd,
+    io::unix::{AsyncFd, AsyncFdReadyMutGuard},
     sync::{broadcast, mpsc},
 };
+
+use tracing::info;
 
 use super::{Daemon, DaemonError, sources::readable};
 use crate::{
     backend::{ebpf::Events, nftables},
     control::Reply,
-    events::{self, Line, Lost},
+    events::{self, Event, Line, Lost},
 };
 
 /// Denials read at once: what comes faster is counted as lost.
 const EVENTS_AT_ONCE: usize = 1024;
+/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
+const EVENT_REST: Duration = Duration::from_millis(50);
+/// How long a flood may go on before what is lost by it is told.
+const LONG_FLOOD: Duration = Duration::from_secs(2);
 /// Denials kept for callers that ask later.
 pub(super) const KEPT_EVENTS: usize = 1024;
 
@@ -27,6 +38,9 @@ impl Daemon {
             action: "watch the ring buffer",
             error,
         })?;
+        // Pinned, it counts on from what was told before this process.
+        let lost = kernel.lost()?;
+        self.lost = Some(self.lost.map_or(lost, |told| told.min(lost)));
         Ok(Some(source))
     }
 
@@ -39,12 +53,21 @@ impl Daemon {
         })
     }
 
-    /// Takes what has come; the rules send no more than so many a second.
-    pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) {
-        while let Some(denial) = source.take() {
+    /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.
+    pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) -> bool {
+        let mut taken = 0;
+        while taken < EVENTS_AT_ONCE {
+            let Some(denial) = source.take() else { break };
             let event = events::read_logged(&denial, std::time::SystemTime::now());
-            self.publish(Line::Event(event));
+            self.denied(event);
+            taken += 1;
         }
+        let lost = source.take_lost();
+        if lost > 0 {
+            self.lost_logged += lost;
+            self.publish(Line::Lost(Lost::new(lost)));
+        }
+        taken < EVENTS_AT_ONCE
     }
 
     /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
@@ -53,17 +76,34 @@ impl Daemon {
         let mut taken = 0;
         while taken < EVENTS_AT_ONCE {
             let Some(record) = source.take() else { break };
-            self.publish(Line::Event(events::read(&record, boot)));
+            self.denied(events::read(&record, boot));
             taken += 1;
         }
-        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
-        if let Some(lost) = lost
-            && lost > self.lost
-        {
-            self.publish(Line::Lost(Lost::new(lost - self.lost)));
-            self.lost = lost;
+        let all = taken < EVENTS_AT_ONCE;
+        // What was lost is younger than what was still to be read. In a flood without an end it is told all the same.
+        let since = *self.flood.get_or_insert_with(Instant::now);
+        if all || since.elapsed() > LONG_FLOOD {
+            self.flood = None;
+            self.tell_lost();
         }
-        taken < EVENTS_AT_ONCE
+        all
+    }
+
+    fn tell_lost(&mut self) {
+        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
+        if let (Some(lost), Some(told)) = (lost, self.lost)
+            && lost > told
+        {
+            self.publish(Line::Lost(Lost::new(lost - told)));
+            self.lost = Some(lost);
+        }
+    }
+
+    fn denied(&mut self, event: Event) {
+        if let Some(line) = self.journal.take(&event, Instant::now()) {
+            info!("{line}");
+        }
+        self.publish(Line::Event(event));
     }
 
     pub(super) fn publish(&mut self, line: Line) {
@@ -73,6 +113,15 @@ impl Daemon {
         self.events.push_back(line.clone());
         let _ = self.followers.send(line);
     }
+}
+
+/// Until when to take no more: where not all was taken, there is more at once.
+pub(super) fn rest_after<T: AsRawFd>(all: bool, mut guard: AsyncFdReadyMutGuard<'_, T>) -> Option<Instant> {
+    if all {
+        guard.clear_ready();
+        return None;
+    }
+    Some(Instant::now() + EVENT_REST)
 }
 
 pub(super) async fn send_events(

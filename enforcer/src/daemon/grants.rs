@@ -1,6 +1,6 @@
 //! Grants asked for, ended and kept (B4): what each changes in the kernel and on disk, in which order.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use tracing::{info, warn};
@@ -11,7 +11,7 @@ use crate::{
     events::{GrantEvent, Line},
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Term},
     host,
-    policy::{CgroupPath, CgroupPathError, HostUsers, Policy, Uid, Users},
+    policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
 };
 
 /// Longest time that a grant with an end may have (F7).
@@ -38,10 +38,8 @@ pub(super) enum GrantError {
     Both,
     #[error(transparent)]
     Process(#[from] CgroupError),
-    #[error("no user {name:?} on this host; create it, correct the name, or give a UID from 0 to 4294967294")]
-    UnknownUser { name: String },
-    #[error("look up user {name:?}: {error}; give the UID")]
-    Lookup { name: String, error: io::Error },
+    #[error(transparent)]
+    User(#[from] UserError),
     #[error("a grant lasts from 1 s to {}", humantime::format_duration(MAX_TIME))]
     Time,
     #[error(
@@ -271,7 +269,7 @@ impl Daemon {
     /// Makes the rule set from what is granted now, and puts it in force.
     fn put_in_force(&mut self) -> Result<(), DaemonError> {
         self.policy = self.grants.add_to(&self.wanted.policy);
-        self.host = self.snapshot(&self.policy)?;
+        self.host = self.wanted.host(&self.policy)?;
         self.apply_now()?;
         self.faults.set(About::RuleSet, None);
         Ok(())
@@ -288,14 +286,6 @@ impl Daemon {
             let fault = format!("{error}; a grant that was taken back stays in force until this is mended");
             self.faults.set(About::RuleSet, Some(fault));
         }
-    }
-
-    /// This host as a policy needs it known.
-    pub(super) fn snapshot(&self, policy: &Policy) -> Result<crate::ruleset::Host, DaemonError> {
-        host::snapshot(Some(&self.wanted.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })
     }
 
     /// Writes the file. What failed is tried again at each tick.
@@ -349,7 +339,11 @@ fn grantee(to: &Selector, peer: &Peer) -> Result<Grantee, GrantError> {
         (None, None, Some(_)) => None,
         (None, None, None) => Some(peer.cgroup()?),
     };
-    let user = to.user.as_deref().map(user).transpose()?;
+    let user = to
+        .user
+        .as_deref()
+        .map(|user| Uid::parse(user, &HostUsers))
+        .transpose()?;
     match (user, cgroup) {
         (Some(uid), Some(cgroup)) => Ok(Grantee::UserWithin(uid, cgroup)),
         (Some(uid), None) => Ok(Grantee::User(uid)),
@@ -366,19 +360,6 @@ fn end(now: Timestamp, seconds: u64) -> Result<Timestamp, GrantError> {
     }
     let signed = SignedDuration::try_from(time).map_err(|_| GrantError::Time)?;
     now.checked_add(signed).map_err(|_| GrantError::Time)
-}
-
-fn user(name: &str) -> Result<Uid, GrantError> {
-    let unknown = || GrantError::UnknownUser { name: name.to_owned() };
-    if let Ok(uid) = name.parse::<u64>() {
-        let uid = u32::try_from(uid).ok().filter(|uid| *uid != u32::MAX);
-        return uid.map(Uid).ok_or_else(unknown);
-    }
-    let found = HostUsers.uid(name).map_err(|error| GrantError::Lookup {
-        name: name.to_owned(),
-        error,
-    })?;
-    found.ok_or_else(unknown)
 }
 
 fn asker(peer: &Peer) -> Asker {

@@ -55,6 +55,7 @@ impl Daemon {
             restored: self.enforcement.restored(),
             names,
             causes,
+            lost: self.lost_logged,
             existing: self.existing.clone(),
             unread: observed.is_err(),
         };

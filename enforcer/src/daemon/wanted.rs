@@ -1,7 +1,7 @@
 //! A configuration read, understood, and found possible on this host.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     time::Instant,
@@ -10,10 +10,11 @@ use std::{
 use super::{DaemonError, boot::Left};
 use crate::{
     config::{Backend, Bosh, Config, Settings},
-    grants, host,
-    policy::{HostUsers, Policy},
+    grants::{self, Grants},
+    host,
+    policy::{Endpoint, HostUsers, Policy},
     resolve::Names,
-    ruleset::{RuleSet, compile},
+    ruleset::{Host, Resolved, RuleSet, compile},
     state::LastGood,
 };
 
@@ -103,31 +104,44 @@ impl Wanted {
         if let Some(fault) = left.fault {
             return Err(failed("read what was in force last")(io::Error::other(fault)));
         }
-        let mut policy = self.policy.clone();
-        if let (Some(bus), Some(_)) = (&left.bus, self.config.bus_dir()) {
-            policy.set_bus(bus);
-        }
         let mut grants = grants::load(dir)
             .map_err(io::Error::other)
             .map_err(failed("read the grants"))?;
         grants.expire(jiff::Timestamp::now());
-        let policy = grants.add_to(&policy);
+        let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants);
         let mut names = Names::new(policy.dns);
         let now = Instant::now();
         names.set(policy.names(), now);
         names.restore(&left.names, now);
-        let host =
-            host::snapshot(Some(&self.mount), &policy.cgroups()).map_err(failed("list this host's addresses"))?;
-        let rules = compile(&policy, &names.resolved(now), &host).map_err(|error| DaemonError::Compile {
-            path: self.path.clone(),
-            error,
-        })?;
+        let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy)?)?;
         let cgroup = match &self.cgroup {
             Some(cgroup) => host::directory_id(cgroup).ok_or(DaemonError::NoCgroup2)?,
             // No program is attached anywhere then.
             None => 0,
         };
         Ok((rules, cgroup))
+    }
+
+    /// Takes the message bus as far as it is known, where the configuration leaves it to the agent's settings (B2). True if
+    /// the policy is another one by it.
+    pub(super) fn take_bus(&mut self, bus: Option<&BTreeSet<Endpoint>>) -> bool {
+        take_bus(&self.config, &mut self.policy, bus)
+    }
+
+    /// This host as a policy needs it known.
+    pub(super) fn host(&self, policy: &Policy) -> Result<Host, DaemonError> {
+        host::snapshot(Some(&self.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
+            action: "list this host's addresses",
+            error,
+        })
+    }
+
+    /// The rules that its policy, completed, comes to.
+    pub(super) fn rules(&self, policy: &Policy, resolved: &Resolved, host: &Host) -> Result<RuleSet, DaemonError> {
+        compile(policy, resolved, host).map_err(|error| DaemonError::Compile {
+            path: self.path.clone(),
+            error,
+        })
     }
 
     /// How and where it is enforced.
@@ -141,6 +155,22 @@ impl Wanted {
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
+}
+
+/// What a configuration means with what is known besides: the message bus of a BOSH agent's settings, and what was granted. Pure.
+pub(crate) fn complete(
+    config: &Config,
+    mut policy: Policy,
+    bus: Option<&BTreeSet<Endpoint>>,
+    grants: &Grants,
+) -> Policy {
+    take_bus(config, &mut policy, bus);
+    grants.add_to(&policy)
+}
+
+fn take_bus(config: &Config, policy: &mut Policy, bus: Option<&BTreeSet<Endpoint>>) -> bool {
+    let bus = bus.filter(|_| config.bus_dir().is_some());
+    bus.is_some_and(|bus| policy.set_bus(bus))
 }
 
 /// The cgroup to attach to, if something needs or has one, and where paths of cgroups start.

@@ -4,7 +4,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
-    net::IpAddr,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -26,13 +25,15 @@ use crate::{
         },
         probe::{Facts, Place, probe},
     },
+    bosh,
     config::{Config, Settings},
     control::{self, ControlError, Reply, Request},
-    host,
-    policy::{HostUsers, Name, Policy, Protocol},
-    resolve::{Answer, LOOKUP_TIMEOUT, Outcome, lookup},
+    daemon::complete,
+    grants, host,
+    policy::{Endpoint, HostUsers, Name, Policy, Protocol},
+    resolve::{Known, LOOKUP_TIMEOUT, lookup},
     ruleset::{Host, Resolved, RuleSet, compile},
-    state,
+    state::{self, LastGood},
     status::Status,
     sweep::{self, Listener},
 };
@@ -47,8 +48,6 @@ pub(super) struct Seen {
     pub(super) settings: Settings,
     pub(super) cgroup: Option<PathBuf>,
     pub(super) facts: Facts,
-    /// Whether a configuration asks for cgroups, or for cutting.
-    pub(super) names_cgroups: bool,
     pub(super) rules: Option<RuleSet>,
     pub(super) host: Host,
     pub(super) daemon: Option<Status>,
@@ -123,7 +122,7 @@ pub(super) async fn host(config: &Path) -> Seen {
         ),
         ..Seen::default()
     };
-    let policy = seen.read_config();
+    let (policy, known) = seen.read_config().unzip();
     let mount = seen.saw("cgroup v2 mounts", host::cgroup2_mount()).flatten();
     seen.cgroup = seen.settings.cgroup.clone().or_else(|| mount.clone());
     let cgroups = policy.as_ref().map(Policy::cgroups).unwrap_or_default();
@@ -132,8 +131,7 @@ pub(super) async fn host(config: &Path) -> Seen {
         .unwrap_or_default();
     seen.ask_daemon().await;
     if let Some(policy) = &policy {
-        seen.names_cgroups = !cgroups.is_empty();
-        let names = seen.look_up(policy.names()).await;
+        let names = seen.look_up(policy.names(), &known.unwrap_or_default()).await;
         seen.rules = seen.saw("the rules", compile(policy, &names, &seen.host));
     }
     seen.look_at_pins();
@@ -161,19 +159,41 @@ impl Seen {
             .ok()
     }
 
-    fn read_config(&mut self) -> Option<Policy> {
+    /// What the configuration means, with the message bus and with what was granted, and what is known of names.
+    fn read_config(&mut self) -> Option<(Policy, Known)> {
         let read = Config::load(&self.config).map_err(|error| error.to_string());
         let read = read.and_then(|config| {
             self.settings = config.settings.clone();
-            Policy::from_config(&config, &HostUsers).map_err(|error| error.to_string())
+            let (policy, _) = Policy::from_config(&config, &HostUsers).map_err(|error| error.to_string())?;
+            Ok((config, policy))
         });
-        match read {
-            Ok((policy, _)) => Some(policy),
+        let (config, policy) = match read {
+            Ok(read) => read,
             Err(fault) => {
                 self.fault = Some(fault);
-                None
+                return None;
             }
+        };
+        let left = self.saw("what was in force last", state::load(&self.settings.state_dir));
+        let left = left.flatten().map(|(good, _)| good);
+        let bus = self.read_bus(config.bus_dir(), left.as_ref().and_then(LastGood::bus));
+        let mut grants = self
+            .saw("the grants", grants::load(&self.settings.state_dir))
+            .unwrap_or_default();
+        grants.expire(jiff::Timestamp::now());
+        let policy = complete(&config, policy, bus.as_ref(), &grants);
+        Some((policy, left.map(|good| good.names).unwrap_or_default()))
+    }
+
+    /// The message bus that an agent's settings name, else the last one known.
+    fn read_bus(&mut self, dir: Option<&Path>, before: Option<&BTreeSet<Endpoint>>) -> Option<BTreeSet<Endpoint>> {
+        let read = bosh::read(dir?);
+        let now = read.usable(before).map(|bus| bus.endpoints.clone());
+        // Where there are none yet, nothing was kept from being looked at.
+        if let Some(fault) = read.fault.filter(|fault| !fault.is_missing()) {
+            self.saw::<(), _>("the message bus", Err(fault));
         }
+        now.or_else(|| before.cloned())
     }
 
     async fn ask_daemon(&mut self) {
@@ -196,12 +216,7 @@ impl Seen {
     }
 
     /// Looks every name up now, and falls back to what is known of it.
-    async fn look_up(&mut self, names: BTreeSet<Name>) -> Resolved {
-        let known = self
-            .saw("the addresses known last", state::load(&self.settings.state_dir))
-            .flatten()
-            .map(|(good, _)| good.names)
-            .unwrap_or_default();
+    async fn look_up(&mut self, names: BTreeSet<Name>, known: &Known) -> Resolved {
         let tasks: Vec<_> = names
             .into_iter()
             .map(|name| {
@@ -212,7 +227,7 @@ impl Seen {
         let mut resolved = Resolved::new();
         for (name, task) in tasks {
             let (mut addresses, why) = match task.await {
-                Ok(answer) => addresses_of(answer),
+                Ok(answer) => answer.into_addresses(),
                 Err(error) => (BTreeSet::new(), error.to_string()),
             };
             if addresses.is_empty() {
@@ -391,29 +406,6 @@ impl Seen {
                 let name = format!("named {}", entry.file_name().to_string_lossy());
                 self.namespaces.entry(meta.ino()).or_insert(name);
             }
-        }
-    }
-}
-
-fn addresses_of(answer: Answer) -> (BTreeSet<IpAddr>, String) {
-    match answer {
-        Answer::Hosts(addresses) => (addresses, String::new()),
-        Answer::Dns { a, aaaa } => {
-            let mut why = Vec::new();
-            let mut all = BTreeSet::new();
-            for outcome in [a, aaaa] {
-                match outcome {
-                    Outcome::Found { addresses, .. } => all.extend(addresses),
-                    Outcome::Empty => {}
-                    Outcome::Missing => why.push("it does not exist".to_owned()),
-                    Outcome::Failed(error) => why.push(error),
-                }
-            }
-            why.dedup();
-            if why.is_empty() {
-                why.push("it has no address".to_owned());
-            }
-            (all, why.join(", "))
         }
     }
 }

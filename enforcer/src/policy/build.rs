@@ -1,11 +1,12 @@
 //! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4).
 
-use std::{collections::BTreeSet, fmt, io, net::Ipv4Addr, num::NonZeroU16, path::PathBuf};
+use std::{collections::BTreeSet, fmt, net::Ipv4Addr, num::NonZeroU16, path::PathBuf};
 
 use thiserror::Error;
 
 use super::{
-    CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol, Target, Uid, Users,
+    CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol, Target, Uid,
+    UserError, Users,
 };
 use crate::config::{self, Allow, Config, Line, User};
 
@@ -25,9 +26,6 @@ const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
     Some(port) => port,
     None => NonZeroU16::MIN,
 };
-
-/// The UID that the kernel keeps for "no user" (`(uid_t) -1`).
-const NOBODY_AT_ALL: u32 = u32::MAX;
 
 /// A configuration that is well formed and means nothing we can do.
 #[derive(Debug, Error)]
@@ -61,25 +59,12 @@ pub enum PolicyFault {
     /// An endpoint that is none.
     #[error(transparent)]
     Endpoint(EndpointError),
-    /// A name without a user.
-    #[error("no user {name:?} on this host; create it, correct the name or write a UID as a number without quotes")]
-    UnknownUser {
-        /// As configured.
-        name: String,
-    },
-    /// The name service failed.
-    #[error("look up user {name:?}: {cause}; repair the name service or write the UID as a number")]
-    Lookup {
-        /// As configured.
-        name: String,
-        /// What it answered.
-        cause: io::Error,
-    },
-    /// A number that is no user.
-    #[error("{uid} is no user; a UID is a number from 0 to 4294967294")]
-    Uid {
-        /// As configured or looked up.
-        uid: i64,
+    /// A user that is none.
+    #[error("{error}{}", unquoted(error))]
+    User {
+        /// Why not.
+        #[from]
+        error: UserError,
     },
     /// A cgroup path that is none.
     #[error("cgroup {path:?}: {fault}")]
@@ -250,25 +235,19 @@ fn principal(allow: &Allow, users: &dyn Users) -> Result<Principal, PolicyFault>
     }
 }
 
-fn uid(user: &User, users: &dyn Users) -> Result<Uid, PolicyFault> {
-    let uid = match user {
-        User::Uid(uid) => *uid,
-        User::Name(name) => match users.uid(name) {
-            Ok(Some(uid)) => i64::from(uid.0),
-            Ok(None) => return Err(PolicyFault::UnknownUser { name: name.clone() }),
-            Err(cause) => {
-                return Err(PolicyFault::Lookup {
-                    name: name.clone(),
-                    cause,
-                });
-            }
-        },
-    };
-    u32::try_from(uid)
-        .ok()
-        .filter(|uid| *uid != NOBODY_AT_ALL)
-        .map(Uid)
-        .ok_or(PolicyFault::Uid { uid })
+fn uid(user: &User, users: &dyn Users) -> Result<Uid, UserError> {
+    match user {
+        User::Uid(uid) => Uid::from_number(*uid),
+        User::Name(name) => Uid::of_name(name, users),
+    }
+}
+
+/// How a UID is written here.
+fn unquoted(error: &UserError) -> &'static str {
+    match error {
+        UserError::Unknown { .. } | UserError::Lookup { .. } => " (a number without quotes)",
+        UserError::Number { .. } => "",
+    }
 }
 
 impl fmt::Display for Warning {

@@ -28,6 +28,14 @@ pub struct LastGood {
     pub bosh: Option<PathBuf>,
 }
 
+impl LastGood {
+    /// The message bus, where an agent's settings named one.
+    #[must_use]
+    pub fn bus(&self) -> Option<&BTreeSet<Endpoint>> {
+        self.bosh.as_ref().and(self.policy.bus()).filter(|bus| !bus.is_empty())
+    }
+}
+
 /// As [`LastGood`], of somebody else's.
 #[derive(Clone, Copy, Debug)]
 pub struct LastGoodRef<'a> {

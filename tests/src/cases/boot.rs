@@ -9,7 +9,7 @@ use super::{
     names::{Named, addresses},
 };
 use crate::{
-    backend::EBPF,
+    backend::{Backend, EBPF},
     dns::Zone,
     kernel::CGROUP_NEEDS,
     world::{Daemon, Listener, NOBODY, World, ran, until},
@@ -30,13 +30,13 @@ pub fn cases() -> Vec<Case> {
         // In another network namespace, where a table would not guard ours.
         case("f4_n7_apply_last_good_needs_nothing_else", apply_last_good).on(EBPF),
         case("f4_a_power_cut_of_any_length_is_told", power_cuts),
-        case("f4_a_start_at_other_places_leaves_nothing_at_the_old", moved).on(EBPF),
+        case("f4_a_start_at_other_places_leaves_nothing_at_the_old", moved),
         case("f4_a_last_good_of_another_version_is_kept_and_told", other_version),
         case(
             "f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good",
             newer_in_force,
         ),
-        case("f2_what_enforced_at_other_places_goes", moved_while_in_force).on(EBPF),
+        case("f2_what_enforced_at_other_places_goes", moved_while_in_force),
         case("f1_a_restart_without_the_last_good_forgets_no_address", forgetful),
         case(
             "f4_names_are_followed_after_a_restart_with_a_bad_configuration",
@@ -242,30 +242,47 @@ fn power_cuts() -> Result<()> {
     guarded(&world)
 }
 
+/// The configuration with both places, pins and table, named after something else.
+fn placed(world: &World, toml: &str, name: &str) -> String {
+    let (pins, table) = (world.pins().display().to_string(), world.name());
+    let elsewhere = world.pins().with_file_name(name).display().to_string();
+    toml.replace(&format!("pin_dir = {pins:?}"), &format!("pin_dir = {elsewhere:?}"))
+        .replace(&format!("nft_table = {table:?}"), &format!("nft_table = {name:?}"))
+}
+
+fn nothing_at(world: &World, name: &str) -> Result<()> {
+    let pins = world.pins().with_file_name(name);
+    let tables = ran(std::process::Command::new("nft").args(["list", "tables"]))?.demand(0)?;
+    let table = format!("table inet {name}");
+    ensure!(
+        !pins.exists() && !tables.stdout.lines().any(|line| line == table),
+        "rules were left at {name}: {}",
+        tables.stdout
+    );
+    Ok(())
+}
+
 fn moved() -> Result<()> {
     let (world, _listener) = rebooted(r#"["root"]"#)?;
     let toml = fs::read_to_string(world.path("enforcer.toml"))?;
-    let pins = format!("{}_b", world.pins().display());
-    let before = format!("pin_dir = {:?}", world.pins().display().to_string());
-    fs::write(
-        world.path("enforcer.toml"),
-        toml.replace(&before, &format!("pin_dir = {pins:?}")),
-    )?;
+    let other = format!("{}_b", world.name());
+    fs::write(world.path("enforcer.toml"), placed(&world, &toml, &other))?;
     let daemon = world.daemon()?;
     guarded(&world)?;
-    ensure!(!world.pins().exists(), "rules were left at {}", world.pins().display());
+    nothing_at(&world, world.name())?;
     unload(&world, daemon)?;
     // A place that cannot be: the last good stays.
-    fs::write(
-        world.path("enforcer.toml"),
-        toml.replace(
-            &before,
-            &format!("pin_dir = {:?}", world.path("pins").display().to_string()),
-        ),
-    )?;
+    let (bad, says) = if Backend::current().is_nftables() {
+        ran(std::process::Command::new("nft").args(["add", "table", "inet", world.name()]))?.demand(0)?;
+        (toml, "was not made by enforcer")
+    } else {
+        let pins = |path: std::path::PathBuf| format!("pin_dir = {:?}", path.display().to_string());
+        (toml.replace(&pins(world.pins()), &pins(world.path("pins"))), "bpffs")
+    };
+    fs::write(world.path("enforcer.toml"), bad)?;
     let daemon = world.daemon()?;
     guarded(&world)?;
-    told(&world, "bpffs")?;
+    told(&world, says)?;
     unload_raw(&world, daemon)
 }
 
@@ -308,31 +325,24 @@ fn newer_in_force() -> Result<()> {
 fn moved_while_in_force() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
-    let mut places = vec![world.pins().display().to_string()];
+    let mut old = world.name().to_owned();
     for by_apply in [false, true] {
         world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
         let toml = fs::read_to_string(world.path("enforcer.toml"))?;
-        let at = |place: &str| {
-            toml.replace(
-                &format!("pin_dir = {:?}", world.pins().display().to_string()),
-                &format!("pin_dir = {place:?}"),
-            )
-        };
-        let old = places.last().cloned().unwrap_or_default();
-        fs::write(world.path("enforcer.toml"), at(&old))?;
+        fs::write(world.path("enforcer.toml"), placed(&world, &toml, &old))?;
         world.daemon()?.kill()?;
         world.attack(NOBODY).is_refused()?;
-        let new = format!("{}_{by_apply}", world.pins().display());
-        let allowing = at(&new).replace(r#"["root"]"#, &format!(r#"["root", {NOBODY}]"#));
+        let new = format!("{}_{by_apply}", world.name());
+        let allowing = placed(&world, &toml, &new).replace(r#"["root"]"#, &format!(r#"["root", {NOBODY}]"#));
         fs::write(world.path("enforcer.toml"), allowing)?;
         if by_apply {
             world.apply()?;
         } else {
             world.daemon()?.kill()?;
         }
-        ensure!(!std::path::Path::new(&old).exists(), "rules were left at {old}");
+        nothing_at(&world, &old)?;
         world.attack(NOBODY).reaches()?;
-        places.push(new);
+        old = new;
     }
     world.enforcer(&["unload"])?.demand(0).map(drop)
 }

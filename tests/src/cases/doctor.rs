@@ -24,6 +24,8 @@ pub fn cases() -> Vec<Case> {
         case("doctor_finds_a_listener_beyond_its_endpoint", listener),
         case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
         case("doctor_finds_names_that_do_not_resolve", unresolved),
+        case("doctor_finds_a_bus_of_the_settings_that_does_not_resolve", settings_bus),
+        case("doctor_chooses_as_a_start_does", same_choice),
         case("doctor_finds_a_process_with_capabilities", capable),
         case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
         case("doctor_judges_an_image", image),
@@ -351,6 +353,98 @@ fn unresolved() -> Result<()> {
         bail!("{report}");
     };
     ensure!(finding["items"].to_string().contains("bus.test"), "{finding}");
+    Ok(())
+}
+
+/// The message bus that an agent's settings name counts as one that is configured, also when only the last run knew of it.
+fn settings_bus() -> Result<()> {
+    let named = Named::new(&[], "")?;
+    let dir = named.world.path("bosh");
+    fs::create_dir(&dir)?;
+    let settings = dir.join("settings.json");
+    let url = format!("nats://me:secret@bus.test:{}", named.world.port);
+    fs::write(&settings, format!("{{\"mbus\":{url:?}}}"))?;
+    named
+        .world
+        .configure(&format!("[bosh]\ndir = {:?}\n", dir.display().to_string()))?;
+    let look = |code| -> Result<Value> {
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        Ok(serde_json::from_str(
+            &ran(command.args(["doctor", "--json"]))?.demand(code)?.stdout,
+        )?)
+    };
+    named.dns.set("bus.test", super::names::addresses(&["10.9.0.1"]));
+    let report = look(1)?;
+    ensure!(found(&report, "name-unresolved").is_none(), "{report}");
+    let gone = Zone::Code(hickory_proto::op::ResponseCode::NXDomain);
+    named.dns.set("bus.test", gone.clone());
+    let unresolved = |report: &Value| {
+        let finding = found(report, "name-unresolved");
+        let items = finding.map(|finding| finding["items"].to_string());
+        ensure!(items.is_some_and(|items| items.contains("bus.test")), "{report}");
+        Ok(())
+    };
+    unresolved(&look(1)?)?;
+    named.dns.set("bus.test", super::names::addresses(&["10.9.0.1"]));
+    named.daemon()?.kill()?;
+    named.dns.set("bus.test", gone);
+    fs::remove_file(&settings)?;
+    let report = look(1)?;
+    unresolved(&report)?;
+    ensure!(!report.to_string().contains("secret"), "{report}");
+    named.world.enforcer(&["unload"])?.demand(0).map(drop)
+}
+
+/// `auto` as configured here, with a place that cannot be, and in a program that may not use BPF: what `doctor` says is what a start does.
+fn same_choice() -> Result<()> {
+    let ward = Ward::guarded()?;
+    ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
+    let file = ward.world.path("enforcer.toml");
+    let good = fs::read_to_string(&file)?;
+    let quoted = |path: &Path| format!("{:?}", path.display().to_string());
+    let no_place = quoted(&ward.world.path("place"));
+    let elsewhere = good.replace(&quoted(&ward.world.pins()), &no_place);
+    let no_cgroup = good.replace(&quoted(&ward.world.cgroup), &no_place);
+    for (what, text, prefix, refused) in [
+        ("as it should be", &good, &[][..], false),
+        ("pin_dir not on a bpffs", &elsewhere, &[], true),
+        ("cgroup that is none", &no_cgroup, &[], true),
+        ("no BPF", &good, &["--no-bpf", "eperm", "--"], false),
+        ("no BPF", &good, &["--no-bpf", "enosys", "--"], false),
+    ] {
+        // Without them it is no mistake, nor written there.
+        let refused = refused && !lacks_ebpf();
+        fs::write(&file, text)?;
+        let asked = |words: &[&str]| {
+            let mut command = ward.netns.command(&binary("confined")?);
+            let prefix = if prefix.is_empty() { &["--"][..] } else { prefix };
+            command.args(prefix).arg(binary("enforcer")?).arg("--config").arg(&file);
+            ran(command.args(words))
+        };
+        let report = asked(&["doctor", "--json"])?.demand(1)?.stdout;
+        let chosen = serde_json::from_str::<Value>(&report)?["choice"].clone();
+        let applied = asked(&["apply"])?;
+        println!("    {what}: {chosen}");
+        if refused {
+            ensure!(chosen["backend"].is_null(), "{what}: {chosen}");
+            ensure!(
+                applied.code == 2 && applied.stderr.contains("/place"),
+                "{what}: {applied:?}"
+            );
+            ensure!(chosen["why"].to_string().contains("/place"), "{what}: {chosen}");
+            continue;
+        }
+        let Some(backend) = chosen["backend"].as_str() else {
+            bail!("{what}: {chosen}");
+        };
+        let status = applied.demand(0)?.stdout;
+        ensure!(
+            status.contains(&format!("backend     {backend}")),
+            "{backend}: {status}"
+        );
+        ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
+    }
     Ok(())
 }
 

@@ -28,6 +28,8 @@ pub fn cases() -> Vec<Case> {
         case("b5_f1_changes_under_fire", under_fire),
         case("b5_f2_an_endpoint_that_leaves_monit_is_never_open", changes_hands),
         case("b5_f1_killed_before_the_first_part_was_in_force", killed_early),
+        case("b5_f2_a_start_with_another_table_takes_its_part_along", another_table),
+        case("b5_f4_a_bad_configuration_at_boot_freezes_nothing", bad_configuration),
         case("b5_f5_a_table_taken_away_comes_back", taken_away),
         case("b5_another_instances_part_is_not_touched", two_instances),
     ]);
@@ -351,6 +353,90 @@ fn killed_early() -> Result<()> {
     drop(daemon);
     ensure!(host.tables()?.is_empty(), "{}", host.tables()?);
     Ok(())
+}
+
+/// `nft_table` is another one at the next start, or for `apply`: what the old one had of the shared table is the new one's, with
+/// other rules, and is judged by at every moment, a job's rule with it.
+fn another_table() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", true, "")?;
+    let toml = fs::read_to_string(host.world.path("enforcer.toml"))?;
+    let named = |table: &str| toml.replace(&format!("{:?}", host.world.name()), &format!("{table:?}"));
+    host.daemon()?.kill()?;
+    host.monit(NOBODY)?.is_reset()?;
+    host.rule("meta skuid 1")?;
+    host.monit(1)?.reaches()?;
+    let fire = host.world.path("fire");
+    fs::write(&fire, "")?;
+    let denied = host.monit(NOBODY)?.hammer(&fire)?;
+    let by_job = host.monit(1)?.hammer(&fire)?;
+    let allowed = host.monit(0)?.hammer(&fire)?;
+    let mut old = host.world.name().to_owned();
+    for by_apply in [false, true] {
+        let new = format!("{}_{by_apply}", host.world.name());
+        // Rules of the new one's own: those of the old are not judged by any more.
+        let allow = if by_apply { "[\"root\"]" } else { "[\"root\", 33]" };
+        fs::write(
+            host.world.path("enforcer.toml"),
+            named(&new).replacen("[\"root\"]", allow, 1),
+        )?;
+        let daemon = if by_apply {
+            host.netns.enforcer(&host.world, &["apply"])?.demand(0)?;
+            None
+        } else {
+            Some(host.daemon()?)
+        };
+        let tables = host.tables()?;
+        ensure!(
+            tables.lines().count() == 2 && tables.contains("bosh_agent") && tables.contains(&new),
+            "{old} became {new}: {tables}"
+        );
+        if by_apply {
+            host.monit(OTHER)?.is_reset()?;
+        } else {
+            host.monit(OTHER)?.reaches()?;
+        }
+        host.monit(1)?.reaches()?;
+        host.other(1)?.is_reset()?;
+        let status = host.netns.enforcer(&host.world, &["status", "--json"])?;
+        ensure!(!status.stdout.contains("is used by another"), "{status:?}");
+        if let Some(daemon) = daemon {
+            ensure!(status.code == 0, "{status:?}");
+            daemon.kill()?;
+        }
+        old = new;
+    }
+    fs::remove_file(&fire)?;
+    let (denied, by_job, allowed) = (denied.finish()?, by_job.finish()?, allowed.finish()?);
+    ensure!(denied.connected == 0 && denied.reset > 100, "{denied:?}");
+    ensure!(
+        by_job.reset == 0 && by_job.connected > 100,
+        "by a job's rule: {by_job:?}"
+    );
+    ensure!(allowed.reset == 0 && allowed.connected > 100, "{allowed:?}");
+    host.netns.nft(&format!("flush chain {CHAIN}"))?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0)?;
+    ensure!(host.tables()?.is_empty(), "{}", host.tables()?);
+    Ok(())
+}
+
+/// What two tables hold is known for the last rule set known good, so that it is followed on.
+fn bad_configuration() -> Result<()> {
+    let host = Host::new()?;
+    host.configure("nftables", true, "")?;
+    host.daemon()?.kill()?;
+    let toml = host.world.path("enforcer.toml");
+    let good = fs::read_to_string(&toml)?;
+    fs::write(&toml, format!("{good}bogus = 1\n"))?;
+    let _daemon = host.daemon()?;
+    host.monit(NOBODY)?.is_reset()?;
+    let status = host.netns.enforcer(&host.world, &["status"])?.stdout;
+    ensure!(
+        status.contains("the last rule set known good is in force instead"),
+        "{status}"
+    );
+    fs::write(&toml, &good)?;
+    host.netns.enforcer(&host.world, &["unload"])?.demand(0).map(drop)
 }
 
 fn taken_away() -> Result<()> {

@@ -64,6 +64,8 @@ fn auto() -> Result<()> {
             world.attack(0).way(way).reaches()?;
         }
     }
+    world.enforcer(&["check", "root", &here.to_string()])?.demand(0)?;
+    world.enforcer(&["check", "nobody", &here.to_string()])?.demand(1)?;
     drop(daemon);
     world.enforcer(&["unload"])?.demand(0)?;
     attack.reaches()

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{Case, case};
 use crate::{
     dns::{DnsServer, Zone},
-    world::{Daemon, NOBODY, World, until},
+    world::{Daemon, NOBODY, World, ran, until},
 };
 
 /// All cases of this file.
@@ -20,6 +20,7 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("n1_a_aaaa_and_cname", families),
+        case("n1_check_looks_names_up_as_the_daemon_does", checked),
         case("n3_n4_failures_keep_what_is_known", failures),
         case("n3_one_name_never_touches_another", isolation),
         case("n6_answers_that_name_this_host_are_refused", lies),
@@ -103,6 +104,30 @@ fn families() -> Result<()> {
     ensure!(
         named.denied("10.9.0.1")? && named.denied("2001:db8::9")?,
         "an address that left was let go (N4)"
+    );
+    Ok(())
+}
+
+/// Where the C library's name service would not ask DNS at all.
+fn checked() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1", "2001:db8::9"]));
+    fs::write(named.world.path("nsswitch.conf"), "hosts: files\npasswd: files\n")?;
+    let _daemon = named.daemon()?;
+    let check = |name: &str| {
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        ran(command.args(["check", "nobody", &format!("tcp://{name}:{}", named.world.port)]))
+    };
+    let found = check("bus.test")?.demand(1)?;
+    ensure!(
+        found.stdout.matches("deny  ").count() == 2 && found.stdout.contains("[2001:db8::9]"),
+        "{found:?}"
+    );
+    let missing = check("nosuch.test")?.demand(2)?;
+    ensure!(
+        missing.stderr.contains("look up nosuch.test: it does not exist"),
+        "{missing:?}"
     );
     Ok(())
 }

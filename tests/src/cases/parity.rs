@@ -222,7 +222,7 @@ fn attempt(to: SocketAddr, user: u32, cgroup: &std::path::Path) -> Result<rulese
             task: Uid(user),
             socket: Some(Uid(user)),
             kernel_thread: false,
-            cgroups: host::ancestors(&mount, &path)?,
+            cgroups: host::ancestors(Some(&mount), &path)?,
         },
     })
 }

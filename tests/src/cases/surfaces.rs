@@ -30,6 +30,8 @@ pub fn cases() -> Vec<Case> {
         case("control_socket_full_is_told_and_unload_frees_the_place", full).on(EBPF),
         case("control_socket_bears_anything", hostile_requests),
         case("events_tell_who_and_where", events).on(EBPF),
+        case("denials_are_logged_and_added_up", logged),
+        case("events_lost_are_told_once", lost),
         case("events_follow", follow),
         case("status_counts_and_names_the_generation", status),
         case("check_explains", check).on(EBPF),
@@ -155,6 +157,79 @@ fn events() -> Result<()> {
     })
 }
 
+/// What somebody reads who has only the journal: the first denial at once, the others with their number.
+fn logged() -> Result<()> {
+    use nix::sys::signal::Signal;
+    let (world, _listener) = guarded()?;
+    let mut daemon = world.daemon()?;
+    world.attack(0).reaches()?;
+    let line = |count: &str, user: u32| {
+        let by = format!("on main (tcp {}) by uid {user}", world.here());
+        format!("denied {count} {by}")
+    };
+    let first = line("1 attempt", NOBODY);
+    ensure!(world.attack(NOBODY).run()?.errno.is_some(), "not refused");
+    until("the denial is logged", || Ok(daemon.log().contains(&first)))?;
+    for _ in 0..5 {
+        ensure!(world.attack(NOBODY).run()?.errno.is_some(), "not refused");
+    }
+    ensure!(world.attack(1).run()?.errno.is_some(), "not refused");
+    until("that of another user is logged", || {
+        Ok(daemon.log().contains(&line("1 attempt", 1)))
+    })?;
+    until("all are told", || Ok(lines(&world)?.len() == 7))?;
+    ensure!(daemon.log().matches("denied ").count() == 2, "{}", daemon.log());
+    daemon.signal(Signal::SIGTERM)?;
+    ensure!(daemon.wait()? == 0, "{}", daemon.log());
+    let rest = line("5 attempts", NOBODY);
+    until("the rest is logged at the end", || Ok(daemon.log().contains(&rest)))?;
+    ensure!(daemon.log().matches("denied ").count() == 3, "{}", daemon.log());
+    if !Backend::current().is_nftables() {
+        ensure!(daemon.log().contains(&format!("{first} (attack)")), "{}", daemon.log());
+    }
+    Ok(())
+}
+
+/// A daemon that does not come to read: what did not fit is told as lost, once, and not again by the next one.
+fn lost() -> Result<()> {
+    use nix::sys::signal::Signal;
+    let (world, _listener) = guarded()?;
+    let daemon = world.daemon()?;
+    ensure!(world.status()?["events_lost"] == 0, "{}", world.status()?);
+    daemon.signal(Signal::SIGSTOP)?;
+    let fire = world.path("fire");
+    fs::write(&fire, "")?;
+    let hammer = world.attack(NOBODY).hammer(&fire)?;
+    // nftables logs 200 a second at most, which its socket holds for a second or so.
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    fs::remove_file(&fire)?;
+    let blows = hammer.finish()?;
+    daemon.signal(Signal::SIGCONT)?;
+    let told = |world: &World| -> Result<Vec<u64>> {
+        let lines = lines(world)?;
+        let lost = lines.iter().filter(|line| line["schema"] == "enforcer/lost/1");
+        Ok(lost.filter_map(|line| line["lost"].as_u64()).collect())
+    };
+    // One more: the number of what comes next says what is missing.
+    until("the losses are told", || {
+        world.attack(NOBODY).is_refused()?;
+        Ok(!told(&world)?.is_empty())
+    })?;
+    let (sum, status) = (told(&world)?.iter().sum::<u64>(), world.status()?);
+    println!("    {sum} lost of {blows:?}");
+    ensure!(status["events_lost"] == sum && sum > 0, "{sum}: {status}");
+    daemon.kill()?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    until("a denial is told", || Ok(!lines(&world)?.is_empty()))?;
+    ensure!(told(&world)?.is_empty(), "told again: {:?}", told(&world)?);
+    // Pinned, the kernel's count goes on; that of nftables is the daemon's.
+    let kept = if Backend::current().is_nftables() { 0 } else { sum };
+    let status = world.status()?;
+    ensure!(status["events_lost"] == kept, "not {kept}: {status}");
+    Ok(())
+}
+
 fn follow() -> Result<()> {
     use std::io::{BufRead as _, BufReader};
     let (world, _listener) = guarded()?;
@@ -255,6 +330,13 @@ fn check() -> Result<()> {
         ),
         (vec!["root", &here, "--kernel"], 1, "kernel threads"),
         (vec!["nosuchuser", &here], 2, "nosuchuser"),
+        (vec!["4294967294", &here], 1, "matches user 4294967294"),
+        (vec!["4294967295", &here], 2, "4294967295 is no user"),
+        (
+            vec!["root", &here, "--socket-user", "4294967295"],
+            2,
+            "4294967295 is no user",
+        ),
         (vec!["root", "127.0.0.1"], 2, "127.0.0.1"),
         (vec!["root", &here, "--cgroup", "/no/such"], 2, "/no/such"),
     ] {

@@ -72,24 +72,20 @@ impl Pins {
                 error: error.into(),
             })?;
         }
-        if !is_bpffs(parent) {
-            return Err(BackendError::NotBpffs { path: dir.into() });
-        }
-        let meta = fs::metadata(parent).map_err(|error| BackendError::Io {
-            action: "look at",
-            object: parent.into(),
-            error,
-        })?;
-        // Who can write the parent could put another directory in ours' place, unless it is sticky.
-        if meta.uid() != 0 || (meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0) {
-            return Err(BackendError::Untrusted {
-                path: parent.into(),
-                uid: meta.uid(),
-                mode: meta.mode() & 0o7777,
-            });
-        }
+        trust_parent(dir, parent)?;
         make_dir(dir)?;
         Self::open(dir)?.ok_or_else(|| BackendError::NotBpffs { path: dir.into() })
+    }
+
+    /// Whether [`Pins::create`] would find a place that it can use. Makes nothing.
+    pub fn look(dir: &Path) -> Result<(), BackendError> {
+        let parent = dir.parent().unwrap_or(Path::new("/"));
+        if !is_bpffs(Path::new(BPFFS)) && parent.starts_with(BPFFS) {
+            // It would be mounted.
+            return Ok(());
+        }
+        trust_parent(dir, parent)?;
+        Self::open(dir).map(drop)
     }
 
     /// Path of a pin.
@@ -175,6 +171,27 @@ impl Pins {
             error,
         })
     }
+}
+
+/// Where the directory lies: on a bpffs, and nobody else's to change.
+fn trust_parent(dir: &Path, parent: &Path) -> Result<(), BackendError> {
+    if !is_bpffs(parent) {
+        return Err(BackendError::NotBpffs { path: dir.into() });
+    }
+    let meta = fs::metadata(parent).map_err(|error| BackendError::Io {
+        action: "look at",
+        object: parent.into(),
+        error,
+    })?;
+    // Who can write the parent could put another directory in ours' place, unless it is sticky.
+    if meta.uid() != 0 || (meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0) {
+        return Err(BackendError::Untrusted {
+            path: parent.into(),
+            uid: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        });
+    }
+    Ok(())
 }
 
 fn make_dir(dir: &Path) -> Result<(), BackendError> {

@@ -8,7 +8,7 @@ use enforcer_ebpf::Verdict as Outcome;
 use tracing::warn;
 
 use super::{
-    Denials, Nftables, NftablesError, Plan, Reading, Saved, check, dump,
+    Denials, Nftables, NftablesError, Plan, Reading, Saved, Whose, check, dump,
     expression::{Expression, Verdict},
     failed,
     image::{self, Image, Rule, chain::ABOUT},
@@ -34,6 +34,8 @@ pub struct Tables {
     own: Nftables,
     /// The part of the shared table, once it is in force.
     shared: Option<Nftables>,
+    /// The own table of the instance that this one goes on for.
+    before: Option<String>,
     honour: bool,
     /// Why the jobs' chain is not honoured, though it should be.
     fault: Option<String>,
@@ -47,13 +49,37 @@ pub struct SavedTables {
 }
 
 impl Tables {
-    /// As [`Nftables::take_over`].
-    pub fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
-        Ok(Self {
+    /// As [`Nftables::take_over`]; `before` is the table that this instance had until now, if it is another one: its part of
+    /// the shared table is taken along, so that it is judged by at every moment and the jobs' chain honoured.
+    pub fn take_over(table: &str, before: Option<&str>, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
+        let mut this = Self {
             own: Nftables::take_over(table, forward, daemon)?,
             shared: None,
+            before: before.filter(|before| *before != table).map(str::to_owned),
             honour: false,
             fault: None,
+        };
+        for of in [Some(table), this.before.clone().as_deref()].into_iter().flatten() {
+            if this.shared.is_none() && found_of(&mut this.own.netlink, of)?.is_some() {
+                this.shared = Some(this.part()?);
+            }
+        }
+        Ok(this)
+    }
+
+    /// Our part of the shared table, of which nothing is known yet.
+    fn part(&self) -> Result<Nftables, NftablesError> {
+        Ok(Nftables {
+            netlink: Netlink::open().map_err(|error| failed(TABLE, "open a netlink socket", error))?,
+            table: TABLE.to_owned(),
+            loader: self.own.loader,
+            held: None,
+            rules: None,
+            denials: None,
+            shared: Some(Whose {
+                of: self.own.table.clone(),
+                before: self.before.clone(),
+            }),
         })
     }
 
@@ -146,15 +172,7 @@ impl Tables {
     fn open_shared(&mut self) -> Result<Nftables, NftablesError> {
         let mut shared = match self.shared.take() {
             Some(shared) => shared,
-            None => Nftables {
-                netlink: Netlink::open().map_err(|error| failed(TABLE, "open a netlink socket", error))?,
-                table: TABLE.to_owned(),
-                loader: self.own.loader,
-                held: None,
-                rules: None,
-                denials: None,
-                shared: Some(self.own.table.clone()),
-            },
+            None => self.part()?,
         };
         shared.loader = self.own.loader;
         Ok(shared)

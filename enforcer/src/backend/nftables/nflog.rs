@@ -11,7 +11,7 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_netfilter::{
     NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
-    nflog::{ConfigCmd, ConfigMode, PacketNla, Timeout, ULogMessage, config_request},
+    nflog::{ConfigCmd, ConfigFlags, ConfigMode, PacketNla, Timeout, ULogMessage, config_request},
 };
 use nix::sys::socket::{MsgFlags, recv};
 
@@ -22,6 +22,8 @@ use crate::policy::Protocol;
 const FIRST_GROUP: u16 = 40_000;
 /// How many: each instance on a host needs one.
 const GROUPS: u16 = 64;
+/// Longest message: that of the kernel's own limit (`NFULNL_NLBUFSIZ_DEFAULT` to 131,072).
+const LONGEST: usize = 128 << 10;
 /// Most time that the kernel keeps a denial to send it with others.
 const DELAY: Duration = Duration::from_millis(20);
 
@@ -32,6 +34,11 @@ pub struct Denials {
     /// The group.
     pub group: u16,
     waiting: Vec<Denial>,
+    /// What messages are read into: as long as the longest.
+    buffer: Vec<u8>,
+    /// The number that the kernel gives to what it logs next.
+    next: u32,
+    lost: u64,
 }
 
 /// A denial that a rule has logged.
@@ -74,6 +81,7 @@ impl Denials {
             let commands = vec![
                 ConfigCmd::Bind.into(),
                 ConfigMode::PACKET_MAX.into(),
+                ConfigFlags::SEQ.into(),
                 Timeout::from(DELAY).into(),
             ];
             let message = config_request(NetfilterProtoFamily::Unspec, group, commands);
@@ -86,6 +94,9 @@ impl Denials {
                         socket: Socket(socket),
                         group,
                         waiting: Vec::new(),
+                        buffer: vec![0; LONGEST],
+                        next: 0,
+                        lost: 0,
                     });
                 }
                 Err(error) => last = error,
@@ -99,22 +110,28 @@ impl Denials {
 
     /// The next denial, if one is there.
     pub fn take(&mut self) -> Option<Denial> {
-        let mut buffer = vec![0; 128 << 10];
         while self.waiting.is_empty() {
-            match recv(self.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            match recv(self.socket.0.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(read) => {
-                    self.waiting = messages(buffer.get(..read).unwrap_or_default())
-                        .iter()
-                        .filter_map(denial)
-                        .collect();
+                    for message in messages(self.buffer.get(..read).unwrap_or_default()) {
+                        let Some(parts) = packet(&message) else { continue };
+                        let missing = missing_before(parts, &mut self.next);
+                        self.lost += u64::from(missing);
+                        self.waiting.extend(denial(parts));
+                    }
                     self.waiting.reverse();
                 }
-                // What came faster than it was read is in the counters.
+                // The number of what comes next says how much it was.
                 Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
                 Err(_) => return None,
             }
         }
         self.waiting.pop()
+    }
+
+    /// How many the kernel has logged and could not hand over, as they came faster than they were taken; counted once.
+    pub fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
     }
 }
 
@@ -150,13 +167,33 @@ fn messages(mut bytes: &[u8]) -> Vec<NetlinkMessage<NetfilterMessage>> {
     found
 }
 
-fn denial(message: &NetlinkMessage<NetfilterMessage>) -> Option<Denial> {
+fn packet(message: &NetlinkMessage<NetfilterMessage>) -> Option<&[PacketNla]> {
     let NetlinkPayload::InnerMessage(message) = &message.payload else {
         return None;
     };
     let NetfilterMessageInner::ULog(ULogMessage::Packet(parts)) = &message.inner else {
         return None;
     };
+    Some(parts)
+}
+
+/// How many the kernel has numbered between the one taken before and this one (`NFULA_SEQ`).
+fn missing_before(parts: &[PacketNla], next: &mut u32) -> u32 {
+    let number = parts.iter().find_map(|part| {
+        if let PacketNla::Seq(number) = part {
+            Some(*number)
+        } else {
+            None
+        }
+    });
+    number.map_or(0, |number| {
+        let missing = number.wrapping_sub(*next);
+        *next = number.wrapping_add(1);
+        missing
+    })
+}
+
+fn denial(parts: &[PacketNla]) -> Option<Denial> {
     let (mut prefix, mut packet, mut user) = (None, None, None);
     for part in parts {
         if let PacketNla::Prefix(text) = part {
@@ -198,4 +235,19 @@ fn ends(packet: &[u8]) -> Option<(Protocol, SocketAddr, SocketAddr)> {
         SocketAddr::new(from, source),
         SocketAddr::new(to, destination),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_tell_what_was_lost() {
+        let mut next = 0;
+        let mut missing = |number| missing_before(&[PacketNla::Uid(0), PacketNla::Seq(number)], &mut next);
+        assert_eq!([0, 1, 2, 10, 11].map(&mut missing), [0, 0, 0, 7, 0]);
+        assert_eq!(missing(u32::MAX), u32::MAX - 12);
+        assert_eq!([0, 3].map(&mut missing), [0, 2]);
+        assert_eq!(missing_before(&[PacketNla::Uid(0)], &mut 5), 0);
+    }
 }

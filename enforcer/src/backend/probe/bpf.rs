@@ -2,7 +2,6 @@
 //! else sees.
 
 use std::{
-    fs::File,
     io,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -16,7 +15,7 @@ use nix::{
 use super::{Fact, Facts, Feature, Place};
 use crate::backend::{
     BackendError,
-    ebpf::{self, btf, sys},
+    ebpf::{self, btf, pins::Pins, sys},
 };
 
 pub(super) fn probe(place: Place<'_>, facts: &mut Facts) {
@@ -58,16 +57,27 @@ fn link(cgroup: Option<&Path>) -> Fact {
             why: "no cgroup v2 hierarchy is mounted".to_owned(),
         };
     };
-    let tried = File::open(cgroup).and_then(|cgroup| {
-        let program = sys::load_passing()?;
-        sys::link_create(program.as_fd(), cgroup.as_fd(), sys::CONNECT4).map(drop)
-    });
+    let cgroup = match ebpf::open_cgroup(cgroup) {
+        Ok((cgroup, _)) => cgroup,
+        // A wrong place says nothing of the kernel.
+        Err(error) => return Fact::from_backend(&error),
+    };
+    let tried = sys::load_passing()
+        .and_then(|program| sys::link_create(program.as_fd(), cgroup.as_fd(), sys::CONNECT4).map(drop));
     Fact::from_errno(tried)
 }
 
 /// Loads and attaches what a start would, with its pins on a bpffs that only this thread sees: whatever happens, the kernel takes
 /// all of it back. Its maps put nothing in force, so that it judges nothing.
 fn own_programs(place: Place<'_>, facts: &mut Facts) {
+    // The private bpffs would hide that a start has none there.
+    if let Err(error) = Pins::look(place.pin_dir) {
+        facts.set(Feature::Bpffs, Fact::from_backend(&error));
+        for feature in [Feature::Programs, Feature::Attach] {
+            facts.set(feature, untried());
+        }
+        return;
+    }
     let cgroup = place.cgroup.map(Path::to_path_buf);
     let parent = place.pin_dir.parent().unwrap_or(Path::new("/")).to_path_buf();
     let tried = std::thread::spawn(move || in_private(&parent, cgroup.as_deref())).join();
@@ -81,7 +91,6 @@ fn own_programs(place: Place<'_>, facts: &mut Facts) {
 }
 
 fn in_private(parent: &Path, cgroup: Option<&Path>) -> (Fact, Fact, Fact) {
-    let untried = || Fact::Inconclusive("not tried, as what it needs is missing".to_owned());
     if let Err(error) = private_bpffs(parent) {
         return (error, untried(), untried());
     }
@@ -92,19 +101,14 @@ fn in_private(parent: &Path, cgroup: Option<&Path>) -> (Fact, Fact, Fact) {
     let tried = ebpf::Kernel::take_over(&pins, cgroup, false, 0).and_then(|mut kernel| kernel.try_out());
     let (programs, attach) = match tried {
         Ok(()) => (Fact::Supported, Fact::Supported),
-        Err(error @ BackendError::Attach { .. }) => (Fact::Supported, told(&error)),
-        Err(error) => (told(&error), untried()),
+        Err(error @ BackendError::Attach { .. }) => (Fact::Supported, Fact::from_backend(&error)),
+        Err(error) => (Fact::from_backend(&error), untried()),
     };
     (Fact::Supported, programs, attach)
 }
 
-fn told(error: &BackendError) -> Fact {
-    let why = error.without_hint().into();
-    if error.is_inability() {
-        Fact::Missing { why }
-    } else {
-        Fact::Inconclusive(why)
-    }
+fn untried() -> Fact {
+    Fact::Inconclusive("not tried, as what it needs is missing".to_owned())
 }
 
 fn private_bpffs(parent: &Path) -> Result<(), Fact> {
