@@ -79,7 +79,7 @@ pub(crate) struct Options {
     /// those that are there]
     #[arg(long, value_name = "FILE", requires = "systemd")]
     deb: Vec<PathBuf>,
-    /// Guests that run at once [default: one for each processor; one with --log, --keep or --systemd]
+    /// Guests that run at once [default: one for every two processors; one with --log, --keep or --systemd]
     #[arg(long, short, value_name = "NUMBER")]
     jobs: Option<usize>,
     /// Memory of a guest in MiB [default: 1024, and 3072 with --full]
@@ -204,7 +204,7 @@ impl Options {
             return 1;
         }
         self.jobs
-            .unwrap_or_else(|| available_parallelism().map_or(1, usize::from))
+            .unwrap_or_else(|| available_parallelism().map_or(1, usize::from) / 2)
     }
 }
 
@@ -267,22 +267,27 @@ fn guest(ground: &Ground<'_>, entry: &Entry, kernel: &Kernel, options: &Options)
     let mut initramfs = Initramfs::new(binaries, &binaries.join("enforcer"))?;
     plan.modules = initramfs.modules(kernel, &initramfs::MODULES)?;
     plan.slowness = if options.kvm { 2 } else { EMULATION };
-    initramfs.text("plan.json", &serde_json::to_string_pretty(&plan)?)?;
-    let file = dir.join("initramfs.cpio");
-    initramfs.write(&file)?;
-    let say = |text: &str| settings.progress.suspend(|| eprintln!("vm: {}: {text}", entry.name));
-    say("boot");
-    let mut outcome = machine::run(&entry.name, &kernel.image, &file, &dir, settings);
-    if settings.kvm && outcome.as_ref().is_ok_and(|outcome| outcome.booted.is_none()) {
-        say("KVM does not work here; boot under emulation");
-        let settings = Settings {
-            kvm: false,
-            ..settings.clone()
-        };
-        outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
+    let mut settings = settings.clone();
+    let mut all = Outcome::default();
+    for (layout, plan) in plan.apart() {
+        let dir = dir.join(layout);
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let mut initramfs = initramfs.clone();
+        initramfs.text("plan.json", &serde_json::to_string_pretty(&plan)?)?;
+        let file = dir.join("initramfs.cpio");
+        initramfs.write(&file)?;
+        let say = |text: &str| settings.progress.suspend(|| eprintln!("vm: {}: {text}", entry.name));
+        say(&format!("boot, {layout}"));
+        let mut outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
+        if settings.kvm && outcome.as_ref().is_ok_and(|outcome| outcome.booted.is_none()) {
+            say("KVM does not work here; boot under emulation");
+            settings.kvm = false;
+            outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
+        }
+        let _ = fs::remove_file(&file);
+        all.add(outcome?);
     }
-    let _ = fs::remove_file(&file);
-    outcome
+    Ok(all)
 }
 
 /// What the archive has in the place of the table's packages.

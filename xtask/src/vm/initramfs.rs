@@ -62,7 +62,7 @@ const USERS: &str = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/:/bin/s
 const GROUPS: &str = "root:x:0:\ndaemon:x:1:\nwww-data:x:33:\nnogroup:x:65534:\n";
 
 /// Writes the archive (newc, not compressed: the guest would take longer to unpack it than we to write it).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Initramfs {
     bytes: Vec<u8>,
     /// What has been added.

@@ -76,6 +76,18 @@ impl Cell {
 }
 
 impl Outcome {
+    /// Adds what became of another guest with this kernel, or of this one's next boot.
+    pub(super) fn add(&mut self, other: Self) {
+        self.booted = self.booted.take().or(other.booted);
+        self.cells.extend(other.cells);
+        self.auto.extend(other.auto);
+        self.failure = match (self.failure.take(), other.failure) {
+            (Some(one), Some(other)) => Some(format!("{one}\n{other}")),
+            (one, other) => one.or(other),
+        };
+        self.time += other.time;
+    }
+
     pub(super) fn is_green(&self) -> bool {
         self.failure.is_none()
             && self

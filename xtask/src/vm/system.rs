@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -190,16 +190,13 @@ pub(super) fn run(
         patience,
         ..settings.clone()
     };
-    let started = Instant::now();
     let mut all = Outcome::default();
     for boot in 1..=BOOTS {
         let dir = dir.join(format!("boot-{boot}"));
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let outcome = machine::run(&format!("systemd, boot {boot}"), &kernel.image, &file, &dir, &settings)?;
         let green = outcome.is_green();
-        all.booted = all.booted.or(outcome.booted);
-        all.cells.extend(outcome.cells);
-        all.failure = outcome.failure;
+        all.add(outcome);
         if !green {
             if boot < BOOTS {
                 eprintln!("vm: systemd: not booted again after what failed");
@@ -207,7 +204,6 @@ pub(super) fn run(
             break;
         }
     }
-    all.time = started.elapsed();
     Ok(all)
 }
 
