@@ -26,6 +26,8 @@ pub enum Feature {
     Mptcp,
     /// `SO_NETNS_COOKIE` (Linux 5.14), without which loopback is judged in every network namespace (D6).
     NetnsCookie,
+    /// Filters of system calls (seccomp), by which cases take some from the binary.
+    Seccomp,
     /// nftables' `socket cgroupv2` (Linux 5.13), without which principals with a cgroup match nobody there (§5).
     SocketCgroup,
 }
@@ -73,6 +75,7 @@ pub fn has(feature: Feature) -> Result<bool> {
         Feature::Cgroup2 => Ok(crate::world::cgroup_mount().is_ok()),
         Feature::Mptcp => Ok(Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok()),
         Feature::NetnsCookie => netns_cookie(),
+        Feature::Seccomp => Ok(seccomp_answers()),
         Feature::SocketCgroup => socket_cgroup(),
     }
 }
@@ -83,6 +86,13 @@ fn bpf_answers() -> bool {
     // SAFETY: no attributes are read, their size being 0.
     let result = unsafe { libc::syscall(libc::SYS_bpf, 0, std::ptr::null::<u8>(), 0) };
     result >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS)
+}
+
+/// Whether a process may ask for its mode (prctl(2)): where there is no seccomp, that is no known question.
+#[allow(unsafe_code, reason = "a question that no safe wrapper has")]
+fn seccomp_answers() -> bool {
+    // SAFETY: takes no pointers.
+    unsafe { libc::prctl(libc::PR_GET_SECCOMP, 0, 0, 0, 0) >= 0 }
 }
 
 #[allow(unsafe_code, reason = "a socket option that no safe wrapper has")]

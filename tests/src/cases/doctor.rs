@@ -25,12 +25,12 @@ pub fn cases() -> Vec<Case> {
         case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
         case("doctor_finds_names_that_do_not_resolve", unresolved),
         case("doctor_finds_a_bus_of_the_settings_that_does_not_resolve", settings_bus),
-        case("doctor_chooses_as_a_start_does", same_choice),
         case("doctor_finds_a_process_with_capabilities", capable),
         case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
         case("doctor_judges_an_image", image),
     ];
     let of_programs = [
+        case("doctor_chooses_as_a_start_does", same_choice),
         case("doctor_finds_translation_onto_an_endpoint", translation),
         case("doctor_finds_programs_of_others_by_their_order", programs),
         case("doctor_finds_an_open_bpffs_and_open_pins", open_places),
@@ -143,7 +143,7 @@ fn is_lacking(id: &str) -> bool {
         }
         "attach" | "cgroup-link" => lacks_ebpf(),
         "socket-owner" => lacks(Feature::Bpf) || lacks(Feature::Btf),
-        "netns-cookie" => lacks(Feature::Bpf) || lacks(Feature::NetnsCookie),
+        "netns-cookie" => lacks(Feature::NetnsCookie),
         "nft-socket-cgroup" => lacks(Feature::SocketCgroup),
         _ => false,
     }

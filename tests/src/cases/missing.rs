@@ -9,19 +9,31 @@ use super::{Case, case, nftables::Guarded};
 use crate::{
     backend::{BOTH, NFTABLES},
     foreign::{ForeignProgram, Sharing},
+    kernel::Feature,
     world::{NOBODY, Ran, ran, whole_binary},
 };
+
+/// Takes system calls away.
+const SECCOMP: &[Feature] = &[Feature::Seccomp];
 
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("s5_auto_without_bpf_eperm", || auto("eperm", "not permitted")).on(NFTABLES),
-        case("s5_auto_without_bpf_enosys", || auto("enosys", "not implemented")).on(NFTABLES),
-        case("s5_auto_with_neither_says_both_causes", neither).on(NFTABLES),
-        case("f4_nftables_missing", no_nf_tables).on(NFTABLES),
+        case("s5_auto_without_bpf_eperm", || auto("eperm", "not permitted"))
+            .on(NFTABLES)
+            .needs(SECCOMP),
+        case("s5_auto_without_bpf_enosys", || auto("enosys", "not implemented"))
+            .on(NFTABLES)
+            .needs(SECCOMP),
+        case("s5_auto_with_neither_says_both_causes", neither)
+            .on(NFTABLES)
+            .needs(SECCOMP),
+        case("f4_nftables_missing", no_nf_tables).on(NFTABLES).needs(SECCOMP),
         case("f4_nftables_forbidden", no_right).on(NFTABLES),
-        case("f3_f4_nftables_answers_that_do_not_fit", small_buffers).on(NFTABLES),
+        case("f3_f4_nftables_answers_that_do_not_fit", small_buffers)
+            .on(NFTABLES)
+            .needs(SECCOMP),
         case("f4_both_without_nftables", || {
             one_half(&["--no-netfilter"], "nftables", "not supported")
         })
