@@ -109,11 +109,6 @@ fn cgroup() -> Result<()> {
         // A principal with a cgroup matches nobody, and that is told.
         let applied = guarded.netns.enforcer(&guarded.world, &["apply"])?.demand(1)?;
         ensure!(applied.stdout.contains("match nobody"), "{applied:?}");
-        let status = guarded.status()?;
-        ensure!(
-            status["state"] == "degraded" && status["causes"].to_string().contains("match nobody"),
-            "{status}"
-        );
         guarded.attack(NOBODY)?.in_cgroup(&child).is_reset()?;
     } else {
         guarded.apply()?;
