@@ -386,7 +386,7 @@ pub fn copy_binary(name: &str, to: &Path) -> Result<()> {
 /// How long anything may take here before a case fails.
 #[must_use]
 pub fn patience() -> Duration {
-    PATIENCE * slowness().min(5)
+    PATIENCE * slowness().min(20)
 }
 
 /// Waits until `done` says so.
