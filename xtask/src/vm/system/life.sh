@@ -151,6 +151,19 @@ stop_and_start() {
     sleep 1
     systemctl start enforcer
 }
+# systemd starts whatever else ends again, and everything would be in force again.
+unload_is_not_undone() {
+    local since
+    enforcer unload
+    sleep 3
+    since=$(now)
+    sleep 1
+    all_came_to open "$since" "$(now)" $(recall ways) other
+    fails is_active
+    systemctl start enforcer
+    under_attack sleep 0.5
+    root_passes
+}
 crash_opens_nothing() {
     local before
     before=$(main_process)
@@ -304,6 +317,7 @@ case $boot in
     part the_agents_settings_are_followed
     part restart_opens_nothing
     part stop_opens_nothing
+    part unload_is_not_undone
     part crash_opens_nothing
     part upgrade_opens_nothing
     part a_bad_configuration_opens_nothing
