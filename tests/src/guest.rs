@@ -17,7 +17,11 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::{kernel::LACKS, record::RECORD, world::ran};
+use crate::{
+    kernel::LACKS,
+    record::RECORD,
+    world::{SLOWNESS, ran},
+};
 
 /// Where results go.
 const RESULTS: &str = "/dev/ttyS1";
@@ -109,7 +113,7 @@ fn work() -> Result<()> {
                 .envs(&suite.environment)
                 .env(LACKS, &lacks)
                 .env(RECORD, RESULTS)
-                .env("ENFORCER_TEST_SLOWNESS", plan.slowness.to_string())
+                .env(SLOWNESS, plan.slowness.to_string())
                 .env("ENFORCER_BIN", "/bin/enforcer")
                 .status()
                 .context("run /bin/privileged")?;
@@ -120,7 +124,10 @@ fn work() -> Result<()> {
     }
     if plan.shell {
         say(&mut results, &json!({ "shell": true }))?;
-        system::shell()?;
+        let lacks = plan.hierarchies.last().map_or(&[][..], |phase| &phase.lacks);
+        let lacks = [plan.lacks.as_slice(), lacks].concat().join(",");
+        // As the suite has had it, with the hierarchies as they are now.
+        system::shell(&[(LACKS, &lacks), (SLOWNESS, &plan.slowness.to_string())])?;
     }
     say(&mut results, &json!({ "done": true }))
 }

@@ -34,6 +34,8 @@ use crate::{
 pub const NOBODY: u32 = 65534;
 /// How long anything may take on a machine before a case fails.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Where it is said how many times slower than a machine this may be.
+pub const SLOWNESS: &str = "ENFORCER_TEST_SLOWNESS";
 /// Between two looks at something that is awaited.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Begins the name of everything that a test makes.
@@ -405,7 +407,7 @@ pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
 /// How many times slower than a machine this may be: 1, but where whoever starts the suite says otherwise, as of an emulated one.
 #[must_use]
 pub fn slowness() -> u32 {
-    let said = std::env::var("ENFORCER_TEST_SLOWNESS").ok();
+    let said = std::env::var(SLOWNESS).ok();
     said.and_then(|said| said.parse().ok()).unwrap_or(1).max(1)
 }
 

@@ -87,16 +87,17 @@ pub(super) fn prepare() -> Result<()> {
 
 /// A shell on the console, until it ends.
 #[allow(unsafe_code, reason = "what runs between fork and exec")]
-pub(super) fn shell() -> Result<()> {
+pub(super) fn shell(environment: &[(&str, &str)]) -> Result<()> {
     let console = File::options().read(true).write(true).open("/dev/ttyS0")?;
     eprintln!(
-        "\nguest: a shell; leave it to switch the machine off; `ENFORCER_BIN=/bin/enforcer privileged NAME` runs a case again"
+        "\nguest: a shell; leave it to switch the machine off; `privileged --backend BACKEND NAME` runs a case again"
     );
     let mut command = Command::new("/bin/busybox");
     command
         .arg("sh")
         .env("PS1", "guest:\\w# ")
         .env("ENFORCER_BIN", "/bin/enforcer")
+        .envs(environment.iter().copied())
         .stdin(console.try_clone()?)
         .stdout(console.try_clone()?)
         .stderr(console);

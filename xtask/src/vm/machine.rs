@@ -222,7 +222,12 @@ fn escaped(path: &Path) -> String {
 
 /// What a line of the console says about the guest as such.
 fn explained(line: &str) -> Option<&'static str> {
-    if line.contains("Out of memory") || line.contains("out of memory") {
+    let memory = [
+        "Out of memory",
+        "out of memory",
+        "Initramfs unpacking failed: write error",
+    ];
+    if memory.iter().any(|said| line.contains(said)) {
         Some("the guest ran out of memory (give it more with --memory)")
     } else if line.contains("Kernel panic") {
         Some("the kernel panicked")
