@@ -58,10 +58,8 @@ impl Left {
         let Some((good, mark)) = good else {
             let left = Self {
                 names: state::load_early(dir),
-                bus: None,
-                table: None,
-                mark: None,
                 fault,
+                ..Self::nothing()
             };
             return (left, None);
         };

@@ -1,6 +1,10 @@
 //! F1, F5: starts and ends over whatever is pinned: halves, other versions, links that were tampered with.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
@@ -176,8 +180,8 @@ fn taken_link() -> Result<()> {
     Ok(())
 }
 
-fn cgroup_made_again() -> Result<()> {
-    let (world, _listener) = guarded()?;
+/// A cgroup below the world's, which the configuration then names instead.
+fn configured_on_child(world: &World) -> Result<PathBuf> {
     let child = world.cgroup.join("child");
     fs::create_dir(&child)?;
     let target = format!(
@@ -185,6 +189,12 @@ fn cgroup_made_again() -> Result<()> {
         world.here()
     );
     world.configure_on(&child, &target)?;
+    Ok(child)
+}
+
+fn cgroup_made_again() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let child = configured_on_child(&world)?;
     let _daemon = world.daemon()?;
     let attack = world.attack(NOBODY).in_cgroup(&child);
     attack.is_refused()?;
@@ -197,13 +207,7 @@ fn cgroup_made_again() -> Result<()> {
 fn other_cgroup() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
-    let child = world.cgroup.join("child");
-    fs::create_dir(&child)?;
-    let target = format!(
-        "[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
-        world.here()
-    );
-    world.configure_on(&child, &target)?;
+    configured_on_child(&world)?;
     told(&world, "degraded", "attached to another cgroup")
 }
 
