@@ -403,6 +403,12 @@ impl InForce {
         name(self.ebpf.is_some(), self.nftables.is_some())
     }
 
+    /// Whether eBPF enforces, alone or with nftables.
+    #[must_use]
+    pub fn uses_ebpf(&self) -> bool {
+        self.ebpf.is_some()
+    }
+
     /// The verdict of what is in force: a denial of either half is one.
     pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;

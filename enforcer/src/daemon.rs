@@ -70,6 +70,10 @@ struct Daemon {
     /// The file does not hold them as they are.
     grants_unsaved: bool,
     enforcement: Enforcement,
+    /// Whether this process goes on after its first rule set.
+    stays: bool,
+    /// Why it is not known whether the host sees what this process keeps.
+    visibility_unknown: Option<String>,
     names: Names,
     host: Host,
     lookups: JoinSet<Answer>,
@@ -325,6 +329,8 @@ impl Daemon {
             grants,
             grants_unsaved: false,
             enforcement,
+            stays,
+            visibility_unknown: None,
             log_level: level,
             drift: Drift::default(),
             names,
@@ -442,6 +448,7 @@ impl Daemon {
     }
 
     fn ready(&mut self) -> Result<(), DaemonError> {
+        self.look_at_visibility();
         let observed = self.enforcement.observe()?;
         if let Some(kernel) = self.enforcement.kernel() {
             kernel.trim_memory();
@@ -554,6 +561,7 @@ impl Daemon {
             return Err(error);
         }
         self.enforcement.retire(&self.wanted.config.settings);
+        self.look_at_visibility();
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
         self.pending = None;

@@ -27,6 +27,7 @@ pub mod sweep;
 pub mod takeover;
 pub mod units;
 pub mod verify;
+pub mod visibility;
 
 use anyhow::{Result, ensure};
 
@@ -105,6 +106,7 @@ pub fn all() -> Vec<Case> {
         takeover::cases(),
         units::cases(),
         verify::cases(),
+        visibility::cases(),
     ]
     .into_iter()
     .flatten()

@@ -103,7 +103,6 @@ pub fn cases() -> Vec<Case> {
     cases.push(case("f4_reload_with_a_bad_file_degrades", reload));
     cases.push(case("f4_attach_cgroup_missing", no_cgroup).on(EBPF));
     cases.push(case("f4_pin_dir_not_on_a_bpffs", no_bpffs).on(EBPF));
-    cases.push(case("f4_bpffs_missing_is_mounted", bpffs_missing).on(EBPF));
     cases.push(case("f4_no_permission", no_permission));
     cases.push(case("f5_another_program_forbids_sharing", forbidden).on(EBPF));
     cases.push(case("f6_pin_dir_of_somebody_else", foreign_pins).on(EBPF));
@@ -220,19 +219,6 @@ fn no_bpffs() -> Result<()> {
     )?;
     expect(&world, &["bpffs", "pins"])?;
     good(&world)?;
-    still_guarded(&world)
-}
-
-fn bpffs_missing() -> Result<()> {
-    let (world, _listener) = guarded()?;
-    // In a mount namespace of its own, so that nobody else loses his.
-    let script = "umount /sys/fs/bpf; exec \"$@\"";
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(binary("enforcer")?);
-    let applied = ran(command.arg("--config").arg(world.path("enforcer.toml")).arg("apply"))?.demand(0)?;
-    ensure!(applied.stdout.contains("enforcing"), "{applied:?}");
     still_guarded(&world)
 }
 

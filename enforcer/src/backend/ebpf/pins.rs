@@ -14,6 +14,7 @@ use nix::{
 };
 
 use super::BackendError;
+use crate::host::mounts::{Seen, host_would_see_mount};
 
 /// Where a bpffs belongs (Documentation/bpf, systemd's own mount).
 const BPFFS: &str = "/sys/fs/bpf";
@@ -58,19 +59,8 @@ impl Pins {
     /// Opens the directory, or makes it.
     pub fn create(dir: &Path) -> Result<Self, BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
-        if !is_bpffs(Path::new(BPFFS)) && parent.starts_with(BPFFS) {
-            mount(
-                Some("bpf"),
-                BPFFS,
-                Some("bpf"),
-                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
-                Some("mode=0700"),
-            )
-            .map_err(|error| BackendError::Io {
-                action: "mount a bpffs on",
-                object: BPFFS.into(),
-                error: error.into(),
-            })?;
+        if misses_bpffs(parent) {
+            mount_bpffs()?;
         }
         trust_parent(dir, parent)?;
         make_dir(dir)?;
@@ -80,9 +70,8 @@ impl Pins {
     /// Whether [`Pins::create`] would find a place that it can use. Makes nothing.
     pub fn look(dir: &Path) -> Result<(), BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
-        if !is_bpffs(Path::new(BPFFS)) && parent.starts_with(BPFFS) {
-            // It would be mounted.
-            return Ok(());
+        if misses_bpffs(parent) {
+            return may_mount();
         }
         trust_parent(dir, parent)?;
         Self::open(dir).map(drop)
@@ -171,6 +160,34 @@ impl Pins {
             error,
         })
     }
+}
+
+/// Whether the usual bpffs, on which the directory is to lie, is not mounted.
+fn misses_bpffs(parent: &Path) -> bool {
+    parent.starts_with(BPFFS) && !is_bpffs(Path::new(BPFFS))
+}
+
+/// F1: a bpffs that the host does not see ends with this mount namespace, and with it the pins, the links and enforcement.
+fn may_mount() -> Result<(), BackendError> {
+    match host_would_see_mount(Path::new(BPFFS)) {
+        Seen::Same => Ok(()),
+        Seen::Other => Err(BackendError::PrivateMounts {
+            why: "one mounted here would end with this mount namespace, which is not the host's".to_owned(),
+        }),
+        Seen::Unknown(why) => Err(BackendError::PrivateMounts {
+            why: format!("it is not known whether one mounted here would outlive this process ({why})"),
+        }),
+    }
+}
+
+fn mount_bpffs() -> Result<(), BackendError> {
+    may_mount()?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700")).map_err(|error| BackendError::Io {
+        action: "mount a bpffs on",
+        object: BPFFS.into(),
+        error: error.into(),
+    })
 }
 
 /// Where the directory lies: on a bpffs, and nobody else's to change.
