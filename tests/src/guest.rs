@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::{
     kernel::LACKS,
+    machine::MACHINE,
     record::RECORD,
     world::{SLOWNESS, ran},
 };
@@ -112,6 +113,7 @@ fn work() -> Result<()> {
                 .args(&suite.arguments)
                 .envs(&suite.environment)
                 .env(LACKS, &lacks)
+                .env(MACHINE, "")
                 .env(RECORD, RESULTS)
                 .env(SLOWNESS, plan.slowness.to_string())
                 .env("ENFORCER_BIN", "/bin/enforcer")
@@ -127,7 +129,7 @@ fn work() -> Result<()> {
         let lacks = plan.hierarchies.last().map_or(&[][..], |phase| &phase.lacks);
         let lacks = [plan.lacks.as_slice(), lacks].concat().join(",");
         // As the suite has had it, with the hierarchies as they are now.
-        system::shell(&[(LACKS, &lacks), (SLOWNESS, &plan.slowness.to_string())])?;
+        system::shell(&[(LACKS, &lacks), (MACHINE, ""), (SLOWNESS, &plan.slowness.to_string())])?;
     }
     say(&mut results, &json!({ "done": true }))
 }

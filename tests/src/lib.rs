@@ -12,5 +12,6 @@ pub mod dns;
 pub mod foreign;
 pub mod guest;
 pub mod kernel;
+pub mod machine;
 pub mod record;
 pub mod world;

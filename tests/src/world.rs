@@ -28,6 +28,7 @@ use crate::{
     attack::{GREETING, Way, Who},
     backend::{Backend, without_bpf},
     kernel::{Feature, lacks},
+    machine,
 };
 
 /// A user who may nothing.
@@ -59,7 +60,7 @@ impl World {
     /// Makes a world.
     pub fn new() -> Result<Self> {
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{MARK}_{}_{number}", std::process::id());
+        let name = format!("{MARK}_{}_{number}", machine::number());
         let dir = tempfile::Builder::new().prefix(&name).tempdir()?;
         // Where none can be there is none: attacks then stay in the cgroup that they are started in.
         let cgroup = if lacks(Feature::Cgroup2) {
@@ -83,9 +84,9 @@ impl World {
     /// A loopback address that nobody else uses.
     #[must_use]
     pub fn address(&self) -> IpAddr {
-        let [.., pid] = std::process::id().to_be_bytes();
+        let [.., machine] = machine::number().to_be_bytes();
         let [.., high, low] = (self.number + 1).to_be_bytes();
-        IpAddr::from([127, 64 | pid & 63, high, low])
+        IpAddr::from([127, 64 | machine & 63, high, low])
     }
 
     /// Where the world's own listener is dialled.
@@ -297,9 +298,7 @@ impl Drop for World {
 
 /// A port that nobody has, below those that the kernel gives out (`ip_local_port_range`).
 fn free_port(number: u32) -> Result<u16> {
-    let first = std::process::id()
-        .wrapping_mul(211)
-        .wrapping_add(number.wrapping_mul(3));
+    let first = machine::number().wrapping_mul(211).wrapping_add(number.wrapping_mul(3));
     (0..20_000)
         .filter_map(|offset| u16::try_from(10_000 + first.wrapping_add(offset) % 20_000).ok())
         .find(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)).is_ok())
@@ -308,7 +307,7 @@ fn free_port(number: u32) -> Result<u16> {
 
 /// What is left of tests in the kernel: names of pins, cgroups, namespaces.
 pub fn leftovers() -> Result<Vec<String>> {
-    let mark = format!("{MARK}_{}_", std::process::id());
+    let mark = format!("{MARK}_{}_", machine::number());
     let mut left = Vec::new();
     for dir in [
         PathBuf::from("/sys/fs/bpf"),

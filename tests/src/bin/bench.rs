@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    process::{Command, Stdio},
+    process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, setns};
 use tests::{
     attack::Way,
     foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
+    machine,
     world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount, ran},
 };
 
@@ -22,7 +23,17 @@ type Part = fn() -> Result<()>;
 const ROUNDS: usize = 21;
 const CONNECTS: usize = 1000;
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    machine::inside(|| match measure() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the benchmarks did not end: {error:#}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn measure() -> Result<()> {
     let only = std::env::args().nth(1);
     let parts: [(&str, Part); 6] = [
         ("connects", connects),

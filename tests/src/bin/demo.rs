@@ -12,9 +12,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use futures_util::StreamExt as _;
+use nix::mount::{MsFlags, mount};
 use tests::{
     attack::{Way, Who},
     dns::{DnsServer, Zone},
+    machine,
     world::{Attack, Daemon, Listener, NOBODY, Netns, Outcome, World, binary, leftovers, ran, until},
 };
 
@@ -39,8 +41,12 @@ fn main() -> ExitCode {
     if cli.client {
         return finish(client());
     }
+    machine::inside(|| shown(&cli.backend))
+}
+
+fn shown(backend: &str) -> ExitCode {
     let started = Instant::now();
-    let shown = show(&cli.backend);
+    let shown = show(backend);
     let left = leftovers().unwrap_or_default();
     let result = match shown {
         Ok(()) if left.is_empty() => {
@@ -164,7 +170,7 @@ impl Stage {
         )?;
         let dns = DnsServer::start(Some(&network.file()), SERVER4.parse()?)?;
         dns.set(NAME, Zone::Addresses(vec![SERVER4.parse()?, SERVER6.parse()?]));
-        fs::write(world.path("resolv.conf"), format!("nameserver {SERVER4}\n"))?;
+        resolve_by(&world, SERVER4)?;
         let mut nats = network.command(&nats_server()?);
         nats.args(["--addr", "::", "--port", &PORT.to_string(), "--log"])
             .arg(world.path("nats.log"));
@@ -194,9 +200,7 @@ impl Stage {
     }
 
     fn daemon(&self) -> Result<Daemon> {
-        let mut command = self.host.command(Path::new("unshare"));
-        let inner = self.world.with_resolver()?;
-        self.world.daemon_with(command.args(inner.get_args()))
+        self.world.daemon_with(&mut self.host.command(&binary("enforcer")?))
     }
 
     /// The binary on the host.
@@ -267,17 +271,22 @@ impl Stage {
         Ok(())
     }
 
-    /// This program again as the client, on the host, in the judged cgroup, with the host's resolver.
+    /// This program again as the client, on the host, in the judged cgroup.
     fn client(&self) -> Result<tests::world::Ran> {
-        let mut command = self.host.command(Path::new("unshare"));
-        let inner = self.world.with_resolver()?;
-        let words = inner.get_args().take(inner.get_args().count() - 1);
-        ran(command
-            .args(words)
-            .arg(env::current_exe()?)
+        ran(self
+            .host
+            .command(&env::current_exe()?)
             .arg("--client")
             .env("DEMO_CGROUP", &self.world.cgroup))
     }
+}
+
+/// Makes it the one name server of the machine: of daemon, client and commands alike.
+fn resolve_by(world: &World, server: &str) -> Result<()> {
+    let (file, place) = (world.path("resolv.conf"), "/etc/resolv.conf");
+    fs::write(&file, format!("nameserver {server}\n"))?;
+    mount(Some(&file), place, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("mount {} at {place}", file.display()))
 }
 
 /// Connects by name, subscribes, publishes, receives.

@@ -10,6 +10,7 @@ use nix::unistd::geteuid;
 use tests::{
     backend::{self, Backend},
     cases::{self, Case},
+    machine,
     record::Record,
 };
 
@@ -29,14 +30,21 @@ fn main() -> ExitCode {
         eprintln!("the privileged suite did not run: it needs root; run it through `cargo xtask test`");
         return ExitCode::from(2);
     }
-    let trials = match trials(backend, &arguments) {
+    if arguments.list {
+        return run(backend, &arguments);
+    }
+    machine::inside(|| run(backend, &arguments))
+}
+
+fn run(backend: Option<Backend>, arguments: &Arguments) -> ExitCode {
+    let trials = match trials(backend, arguments) {
         Ok(trials) => trials,
         Err(error) => {
             eprintln!("the privileged suite did not run: {error:#}");
             return ExitCode::from(2);
         }
     };
-    let conclusion: Conclusion = libtest_mimic::run(&arguments, trials);
+    let conclusion: Conclusion = libtest_mimic::run(arguments, trials);
     backend::clean_up();
     match tests::world::leftovers() {
         Ok(left) if left.is_empty() => conclusion.exit_code(),

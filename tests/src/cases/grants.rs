@@ -400,13 +400,18 @@ fn refused() -> Result<()> {
     let path = job.path()?;
     let deep = format!("/{}", vec!["x"; 3000].join("/"));
     let long = format!("/{}", "x".repeat(4095));
+    // In no cgroup of its own.
+    let root = cgroup_mount()?;
+    let mut process = Command::new("sleep").arg("60").spawn()?;
+    let outside = process.id().to_string();
+    fs::write(root.join("cgroup.procs"), &outside)?;
     for (arguments, says) in [
         (
             &["main", "--cgroup", "/"][..],
             "let everybody in; run this from the job's own cgroup",
         ),
         (&["main", "--cgroup", &judged], "let everybody in"),
-        (&["main", "--pid", "2"], "let everybody in"),
+        (&["main", "--pid", &outside], "let everybody in"),
         (
             &["main", "--cgroup", "/no/such/cgroup"],
             "/no/such/cgroup does not exist below",
@@ -433,8 +438,9 @@ fn refused() -> Result<()> {
         let ran = job.enforcer(&words)?.demand(2)?;
         ensure!(ran.stderr.contains(says), "{arguments:?}: {ran:?}");
     }
-    // A caller in no cgroup of its own.
-    let root = cgroup_mount()?;
+    process.kill()?;
+    process.wait()?;
+    // A caller in the same.
     let mut command = Command::new("sh");
     command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]);
     command.arg(root).arg(binary("enforcer")?).arg("--config");
