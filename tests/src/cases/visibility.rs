@@ -7,12 +7,12 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::{Case, case};
 use crate::{
     backend::EBPF,
-    world::{Listener, NOBODY, Ran, World, binary, ran, until},
+    world::{Daemon, Listener, NOBODY, Ran, World, binary, ran, until},
 };
 
 /// All cases of this file.
@@ -57,10 +57,9 @@ impl Host {
             .args(["sh", "-c", &without])
             .stdin(Stdio::null())
             .spawn()?;
-        let children = format!("/proc/{0}/task/{0}/children", init.id());
         let mut pid = String::new();
         until("the host's init runs", || {
-            fs::read_to_string(&children)?.trim().clone_into(&mut pid);
+            pid = child_of(init.id())?;
             Ok(fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep"))
         })?;
         Ok(Self {
@@ -121,11 +120,29 @@ impl Host {
     /// That the endpoint is guarded, and that a command on the host says so.
     fn is_guarded(&self) -> Result<()> {
         self.world.attack(NOBODY).is_refused()?;
+        self.allows_root_alone()
+    }
+
+    fn allows_root_alone(&self) -> Result<()> {
         self.world.attack(0).reaches()?;
         let here = self.world.here().to_string();
         self.enforcer(&["check", "nobody", &here])?.demand(1)?;
         self.enforcer(&["check", "root", &here])?.demand(0).map(drop)
     }
+}
+
+/// The process that a process has forked, as nsenter and unshare do to enter a process namespace.
+fn child_of(pid: u32) -> Result<String> {
+    Ok(fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?
+        .trim()
+        .to_owned())
+}
+
+/// As `kill -9`, of a daemon that nsenter has started.
+fn crash(daemon: Daemon) -> Result<()> {
+    ran(Command::new("kill").args(["-9", &child_of(daemon.pid())?]))?.demand(0)?;
+    let mut daemon = daemon;
+    daemon.wait().map(drop)
 }
 
 fn plain() -> Result<()> {
@@ -136,11 +153,7 @@ fn plain() -> Result<()> {
     ensure!(host.has_bpffs()?, "the daemon has mounted none");
     host.is_guarded()?;
     host.enforcer(&["status"])?.demand(0)?;
-    let status: serde_json::Value = serde_json::from_str(&host.enforcer(&["status", "--json"])?.stdout)?;
-    let pid = status["daemon"]["pid"].as_u64().context("no pid")?.to_string();
-    let mut kill = host.command(Path::new("kill"));
-    ran(kill.args(["-9", &pid]))?.demand(0)?;
-    drop(daemon);
+    crash(daemon)?;
     host.is_guarded()?;
     host.enforcer(&["unload"])?.demand(0)?;
     host.world.attack(NOBODY).reaches()
@@ -170,14 +183,23 @@ fn private() -> Result<()> {
 fn private_auto() -> Result<()> {
     let host = Host::new("private")?;
     host.configure("auto")?;
-    let applied = host.privately(&[], "", &["apply", "--json"])?.demand(0)?.stdout;
-    let status: serde_json::Value = serde_json::from_str(&applied)?;
+    let is_refused_by_nftables = || {
+        let errno = host.world.attack(NOBODY).run()?.errno;
+        ensure!(errno == Some(libc::ECONNREFUSED), "{errno:?}");
+        host.allows_root_alone()
+    };
+    host.privately(&[], "", &["apply"])?.demand(0)?;
+    is_refused_by_nftables()?;
+    host.enforcer(&["unload"])?.demand(0)?;
+    let _daemon = host.world.daemon_with(&mut host.private(&[], "")?)?;
+    is_refused_by_nftables()?;
+    let status: serde_json::Value = serde_json::from_str(&host.enforcer(&["status", "--json"])?.demand(0)?.stdout)?;
     ensure!(status["backend"] == "nftables", "{status}");
     ensure!(
         status["backend_reason"].to_string().contains("mount namespace"),
         "{status}"
     );
-    host.is_guarded()
+    Ok(())
 }
 
 fn shared() -> Result<()> {
@@ -197,8 +219,10 @@ fn private_bpffs() -> Result<()> {
     for part in ["degraded", "pin directory", "ends with the namespace"] {
         ensure!(applied.stdout.contains(part), "no {part} in {applied:?}");
     }
-    // As it says: with the namespace it has ended, and the host sees nothing.
-    host.world.attack(NOBODY).reaches()?;
+    // As it says: it ends with the namespace, which the kernel takes down in its own time, and the host sees nothing.
+    until("enforcement has ended", || {
+        Ok(host.world.attack(NOBODY).run()?.errno.is_none())
+    })?;
     host.enforcer(&["status"])?.demand(1)?;
     // A daemon, the namespace of which goes on with it.
     let _daemon = host.world.daemon_with(&mut host.private(&[], mounted)?)?;
@@ -237,6 +261,7 @@ fn hidden_places() -> Result<()> {
             ensure!(status.stdout.contains(says), "no {says} in {status:?}");
         }
         host.is_guarded()?;
+        crash(daemon)?;
     }
     host.enforcer(&["unload"])?.demand(0).map(drop)
 }
