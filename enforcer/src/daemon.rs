@@ -136,7 +136,7 @@ struct Waiting {
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket).await?;
-    let (left, good) = Left::load(&wanted.config.settings.state_dir);
+    let (left, good) = Left::claim(&wanted.config.settings.state_dir);
     let wanted = boot::has_not_gone(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {

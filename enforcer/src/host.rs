@@ -1,6 +1,7 @@
 //! What the rules depend on in this host: its addresses and its cgroups, and word of their changes.
 
 pub mod mounts;
+pub mod own_dir;
 
 use std::{
     collections::{BTreeSet, HashMap},

@@ -21,6 +21,7 @@ pub mod nftables;
 pub mod parity;
 pub mod retention;
 pub mod schemas;
+pub mod squatting;
 pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
@@ -100,6 +101,7 @@ pub fn all() -> Vec<Case> {
         parity::cases(),
         retention::cases(),
         schemas::cases(),
+        squatting::cases(),
         subjects::cases(),
         surfaces::cases(),
         sweep::cases(),

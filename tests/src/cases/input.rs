@@ -264,12 +264,14 @@ fn foreign_pins() -> Result<()> {
     good(&world)?;
     world.apply()?;
     world.enforcer(&["unload"])?.demand(0)?;
+    // Of another user's it is when root has changed its owner: what another user made is replaced.
     for (mode, owner) in [(0o777, None), (0o700, Some(NOBODY))] {
         fs::create_dir(world.pins())?;
+        fs::create_dir(world.pins().join("maps"))?;
         fs::set_permissions(world.pins(), fs::Permissions::from_mode(mode))?;
         std::os::unix::fs::chown(world.pins(), owner, owner)?;
         expect(&world, &["0700", &world.pins().display().to_string()])?;
-        fs::remove_dir(world.pins())?;
+        fs::remove_dir_all(world.pins())?;
     }
     Ok(())
 }

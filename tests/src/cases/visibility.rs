@@ -31,10 +31,10 @@ pub fn cases() -> Vec<Case> {
 
 /// A host of its own: all but the mount and the process namespace is shared with this one, so that the world's listener, cgroup and
 /// files are there. PID 1 holds it; when that ends, so does everything that is mounted there.
-struct Host {
+pub(super) struct Host {
     init: Child,
     pid: String,
-    world: World,
+    pub(super) world: World,
     _listener: Listener,
 }
 
@@ -47,7 +47,7 @@ impl Drop for Host {
 
 impl Host {
     /// Mounts are `private` or `shared`.
-    fn new(propagation: &str) -> Result<Self> {
+    pub(super) fn new(propagation: &str) -> Result<Self> {
         let world = World::new()?;
         let listener = world.listen()?;
         world.attack(NOBODY).reaches()?;
@@ -70,7 +70,7 @@ impl Host {
         })
     }
 
-    fn configure(&self, backend: &str) -> Result<()> {
+    pub(super) fn configure(&self, backend: &str) -> Result<()> {
         self.world.configure(&format!(
             "backend = {backend:?}\n[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
             self.world.here()
@@ -78,14 +78,14 @@ impl Host {
     }
 
     /// A program on it.
-    fn command(&self, program: &Path) -> Command {
+    pub(super) fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid, "--mount", "--pid"]).arg(program);
         command
     }
 
     /// The binary on it.
-    fn enforcer(&self, arguments: &[&str]) -> Result<Ran> {
+    pub(super) fn enforcer(&self, arguments: &[&str]) -> Result<Ran> {
         let mut command = self.command(&binary("enforcer")?);
         ran(command
             .arg("--config")
@@ -118,7 +118,7 @@ impl Host {
     }
 
     /// That the endpoint is guarded, and that a command on the host says so.
-    fn is_guarded(&self) -> Result<()> {
+    pub(super) fn is_guarded(&self) -> Result<()> {
         self.world.attack(NOBODY).is_refused()?;
         self.allows_root_alone()
     }
@@ -139,7 +139,7 @@ fn child_of(pid: u32) -> Result<String> {
 }
 
 /// As `kill -9`, of a daemon that nsenter has started.
-fn crash(daemon: Daemon) -> Result<()> {
+pub(super) fn crash(daemon: Daemon) -> Result<()> {
     ran(Command::new("kill").args(["-9", &child_of(daemon.pid())?]))?.demand(0)?;
     let mut daemon = daemon;
     daemon.wait().map(drop)

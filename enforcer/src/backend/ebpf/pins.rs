@@ -1,9 +1,9 @@
 //! The pin directory: made, owned and locked by us alone (F6), on a bpffs that is mounted if need be.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -14,7 +14,10 @@ use nix::{
 };
 
 use super::BackendError;
-use crate::host::mounts::{Seen, host_would_see_mount};
+use crate::host::{
+    mounts::{Seen, host_would_see_mount},
+    own_dir,
+};
 
 /// Where a bpffs belongs (Documentation/bpf, systemd's own mount).
 const BPFFS: &str = "/sys/fs/bpf";
@@ -32,17 +35,12 @@ pub struct Lock(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
 impl Pins {
     /// Takes an existing directory after checking that nobody else can write it; nothing where there is none.
     pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
-        let meta = match fs::symlink_metadata(dir) {
-            Ok(meta) => meta,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(BackendError::Io {
-                    action: "look at",
-                    object: dir.into(),
-                    error,
-                });
-            }
-        };
+        let found = own_dir::metadata(dir).map_err(|error| BackendError::Io {
+            action: "look at",
+            object: dir.into(),
+            error,
+        })?;
+        let Some(meta) = found else { return Ok(None) };
         if !meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o077 != 0 {
             return Err(BackendError::Untrusted {
                 path: dir.into(),
@@ -212,14 +210,11 @@ fn trust_parent(dir: &Path, parent: &Path) -> Result<(), BackendError> {
 }
 
 fn make_dir(dir: &Path) -> Result<(), BackendError> {
-    match DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(BackendError::Io {
-            action: "make",
-            object: dir.into(),
-            error,
-        }),
-        Ok(()) | Err(_) => Ok(()),
-    }
+    own_dir::make(dir).map_err(|error| BackendError::Io {
+        action: "make",
+        object: dir.into(),
+        error,
+    })
 }
 
 fn is_bpffs(path: &Path) -> bool {
