@@ -220,6 +220,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
         tokio::select! {
             _ = hangup.recv() => {
                 daemon.reload();
+                daemon.enforcement.begin_to_settle();
                 again = true;
             }
             () = ends.recv() => break,
@@ -255,8 +256,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
             () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
                 daemon.keep_for_next_start();
-                // What fails here fails again when it is needed, and is told then.
-                let _ = daemon.enforcement.settle();
+                daemon.enforcement.begin_to_settle();
             }
             _ = tick.tick() => {
                 again = daemon.tick(watch.as_mut());
