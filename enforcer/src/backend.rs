@@ -229,9 +229,11 @@ impl Enforcement {
         }
     }
 
-    /// Waits now for what the next [`Enforcement::apply`] would have to wait for.
-    pub fn settle(&mut self) -> Result<(), BackendError> {
-        self.ebpf.as_mut().map_or(Ok(()), Kernel::settle)
+    /// Begins to wait for what the next [`Enforcement::apply`] would have to wait for.
+    pub fn begin_to_settle(&mut self) {
+        if let Some(kernel) = &mut self.ebpf {
+            kernel.begin_to_settle();
+        }
     }
 
     /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
