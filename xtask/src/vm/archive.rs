@@ -11,7 +11,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
 use super::table::{Package, Table};
-use crate::{debian, run::quiet};
+use crate::{
+    debian,
+    run::{hex, quiet},
+};
 
 /// One suite of the archive.
 #[derive(Debug)]
@@ -224,15 +227,4 @@ pub(super) fn digest(path: &Path) -> Result<String> {
         };
         hasher.update(bytes);
     }
-}
-
-/// Of text.
-pub(super) fn digest_of(text: &str) -> String {
-    hex(&Sha256::digest(text.as_bytes()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
