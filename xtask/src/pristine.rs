@@ -126,12 +126,19 @@ fn of_readme(readme: &str, task: &str) -> Option<String> {
 /// The archive of the minimal system, made again when it is old or was made otherwise.
 fn archive(cache: &Path) -> Result<PathBuf> {
     let release = fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
-    let suite = release
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-        .context("/etc/os-release has no VERSION_CODENAME; this works on Debian and Ubuntu")?
-        .trim_matches('"');
-    let format = "$(REPO_URI) $(RELEASE) $(COMPONENT) $(SIGNED_BY)";
+    let field = |key: &str| {
+        let value = release.lines().find_map(|line| line.strip_prefix(key));
+        let value = value.map(|value| value.trim_matches('"'));
+        value.with_context(|| format!("/etc/os-release has no {key}; this works on Debian and Ubuntu"))
+    };
+    let suite = field("VERSION_CODENAME=")?;
+    let keyring = PathBuf::from(format!("/usr/share/keyrings/{}-archive-keyring.gpg", field("ID=")?));
+    ensure!(
+        keyring.exists(),
+        "{} is missing; this works on Debian and Ubuntu",
+        keyring.display()
+    );
+    let format = "$(REPO_URI) $(RELEASE) $(COMPONENT)";
     let targets = read("apt-get", &["indextargets", "--format", format, "Created-By: Packages"]).unwrap_or_default();
     let sources = sources(&targets, suite);
     ensure!(
@@ -142,7 +149,7 @@ fn archive(cache: &Path) -> Result<PathBuf> {
         suite,
         packages: PRISTINE,
         sources: &sources,
-        keyring: None,
+        keyring: Some(&keyring),
     };
     let key = digest_of(&format!("{recipe:?}"));
     let archive = cache.join(format!("{suite}-{}.tar", key.get(..12).unwrap_or(&key)));
@@ -159,7 +166,7 @@ fn sources(targets: &str, suite: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for target in targets.lines() {
         let words: Vec<&str> = target.split_whitespace().collect();
-        let [address, release, component, signed @ ..] = words.as_slice() else {
+        let [address, release, component] = words.as_slice() else {
             continue;
         };
         let of_suite = release
@@ -169,10 +176,7 @@ fn sources(targets: &str, suite: &str) -> Vec<String> {
             .iter()
             .any(|end| address.trim_end_matches('/').ends_with(end));
         if of_suite && own {
-            let options = signed
-                .first()
-                .map_or_else(String::new, |key| format!("[signed-by={key}] "));
-            let line = format!("deb {options}{address} {release} {component}");
+            let line = format!("deb {address} {release} {component}");
             if !lines.contains(&line) {
                 lines.push(line);
             }
@@ -247,12 +251,12 @@ mod tests {
 
     #[test]
     fn only_the_distributions_own_sources_are_taken() {
-        let targets = "http://a/debian/ trixie main /k.gpg\nhttp://a/debian/ trixie main /k.gpg\n\
+        let targets = "http://a/debian/ trixie main\nhttp://a/debian/ trixie main\n\
             http://a/debian-security/ trixie-security main\nhttp://b/apt/ trixie main\nhttp://a/debian/ sid main\n";
         assert_eq!(
             sources(targets, "trixie"),
             [
-                "deb [signed-by=/k.gpg] http://a/debian/ trixie main",
+                "deb http://a/debian/ trixie main",
                 "deb http://a/debian-security/ trixie-security main"
             ]
         );
