@@ -16,5 +16,11 @@ pub(crate) fn run() -> Result<()> {
     build(
         "ci: check lints (a few minutes when nothing is built yet)",
         cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]),
-    )
+    )?;
+    let programs = ["test", "--package", "xtask", "--bin", "xtask"];
+    build(
+        "ci: build what finds the programs",
+        cargo().args(programs).arg("--no-run"),
+    )?;
+    shown(cargo().args(programs).args(["--quiet", "--", "programs::"]))
 }

@@ -4,6 +4,8 @@ mod ci;
 mod debian;
 mod package;
 mod pristine;
+#[cfg(test)]
+mod programs;
 mod progress;
 mod root;
 mod run;

@@ -94,7 +94,7 @@ pub(crate) fn run(commands: &[String]) -> Result<()> {
     inside.extend(commands);
     let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
     let status = system
-        .enter(&[], MOUNTS, &inside)
+        .enter(false, MOUNTS, &inside)
         .env("rustup", home("RUSTUP_HOME", ".rustup")?)
         .env("registry", cargo.join("registry"))
         .env("kernels", kernels)

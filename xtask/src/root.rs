@@ -86,13 +86,15 @@ impl Root {
         self.dir.join(inside.trim_start_matches('/'))
     }
 
-    /// A command inside, as root, in new mount and process namespaces and those named (`--net`), which end with it. `mounts` is shell text
-    /// that runs before, with the root's path as `$root`.
-    pub(crate) fn enter(&self, namespaces: &[&str], mounts: &str, command: &[&str]) -> Command {
+    /// A command inside, as root, in new mount and process namespaces, and `apart` in new network and IPC namespaces too, which end with it.
+    /// `mounts` is shell text that runs before, with the root's path as `$root`.
+    pub(crate) fn enter(&self, apart: bool, mounts: &str, command: &[&str]) -> Command {
         let mut enter = Command::new("unshare");
+        enter.args(["--mount", "--pid", "--fork", "--kill-child"]);
+        if apart {
+            enter.args(["--net", "--ipc"]);
+        }
         enter
-            .args(["--mount", "--pid", "--fork", "--kill-child"])
-            .args(namespaces)
             .args(["sh", "-c", ENTER, "enter"])
             .arg(&self.dir)
             .arg(mounts)

@@ -194,7 +194,8 @@ impl Step {
         match self {
             Self::Packages(packages) => apt::install(packages),
             Self::Component(_) | Self::Link => {
-                let output = captured(&what, Command::new("sh").args(["-c", &self.command(facts)]))?;
+                let line = self.command(facts);
+                let output = captured(&what, Command::new("rustup").args(line.split(' ').skip(1)))?;
                 let said = String::from_utf8_lossy(&output.stderr);
                 let error = said.lines().find(|line| line.starts_with("error"));
                 ensure!(

@@ -16,11 +16,7 @@ use crate::{
 
 const SUITE: &str = "bookworm";
 /// `/sys` is that of the new network namespace, so that nothing of the host's is seen but its cgroups.
-const MOUNTS: &str = r#"
-ip link set lo up
-mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs "$root/run"
-mount -t cgroup2 -o nosuid,nodev,noexec none "$root/sys/fs/cgroup"
-"#;
+const MOUNTS: &str = include_str!("mounts.sh");
 
 /// An unpacked root; removed at the end.
 pub(super) struct Scratch(Root);
@@ -58,7 +54,7 @@ impl Scratch {
         let script = self.path("/tmp/commands");
         fs::write(&script, commands).with_context(|| format!("write {}", script.display()))?;
         self.0
-            .enter(&["--net", "--ipc"], MOUNTS, &["/bin/sh", "-eu"])
+            .enter(true, MOUNTS, &["/bin/sh", "-eu"])
             .env_clear()
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .env("LC_ALL", "C.UTF-8")

@@ -69,7 +69,7 @@ pub(crate) const VM: &[Package] = &[
         &["/usr/share/keyrings/debian-archive-keyring.gpg"],
     ),
     runs("flex", &["flex"]),
-    runs("kmod", &["depmod"]),
+    runs("kmod", &["depmod", "modprobe"]),
     has_file("libelf-dev", &["/usr/include/libelf.h"]),
     runs("make", &["make"]),
     runs("qemu-system-x86", &["qemu-system-x86_64"]),
@@ -121,11 +121,27 @@ pub(crate) const GUEST: &[Package] = &[
     runs("iproute2", &["ip"]),
     runs("kmod", &["modprobe"]),
     runs("nftables", &["nft"]),
-    runs("perl", &["perl"]),
+    runs("perl", &[]),
     runs("procps", &["pgrep", "sysctl"]),
     runs("systemd", &["journalctl", "systemctl"]),
-    runs("systemd-sysv", &[]),
+    runs("systemd-sysv", &["init"]),
     runs("udev", &["udevadm"]),
+];
+
+/// What a host may have: `enforcer` and its package run these where they are there, and do without them elsewhere.
+#[cfg(test)]
+pub(crate) const HOST: &[Package] = &[
+    runs(
+        "iptables",
+        &[
+            "ip6tables-legacy-save",
+            "ip6tables-save",
+            "iptables-legacy-save",
+            "iptables-save",
+        ],
+    ),
+    runs("nftables", &["nft"]),
+    runs("runit", &["sv", "svlogd"]),
 ];
 
 /// The names in a list, as mmdebstrap takes them.

@@ -101,7 +101,7 @@ impl Archive {
             if names.contains(&name) {
                 continue;
             }
-            let depends = self.read("apt-cache", &["depends", "--important", &name])?;
+            let depends = self.answer("apt-cache", &["depends", "--important", &name])?;
             let wanted = ["linux-image-", "linux-binary-", "linux-modules-"];
             let further = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
             waiting.extend(
@@ -117,7 +117,7 @@ impl Archive {
             if name == "linux-image-cloud-amd64" || (has_binary && name.starts_with("linux-image-")) {
                 continue;
             }
-            let shown = self.read("apt-cache", &["show", "--no-all-versions", &name])?;
+            let shown = self.answer("apt-cache", &["show", "--no-all-versions", &name])?;
             let field = |key: &str| {
                 let found = shown.lines().find_map(|line| line.strip_prefix(key));
                 found.with_context(|| format!("apt-cache shows no {key} of {name}"))
@@ -150,7 +150,7 @@ impl Archive {
     }
 
     fn has(&self, package: &Package) -> Result<bool> {
-        let versions = self.read("apt-cache", &["madison", &package.name])?;
+        let versions = self.answer("apt-cache", &["madison", &package.name])?;
         Ok(versions
             .lines()
             .any(|line| line.split('|').nth(1).map(str::trim) == Some(package.version.as_str())))
@@ -180,7 +180,7 @@ impl Archive {
         Ok(())
     }
 
-    fn read(&self, program: &str, arguments: &[&str]) -> Result<String> {
+    fn answer(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let mut command = self.apt(program);
         let output = command.args(arguments).stdin(Stdio::null()).output()?;
         ensure!(
