@@ -1,15 +1,26 @@
-//! What CI checks before the tests: format and lints, warnings denied.
+//! What CI checks before the tests: format, lints with warnings denied, and that setup installs every program that the sources run.
 
 use anyhow::Result;
 
 use crate::{
+    progress::build,
     run::{cargo, shown},
     setup,
 };
 
-/// Checks format and lints.
+/// Checks all that.
 pub(crate) fn run() -> Result<()> {
     setup::run(false)?;
+    setup::lints()?;
     shown(cargo().args(["fmt", "--all", "--check"]))?;
-    shown(cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]))
+    build(
+        "ci: check lints (a few minutes when nothing is built yet)",
+        cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]),
+    )?;
+    let programs = ["test", "--package", "xtask", "--bin", "xtask"];
+    build(
+        "ci: build what finds the programs",
+        cargo().args(programs).arg("--no-run"),
+    )?;
+    shown(cargo().args(programs).args(["--quiet", "--", "programs::"]))
 }

@@ -3,6 +3,11 @@
 mod ci;
 mod debian;
 mod package;
+mod pristine;
+#[cfg(test)]
+mod programs;
+mod progress;
+mod root;
 mod run;
 mod setup;
 mod suites;
@@ -51,8 +56,16 @@ enum Task {
     /// each under QEMU with the binary and the suite in an initramfs, and tells what passed where, in target/vm/matrix.md and junit.xml too.
     /// `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of that name; `--keep` then gives a shell there.
     Vm(vm::Options),
-    /// Check format and lints, as CI does before the tests
+    /// Check format, lints and that setup installs every program that is run, as CI does before the tests
     Ci,
+    /// Run commands as a new user would: in a minimal system, in a clean clone of HEAD (as root)
+    ///
+    /// The system has this host's distribution and kernel, git, curl, certificates and rustup's toolchains without rust-src; crates and
+    /// the virtual machines' kernels are shared with this host. Several commands share one system.
+    Pristine {
+        /// Shell commands; `@demo` and `@test` are those that the README shows [default: @demo @test]
+        command: Vec<String>,
+    },
     /// Build the Debian package, install it into a scratch root (as root, or through sudo) and check it there
     Package {
         /// Only build it
@@ -72,6 +85,7 @@ fn main() -> ExitCode {
         Task::Bench => suites::bench(),
         Task::Vm(options) => vm::run(&options),
         Task::Ci => ci::run(),
+        Task::Pristine { command } => pristine::run(&command),
         Task::Package { build_only } => package::run(build_only),
         Task::PackageCheck { package, next } => package::check(&package, &next),
     };

@@ -13,8 +13,12 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    run::{as_root, cargo, has, is_root, quiet, read, root, target_dir},
-    setup,
+    progress::build,
+    run::{as_root, cargo, is_root, quiet, read, root, target_dir},
+    setup::{
+        self,
+        packages::{self, Package},
+    },
 };
 
 /// Release of cargo-deb that the metadata is written for.
@@ -27,7 +31,7 @@ pub(crate) fn run(build_only: bool) -> Result<()> {
     setup::run(false)?;
     tools(build_only)?;
     let libraries = libraries::ensure()?;
-    quiet(
+    build(
         "package: build enforcer (a few minutes when nothing is built yet)",
         cargo()
             .args(["build", "--profile", PROFILE, "--package", "enforcer", "--bins"])
@@ -35,7 +39,7 @@ pub(crate) fn run(build_only: bool) -> Result<()> {
             .env("LIBNFTNL_LIB_DIR", &libraries),
     )?;
     // Only what it writes is shipped: the developer's everyday profile will do.
-    quiet(
+    build(
         "package: build what writes the man pages",
         cargo().args(["build", "--package", "enforcer", "--example", "pages"]),
     )?;
@@ -88,23 +92,8 @@ pub(crate) fn check(package: &Path, next: &Path) -> Result<()> {
 
 /// What this task needs beyond the others.
 fn tools(build_only: bool) -> Result<()> {
-    let mut missing = Vec::new();
-    if !has("dpkg-shlibdeps") {
-        missing.push("dpkg-dev");
-    }
-    if !build_only && !has("mmdebstrap") {
-        missing.push("mmdebstrap");
-    }
-    if !missing.is_empty() {
-        let mut install = as_root(Path::new("/usr/bin/apt-get"))?;
-        install
-            .args(["install", "-q", "-y", "--no-install-recommends"])
-            .args(&missing);
-        quiet(
-            &format!("package: install {} with apt-get (as root)", missing.join(", ")),
-            &mut install,
-        )?;
-    }
+    let root: &[Package] = if build_only { &[] } else { packages::ROOT };
+    setup::also(&[packages::PACKAGE, root])?;
     if read("cargo-deb", &["--version"]).is_none_or(|version| !version.ends_with(CARGO_DEB)) {
         quiet(
             &format!("package: build cargo-deb {CARGO_DEB} (a minute or two)"),

@@ -1,71 +1,31 @@
 //! What a fresh machine lacks: facts, a plan made from them, and its steps.
 
+mod apt;
+pub(crate) mod packages;
+
 use std::{env, fmt, path::Path, process::Command};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
-use crate::run::{has, is_root, quiet, read, root};
+use self::packages::{BASE, COMPILER, Package, missing};
+use crate::run::{captured, cargo, has, is_root, quiet, read};
 
 /// The release of bpf-linker that works with the LLVM inside the compilers used here.
 const BPF_LINKER: &str = "0.10.3";
 /// The distribution's compiler under rustup, where rustup itself cannot fetch rust-src.
 const LINKED: &str = "debian";
-
-/// Debian packages, and a file that each brings.
-const PACKAGES: [(&str, &str); 9] = [
-    ("gcc", "/usr/bin/cc"),
-    ("iproute2", "/usr/sbin/ip|/sbin/ip|/usr/bin/ip"),
-    ("nats-server", "/usr/sbin/nats-server|/usr/bin/nats-server"),
-    ("libc6-dev", "/usr/include/stdlib.h"),
-    ("libmnl-dev", "/usr/include/libmnl/libmnl.h"),
-    ("monit", "/usr/bin/monit"),
-    ("libnftnl-dev", "/usr/include/libnftnl/rule.h"),
-    ("nftables", "/usr/sbin/nft|/sbin/nft|/usr/bin/nft"),
-    ("pkg-config", "/usr/bin/pkg-config"),
-];
-/// What virtual machines need besides: to emulate, to unpack and build kernels, to fill guests.
-const VM_PACKAGES: [(&str, &str); 15] = [
-    ("bc", "/usr/bin/bc"),
-    ("binutils", "/usr/bin/strip"),
-    ("bison", "/usr/bin/bison"),
-    ("busybox-static", "/bin/busybox|/usr/bin/busybox"),
-    (
-        "debian-archive-keyring",
-        "/usr/share/keyrings/debian-archive-keyring.gpg",
-    ),
-    ("flex", "/usr/bin/flex"),
-    ("gcc", "/usr/bin/gcc"),
-    ("kmod", "/sbin/depmod|/usr/sbin/depmod"),
-    ("libc6-dev", "/usr/include/stdlib.h"),
-    ("libelf-dev", "/usr/include/libelf.h"),
-    ("make", "/usr/bin/make"),
-    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
-    ("util-linux", "/usr/bin/setpriv"),
-    ("xz-utils", "/usr/bin/xz"),
-    ("zstd", "/usr/bin/zstd"),
-];
-/// What makes a system with systemd for one of them.
-const SYSTEM_PACKAGES: [(&str, &str); 2] = [
-    ("e2fsprogs", "/sbin/mke2fs|/usr/sbin/mke2fs"),
-    ("mmdebstrap", "/usr/bin/mmdebstrap"),
-];
-const COMPILER: [(&str, &str); 3] = [
-    ("rustc-web", "/usr/bin/rustc"),
-    ("cargo-web", "/usr/bin/cargo"),
-    ("rust-web-src", "/usr/lib/rustlib/src/rust/library/core"),
-];
+/// Where apt-get has all that the lists name.
+const DISTRIBUTIONS: &str = "Debian 12 and 13, Ubuntu 22.04 and 24.04";
 
 /// What is there.
 #[derive(Debug, Default)]
 struct Facts {
     missing_packages: Vec<&'static str>,
     missing_compiler: Vec<&'static str>,
-    missing_components: Vec<&'static str>,
     linked: bool,
     rust_src: bool,
     linker: Option<String>,
-    can_install: bool,
-    sudo: bool,
+    sysroot: String,
     toolchain: String,
 }
 
@@ -84,6 +44,7 @@ enum Step {
 
 /// Carries the plan out, or only says it.
 pub(crate) fn run(dry_run: bool) -> Result<()> {
+    let mut refused = None;
     for round in 0..2 {
         let facts = facts();
         let plan = plan(&facts, round > 0);
@@ -97,21 +58,22 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
             }
             return Ok(());
         }
-        if !facts.can_install && plan.iter().any(|step| matches!(step, Step::Packages(_))) {
-            eprintln!("setup: this user may not install packages here; run these, then try again:");
-            for step in &plan {
-                eprintln!("  {}", step.command(&facts));
-            }
-            bail!("{} steps are left to you", plan.len());
+        if plan.iter().any(|step| matches!(step, Step::Packages(_))) {
+            may_install(&plan.iter().map(|step| step.command(&facts)).collect::<Vec<_>>())?;
         }
         for step in &plan {
-            let done = quiet(&format!("setup: {step}"), &mut step.effect(&facts));
-            match (step, done) {
+            match (step, step.effect(&facts)) {
                 // rustup may have no network, or no such component: the distribution's compiler is next.
                 (Step::Component("rust-src"), Err(error)) => {
-                    eprintln!(
-                        "setup: rustup has no rust-src here ({})",
-                        error.to_string().lines().next().unwrap_or("")
+                    eprintln!("setup: rustup has no rust-src here: {error:#}");
+                    refused = Some(error);
+                }
+                (Step::Packages(packages), _) if packages.contains(&"rustc-web") && !apt::is_available("rustc-web") => {
+                    bail!(
+                        "the sources of Rust's library (rust-src) are not to be had: rustup fails ({}), and {} has no package rustc-web with a compiler that is new enough; get rustup to the network, and run `{}`",
+                        refused.map_or_else(String::new, |error| format!("{error:#}")),
+                        apt::distribution(),
+                        Step::Component("rust-src").command(&facts)
                     );
                 }
                 (_, done) => done?,
@@ -120,66 +82,81 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
     }
     let left = plan(&facts(), true);
     if !left.is_empty() {
-        bail!("after all steps this is still missing: {left:?}");
+        let left: Vec<String> = left.iter().map(Step::to_string).collect();
+        bail!("all steps are done, and there still remains to {}", left.join(", "));
     }
     Ok(())
 }
 
-/// Installs what virtual machines need and is not there, and what a `system` on a disk does.
-pub(crate) fn vm(system: bool) -> Result<()> {
-    let wanted: Vec<_> = VM_PACKAGES
-        .into_iter()
-        .chain(SYSTEM_PACKAGES.into_iter().filter(|_| system))
-        .collect();
-    let missing = absent(&wanted);
-    if missing.is_empty() {
+/// Installs what a task needs beyond the others and is not there.
+pub(crate) fn also(lists: &[&[Package]]) -> Result<()> {
+    let mut absent: Vec<&str> = lists.iter().flat_map(|list| missing(list)).collect();
+    absent.sort_unstable();
+    absent.dedup();
+    if absent.is_empty() {
         return Ok(());
     }
+    may_install(&[apt_commands(&absent)])?;
+    apt::install(&absent)?;
+    let left: Vec<&str> = lists.iter().flat_map(|list| missing(list)).collect();
+    ensure!(
+        left.is_empty(),
+        "{} installed, and what they are for is still missing; reinstall them",
+        left.join(", ")
+    );
+    Ok(())
+}
+
+/// Fetches what checks format and lints, which nothing else needs.
+pub(crate) fn lints() -> Result<()> {
     let facts = facts();
-    let step = Step::Packages(missing);
-    if !facts.can_install {
-        bail!(
-            "virtual machines need packages that this user may not install; run {}",
-            step.command(&facts)
-        );
-    }
-    quiet(&format!("setup: {step}"), &mut step.effect(&facts))?;
-    let left = absent(&wanted);
-    if !left.is_empty() {
-        bail!("after installing, this is still missing: {}", left.join(", "));
+    for (component, program) in [("rustfmt", "cargo-fmt"), ("clippy", "cargo-clippy")] {
+        if !Path::new(&facts.sysroot).join("bin").join(program).exists() {
+            Step::Component(component).effect(&facts)?;
+        }
     }
     Ok(())
 }
 
-fn absent(list: &[(&'static str, &str)]) -> Vec<&'static str> {
-    let there = |paths: &str| paths.split('|').any(|path| Path::new(path).exists());
-    list.iter()
-        .filter(|(_, paths)| !there(paths))
-        .map(|(package, _)| *package)
-        .collect()
+/// Fails where this user cannot install packages, with what root would run.
+fn may_install(commands: &[String]) -> Result<()> {
+    ensure!(
+        has("apt-get"),
+        "packages are missing, and can be installed with apt-get only ({DISTRIBUTIONS}); what to install: {}",
+        commands.join("; ")
+    );
+    if is_root() || has("sudo") {
+        return Ok(());
+    }
+    eprintln!("setup: this user is not root, and there is no sudo; run these, the first as root, then try again:");
+    for command in commands {
+        eprintln!("  {command}");
+    }
+    bail!("packages are missing, and this user may not install them")
+}
+
+/// A program as root, through sudo where we are not.
+fn sudo(program: &str) -> Command {
+    if is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
+    command
 }
 
 fn facts() -> Facts {
-    let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
     let sysroot = read("rustc", &["--print", "sysroot"]).unwrap_or_default();
     let sources = |sysroot: &str| Path::new(sysroot).join("lib/rustlib/src/rust/library/core").exists();
-    let components = [("rustfmt", "cargo-fmt"), ("clippy", "cargo-clippy")];
-    let sudo = !is_root() && has("sudo");
     Facts {
-        missing_packages: absent(&PACKAGES),
-        missing_compiler: absent(&COMPILER),
-        missing_components: components
-            .iter()
-            .filter(|(_, program)| !Path::new(&sysroot).join("bin").join(program).exists())
-            .map(|(component, _)| *component)
-            .collect(),
+        missing_packages: missing(BASE),
+        missing_compiler: missing(COMPILER),
         linked: read("rustup", &["run", LINKED, "rustc", "--print", "sysroot"])
             .is_some_and(|sysroot| sources(&sysroot)),
         rust_src: sources(&sysroot),
         linker: read("bpf-linker", &["--version"]),
-        can_install: has("apt-get") && (is_root() || sudo),
-        sudo,
-        toolchain,
+        sysroot,
+        toolchain: env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned()),
     }
 }
 
@@ -194,12 +171,6 @@ fn plan(facts: &Facts, second: bool) -> Vec<Step> {
     if !packages.is_empty() {
         steps.push(Step::Packages(packages));
     }
-    steps.extend(
-        facts
-            .missing_components
-            .iter()
-            .map(|component| Step::Component(component)),
-    );
     if !sources {
         steps.push(if second {
             Step::Link
@@ -218,19 +189,33 @@ fn plan(facts: &Facts, second: bool) -> Vec<Step> {
 }
 
 impl Step {
-    fn effect(&self, facts: &Facts) -> Command {
-        let mut command = Command::new("sh");
-        command.current_dir(root()).args(["-c", &self.command(facts)]);
-        command
+    fn effect(&self, facts: &Facts) -> Result<()> {
+        let what = format!("setup: {self}");
+        match self {
+            Self::Packages(packages) => apt::install(packages),
+            Self::Component(_) | Self::Link => {
+                let line = self.command(facts);
+                let output = captured(&what, Command::new("rustup").args(line.split(' ').skip(1)))?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                let error = said.lines().find(|line| line.starts_with("error"));
+                ensure!(
+                    output.status.success(),
+                    "{}",
+                    error.or(said.lines().last()).unwrap_or("no reason is given")
+                );
+                Ok(())
+            }
+            Self::Linker => quiet(
+                &what,
+                cargo().args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--force"]),
+            ),
+        }
     }
 
+    /// What one would type.
     fn command(&self, facts: &Facts) -> String {
-        let sudo = if facts.sudo { "sudo " } else { "" };
         match self {
-            Self::Packages(packages) => format!(
-                "{sudo}apt-get update -q && DEBIAN_FRONTEND=noninteractive {sudo}apt-get install -q -y --no-install-recommends {}",
-                packages.join(" ")
-            ),
+            Self::Packages(packages) => apt_commands(packages),
             Self::Component(component) => {
                 format!("rustup component add {component} --toolchain {}", facts.toolchain)
             }
@@ -238,6 +223,13 @@ impl Step {
             Self::Linker => format!("cargo install bpf-linker --version {BPF_LINKER} --locked --force"),
         }
     }
+}
+
+fn apt_commands(packages: &[&str]) -> String {
+    format!(
+        "apt-get update && apt-get install --no-install-recommends {}",
+        packages.join(" ")
+    )
 }
 
 impl fmt::Display for Step {

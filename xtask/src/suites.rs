@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::{
-    run::{as_root, cargo, quiet, shown, target_dir},
+    progress,
+    run::{as_root, captured, cargo, check_space, read, root, shown, target_dir},
     setup,
 };
 
@@ -19,6 +20,9 @@ pub(crate) fn demo(backend: &str) -> Result<()> {
     )
 }
 
+/// What a whole build of everything takes on disk, in MiB.
+const SPACE: u64 = 3000;
+
 /// What the privileged suite can be run on. The last one differs from nftables only in how that is chosen.
 pub(crate) const BACKENDS: [&str; 4] = ["ebpf", "nftables", "both", "auto-without-bpf"];
 /// What it is run on, in this order; `both` has a selection of its cases.
@@ -29,7 +33,12 @@ const ROUTINE: [&str; 3] = ["ebpf", "nftables", "both"];
 pub(crate) fn test(backend: Option<&str>, filter: Option<&str>) -> Result<()> {
     build()?;
     if backend.is_none() && filter.is_none() {
-        shown(cargo().args(["test", "--workspace", "--lib", "--bins"]))?;
+        let unit = ["test", "--workspace", "--lib", "--bins"];
+        progress::build(
+            "build the unit tests (three minutes on two cores when nothing is built yet)",
+            cargo().args(unit).arg("--no-run"),
+        )?;
+        shown(cargo().args(unit))?;
         shown(cargo().args(["test", "--workspace", "--doc"]))?;
     }
     for backend in backend.as_ref().map_or(&ROUTINE[..], std::slice::from_ref) {
@@ -53,9 +62,10 @@ pub(crate) fn bench() -> Result<()> {
 /// Builds the binary and all suites.
 pub(crate) fn build() -> Result<()> {
     setup::run(false)?;
-    let what = "build enforcer and its suites (two minutes when nothing is built yet)";
-    quiet(
-        what,
+    room()?;
+    fetch()?;
+    progress::build(
+        "build enforcer and its suites (six minutes on two cores when nothing is built yet)",
         cargo().args([
             "build",
             "--release",
@@ -66,6 +76,32 @@ pub(crate) fn build() -> Result<()> {
             "--bins",
         ]),
     )
+}
+
+/// Fails where what is not yet built finds no room.
+fn room() -> Result<()> {
+    let target = target_dir();
+    let used = read("du", &["-sm", &target.display().to_string()]);
+    let used = used.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+    // There is a target directory at least from when this was built.
+    let place = if target.exists() { &target } else { root() };
+    check_space(place, SPACE.saturating_sub(used.unwrap_or(0)).max(SPACE / 10))
+}
+
+/// Fetches the crates, so that a network that fails is not taken for a build that does.
+fn fetch() -> Result<()> {
+    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let output = captured(
+        "fetch the crates that are not here yet",
+        cargo().args(["fetch", "--locked", "--target", &target]),
+    )?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "cargo cannot fetch the crates: {}; check the network or proxy, then run this again",
+        said.lines().last().unwrap_or_default().trim()
+    );
+    Ok(())
 }
 
 fn built(name: &str) -> PathBuf {

@@ -10,7 +10,7 @@ mod system;
 mod table;
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     thread::{self, available_parallelism},
@@ -29,8 +29,12 @@ use self::{
     table::{Entry, Table},
 };
 use crate::{
-    run::{has, target_dir},
-    setup, suites,
+    run::{cache_dir, target_dir},
+    setup::{
+        self,
+        packages::{self, Package},
+    },
+    suites,
 };
 
 /// How many times slower emulation may be, on a host that does other things besides.
@@ -112,9 +116,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         !options.keep || entries.len() == 1,
         "--keep gives one shell: name one kernel with --kernel"
     );
-    let cache = options.cache.clone().map_or_else(default_cache, Ok)?;
+    let cache = options
+        .cache
+        .clone()
+        .map_or_else(|| cache_dir("enforcer-vm").context("name a place with --cache"), Ok)?;
     fs::create_dir_all(&cache).with_context(|| format!("make {}; name another place with --cache", cache.display()))?;
-    setup::vm(options.systemd)?;
+    let disk: &[&[Package]] = if options.systemd { &[packages::DISK] } else { &[] };
+    setup::also(&[&[packages::VM], disk].concat())?;
     if options.list {
         return list(&table, &entries, &cache);
     }
@@ -321,16 +329,4 @@ fn list(table: &Table, entries: &[Entry], cache: &Path) -> Result<()> {
         return Ok(());
     }
     bail!("not found out: {}", failed.join(", "))
-}
-
-fn default_cache() -> Result<PathBuf> {
-    ensure!(
-        has("qemu-system-x86_64") || has("apt-get"),
-        "no QEMU and no apt-get to install it with; install qemu-system-x86"
-    );
-    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let base = base.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-    Ok(base
-        .context("neither HOME nor XDG_CACHE_HOME is set; name a place with --cache")?
-        .join("enforcer-vm"))
 }

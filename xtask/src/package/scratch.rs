@@ -1,78 +1,60 @@
-//! A scratch root: a minimal Debian, made once and kept as an archive, unpacked for each run, entered in namespaces of its own.
+//! A scratch root: a minimal Debian, made once and kept as an archive, unpacked for each run, with networks of its own.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Output, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::run::{quiet, root};
+use crate::{
+    root::{Recipe, Root},
+    run::{digest_of, root},
+    setup::packages::SCRATCH,
+};
 
-/// What the checks need, and nothing that brings libmnl or libnftnl: that the program starts without them is one of the checks.
-const PACKAGES: &str = "systemd,man-db,groff,bash-completion,zsh,fish,runit,procps";
 const SUITE: &str = "bookworm";
-/// Runs with the root's path as its argument and the commands on stdin. `/sys` is that of the new network namespace, the bpffs
-/// a new one, so that nothing of the host's is seen but its cgroups.
-const ENTER: &str = r#"
-set -e
-ip link set lo up
-mount --bind "$1" "$1"
-mount -t proc -o nosuid,nodev,noexec proc "$1/proc"
-mount -t sysfs -o nosuid,nodev,noexec sysfs "$1/sys"
-mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs "$1/run"
-mount --bind /dev "$1/dev"
-mount -t cgroup2 -o nosuid,nodev,noexec none "$1/sys/fs/cgroup"
-exec chroot "$1" /bin/sh -eu
-"#;
+/// `/sys` is that of the new network namespace, so that nothing of the host's is seen but its cgroups.
+const MOUNTS: &str = include_str!("mounts.sh");
 
 /// An unpacked root; removed at the end.
-pub(super) struct Scratch {
-    dir: PathBuf,
-}
+pub(super) struct Scratch(Root);
 
 impl Scratch {
     /// Unpacks the archive, made first if there is none.
     pub(super) fn new() -> Result<Self> {
         let place = root().join("target/package");
-        let archive = place.join(format!("root-{SUITE}.tar"));
+        let recipe = Recipe {
+            suite: SUITE,
+            packages: SCRATCH,
+            sources: &[],
+            keyring: None,
+        };
+        let key = digest_of(&format!("{recipe:?}"));
+        let archive = place.join(format!("root-{SUITE}-{}.tar", key.get(..12).unwrap_or(&key)));
         if !archive.exists() {
-            let aside = archive.with_extension("new.tar");
-            let include = format!("--include={PACKAGES}");
-            let mut make = Command::new("mmdebstrap");
-            make.args(["--variant=minbase", &include, SUITE]).arg(&aside);
-            quiet(
-                &format!("package: make a minimal Debian {SUITE} to install into (a few minutes, once)"),
-                &mut make,
-            )?;
-            fs::rename(&aside, &archive).with_context(|| format!("rename {}", aside.display()))?;
+            let what = format!("package: make a minimal Debian {SUITE} to install into (a few minutes, once)");
+            recipe.make(&what, &archive)?;
         }
         let dir = place.join("root");
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("remove the old {}", dir.display()))?;
         }
-        fs::create_dir(&dir).with_context(|| format!("make {}", dir.display()))?;
-        let scratch = Self { dir };
-        let mut unpack = Command::new("tar");
-        unpack.arg("-xf").arg(&archive).arg("-C").arg(&scratch.dir);
-        quiet("package: unpack it", unpack.args(["--exclude", "./dev/*"]))?;
-        Ok(scratch)
+        Root::unpack("package: unpack it", &archive, dir).map(Self)
     }
 
     /// Where it is.
     pub(super) fn path(&self, inside: &str) -> PathBuf {
-        self.dir.join(inside.trim_start_matches('/'))
+        self.0.path(inside)
     }
 
     /// Runs shell commands as root inside, in new mount, network, process and IPC namespaces that end with them.
     pub(super) fn run(&self, commands: &str) -> Result<Output> {
         let script = self.path("/tmp/commands");
         fs::write(&script, commands).with_context(|| format!("write {}", script.display()))?;
-        Command::new("unshare")
-            .args(["--mount", "--net", "--pid", "--ipc", "--fork", "--kill-child"])
-            .args(["sh", "-c", ENTER, "enter"])
-            .arg(&self.dir)
+        self.0
+            .enter(true, MOUNTS, &["/bin/sh", "-eu"])
             .env_clear()
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .env("LC_ALL", "C.UTF-8")
@@ -104,13 +86,5 @@ impl Scratch {
         let inside = format!("/tmp/{}", file.file_name().unwrap_or_default().to_string_lossy());
         fs::copy(file, self.path(&inside)).with_context(|| format!("copy {}", file.display()))?;
         Ok(inside)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.dir) {
-            eprintln!("package: {} could not be removed: {error}", self.dir.display());
-        }
     }
 }

@@ -11,7 +11,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
 use super::table::{Package, Table};
-use crate::{debian, run::quiet};
+use crate::{
+    debian,
+    run::{hex, quiet},
+};
 
 /// One suite of the archive.
 #[derive(Debug)]
@@ -98,7 +101,7 @@ impl Archive {
             if names.contains(&name) {
                 continue;
             }
-            let depends = self.read("apt-cache", &["depends", "--important", &name])?;
+            let depends = self.answer("apt-cache", &["depends", "--important", &name])?;
             let wanted = ["linux-image-", "linux-binary-", "linux-modules-"];
             let further = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
             waiting.extend(
@@ -114,7 +117,7 @@ impl Archive {
             if name == "linux-image-cloud-amd64" || (has_binary && name.starts_with("linux-image-")) {
                 continue;
             }
-            let shown = self.read("apt-cache", &["show", "--no-all-versions", &name])?;
+            let shown = self.answer("apt-cache", &["show", "--no-all-versions", &name])?;
             let field = |key: &str| {
                 let found = shown.lines().find_map(|line| line.strip_prefix(key));
                 found.with_context(|| format!("apt-cache shows no {key} of {name}"))
@@ -147,7 +150,7 @@ impl Archive {
     }
 
     fn has(&self, package: &Package) -> Result<bool> {
-        let versions = self.read("apt-cache", &["madison", &package.name])?;
+        let versions = self.answer("apt-cache", &["madison", &package.name])?;
         Ok(versions
             .lines()
             .any(|line| line.split('|').nth(1).map(str::trim) == Some(package.version.as_str())))
@@ -177,7 +180,7 @@ impl Archive {
         Ok(())
     }
 
-    fn read(&self, program: &str, arguments: &[&str]) -> Result<String> {
+    fn answer(&self, program: &str, arguments: &[&str]) -> Result<String> {
         let mut command = self.apt(program);
         let output = command.args(arguments).stdin(Stdio::null()).output()?;
         ensure!(
@@ -224,15 +227,4 @@ pub(super) fn digest(path: &Path) -> Result<String> {
         };
         hasher.update(bytes);
     }
-}
-
-/// Of text.
-pub(super) fn digest_of(text: &str) -> String {
-    hex(&Sha256::digest(text.as_bytes()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

@@ -10,14 +10,14 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    archive::{Archive, digest_of},
+    archive::Archive,
     table::{Entry, Table},
 };
-use crate::run::{quiet, read, root};
+use crate::run::{check_space, digest_of, quiet, root};
 
-/// What building one takes on disk, in KiB, and unpacking one.
-const BUILD_SPACE: u64 = 3 << 20;
-const UNPACK_SPACE: u64 = 400 << 10;
+/// What building one takes on disk, in MiB, and unpacking one.
+const BUILD_SPACE: u64 = 3072;
+const UNPACK_SPACE: u64 = 400;
 
 /// A kernel to boot.
 #[derive(Debug)]
@@ -199,22 +199,6 @@ fn lost<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
             None => line.starts_with("CONFIG_") && !set(line),
         })
         .collect()
-}
-
-fn check_space(dir: &Path, needed: u64) -> Result<()> {
-    let path = dir.display().to_string();
-    let Some(free) =
-        read("df", &["--output=avail", "-k", &path]).and_then(|text| text.lines().last()?.trim().parse::<u64>().ok())
-    else {
-        return Ok(());
-    };
-    ensure!(
-        free >= needed,
-        "{path} has {} MiB free and this needs {}; free some, or name another place with --cache",
-        free >> 10,
-        needed >> 10
-    );
-    Ok(())
 }
 
 #[cfg(test)]

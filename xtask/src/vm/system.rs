@@ -11,7 +11,6 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    archive::digest_of,
     initramfs::Initramfs,
     kernel::Kernel,
     machine::{self, Outcome, Settings},
@@ -20,11 +19,11 @@ use super::{
 };
 use crate::{
     debian, package,
-    run::{is_root, quiet, read},
+    root::Recipe,
+    run::{digest_of, is_root, quiet, read},
+    setup::packages::GUEST,
 };
 
-/// Of what the system consists; perl attacks, dnsmasq knows names.
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,nftables,kmod,procps,udev,perl,dnsmasq-base";
 const SUITE: &str = "bookworm";
 /// How often it boots, as life.sh divides it.
 const BOOTS: usize = 4;
@@ -285,20 +284,18 @@ fn make_disk(
 fn base(table: &Table, cache: &Path) -> Result<PathBuf> {
     let dir = cache.join("roots");
     fs::create_dir_all(&dir)?;
-    let key = digest_of(PACKAGES);
+    let address = debian::mirror()?;
+    let recipe = Recipe {
+        suite: SUITE,
+        packages: GUEST,
+        sources: &[format!("deb {address} {SUITE} main")],
+        keyring: Some(&table.keyring),
+    };
+    let key = digest_of(&format!("{recipe:?}"));
     let file = dir.join(format!("{SUITE}-{}.tar", key.get(..12).unwrap_or(&key)));
     if file.exists() {
         return Ok(file);
     }
-    let address = debian::mirror()?;
-    let aside = file.with_extension("new.tar");
-    let mut make = Command::new("mmdebstrap");
-    make.args(["--quiet", "--variant=minbase", &format!("--include={PACKAGES}")])
-        .arg(format!("--keyring={}", table.keyring.display()))
-        .args([SUITE])
-        .arg(&aside)
-        .arg(format!("deb {address} {SUITE} main"));
-    quiet("vm: make a small Debian with systemd (two minutes, once)", &mut make)?;
-    fs::rename(&aside, &file).with_context(|| format!("make {}", file.display()))?;
+    recipe.make("vm: make a small Debian with systemd (two minutes, once)", &file)?;
     Ok(file)
 }
