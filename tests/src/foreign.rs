@@ -8,6 +8,7 @@ use std::{
     fs::File,
     io,
     net::Ipv4Addr,
+    ops::RangeInclusive,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::Path,
 };
@@ -78,10 +79,10 @@ pub fn detach_link(pin: &Path) -> io::Result<()> {
     bpf(34, &[fd_of(&open_link(pin)?)]).map(drop)
 }
 
-/// The programs attached to a cgroup, by their numbers, with each type of attachment that a cgroup has.
+/// The programs attached to a cgroup, by their numbers, with each type of attachment that the kernel has.
 pub fn attached(cgroup: &Path) -> io::Result<Vec<(u32, Vec<u32>)>> {
-    /// More types than any kernel has.
-    const TYPES: u32 = 96;
+    /// Those of a cgroup, which begin with `BPF_CGROUP_` in linux/bpf.h; for others a descriptor is no cgroup's, but a device's number, say.
+    const TYPES: [RangeInclusive<u32>; 8] = [0..=3, 6..=6, 8..=15, 18..=22, 29..=32, 34..=34, 43..=43, 49..=53];
     /// More programs than a cgroup takes (`BPF_CGROUP_MAX_PROGS`).
     const MOST: u32 = 128;
     #[repr(C)]
@@ -95,7 +96,7 @@ pub fn attached(cgroup: &Path) -> io::Result<Vec<(u32, Vec<u32>)>> {
     }
     let cgroup = File::open(cgroup)?;
     let mut all = Vec::new();
-    for attach_type in 0..TYPES {
+    for attach_type in TYPES.into_iter().flatten() {
         let mut programs = vec![0_u32; MOST as usize];
         let query = Query {
             cgroup: fd_of(&cgroup),
@@ -105,7 +106,7 @@ pub fn attached(cgroup: &Path) -> io::Result<Vec<(u32, Vec<u32>)>> {
             count: MOST,
             padding: 0,
         };
-        // Types that are not a cgroup's are refused in several ways; of no program the number is 0.
+        // Older kernels refuse types that they do not have; of no program the number is 0.
         if bpf(16, &query).is_ok() {
             programs.retain(|program| *program != 0);
             all.push((attach_type, programs));

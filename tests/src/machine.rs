@@ -59,7 +59,8 @@ fn wait_outside() -> Result<ExitCode> {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context("make namespaces for mounts and processes")?;
     // So that nothing mounted here is mounted outside.
     let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).context("make all mounts private")?;
+    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
+        .context("make all mounts private (where / is no mount point, pivot_root into it first)")?;
     let status = again()?
         .env(MACHINE, process::id().to_string())
         .status()

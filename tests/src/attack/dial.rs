@@ -60,7 +60,7 @@ pub(super) fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> 
     // SAFETY: a duplicate of a live descriptor, owned by the stream.
     let fd = unsafe { OwnedFd::from_raw_fd(libc::dup(socket.as_raw_fd())) };
     let read = if attempt.way.is_udp() {
-        std::net::UdpSocket::from(fd).recv(&mut greeting)?
+        greeted(&std::net::UdpSocket::from(fd), &mut greeting)?
     } else {
         let mut stream = TcpStream::from(fd);
         stream.set_nonblocking(false)?;
@@ -70,6 +70,17 @@ pub(super) fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> 
         Ok(time)
     } else {
         Err(io::Error::other("reached another listener"))
+    }
+}
+
+/// Waits on when it is interrupted: what an `io_uring` leaves to do when it is closed does that, and a wait with a timeout is not resumed
+/// by the kernel (signal(7)).
+fn greeted(socket: &std::net::UdpSocket, greeting: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.recv(greeting) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
     }
 }
 
