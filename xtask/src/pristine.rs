@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// What of a root's archive is too old.
-const AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+const AGE: Duration = Duration::from_hours(7 * 24);
 /// What a new user's commands may find besides `HOME` and `PATH`.
 const ENVIRONMENT: [&str; 11] = [
     "ENFORCER_DEBIAN_MIRROR",

@@ -11,7 +11,7 @@ use super::sudo;
 use crate::run::{captured, read};
 
 /// How long another process may have apt locked.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 /// Before it is tried again.
 const PAUSE: Duration = Duration::from_secs(3);
 /// What may be missing from this host's lists, and what brings it.
