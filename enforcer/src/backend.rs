@@ -229,9 +229,11 @@ impl Enforcement {
         }
     }
 
-    /// Waits now for what the next [`Enforcement::apply`] would have to wait for.
-    pub fn settle(&mut self) -> Result<(), BackendError> {
-        self.ebpf.as_mut().map_or(Ok(()), Kernel::settle)
+    /// Begins to wait for what the next [`Enforcement::apply`] would have to wait for.
+    pub fn begin_to_settle(&mut self) {
+        if let Some(kernel) = &mut self.ebpf {
+            kernel.begin_to_settle();
+        }
     }
 
     /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
@@ -401,6 +403,12 @@ impl InForce {
     #[must_use]
     pub fn name(&self) -> &'static str {
         name(self.ebpf.is_some(), self.nftables.is_some())
+    }
+
+    /// Whether eBPF enforces, alone or with nftables.
+    #[must_use]
+    pub fn uses_ebpf(&self) -> bool {
+        self.ebpf.is_some()
     }
 
     /// The verdict of what is in force: a denial of either half is one.

@@ -23,6 +23,7 @@ use crate::{
     control::{self, ControlError, Reply, Request},
     daemon, host,
     status::{Context, State, Status, status},
+    visibility::Visibility,
 };
 
 /// Lets only chosen local users open connections to this host's sensitive endpoints.
@@ -293,13 +294,17 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         .as_ref()
         .map(|in_force| in_force.observe(host::directory_id(&cgroup)))
         .transpose()?;
+    let hidden = in_force.as_ref().and_then(|in_force| {
+        let ebpf_on = in_force.uses_ebpf().then_some(cgroup.as_path());
+        Visibility::of(settings, ebpf_on, false).fault()
+    });
     let context = Context {
         cgroup: cgroup.display().to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
         nft_table: settings.nft_table.clone(),
         backend: in_force.as_ref().map_or("ebpf", InForce::name).to_owned(),
         unread: unread.is_some(),
-        causes: unread.iter().map(ToString::to_string).collect(),
+        causes: unread.iter().map(ToString::to_string).chain(hidden).collect(),
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))

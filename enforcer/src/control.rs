@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::{
     events::{GrantEvent, Line},
-    host::START,
+    host::{START, own_dir},
     status::Status,
     verify::Verification,
 };
@@ -261,16 +261,11 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
         }
     };
     let dir = path.parent().unwrap_or(Path::new("/"));
-    match fs::DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(ControlError::Io {
-                action: "make",
-                path: dir.into(),
-                error,
-            });
-        }
-        Ok(()) | Err(_) => {}
-    }
+    own_dir::make(dir).map_err(|error| ControlError::Io {
+        action: "make",
+        path: dir.into(),
+        error,
+    })?;
     let meta = fs::metadata(dir).map_err(failed("look at the directory of"))?;
     if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
         return Err(ControlError::Untrusted {

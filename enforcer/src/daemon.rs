@@ -70,6 +70,10 @@ struct Daemon {
     /// The file does not hold them as they are.
     grants_unsaved: bool,
     enforcement: Enforcement,
+    /// Whether this process goes on after its first rule set.
+    stays: bool,
+    /// Why it is not known whether the host sees what this process keeps.
+    visibility_unknown: Option<String>,
     names: Names,
     host: Host,
     lookups: JoinSet<Answer>,
@@ -132,7 +136,7 @@ struct Waiting {
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket).await?;
-    let (left, good) = Left::load(&wanted.config.settings.state_dir);
+    let (left, good) = Left::claim(&wanted.config.settings.state_dir);
     let wanted = boot::has_not_gone(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
@@ -152,7 +156,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
-    daemon.keep_for_next_start();
+    daemon.keep_now().await;
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -204,7 +208,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     loop {
         if !ready && daemon.unanswered.is_empty() {
             ready = true;
-            daemon.keep_for_next_start();
+            daemon.keep_now().await;
             daemon.ready()?;
         }
         if std::mem::take(&mut again) {
@@ -217,9 +221,11 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
         }
         let until_expiry = daemon.until_expiry();
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
+        let keep = daemon.kept.due();
         tokio::select! {
             _ = hangup.recv() => {
                 daemon.reload();
+                daemon.enforcement.begin_to_settle();
                 again = true;
             }
             () = ends.recv() => break,
@@ -253,11 +259,11 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
-            () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
+            () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => {
                 daemon.keep_for_next_start();
-                // What fails here fails again when it is needed, and is told then.
-                let _ = daemon.enforcement.settle();
+                daemon.enforcement.begin_to_settle();
             }
+            saved = daemon.kept.saved() => daemon.was_kept(saved),
             _ = tick.tick() => {
                 again = daemon.tick(watch.as_mut());
                 if !goes_on(&mounts) {
@@ -275,6 +281,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             },
         }
     }
+    daemon.keep_now().await;
     daemon.stop(&socket).map(|()| End::Stopped)
 }
 
@@ -325,6 +332,8 @@ impl Daemon {
             grants,
             grants_unsaved: false,
             enforcement,
+            stays,
+            visibility_unknown: None,
             log_level: level,
             drift: Drift::default(),
             names,
@@ -442,6 +451,7 @@ impl Daemon {
     }
 
     fn ready(&mut self) -> Result<(), DaemonError> {
+        self.look_at_visibility();
         let observed = self.enforcement.observe()?;
         if let Some(kernel) = self.enforcement.kernel() {
             kernel.trim_memory();
@@ -484,9 +494,7 @@ impl Daemon {
         match loaded {
             Ok(()) => {
                 self.faults.put(About::Reload, None);
-                // Whoever is told so may count on it over a crash.
-                self.keep_for_next_start();
-                info!("reloaded {}", self.wanted.path.display());
+                self.report_reload();
             }
             Err(error) => {
                 // Each time, not once a change: it answers a signal.
@@ -554,6 +562,7 @@ impl Daemon {
             return Err(error);
         }
         self.enforcement.retire(&self.wanted.config.settings);
+        self.look_at_visibility();
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
         self.pending = None;
@@ -652,7 +661,6 @@ impl Daemon {
 
     /// Ends, and leaves in force what is (F1).
     fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
-        self.keep_for_next_start();
         self.journal.rest().iter().for_each(|line| info!("{line}"));
         let _ = std::fs::remove_file(socket);
         let generation = self.enforcement.observe_quickly()?.generation;

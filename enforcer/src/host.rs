@@ -1,18 +1,22 @@
 //! What the rules depend on in this host: its addresses and its cgroups, and word of their changes.
 
+pub mod mounts;
+pub mod own_dir;
+
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
     net::IpAddr,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt},
+        unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
 };
 
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 
+use self::mounts::Mounts;
 use crate::{
     policy::CgroupPath,
     ruleset::{Cgroup, Host},
@@ -32,26 +36,18 @@ pub fn local_addresses() -> io::Result<BTreeSet<IpAddr>> {
         .collect())
 }
 
-/// Where the cgroup v2 hierarchy is mounted, from `/proc/self/mountinfo` (man 5 proc).
+/// Where the cgroup v2 hierarchy is mounted.
 pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
-    cgroup2(4)
+    Ok(Mounts::own()?
+        .of_kind("cgroup2")
+        .next()
+        .map(|mount| mount.point.clone()))
 }
 
 /// The cgroup that the mount of [`cgroup2_mount`] shows as its root: `/` but in odd containers.
 pub fn cgroup2_root() -> io::Result<PathBuf> {
-    let shown = cgroup2(3)?;
-    Ok(shown.unwrap_or_else(|| PathBuf::from("/")))
-}
-
-/// A field of the line of the cgroup v2 mount in `/proc/self/mountinfo`.
-fn cgroup2(field: usize) -> io::Result<Option<PathBuf>> {
-    let mounts = fs::read("/proc/self/mountinfo")?;
-    Ok(mounts.split(|byte| *byte == b'\n').find_map(|line| {
-        let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
-        let separator = fields.iter().position(|field| *field == b"-")?;
-        (*fields.get(separator + 1)? == b"cgroup2").then_some(())?;
-        Some(PathBuf::from(std::ffi::OsStr::from_bytes(fields.get(field)?)))
-    }))
+    let root = Mounts::own()?.of_kind("cgroup2").next().map(|mount| mount.root.clone());
+    Ok(root.unwrap_or_else(|| PathBuf::from("/")))
 }
 
 /// The cgroup that a path names now, if it exists.

@@ -9,6 +9,7 @@ pub mod policy;
 pub mod host;
 pub mod resolve;
 pub mod state;
+pub mod visibility;
 
 pub mod ruleset;
 

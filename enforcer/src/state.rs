@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 pub use self::content::{LastGood, LastGoodRef};
+use crate::host::own_dir;
 
 /// The file, in `state_dir`.
 pub const FILE: &str = "last-good.json";
@@ -138,8 +139,18 @@ fn load_early_of(owner: u32, dir: &Path) -> crate::resolve::Known {
     bytes.and_then(|bytes| early::parse(&bytes)).unwrap_or_default()
 }
 
+/// Removes what another user has put where the directory belongs (F6).
+pub fn reclaim(dir: &Path) -> Result<(), StateError> {
+    own_dir::reclaim(dir).map_err(|error| StateError::Io {
+        action: "make",
+        path: dir.into(),
+        error,
+    })
+}
+
 /// Keeps a rule set, whole or not at all. What an earlier version kept goes.
 pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
+    reclaim(dir)?;
     save_as(ROOT, dir, record)
 }
 

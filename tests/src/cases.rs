@@ -21,14 +21,18 @@ pub mod nftables;
 pub mod parity;
 pub mod retention;
 pub mod schemas;
+pub mod squatting;
 pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
 pub mod units;
 pub mod verify;
+pub mod visibility;
 
-use anyhow::{Result, ensure};
+use std::thread;
+
+use anyhow::{Result, anyhow, ensure};
 
 use crate::{
     backend::{ALIKE, Backend},
@@ -43,6 +47,8 @@ pub struct Case {
     pub on: &'static [Backend],
     /// What it cannot do without. What is so where the kernel lacks it is a case of its own.
     pub needs: &'static [Feature],
+    /// Whether it takes so long that it should begin first: one that begins last keeps only one processor busy.
+    pub long: bool,
     /// Fails with what is not as it should be.
     pub run: Box<dyn FnOnce() -> Result<()> + Send>,
 }
@@ -56,6 +62,11 @@ impl Case {
     /// Only where the kernel has all of these.
     fn needs(self, needs: &'static [Feature]) -> Self {
         Self { needs, ..self }
+    }
+
+    /// One that takes long.
+    fn long(self) -> Self {
+        Self { long: true, ..self }
     }
 
     /// What it needs and this kernel lacks; eBPF tells a task's cgroup without nftables' help.
@@ -99,19 +110,21 @@ pub fn all() -> Vec<Case> {
         parity::cases(),
         retention::cases(),
         schemas::cases(),
+        squatting::cases(),
         subjects::cases(),
         surfaces::cases(),
         sweep::cases(),
         takeover::cases(),
         units::cases(),
         verify::cases(),
+        visibility::cases(),
     ]
     .into_iter()
     .flatten()
     .collect()
 }
 
-/// Of all cases those that some pattern names: a name, or the beginning of one and `*`. A pattern that names none is an error.
+/// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern that names none is an error.
 pub fn chosen(patterns: &str) -> Result<Vec<Case>> {
     let patterns: Vec<&str> = patterns.split(',').filter(|pattern| !pattern.is_empty()).collect();
     let names = |pattern: &str, name: &str| match pattern.strip_suffix('*') {
@@ -126,7 +139,25 @@ pub fn chosen(patterns: &str) -> Result<Vec<Case>> {
         );
     }
     let is_chosen = |name: &str| patterns.is_empty() || patterns.iter().any(|pattern| names(pattern, name));
-    Ok(all.into_iter().filter(|case| is_chosen(&case.name)).collect())
+    let mut chosen: Vec<Case> = all.into_iter().filter(|case| is_chosen(&case.name)).collect();
+    chosen.sort_by_key(|case| !case.long);
+    Ok(chosen)
+}
+
+/// The same with each of several, at once: most of what it does must be to wait.
+fn with_each<T, F>(several: impl IntoIterator<Item = T>, act: F) -> Result<()>
+where
+    T: Send,
+    F: Fn(T) -> Result<()> + Sync,
+{
+    let act = &act;
+    thread::scope(|scope| {
+        let started: Vec<_> = several.into_iter().map(|one| scope.spawn(move || act(one))).collect();
+        for one in started {
+            one.join().map_err(|_| anyhow!("a part of the case panicked"))??;
+        }
+        Ok(())
+    })
 }
 
 /// A case that holds whatever enforces. Where the two differ (§5) it asserts the outcome of each.
@@ -135,6 +166,7 @@ fn case(name: &str, run: impl FnOnce() -> Result<()> + Send + 'static) -> Case {
         name: name.to_owned(),
         on: ALIKE,
         needs: &[],
+        long: false,
         run: Box::new(run),
     }
 }

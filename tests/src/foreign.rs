@@ -1,6 +1,8 @@
-//! Programs that are not ours, attached to a cgroup by `BPF_PROG_ATTACH`, and their running times.
+//! Programs that are not ours, attached to a cgroup by `BPF_PROG_ATTACH`, their running times, and links and maps of ours in other hands.
 
 #![allow(unsafe_code, reason = "bpf(2) has no safe form; structures are those of linux/bpf.h")]
+
+pub mod map;
 
 use std::{
     fs::File,
@@ -69,6 +71,47 @@ impl ForeignProgram {
 pub fn take_link(pin: &Path) -> io::Result<()> {
     let (link, program) = (open_link(pin)?, load(&[PASS, EXIT])?);
     bpf(29, &[fd_of(&link), fd_of(&program), 0, 0]).map(drop)
+}
+
+/// Detaches a pinned link, which stays pinned.
+pub fn detach_link(pin: &Path) -> io::Result<()> {
+    bpf(34, &[fd_of(&open_link(pin)?)]).map(drop)
+}
+
+/// The programs attached to a cgroup, by their numbers, with each type of attachment that a cgroup has.
+pub fn attached(cgroup: &Path) -> io::Result<Vec<(u32, Vec<u32>)>> {
+    /// More types than any kernel has.
+    const TYPES: u32 = 96;
+    /// More programs than a cgroup takes (`BPF_CGROUP_MAX_PROGS`).
+    const MOST: u32 = 128;
+    #[repr(C)]
+    struct Query {
+        cgroup: u32,
+        attach_type: u32,
+        flags: [u32; 2],
+        programs: u64,
+        count: u32,
+        padding: u32,
+    }
+    let cgroup = File::open(cgroup)?;
+    let mut all = Vec::new();
+    for attach_type in 0..TYPES {
+        let mut programs = vec![0_u32; MOST as usize];
+        let query = Query {
+            cgroup: fd_of(&cgroup),
+            attach_type,
+            flags: [0; 2],
+            programs: programs.as_mut_ptr() as u64,
+            count: MOST,
+            padding: 0,
+        };
+        // Types that are not a cgroup's are refused in several ways; of no program the number is 0.
+        if bpf(16, &query).is_ok() {
+            programs.retain(|program| *program != 0);
+            all.push((attach_type, programs));
+        }
+    }
+    Ok(all)
 }
 
 fn load(instructions: &[u64]) -> io::Result<OwnedFd> {

@@ -1013,6 +1013,24 @@ impl Netns {
         Ok(ran.with_context(|| format!("nft {command}"))?.stdout)
     }
 
+    /// Does something in it, on a thread of its own.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                setns(fs::File::open(self.file())?, CloneFlags::CLONE_NEWNET)?;
+                work()
+            });
+            inside.join().map_err(|_| anyhow!("the thread in it panicked"))?
+        })
+    }
+
+    /// Writes a setting below `/proc/sys/net`, where each sees those of its own namespace.
+    pub fn set(&self, setting: &str, value: &str) -> Result<()> {
+        let path = Path::new("/proc/sys/net").join(setting);
+        self.within(|| Ok(fs::write(&path, value)?))
+            .with_context(|| format!("write {value} to {}", path.display()))
+    }
+
     /// Runs `ip` in it.
     pub fn ip(&self, arguments: &[&str]) -> Result<()> {
         ip(&[&["-n", self.name.as_str()], arguments].concat())

@@ -24,6 +24,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -66,6 +67,8 @@ pub struct Kernel {
     slots: [Option<Image>; 2],
     /// Whether a program may still be reading the slot that is not in force.
     flipped: bool,
+    /// The wait until none is, in a thread of its own.
+    settling: Option<JoinHandle<io::Result<()>>>,
     /// The slot and number of the rule set that was put in force.
     in_force: Option<(u8, u64)>,
     /// When each part of the maps is read again, to see whether others have changed it.
@@ -128,6 +131,7 @@ impl Kernel {
                 [None, None]
             },
             flipped: !fresh,
+            settling: None,
             in_force: None,
             look_again: [Part::Rest, Part::Endpoints].map(|part| (part, Instant::now())),
             mended: 0,
@@ -180,11 +184,25 @@ impl Kernel {
         Ok(number)
     }
 
-    /// Waits, tens of milliseconds perhaps, until no verdict in flight reads the slot that was in force before (F2). Whoever has
-    /// the time does so before the next change asks for it.
-    pub fn settle(&mut self) -> Result<(), BackendError> {
+    /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done: tens of milliseconds, and seconds on a host that
+    /// is kept busy, above all at low priority, as any user may. Nobody else is to wait for that (F10).
+    pub fn begin_to_settle(&mut self) {
+        if self.flipped && self.settling.is_none() {
+            // Without a thread the next change waits.
+            self.settling = thread::Builder::new().spawn(sys::wait_for_programs).ok();
+        }
+    }
+
+    /// Waits until no verdict in flight reads the slot that was active before (F2).
+    fn settle(&mut self) -> Result<(), BackendError> {
         if self.flipped {
-            sys::wait_for_programs().map_err(|error| BackendError::Map {
+            let waited = match self.settling.take() {
+                Some(thread) => thread
+                    .join()
+                    .unwrap_or_else(|_| Err(io::Error::other("the thread panicked"))),
+                None => sys::wait_for_programs(),
+            };
+            waited.map_err(|error| BackendError::Map {
                 action: "wait for readers of",
                 map: "endpoints",
                 error,
@@ -243,6 +261,8 @@ impl Kernel {
         // Whoever changed one slot may have changed the other: both are read before they are written.
         self.slots = [None, None];
         self.flipped = true;
+        // A wait that has begun may have begun before.
+        self.settling = None;
         let names = image.names;
         let put = self.put(
             image.clone(),

@@ -49,6 +49,14 @@ impl Left {
         }
     }
 
+    /// As [`Left::load`], for the process that is going to write there: what another user has put in its place is removed first.
+    pub(super) fn claim(dir: &Path) -> (Self, Option<LastGood>) {
+        if let Err(error) = state::reclaim(dir) {
+            warn!("{error}");
+        }
+        Self::load(dir)
+    }
+
     /// What is in a state directory, and the rule set itself.
     pub(super) fn load(dir: &Path) -> (Self, Option<LastGood>) {
         let (good, fault) = match state::load(dir) {
@@ -130,7 +138,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
         return Err(ConfigError::Missing { path: path.into() }.into());
     }
     let (left, good) = match config::state_dir(path) {
-        Some(dir) => Left::load(&dir),
+        Some(dir) => Left::claim(&dir),
         // The file is refused below.
         None => (Left::nothing(), None),
     };
@@ -198,7 +206,9 @@ pub(super) fn has_not_gone(wanted: Wanted, good: Option<&LastGood>) -> Result<Wa
 /// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation
 /// that is in force already stays.
 pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
-    let good = config::state_dir(path).map(|dir| state::load(&dir)).transpose()?;
+    let dir = config::state_dir(path);
+    dir.as_deref().map(state::reclaim).transpose()?;
+    let good = dir.map(|dir| state::load(&dir)).transpose()?;
     let Some((good, mark)) = good.flatten() else {
         return Ok(None);
     };

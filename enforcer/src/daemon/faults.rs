@@ -21,6 +21,8 @@ pub(super) enum About {
     Grants,
     /// The sweep of older connections.
     Sweep,
+    /// What must outlive this process is hidden from the host.
+    Visibility,
 }
 
 /// At most one fault about each.
@@ -41,6 +43,7 @@ impl Faults {
             (None, About::Bus) => info!("the message bus is known"),
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
+            (None, About::Visibility) => info!("the host sees pins, state and socket again"),
             (None, About::Host) => info!("this host's addresses are followed again"),
         }
         self.put(about, fault);

@@ -5,9 +5,11 @@
 
 use std::{
     collections::BTreeSet,
-    env, fs,
+    env,
     path::{Path, PathBuf},
 };
+
+use crate::host::mounts;
 
 /// What the unit sets.
 const VARIABLE: &str = "ENFORCER_FOLLOW_MOUNTS";
@@ -22,24 +24,18 @@ impl Mounts {
         Self(env::var_os(VARIABLE).map(PathBuf::from))
     }
 
-    /// A mount of the host, that is of process 1, that we do not have.
+    /// A mount of the host that we do not have.
     pub(super) fn unseen(&self) -> Option<PathBuf> {
         let dir = self.0.as_deref()?;
-        let mounts = |path| fs::read_to_string(path).ok();
-        unseen(dir, &mounts("/proc/1/mountinfo")?, &mounts("/proc/self/mountinfo")?)
+        unseen(dir, &mounts::Mounts::host().ok()?, &mounts::Mounts::own().ok()?)
     }
 }
 
-/// Of two texts as in man 5 `proc_pid_mountinfo`, a mount point at or below a directory that only the first has. Pure.
-fn unseen(dir: &Path, host: &str, own: &str) -> Option<PathBuf> {
-    let points = |text: &str| -> BTreeSet<PathBuf> {
-        let points = text
-            .lines()
-            .filter_map(|line| line.split(' ').nth(4))
-            .map(PathBuf::from);
-        points.filter(|point| point.starts_with(dir)).collect()
-    };
-    points(host).difference(&points(own)).next().cloned()
+/// A mount point at or below a directory that only the first of two tables has. Pure.
+fn unseen(dir: &Path, host: &mounts::Mounts, own: &mounts::Mounts) -> Option<PathBuf> {
+    let own: BTreeSet<&Path> = own.below(dir).collect();
+    let mut points = host.below(dir).filter(|point| !own.contains(point));
+    points.next().map(Path::to_path_buf)
 }
 
 #[cfg(test)]
@@ -53,7 +49,8 @@ mod tests {
     #[test]
     fn only_what_the_host_alone_has_below_the_directory_is_unseen() {
         let dir = Path::new("/var/vcap/bosh");
-        let seen = |host: &[&str], own: &[&str]| unseen(dir, &host.concat(), &own.concat());
+        let table = |lines: &[&str]| mounts::Mounts::parse(lines.concat().as_bytes());
+        let seen = |host: &[&str], own: &[&str]| unseen(dir, &table(host), &table(own));
         assert_eq!(
             seen(&[ROOT, SETTINGS, DATA], &[ROOT]),
             Some("/var/vcap/bosh/settings".into())

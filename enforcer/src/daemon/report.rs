@@ -2,15 +2,33 @@
 
 use std::time::Instant;
 
-use super::{Daemon, Drift};
+use tracing::warn;
+
+use super::{About, Daemon, Drift};
 use crate::{
     backend::{BackendError, Observed},
     status::{Context, Status, status},
+    visibility::Visibility,
 };
 
 impl Daemon {
+    /// Looks whether what must outlive this process lies where the host sees it (F1).
+    pub(super) fn look_at_visibility(&mut self) {
+        let ebpf = self.enforcement.kernel().is_some();
+        let ebpf_on = self.wanted.cgroup.as_deref().filter(|_| ebpf);
+        let found = Visibility::of(&self.wanted.config.settings, ebpf_on, self.stays);
+        self.faults.set(About::Visibility, found.fault());
+        if self.visibility_unknown != found.unknown {
+            if let Some(why) = &found.unknown {
+                warn!("it is not known whether the host sees pins, state and socket: {why}");
+            }
+            self.visibility_unknown = found.unknown;
+        }
+    }
+
     /// All of it read from the kernel.
     pub(super) fn status(&mut self) -> Status {
+        self.look_at_visibility();
         let observed = self.enforcement.observe();
         self.status_of(&observed)
     }

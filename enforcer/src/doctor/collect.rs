@@ -26,7 +26,7 @@ use crate::{
         probe::{Facts, Place, probe},
     },
     bosh,
-    config::{Config, Settings},
+    config::{Backend, Config, Settings},
     control::{self, ControlError, Reply, Request},
     daemon::complete,
     grants, host,
@@ -36,6 +36,7 @@ use crate::{
     state::{self, LastGood},
     status::Status,
     sweep::{self, Listener},
+    visibility::Visibility,
 };
 
 /// What was seen.
@@ -69,6 +70,7 @@ pub(super) struct Seen {
     pub(super) places: Vec<PlaceMode>,
     pub(super) listeners: Vec<Listener>,
     pub(super) capable: Vec<Capable>,
+    pub(super) visibility: Visibility,
     pub(super) unseen: Vec<Unseen>,
 }
 
@@ -135,6 +137,7 @@ pub(super) async fn host(config: &Path) -> Seen {
         seen.rules = seen.saw("the rules", compile(policy, &names, &seen.host));
     }
     seen.look_at_pins();
+    seen.visibility = Visibility::of(&seen.settings, seen.ebpf_on(), true);
     let place = Place {
         cgroup: seen.cgroup.as_deref(),
         pin_dir: &seen.settings.pin_dir,
@@ -242,6 +245,18 @@ impl Seen {
             resolved.insert(name, addresses);
         }
         resolved
+    }
+
+    /// The cgroup, where eBPF enforces or is to.
+    fn ebpf_on(&self) -> Option<&Path> {
+        let enforces = match self.in_force.as_deref() {
+            Some(backend) => backend != "nftables",
+            None => self.settings.backend != Backend::Nftables,
+        };
+        // Pins that do not exist yet, where no bpffs does, are the feature's matter.
+        self.cgroup
+            .as_deref()
+            .filter(|_| enforces && self.settings.pin_dir.exists())
     }
 
     fn look_at_pins(&mut self) {

@@ -20,6 +20,7 @@ use crate::{
     host::START,
     policy::{Mode, Protocol},
     ruleset::{RuleSet, is_single, owners},
+    visibility::{Kept, Visibility},
 };
 
 /// Most places that a finding lists.
@@ -36,6 +37,7 @@ pub(super) fn host(seen: &Seen) -> Report {
     network(seen, &mut findings);
     programs(seen, enforces, &mut findings);
     modes(&seen.places, &mut findings);
+    findings.extend(visibility(&seen.visibility));
     findings.extend(listeners(seen));
     findings.extend(old_rules(seen));
     if !seen.capable.is_empty() {
@@ -548,6 +550,28 @@ fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
             "chown root and chmod 0700 the directory, 0600 the socket; restart the daemon",
         ));
     }
+}
+
+/// F1: what must outlive the process, or be found by others, where the host does not see it.
+fn visibility(found: &Visibility) -> Option<Finding> {
+    if !found.hidden.is_empty() {
+        let pins = found.hidden.iter().any(|hidden| hidden.kept == Kept::Pins);
+        return Some(finding(
+            "hidden-from-host",
+            if pins { Weight::High } else { Weight::Medium },
+            "enforcer keeps something in a mount namespace of its own, where it ends with that namespace and other processes do not find it",
+            found.hidden.iter().map(ToString::to_string),
+            "do what each line says; under systemd look at PrivateTmp=, ProtectSystem= and TemporaryFileSystem= of the unit",
+        ));
+    }
+    let why = found.unknown.clone()?;
+    Some(finding(
+        "host-unknown",
+        Weight::Low,
+        "it is not known whether the host sees the pins, the state and the socket of enforcer",
+        [why],
+        "let root read /proc/1/mountinfo (mount /proc without hidepid=, or with gid=0); in a container, share the host's PID namespace or bind-mount /sys/fs/bpf, state_dir and the socket's directory from the host",
+    ))
 }
 
 /// Services at the port of an endpoint of this host that can be reached by an address that is no endpoint.

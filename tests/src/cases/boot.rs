@@ -453,12 +453,12 @@ fn removed() -> Result<()> {
     guarded(&world)
 }
 
-/// In namespaces where the default places are this case's own: the file that named what is in force is removed, and the daemon starts
+/// In namespaces where the default places are this case's own, and the first process sees them too: the file that named what is in force is removed, and the daemon starts
 /// again.
 fn gone() -> Result<()> {
     const SCRIPT: &str = r#"
         echo $$ > "$1/cgroup.procs"
-        exec unshare --cgroup --mount --net sh -euc '
+        exec unshare --cgroup --mount --net --pid --fork --kill-child --mount-proc sh -euc '
             daemon=none; trap "kill -9 \$daemon 2>/dev/null || true" EXIT
             ip link set lo up
             cgroups=$1 etc=$2 enforcer=$3 attack=$4

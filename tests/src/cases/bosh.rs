@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case};
+use super::{Case, case, with_each};
 use crate::backend::EBPF;
 use crate::world::{Daemon, Listener, NOBODY, Netns, World, binary, cgroup_mount, ran, until};
 
@@ -108,6 +108,28 @@ impl Agent {
     fn daemon(&self) -> Result<Daemon> {
         self.world.daemon()
     }
+
+    /// The first of its buses is known, and protected.
+    fn daemon_with_a_bus(&self) -> Result<Daemon> {
+        self.put("settings.json", &self.mbus(1))?;
+        let daemon = self.daemon()?;
+        self.world.attack(NOBODY).to(self.bus(1)).is_refused()?;
+        Ok(daemon)
+    }
+
+    /// Waits for a cause that says this of settings made bad, and demands that it is logged once and the first bus protected still.
+    fn tells_once(&self, daemon: &Daemon, what: &str, says: &str) -> Result<()> {
+        until(what, || Ok(self.causes()?.contains(says))).map_err(|error| error.context(daemon.log()))?;
+        std::thread::sleep(Duration::from_millis(1200));
+        let log = daemon.log();
+        ensure!(self.causes()?.contains("degraded"), "{what}: {}", self.causes()?);
+        ensure!(
+            log.matches(says).count() == 1,
+            "{what} was told another number of times: {log}"
+        );
+        self.world.attack(NOBODY).to(self.bus(1)).is_refused()?;
+        self.world.attack(0).to(self.bus(1)).reaches()
+    }
 }
 
 fn late() -> Result<()> {
@@ -155,12 +177,9 @@ fn late() -> Result<()> {
     Ok(())
 }
 
+/// Each in a world of its own, in place of good settings; then several in turn.
 fn bad() -> Result<()> {
     let agent = Agent::new("")?;
-    agent.put("settings.json", &agent.mbus(1))?;
-    let daemon = agent.daemon()?;
-    agent.world.attack(NOBODY).to(agent.bus(1)).is_refused()?;
-    let path = agent.dir().join("settings.json");
     let whole = agent.mbus(2);
     let half = whole.get(..whole.len() / 2).unwrap_or_default();
     let huge = format!("{{\"x\":\"{}\"}}", "x".repeat(9 << 20));
@@ -174,29 +193,15 @@ fn bad() -> Result<()> {
         ("too much", &huge, "8 MiB"),
         ("no bus", "{}", "names a message bus"),
     ];
-    let told = |what: &str, says: &str| -> Result<()> {
-        until(what, || Ok(agent.causes()?.contains(says))).map_err(|error| error.context(daemon.log()))?;
-        std::thread::sleep(Duration::from_millis(1200));
-        let log = daemon.log();
-        ensure!(agent.causes()?.contains("degraded"), "{what}: {}", agent.causes()?);
-        ensure!(
-            log.matches(says).count() == 1,
-            "{what} was told another number of times: {log}"
-        );
-        agent.world.attack(NOBODY).to(agent.bus(1)).is_refused()?;
-        agent.world.attack(0).to(agent.bus(1)).reaches()
-    };
-    for (what, text, says) in texts {
-        // One that was told before may be told again once it was mended: the words differ by the file's length.
-        if what == "no JSON" || what == "nothing" {
-            agent.put("settings.json", text)?;
-            std::thread::sleep(Duration::from_millis(300));
-            agent.world.attack(NOBODY).to(agent.bus(1)).is_refused()?;
-            continue;
-        }
+    with_each(texts, |(what, text, says)| {
+        let agent = Agent::new("")?;
+        let daemon = agent.daemon_with_a_bus()?;
         agent.put("settings.json", text)?;
-        told(what, says)?;
-    }
+        agent.tells_once(&daemon, what, says)
+    })?;
+    let daemon = agent.daemon_with_a_bus()?;
+    let told = |what: &str, says: &str| agent.tells_once(&daemon, what, says);
+    let path = agent.dir().join("settings.json");
     fs::remove_file(&path)?;
     ran(Command::new("mkfifo").arg(&path))?.demand(0)?;
     told("a FIFO", "settings.json: not a regular file")?;
@@ -372,8 +377,10 @@ fn nothing_configured() -> Result<()> {
         \"$4\" apply; \"$4\" check nobody 127.0.0.1:2822 || echo denied
         read _";
     let mut command = netns.command(Path::new("unshare"));
+    // Its first process sees what it mounts, as on a host.
     command
-        .args(["--mount", "sh", "-c", script, "sh"])
+        .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
+        .args(["sh", "-c", script, "sh"])
         .arg(world.path(""))
         .arg(&world.cgroup)
         .arg(cgroup_mount()?)

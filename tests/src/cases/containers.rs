@@ -3,7 +3,6 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
-    path::Path,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,7 +11,7 @@ use super::{Case, case, nftables::Guarded};
 use crate::{
     attack::Way,
     backend::{Backend, PACKETS},
-    world::{Attack, Listener, NOBODY, Netns, ran},
+    world::{Attack, Listener, NOBODY, Netns},
 };
 
 /// All cases of this file.
@@ -67,10 +66,7 @@ impl Contained {
                 "ipv4/conf/all/route_localnet",
                 &format!("ipv4/conf/{device}/route_localnet"),
             ] {
-                let script = format!("echo 1 > /proc/sys/net/{setting}");
-                ran(netns.command(Path::new("sh")).args(["-c", &script]))?
-                    .demand(0)
-                    .context(setting.to_owned())?;
+                netns.set(setting, "1")?;
             }
         }
         let routable = SocketAddr::new(SERVER.parse()?, world.port);

@@ -9,7 +9,7 @@ use super::{Case, case, names::Named};
 use crate::{
     backend::WITH_BPF,
     dns::Zone,
-    foreign::{ForeignProgram, Sharing},
+    foreign::{ForeignProgram, Sharing, attached},
     kernel::{EBPF_NEEDS, Feature, lacks, lacks_ebpf},
     world::{NOBODY, Netns, World, binary, ran},
 };
@@ -98,14 +98,16 @@ fn found<'a>(report: &'a Value, id: &str) -> Option<&'a Value> {
 
 fn kernel() -> Result<()> {
     let ward = Ward::guarded()?;
-    let programs = |world: &World| -> Result<String> {
+    let programs = || -> Result<_> {
         if lacks_ebpf() {
-            return Ok(String::new());
+            return Ok(Vec::new());
         }
-        let shown = ran(Command::new("bpftool").args(["cgroup", "show"]).arg(&world.cgroup))?;
-        Ok(shown.demand(0)?.stdout)
+        let attached = attached(&ward.world.cgroup)?;
+        let some = attached.iter().any(|(_, programs)| !programs.is_empty());
+        ensure!(some, "what guards is not attached: {attached:?}");
+        Ok(attached)
     };
-    let before = programs(&ward.world)?;
+    let before = programs()?;
     let report = ward.report()?;
     let features = report["features"].as_array().cloned().unwrap_or_default();
     ensure!(features.len() == 25, "{report}");
@@ -118,8 +120,8 @@ fn kernel() -> Result<()> {
     ensure!(report["choice"]["backend"] == chosen, "not {chosen}: {report}");
     ensure!(found(&report, "no-daemon").is_some(), "{report}");
     ensure!(report["unseen"].as_array().is_some_and(Vec::is_empty), "{report}");
-    let after = programs(&ward.world)?;
-    ensure!(before == after, "{before} became {after}");
+    let after = programs()?;
+    ensure!(before == after, "{before:?} became {after:?}");
     let tables = ward.netns.nft("list tables")?;
     ensure!(!tables.contains("probe"), "{tables}");
     ensure!(!Path::new("/sys/fs/bpf/enforcer_probe").exists());
@@ -190,22 +192,21 @@ fn translation() -> Result<()> {
 
 fn ways_around() -> Result<()> {
     let ward = Ward::guarded()?;
-    let set = |setting: &str| {
-        ran(ward.netns.command(Path::new("sysctl")).args(["-qw", setting]))?
-            .demand(0)
-            .map(drop)
-    };
-    set("net.ipv4.conf.all.accept_source_route=0")?;
+    ward.netns.set("ipv4/conf/all/accept_source_route", "0")?;
     if !lacks(Feature::Mptcp) {
-        set("net.mptcp.enabled=1")?;
+        ward.netns.set("mptcp/enabled", "1")?;
     }
     for id in ["source-route", "segment-routing", "mptcp-add-addr"] {
         ward.misses(id)?;
     }
-    set("net.ipv4.conf.all.accept_source_route=1")?;
-    set("net.ipv4.conf.lo.accept_source_route=1")?;
-    set("net.ipv6.conf.all.seg6_enabled=1")?;
-    set("net.ipv6.conf.lo.seg6_enabled=1")?;
+    for setting in [
+        "ipv4/conf/all/accept_source_route",
+        "ipv4/conf/lo/accept_source_route",
+        "ipv6/conf/all/seg6_enabled",
+        "ipv6/conf/lo/seg6_enabled",
+    ] {
+        ward.netns.set(setting, "1")?;
+    }
     for id in ["source-route", "segment-routing"] {
         let finding = ward.finds(id)?;
         ensure!(finding["items"].to_string().contains("\"lo\""), "{finding}");

@@ -16,7 +16,9 @@ use crate::{
 #[must_use]
 pub fn cases() -> Vec<Case> {
     vec![
-        case("f1_f2_no_wrong_verdict_in_100000_while_all_changes", under_fire).on(EBPF),
+        case("f1_f2_no_wrong_verdict_in_100000_while_all_changes", under_fire)
+            .on(EBPF)
+            .long(),
         case("f1_enforcement_outlives_the_daemon", outlives),
         case("f1_only_unload_removes_and_only_its_own", unload_one_of_two),
         case("f2_random_rule_sets_change_nothing_else", random_rule_sets),

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use hickory_proto::op::ResponseCode;
 use serde_json::Value;
 
-use super::{Case, case};
+use super::{Case, case, with_each};
 use crate::{
     dns::{DnsServer, Zone},
     world::{Daemon, NOBODY, World, ran, until},
@@ -133,31 +133,34 @@ fn checked() -> Result<()> {
 }
 
 fn failures() -> Result<()> {
-    for bad in [
+    let bad = [
         Zone::Code(ResponseCode::ServFail),
         Zone::Code(ResponseCode::NXDomain),
         Zone::Code(ResponseCode::Refused),
         Zone::Silence,
         addresses(&[]),
-    ] {
-        let named = Named::new(&["bus.test"], "")?;
-        named.dns.set("bus.test", addresses(&["10.9.0.1"]));
-        let _daemon = named.daemon()?;
-        named.dns.set("bus.test", bad.clone());
-        until("the name is stale", || Ok(named.name("bus.test")?["stale"] == true))?;
-        ensure!(named.denied("10.9.0.1")?, "{bad:?} opened the address");
-        let status = named.world.status()?;
-        ensure!(
-            status["state"] == "degraded" && status["causes"].to_string().contains("bus.test"),
-            "{status}"
-        );
-        named.dns.set("bus.test", addresses(&["10.9.0.2"]));
-        named.world.enforcer(&["refresh"])?.demand(0)?;
-        ensure!(
-            named.denied("10.9.0.2")? && named.world.status()?["state"] == "enforcing",
-            "no recovery from {bad:?}"
-        );
-    }
+    ];
+    with_each(&bad, fails)
+}
+
+fn fails(bad: &Zone) -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    let _daemon = named.daemon()?;
+    named.dns.set("bus.test", bad.clone());
+    until("the name is stale", || Ok(named.name("bus.test")?["stale"] == true))?;
+    ensure!(named.denied("10.9.0.1")?, "{bad:?} opened the address");
+    let status = named.world.status()?;
+    ensure!(
+        status["state"] == "degraded" && status["causes"].to_string().contains("bus.test"),
+        "{status}"
+    );
+    named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+    named.world.enforcer(&["refresh"])?.demand(0)?;
+    ensure!(
+        named.denied("10.9.0.2")? && named.world.status()?["state"] == "enforcing",
+        "no recovery from {bad:?}"
+    );
     Ok(())
 }
 

@@ -33,6 +33,14 @@ pub enum BackendError {
         /// The directory.
         path: PathBuf,
     },
+    /// A bpffs that is missing must not be mounted where it would not last (F1).
+    #[error(
+        "no bpffs is mounted on /sys/fs/bpf, and {why}; mount it on the host (mount -t bpf bpf /sys/fs/bpf), then start enforcer again"
+    )]
+    PrivateMounts {
+        /// What is wrong with mounting it here.
+        why: String,
+    },
     /// Another process writes these pins.
     #[error("{} is in use by another enforcer; reload that one (SIGHUP), or stop it first", path.display())]
     Busy {
@@ -127,11 +135,11 @@ impl BackendError {
         half(self) || matches!(self, Self::Half { error, .. } if half(error))
     }
 
-    /// Whether this kernel, or what we may do with it, is the cause, and not something of ours that needs mending.
+    /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that needs mending.
     #[must_use]
     pub fn is_inability(&self) -> bool {
         match self {
-            Self::NoCgroup2 | Self::Load { .. } | Self::Attach { .. } => true,
+            Self::NoCgroup2 | Self::PrivateMounts { .. } | Self::Load { .. } | Self::Attach { .. } => true,
             // Without BPF there is no bpffs either; with it, a wrong place is the configuration's fault.
             Self::Io { .. } | Self::NotBpffs { .. } => super::sys::wait_for_programs().is_err(),
             Self::Map { error, .. } => error.raw_os_error() == Some(libc::EPERM),

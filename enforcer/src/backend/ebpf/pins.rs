@@ -1,9 +1,9 @@
 //! The pin directory: made, owned and locked by us alone (F6), on a bpffs that is mounted if need be.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -14,6 +14,10 @@ use nix::{
 };
 
 use super::BackendError;
+use crate::host::{
+    mounts::{Seen, host_would_see_mount},
+    own_dir,
+};
 
 /// Where a bpffs belongs (Documentation/bpf, systemd's own mount).
 const BPFFS: &str = "/sys/fs/bpf";
@@ -31,17 +35,12 @@ pub struct Lock(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
 impl Pins {
     /// Takes an existing directory after checking that nobody else can write it; nothing where there is none.
     pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
-        let meta = match fs::symlink_metadata(dir) {
-            Ok(meta) => meta,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(BackendError::Io {
-                    action: "look at",
-                    object: dir.into(),
-                    error,
-                });
-            }
-        };
+        let found = own_dir::metadata(dir).map_err(|error| BackendError::Io {
+            action: "look at",
+            object: dir.into(),
+            error,
+        })?;
+        let Some(meta) = found else { return Ok(None) };
         if !meta.is_dir() || meta.uid() != 0 || meta.mode() & 0o077 != 0 {
             return Err(BackendError::Untrusted {
                 path: dir.into(),
@@ -58,19 +57,8 @@ impl Pins {
     /// Opens the directory, or makes it.
     pub fn create(dir: &Path) -> Result<Self, BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
-        if !is_bpffs(Path::new(BPFFS)) && parent.starts_with(BPFFS) {
-            mount(
-                Some("bpf"),
-                BPFFS,
-                Some("bpf"),
-                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
-                Some("mode=0700"),
-            )
-            .map_err(|error| BackendError::Io {
-                action: "mount a bpffs on",
-                object: BPFFS.into(),
-                error: error.into(),
-            })?;
+        if misses_bpffs(parent) {
+            mount_bpffs()?;
         }
         trust_parent(dir, parent)?;
         make_dir(dir)?;
@@ -80,9 +68,8 @@ impl Pins {
     /// Whether [`Pins::create`] would find a place that it can use. Makes nothing.
     pub fn look(dir: &Path) -> Result<(), BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
-        if !is_bpffs(Path::new(BPFFS)) && parent.starts_with(BPFFS) {
-            // It would be mounted.
-            return Ok(());
+        if misses_bpffs(parent) {
+            return may_mount();
         }
         trust_parent(dir, parent)?;
         Self::open(dir).map(drop)
@@ -173,6 +160,34 @@ impl Pins {
     }
 }
 
+/// Whether the usual bpffs, on which the directory is to lie, is not mounted.
+fn misses_bpffs(parent: &Path) -> bool {
+    parent.starts_with(BPFFS) && !is_bpffs(Path::new(BPFFS))
+}
+
+/// F1: a bpffs that the host does not see ends with this mount namespace, and with it the pins, the links and enforcement.
+fn may_mount() -> Result<(), BackendError> {
+    match host_would_see_mount(Path::new(BPFFS)) {
+        Seen::Same => Ok(()),
+        Seen::Other => Err(BackendError::PrivateMounts {
+            why: "one mounted here would end with this mount namespace, which is not the host's".to_owned(),
+        }),
+        Seen::Unknown(why) => Err(BackendError::PrivateMounts {
+            why: format!("it is not known whether one mounted here would outlive this process ({why})"),
+        }),
+    }
+}
+
+fn mount_bpffs() -> Result<(), BackendError> {
+    may_mount()?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700")).map_err(|error| BackendError::Io {
+        action: "mount a bpffs on",
+        object: BPFFS.into(),
+        error: error.into(),
+    })
+}
+
 /// Where the directory lies: on a bpffs, and nobody else's to change.
 fn trust_parent(dir: &Path, parent: &Path) -> Result<(), BackendError> {
     if !is_bpffs(parent) {
@@ -195,14 +210,11 @@ fn trust_parent(dir: &Path, parent: &Path) -> Result<(), BackendError> {
 }
 
 fn make_dir(dir: &Path) -> Result<(), BackendError> {
-    match DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(BackendError::Io {
-            action: "make",
-            object: dir.into(),
-            error,
-        }),
-        Ok(()) | Err(_) => Ok(()),
-    }
+    own_dir::make(dir).map_err(|error| BackendError::Io {
+        action: "make",
+        object: dir.into(),
+        error,
+    })
 }
 
 fn is_bpffs(path: &Path) -> bool {

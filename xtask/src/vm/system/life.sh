@@ -151,6 +151,46 @@ stop_and_start() {
     sleep 1
     systemctl start enforcer
 }
+# A unit's mount namespace ends with the unit. With the host's bpffs in it, what the unit enforces is seen outside and stays; without,
+# nothing is mounted there, and the unit fails with the reason.
+a_private_unit_is_visible_or_refused() {
+    local place=/run/second
+    mkdir -p $place
+    cat >$place/enforcer.toml <<TOML
+backend = "ebpf"
+pin_dir = "/sys/fs/bpf/second"
+state_dir = "$place/state"
+socket = "$place/control.sock"
+nft_table = "second"
+[target.second]
+endpoints = ["tcp://127.9.9.9:9"]
+allow = ["root"]
+TOML
+    run_private ''
+    [ "$(private_code)" = 0 ] || { private_said; return 1; }
+    enforcer --config $place/enforcer.toml status
+    fails enforcer --config $place/enforcer.toml check nobody 127.9.9.9:9
+    enforcer --config $place/enforcer.toml unload
+    run_private TemporaryFileSystem=/sys/fs/bpf
+    [ "$(private_code)" = 2 ] || { private_said; return 1; }
+    private_said | grep -q 'mount -t bpf bpf /sys/fs/bpf' || { private_said; return 1; }
+    fails enforcer --config $place/enforcer.toml status
+    rm -r $place /run/systemd/system/private.service
+    systemctl daemon-reload
+}
+run_private() {
+    cat >/run/systemd/system/private.service <<UNIT
+[Service]
+Type=oneshot
+PrivateTmp=yes
+$1
+ExecStart=/usr/sbin/enforcer --config /run/second/enforcer.toml apply
+UNIT
+    systemctl daemon-reload
+    systemctl start private || true
+}
+private_code() { systemctl show --value --property ExecMainStatus private; }
+private_said() { journalctl --no-pager --boot --output cat --lines 15 --unit private; }
 # systemd starts whatever else ends again, and everything would be in force again.
 unload_is_not_undone() {
     local since
@@ -314,6 +354,7 @@ case $boot in
     part without_the_package_every_attack_succeeds
     part the_installed_package_guards_monit
     part a_configuration_is_taken
+    part a_private_unit_is_visible_or_refused
     part the_agents_settings_are_followed
     part restart_opens_nothing
     part stop_opens_nothing

@@ -1,0 +1,103 @@
+//! Whether what an instance keeps outlives its process and is found by other processes: it must lie where the host sees it (F1).
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    config::Settings,
+    host::mounts::{Seen, seen_by_host},
+};
+
+/// What must outlive the process, or be found by another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Pins, which keep links and maps.
+    Pins,
+    /// Saved rules, names and grants.
+    State,
+    /// The control socket, by which commands find the daemon.
+    Socket,
+    /// The cgroup hierarchy, in which commands and the next start find cgroups.
+    Cgroups,
+}
+
+/// What the host does not have where this process has it. Its text is for people: what is so, what comes of it, what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hidden {
+    /// What it is.
+    pub kept: Kept,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Visibility {
+    /// What the host does not see.
+    pub hidden: Vec<Hidden>,
+    /// Why it could not be determined, if so.
+    pub unknown: Option<String>,
+}
+
+impl Visibility {
+    /// Looks at what an instance keeps: pins and the cgroup where it enforces with eBPF, the socket where a daemon runs.
+    #[must_use]
+    pub fn of(settings: &Settings, ebpf_on: Option<&Path>, daemon: bool) -> Self {
+        let mut all = vec![(Kept::State, settings.state_dir.as_path())];
+        if daemon {
+            all.push((Kept::Socket, &settings.socket));
+        }
+        if let Some(cgroup) = ebpf_on {
+            all.extend([(Kept::Pins, settings.pin_dir.as_path()), (Kept::Cgroups, cgroup)]);
+        }
+        let mut found = Self::default();
+        for (kept, path) in all {
+            match seen_by_host(path) {
+                Seen::Same => {}
+                Seen::Other => found.hidden.push(Hidden {
+                    kept,
+                    path: path.into(),
+                }),
+                Seen::Unknown(why) => found.unknown = Some(why),
+            }
+        }
+        found
+    }
+
+    /// What is wrong, in one text; none where nothing is known to be.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        let all: Vec<String> = self.hidden.iter().map(ToString::to_string).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+}
+
+impl fmt::Display for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.display();
+        match self.kept {
+            Kept::Pins => write!(
+                f,
+                "pin directory {path} is on a bpffs that exists only in this mount namespace: enforcement ends with the namespace, and commands \
+                 outside it do not see it; mount the bpffs on the host (mount -t bpf bpf /sys/fs/bpf), then restart enforcer"
+            ),
+            Kept::State => write!(
+                f,
+                "state directory {path} is a different one on the host: a start outside this mount namespace does not find the saved rules; \
+                 set state_dir to a directory that the host shares"
+            ),
+            Kept::Socket => write!(
+                f,
+                "control socket {path} is not visible on the host: commands outside this mount namespace do not reach the daemon; set \
+                 socket to a path that the host shares"
+            ),
+            Kept::Cgroups => write!(
+                f,
+                "cgroup {path} is not visible on the host: commands outside this mount namespace do not find it; mount cgroup v2 on the \
+                 host"
+            ),
+        }
+    }
+}
