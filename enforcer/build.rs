@@ -2,9 +2,10 @@
 
 #![allow(unsafe_code, reason = "one environment variable, set before any thread starts")]
 
+#[cfg(unix)]
+use std::os::unix::fs::symlink;
 use std::{
     env, fs,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, exit},
 };
@@ -15,6 +16,15 @@ use aya_build::{Package, Toolchain, build_ebpf};
 const DISTRIBUTION: &str = "debian";
 
 fn main() {
+    let target = |key: &str| env::var(format!("CARGO_CFG_TARGET_{key}")).unwrap_or_default();
+    if target("OS") != "linux" || target("ARCH") != "x86_64" {
+        eprintln!(
+            "enforcer guards x86-64 Linux hosts only, by BPF or nf_tables; it cannot be built for {} on {}",
+            target("OS"),
+            target("ARCH")
+        );
+        exit(1)
+    }
     let Some(toolchain) = toolchain() else {
         fail("no toolchain here has the sources of core for the kernel programs")
     };
@@ -90,4 +100,10 @@ fn share_target_dir() -> std::io::Result<()> {
         Err(_) => {}
     }
     symlink(shared, link)
+}
+
+/// Never called: nothing is built where there are no such links.
+#[cfg(not(unix))]
+fn symlink(_: PathBuf, _: PathBuf) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
 }

@@ -17,7 +17,7 @@ pub(crate) fn run() -> Result<()> {
         "ci: check lints (a few minutes when nothing is built yet)",
         cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]),
     )?;
-    let programs = ["test", "--package", "xtask", "--bin", "xtask"];
+    let programs = ["test", "--package", "xtask", "--lib"];
     build(
         "ci: build what finds the programs",
         cargo().args(programs).arg("--no-run"),

@@ -18,7 +18,8 @@ use crate::{
 };
 
 /// What of a root's archive is too old.
-const AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+const AGE: Duration = Duration::from_hours(7 * 24);
+const DAY: Duration = Duration::from_hours(24);
 /// What a new user's commands may find besides `HOME` and `PATH`.
 const ENVIRONMENT: [&str; 11] = [
     "ENFORCER_DEBIAN_MIRROR",
@@ -73,6 +74,7 @@ pub(crate) fn run(commands: &[String]) -> Result<()> {
     let cache = cache_dir("enforcer-pristine")?;
     fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
     let archive = archive(&cache)?;
+    clear(&cache)?;
     let place = tempfile::Builder::new().prefix("run").tempdir_in(&cache)?;
     let system = Root::unpack("pristine: unpack it", &archive, place.path().join("root"))?;
     furnish(&system)?;
@@ -103,6 +105,18 @@ pub(crate) fn run(commands: &[String]) -> Result<()> {
         .context("run unshare")?;
     if !status.success() {
         bail!("a new user's run failed ({status})");
+    }
+    Ok(())
+}
+
+/// Removes what a run that was killed has left; none lasts a day.
+fn clear(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache)?.filter_map(Result::ok) {
+        let age = entry.metadata().and_then(|meta| meta.modified()).ok();
+        let old = age.and_then(|age| age.elapsed().ok()).is_some_and(|age| age > DAY);
+        if old && entry.file_name().to_string_lossy().starts_with("run") {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+        }
     }
     Ok(())
 }

@@ -8,9 +8,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
+    sync::LazyLock,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 
 use self::rust::{Found, Source};
 use crate::{
@@ -62,28 +63,27 @@ fn files() -> Result<BTreeMap<String, String>> {
 
 /// What each file runs.
 fn programs(files: &BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<Found>> {
-    let is_rust = |path: &str| Path::new(path).extension().is_some_and(|extension| extension == "rs");
     let mut found: BTreeMap<String, BTreeSet<Found>> = BTreeMap::new();
     // A name means one thing within a package.
     for package in ["enforcer/", "tests/", "xtask/"] {
         let of_package = files
             .iter()
-            .filter(|(path, _)| path.starts_with(package) && is_rust(path));
+            .filter(|(path, _)| path.starts_with(package) && is_a(path, "rs"));
         let sources: Vec<Source> = of_package.filter_map(|(path, text)| Source::new(path, text)).collect();
         found.extend(rust::programs(&sources));
     }
     // Scripts here run each other, and what scripts define that they read in.
     let mut own: BTreeSet<String> = BTreeSet::new();
-    for (path, text) in files.iter().filter(|(path, _)| !is_rust(path)) {
+    for (path, text) in files.iter().filter(|(path, _)| !is_a(path, "rs")) {
         own.extend(path.rsplit('/').next().map(str::to_owned));
         own.extend(shell::parts(text).1);
     }
     for (path, text) in files {
         let first = text.lines().next().unwrap_or_default();
-        let script = (first.starts_with("#!") && first.ends_with("sh")) || path.ends_with(".sh");
+        let script = (first.starts_with("#!") && first.ends_with("sh")) || is_a(path, "sh");
         let names: BTreeSet<String> = if script {
             shell::programs(text)
-        } else if path.ends_with(".service") {
+        } else if is_a(path, "service") {
             unit(text)
         } else {
             continue;
@@ -96,6 +96,10 @@ fn programs(files: &BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<Found
             .retain(|program| !matches!(program, Found::Program(name) if own.contains(name) || name.starts_with('_')));
     }
     found
+}
+
+fn is_a(path: &str, extension: &str) -> bool {
+    Path::new(path).extension().is_some_and(|found| found == extension)
 }
 
 /// What a unit runs.
@@ -189,20 +193,26 @@ fn alternatives() -> Vec<(String, std::path::PathBuf)> {
         .collect()
 }
 
+/// What the sources run, found out once for all tests.
+fn found() -> Result<&'static BTreeMap<String, BTreeSet<Found>>> {
+    static FOUND: LazyLock<Result<BTreeMap<String, BTreeSet<Found>>>> = LazyLock::new(|| Ok(programs(&files()?)));
+    FOUND.as_ref().map_err(|error| anyhow!("{error:#}"))
+}
+
 fn all(path: &str) -> Vec<Package> {
     scope(path).concat()
 }
 
 #[test]
 fn setup_installs_every_program_that_is_run() -> Result<()> {
-    let complaints = unprovided(&programs(&files()?), &minimal()?, all);
+    let complaints = unprovided(found()?, &minimal()?, all);
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
     Ok(())
 }
 
 #[test]
 fn what_a_package_no_longer_brings_is_missed() -> Result<()> {
-    let (found, minimal) = (programs(&files()?), minimal()?);
+    let (found, minimal) = (found()?, minimal()?);
     for gone in [
         "iproute2",
         "nftables",
@@ -213,7 +223,7 @@ fn what_a_package_no_longer_brings_is_missed() -> Result<()> {
         "mmdebstrap",
     ] {
         let without = |path: &str| all(path).into_iter().filter(|package| package.name != gone).collect();
-        let complaints = unprovided(&found, &minimal, without);
+        let complaints = unprovided(found, &minimal, without);
         assert!(!complaints.is_empty(), "nothing is known to run a program of {gone}");
     }
     Ok(())

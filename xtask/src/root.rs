@@ -59,7 +59,10 @@ impl Recipe<'_> {
             make.arg(format!("--keyring={}", keyring.display()));
         }
         make.arg(self.suite).arg(&aside).args(self.sources);
-        quiet(what, &mut make)?;
+        if let Err(error) = quiet(what, &mut make) {
+            let _ = fs::remove_file(&aside);
+            return Err(error);
+        }
         fs::rename(&aside, archive).with_context(|| format!("make {}", archive.display()))
     }
 }

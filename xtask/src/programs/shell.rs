@@ -42,7 +42,7 @@ const WRAPPERS: [(&str, &str, usize); 16] = [
     ("sudo", "-u -g", 0),
     ("svlogd", "", usize::MAX),
     ("timeout", "-k -s", 1),
-    ("unshare", "", 0),
+    ("unshare", "--propagation", 0),
     ("xargs", "-n -I -P -d", 0),
 ];
 /// Those whose text is looked through.
@@ -61,7 +61,8 @@ pub(super) fn of_command(words: &[Word]) -> Vec<Word> {
     let Word::Text(name) = first else {
         return vec![first.clone()];
     };
-    if name.starts_with('$') || (name.contains('/') && !name.starts_with('/')) {
+    // A variable, a wrapper's options that a function is given, or a script of the directory that one is in.
+    if name.starts_with(['$', '-']) || (name.contains('/') && !name.starts_with('/')) {
         return vec![Word::Own];
     }
     let name = name.rsplit('/').next().unwrap_or(name);

@@ -11,9 +11,9 @@ use super::sudo;
 use crate::run::{captured, read};
 
 /// How long another process may have apt locked.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 /// Before it is tried again.
-const PAUSE: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_secs(15);
 /// What may be missing from this host's lists, and what brings it.
 const REMEDY: &str = "enable the repository that has it (on Ubuntu: `universe`), then run this again";
 
