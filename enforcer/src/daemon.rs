@@ -175,6 +175,7 @@ pub enum End {
 }
 
 /// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1), or until it is to unload.
+#[expect(clippy::too_many_lines, reason = "one select! over all that can happen")]
 pub async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
@@ -263,7 +264,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
                 daemon.keep_for_next_start();
                 daemon.enforcement.begin_to_settle();
             }
-            saved = daemon.kept.saved() => daemon.was_kept(saved),
+            saved = daemon.kept.saved() => daemon.was_kept(&saved),
             _ = tick.tick() => {
                 again = daemon.tick(watch.as_mut());
                 if !goes_on(&mounts) {

@@ -135,12 +135,12 @@ impl Daemon {
     async fn end_saving(&mut self) {
         if self.kept.saving.is_some() {
             let saved = self.kept.saved().await;
-            self.was_kept(saved);
+            self.was_kept(&saved);
         }
     }
 
     /// Takes note of what was written.
-    pub(super) fn was_kept(&mut self, saved: Saved) {
+    pub(super) fn was_kept(&mut self, saved: &Saved) {
         let reloaded = self.kept.saving.take().is_some_and(|saving| saving.reloaded);
         self.note_kept(saved);
         self.reloaded(reloaded);
@@ -168,28 +168,24 @@ impl Daemon {
         match record {
             Ok(record) if self.kept.mark != Some(record.mark) => Some(record),
             Ok(record) => {
-                self.note_kept(Ok(record.mark));
+                self.note_kept(&Ok(record.mark));
                 None
             }
             Err(error) => {
-                self.note_kept(Err(error.to_string()));
+                self.note_kept(&Err(error.to_string()));
                 None
             }
         }
     }
 
-    fn note_kept(&mut self, saved: Saved) {
+    fn note_kept(&mut self, saved: &Saved) {
         let fault = |error| format!("{error}; after a restart what was kept before is in force until all is looked up");
         self.faults.set(About::State, saved.as_ref().err().map(fault));
-        match saved {
-            Ok(mark) => {
-                self.kept.mark = Some(mark);
-                self.kept.damaged = false;
-            }
-            Err(_) => {
-                self.kept.mark = None;
-                self.kept.due = Some(Instant::now() + RETRY);
-            }
+        self.kept.mark = saved.as_ref().ok().copied();
+        if saved.is_ok() {
+            self.kept.damaged = false;
+        } else {
+            self.kept.due = Some(Instant::now() + RETRY);
         }
     }
 

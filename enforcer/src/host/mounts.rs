@@ -127,20 +127,17 @@ impl From<MountInfo> for Mount {
     }
 }
 
-/// Spaces, tabs, line feeds and backslashes are written as octal numbers (`mangle` in fs/seq_file.c).
+/// Spaces, tabs, line feeds and backslashes are written as octal numbers (`mangle` in `fs/seq_file.c`).
 fn unescape(text: &str) -> PathBuf {
     let mut parts = text.split('\\');
     let mut plain = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        match part.get(..3).and_then(|octal| u8::from_str_radix(octal, 8).ok()) {
-            Some(byte) => {
-                plain.push(char::from(byte));
-                plain.push_str(part.get(3..).unwrap_or_default());
-            }
-            None => {
-                plain.push('\\');
-                plain.push_str(part);
-            }
+        if let Some(byte) = part.get(..3).and_then(|octal| u8::from_str_radix(octal, 8).ok()) {
+            plain.push(char::from(byte));
+            plain.push_str(part.get(3..).unwrap_or_default());
+        } else {
+            plain.push('\\');
+            plain.push_str(part);
         }
     }
     plain.into()
@@ -235,7 +232,7 @@ mod tests {
 
     fn without_bpffs(table: &str) -> String {
         let lines = table.lines().filter(|line| !line.contains(" bpf "));
-        lines.map(|line| format!("{line}\n")).collect()
+        lines.flat_map(|line| [line, "\n"]).collect()
     }
 
     #[test]
