@@ -8,6 +8,10 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use super::{Case, case};
 use crate::{
@@ -140,7 +144,7 @@ fn child_of(pid: u32) -> Result<String> {
 
 /// As `kill -9`, of a daemon that nsenter has started.
 pub(super) fn crash(daemon: Daemon) -> Result<()> {
-    ran(Command::new("kill").args(["-9", &child_of(daemon.pid())?]))?.demand(0)?;
+    kill(Pid::from_raw(child_of(daemon.pid())?.parse()?), Signal::SIGKILL)?;
     let mut daemon = daemon;
     daemon.wait().map(drop)
 }
