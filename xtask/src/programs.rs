@@ -257,6 +257,7 @@ fn programs_are_seen_in_rust_code() {
             let mut command = Command::new("nsenter"); command.arg(format!("--net={}", self.0)).arg("--").arg(program); command } }
         fn all(net: &Net) {
             std::process::Command::new("first").arg("not");
+            Command::new("kill").arg("-9");
             by("second", &["not"]);
             net.inside(Path::new("third"));
             ensure!(Command::new("setpriv").args(["--reuid", "1", "fourth"]).status()?.success());
@@ -278,7 +279,7 @@ fn programs_are_seen_in_rust_code() {
             Found::Unseen(_) => unseen += 1,
         }
     }
-    let expected = "eighth fifth first fourth nsenter second setpriv seventh sh sixth third unshare";
+    let expected = "eighth fifth first fourth kill nsenter second setpriv seventh sh sixth third unshare";
     assert_eq!((names.join(" ").as_str(), unseen), (expected, 1));
 }
 

@@ -53,8 +53,12 @@ pub(super) fn starts_command(word: &str) -> bool {
     SHELLS.contains(&word) || WRAPPERS.iter().any(|(name, ..)| *name == word && word != "env")
 }
 
-/// The programs that a command line runs, as words.
+/// The programs that a command line runs, as words, where no shell does anything itself: `kill` is a program here.
 pub(super) fn of_command(words: &[Word]) -> Vec<Word> {
+    started(words, false)
+}
+
+fn started(words: &[Word], by_shell: bool) -> Vec<Word> {
     let Some((first, rest)) = words.split_first() else {
         return Vec::new();
     };
@@ -67,7 +71,7 @@ pub(super) fn of_command(words: &[Word]) -> Vec<Word> {
     }
     let name = name.rsplit('/').next().unwrap_or(name);
     let mut found = Vec::new();
-    if !BUILTINS.split_whitespace().any(|builtin| builtin == name) {
+    if !by_shell || !BUILTINS.split_whitespace().any(|builtin| builtin == name) {
         found.push(Word::Text(name.to_owned()));
     }
     if let Some((_, valued, positional)) = WRAPPERS.iter().find(|(wrapper, ..)| *wrapper == name) {
@@ -154,7 +158,7 @@ fn walk(node: Node<'_>, text: &str, found: &mut BTreeSet<String>, functions: &mu
                 .chain(node.children_by_field_name("argument", &mut cursor))
                 .map(|word| word_of(word, text))
                 .collect();
-            for word in of_command(&words) {
+            for word in started(&words, true) {
                 if let Word::Text(name) = word {
                     found.insert(name);
                 }
@@ -213,11 +217,13 @@ fn programs_are_what_commands_begin_with() {
 #[test]
 fn what_runs_others_is_looked_through() {
     let text = "exec setpriv --reuid 1 --clear-groups -- one\ntimeout -k 5 10 two\nenv A=b three\nunshare --mount sh -euc 'four; five \"$1\"' sh x\n\
-        ip netns exec n six\ntrap 'seven' EXIT\nfind . -exec eight {} +\nnsenter --target 1 --net -- \"$@\"\n";
+        ip netns exec n six\ntrap 'seven' EXIT\nfind . -exec eight {} +\nnsenter --target 1 --net -- \"$@\"\numask 077; timeout 5 kill 1\n";
     let found = programs(text);
     for name in ["one", "two", "three", "four", "five", "six", "seven", "eight"] {
         assert!(found.contains(name), "{name} of {found:?}");
     }
+    // What a shell does itself, another program cannot.
+    assert!(found.contains("kill") && !found.contains("umask"), "{found:?}");
     assert!(
         !found.contains("1") && !found.contains("n") && !found.contains("10"),
         "{found:?}"
