@@ -152,7 +152,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
-    daemon.keep_for_next_start();
+    daemon.keep_now().await;
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -204,7 +204,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     loop {
         if !ready && daemon.unanswered.is_empty() {
             ready = true;
-            daemon.keep_for_next_start();
+            daemon.keep_now().await;
             daemon.ready()?;
         }
         if std::mem::take(&mut again) {
@@ -217,10 +217,10 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
         }
         let until_expiry = daemon.until_expiry();
         let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
+        let keep = daemon.kept.due();
         tokio::select! {
             _ = hangup.recv() => {
                 daemon.reload();
-                daemon.enforcement.begin_to_settle();
                 again = true;
             }
             () = ends.recv() => break,
@@ -254,10 +254,8 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
-            () = tokio::time::sleep_until(daemon.kept.due().unwrap_or(due).into()), if daemon.kept.due().is_some() => {
-                daemon.keep_for_next_start();
-                daemon.enforcement.begin_to_settle();
-            }
+            () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => daemon.catch_up(),
+            saved = daemon.kept.saved() => daemon.was_kept(&saved),
             _ = tick.tick() => {
                 again = daemon.tick(watch.as_mut());
                 if !goes_on(&mounts) {
@@ -275,6 +273,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             },
         }
     }
+    daemon.keep_now().await;
     daemon.stop(&socket).map(|()| End::Stopped)
 }
 
@@ -484,9 +483,7 @@ impl Daemon {
         match loaded {
             Ok(()) => {
                 self.faults.put(About::Reload, None);
-                // Whoever is told so may count on it over a crash.
-                self.keep_for_next_start();
-                info!("reloaded {}", self.wanted.path.display());
+                self.report_reload();
             }
             Err(error) => {
                 // Each time, not once a change: it answers a signal.
@@ -652,7 +649,6 @@ impl Daemon {
 
     /// Ends, and leaves in force what is (F1).
     fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
-        self.keep_for_next_start();
         self.journal.rest().iter().for_each(|line| info!("{line}"));
         let _ = std::fs::remove_file(socket);
         let generation = self.enforcement.observe_quickly()?.generation;

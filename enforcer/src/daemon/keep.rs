@@ -1,11 +1,13 @@
-//! Keeps what is in force for the next start (F4, N7): only once it is, and only if it is another.
+//! Keeps what is active for the next start (F4, N7): only once it is, and only if it is another. A thread of its own writes, as a disk
+//! that any user keeps busy takes seconds to sync (F10).
 
 use std::{
     io,
     time::{Duration, Instant},
 };
 
-use tracing::warn;
+use tokio::task::{self, JoinHandle};
+use tracing::{info, warn};
 
 use super::{About, Daemon};
 use crate::state::{self, LastGoodRef, Mark, Record};
@@ -17,9 +19,23 @@ pub(super) struct Kept {
     mark: Option<Mark>,
     /// Whether there is a file that cannot be used: its owner may want to see it.
     damaged: bool,
-    /// When to look whether what is in force is something else, if it may be.
+    /// When to look whether what is active is something else, if it may be.
     due: Option<Instant>,
+    /// What is being written: one at a time.
+    saving: Option<Saving>,
+    /// A reload is to be reported once what it made active is kept.
+    reloaded: bool,
 }
+
+#[derive(Debug)]
+struct Saving {
+    task: JoinHandle<Saved>,
+    /// Whether a reload is to be reported with it.
+    reloaded: bool,
+}
+
+/// What was written, or why it was not.
+pub(super) type Saved = Result<Mark, String>;
 
 /// How long after a change: whoever waits for the kernel does not wait for the disk (B3).
 const DELAY: Duration = Duration::from_millis(50);
@@ -32,17 +48,19 @@ impl Kept {
             mark,
             damaged,
             due: None,
+            saving: None,
+            reloaded: false,
         }
     }
 
-    /// Takes note that something else may be in force, or known of names.
+    /// Takes note that something else may be active, or known of names.
     pub(super) fn changed(&mut self) {
         self.due.get_or_insert_with(|| Instant::now() + DELAY);
     }
 
-    /// When to [`Daemon::keep_for_next_start`].
+    /// When to [`Daemon::catch_up`]: not before what is being written is.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.due
+        self.due.filter(|_| self.saving.is_none())
     }
 
     /// Takes note that the file has gone.
@@ -53,6 +71,16 @@ impl Kept {
 
     pub(super) fn mark(&self) -> Option<Mark> {
         self.mark
+    }
+
+    /// Waits until what is being written is, for [`Daemon::was_kept`]; for ever where nothing is. Nothing is lost if nobody waits on.
+    pub(super) async fn saved(&mut self) -> Saved {
+        match &mut self.saving {
+            Some(saving) => (&mut saving.task)
+                .await
+                .unwrap_or_else(|error| Err(format!("write what is active: {error}"))),
+            None => std::future::pending().await,
+        }
     }
 }
 
@@ -70,42 +98,107 @@ impl Daemon {
         }
     }
 
-    /// Keeps what is in force now, if it has changed. What failed is tried again.
-    pub(super) fn keep_for_next_start(&mut self) {
-        if self.kept.due.take().is_none() {
+    /// Reports a reload once what it made active is kept: whoever reads so may count on it over a crash.
+    pub(super) fn report_reload(&mut self) {
+        self.kept.reloaded = true;
+        self.catch_up();
+    }
+
+    /// Begins what is put off until nobody waits for it.
+    pub(super) fn catch_up(&mut self) {
+        self.keep_for_next_start();
+        self.enforcement.begin_to_settle();
+    }
+
+    /// Begins to keep what is active now, if it has changed. What fails is tried again; what changes meanwhile is kept afterwards.
+    fn keep_for_next_start(&mut self) {
+        if self.kept.saving.is_some() {
             return;
         }
-        if self.applied.is_none() || self.faults.of(About::RuleSet).is_some() {
-            // What is wanted is not in force.
-            self.kept.due = Some(Instant::now() + RETRY);
+        let reloaded = std::mem::take(&mut self.kept.reloaded);
+        let Some(record) = self.record_to_keep() else {
+            self.reloaded(reloaded);
             return;
+        };
+        let dir = self.wanted.config.settings.state_dir.clone();
+        let save = move || {
+            let saved = state::save(&dir, &record).map_err(|error| error.to_string());
+            saved.map(|()| record.mark)
+        };
+        self.kept.saving = Some(Saving {
+            task: task::spawn_blocking(save),
+            reloaded,
+        });
+    }
+
+    /// As [`Daemon::keep_for_next_start`], and returns when the disk has it.
+    pub(super) async fn keep_now(&mut self) {
+        self.end_saving().await;
+        self.keep_for_next_start();
+        self.end_saving().await;
+    }
+
+    async fn end_saving(&mut self) {
+        if self.kept.saving.is_some() {
+            let saved = self.kept.saved().await;
+            self.was_kept(&saved);
+        }
+    }
+
+    /// Takes note of what was written.
+    pub(super) fn was_kept(&mut self, saved: &Saved) {
+        let reloaded = self.kept.saving.take().is_some_and(|saving| saving.reloaded);
+        self.note_kept(saved);
+        self.reloaded(reloaded);
+    }
+
+    /// What is to be written; nothing where the file holds it, or what is active is not to be kept.
+    fn record_to_keep(&mut self) -> Option<Record> {
+        self.kept.due.take()?;
+        if self.applied.is_none() || self.faults.of(About::RuleSet).is_some() {
+            // What is desired is not active.
+            self.kept.due = Some(Instant::now() + RETRY);
+            return None;
         }
         let names = self.names.known(Instant::now());
         // Not replaced by something that knows less.
         if self.kept.damaged && names.is_empty() && !self.wanted.policy.names().is_empty() {
-            return;
+            return None;
         }
-        let settings = &self.wanted.config.settings;
-        let saved = Record::new(&LastGoodRef {
-            settings,
+        let record = Record::new(&LastGoodRef {
+            settings: &self.wanted.config.settings,
             policy: &self.wanted.policy,
             names: &names,
             bosh: self.wanted.config.bus_dir(),
-        })
-        .map_err(|error| error.to_string())
-        .and_then(|record| {
-            if self.kept.mark != Some(record.mark) {
-                state::save(&settings.state_dir, &record).map_err(|error| error.to_string())?;
-            }
-            Ok(record.mark)
         });
+        match record {
+            Ok(record) if self.kept.mark != Some(record.mark) => Some(record),
+            Ok(record) => {
+                self.note_kept(&Ok(record.mark));
+                None
+            }
+            Err(error) => {
+                self.note_kept(&Err(error.to_string()));
+                None
+            }
+        }
+    }
+
+    fn note_kept(&mut self, saved: &Saved) {
         let fault = |error| format!("{error}; after a restart what was kept before is in force until all is looked up");
         self.faults.set(About::State, saved.as_ref().err().map(fault));
-        let damaged = self.kept.damaged && saved.is_err();
-        self.kept = Kept {
-            due: saved.is_err().then(|| Instant::now() + RETRY),
-            mark: saved.ok(),
-            damaged,
-        };
+        if let Ok(mark) = *saved {
+            self.kept.mark = Some(mark);
+            self.kept.damaged = false;
+        } else {
+            self.kept.mark = None;
+            self.kept.due = Some(Instant::now() + RETRY);
+        }
+    }
+
+    fn reloaded(&self, reloaded: bool) {
+        if reloaded {
+            info!("reloaded {}", self.wanted.path.display());
+        }
     }
 }
