@@ -2,7 +2,7 @@
 
 use std::{
     os::fd::AsRawFd,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
@@ -19,8 +19,10 @@ use crate::{
     events::{self, Event, Line, Lost},
 };
 
-/// Denials read at once: what comes faster is counted as lost.
+/// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that follows, a flood
+/// takes no more than a tenth of one processor, however slow that is (F10).
 const EVENTS_AT_ONCE: usize = 1024;
+const EVENT_TIME: Duration = Duration::from_millis(5);
 /// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
 const EVENT_REST: Duration = Duration::from_millis(50);
 /// How long a flood may go on before what is lost by it is told.
@@ -55,31 +57,27 @@ impl Daemon {
 
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.
     pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) -> bool {
-        let mut taken = 0;
-        while taken < EVENTS_AT_ONCE {
-            let Some(denial) = source.take() else { break };
-            let event = events::read_logged(&denial, std::time::SystemTime::now());
-            self.denied(event);
-            taken += 1;
-        }
+        let all = helping(|| {
+            let denial = source.take()?;
+            self.denied(events::read_logged(&denial, SystemTime::now()));
+            Some(())
+        });
         let lost = source.take_lost();
         if lost > 0 {
             self.lost_logged += lost;
             self.publish(Line::Lost(Lost::new(lost)));
         }
-        taken < EVENTS_AT_ONCE
+        all
     }
 
     /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
     pub(super) fn take_events(&mut self, source: &mut Events) -> bool {
         let Ok(boot) = events::boot_time() else { return true };
-        let mut taken = 0;
-        while taken < EVENTS_AT_ONCE {
-            let Some(record) = source.take() else { break };
+        let all = helping(|| {
+            let record = source.take()?;
             self.denied(events::read(&record, boot));
-            taken += 1;
-        }
-        let all = taken < EVENTS_AT_ONCE;
+            Some(())
+        });
         // What was lost is younger than what was still to be read. In a flood without an end it is told all the same.
         let since = *self.flood.get_or_insert_with(Instant::now);
         if all || since.elapsed() > LONG_FLOOD {
@@ -115,6 +113,20 @@ impl Daemon {
     }
 }
 
+/// Takes so many as may be taken at once; true if no more are there.
+fn helping(mut take: impl FnMut() -> Option<()>) -> bool {
+    let until = Instant::now() + EVENT_TIME;
+    for _ in 0..EVENTS_AT_ONCE {
+        if take().is_none() {
+            return true;
+        }
+        if Instant::now() > until {
+            break;
+        }
+    }
+    false
+}
+
 /// Until when to take no more: where not all was taken, there is more at once.
 pub(super) fn rest_after<T: AsRawFd>(all: bool, mut guard: AsyncFdReadyMutGuard<'_, T>) -> Option<Instant> {
     if all {
@@ -144,5 +156,34 @@ pub(super) async fn send_events(
         if replies.send(Reply::Event(line)).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_helping_ends_with_what_is_there_or_with_its_limits() {
+        let mut left = 10;
+        let mut taken = 0;
+        let mut take = || {
+            left -= 1;
+            taken += 1;
+            (left >= 0).then_some(())
+        };
+        assert!(helping(&mut take));
+        assert_eq!(taken, 11);
+        let mut taken = 0;
+        let more = |taken: &mut usize, wait| {
+            *taken += 1;
+            std::thread::sleep(wait);
+            Some(())
+        };
+        assert!(!helping(|| more(&mut taken, EVENT_TIME)));
+        assert!(taken <= 2, "{taken}");
+        let mut taken = 0;
+        assert!(!helping(|| more(&mut taken, Duration::ZERO)));
+        assert!(taken <= EVENTS_AT_ONCE);
     }
 }
