@@ -241,9 +241,6 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
 /// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken.
 fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
     let (mut connected, mut refused, mut reset, mut other) = (0_u64, 0_u64, 0_u64, 0_u64);
-    // So that whoever changes the rules meanwhile gets on with it.
-    // SAFETY: changes this process's own priority.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
     let forms = [attempt.destination, mapped(attempt.destination)];
     while file.exists() {
         for to in forms.iter().cycle().take(64) {
