@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -903,10 +903,16 @@ impl Listener {
         let stop = Arc::new(AtomicBool::new(false));
         let stop_tcp = Arc::clone(&stop);
         let greet_tcp = move || {
+            let mut greeted = Vec::new();
             while !stop_tcp.load(Ordering::Relaxed) {
-                match tcp.accept() {
-                    Ok((mut stream, _)) => drop(stream.write_all(GREETING)),
-                    Err(_) => thread::sleep(Duration::from_micros(200)),
+                let accepted = tcp.accept();
+                let nobody_waits = accepted.is_err();
+                greeted.extend(accepted.ok().and_then(|(stream, _)| greet(stream)));
+                if nobody_waits || greeted.len() > MOST_GREETED {
+                    greeted.retain_mut(is_open);
+                }
+                if nobody_waits {
+                    thread::sleep(Duration::from_micros(200));
                 }
             }
         };
@@ -917,6 +923,31 @@ impl Listener {
             threads.push(thread::spawn(move || greet_udp(&socket, &stop)));
         }
         Ok(Self { stop, threads })
+    }
+}
+
+/// Connections that a listener keeps before it looks which of them have ended, though others wait.
+const MOST_GREETED: usize = 256;
+
+/// Greets, and keeps the connection until the caller ends it: data that comes to a closed one, as of a fast open, is answered with a
+/// reset (RFC 1122, 4.2.2.13), which may overtake the greeting where another processor brings that.
+fn greet(mut stream: TcpStream) -> Option<TcpStream> {
+    let greeted = stream
+        .write_all(GREETING)
+        .and_then(|()| stream.shutdown(std::net::Shutdown::Write))
+        .and_then(|()| stream.set_nonblocking(true));
+    greeted.is_ok().then_some(stream)
+}
+
+/// Whether the caller has not yet ended the connection; what he sent is read.
+fn is_open(stream: &mut TcpStream) -> bool {
+    let mut sent = [0; 64];
+    loop {
+        match stream.read(&mut sent) {
+            Ok(1..) => {}
+            Ok(0) => return false,
+            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+        }
     }
 }
 
