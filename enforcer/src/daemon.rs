@@ -226,7 +226,6 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
         tokio::select! {
             _ = hangup.recv() => {
                 daemon.reload();
-                daemon.enforcement.begin_to_settle();
                 again = true;
             }
             () = ends.recv() => break,
@@ -260,10 +259,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             }
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
-            () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => {
-                daemon.keep_for_next_start();
-                daemon.enforcement.begin_to_settle();
-            }
+            () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => daemon.catch_up(),
             saved = daemon.kept.saved() => daemon.was_kept(&saved),
             _ = tick.tick() => {
                 again = daemon.tick(watch.as_mut());

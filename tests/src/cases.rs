@@ -9,6 +9,7 @@ pub mod dropin;
 pub mod endurance;
 pub mod failover;
 pub mod faults;
+pub mod flood;
 pub mod grants;
 pub mod input;
 pub mod kernel;
@@ -98,6 +99,7 @@ pub fn all() -> Vec<Case> {
         endurance::cases(),
         failover::cases(),
         faults::cases(),
+        flood::cases(),
         grants::cases(),
         input::cases(),
         kernel::cases(),

@@ -184,8 +184,9 @@ impl Kernel {
         Ok(number)
     }
 
-    /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done: tens of milliseconds, and seconds on a host that
-    /// is kept busy, above all at low priority, as any user may. Nobody else is to wait for that (F10).
+    /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done. The kernel's own threads end a grace period, and
+    /// wait for a processor as all others do: tens of milliseconds, and seconds where some user keeps the host busy, for which
+    /// nobody else is to wait (F10).
     pub fn begin_to_settle(&mut self) {
         if self.flipped && self.settling.is_none() {
             // Without a thread the next change waits.

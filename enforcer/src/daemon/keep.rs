@@ -58,7 +58,7 @@ impl Kept {
         self.due.get_or_insert_with(|| Instant::now() + DELAY);
     }
 
-    /// When to [`Daemon::keep_for_next_start`]: not before what is being written is.
+    /// When to [`Daemon::catch_up`]: not before what is being written is.
     pub(super) fn due(&self) -> Option<Instant> {
         self.due.filter(|_| self.saving.is_none())
     }
@@ -101,11 +101,17 @@ impl Daemon {
     /// Reports a reload once what it made active is kept: whoever reads so may count on it over a crash.
     pub(super) fn report_reload(&mut self) {
         self.kept.reloaded = true;
+        self.catch_up();
+    }
+
+    /// Begins what is put off until nobody waits for it.
+    pub(super) fn catch_up(&mut self) {
         self.keep_for_next_start();
+        self.enforcement.begin_to_settle();
     }
 
     /// Begins to keep what is active now, if it has changed. What fails is tried again; what changes meanwhile is kept afterwards.
-    pub(super) fn keep_for_next_start(&mut self) {
+    fn keep_for_next_start(&mut self) {
         if self.kept.saving.is_some() {
             return;
         }
@@ -181,10 +187,11 @@ impl Daemon {
     fn note_kept(&mut self, saved: &Saved) {
         let fault = |error| format!("{error}; after a restart what was kept before is in force until all is looked up");
         self.faults.set(About::State, saved.as_ref().err().map(fault));
-        self.kept.mark = saved.as_ref().ok().copied();
-        if saved.is_ok() {
+        if let Ok(mark) = *saved {
+            self.kept.mark = Some(mark);
             self.kept.damaged = false;
         } else {
+            self.kept.mark = None;
             self.kept.due = Some(Instant::now() + RETRY);
         }
     }

@@ -1,0 +1,236 @@
+//! F10: an unprivileged user who connects as fast as the host lets him, or keeps the disk busy, keeps nobody from the daemon.
+
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    fcntl::AT_FDCWD,
+    sys::{
+        fanotify::{EventFFlags, Fanotify, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response},
+        signal::Signal,
+    },
+};
+use serde_json::Value;
+
+use super::{Case, case, nftables::Guarded};
+use crate::{
+    backend::{ALL, Backend, EBPF},
+    world::{Blows, NOBODY, World, slowness, until},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("f10_denials_at_full_speed_keep_nobody_waiting", under_denials).on(ALL),
+        case("f10_a_disk_that_does_not_answer_keeps_nobody_waiting", slow_disk).on(EBPF),
+    ]
+}
+
+/// How long an answer may take where no more than two tasks a processor are busy, attackers included.
+const LIMIT: Duration = Duration::from_secs(2);
+/// What is asked of the daemon, so often.
+const ROUNDS: u32 = 10;
+/// Between two rounds.
+const REST: Duration = Duration::from_millis(300);
+/// Memory by which the daemon may grow, in KiB: the events that it keeps, and what a rule set takes while it is written.
+const GROWTH: u64 = 16 << 10;
+
+/// The daemon's use of the host.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    processor: Duration,
+    /// Resident, in KiB.
+    memory: u64,
+}
+
+impl Use {
+    /// From `/proc` (man 5 proc).
+    fn of(pid: u32) -> Result<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let memory = memory.and_then(|memory| memory.trim().strip_suffix(" kB"));
+        Ok(Self {
+            processor: processor_time(pid)?,
+            memory: memory.context("no VmRSS")?.trim().parse()?,
+        })
+    }
+}
+
+/// Processor time that a process has had, by the kernel's hundredths of a second.
+pub(super) fn processor_time(pid: u32) -> Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    // utime and stime (man 5 proc).
+    let ticks = fields.skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>()?;
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+/// How long an answer may take now: where other tasks compete for the processors too, the daemon and whoever asks it wait as much longer
+/// for their turns.
+fn limit() -> Result<Duration> {
+    // The average of a minute, and the tasks that could run now (man 5 proc).
+    let load = fs::read_to_string("/proc/loadavg")?;
+    let words: Vec<&str> = load.split([' ', '/']).collect();
+    let number = |index: usize| {
+        words
+            .get(index)
+            .context("no load")?
+            .parse::<f64>()
+            .map_err(anyhow::Error::from)
+    };
+    let busy = number(0)?.max(number(3)?);
+    let processors = f64::from(u32::try_from(thread::available_parallelism()?.get())?);
+    Ok(LIMIT.mul_f64((busy / (2.0 * processors)).max(1.0)) * slowness())
+}
+
+/// Two targets, so that a grant changes the second without opening what is attacked.
+fn configure(guarded: &Guarded, round: u32) -> Result<()> {
+    let (here, port) = (guarded.world.here(), guarded.world.port);
+    guarded.world.configure(&format!(
+        "backend = {:?}\n[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://10.0.0.{round}:{port}\"]\nallow = [\"root\"]\n\
+         [target.other]\nendpoints = [\"tcp://10.1.0.1:{port}\"]\nallow = [\"root\"]\ngrants = true\n",
+        Backend::current().configured()
+    ))
+}
+
+fn under_denials() -> Result<()> {
+    let guarded = Guarded::new()?;
+    let world = &guarded.world;
+    guarded.attack(NOBODY)?.reaches()?;
+    configure(&guarded, 0)?;
+    guarded.apply()?;
+    let daemon = guarded.daemon_in_memory()?;
+    let fire = world.path("fire");
+    fs::write(&fire, "")?;
+    let cores = thread::available_parallelism()?.get();
+    let hammers = (0..cores)
+        .map(|_| guarded.attack(NOBODY)?.hammer(&fire))
+        .collect::<Result<Vec<_>>>()?;
+    // What floods make is there: buffers are full, events kept.
+    thread::sleep(Duration::from_secs(1));
+    let (before, started, log) = (Use::of(daemon.pid())?, Instant::now(), daemon.log().len());
+    let mut slowest: Vec<(&str, Duration)> = Vec::new();
+    let mut answered = |what, work: &dyn Fn() -> Result<()>| {
+        let (limit, asked) = (limit()?, Instant::now());
+        work().with_context(|| what)?;
+        let took = asked.elapsed();
+        match slowest.iter_mut().find(|(other, _)| *other == what) {
+            Some((_, slowest)) => *slowest = took.max(*slowest),
+            None => slowest.push((what, took)),
+        }
+        ensure!(
+            took < limit,
+            "{what} was answered only after {took:?}, of {limit:?} that it may take here"
+        );
+        anyhow::Ok(())
+    };
+    for round in 1..=ROUNDS {
+        let ask = |arguments: &[&str]| guarded.netns.enforcer(world, arguments)?.demand(0).map(drop);
+        configure(&guarded, round)?;
+        answered("a reload", &|| daemon.reload())?;
+        answered("a refresh", &|| ask(&["refresh"]))?;
+        answered("a grant", &|| {
+            ask(&["grant", "other", "--user", &(2000 + round).to_string()])
+        })?;
+        answered("the status", &|| {
+            let status = guarded.status()?;
+            ensure!(status["state"] == "enforcing", "{status}");
+            Ok(())
+        })?;
+        thread::sleep(REST);
+    }
+    let (after, lasted) = (Use::of(daemon.pid())?, started.elapsed());
+    fs::remove_file(&fire)?;
+    let mut sum = Blows::default();
+    for hammer in hammers {
+        let blows = hammer.finish()?;
+        ensure!(
+            blows.connected + blows.other == 0,
+            "an attempt was not refused: {blows:?}"
+        );
+        sum.refused += blows.refused;
+        sum.reset += blows.reset;
+    }
+    let spent = after.processor.saturating_sub(before.processor);
+    let said = daemon.log().len() - log;
+    println!(
+        "    {} denials by {cores} processes in {lasted:?}; slowest answers {slowest:?}; the daemon took {spent:?}, grew from {} to {} KiB \
+         and logged {said} bytes",
+        sum.refused + sum.reset,
+        before.memory,
+        after.memory
+    );
+    ensure!(
+        sum.refused + sum.reset > 1000 * u64::from(ROUNDS),
+        "hardly anybody attacked: {sum:?}"
+    );
+    ensure!(spent < lasted / 5, "the daemon took {spent:?} of {lasted:?}");
+    ensure!(
+        after.memory < before.memory + GROWTH,
+        "the daemon grew from {} to {} KiB",
+        before.memory,
+        after.memory
+    );
+    // A line for each reload and grant, and one now and then for the denials of each kind.
+    ensure!(
+        said < 1024 * ROUNDS as usize,
+        "it logged {said} bytes: {}",
+        daemon.log()
+    );
+    let told: Value = guarded.status()?;
+    ensure!(told["targets"][0]["denied"].as_u64() >= Some(1), "{told}");
+    Ok(())
+}
+
+/// The file that the daemon writes is not opened before this case allows it (fanotify(7), `FAN_OPEN_PERM`).
+fn slow_disk() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let here = format!("tcp://{}", world.here());
+    world.configure_one(std::slice::from_ref(&here), r#"["root"]"#)?;
+    let daemon = world.daemon()?;
+    let before = world.status()?["generation"].as_u64();
+    let disk = Fanotify::init(
+        InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK,
+        EventFFlags::O_RDONLY,
+    )?;
+    disk.mark(
+        MarkFlags::FAN_MARK_ADD,
+        MaskFlags::FAN_OPEN_PERM | MaskFlags::FAN_EVENT_ON_CHILD,
+        AT_FDCWD,
+        Some(&world.path("state")),
+    )?;
+    world.configure_one(&[here, format!("tcp://10.0.0.1:{}", world.port)], r#"["root"]"#)?;
+    daemon.signal(Signal::SIGHUP)?;
+    let mut held = Vec::new();
+    until("the daemon waits for the disk", || {
+        held.extend(disk.read_events().unwrap_or_default());
+        Ok(!held.is_empty())
+    })?;
+    let (limit, asked) = (limit()?, Instant::now());
+    let status = world.status()?;
+    ensure!(
+        status["state"] == "enforcing" && status["generation"].as_u64() > before,
+        "{status}"
+    );
+    world.enforcer(&["refresh"])?.demand(0)?;
+    world.attack(NOBODY).is_refused()?;
+    let took = asked.elapsed();
+    ensure!(took < limit, "answered only after {took:?}, of {limit:?}");
+    let log = daemon.log();
+    ensure!(
+        !log.contains("reloaded "),
+        "a reload is reported before it is kept: {log}"
+    );
+    for event in &held {
+        let opened = event.fd().context("an event was lost")?;
+        disk.write_response(FanotifyResponse::new(opened, Response::FAN_ALLOW))?;
+    }
+    // Closed, it lets everything through.
+    drop((held, disk));
+    until("the reload is reported", || Ok(daemon.log().contains("reloaded ")))
+}
