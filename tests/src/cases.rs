@@ -9,6 +9,7 @@ pub mod dropin;
 pub mod endurance;
 pub mod failover;
 pub mod faults;
+pub mod fragments;
 pub mod grants;
 pub mod input;
 pub mod kernel;
@@ -88,6 +89,7 @@ pub fn all() -> Vec<Case> {
         endurance::cases(),
         failover::cases(),
         faults::cases(),
+        fragments::cases(),
         grants::cases(),
         input::cases(),
         kernel::cases(),
