@@ -29,6 +29,7 @@ pub mod takeover;
 pub mod units;
 pub mod verify;
 pub mod visibility;
+pub mod writers;
 
 use anyhow::{Result, ensure};
 
@@ -109,6 +110,7 @@ pub fn all() -> Vec<Case> {
         units::cases(),
         verify::cases(),
         visibility::cases(),
+        writers::cases(),
     ]
     .into_iter()
     .flatten()
