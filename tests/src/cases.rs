@@ -13,6 +13,7 @@ pub mod fragments;
 pub mod grants;
 pub mod input;
 pub mod kernel;
+pub mod kernel_sockets;
 pub mod limits;
 pub mod missing;
 pub mod monit;
@@ -94,6 +95,7 @@ pub fn all() -> Vec<Case> {
         grants::cases(),
         input::cases(),
         kernel::cases(),
+        kernel_sockets::cases(),
         limits::cases(),
         missing::cases(),
         monit::cases(),

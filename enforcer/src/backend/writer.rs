@@ -23,7 +23,7 @@ use tracing::warn;
 use super::BackendError;
 
 /// The file, in `state_dir`.
-pub const FILE: &str = "lock";
+const FILE: &str = "lock";
 /// How long another writer is waited for: `apply` takes a fraction of it.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -32,7 +32,7 @@ const LONGEST_COMMAND: usize = 200;
 
 /// The right to write, for as long as it lives.
 #[derive(Debug)]
-pub struct Writer(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
+pub(super) struct Writer(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
 
 /// Who has it.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl fmt::Display for Holder {
 impl Writer {
     /// Takes the lock of the instance with this state directory, waiting a few seconds for another holder. None where no lock can be
     /// had at all, as on a read-only disk at first boot: that is logged, and is no reason to protect nothing (F4).
-    pub fn of(state_dir: &Path, make: bool) -> Result<Option<Self>, BackendError> {
+    pub(super) fn of(state_dir: &Path, make: bool) -> Result<Option<Self>, BackendError> {
         match open(state_dir, make) {
             Ok(file) => Ok(Some(Self(lock(file, &state_dir.join(FILE))?))),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !make => Ok(None),

@@ -383,6 +383,12 @@ pub fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
     all
 }
 
+/// Only packets of sockets that were made in a cgroup below the root: no other has an ancestor there.
+#[must_use]
+pub fn below_the_root() -> Vec<Expression> {
+    vec![Expression::Cgroup { level: 1 }]
+}
+
 /// Goes to a chain for good.
 #[must_use]
 pub fn goto(chain: &str) -> Expression {

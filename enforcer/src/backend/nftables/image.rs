@@ -538,9 +538,12 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
         });
         image.sets.insert(set, sorted(SetKind::Cgroups, elements.collect()));
     }
-    if kernel {
+    if kernel && cgroups {
         rules.push([is::has_user(), vec![goto(&refusal)]].concat());
-        rules.push(admit(Vec::new())); // D3: only sockets without a file are left.
+        // D3: of sockets without a file the kernel makes some for a user, whose cgroup they have: SMC's inner ones, MPTCP's further
+        // ones. Its own have the root's, as its threads have.
+        rules.push([is::below_the_root(), vec![goto(&refusal)]].concat());
+        rules.push(admit(Vec::new()));
     } else {
         rules.push(vec![goto(&refusal)]);
     }
