@@ -21,6 +21,7 @@ pub mod names;
 pub mod neighbours;
 pub mod nftables;
 pub mod parity;
+pub mod past_hooks;
 pub mod retention;
 pub mod schemas;
 pub mod subjects;
@@ -103,6 +104,7 @@ pub fn all() -> Vec<Case> {
         neighbours::cases(),
         nftables::cases(),
         parity::cases(),
+        past_hooks::cases(),
         retention::cases(),
         schemas::cases(),
         subjects::cases(),
