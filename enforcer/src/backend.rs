@@ -3,6 +3,7 @@
 pub mod ebpf;
 pub mod nftables;
 pub mod probe;
+mod writer;
 
 use std::path::Path;
 
@@ -19,6 +20,7 @@ pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
 pub use nftables::Tables;
 
 use probe::{Fact, Works};
+use writer::Writer;
 
 /// What is in force in the kernel, for the process that writes it.
 #[derive(Debug)]
@@ -29,6 +31,8 @@ pub struct Enforcement {
     reason: Option<String>,
     /// How often something that others removed or changed was put back (F5).
     restored: u64,
+    /// That nobody else writes (F11).
+    _writer: Option<Writer>,
 }
 
 /// Where a backend attaches, and how.
@@ -70,6 +74,7 @@ impl Enforcement {
             nftables: None,
             reason: None,
             restored: 0,
+            _writer: Writer::of(&start.settings.state_dir, true)?,
         };
         this.extend(start)?;
         Ok(this)
@@ -430,6 +435,7 @@ impl InForce {
 
 /// Removes all of ours from the kernel; false where there was nothing.
 pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
+    let _writer = Writer::of(&settings.state_dir, false)?; // F11
     // What one half meets keeps nothing of the other in force.
     let nftables = nftables::dropin::unload(&settings.nft_table);
     let ebpf = ebpf::unload(&settings.pin_dir)?;

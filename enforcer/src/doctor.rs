@@ -10,6 +10,7 @@ mod collect;
 mod image;
 mod judge;
 mod legacy;
+mod links;
 mod render;
 #[cfg(test)]
 mod tests;

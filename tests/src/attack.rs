@@ -19,11 +19,11 @@ use clap::{Parser, ValueEnum};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-pub use self::subject::as_user;
 use self::{
     dial::mapped,
     subject::{become_user, enter, once},
 };
+pub use self::{raw::Cut, subject::as_user};
 
 /// First bytes that the listeners send: proof that they were reached.
 pub const GREETING: &[u8] = b"reached";
@@ -46,7 +46,7 @@ pub enum Way {
     /// `0.0.0.0` without `bind`.
     UnspecifiedUnbound,
     BindToDevice,
-    /// A SYN by a raw socket, and no connection.
+    /// A SYN by a raw socket, cut as said, and no connection.
     RawSyn,
     FastOpenSendto,
     FastOpenConnect,
@@ -64,6 +64,8 @@ pub enum Way {
     UdpSendto,
     UdpSendmsg,
     UdpSendmmsg,
+    /// More than fits into one packet.
+    UdpLarge,
     UdpMapped,
     /// `sendto` on a socket that is connected elsewhere.
     UdpElsewhere,
@@ -84,6 +86,7 @@ impl Way {
                 | Self::UdpSendto
                 | Self::UdpSendmsg
                 | Self::UdpSendmmsg
+                | Self::UdpLarge
                 | Self::UdpMapped
                 | Self::UdpElsewhere
                 | Self::UdpUnspecified
@@ -132,6 +135,9 @@ pub struct Attempt {
     /// Whose task and socket
     #[arg(long, value_enum, default_value = "user")]
     pub who: Who,
+    /// How a SYN by a raw socket is cut
+    #[arg(long, value_enum, default_value = "whole")]
+    pub cut: Cut,
     /// The user
     #[arg(long, default_value_t = 0)]
     pub uid: u32,

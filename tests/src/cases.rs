@@ -10,9 +10,11 @@ pub mod endurance;
 pub mod failover;
 pub mod faults;
 pub mod flood;
+pub mod fragments;
 pub mod grants;
 pub mod input;
 pub mod kernel;
+pub mod kernel_sockets;
 pub mod limits;
 pub mod missing;
 pub mod monit;
@@ -20,6 +22,7 @@ pub mod names;
 pub mod neighbours;
 pub mod nftables;
 pub mod parity;
+pub mod past_hooks;
 pub mod retention;
 pub mod schemas;
 pub mod squatting;
@@ -30,6 +33,7 @@ pub mod takeover;
 pub mod units;
 pub mod verify;
 pub mod visibility;
+pub mod writers;
 
 use std::thread;
 
@@ -100,9 +104,11 @@ pub fn all() -> Vec<Case> {
         failover::cases(),
         faults::cases(),
         flood::cases(),
+        fragments::cases(),
         grants::cases(),
         input::cases(),
         kernel::cases(),
+        kernel_sockets::cases(),
         limits::cases(),
         missing::cases(),
         monit::cases(),
@@ -110,6 +116,7 @@ pub fn all() -> Vec<Case> {
         neighbours::cases(),
         nftables::cases(),
         parity::cases(),
+        past_hooks::cases(),
         retention::cases(),
         schemas::cases(),
         squatting::cases(),
@@ -120,6 +127,7 @@ pub fn all() -> Vec<Case> {
         units::cases(),
         verify::cases(),
         visibility::cases(),
+        writers::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1024,6 +1024,12 @@ impl Netns {
         Ok(())
     }
 
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its file.
     #[must_use]
     pub fn file(&self) -> PathBuf {

@@ -6,6 +6,7 @@
 pub mod check;
 pub mod dropin;
 pub mod expression;
+mod foreign;
 pub mod image;
 pub mod netlink;
 pub mod nflog;

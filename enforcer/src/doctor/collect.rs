@@ -14,6 +14,7 @@ use futures_util::stream::TryStreamExt as _;
 use super::{
     Unseen,
     legacy::{self, LegacyRule},
+    links,
 };
 use crate::{
     backend::{
@@ -57,6 +58,8 @@ pub(super) struct Seen {
     pub(super) unresolved: Vec<(String, String)>,
     /// A process of each other network namespace, the number of its namespace first.
     pub(super) namespaces: BTreeMap<u64, String>,
+    /// Devices whose packets never come to the IP hooks of this namespace.
+    pub(super) passing: Vec<String>,
     pub(super) foreign: Vec<ForeignRule>,
     pub(super) chains: Vec<(String, String, String)>,
     pub(super) legacy: Vec<LegacyRule>,
@@ -387,6 +390,7 @@ impl Seen {
             self.saw::<(), _>("namespaces", Err("/proc is not mounted"));
             return;
         };
+        let mut ways = BTreeMap::new();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
                 continue;
@@ -400,6 +404,8 @@ impl Seen {
                 self.namespaces
                     .entry(other)
                     .or_insert_with(|| format!("{name} (pid {pid})"));
+                ways.entry(other)
+                    .or_insert_with(|| PathBuf::from(format!("{path}/ns/net")));
             }
             if namespace(&path, "user").is_ok_and(|other| other == user) {
                 let status = fs::read_to_string(format!("{path}/status")).unwrap_or_default();
@@ -420,6 +426,26 @@ impl Seen {
             {
                 let name = format!("named {}", entry.file_name().to_string_lossy());
                 self.namespaces.entry(meta.ino()).or_insert(name);
+                ways.entry(meta.ino()).or_insert_with(|| entry.path());
+            }
+        }
+        self.look_at_links(ways);
+    }
+
+    /// Devices that carry packets past our hooks, here and in the namespaces that these files enter.
+    fn look_at_links(&mut self, ways: BTreeMap<u64, PathBuf>) {
+        let here = links::here(links::bridges_are_shown());
+        self.passing = self.saw("devices of this host", here).unwrap_or_default();
+        for (namespace, file) in ways {
+            let whose = self.namespaces.get(&namespace).cloned().unwrap_or_default();
+            match links::in_namespace(file) {
+                Ok(found) => {
+                    let found = found.into_iter().map(|device| format!("{device} of {whose}"));
+                    self.passing.extend(found);
+                }
+                // Its last process has ended meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => drop(self.saw::<(), _>(&format!("devices of {whose}"), Err(error))),
             }
         }
     }

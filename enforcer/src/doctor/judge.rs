@@ -311,6 +311,15 @@ fn ways_around(seen: &Seen, enforces: Enforces, findings: &mut Vec<Finding>) {
             "set backend = \"both\"",
         ));
     }
+    if !seen.passing.is_empty() && enforces.nftables && !enforces.ebpf {
+        findings.push(finding(
+            "past-ip-hooks",
+            Weight::Medium,
+            "devices carry packets of containers or virtual machines past the hooks at which nftables evaluates: what they send to an endpoint is not seen",
+            seen.passing.iter().cloned(),
+            "set backend = \"both\", so that eBPF evaluates their connections; for bridges, sysctl -w net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1 (module br_netfilter) does too",
+        ));
+    }
     let Some(rules) = &seen.rules else { return };
     let local = |to: To| match to {
         To::Address(address) => vec![address],

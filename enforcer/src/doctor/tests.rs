@@ -203,6 +203,15 @@ fn each_other_fact_is_found() {
         |seen| seen.segment_routing.push("eth0".to_owned()),
         &["segment-routing"],
     );
+    let passing = |backend: &'static str| {
+        move |seen: &mut Seen| {
+            seen.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
+            seen.in_force = Some(backend.to_owned());
+        }
+    };
+    check(passing("nftables"), &["past-ip-hooks"]);
+    check(passing("both"), &[]);
+    check(passing("ebpf"), &[]);
     let namespaces = |seen: &mut Seen| drop(seen.namespaces.insert(1, "runc".to_owned()));
     check(namespaces, &["other-network-namespaces"]);
     check(

@@ -120,7 +120,7 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
             socket.bind_device(Some(b"lo"))?;
             plain((Ipv4Addr::UNSPECIFIED, port).into())?;
         }
-        Way::RawSyn => super::raw::syn(to)?,
+        Way::RawSyn => super::raw::syn(to, attempt.cut)?,
         Way::FastOpenSendto => {
             socket.send_to_with_flags(b"x", &SockAddr::from(to), libc::MSG_FASTOPEN)?;
         }
@@ -157,6 +157,7 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
         | Way::UdpSendto
         | Way::UdpSendmsg
         | Way::UdpSendmmsg
+        | Way::UdpLarge
         | Way::UdpMapped
         | Way::UdpElsewhere
         | Way::UdpUnspecified
@@ -212,6 +213,7 @@ fn dial_udp(attempt: &Attempt, socket: &Socket) -> io::Result<()> {
             socket.send(b"x")?;
         }
         Way::UdpSendto => drop(socket.send_to(b"x", &SockAddr::from(to))?),
+        Way::UdpLarge => drop(socket.send_to(&[b'x'; 4000], &SockAddr::from(to))?),
         Way::UdpMapped => drop(socket.send_to(b"x", &SockAddr::from(mapped(to)))?),
         Way::UdpElsewhere => {
             let elsewhere = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;

@@ -209,7 +209,7 @@ fn user_and_network() -> Result<()> {
 }
 
 /// Serves MPTCP and keeps a connection for a while, so that a further address is announced and dialled.
-fn serve_mptcp(netns: &Netns, port: u16) -> Result<thread::JoinHandle<()>> {
+pub(super) fn serve_mptcp(netns: &Netns, port: u16) -> Result<thread::JoinHandle<()>> {
     let file = fs::File::open(netns.file())?;
     let bound = thread::spawn(move || -> Result<TcpListener> {
         setns(file, CloneFlags::CLONE_NEWNET)?;

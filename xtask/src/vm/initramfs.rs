@@ -31,7 +31,7 @@ const PROGRAMS: [(&str, &str); 14] = [
     ("unshare", "util-linux"),
 ];
 /// Modules that the rules and the suite use; of names with `|` between them the first that the kernel has, as some were renamed.
-pub(super) const MODULES: [&str; 25] = [
+pub(super) const MODULES: [&str; 27] = [
     "nf_tables",
     "nft_objref|nf_tables",
     "nft_ct",
@@ -55,6 +55,8 @@ pub(super) const MODULES: [&str; 25] = [
     "mptcp_diag|tcp_diag",
     "unix_diag",
     "veth",
+    "bridge",
+    "macvlan",
     "dummy",
     "tun",
 ];

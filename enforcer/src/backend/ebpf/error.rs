@@ -2,7 +2,10 @@
 
 use std::{io, path::PathBuf};
 
-use crate::host::{START, remedy};
+use crate::{
+    backend::writer::Holder,
+    host::{START, remedy},
+};
 
 /// Why the kernel does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
@@ -41,11 +44,13 @@ pub enum BackendError {
         /// What is wrong with mounting it here.
         why: String,
     },
-    /// Another process writes these pins.
-    #[error("{} is in use by another enforcer; reload that one (SIGHUP), or stop it first", path.display())]
+    /// Another process writes (F11).
+    #[error("{} is in use by another enforcer{}; if that is the daemon, reload it (SIGHUP), or stop it first; else try again once it has ended", path.display(), by(holder.as_ref()))]
     Busy {
-        /// The directory.
+        /// What it has locked.
         path: PathBuf,
+        /// Which one, where it can be seen from here.
+        holder: Option<Holder>,
     },
     /// A pin is not the map that its name says, or is missing among others.
     #[error("{} is missing, or is no map of this version of enforcer; what is in force stays: restart the daemon, which takes over without a gap, or run enforcer unload", path.display())]
@@ -161,6 +166,10 @@ impl BackendError {
         let text = self.to_string();
         text.split("; ").next().unwrap_or_default().into()
     }
+}
+
+fn by(holder: Option<&Holder>) -> String {
+    holder.map_or_else(String::new, |holder| format!(", {holder}"))
 }
 
 fn attach_hint(error: &io::Error) -> &'static str {

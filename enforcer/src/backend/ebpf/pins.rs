@@ -8,15 +8,18 @@ use std::{
 };
 
 use nix::{
-    fcntl::{Flock, FlockArg},
+    fcntl::Flock,
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
 use super::BackendError;
-use crate::host::{
-    mounts::{Seen, host_would_see_mount},
-    own_dir,
+use crate::{
+    backend::writer,
+    host::{
+        mounts::{Seen, host_would_see_mount},
+        own_dir,
+    },
 };
 
 /// Where a bpffs belongs (Documentation/bpf, systemd's own mount).
@@ -89,22 +92,14 @@ impl Pins {
         Ok(path)
     }
 
-    /// Claims the right to write; fails at once where another process holds it.
+    /// Claims the right to write, waiting a few seconds for another process that holds it.
     pub fn lock(&self) -> Result<Lock, BackendError> {
         let file = File::open(&self.dir).map_err(|error| BackendError::Io {
             action: "open",
             object: self.dir.clone(),
             error,
         })?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Lock(lock)),
-            Err((_, nix::Error::EWOULDBLOCK)) => Err(BackendError::Busy { path: self.dir.clone() }),
-            Err((_, error)) => Err(BackendError::Io {
-                action: "lock",
-                object: self.dir.clone(),
-                error: error.into(),
-            }),
-        }
+        writer::lock(file, &self.dir).map(Lock)
     }
 
     /// Removes a pin, or a directory of pins; fine if there is none.

@@ -441,7 +441,7 @@ fn whose(of: &str) -> String {
 /// Names of ours: base chains, and what ends in a slot or begins as counters do. BOSH's agent has `monit_access`, `monit_access_jobs` and `nats_access`.
 fn is_own(name: &str) -> bool {
     use image::chain::{FORWARD, OUTPUT, PREROUTING};
-    let counter = image::counters_of(TARGET).iter().any(|counter| counter == name);
+    let counter = name == image::UNREADABLE || image::counters_of(TARGET).iter().any(|counter| counter == name);
     let begins = [
         "judge_",
         "strays_",
@@ -453,6 +453,8 @@ fn is_own(name: &str) -> bool {
         "endpoints",
         "ranges",
         "forwarded_",
+        "addresses",
+        "unreadable",
     ];
     let slotted = (name.ends_with("_a") || name.ends_with("_b")) && begins.iter().any(|begin| name.starts_with(begin));
     [ABOUT, OUTPUT, FORWARD, PREROUTING].contains(&name) || counter || slotted

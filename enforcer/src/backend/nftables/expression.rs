@@ -68,6 +68,8 @@ pub enum Expression {
         /// TCP reset, or ICMP port unreachable.
         reset: bool,
     },
+    /// Answers the sender by ICMP that an administrator forbids it, where the kernel answers such a packet, and drops the packet.
+    Prohibit,
     /// Ends the rule.
     Verdict(Verdict),
     /// None of ours.
@@ -132,7 +134,11 @@ pub fn transport(protocol: u8) -> Vec<Expression> {
     equal(meta::L4PROTO, vec![protocol])
 }
 
-/// Only TCP segments that ask for a connection: SYN without ACK, RST and FIN.
+/// Bits of TCP's flags, and those of them that ask for a connection: SYN without ACK, RST and FIN.
+const ASKED: u8 = 0x17;
+const ASKS: u8 = 0x02;
+
+/// Only TCP segments that ask for a connection, of packets that are whole, as all that sockets of this network namespace send.
 #[must_use]
 pub fn opens_connection() -> Vec<Expression> {
     vec![
@@ -142,12 +148,129 @@ pub fn opens_connection() -> Vec<Expression> {
             length: 1,
             register: REGISTER,
         },
-        Expression::Mask(vec![0x17]),
+        Expression::Mask(vec![ASKED]),
         Expression::Compare {
             equal: true,
-            value: vec![0x02],
+            value: vec![ASKS],
         },
     ]
+}
+
+/// Only TCP segments whose flags show that they ask for a connection, or with `false`, that they do not. Neither matches where a
+/// fragment ends before the flags, or begins behind them.
+///
+/// Loads of 1, 2 and 4 aligned bytes take a short cut in the kernel (`nft_payload_fast_eval`) that reads a later fragment's data, and of
+/// IPv6 even the IP header, as if a transport header were there. Two bytes at an odd offset go the long way, which looks.
+#[must_use]
+pub fn shows_opening(opens: bool) -> Vec<Expression> {
+    vec![
+        Expression::Payload {
+            base: base::TRANSPORT,
+            offset: 13,
+            length: 2,
+            register: REGISTER,
+        },
+        Expression::Mask(vec![ASKED, 0]),
+        Expression::Compare {
+            equal: opens,
+            value: vec![ASKS, 0],
+        },
+    ]
+}
+
+/// Only packets that show their destination port: no later fragment does. Of three bytes, for the reason of [`shows_opening`].
+#[must_use]
+pub fn shows_port() -> Vec<Expression> {
+    vec![Expression::Payload {
+        base: base::TRANSPORT,
+        offset: 2,
+        length: 3,
+        register: REGISTER,
+    }]
+}
+
+/// Only packets whose transport protocol can be told.
+#[must_use]
+pub fn has_transport() -> Vec<Expression> {
+    vec![Expression::Meta {
+        key: meta::L4PROTO,
+        register: REGISTER,
+    }]
+}
+
+/// Bits of the third word of an IPv4 header (RFC 791): more fragments follow, or this one begins behind the first byte.
+pub const FRAGMENT4: u16 = 0x3fff;
+/// Offsets of IPv4 fragments, in units of 8 bytes.
+pub const OFFSET4: u16 = 0x1fff;
+/// Offsets of 16 bytes and more: behind ports and flags of TCP.
+pub const FAR_OFFSET4: u16 = 0x1ffe;
+/// Offsets of IPv6 fragments, in bytes (RFC 8200).
+const OFFSET6: u16 = 0xfff8;
+
+/// Only packets of IPv4 that have some, or none, of these bits in the word for fragments.
+#[must_use]
+pub fn fragment4(bits: u16, some: bool) -> Vec<Expression> {
+    [equal(meta::NFPROTO, vec![IPV4]), network_bits(6, bits, some)].concat()
+}
+
+/// Only later fragments of IPv6 packets, with the fragment header right behind that of IPv6, where all senders that mean well put it.
+#[must_use]
+pub fn later_fragment6() -> Vec<Expression> {
+    const FRAGMENT: u8 = 44;
+    let next_header = [
+        Expression::Payload {
+            base: base::NETWORK,
+            offset: 6,
+            length: 1,
+            register: REGISTER,
+        },
+        Expression::Compare {
+            equal: true,
+            value: vec![FRAGMENT],
+        },
+    ];
+    [
+        &equal(meta::NFPROTO, vec![IPV6]),
+        &next_header[..],
+        &network_bits(42, OFFSET6, true),
+    ]
+    .concat()
+}
+
+fn network_bits(offset: u32, bits: u16, some: bool) -> Vec<Expression> {
+    vec![
+        Expression::Payload {
+            base: base::NETWORK,
+            offset,
+            length: 2,
+            register: REGISTER,
+        },
+        Expression::Mask(bits.to_be_bytes().to_vec()),
+        Expression::Compare {
+            equal: !some,
+            value: vec![0, 0],
+        },
+    ]
+}
+
+/// Only packets to an address in a set of a family's.
+#[must_use]
+pub fn address_in(family: u8, set: &str) -> Vec<Expression> {
+    let (offset, length) = if family == IPV4 { (16, 4) } else { (24, 16) };
+    let mut all = equal(meta::NFPROTO, vec![family]);
+    all.extend([
+        Expression::Payload {
+            base: base::NETWORK,
+            offset,
+            length,
+            register: REGISTER,
+        },
+        Expression::Lookup {
+            set: set.to_owned(),
+            value: None,
+        },
+    ]);
+    all
 }
 
 /// Looks the destination up in a map of endpoints to verdicts.
@@ -184,19 +307,10 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
     all
 }
 
-/// Only packets that came in on another device than loopback, whose index is 1 in every network namespace.
+/// Only packets that came in on loopback, whose index is 1 in every network namespace.
 #[must_use]
-pub fn from_elsewhere() -> Vec<Expression> {
-    vec![
-        Expression::Meta {
-            key: meta::IIF,
-            register: REGISTER,
-        },
-        Expression::Compare {
-            equal: false,
-            value: 1_u32.to_ne_bytes().to_vec(),
-        },
-    ]
+pub fn from_loopback() -> Vec<Expression> {
+    equal(meta::IIF, 1_u32.to_ne_bytes().to_vec())
 }
 
 /// Only packets to a loopback address (D6).
@@ -267,6 +381,12 @@ pub fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
         },
     ]);
     all
+}
+
+/// Only packets of sockets that were made in a cgroup below the root: no other has an ancestor there.
+#[must_use]
+pub fn below_the_root() -> Vec<Expression> {
+    vec![Expression::Cgroup { level: 1 }]
 }
 
 /// Goes to a chain for good.

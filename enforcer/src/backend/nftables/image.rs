@@ -14,7 +14,10 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::expression::{self as is, Expression, IPV4, IPV6, TCP, UDP, Verdict, goto};
+use super::{
+    expression::{self as is, Expression, IPV4, IPV6, TCP, UDP, Verdict, goto},
+    foreign::Foreign,
+};
 use crate::{
     config::Forward,
     policy::{Mode, Protocol},
@@ -84,6 +87,11 @@ pub enum SetKind {
     Users,
     /// Cgroups, by id.
     Cgroups,
+    /// Ranges of addresses.
+    Addresses {
+        /// `IPV4` or `IPV6`.
+        family: u8,
+    },
 }
 
 /// An element of a set.
@@ -209,11 +217,28 @@ impl Slot {
         format!("strays_{self}")
     }
 
+    /// The addresses of all endpoints of a family.
+    #[must_use]
+    pub fn addresses(self, family: u8) -> String {
+        format!("addresses{}_{self}", version(family))
+    }
+
+    /// Finds out whether a packet of a family, to an endpoint's address, hides what its verdict would rest on.
+    #[must_use]
+    pub fn unreadable_of(self, family: u8) -> String {
+        format!("{UNREADABLE}{}_{self}", version(family))
+    }
+
+    /// Refuses what cannot be read.
+    #[must_use]
+    pub fn unreadable(self) -> String {
+        format!("{UNREADABLE}_{self}")
+    }
+
     /// The map of single endpoints, and that of ranges that do not overlap, to classes.
     #[must_use]
     pub fn endpoints(self, family: u8) -> [String; 2] {
-        let version = if family == IPV4 { 4 } else { 6 };
-        ["endpoints", "ranges"].map(|what| format!("{what}{version}_{self}"))
+        ["endpoints", "ranges"].map(|what| format!("{what}{}_{self}", version(family)))
     }
 
     /// The same to refusals: the kernel does not let a forwarded packet come near a rule that asks for a socket's cgroup.
@@ -221,6 +246,10 @@ impl Slot {
     pub fn forwarded(self, family: u8) -> [String; 2] {
         self.endpoints(family).map(|name| format!("forwarded_{name}"))
     }
+}
+
+fn version(family: u8) -> u8 {
+    if family == IPV4 { 4 } else { 6 }
 }
 
 impl fmt::Display for Slot {
@@ -239,6 +268,8 @@ const OUTPUT_HOOK: u32 = 3;
 /// Denials told to the log a second, and at once.
 const LOG_RATE: u64 = 200;
 const LOG_BURST: u32 = 1000;
+/// Names the counter of what is refused as it cannot be read, and begins the names of the chains that find it.
+pub const UNREADABLE: &str = "unreadable";
 /// Begins the text that goes with a logged denial.
 pub const LOG_PREFIX: &str = "enforcer ";
 
@@ -279,11 +310,9 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     };
     let (judge_local, judge_forwarded) = (judge(Slot::endpoints), judge(Slot::forwarded));
     // One rule a protocol, as every packet of what is established passes them (P3).
-    let entries = |first: &[Expression], chain: &str| {
-        let tcp = [first, &is::transport(TCP), &is::opens_connection(), &[goto(chain)]].concat();
-        let udp = [first, &is::transport(UDP), &[goto(chain)]].concat();
-        if has_udp { vec![tcp, udp] } else { vec![tcp] }
-    };
+    let tcp = [&is::transport(TCP)[..], &is::opens_connection(), &[goto(&slot.judge())]].concat();
+    let udp = [is::transport(UDP), vec![goto(&slot.judge())]].concat();
+    let local = if has_udp { vec![tcp, udp] } else { vec![tcp] };
     let base = |hook, rules| {
         let place = Base {
             hook,
@@ -301,17 +330,19 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         rule
     });
     add(&slot.strays(), chain_of(None, strays.to_vec()));
-    add(chain::OUTPUT, base(OUTPUT_HOOK, entries(&[], &slot.judge())));
+    add(chain::OUTPUT, base(OUTPUT_HOOK, local));
+    let foreign = Foreign::of(rules, slot, has_udp);
     add(
         chain::PREROUTING,
-        base(PREROUTING_HOOK, entries(&is::from_elsewhere(), &slot.strays())),
+        base(PREROUTING_HOOK, foreign.arrived(&slot.strays())),
     );
     if loader.forward == Forward::Refuse {
         add(
             chain::FORWARD,
-            base(FORWARD_HOOK, entries(&[], &slot.judge_forwarded())),
+            base(FORWARD_HOOK, foreign.forwarded(&slot.judge_forwarded())),
         );
     }
+    foreign.add_to(&mut image, audit);
 
     for (number, mask) in (1..).zip(&endpoints.masks) {
         let owners: Vec<&RuleTarget> = owners(rules, *mask).collect();
@@ -507,9 +538,12 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
         });
         image.sets.insert(set, sorted(SetKind::Cgroups, elements.collect()));
     }
-    if kernel {
+    if kernel && cgroups {
         rules.push([is::has_user(), vec![goto(&refusal)]].concat());
-        rules.push(admit(Vec::new())); // D3: only sockets without a file are left.
+        // D3: of sockets without a file the kernel makes some for a user, whose cgroup they have: SMC's inner ones, MPTCP's further
+        // ones. Its own have the root's, as its threads have.
+        rules.push([is::below_the_root(), vec![goto(&refusal)]].concat());
+        rules.push(admit(Vec::new()));
     } else {
         rules.push(vec![goto(&refusal)]);
     }
@@ -550,7 +584,7 @@ fn owners(rules: &RuleSet, mask: u64) -> impl Iterator<Item = &RuleTarget> {
         .map(|(_, target)| target)
 }
 
-fn chain_of(base: Option<Base>, rules: Vec<Vec<Expression>>) -> Chain {
+pub(super) fn chain_of(base: Option<Base>, rules: Vec<Vec<Expression>>) -> Chain {
     let rules = rules.into_iter().map(|expressions| Rule {
         comment: String::new(),
         expressions,
@@ -571,7 +605,7 @@ fn about(header: Header) -> Chain {
     }
 }
 
-fn sorted(kind: SetKind, mut elements: Vec<Element>) -> Set {
+pub(super) fn sorted(kind: SetKind, mut elements: Vec<Element>) -> Set {
     elements.sort_unstable();
     Set { kind, elements }
 }
@@ -635,14 +669,14 @@ fn covering(ranges: &[Range], address: IpAddr) -> u64 {
     before.filter(|range| at <= range.last).map_or(0, |range| range.owners)
 }
 
-fn number(address: IpAddr) -> u128 {
+pub(super) fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(address) => address.to_bits().into(),
         IpAddr::V6(address) => address.to_bits(),
     }
 }
 
-fn address(number: u128, v4: bool) -> IpAddr {
+pub(super) fn address(number: u128, v4: bool) -> IpAddr {
     match u32::try_from(number) {
         Ok(number) if v4 => IpAddr::V4(number.into()),
         Ok(_) | Err(_) => IpAddr::V6(Ipv6Addr::from_bits(number)),

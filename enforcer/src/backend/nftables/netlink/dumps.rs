@@ -8,7 +8,7 @@ use std::{
 
 use nftnl::nftnl_sys as sys;
 
-use super::{Dump, INET, NFT_OBJECT_COUNTER, Netlink, expressions::expressions, text};
+use super::{Dump, INET, NFT_OBJECT_COUNTER, Netlink, expressions::expressions, messages::INTERVAL_END, text};
 use crate::backend::nftables::{
     expression::{IPV4, IPV6},
     image::{Base, Chain, Element, Rule, Set, SetKind, Value},
@@ -189,13 +189,15 @@ impl Netlink {
                     && owned(sys::nftnl_set_get_str(object, sys::NFTNL_SET_TABLE as u16)) == table
                 {
                     let number = |attribute: u32| sys::nftnl_set_get_u32(object, attribute as u16);
-                    let flags = number(sys::NFTNL_SET_FLAGS);
-                    let kind = match number(sys::NFTNL_SET_KEY_LEN) {
-                        4 => SetKind::Users,
-                        8 => SetKind::Cgroups,
-                        length => SetKind::Endpoints {
+                    let ranges = number(sys::NFTNL_SET_FLAGS) & libc::NFT_SET_INTERVAL as u32 != 0;
+                    let kind = match (number(sys::NFTNL_SET_KEY_LEN), ranges) {
+                        (4, true) => SetKind::Addresses { family: IPV4 },
+                        (16, true) => SetKind::Addresses { family: IPV6 },
+                        (4, false) => SetKind::Users,
+                        (8, _) => SetKind::Cgroups,
+                        (length, ranges) => SetKind::Endpoints {
                             family: if length == 12 { IPV4 } else { IPV6 },
-                            ranges: flags & libc::NFT_SET_INTERVAL as u32 != 0,
+                            ranges,
                         },
                     };
                     found.push((owned(sys::nftnl_set_get_str(object, sys::NFTNL_SET_NAME as u16)), kind));
@@ -207,7 +209,7 @@ impl Netlink {
     }
 
     fn elements(&mut self, table: &str, set: &str, kind: SetKind) -> io::Result<Vec<Element>> {
-        let mut found = Vec::new();
+        let (mut found, mut bounds) = (Vec::new(), Vec::new());
         let (table, set) = (text(table), text(set));
         let fill = |header| {
             // SAFETY: as for rules.
@@ -230,13 +232,18 @@ impl Netlink {
                         if element.is_null() {
                             break;
                         }
-                        found.push(element_of(element, kind));
+                        if let SetKind::Addresses { .. } = kind {
+                            bounds.push((element_of(element, kind).key, ends_range(element)));
+                        } else {
+                            found.push(element_of(element, kind));
+                        }
                     }
                     sys::nftnl_set_elems_iter_destroy(all);
                 }
                 sys::nftnl_set_free(object);
             }
         })?;
+        found.extend(ranges_of(bounds));
         Ok(found)
     }
 
@@ -271,6 +278,50 @@ impl Netlink {
 }
 
 /// SAFETY: `element` must be live.
+unsafe fn ends_range(element: *mut sys::nftnl_set_elem) -> bool {
+    const FLAGS: u16 = sys::NFTNL_SET_ELEM_FLAGS as u16;
+    // SAFETY: the element is live; libnftnl reads flags that are there only.
+    unsafe {
+        sys::nftnl_set_elem_is_set(element, FLAGS) && sys::nftnl_set_elem_get_u32(element, FLAGS) & INTERVAL_END != 0
+    }
+}
+
+/// Ranges by their bounds: first keys, and keys behind the last ones, which are marked. One without a first key is none of ours.
+fn ranges_of(mut bounds: Vec<(Vec<u8>, bool)>) -> Vec<Element> {
+    // Where two ranges touch, one ends before the other begins.
+    bounds.sort_unstable_by(|a, b| (&a.0, !a.1).cmp(&(&b.0, !b.1)));
+    let mut found: Vec<Element> = Vec::new();
+    for (key, ends) in bounds {
+        match found.last_mut().filter(|last| ends && last.last.is_empty()) {
+            Some(open) => open.last = key_before(&key),
+            None => found.push(Element {
+                key,
+                last: if ends { vec![0] } else { Vec::new() },
+                value: Value::None,
+            }),
+        }
+    }
+    // Nothing marks the end of what reaches to the greatest key.
+    if let Some(open) = found.last_mut().filter(|last| last.last.is_empty()) {
+        open.last = vec![u8::MAX; open.key.len()];
+    }
+    found
+}
+
+/// The next smaller key of the same length.
+fn key_before(key: &[u8]) -> Vec<u8> {
+    let mut before = key.to_vec();
+    for byte in before.iter_mut().rev() {
+        let (difference, overflows) = byte.overflowing_sub(1);
+        *byte = difference;
+        if !overflows {
+            break;
+        }
+    }
+    before
+}
+
+/// SAFETY: `element` must be live.
 pub(super) unsafe fn element_of(element: *mut sys::nftnl_set_elem, kind: SetKind) -> Element {
     let bytes = |attribute: u32| {
         let mut length = 0;
@@ -281,7 +332,7 @@ pub(super) unsafe fn element_of(element: *mut sys::nftnl_set_elem, kind: SetKind
         }
     };
     let value = match kind {
-        SetKind::Users | SetKind::Cgroups => Value::None,
+        SetKind::Addresses { .. } | SetKind::Users | SetKind::Cgroups => Value::None,
         SetKind::Endpoints { .. } => {
             // SAFETY: the element is live; the text is copied.
             Value::Goto(unsafe { owned(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)) })
@@ -334,4 +385,40 @@ pub(in crate::backend::nftables) unsafe fn owned(text: *const std::os::raw::c_ch
     }
     // SAFETY: as promised by the caller.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::messages::key_behind, *};
+
+    #[test]
+    fn ranges_survive_their_bounds() {
+        let range = |first: [u8; 2], last: [u8; 2]| Element {
+            key: first.to_vec(),
+            last: last.to_vec(),
+            value: Value::None,
+        };
+        let ranges = vec![
+            range([0, 0], [0, 0]),
+            range([0, 9], [1, 255]),
+            range([3, 4], [3, 4]),
+            range([7, 0], [255, 255]),
+        ];
+        let mut bounds = Vec::new();
+        for range in &ranges {
+            bounds.push((range.key.clone(), false));
+            bounds.extend(key_behind(&range.last).map(|key| (key, true)));
+        }
+        assert_eq!(bounds.len(), 7, "nothing lies behind the last");
+        bounds.reverse();
+        assert_eq!(ranges_of(bounds), ranges);
+        let strange = ranges_of(vec![
+            (vec![0, 1], true),
+            (vec![0, 2], false),
+            (vec![0, 3], false),
+            (vec![0, 4], true),
+        ]);
+        assert_eq!(strange.len(), 3, "what is no range of ours is none of ours");
+        assert!(!strange.contains(&range([0, 2], [0, 3])));
+    }
 }

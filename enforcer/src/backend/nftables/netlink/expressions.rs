@@ -11,6 +11,13 @@ use super::{
 };
 use crate::backend::nftables::expression::{Expression, Verdict};
 
+/// `NFT_REJECT_TCP_RST` and `NFT_REJECT_ICMPX_UNREACH`.
+const TCP_RESET: u32 = 1;
+const ICMPX_UNREACHABLE: u32 = 2;
+/// `NFT_REJECT_ICMPX_PORT_UNREACH` and `NFT_REJECT_ICMPX_ADMIN_PROHIBITED`.
+const ICMPX_PORT: u8 = 1;
+const ICMPX_PROHIBITED: u8 = 3;
+
 /// An attribute of an expression, as libnftnl takes it.
 pub(super) enum Attribute {
     U8(u8),
@@ -136,8 +143,11 @@ pub(super) fn attributes(expression: &Expression) -> (&'static CStr, Vec<(u32, A
             ],
         ),
         Expression::Reject { reset } => {
-            // NFT_REJECT_TCP_RST, or NFT_REJECT_ICMPX_UNREACH with NFT_REJECT_ICMPX_PORT_UNREACH
-            let (kind, code) = if *reset { (1, 0) } else { (2, 1) };
+            let (kind, code) = if *reset {
+                (TCP_RESET, 0)
+            } else {
+                (ICMPX_UNREACHABLE, ICMPX_PORT)
+            };
             (
                 c"reject",
                 vec![
@@ -146,6 +156,13 @@ pub(super) fn attributes(expression: &Expression) -> (&'static CStr, Vec<(u32, A
                 ],
             )
         }
+        Expression::Prohibit => (
+            c"reject",
+            vec![
+                (sys::NFTNL_EXPR_REJECT_TYPE, U32(ICMPX_UNREACHABLE)),
+                (sys::NFTNL_EXPR_REJECT_CODE, U8(ICMPX_PROHIBITED)),
+            ],
+        ),
         Expression::Verdict(verdict) => {
             let (code, chain) = match verdict {
                 Verdict::Accept => (libc::NF_ACCEPT, None),
@@ -237,9 +254,16 @@ pub(super) unsafe fn expression_of(expression: *mut sys::nftnl_expr) -> Expressi
             group: unsafe { sys::nftnl_expr_get_u16(expression, sys::NFTNL_EXPR_LOG_GROUP as u16) },
             prefix: word(sys::NFTNL_EXPR_LOG_PREFIX),
         }),
-        "reject" => Some(Expression::Reject {
-            reset: number(sys::NFTNL_EXPR_REJECT_TYPE) == 1,
-        }),
+        "reject" => {
+            // SAFETY: as above.
+            let code = unsafe { sys::nftnl_expr_get_u8(expression, sys::NFTNL_EXPR_REJECT_CODE as u16) };
+            match (number(sys::NFTNL_EXPR_REJECT_TYPE), code) {
+                (TCP_RESET, _) => Some(Expression::Reject { reset: true }),
+                (ICMPX_UNREACHABLE, ICMPX_PORT) => Some(Expression::Reject { reset: false }),
+                (ICMPX_UNREACHABLE, ICMPX_PROHIBITED) => Some(Expression::Prohibit),
+                (..) => None,
+            }
+        }
         "immediate" if has(sys::NFTNL_EXPR_IMM_VERDICT) => {
             let chain = || word(sys::NFTNL_EXPR_IMM_CHAIN);
             Some(Expression::Verdict(

@@ -16,6 +16,9 @@ use crate::backend::nftables::{
     image::{Base, Chain, Element, Image, Set, SetKind, Value},
 };
 
+/// `NFT_SET_ELEM_INTERVAL_END`.
+pub(super) const INTERVAL_END: u32 = 1;
+
 /// A batch whose steps have names, for messages.
 pub(super) struct Steps {
     pub(super) batch: Batch,
@@ -167,6 +170,14 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
             }
             data = Some((libc::NFT_DATA_VERDICT, 16));
         }
+        SetKind::Addresses { family } => {
+            (key, length) = if family == IPV4 {
+                (IPV4_ADDR, 4)
+            } else {
+                (IPV6_ADDR, 16)
+            };
+            flags |= libc::NFT_SET_INTERVAL;
+        }
         SetKind::Users => {}
         SetKind::Cgroups => (key, length) = (CGROUP, 8),
     }
@@ -176,10 +187,13 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
         number(sys::NFTNL_SET_FLAGS, flags as u32);
         number(sys::NFTNL_SET_KEY_TYPE, key);
         number(sys::NFTNL_SET_KEY_LEN, length);
-        number(
-            sys::NFTNL_SET_DESC_SIZE,
-            u32::try_from(set.elements.len().max(16)).unwrap_or(u32::MAX),
-        );
+        // A range of addresses is two elements to the kernel.
+        let elements = match set.kind {
+            SetKind::Addresses { .. } => set.elements.len() * 2,
+            SetKind::Endpoints { .. } | SetKind::Users | SetKind::Cgroups => set.elements.len(),
+        };
+        let size = u32::try_from(elements.max(16)).unwrap_or(u32::MAX);
+        number(sys::NFTNL_SET_DESC_SIZE, size);
         if let Some((kind, length)) = data {
             number(sys::NFTNL_SET_DATA_TYPE, kind);
             number(sys::NFTNL_SET_DATA_LEN, length);
@@ -188,14 +202,20 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
             let parts: [u8; 3] = [if family == IPV4 { 4 } else { 16 }, 1, 2];
             sys::nftnl_set_set_data(object, sys::NFTNL_SET_DESC_CONCAT as u16, parts.as_ptr().cast(), 3);
         }
-        if !matches!(set.kind, SetKind::Endpoints { .. }) {
+        if matches!(set.kind, SetKind::Users | SetKind::Cgroups) {
             // Keys in host byte order, so that `nft list` prints them right (NFTNL_UDATA_SET_KEYBYTEORDER).
             let mut order = vec![0_u8, 4];
             order.extend(1_u32.to_ne_bytes());
             sys::nftnl_set_set_data(object, sys::NFTNL_SET_USERDATA as u16, order.as_ptr().cast(), 6);
         }
         for element in &set.elements {
-            sys::nftnl_set_elem_add(object, element_message(element));
+            if let SetKind::Addresses { .. } = set.kind {
+                for bound in bounds(element) {
+                    sys::nftnl_set_elem_add(object, bound);
+                }
+            } else {
+                sys::nftnl_set_elem_add(object, element_message(element));
+            }
         }
     }
     message
@@ -222,6 +242,37 @@ pub(super) fn element_message(element: &Element) -> *mut sys::nftnl_set_elem {
         }
         object
     }
+}
+
+/// A range as sets without a concatenation take it: its first key, and where there is one, the key behind its last.
+fn bounds(range: &Element) -> Vec<*mut sys::nftnl_set_elem> {
+    let first = Element {
+        key: range.key.clone(),
+        last: Vec::new(),
+        value: Value::None,
+    };
+    let behind = key_behind(&range.last).map(|key| Element { key, ..first.clone() });
+    let mut all = vec![element_message(&first)];
+    all.extend(behind.map(|behind| {
+        let object = element_message(&behind);
+        // SAFETY: the element has just been made.
+        unsafe { sys::nftnl_set_elem_set_u32(object, sys::NFTNL_SET_ELEM_FLAGS as u16, INTERVAL_END) };
+        object
+    }));
+    all
+}
+
+/// The next greater key of the same length.
+pub(super) fn key_behind(key: &[u8]) -> Option<Vec<u8>> {
+    let mut next = key.to_vec();
+    for byte in next.iter_mut().rev() {
+        let (sum, overflows) = byte.overflowing_add(1);
+        *byte = sum;
+        if !overflows {
+            return Some(next);
+        }
+    }
+    None
 }
 
 /// A named counter.
