@@ -12,6 +12,7 @@ pub mod faults;
 pub mod grants;
 pub mod input;
 pub mod kernel;
+pub mod lies;
 pub mod limits;
 pub mod missing;
 pub mod monit;
@@ -91,6 +92,7 @@ pub fn all() -> Vec<Case> {
         grants::cases(),
         input::cases(),
         kernel::cases(),
+        lies::cases(),
         limits::cases(),
         missing::cases(),
         monit::cases(),
