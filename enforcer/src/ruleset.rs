@@ -294,10 +294,12 @@ pub fn is_loopback(net: &IpNet) -> bool {
     }
 }
 
-/// D3: the kernel thread that it is, or both of its users.
+/// D3: the kernel thread that it is, or both of its users. A kernel thread with a user's UID makes that user's call; one with a
+/// user's socket makes a call of that user's too, which it may not make as the kernel.
 fn target_admits(target: &RuleTarget, subject: &Subject) -> bool {
-    if subject.kernel_thread {
-        return target.principals.contains(&RulePrincipal::Kernel);
+    if subject.kernel_thread && subject.task == Uid(0) {
+        let root = subject.socket.is_none_or(|owner| owner == Uid(0));
+        return root && target.principals.contains(&RulePrincipal::Kernel);
     }
     let admits = |user: Uid| {
         target.principals.iter().any(|principal| match principal {
