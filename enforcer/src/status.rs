@@ -170,7 +170,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
     }
     for name in context.names.iter().filter(|name| name.cut > 0) {
         causes.push(format!(
-            "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their prefix as an endpoint, and find out whether the answer is a lie",
+            "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their prefix as an endpoint, or find out who lies",
             name.name, name.cut
         ));
     }

@@ -23,8 +23,22 @@ pub(super) struct Addresses {
     answered: Families<Option<Instant>>,
     /// What has left the answers and is retained; at most [`MAX_ADDRESSES`].
     left: BTreeMap<IpAddr, Left>,
-    /// How many addresses of the last positive answer found no room.
+    /// How many addresses of the last positive answer found no room, and are retained at most.
     cut: Families<usize>,
+}
+
+/// Which addresses are current where not all can be: those of the least rank, then of each family in turn. Neither family is kept
+/// waiting for the other: a lie in one, after which it is answered no more, must not leave new addresses of the other unprotected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// Answered now and known before; for how long it was an answer.
+    Known(Reverse<Duration>),
+    /// Of a family that was not answered now: half of all that may be current.
+    Kept(Reverse<Duration>),
+    /// Answered now and not known before; its place among those of its family.
+    New(usize),
+    /// Of a family that was not answered now, the rest.
+    KeptBesides(Reverse<Duration>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +73,7 @@ impl Addresses {
         self.current().chain(self.retained(now, retain)).collect()
     }
 
-    /// How many addresses of the last answers are not protected for want of room.
+    /// How many addresses of the last answers are not current for want of room.
     pub(super) fn cut(&self) -> usize {
         self.cut.iter().sum()
     }
@@ -111,58 +125,86 @@ impl Addresses {
     /// Takes positive answers, of one family or both. Those before them count as answers until now, for `most` at most: one answer
     /// before a long silence is not an answer for as long.
     pub(super) fn take(&mut self, fresh: Families<Option<BTreeSet<IpAddr>>>, now: Instant, most: Duration) {
-        let mut room = MAX_ADDRESSES;
         for (family, fresh) in fresh.iter().enumerate() {
-            let (Some(current), Some(answered), Some(cut)) = (
-                self.current.get_mut(family),
-                self.answered.get_mut(family),
-                self.cut.get_mut(family),
-            ) else {
-                continue;
-            };
-            if fresh.is_none() {
-                room = room.saturating_sub(current.len());
-                continue;
-            }
-            *cut = 0;
-            let since = answered.replace(now);
-            let more = since.map_or(Duration::ZERO, |since| now.duration_since(since).min(most));
-            for (address, answered) in std::mem::take(current) {
-                let answered = answered.saturating_add(more);
-                self.left.insert(address, Left { at: now, answered });
+            if fresh.is_some() {
+                self.retire(family, now, most);
             }
         }
-        for (family, address) in self.ranked(fresh) {
-            let before = self.left.get_mut(&address);
-            if let Some(room_left) = room.checked_sub(1) {
-                room = room_left;
-                let answered = before.map_or(Duration::ZERO, |left| left.answered);
-                if let Some(current) = self.current.get_mut(family) {
-                    current.insert(address, answered);
-                }
-            } else {
-                // It was an answer just now, so what is retained of it is retained from now on.
-                if let Some(left) = before {
-                    left.at = now;
-                }
-                if let Some(cut) = self.cut.get_mut(family) {
-                    *cut += 1;
-                }
+        let ranked = self.ranked(fresh);
+        let (taken, rest) = ranked.split_at(ranked.len().min(MAX_ADDRESSES));
+        for &(_, family, address) in taken {
+            let answered = self.left.get(&address).map(|left| left.answered);
+            if let Some(current) = self.current.get_mut(family) {
+                // What is kept is there already.
+                current.entry(address).or_insert(answered.unwrap_or_default());
+            }
+        }
+        for &(rank, family, address) in rest {
+            // What is known of it is retained from now on: it was an answer, or was kept as one, until now.
+            let kept = self
+                .current
+                .get_mut(family)
+                .and_then(|current| current.remove(&address));
+            let before = self.left.get(&address).map(|left| left.answered);
+            if let Some(answered) = kept.or(before) {
+                self.left.insert(address, Left { at: now, answered });
+            }
+            let known_only = matches!(rank, Rank::Known(_));
+            if let Some(cut) = self.cut.get_mut(family).filter(|_| !known_only) {
+                *cut += 1;
             }
         }
         self.forget_returned();
         self.drop_least();
     }
 
-    /// Addresses of an answer with their family, those first that are to be kept if not all can be: what was known before any other,
-    /// by how long it was an answer.
-    fn ranked(&self, fresh: Families<Option<BTreeSet<IpAddr>>>) -> Vec<(usize, IpAddr)> {
-        let fresh = fresh.into_iter().enumerate();
-        let mut all: Vec<(usize, IpAddr)> = fresh
-            .flat_map(|(family, addresses)| addresses.into_iter().flatten().map(move |address| (family, address)))
-            .collect();
-        // None, of what was not known, is less than any time.
-        all.sort_by_key(|(_, address)| (Reverse(self.left.get(address).map(|left| left.answered)), *address));
+    /// Lets go of a family's last answer, for one that takes its place.
+    fn retire(&mut self, family: usize, now: Instant, most: Duration) {
+        let (Some(current), Some(answered), Some(cut)) = (
+            self.current.get_mut(family),
+            self.answered.get_mut(family),
+            self.cut.get_mut(family),
+        ) else {
+            return;
+        };
+        *cut = 0;
+        let since = answered.replace(now);
+        let more = since.map_or(Duration::ZERO, |since| now.duration_since(since).min(most));
+        for (address, answered) in std::mem::take(current) {
+            let answered = answered.saturating_add(more);
+            self.left.insert(address, Left { at: now, answered });
+        }
+    }
+
+    /// What is to be current, with its family, those first that are to be kept if not all can be.
+    fn ranked(&self, fresh: Families<Option<BTreeSet<IpAddr>>>) -> Vec<(Rank, usize, IpAddr)> {
+        let mut all = Vec::new();
+        for (family, (fresh, current)) in fresh.into_iter().zip(&self.current).enumerate() {
+            let mut kept: Vec<_> = current
+                .iter()
+                .map(|(address, answered)| (Reverse(*answered), *address))
+                .collect();
+            kept.sort_unstable();
+            for (index, (answered, address)) in kept.into_iter().enumerate() {
+                let rank = if index < MAX_ADDRESSES / 2 {
+                    Rank::Kept(answered)
+                } else {
+                    Rank::KeptBesides(answered)
+                };
+                all.push((rank, family, address));
+            }
+            let mut unknown = 0_usize;
+            for address in fresh.into_iter().flatten() {
+                let rank = if let Some(left) = self.left.get(&address) {
+                    Rank::Known(Reverse(left.answered))
+                } else {
+                    unknown += 1;
+                    Rank::New(unknown)
+                };
+                all.push((rank, family, address));
+            }
+        }
+        all.sort_unstable();
         all
     }
 

@@ -28,15 +28,8 @@ pub fn cases() -> Vec<Case> {
         case("n4_eight_lies_of_40_addresses_open_nothing", many_lies),
         case("n4_n7_lies_after_a_restart_open_nothing", over_a_restart),
         case("n4_an_answer_too_large_keeps_what_is_known_and_degrades", too_large),
+        case("n4_a_shorter_retain_ends_what_a_lie_locks_out", locked_out),
     ]
-}
-
-/// The first addresses of 10.`second`.0.0/16 and what follows.
-fn block(second: u8, count: u32) -> Vec<IpAddr> {
-    let first = u32::from(Ipv4Addr::new(10, second, 0, 0));
-    (first..first + count)
-        .map(|address| Ipv4Addr::from(address).into())
-        .collect()
 }
 
 /// A service in a network namespace, and the name server that is asked for it.
@@ -99,10 +92,14 @@ impl Named {
         let lies = first..first + count;
         self.answer(lies.map(|address| Ipv4Addr::from(address).into()).collect());
         self.netns.enforcer(&self.world, &["refresh"])?;
-        let to = format!("10.{second}.0.0:{}", self.world.port);
-        let checked = self.netns.enforcer(&self.world, &["check", "nobody", &to])?;
-        ensure!(checked.code == 1, "the lie was not taken: this proves nothing");
+        ensure!(self.check(second)? == 1, "the lie was not taken: this proves nothing");
         Ok(())
+    }
+
+    /// What becomes of an attempt on the first address of a lie.
+    fn check(&self, second: u8) -> Result<i32> {
+        let to = format!("10.{second}.0.0:{}", self.world.port);
+        Ok(self.netns.enforcer(&self.world, &["check", "nobody", &to])?.code)
     }
 
     fn status(&self) -> Result<Value> {
@@ -137,6 +134,21 @@ fn over_a_restart() -> Result<()> {
     for second in [21, 22, 23] {
         named.lie(second, 256)?;
     }
+    named.attack(NOBODY).is_refused()
+}
+
+/// The address of another service, which a lie has named.
+fn locked_out() -> Result<()> {
+    let (named, daemon) = Named::known_for_a_while()?;
+    named.lie(20, 1)?;
+    named.answer(vec![TRUTH.into()]);
+    named.netns.enforcer(&named.world, &["refresh"])?;
+    ensure!(named.check(20)? == 1, "not retained");
+    let toml = named.world.path("enforcer.toml");
+    let text = fs::read_to_string(&toml)?;
+    fs::write(&toml, text.replace("[dns]", "[dns]\nretain = \"1s\""))?;
+    daemon.reload()?;
+    until("the lie is let go", || Ok(named.check(20)? == 0))?;
     named.attack(NOBODY).is_refused()
 }
 
