@@ -4,6 +4,7 @@ pub mod boot;
 pub mod bosh;
 pub mod containers;
 pub mod decision;
+pub mod delegated;
 pub mod doctor;
 pub mod dropin;
 pub mod endurance;
@@ -21,6 +22,7 @@ pub mod neighbours;
 pub mod nftables;
 pub mod parity;
 pub mod retention;
+pub mod routes;
 pub mod schemas;
 pub mod subjects;
 pub mod surfaces;
@@ -84,6 +86,7 @@ pub fn all() -> Vec<Case> {
         bosh::cases(),
         containers::cases(),
         decision::cases(),
+        delegated::cases(),
         doctor::cases(),
         dropin::cases(),
         endurance::cases(),
@@ -101,6 +104,7 @@ pub fn all() -> Vec<Case> {
         nftables::cases(),
         parity::cases(),
         retention::cases(),
+        routes::cases(),
         schemas::cases(),
         subjects::cases(),
         surfaces::cases(),
