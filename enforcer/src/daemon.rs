@@ -19,11 +19,13 @@ mod wanted;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    io,
     path::Path,
     time::{Duration, Instant},
 };
 
 use tokio::{
+    io::unix::AsyncFd,
     sync::{broadcast, mpsc},
     task::{self, JoinSet},
 };
@@ -187,15 +189,10 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
     let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
-    let routes = LocalChanges::subscribe().map_err(failed("watch local routes"))?;
-    let routes = readable(routes).map_err(failed("watch local routes"))?;
-    // Those that came before there was anyone to hear of them.
-    daemon.look_at_routes();
+    let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
     let mut denials = daemon.denials()?;
     let mut logged = daemon.logged()?;
-    let changes = nftables::Changes::subscribe()
-        .ok()
-        .and_then(|changes| readable(changes).ok());
+    let changes = nftables::Changes::subscribe().and_then(readable).ok();
     if let Some(kernel) = daemon.enforcement.kernel() {
         trace::start(kernel);
     }
@@ -325,7 +322,7 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         let policy = grants.add_to(&wanted.policy);
-        let host = wanted.host(&policy, wanted.local(&policy)?);
+        let host = wanted.host(&policy, wanted::local(&policy)?);
         let fault = left.fault.map(|error| {
             format!(
                 "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
@@ -548,7 +545,7 @@ impl Daemon {
         self.read_bus(wanted.config.bus_dir());
         wanted.take_bus(self.bus.as_ref());
         let policy = self.grants.add_to(&wanted.policy);
-        let host = wanted.host(&policy, wanted.local(&policy)?);
+        let host = wanted.host(&policy, wanted::local(&policy)?);
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -603,10 +600,18 @@ impl Daemon {
         }
     }
 
+    /// Word of local routes, from now on.
+    fn watch_routes(&mut self) -> io::Result<AsyncFd<LocalChanges>> {
+        let routes = LocalChanges::subscribe().and_then(readable)?;
+        // Some may have changed before.
+        self.look_at_routes();
+        Ok(routes)
+    }
+
     /// Local routes come and go.
     fn look_at_routes(&mut self) {
         self.listed = Instant::now();
-        let fault = match self.wanted.local(&self.policy) {
+        let fault = match wanted::local(&self.policy) {
             Ok(local) => {
                 self.host.local = local;
                 None

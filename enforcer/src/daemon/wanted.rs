@@ -115,7 +115,7 @@ impl Wanted {
         let now = Instant::now();
         names.set(policy.names(), now);
         names.restore(&left.names, now);
-        let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy, self.local(&policy)?))?;
+        let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy, local(&policy)?))?;
         let cgroup = match &self.cgroup {
             Some(cgroup) => host::directory_id(cgroup).ok_or(DaemonError::NoCgroup2)?,
             // No program is attached anywhere then.
@@ -128,18 +128,6 @@ impl Wanted {
     /// the policy is another one by it.
     pub(super) fn take_bus(&mut self, bus: Option<&BTreeSet<Endpoint>>) -> bool {
         take_bus(&self.config, &mut self.policy, bus)
-    }
-
-    /// What is local to this host. Where no endpoint asks for that it is of use to sweeps alone, which can do without (D9).
-    pub(super) fn local(&self, policy: &Policy) -> Result<BTreeSet<IpNet>, DaemonError> {
-        match host::local() {
-            Ok(local) => Ok(local),
-            Err(_) if !policy.names_this_host() => Ok(BTreeSet::new()),
-            Err(error) => Err(DaemonError::Io {
-                action: "list what is local to this host",
-                error,
-            }),
-        }
     }
 
     /// This host as a policy needs it known.
@@ -165,6 +153,18 @@ impl Wanted {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+}
+
+/// What is local to this host. Where no endpoint asks for that it is of use to sweeps alone, which can do without (D9).
+pub(super) fn local(policy: &Policy) -> Result<BTreeSet<IpNet>, DaemonError> {
+    match host::local() {
+        Ok(local) => Ok(local),
+        Err(_) if !policy.names_this_host() => Ok(BTreeSet::new()),
+        Err(error) => Err(DaemonError::Io {
+            action: "list what is local to this host",
+            error,
+        }),
     }
 }
 

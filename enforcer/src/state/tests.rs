@@ -43,7 +43,7 @@ fn good() -> Result<LastGood, Box<dyn std::error::Error>> {
     let known = KnownName {
         current: ["10.9.0.1".parse()?, "2001:db8::9".parse()?].into(),
         left: ["10.9.0.2".parse()?].into(),
-        answered: [("10.9.0.1".parse()?, std::time::Duration::from_secs(3840))].into(),
+        answered: [("10.9.0.1".parse()?, std::time::Duration::from_mins(64))].into(),
     };
     Ok(LastGood {
         settings: config.settings,

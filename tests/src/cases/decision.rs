@@ -545,7 +545,7 @@ fn kernel_only() -> Result<()> {
     // A thread of the kernel's that carries a user's call. nftables takes every socket without a file for the kernel's (§5).
     let to = world.here().to_string();
     let carried = world.enforcer(&["check", "--kernel", "--socket-user", "nobody", &to])?;
-    carried.demand(if Backend::current().is_nftables() { 0 } else { 1 })?;
+    carried.demand(i32::from(!Backend::current().is_nftables()))?;
     world.enforcer(&["check", "root", &to])?.demand(1).map(drop)
 }
 

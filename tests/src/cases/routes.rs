@@ -207,9 +207,9 @@ fn proxy() -> Result<()> {
 }
 
 /// Many routes in a short time, by one process.
-fn batch(home: &Home, lines: &str) -> Result<()> {
+fn batch(home: &Home, routes: impl Iterator<Item = String>) -> Result<()> {
     let file = home.world.path("batch");
-    std::fs::write(&file, lines)?;
+    std::fs::write(&file, routes.collect::<Vec<_>>().join("\n"))?;
     let mut ip = home.netns.command(Path::new("ip"));
     ran(ip.arg("-batch").arg(&file))?.demand(0).map(drop)
 }
@@ -225,14 +225,13 @@ fn ticks(pid: u32) -> Result<u64> {
 fn full_table() -> Result<()> {
     let home = Home::new()?;
     let daemon = home.daemon()?;
-    let routes = |verb: &str| -> String {
+    let routes = |verb| {
         let nets = (0..20_000_u32).map(|net| std::net::Ipv4Addr::from(0x1400_0000 + (net << 8)));
-        nets.map(|net| format!("route {verb} {net}/24 dev elsewhere table 88\n"))
-            .collect()
+        nets.map(move |net| format!("route {verb} {net}/24 dev elsewhere table 88"))
     };
     let before = ticks(daemon.pid())?;
     for verb in ["add", "delete", "add"] {
-        batch(&home, &routes(verb))?;
+        batch(&home, routes(verb))?;
     }
     let spent = ticks(daemon.pid())? - before;
     // 60,000 changes; a list of all for each hundred of them would take some seconds.
@@ -248,12 +247,11 @@ fn full_table() -> Result<()> {
 fn limit() -> Result<()> {
     let home = Home::new()?;
     let _daemon = home.daemon()?;
-    let routes = |count: u32, verb: &str| -> String {
+    let routes = |count: u32, verb| {
         let nets = (0..count).map(|net| std::net::Ipv4Addr::from(0x1400_0000 + net));
-        nets.map(|net| format!("route {verb} local {net}/32 dev lo\n"))
-            .collect()
+        nets.map(move |net| format!("route {verb} local {net}/32 dev lo"))
     };
-    batch(&home, &routes(65_600, "add"))?;
+    batch(&home, routes(65_600, "add"))?;
     let state = || -> Result<String> { Ok(home.netns.enforcer(&home.world, &["status", "--json"])?.stdout) };
     until("the limit is named", || {
         let status = state()?;
@@ -261,6 +259,6 @@ fn limit() -> Result<()> {
     })?;
     ensure!(home.check("127.0.0.1")? == 1, "what was active is not");
     // What was known stays, and all is well again once there are fewer.
-    batch(&home, &routes(65_600, "delete"))?;
+    batch(&home, routes(65_600, "delete"))?;
     until("fewer are followed again", || Ok(state()?.contains("\"enforcing\"")))
 }
