@@ -51,7 +51,7 @@ pub enum SocketUser {
 pub enum Task {
     /// Its real UID, in the initial user namespace.
     User(u32),
-    /// It is the kernel's own.
+    /// It is the kernel's own, with root's UID: one that has a user's makes that user's call.
     Kernel,
 }
 
@@ -182,7 +182,13 @@ fn admitted<T: Tables, S: Subject>(
     slot: u8,
     generation: &Generation,
 ) -> Owners {
-    let Task::User(uid) = subject.task() else {
+    let (task, owner) = (subject.task(), subject.socket_user());
+    let Task::User(uid) = task else {
+        // D3: a thread of the kernel's may carry a user's call, as RxRPC's do and io_uring's did before Linux 5.12. Then the socket is
+        // the user's.
+        if !matches!(owner, SocketUser::Uid(0) | SocketUser::Unsupported) {
+            return 0;
+        }
         let key = PrincipalKey {
             cgroup: 0,
             uid: 0,
@@ -200,7 +206,7 @@ fn admitted<T: Tables, S: Subject>(
         zero: 0,
     };
     let mut socket = task;
-    match subject.socket_user() {
+    match owner {
         SocketUser::Uid(uid) => socket.uid = uid,
         SocketUser::Unsupported => {}
         SocketUser::Unreadable => return 0,

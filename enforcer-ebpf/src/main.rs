@@ -361,9 +361,10 @@ impl Subject for Attempt<'_> {
     }
 }
 
+/// D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before Linux 5.12).
 #[inline(always)]
 const fn task_of(flags: u32, user: u32) -> Task {
-    if flags & PF_KTHREAD == 0 {
+    if flags & PF_KTHREAD == 0 || user != 0 {
         Task::User(user)
     } else {
         Task::Kernel

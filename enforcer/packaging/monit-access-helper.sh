@@ -19,7 +19,16 @@ permit_monit_access() {
         */monit-api-access | */monit-api-access/*) ;;
         *)
             mount="${mount}${cgroup%/}/monit-api-access"
-            if ! mkdir -p "${mount}" || ! echo "$$" > "${mount}/cgroup.procs"; then
+            # One that is there already may be a user's, who could freeze, kill or join what runs there.
+            mkdir "${mount}" 2> /dev/null || true
+            case "$(stat -c %u:%A "${mount}" 2> /dev/null)" in
+                0:d????-??-?) ;;
+                *)
+                    echo "permit_monit_access: ${mount} cannot be made, or is not root's alone; run this as root, in a cgroup that is root's" >&2
+                    return 1
+                    ;;
+            esac
+            if ! echo "$$" > "${mount}/cgroup.procs"; then
                 echo "permit_monit_access: cannot move this process to ${mount}; run this as root, before dropping privileges" >&2
                 return 1
             fi

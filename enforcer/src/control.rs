@@ -130,6 +130,9 @@ pub struct GrantStatus {
     pub cgroup: Option<String>,
     /// Whether that exists now; while it does not, the grant lets nobody in.
     pub cgroup_exists: Option<bool>,
+    /// What of it or of an ancestor other users than root can write, so that it lets nobody in (F6).
+    #[serde(default)]
+    pub cgroup_writable: Option<String>,
     /// Whether the target is configured, with `grants = true`.
     pub active: bool,
     /// RFC 3339, UTC.

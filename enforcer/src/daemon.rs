@@ -19,11 +19,13 @@ mod wanted;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    io,
     path::Path,
     time::{Duration, Instant},
 };
 
 use tokio::{
+    io::unix::AsyncFd,
     sync::{broadcast, mpsc},
     task::{self, JoinSet},
 };
@@ -46,7 +48,7 @@ use crate::{
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
     grants::Grants,
-    host::AddressChanges,
+    host::LocalChanges,
     policy::{Endpoint, Name, Policy},
     resolve::{Answer, Known, Names},
     ruleset::{Host, Resolved, RuleSet},
@@ -60,6 +62,10 @@ pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
+/// How long word of local routes is left to gather once some was taken: they may come by thousands.
+const GATHER: Duration = Duration::from_millis(100);
+/// How often what is local is listed without such word. Some routes go without any, with what they depended on.
+const LIST_AGAIN: Duration = Duration::from_mins(1);
 
 /// What runs.
 struct Daemon {
@@ -76,6 +82,8 @@ struct Daemon {
     visibility_unknown: Option<String>,
     names: Names,
     host: Host,
+    /// When what is local was listed last.
+    listed: Instant,
     lookups: JoinSet<Answer>,
     /// The name and round of each look-up under way.
     under_way: HashMap<task::Id, (Name, u64)>,
@@ -182,13 +190,10 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let socket = daemon.wanted.config.settings.socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
     let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
-    let addresses = AddressChanges::subscribe().map_err(failed("watch addresses"))?;
-    let addresses = readable(addresses).map_err(failed("watch addresses"))?;
+    let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
     let mut denials = daemon.denials()?;
     let mut logged = daemon.logged()?;
-    let changes = nftables::Changes::subscribe()
-        .ok()
-        .and_then(|changes| readable(changes).ok());
+    let changes = nftables::Changes::subscribe().and_then(readable).ok();
     if let Some(kernel) = daemon.enforcement.kernel() {
         trace::start(kernel);
     }
@@ -202,7 +207,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut watch = daemon.watch(None);
     let mut ready = false;
     let mut again = false;
-    let mut rest = None;
+    let (mut rest, mut gather) = (None, None);
     let mounts = Mounts::from_environment();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -239,11 +244,13 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
                 daemon.answer_waiting();
             }
             () = tokio::time::sleep_until(due.into()) => daemon.look_up_due(Instant::now()),
-            Ok(mut guard) = addresses.readable() => {
+            Ok(mut guard) = routes.readable(), if gather.is_none() => {
                 guard.get_inner().drain();
                 guard.clear_ready();
-                daemon.look_at_host();
+                daemon.look_at_routes();
+                gather = Some(Instant::now() + GATHER);
             }
+            () = tokio::time::sleep_until(gather.unwrap_or(due).into()), if gather.is_some() => gather = None,
             Some(Ok(mut guard)) = ready_to_read(changes.as_ref()) => {
                 guard.get_inner().drain();
                 guard.clear_ready();
@@ -315,7 +322,7 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         let policy = grants.add_to(&wanted.policy);
-        let host = wanted.host(&policy)?;
+        let host = wanted.host(&policy, wanted::local(&policy)?);
         let fault = left.fault.map(|error| {
             format!(
                 "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
@@ -335,6 +342,7 @@ impl Daemon {
             drift: Drift::default(),
             names,
             host,
+            listed: Instant::now(),
             lookups: JoinSet::new(),
             under_way: HashMap::new(),
             round: 0,
@@ -469,7 +477,11 @@ impl Daemon {
     /// What is to be looked at every second. True if another configuration was taken.
     fn tick(&mut self, watch: Option<&mut Watch>) -> bool {
         self.look_at_settings(watch);
-        self.look_at_host();
+        if self.faults.of(About::Host).is_some() || self.listed.elapsed() >= LIST_AGAIN {
+            self.look_at_routes();
+        } else {
+            self.look_at_host();
+        }
         self.look_at_kept();
         for line in self.journal.due(Instant::now()) {
             info!("{line}");
@@ -531,7 +543,7 @@ impl Daemon {
         self.read_bus(wanted.config.bus_dir());
         wanted.take_bus(self.bus.as_ref());
         let policy = self.grants.add_to(&wanted.policy);
-        let host = wanted.host(&policy)?;
+        let host = wanted.host(&policy, wanted::local(&policy)?);
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.names(), Instant::now());
@@ -586,17 +598,33 @@ impl Daemon {
         }
     }
 
-    /// Addresses and cgroups come and go; links may be taken away.
-    fn look_at_host(&mut self) {
-        self.end_expired();
-        let fault = match self.wanted.host(&self.policy) {
-            Ok(host) => {
-                self.host = host;
+    /// Word of local routes, from now on.
+    fn watch_routes(&mut self) -> io::Result<AsyncFd<LocalChanges>> {
+        let routes = LocalChanges::subscribe().and_then(readable)?;
+        // Some may have changed before.
+        self.look_at_routes();
+        Ok(routes)
+    }
+
+    /// Local routes come and go.
+    fn look_at_routes(&mut self) {
+        self.listed = Instant::now();
+        let fault = match wanted::local(&self.policy) {
+            Ok(local) => {
+                self.host.local = local;
                 None
             }
-            Err(error) => Some(format!("{error}; those that come and go are not followed")),
+            Err(error) => Some(format!("{error}; what comes and goes is not followed")),
         };
         self.faults.set(About::Host, fault);
+        self.look_at_host();
+    }
+
+    /// Cgroups come and go; links may be taken away.
+    fn look_at_host(&mut self) {
+        self.end_expired();
+        let local = std::mem::take(&mut self.host.local);
+        self.host = self.wanted.host(&self.policy, local);
         self.apply_or_keep();
     }
 

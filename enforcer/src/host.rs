@@ -1,40 +1,28 @@
-//! What the rules depend on in this host: its addresses and its cgroups, and word of their changes.
+//! What the rules depend on in this host: what is local to it and its cgroups, and word of their changes.
 
+mod cgroup;
+mod local;
 pub mod mounts;
 pub mod own_dir;
 
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
-    net::IpAddr,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
+use ipnet::IpNet;
 
 use self::mounts::Mounts;
-use crate::{
-    policy::CgroupPath,
-    ruleset::{Cgroup, Host},
+pub use self::{
+    cgroup::{NoMatch, cgroup},
+    local::{LocalChanges, MAX_LOCAL, local},
 };
+use crate::{policy::CgroupPath, ruleset::Host};
 
 /// What to do where no daemon runs.
 pub(crate) const START: &str = "start the daemon (systemctl start enforcer, or sv start enforcer)";
-
-/// Every address of every interface of this network namespace (D7).
-pub fn local_addresses() -> io::Result<BTreeSet<IpAddr>> {
-    Ok(nix::ifaddrs::getifaddrs()?
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-        })
-        .collect())
-}
 
 /// Where the cgroup v2 hierarchy is mounted.
 pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
@@ -48,18 +36,6 @@ pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
 pub fn cgroup2_root() -> io::Result<PathBuf> {
     let root = Mounts::own()?.of_kind("cgroup2").next().map(|mount| mount.root.clone());
     Ok(root.unwrap_or_else(|| PathBuf::from("/")))
-}
-
-/// The cgroup that a path names now, if it exists.
-#[must_use]
-pub fn cgroup(mount: &Path, path: &CgroupPath) -> Option<Cgroup> {
-    let relative = path.as_str().trim_start_matches('/');
-    let meta = fs::metadata(mount.join(relative)).ok().filter(fs::Metadata::is_dir)?;
-    let level = relative.split('/').filter(|part| !part.is_empty()).count();
-    Some(Cgroup {
-        id: meta.ino(),
-        level: u32::try_from(level).ok()?,
-    })
 }
 
 /// Ids of a cgroup and all its ancestors, the root's first; an error names what does not exist. Where no hierarchy is mounted
@@ -116,46 +92,17 @@ pub fn cgroup_parents(mount: &Path) -> io::Result<HashMap<u64, u64>> {
 
 /// This host as it is now; cgroups that do not exist are left out.
 pub fn snapshot(mount: Option<&Path>, cgroups: &BTreeSet<CgroupPath>) -> io::Result<Host> {
-    let found = |path: &CgroupPath| Some((path.clone(), cgroup(mount?, path)?));
-    Ok(Host {
-        local: local_addresses()?,
-        cgroups: cgroups.iter().filter_map(found).collect(),
-    })
+    Ok(with_cgroups(local()?, mount, cgroups))
 }
 
-/// Becomes readable when an address of this network namespace comes or goes (man 7 rtnetlink).
-#[derive(Debug)]
-pub struct AddressChanges(OwnedFd);
-
-impl AddressChanges {
-    /// Subscribes to changes of IPv4 and IPv6 addresses.
-    pub fn subscribe() -> io::Result<Self> {
-        const RTMGRP_IPV4_IFADDR: u32 = 0x10;
-        const RTMGRP_IPV6_IFADDR: u32 = 0x100;
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
-        bind(
-            fd.as_raw_fd(),
-            &NetlinkAddr::new(0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR),
-        )?;
-        Ok(Self(fd))
-    }
-
-    /// Takes all that has come. An overflow is a change too: what matters is to look again.
-    pub fn drain(&self) {
-        let mut buffer = [0; 8192];
-        loop {
-            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                Ok(1..) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
-                Ok(_) | Err(_) => return,
-            }
-        }
-    }
-}
-
-impl AsRawFd for AddressChanges {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_raw_fd()
+/// This host, of which is known what is local, with its cgroups as they are now.
+#[must_use]
+pub fn with_cgroups(local: BTreeSet<IpNet>, mount: Option<&Path>, cgroups: &BTreeSet<CgroupPath>) -> Host {
+    let (cgroups, writable) = mount.map(|mount| cgroup::all(mount, cgroups)).unwrap_or_default();
+    Host {
+        local,
+        cgroups,
+        writable,
     }
 }
 

@@ -151,6 +151,13 @@ impl Policy {
             .collect()
     }
 
+    /// Whether some endpoint is this host, whatever its addresses (D7).
+    #[must_use]
+    pub fn names_this_host(&self) -> bool {
+        let mut endpoints = self.targets.iter().flat_map(|target| &target.endpoints);
+        endpoints.any(|endpoint| endpoint.destination == Destination::Local)
+    }
+
     /// The endpoints of the target that a BOSH agent's message bus is.
     #[must_use]
     pub fn bus(&self) -> Option<&BTreeSet<Endpoint>> {

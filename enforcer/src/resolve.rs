@@ -1,5 +1,6 @@
 //! Names to addresses: when to look up, what to keep, what to refuse, as a pure state machine. The clock is passed in.
 
+mod addresses;
 pub mod lookup;
 
 use std::{
@@ -10,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use self::addresses::Addresses;
 pub use self::lookup::{LOOKUP_TIMEOUT, lookup};
 use crate::{
     policy::{Dns, Name, canonical},
@@ -17,7 +19,7 @@ use crate::{
     status::NameStatus,
 };
 
-/// Most addresses of a name (N4).
+/// Most current addresses of a name, and most retained ones (N4).
 pub const MAX_ADDRESSES: usize = 256;
 /// First wait after a failure, and how often it is used before it doubles (N2).
 const RETRY: Duration = Duration::from_secs(5);
@@ -92,7 +94,7 @@ pub enum Note {
     Fresh(Name),
     /// Addresses that no DNS answer may hold (N6).
     Refused(Name, BTreeSet<IpAddr>),
-    /// More than [`MAX_ADDRESSES`].
+    /// So many more than [`MAX_ADDRESSES`] in the last answers, which are not protected.
     TooMany(Name, usize),
     /// The addresses changed.
     Changed(Name, BTreeSet<IpAddr>),
@@ -108,6 +110,8 @@ pub struct KnownName {
     pub current: BTreeSet<IpAddr>,
     /// Addresses that have left the answers and are still protected (N4).
     pub left: BTreeSet<IpAddr>,
+    /// For how long each was an answer, where that is known.
+    pub answered: BTreeMap<IpAddr, Duration>,
 }
 
 /// All names and what is known of them.
@@ -121,18 +125,20 @@ pub struct Names {
 
 #[derive(Clone, Debug)]
 struct State {
-    /// By family, IPv4 and IPv6; the hosts file's too.
-    current: [BTreeSet<IpAddr>; 2],
-    /// When an address left the answers.
-    left: BTreeMap<IpAddr, Instant>,
+    addresses: Addresses,
     /// Failures in a row.
     failures: u32,
     /// Why the last look-up failed (N3).
     stale: Option<String>,
     refused: BTreeSet<IpAddr>,
-    dropped: usize,
     due: Instant,
     in_flight: bool,
+}
+
+/// A positive answer without what it may not hold.
+struct Usable {
+    addresses: BTreeSet<IpAddr>,
+    ttl: Duration,
 }
 
 impl Names {
@@ -156,12 +162,10 @@ impl Names {
         self.states.retain(|name, _| names.contains(name));
         for name in names {
             self.states.entry(name).or_insert_with(|| State {
-                current: Default::default(),
-                left: BTreeMap::new(),
+                addresses: Addresses::default(),
                 failures: 0,
                 stale: None,
                 refused: BTreeSet::new(),
-                dropped: 0,
                 due: now,
                 in_flight: false,
             });
@@ -172,24 +176,16 @@ impl Names {
     /// is away; what had left is retained from now on, as nobody knows how long ago that was (N4).
     pub fn restore(&mut self, known: &Known, now: Instant) {
         for (name, known) in known {
-            let Some(state) = self.states.get_mut(name).filter(|state| state.is_unknown()) else {
-                continue;
-            };
-            let (v4, v6) = known.current.iter().copied().map(canonical).partition(IpAddr::is_ipv4);
-            state.current = [v4, v6];
-            state.left = known.left.iter().map(|address| (canonical(*address), now)).collect();
-            state.forget_returned();
-            state.cap();
+            if let Some(state) = self.states.get_mut(name).filter(|state| state.addresses.is_empty()) {
+                state.addresses.restore(known, now, self.dns.retain);
+            }
         }
     }
 
     /// What is known now, for [`Names::restore`].
     #[must_use]
     pub fn known(&self, now: Instant) -> Known {
-        let known = |state: &State| KnownName {
-            current: state.current.iter().flatten().copied().collect(),
-            left: state.retained(now, self.dns.retain).collect(),
-        };
+        let known = |state: &State| state.addresses.known(now, self.dns.retain);
         let all = self.states.iter().map(|(name, state)| (name.clone(), known(state)));
         all.filter(|(_, known)| !(known.current.is_empty() && known.left.is_empty()))
             .collect()
@@ -206,15 +202,15 @@ impl Names {
         let expiries = self
             .states
             .values()
-            .flat_map(|state| state.left.values())
-            .map(|left| *left + self.dns.retain);
+            .flat_map(|state| state.addresses.departures())
+            .map(|left| left + self.dns.retain);
         lookups.chain(expiries).min()
     }
 
     /// The names to look up now. Addresses that were retained long enough are let go (N4).
     pub fn due(&mut self, now: Instant) -> Vec<Name> {
         for state in self.states.values_mut() {
-            state.left.retain(|_, left| now < *left + self.dns.retain);
+            state.addresses.expire(now, self.dns.retain);
         }
         let due = self
             .states
@@ -236,14 +232,15 @@ impl Names {
             return Vec::new();
         };
         state.in_flight = false;
-        let before = state.addresses();
-        let (stale_before, refused_before, dropped_before) =
-            (state.stale.clone(), state.refused.clone(), state.dropped);
+        let before = state.addresses.all();
+        let (stale_before, refused_before, cut_before) =
+            (state.stale.clone(), state.refused.clone(), state.addresses.cut());
+        // An answer counts until the next one is due at the latest: what kept that one away may be a liar's doing.
+        let most = self.dns.max_refresh;
         let ttl = match answer {
-            Answer::Hosts(addresses) => state.take_hosts(addresses, now).then_some(self.dns.max_refresh),
-            Answer::Dns { a, aaaa } => state.take_dns(a, aaaa, now),
+            Answer::Hosts(addresses) => state.take_hosts(addresses, now, most).then_some(self.dns.max_refresh),
+            Answer::Dns { a, aaaa } => state.take_dns(a, aaaa, now, most),
         };
-        state.cap();
         let jitter = 0.9 + 0.2 * (self.random)();
         let refresh = ttl.map(|ttl| {
             let wait = ttl.clamp(self.dns.min_refresh, self.dns.max_refresh).mul_f64(jitter);
@@ -260,7 +257,7 @@ impl Names {
         // N1: one family's failures must not slow down the other's refresh.
         state.due = now + refresh.into_iter().chain(retry).min().unwrap_or(self.dns.max_refresh);
         let mut notes = Vec::new();
-        let after = state.addresses();
+        let after = state.addresses.all();
         if after != before {
             notes.push(Note::Changed(name.clone(), after));
         }
@@ -273,8 +270,9 @@ impl Names {
         if state.refused != refused_before && !state.refused.is_empty() {
             notes.push(Note::Refused(name.clone(), state.refused.clone()));
         }
-        if state.dropped > dropped_before {
-            notes.push(Note::TooMany(name.clone(), state.dropped));
+        let cut = state.addresses.cut();
+        if cut > cut_before {
+            notes.push(Note::TooMany(name.clone(), cut));
         }
         notes
     }
@@ -282,12 +280,7 @@ impl Names {
     /// The addresses to protect now.
     #[must_use]
     pub fn resolved(&self, now: Instant) -> Resolved {
-        let kept = |state: &State| {
-            let current = state.current.iter().flatten().copied();
-            current
-                .chain(state.retained(now, self.dns.retain))
-                .collect::<BTreeSet<_>>()
-        };
+        let kept = |state: &State| state.addresses.all_at(now, self.dns.retain);
         let all = self.states.iter().map(|(name, state)| (name.clone(), kept(state)));
         all.filter(|(_, addresses)| !addresses.is_empty()).collect()
     }
@@ -297,7 +290,8 @@ impl Names {
     pub fn report(&self) -> Vec<NameStatus> {
         let report = |(name, state): (&Name, &State)| NameStatus {
             name: name.to_string(),
-            addresses: state.addresses().iter().map(ToString::to_string).collect(),
+            addresses: state.addresses.all().iter().map(ToString::to_string).collect(),
+            cut: state.addresses.cut(),
             stale: state.stale.is_some(),
             cause: state.stale.clone(),
         };
@@ -306,24 +300,8 @@ impl Names {
 }
 
 impl State {
-    fn is_unknown(&self) -> bool {
-        self.left.is_empty() && self.current.iter().all(BTreeSet::is_empty)
-    }
-
-    /// Current and retained.
-    fn addresses(&self) -> BTreeSet<IpAddr> {
-        let current = self.current.iter().flatten();
-        current.chain(self.left.keys()).copied().collect()
-    }
-
-    /// What has left and is protected still (N4).
-    fn retained(&self, now: Instant, retain: Duration) -> impl Iterator<Item = IpAddr> {
-        let left = self.left.iter().filter(move |(_, left)| now < **left + retain);
-        left.map(|(address, _)| *address)
-    }
-
     /// Takes what the hosts file says; false if it says nothing usable.
-    fn take_hosts(&mut self, addresses: BTreeSet<IpAddr>, now: Instant) -> bool {
+    fn take_hosts(&mut self, addresses: BTreeSet<IpAddr>, now: Instant, most: Duration) -> bool {
         let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
             .into_iter()
             .map(canonical)
@@ -335,20 +313,24 @@ impl State {
             return false;
         }
         let (v4, v6) = good.into_iter().partition(IpAddr::is_ipv4);
-        self.replace(0, v4, now);
-        self.replace(1, v6, now);
+        self.addresses.take([Some(v4), Some(v6)], now, most);
         true
     }
 
     /// Takes what DNS says of both families; the least TTL of the positive answers.
-    fn take_dns(&mut self, a: Outcome, aaaa: Outcome, now: Instant) -> Option<Duration> {
+    fn take_dns(&mut self, a: Outcome, aaaa: Outcome, now: Instant, most: Duration) -> Option<Duration> {
         let found = |outcome: &Outcome| matches!(outcome, Outcome::Found { .. });
         if found(&a) || found(&aaaa) {
             self.refused.clear(); // An answer without addresses says nothing of those refused before.
         }
         let missing = (&a, &aaaa) == (&Outcome::Missing, &Outcome::Missing);
-        let (a, aaaa) = (self.take(0, a, now), self.take(1, aaaa, now));
-        let nothing = self.current.iter().all(BTreeSet::is_empty).then(|| {
+        let (a, aaaa) = (self.usable(0, a), self.usable(1, aaaa));
+        let addresses = |usable: &Result<Option<Usable>, String>| {
+            let usable = usable.as_ref().ok().and_then(Option::as_ref);
+            usable.map(|usable| usable.addresses.clone())
+        };
+        self.addresses.take([addresses(&a), addresses(&aaaa)], now, most);
+        let nothing = (!self.addresses.has_current()).then(|| {
             let cause = if missing {
                 "the name does not exist (NXDOMAIN)"
             } else {
@@ -357,13 +339,13 @@ impl State {
             cause.to_owned()
         });
         self.stale = a.as_ref().err().or(aaaa.as_ref().err()).cloned().or(nothing);
-        a.into_iter().chain(aaaa).flatten().min()
+        a.into_iter().chain(aaaa).flatten().map(|usable| usable.ttl).min()
     }
 
-    /// Takes what DNS says of a family; the TTL of a positive answer, or why there was none.
-    fn take(&mut self, family: usize, outcome: Outcome, now: Instant) -> Result<Option<Duration>, String> {
+    /// What of DNS's word on a family may be taken, or why there is nothing.
+    fn usable(&mut self, family: usize, outcome: Outcome) -> Result<Option<Usable>, String> {
         let kind = if family == 0 { "A" } else { "AAAA" };
-        let known = self.current.get(family).is_some_and(|known| !known.is_empty());
+        let known = self.addresses.knows(family);
         match outcome {
             Outcome::Found { addresses, ttl } => {
                 let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
@@ -374,50 +356,13 @@ impl State {
                 if good.is_empty() {
                     return Err(format!("{kind}: every address in the answer is refused")); // N6
                 }
-                self.replace(family, good, now);
-                Ok(Some(ttl))
+                Ok(Some(Usable { addresses: good, ttl }))
             }
             Outcome::Empty if known => Err(format!("{kind}: no address any more")), // N3
             Outcome::Missing if known => Err(format!("{kind}: the name does not exist any more (NXDOMAIN)")), // N3
             // Of a family never known this is no fault; some servers deny a name's existence for want of AAAA (RFC 4074).
             Outcome::Empty | Outcome::Missing => Ok(None),
             Outcome::Failed(cause) => Err(format!("{kind}: {cause}")),
-        }
-    }
-
-    fn replace(&mut self, family: usize, addresses: BTreeSet<IpAddr>, now: Instant) {
-        let Some(current) = self.current.get_mut(family) else {
-            return;
-        };
-        let before = std::mem::replace(current, addresses);
-        self.left.extend(before.into_iter().map(|address| (address, now))); // N4
-        self.forget_returned();
-    }
-
-    /// What is current has not left. AAAA may hold a mapped address that A names as well (D4), so both families count.
-    fn forget_returned(&mut self) {
-        self.left
-            .retain(|address, _| !self.current.iter().any(|current| current.contains(address)));
-    }
-
-    /// N4: those that left first go first; an answer that is too large by itself is cut.
-    fn cap(&mut self) {
-        let mut over = self.addresses().len().saturating_sub(MAX_ADDRESSES);
-        self.dropped = over;
-        while over > 0 {
-            let oldest = self
-                .left
-                .iter()
-                .min_by_key(|(_, left)| **left)
-                .map(|(address, _)| *address);
-            let gone = match oldest {
-                Some(address) => self.left.remove(&address).is_some(),
-                None => self.current.iter_mut().rev().any(|family| family.pop_last().is_some()),
-            };
-            if !gone {
-                return;
-            }
-            over -= 1;
         }
     }
 }
@@ -466,7 +411,7 @@ impl fmt::Display for Note {
             }
             Self::TooMany(name, over) => write!(
                 f,
-                "name {name}: {over} addresses beyond {MAX_ADDRESSES} were let go, the oldest first"
+                "name {name}: {over} addresses beyond {MAX_ADDRESSES} are not protected; those known for longest are"
             ),
             Self::Changed(name, addresses) => write!(f, "name {name} is now {}", list(addresses)),
         }

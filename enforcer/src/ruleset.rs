@@ -2,7 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
 };
 
 use enforcer_ebpf::{
@@ -18,10 +20,23 @@ pub type Resolved = BTreeMap<Name, BTreeSet<IpAddr>>;
 /// What a rule set depends on besides policy and names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Addresses of this host's interfaces (D7).
-    pub local: BTreeSet<IpAddr>,
-    /// The cgroups that exist now.
+    /// What the kernel delivers here (D7).
+    pub local: BTreeSet<IpNet>,
+    /// The cgroups that exist now and are root's.
     pub cgroups: BTreeMap<CgroupPath, Cgroup>,
+    /// The cgroups that exist now and are not root's alone, which match nobody (F6).
+    pub writable: BTreeMap<CgroupPath, Writable>,
+}
+
+/// What other users than root can write of a cgroup or of an ancestor (F6).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Writable {
+    /// A cgroup, or a file in one, below the root of the hierarchy.
+    pub at: PathBuf,
+    /// Its owner.
+    pub uid: u32,
+    /// Its mode.
+    pub mode: u32,
 }
 
 /// A cgroup as the kernel knows it.
@@ -134,7 +149,7 @@ pub enum CompileError {
     },
 }
 
-/// Compiles a policy. A principal whose cgroup does not exist now matches nobody.
+/// Compiles a policy. A principal whose cgroup does not exist now, or is not root's alone, matches nobody.
 pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<RuleSet, CompileError> {
     if policy.targets.len() > MAX_TARGETS as usize {
         return Err(CompileError::Targets {
@@ -274,15 +289,24 @@ pub fn owners(rules: &RuleSet, protocol: Protocol, address: IpAddr, port: u16) -
     if places.is_empty() {
         return 0;
     }
-    let whole = IpNet::from(address);
-    (0..=whole.max_prefix_len())
-        .filter_map(|length| IpNet::new(address, length).ok())
+    prefixes(address)
         .filter_map(|net| {
-            let net = net.trunc();
             let found = places.binary_search_by(|(place, _)| place.net.cmp(&net)).ok()?;
             places.get(found).map(|(_, bits)| bits)
         })
         .fold(0, |owners, bits| owners | bits)
+}
+
+/// Whether some of many prefixes contains a canonical address.
+#[must_use]
+pub fn contains(nets: &BTreeSet<IpNet>, address: IpAddr) -> bool {
+    prefixes(address).any(|net| nets.contains(&net))
+}
+
+/// Every prefix that contains an address.
+fn prefixes(address: IpAddr) -> impl Iterator<Item = IpNet> {
+    let longest = IpNet::from(address).max_prefix_len();
+    (0..=longest).filter_map(move |length| Some(IpNet::new(address, length).ok()?.trunc()))
 }
 
 /// Whether a prefix holds loopback addresses only (D6).
@@ -294,10 +318,12 @@ pub fn is_loopback(net: &IpNet) -> bool {
     }
 }
 
-/// D3: the kernel thread that it is, or both of its users.
+/// D3: the kernel thread that it is, or both of its users. A kernel thread with a user's UID makes that user's call; one with a
+/// user's socket makes a call of that user's too, which it may not make as the kernel.
 fn target_admits(target: &RuleTarget, subject: &Subject) -> bool {
-    if subject.kernel_thread {
-        return target.principals.contains(&RulePrincipal::Kernel);
+    if subject.kernel_thread && subject.task == Uid(0) {
+        let root = subject.socket.is_none_or(|owner| owner == Uid(0));
+        return root && target.principals.contains(&RulePrincipal::Kernel);
     }
     let admits = |user: Uid| {
         target.principals.iter().any(|principal| match principal {
@@ -333,9 +359,8 @@ fn expand(
             push(IpAddr::V6(Ipv6Addr::LOCALHOST).into());
             host.local
                 .iter()
-                .map(|address| canonical(*address))
-                .filter(|address| !address.is_loopback())
-                .for_each(|address| push(address.into()));
+                .filter(|net| !is_loopback(net))
+                .for_each(|net| push(*net));
         }
         Destination::Name(name) => match resolved.get(name).filter(|addresses| !addresses.is_empty()) {
             Some(addresses) => addresses.iter().for_each(|address| push(canonical(*address).into())),
@@ -350,7 +375,7 @@ fn expand(
     }
 }
 
-/// A principal as it matches now; none where its cgroup does not exist.
+/// A principal as it matches now; none where its cgroup does not exist or is not root's alone (F6).
 fn principal_now(principal: &Principal, host: &Host) -> Option<RulePrincipal> {
     match principal {
         Principal::User { uid, cgroup: None } => Some(RulePrincipal::User {
@@ -415,6 +440,13 @@ fn check_limits(rules: &RuleSet) -> Result<(), CompileError> {
         return Err(CompileError::Levels { found: levels.len() });
     }
     Ok(())
+}
+
+impl fmt::Display for Writable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { at, uid, mode } = self;
+        write!(f, "{} is user {uid}'s with mode {mode:04o}", at.display())
+    }
 }
 
 impl RulePrincipal {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::{backend::Observed, events, host::START};
+use crate::{backend::Observed, events, host::START, resolve::MAX_ADDRESSES};
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,6 +104,9 @@ pub struct NameStatus {
     pub stale: bool,
     /// Why.
     pub cause: Option<String>,
+    /// How many addresses of its last answer are not protected, as it has more than a name may have (N4).
+    #[serde(default)]
+    pub cut: usize,
 }
 
 /// Connections older than the rules that would refuse them, as of the last sweep (D9).
@@ -164,6 +167,12 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
             "its last addresses stay protected"
         };
         causes.push(format!("name {} is stale ({why}); {kept}", name.name));
+    }
+    for name in context.names.iter().filter(|name| name.cut > 0) {
+        causes.push(format!(
+            "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their prefix as an endpoint, or find out who lies",
+            name.name, name.cut
+        ));
     }
     if let Some(observed) = observed {
         causes.extend(observed.faults.iter().cloned());

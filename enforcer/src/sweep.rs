@@ -8,10 +8,11 @@ use std::{
 };
 
 use enforcer_ebpf::Verdict;
+use ipnet::IpNet;
 
 use crate::{
     policy::{Protocol, Uid, canonical},
-    ruleset::{RuleSet, Subject, owners, weigh},
+    ruleset::{self, RuleSet, Subject, owners, weigh},
 };
 
 mod diag;
@@ -181,10 +182,10 @@ pub fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Opt
     })
 }
 
-/// Looks again at what was found, now that it is known who listens; `local` are this host's addresses. What nobody holds and
+/// Looks again at what was found, now that it is known who listens; `local` is what this host delivers to itself. What nobody holds and
 /// somebody accepts is left out: it was never dialled here.
 #[must_use]
-pub fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpAddr>) -> Vec<Found> {
+pub fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
     let mut kept = found;
     kept.retain_mut(|one| {
         let accepted = accepted(&one.connection, listeners, local);
@@ -197,8 +198,8 @@ pub fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTree
 }
 
 /// Whether it may have been accepted: somebody listens at its local end, and nobody here at its remote end.
-fn accepted(connection: &Connection, listeners: &[Listener], local: &BTreeSet<IpAddr>) -> bool {
-    let here = |address: IpAddr| address.is_loopback() || local.contains(&address);
+fn accepted(connection: &Connection, listeners: &[Listener], local: &BTreeSet<IpNet>) -> bool {
+    let here = |address: IpAddr| address.is_loopback() || ruleset::contains(local, address);
     let covers = |listener: &Listener, end: SocketAddr, here: bool| {
         let (at, end_ip) = (canonical(listener.at.ip()), canonical(end.ip()));
         listener.protocol == connection.protocol

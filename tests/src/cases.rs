@@ -4,6 +4,7 @@ pub mod boot;
 pub mod bosh;
 pub mod containers;
 pub mod decision;
+pub mod delegated;
 pub mod doctor;
 pub mod dropin;
 pub mod endurance;
@@ -15,6 +16,7 @@ pub mod grants;
 pub mod input;
 pub mod kernel;
 pub mod kernel_sockets;
+pub mod lies;
 pub mod limits;
 pub mod missing;
 pub mod monit;
@@ -24,6 +26,7 @@ pub mod nftables;
 pub mod parity;
 pub mod past_hooks;
 pub mod retention;
+pub mod routes;
 pub mod schemas;
 pub mod squatting;
 pub mod subjects;
@@ -98,6 +101,7 @@ pub fn all() -> Vec<Case> {
         bosh::cases(),
         containers::cases(),
         decision::cases(),
+        delegated::cases(),
         doctor::cases(),
         dropin::cases(),
         endurance::cases(),
@@ -109,6 +113,7 @@ pub fn all() -> Vec<Case> {
         input::cases(),
         kernel::cases(),
         kernel_sockets::cases(),
+        lies::cases(),
         limits::cases(),
         missing::cases(),
         monit::cases(),
@@ -118,6 +123,7 @@ pub fn all() -> Vec<Case> {
         parity::cases(),
         past_hooks::cases(),
         retention::cases(),
+        routes::cases(),
         schemas::cases(),
         squatting::cases(),
         subjects::cases(),

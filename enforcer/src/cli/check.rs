@@ -31,7 +31,7 @@ pub(super) struct Check {
     /// The connecting task's cgroup, from the root of the cgroup v2 hierarchy
     #[arg(long, value_name = "PATH", default_value = "/")]
     cgroup: String,
-    /// As a kernel thread; USER is not looked at, nor is the socket's owner
+    /// As a kernel thread; USER is not looked at, and the socket is root's but for --socket-user
     #[arg(long)]
     kernel: bool,
     /// From a network namespace other than the enforcer's
@@ -117,6 +117,7 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
     let checked = pinned.check(attempt)?;
     let subject = &checked.subject;
     let who = match (subject.kernel_thread, subject.socket) {
+        (true, Some(socket)) if socket != Uid(0) => format!("kernel threads with a socket of user {socket}"),
         (true, _) => "kernel threads".to_owned(),
         (false, Some(socket)) if socket != subject.task => {
             format!("user {} with a socket of user {socket}", subject.task)

@@ -171,6 +171,8 @@ fn note(grant: &GrantStatus) -> String {
         "inactive: the target is not configured with grants = true".to_owned()
     } else if grant.cgroup_exists == Some(false) {
         "the cgroup does not exist now".to_owned()
+    } else if let Some(by) = &grant.cgroup_writable {
+        format!("lets nobody in: {by}")
     } else {
         String::new()
     }

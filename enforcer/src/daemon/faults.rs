@@ -15,7 +15,7 @@ pub(super) enum About {
     State,
     /// The BOSH agent's settings.
     Bus,
-    /// This host's addresses and cgroups.
+    /// What is local to this host.
     Host,
     /// The file of grants.
     Grants,
@@ -44,7 +44,7 @@ impl Faults {
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again"),
-            (None, About::Host) => info!("this host's addresses are followed again"),
+            (None, About::Host) => info!("what is local to this host is followed again"),
         }
         self.put(about, fault);
     }

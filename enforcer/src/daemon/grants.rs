@@ -10,8 +10,9 @@ use crate::{
     control::{CgroupError, GrantRequest, GrantStatus, GrantsReport, Peer, Reply, RevokeRequest, Selector},
     events::{GrantEvent, Line},
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Term},
-    host,
+    host::{self, NoMatch},
     policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
+    ruleset::Writable,
 };
 
 /// Longest time that a grant with an end may have (F7).
@@ -32,6 +33,10 @@ pub(super) enum GrantError {
     Everybody { cgroup: CgroupPath },
     #[error("cgroup {cgroup} does not exist below {}; make it first, or correct the path", mount.display())]
     NoCgroup { cgroup: CgroupPath, mount: PathBuf },
+    #[error(
+        "cgroup {cgroup} may not be granted: {by}, who could let in whom he likes; name a cgroup that is root's up to the root of the hierarchy, such as a system service's, or a user with --user"
+    )]
+    Writable { cgroup: CgroupPath, by: Writable },
     #[error("cgroup {path:?}: {error}")]
     CgroupPath { path: String, error: CgroupPathError },
     #[error("name a cgroup or a process, not both")]
@@ -132,11 +137,11 @@ impl Daemon {
             return Err(GrantError::NotInForce(error));
         }
         // The cgroup may have gone since it was looked for.
-        if let Some(cgroup) = key.to.cgroup()
-            && !self.host.cgroups.contains_key(cgroup)
-        {
+        let gone = key.to.cgroup().filter(|cgroup| !self.host.cgroups.contains_key(cgroup));
+        if let Some(cgroup) = gone {
+            let error = self.no_match(cgroup, self.host.writable.get(cgroup).cloned());
             self.take_back(before);
-            return Err(self.no_cgroup(cgroup));
+            return Err(error);
         }
         if let Err(error) = self.keep_grants() {
             self.take_back(before);
@@ -218,14 +223,16 @@ impl Daemon {
     pub(super) fn grants_report(&self) -> GrantsReport {
         let status = |(key, term): (&Key, &Term)| {
             let target = self.wanted.policy.target(&key.target);
+            let found = key.to.cgroup().map(|cgroup| host::cgroup(&self.wanted.mount, cgroup));
             GrantStatus {
                 target: key.target.clone(),
                 user: key.to.user().map(|uid| uid.0),
                 cgroup: key.to.cgroup().map(ToString::to_string),
-                cgroup_exists: key
-                    .to
-                    .cgroup()
-                    .map(|cgroup| host::cgroup(&self.wanted.mount, cgroup).is_some()),
+                cgroup_exists: found.as_ref().map(|found| !matches!(found, Err(NoMatch::Missing))),
+                cgroup_writable: match &found {
+                    Some(Err(NoMatch::Writable(by))) => Some(by.to_string()),
+                    Some(Ok(_) | Err(NoMatch::Missing)) | None => None,
+                },
                 active: target.is_some_and(|target| target.grants),
                 since: term.since.to_string(),
                 expires: term.expires.map(|end| end.to_string()),
@@ -257,8 +264,10 @@ impl Daemon {
                 return Err(GrantError::Everybody { cgroup: cgroup.clone() });
             }
         }
-        if host::cgroup(&self.wanted.mount, cgroup).is_none() {
-            return Err(self.no_cgroup(cgroup));
+        match host::cgroup(&self.wanted.mount, cgroup) {
+            Ok(_) => {}
+            Err(NoMatch::Missing) => return Err(self.no_match(cgroup, None)),
+            Err(NoMatch::Writable(by)) => return Err(self.no_match(cgroup, Some(by))), // F6
         }
         if self.enforcement.ignores_cgroups() {
             return Err(GrantError::CgroupsIgnored);
@@ -269,7 +278,7 @@ impl Daemon {
     /// Makes the rule set from what is granted now, and puts it in force.
     fn put_in_force(&mut self) -> Result<(), DaemonError> {
         self.policy = self.grants.add_to(&self.wanted.policy);
-        self.host = self.wanted.host(&self.policy)?;
+        self.host = self.wanted.host(&self.policy, self.host.local.clone());
         self.apply_now()?;
         self.faults.set(About::RuleSet, None);
         Ok(())
@@ -316,10 +325,15 @@ impl Daemon {
         }
     }
 
-    fn no_cgroup(&self, cgroup: &CgroupPath) -> GrantError {
-        GrantError::NoCgroup {
-            cgroup: cgroup.clone(),
-            mount: self.wanted.mount.clone(),
+    /// Why a cgroup would let nobody in.
+    fn no_match(&self, cgroup: &CgroupPath, by: Option<Writable>) -> GrantError {
+        let cgroup = cgroup.clone();
+        match by {
+            Some(by) => GrantError::Writable { cgroup, by },
+            None => GrantError::NoCgroup {
+                cgroup,
+                mount: self.wanted.mount.clone(),
+            },
         }
     }
 }

@@ -41,8 +41,13 @@ impl Daemon {
 
     fn status_of(&self, observed: &Result<Observed, BackendError>) -> Status {
         let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
+        for (path, by) in &self.host.writable {
+            causes.push(format!(
+                "cgroup {path} matches nobody: {by}, who could let in whom he likes; make it root's, or name a cgroup that is"
+            ));
+        }
         for path in self.wanted.policy.cgroups() {
-            if !self.host.cgroups.contains_key(&path) {
+            if !self.host.cgroups.contains_key(&path) && !self.host.writable.contains_key(&path) {
                 causes.push(format!(
                     "cgroup {path} is gone; its principals match nobody until it is made again"
                 ));

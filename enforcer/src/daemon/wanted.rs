@@ -7,11 +7,13 @@ use std::{
     time::Instant,
 };
 
+use ipnet::IpNet;
+
 use super::{DaemonError, boot::Left};
 use crate::{
     config::{Backend, Bosh, Config, Settings},
     grants::{self, Grants},
-    host,
+    host::{self, NoMatch},
     policy::{Endpoint, HostUsers, Policy},
     resolve::Names,
     ruleset::{Host, Resolved, RuleSet, compile},
@@ -43,7 +45,7 @@ impl Wanted {
         let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
         let (cgroup, mount) = cgroups(&config.settings, &policy)?;
         for path_of in policy.cgroups() {
-            if host::cgroup(&mount, &path_of).is_none() {
+            if host::cgroup(&mount, &path_of) == Err(NoMatch::Missing) {
                 return Err(DaemonError::NoCgroup {
                     path: path.into(),
                     cgroup: path_of.to_string(),
@@ -113,7 +115,7 @@ impl Wanted {
         let now = Instant::now();
         names.set(policy.names(), now);
         names.restore(&left.names, now);
-        let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy)?)?;
+        let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy, local(&policy)?))?;
         let cgroup = match &self.cgroup {
             Some(cgroup) => host::directory_id(cgroup).ok_or(DaemonError::NoCgroup2)?,
             // No program is attached anywhere then.
@@ -129,11 +131,8 @@ impl Wanted {
     }
 
     /// This host as a policy needs it known.
-    pub(super) fn host(&self, policy: &Policy) -> Result<Host, DaemonError> {
-        host::snapshot(Some(&self.mount), &policy.cgroups()).map_err(|error| DaemonError::Io {
-            action: "list this host's addresses",
-            error,
-        })
+    pub(super) fn host(&self, policy: &Policy, local: BTreeSet<IpNet>) -> Host {
+        host::with_cgroups(local, Some(&self.mount), &policy.cgroups())
     }
 
     /// The rules that its policy, completed, comes to.
@@ -154,6 +153,18 @@ impl Wanted {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+}
+
+/// What is local to this host. Where no endpoint asks for that it is of use to sweeps alone, which can do without (D9).
+pub(super) fn local(policy: &Policy) -> Result<BTreeSet<IpNet>, DaemonError> {
+    match host::local() {
+        Ok(local) => Ok(local),
+        Err(_) if !policy.names_this_host() => Ok(BTreeSet::new()),
+        Err(error) => Err(DaemonError::Io {
+            action: "list what is local to this host",
+            error,
+        }),
     }
 }
 

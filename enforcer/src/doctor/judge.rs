@@ -19,7 +19,7 @@ use crate::{
     config::Backend,
     host::START,
     policy::{Mode, Protocol},
-    ruleset::{RuleSet, is_single, owners},
+    ruleset::{self, RuleSet, is_single, owners},
     visibility::{Kept, Visibility},
 };
 
@@ -38,6 +38,7 @@ pub(super) fn host(seen: &Seen) -> Report {
     programs(seen, enforces, &mut findings);
     modes(&seen.places, &mut findings);
     findings.extend(visibility(&seen.visibility));
+    findings.extend(writable_cgroups(seen));
     findings.extend(listeners(seen));
     findings.extend(old_rules(seen));
     if !seen.capable.is_empty() {
@@ -391,9 +392,9 @@ fn leads_onto(rules: &RuleSet, address: IpAddr, port: Option<u16>) -> bool {
     }
 }
 
-/// Addresses of this host, the two loopback ones included.
+/// Addresses of this host, the two loopback ones included; of a prefix that is local, the first.
 fn here(seen: &Seen) -> BTreeSet<IpAddr> {
-    let mut all = seen.host.local.clone();
+    let mut all: BTreeSet<IpAddr> = seen.host.local.iter().map(|net| net.addr().to_canonical()).collect();
     all.extend([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
     all
 }
@@ -583,6 +584,20 @@ fn visibility(found: &Visibility) -> Option<Finding> {
     ))
 }
 
+/// F6: cgroups that match nobody, as a user could make them anew or move into them.
+fn writable_cgroups(seen: &Seen) -> Option<Finding> {
+    let writable = &seen.host.writable;
+    (!writable.is_empty()).then(|| {
+        finding(
+            "cgroup-writable",
+            Weight::Medium,
+            "cgroups that principals or grants name are not root's alone, so they match nobody",
+            writable.iter().map(|(path, by)| format!("{path}: {by}")),
+            "chown root and chmod go-w the cgroup, cgroup.procs and cgroup.threads in it and in each ancestor; or name a cgroup that is not delegated",
+        )
+    })
+}
+
 /// Services at the port of an endpoint of this host that can be reached by an address that is no endpoint.
 fn listeners(seen: &Seen) -> Option<Finding> {
     let rules = seen.rules.as_ref()?;
@@ -591,7 +606,7 @@ fn listeners(seen: &Seen) -> Option<Finding> {
         rules.places.iter().any(|(place, _)| {
             (place.protocol, place.port) == (protocol, port)
                 && is_single(&place.net)
-                && (here.contains(&place.net.addr()) || place.net.addr().is_loopback())
+                && (ruleset::contains(&seen.host.local, place.net.addr()) || place.net.addr().is_loopback())
         })
     };
     let mut open: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -600,7 +615,9 @@ fn listeners(seen: &Seen) -> Option<Finding> {
         if !guarded(protocol, at.port()) {
             continue;
         }
-        let reached = here.iter().filter(|address| match at.ip() {
+        // Of a prefix that is local an address that is no interface's may be listened on.
+        let own = Some(at.ip().to_canonical()).filter(|own| ruleset::contains(&seen.host.local, *own));
+        let reached = here.iter().chain(&own).filter(|address| match at.ip() {
             // An IPv6 socket takes IPv4 too, unless it was told not to: that it was cannot be seen from here.
             IpAddr::V6(own) if own.is_unspecified() => true,
             IpAddr::V4(own) if own.is_unspecified() => address.is_ipv4(),

@@ -137,7 +137,7 @@ fn a_listener_is_found_where_it_is_reached_beside_the_endpoint() {
     check(|seen| seen.listeners.push(listener("0.0.0.0:2822")), &[]);
     check(|seen| seen.listeners.push(listener("[::]:80")), &[]);
     let routable = |seen: &mut Seen| {
-        seen.host.local.insert(IpAddr::from([10, 0, 0, 5]));
+        seen.host.local.insert(IpAddr::from([10, 0, 0, 5]).into());
         seen.listeners.push(listener("0.0.0.0:2822"));
     };
     check(routable, &["listener-beyond-endpoint"]);

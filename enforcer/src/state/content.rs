@@ -84,6 +84,9 @@ enum PrincipalContent {
 struct NameContent {
     current: BTreeSet<IpAddr>,
     left: BTreeSet<IpAddr>,
+    /// Seconds; earlier versions did not know them.
+    #[serde(default)]
+    answered: BTreeMap<IpAddr, u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -164,8 +167,18 @@ impl From<&LastGoodRef<'_>> for Content {
             (target.name.clone(), content)
         };
         let name = |(name, known): (&Name, &KnownName)| {
-            let KnownName { current, left } = known.clone();
-            (name.to_string(), NameContent { current, left })
+            let KnownName {
+                current,
+                left,
+                answered,
+            } = known.clone();
+            let seconds = answered.into_iter().map(|(address, time)| (address, time.as_secs()));
+            let content = NameContent {
+                current,
+                left,
+                answered: seconds.collect(),
+            };
+            (name.to_string(), content)
         };
         Self {
             mode: *mode,
@@ -198,8 +211,14 @@ impl TryFrom<Content> for LastGood {
 
     fn try_from(content: Content) -> Result<Self, String> {
         let names = content.names.into_iter().map(|(name, known)| {
-            let NameContent { current, left } = known;
-            Ok((parsed(&name, Name::parse)?, KnownName { current, left }))
+            let seconds = known.answered.into_iter();
+            let answered = seconds.map(|(address, seconds)| (address, Duration::from_secs(seconds)));
+            let known = KnownName {
+                current: known.current,
+                left: known.left,
+                answered: answered.collect(),
+            };
+            Ok((parsed(&name, Name::parse)?, known))
         });
         let names = names.collect::<Result<_, String>>()?;
         let targets = content.targets.into_iter().map(|(name, target)| {

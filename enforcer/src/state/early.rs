@@ -27,7 +27,7 @@ pub(super) fn parse(bytes: &[u8]) -> Option<Known> {
         .filter(|saved: &Saved| saved.schema == SCHEMA)?;
     let known = |current| KnownName {
         current,
-        left: BTreeSet::new(),
+        ..KnownName::default()
     };
     let names = saved.names.into_iter();
     let named = names.filter_map(|(name, addresses)| Some((Name::parse(&name).ok()?, known(addresses))));

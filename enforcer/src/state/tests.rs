@@ -43,6 +43,7 @@ fn good() -> Result<LastGood, Box<dyn std::error::Error>> {
     let known = KnownName {
         current: ["10.9.0.1".parse()?, "2001:db8::9".parse()?].into(),
         left: ["10.9.0.2".parse()?].into(),
+        answered: [("10.9.0.1".parse()?, std::time::Duration::from_mins(64))].into(),
     };
     Ok(LastGood {
         settings: config.settings,
@@ -173,6 +174,28 @@ fn f6_what_others_could_have_written_is_not_used() -> Test {
     assert!(told().contains("enforcer/last-good/2"), "{}", told());
     fs::write(&path, "{\"schema\":\"enforcer/last-good/2\",\"other\":[]}")?;
     assert!(told().contains("another version"), "{}", told());
+    Ok(())
+}
+
+#[test]
+fn n4_a_file_without_times_is_read_without_them() -> Test {
+    let (_dir, good, bytes) = kept()?;
+    let text = String::from_utf8(bytes)?;
+    let (head, content) = text
+        .split_once(r#""content":"#)
+        .and_then(|(head, content)| Some((head, content.strip_suffix('}')?)))
+        .ok_or("another shape")?;
+    let before = content.replace(r#","answered":{"10.9.0.1":3840}"#, "");
+    assert_ne!(before, content);
+    let crc = |text: &str| format!("{:08x}", crc32fast::hash(text.as_bytes()));
+    let head = head.replace(&crc(content), &crc(&before));
+    let early = format!(r#"{head}"content":{before}}}"#);
+    let (loaded, _) = parse(early.as_bytes(), Path::new(FILE))?;
+    let mut expected = good;
+    for known in expected.names.values_mut() {
+        known.answered.clear();
+    }
+    assert_eq!(loaded, expected);
     Ok(())
 }
 

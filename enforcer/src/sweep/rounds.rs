@@ -47,7 +47,7 @@ pub struct Job {
     /// Where cgroup v2 is mounted.
     pub mount: PathBuf,
     /// This host's addresses.
-    pub local: BTreeSet<std::net::IpAddr>,
+    pub local: BTreeSet<ipnet::IpNet>,
 }
 
 /// The next job: a later one takes the place of one that nobody has begun.

@@ -177,7 +177,10 @@ fn cgroups_decide_where_they_are_known() {
 
 #[test]
 fn what_may_have_been_accepted_is_in_doubt() {
-    let local: BTreeSet<_> = [at("10.0.0.1:0").ip(), at("10.0.0.5:0").ip()].into();
+    let local: BTreeSet<_> = ["10.0.0.0/31", "10.0.0.5/32"]
+        .into_iter()
+        .filter_map(|net| net.parse().ok())
+        .collect();
     let doubt = |listeners: &[&str], local: &BTreeSet<_>, held| {
         let listeners: Vec<Listener> = listeners
             .iter()

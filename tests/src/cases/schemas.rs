@@ -34,7 +34,7 @@ const SCHEMAS: [(&str, &str); 11] = [
         "enforcer/status/1",
         "state causes backend subject mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
          backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
-         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause events_lost \
+         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.cut events_lost \
          existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
          existing.connections.schema existing.connections.time existing.connections.verdict existing.connections.action \
          existing.connections.reason existing.connections.protocol existing.connections.state \
@@ -73,7 +73,7 @@ const SCHEMAS: [(&str, &str); 11] = [
     ),
     (
         "enforcer/grants/1",
-        "limit grants grants.target grants.user grants.cgroup grants.cgroup_exists grants.active grants.since \
+        "limit grants grants.target grants.user grants.cgroup grants.cgroup_exists grants.cgroup_writable grants.active grants.since \
          grants.expires grants.pid grants.uid grants.comm",
     ),
     (

@@ -188,7 +188,7 @@ impl Subject for Asker {
     }
 
     fn task(&self) -> Task {
-        if self.subject.kernel_thread {
+        if self.subject.kernel_thread && self.subject.task == Uid(0) {
             Task::Kernel
         } else {
             Task::User(self.subject.task.0)

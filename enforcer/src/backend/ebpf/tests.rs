@@ -246,7 +246,8 @@ fn attempt() -> impl Strategy<Value = Attempt> {
 fn host() -> Host {
     let cgroups = HashMap::from([("/a", (10, 1)), ("/a/b", (11, 2)), ("/c", (12, 1)), ("/", (1, 0))]);
     Host {
-        local: ["192.168.0.1", "fe80::1", "127.0.0.1"]
+        writable: BTreeMap::new(),
+        local: ["192.168.0.1/32", "192.168.7.0/24", "fe80::1/128", "127.0.0.0/8"]
             .iter()
             .filter_map(|text| text.parse().ok())
             .collect(),

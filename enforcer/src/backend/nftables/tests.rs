@@ -96,8 +96,9 @@ prop_compose! {
             port,
             foreign_netns: false,
             subject: Subject {
-                task: Uid(user),
-                socket: Some(Uid(user)),
+                // A socket that nftables takes for the kernel's has no file, and so no user but root (§5).
+                task: Uid(if kernel_thread { 0 } else { user }),
+                socket: Some(Uid(if kernel_thread { 0 } else { user })),
                 kernel_thread,
                 cgroups: [100, 101, 102].into_iter().take(depth + 1).collect(),
             },
