@@ -183,7 +183,6 @@ pub enum End {
 }
 
 /// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1), or until it is to unload.
-#[expect(clippy::too_many_lines, reason = "one select! over all that can happen")]
 pub async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
