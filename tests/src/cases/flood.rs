@@ -103,7 +103,7 @@ fn under_denials() -> Result<()> {
     guarded.attack(NOBODY)?.reaches()?;
     configure(&guarded, 0)?;
     guarded.apply()?;
-    let daemon = guarded.daemon_in_memory()?;
+    let daemon = guarded.daemon()?;
     let fire = world.path("fire");
     fs::write(&fire, "")?;
     let cores = thread::available_parallelism()?.get();

@@ -82,20 +82,6 @@ impl Guarded {
         self.world.daemon_with(&mut self.netns.command(&binary("enforcer")?))
     }
 
-    /// As `daemon`, what it keeps being in memory: a disk that others keep busy takes seconds to sync, and a reload is reported once what
-    /// it made active is kept.
-    pub(super) fn daemon_in_memory(&self) -> Result<Daemon> {
-        let state = self.world.path("state");
-        fs::create_dir_all(&state)?;
-        let script = "mount -t tmpfs -o mode=0700 none \"$1\" && shift && exec \"$@\"";
-        let mut command = self.netns.command(Path::new("unshare"));
-        command
-            .args(["--mount", "sh", "-c", script, "sh"])
-            .arg(state)
-            .arg(binary("enforcer")?);
-        self.world.daemon_with(&mut command)
-    }
-
     pub(super) fn status(&self) -> Result<serde_json::Value> {
         Ok(serde_json::from_str(
             &self.netns.enforcer(&self.world, &["status", "--json"])?.stdout,
@@ -320,7 +306,7 @@ fn under_fire() -> Result<()> {
     let here = format!("tcp://{}", guarded.world.here());
     guarded.attack(NOBODY)?.reaches()?;
     guarded.guard(backend.configured())?;
-    let daemon = guarded.daemon_in_memory()?;
+    let daemon = guarded.daemon()?;
     let started = Instant::now();
     hammered(&guarded, ATTEMPTS, || {
         for round in 0..RULE_SETS {
