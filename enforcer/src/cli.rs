@@ -2,11 +2,12 @@
 
 mod check;
 mod doctor;
-mod grants;
+pub(crate) mod grants;
 mod verify;
 
 use std::{
-    io::{self, IsTerminal as _, Write as _},
+    fmt::Display,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -23,6 +24,7 @@ use crate::{
     control::{self, ControlError, Reply, Request},
     daemon, host,
     status::{Context, State, Status, status},
+    text::{self, Log},
     visibility::Visibility,
 };
 
@@ -149,7 +151,15 @@ enum Answer {
 /// Runs the command line and says how the process should end.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse_from(grants::as_called(std::env::args_os()));
+    let cli = match Cli::try_parse_from(grants::as_called(std::env::args_os())) {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            // An argument may be a path or a name that others chose.
+            let _ = write!(io::stderr(), "{}", text::lines(&error.render().to_string()));
+            return ExitCode::from(2);
+        }
+    };
     start_log(cli.log_format, cli.log_level);
     match run(&cli) {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
@@ -157,22 +167,21 @@ pub fn main() -> ExitCode {
         Ok(Answer::Unknown) => ExitCode::from(2),
         Ok(Answer::Unloaded) => ExitCode::from(3),
         Err(error) => {
-            // One line, whatever the cause holds.
-            let text = format!("{error:#}").replace(['\n', '\r'], " ");
-            let _ = writeln!(io::stderr(), "enforcer: error: {text}");
+            complain("error", &format!("{error:#}"));
             ExitCode::from(2)
         }
     }
 }
 
 fn start_log(format: LogFormat, level: tracing::Level) {
+    // Without colours: no escape sequence is let through.
     let builder = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
+        .with_ansi(false)
         .with_max_level(level)
         .with_target(false);
     match format {
-        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).init(),
-        LogFormat::Json => builder.json().init(),
+        LogFormat::Text => builder.with_writer(Log::Text).init(),
+        LogFormat::Json => builder.json().with_writer(Log::Json).init(),
     }
 }
 
@@ -212,7 +221,7 @@ fn run(cli: &Cli) -> Result<Answer> {
                     config: &config,
                 },
                 json,
-                |shown| shown.config.show(),
+                |shown| text::toml_text(&shown.config.show()).into_owned(),
             )
         }
     }
@@ -266,7 +275,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
     let Some(settings) = settings else {
         return Err(error.into());
     };
-    let _ = writeln!(io::stderr(), "enforcer: warning: {error}");
+    complain("warning", &error.to_string());
     Ok(settings)
 }
 
@@ -315,13 +324,13 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
     let request = Request::Events { follow: events.follow };
     runtime()?.block_on(control::ask_many(&socket, &request, |reply| {
         let Reply::Event(line) = reply else { return Ok(()) };
-        let mut out = io::stdout().lock();
-        if events.json.json {
-            serde_json::to_writer(&mut out, &line)?;
+        let line = if events.json.json {
+            text::json(&line)? + "\n"
         } else {
-            write!(out, "{line}")?;
-        }
-        writeln!(out)?;
+            as_line(&line)
+        };
+        let mut out = io::stdout().lock();
+        out.write_all(line.as_bytes())?;
         out.flush()
     }))?;
     Ok(Answer::Yes)
@@ -398,26 +407,34 @@ fn check_config(path: &Path, json: &Json) -> Result<Answer> {
             warnings,
             ..
         } = checked;
-        let warnings = warnings.iter().map(|warning| format!("{path}: warning: {warning}\n"));
-        warnings.collect::<String>() + &format!("{path}: good, {targets} targets\n")
+        let warnings = warnings
+            .iter()
+            .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
+        warnings.collect::<String>() + &as_line(&format_args!("{path}: good, {targets} targets"))
     })
 }
 
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {
     if json.json {
-        print(&format!("{}\n", serde_json::to_string(value)?))
+        print(&(text::json(value)? + "\n"))
     } else {
         print(&render(value))
     }
 }
 
-fn print_line<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {
-    print_one(value, json, |value| format!("{}\n", render(value)))
+/// A line of a text, whatever is in it.
+fn as_line(value: &impl Display) -> String {
+    text::line(&value.to_string()).into_owned() + "\n"
+}
+
+/// One line on stderr, whatever the cause holds.
+fn complain(kind: &str, cause: &str) {
+    let _ = write!(io::stderr(), "{}", as_line(&format_args!("enforcer: {kind}: {cause}")));
 }
 
 /// Writes to stdout; a reader that has gone is no error.
-fn print(text: &str) -> Result<Answer> {
-    match io::stdout().lock().write_all(text.as_bytes()) {
+fn print(page: &str) -> Result<Answer> {
+    match io::stdout().lock().write_all(text::lines(page).as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("write to stdout"),
         Ok(()) | Err(_) => Ok(Answer::Yes),
     }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::backend::nftables::Denial;
+use crate::{backend::nftables::Denial, text};
 
 use enforcer_ebpf::{Address, EventRecord, NO_UID, UDP, Verdict, is_v4};
 use serde::{Deserialize, Serialize};
@@ -243,8 +243,7 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.time, self.verdict)?;
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.task_uid) {
-            // A task chooses its name: nothing in it may steer a terminal.
-            write!(f, " {}[{pid}] uid {uid}", comm.escape_debug())?;
+            write!(f, " {}[{pid}] uid {uid}", text::name(comm))?;
             if self.kernel_thread {
                 f.write_str(" (kernel thread)")?;
             }
@@ -309,7 +308,7 @@ impl fmt::Display for GrantEvent {
             None => {}
         }
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.uid) {
-            write!(f, ", asked by {}[{pid}] uid {uid}", comm.escape_debug())?;
+            write!(f, ", asked by {}[{pid}] uid {uid}", text::name(comm))?;
         }
         Ok(())
     }

@@ -24,6 +24,17 @@ use crate::{policy::CgroupPath, ruleset::Host};
 /// What to do where no daemon runs.
 pub(crate) const START: &str = "start the daemon (systemctl start enforcer, or sv start enforcer)";
 
+/// A file of which others chose a part: bytes that are no text neither hide the rest nor fail it.
+pub(crate) fn read_lossy(path: impl AsRef<Path>) -> io::Result<String> {
+    fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The name of a task, which it chooses itself; empty where it has ended.
+pub(crate) fn task_name(pid: u32) -> String {
+    let name = read_lossy(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.strip_suffix('\n').unwrap_or(&name).to_owned()
+}
+
 /// Where the cgroup v2 hierarchy is mounted.
 pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
     Ok(Mounts::own()?

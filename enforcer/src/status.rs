@@ -1,11 +1,8 @@
 //! What is in force and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
 
-use std::fmt::Write as _;
-
-use comfy_table::{Table, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::{backend::Observed, events, host::START, resolve::MAX_ADDRESSES};
+use crate::{backend::Observed, events, host::START, resolve::MAX_ADDRESSES, text::Page};
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -237,16 +234,14 @@ impl Status {
     /// As a person reads it.
     #[must_use]
     pub fn render(&self) -> String {
-        let mut text = String::new();
+        let mut page = Page::default();
         let state = match self.state {
             State::Enforcing => "enforcing",
             State::Audit => "audit: judging and counting, refusing nothing",
             State::Degraded => "degraded",
             State::Off => "off",
         };
-        let mut line = |key: &str, value: &str| {
-            let _ = writeln!(text, "{key:<12}{value}");
-        };
+        let mut line = |key: &str, value: &str| page.line(format_args!("{key:<12}{value}"));
         line("state", state);
         for cause in &self.causes {
             line("", &format!("! {cause}"));
@@ -304,36 +299,44 @@ impl Status {
             line("existing", &existing.sum());
         }
         if !self.targets.is_empty() {
-            let mut table = table(&["target", "endpoints", "allow", "allowed", "denied", "would deny"]);
-            for target in &self.targets {
-                let allow = if target.allow.is_empty() {
-                    "nobody".to_owned()
-                } else {
-                    target.allow.join(", ")
-                };
-                table.add_row([
-                    target.name.clone(),
-                    target.endpoints.to_string(),
-                    allow,
-                    target.allowed.to_string(),
-                    target.denied.to_string(),
-                    target.would_deny.to_string(),
-                ]);
-            }
-            let _ = writeln!(text, "\n{table}");
+            let header = ["target", "endpoints", "allow", "allowed", "denied", "would deny"];
+            page.line("");
+            page.table(header, self.targets.iter().map(TargetStatus::row));
         }
         if !self.names.is_empty() {
-            let mut table = table(&["name", "addresses", ""]);
-            for name in &self.names {
-                let note = if name.stale { "stale" } else { "" };
-                table.add_row([name.name.clone(), name.addresses.join(", "), note.to_owned()]);
-            }
-            let _ = writeln!(text, "\n{table}");
+            page.line("");
+            page.table(["name", "addresses", ""], self.names.iter().map(NameStatus::row));
         }
         if let Some(existing) = self.existing.as_ref().filter(|existing| existing.found > 0) {
-            let _ = writeln!(text, "\n{}", existing.table());
+            page.line("");
+            existing.table(&mut page);
         }
-        text
+        page.into_text()
+    }
+}
+
+impl TargetStatus {
+    fn row(&self) -> [String; 6] {
+        let allow = if self.allow.is_empty() {
+            "nobody".to_owned()
+        } else {
+            self.allow.join(", ")
+        };
+        [
+            self.name.clone(),
+            self.endpoints.to_string(),
+            allow,
+            self.allowed.to_string(),
+            self.denied.to_string(),
+            self.would_deny.to_string(),
+        ]
+    }
+}
+
+impl NameStatus {
+    fn row(&self) -> [String; 3] {
+        let note = if self.stale { "stale" } else { "" };
+        [self.name.clone(), self.addresses.join(", "), note.to_owned()]
     }
 }
 
@@ -351,22 +354,22 @@ impl ExistingStatus {
         }
     }
 
-    fn table(&self) -> String {
-        let mut table = table(&["existing", "to", "user", "target", "state", ""]);
-        for one in &self.connections {
-            table.add_row([
+    fn table(&self, page: &mut Page) {
+        let rows = self.connections.iter().map(|one| {
+            [
                 format!("{} {}", one.protocol, one.local),
                 one.remote.clone(),
                 one.uid.map_or_else(|| "kernel".to_owned(), |uid| uid.to_string()),
                 one.target.clone(),
                 one.state.clone(),
                 one.reason.clone().unwrap_or_default(),
-            ]);
-        }
+            ]
+        });
+        page.table(["existing", "to", "user", "target", "state", ""], rows);
         let listed = u64::try_from(self.connections.len()).unwrap_or(u64::MAX);
         match self.found.saturating_sub(listed) {
-            0 => table.to_string(),
-            more => format!("{table}\n… and {more} more"),
+            0 => {}
+            more => page.line(format_args!("… and {more} more")),
         }
     }
 }
@@ -380,12 +383,6 @@ fn target(observed: &crate::backend::ObservedTarget) -> TargetStatus {
         denied: observed.counters.denied,
         would_deny: observed.counters.would_deny,
     }
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
-    table
 }
 
 #[cfg(test)]

@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::{self, Write as _},
+    fmt,
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::START;
+use crate::{host::START, text::Page};
 
 /// Most differences that are listed; all are counted.
 const MAX_LISTED: usize = 256;
@@ -175,7 +175,7 @@ impl Verification {
     /// As a person reads it.
     #[must_use]
     pub fn render(&self) -> String {
-        let mut text = String::new();
+        let mut page = Page::default();
         let against = match self.against.as_str() {
             "daemon" => "what the daemon wants now",
             _ => "the configuration and the addresses known last; no daemon answers",
@@ -183,44 +183,46 @@ impl Verification {
         let total: u64 = self.counts.values().sum();
         if self.backend == "none" {
             let wanted = self.differences.first().and_then(|one| one.wanted.as_deref());
-            let _ = writeln!(text, "nothing is in force; wanted: {}", wanted.unwrap_or_default());
-            let _ = writeln!(text, "do: {START}, or run enforcer apply");
-            return text;
+            page.line(format_args!(
+                "nothing is in force; wanted: {}",
+                wanted.unwrap_or_default()
+            ));
+            page.line(format_args!("do: {START}, or run enforcer apply"));
+            return page.into_text();
         }
-        let _ = if self.identical {
-            writeln!(
-                text,
+        if self.identical {
+            page.line(format_args!(
                 "identical: {} entries of {}, generation {}",
                 self.compared, self.backend, self.generation
-            )
+            ));
         } else {
-            writeln!(
-                text,
+            page.line(format_args!(
                 "drifted: {total} of {} entries differ, generation {}",
                 self.compared, self.generation
-            )
-        };
-        let _ = writeln!(text, "compared with {against}");
+            ));
+        }
+        page.line(format_args!("compared with {against}"));
         for difference in &self.differences {
             let kind = match difference.kind {
                 Kind::Missing => "missing",
                 Kind::Extra => "extra",
                 Kind::Changed => "changed",
             };
-            let _ = writeln!(text, "  {kind:<8}{}: {}", difference.object, difference.entry);
+            page.line(format_args!("  {kind:<8}{}: {}", difference.object, difference.entry));
             match (&difference.wanted, &difference.found) {
                 (Some(wanted), Some(found)) => {
-                    let _ = writeln!(text, "          wanted {wanted}\n          found  {found}");
+                    page.line(format_args!("          wanted {wanted}"));
+                    page.line(format_args!("          found  {found}"));
                 }
                 (Some(value), None) | (None, Some(value)) if *value != difference.entry => {
-                    let _ = writeln!(text, "          {value}");
+                    page.line(format_args!("          {value}"));
                 }
                 (Some(_) | None, None) | (None, Some(_)) => {}
             }
         }
         let listed = u64::try_from(self.differences.len()).unwrap_or(u64::MAX);
         if total > listed {
-            let _ = writeln!(text, "  … and {} more", total - listed);
+            page.line(format_args!("  … and {} more", total - listed));
         }
         if !self.identical {
             let remedy = if self.against == "daemon" {
@@ -229,9 +231,9 @@ impl Verification {
             } else {
                 format!("{START}, or run enforcer apply, to put in force what is wanted; find out who changed it")
             };
-            let _ = writeln!(text, "do: {remedy}");
+            page.line(format_args!("do: {remedy}"));
         }
-        text
+        page.into_text()
     }
 }
 

@@ -8,6 +8,7 @@ pub mod delegated;
 pub mod doctor;
 pub mod dropin;
 pub mod endurance;
+pub mod escapes;
 pub mod failover;
 pub mod faults;
 pub mod flood;
@@ -105,6 +106,7 @@ pub fn all() -> Vec<Case> {
         doctor::cases(),
         dropin::cases(),
         endurance::cases(),
+        escapes::cases(),
         failover::cases(),
         faults::cases(),
         flood::cases(),

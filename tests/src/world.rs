@@ -281,7 +281,16 @@ impl Drop for World {
         if shared_table().contains(&format!("inet {}\"", self.name)) {
             let _ = ran(Command::new("nft").args(["delete", "table", "inet", SHARED_TABLE]));
         }
-        for cgroup in [self.cgroup.join("child"), self.cgroup.clone()] {
+        // A case that fails leaves what it made below.
+        let mut cgroups = vec![self.cgroup.clone()];
+        let mut at = 0;
+        while let Some(cgroup) = cgroups.get(at) {
+            let below = fs::read_dir(cgroup).into_iter().flatten().flatten();
+            let below: Vec<PathBuf> = below.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+            cgroups.extend(below);
+            at += 1;
+        }
+        for cgroup in cgroups.into_iter().rev() {
             let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
             for pid in processes.lines().filter_map(|line| line.parse().ok()) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

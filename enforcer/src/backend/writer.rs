@@ -137,10 +137,6 @@ fn holder_of(file: &File) -> Option<Holder> {
         .replace('\0', " ");
     Some(Holder {
         pid,
-        command: words
-            .chars()
-            .take(LONGEST_COMMAND)
-            .flat_map(char::escape_debug)
-            .collect(),
+        command: words.chars().take(LONGEST_COMMAND).collect(),
     })
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use enforcer_ebpf::Verdict;
 use serde::Serialize;
 
-use super::{Answer, Json, print_line, runtime};
+use super::{Answer, Json, print_one, runtime};
 use crate::{
     backend::InForce,
     config::Config,
@@ -15,6 +15,7 @@ use crate::{
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
+    text::Page,
 };
 
 #[derive(Debug, Args)]
@@ -102,15 +103,20 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
         if report.verdict != "allow" {
             answer = Answer::No;
         }
-        print_line(&report, &check.json, |report| {
-            let mut text = format!("{}  {}: {}", report.verdict, report.destination, report.reason);
-            for target in &report.targets {
-                text.push_str(&format!("\n      target {}: {}", target.name, target.reason));
-            }
-            text
-        })?;
+        print_one(&report, &check.json, CheckReport::render)?;
     }
     Ok(answer)
+}
+
+impl CheckReport {
+    fn render(&self) -> String {
+        let mut page = Page::default();
+        page.line(format_args!("{}  {}: {}", self.verdict, self.destination, self.reason));
+        for target in &self.targets {
+            page.line(format_args!("      target {}: {}", target.name, target.reason));
+        }
+        page.into_text()
+    }
 }
 
 fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {

@@ -4,10 +4,12 @@ use std::{ffi::OsString, path::Path, time::Duration};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use comfy_table::{Table, presets};
 
-use super::{Answer, Json, place, print, print_line, print_one, runtime};
-use crate::control::{self, GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector};
+use super::{Answer, Json, as_line, place, print, print_one, runtime};
+use crate::{
+    control::{self, GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector},
+    text::{self, Page},
+};
 
 /// How long the daemon may take: it answers when the kernel and the disk hold it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -72,7 +74,7 @@ pub(super) fn grant(config: &Path, grant: &Grant) -> Result<Answer> {
     let Reply::Grant(event) = ask(config, &request)? else {
         return unexpected();
     };
-    print_line(&*event, &grant.json, ToString::to_string)
+    print_one(&*event, &grant.json, as_line)
 }
 
 pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
@@ -85,7 +87,7 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
         return unexpected();
     };
     for event in &events {
-        print_line(event, &revoke.json, ToString::to_string)?;
+        print_one(event, &revoke.json, as_line)?;
     }
     if events.is_empty() {
         if !revoke.json.json {
@@ -136,25 +138,23 @@ fn unexpected() -> Result<Answer> {
     bail!("the daemon answered something else; is it another version?")
 }
 
-fn render(report: &GrantsReport) -> String {
+pub(crate) fn render(report: &GrantsReport) -> String {
     if report.grants.is_empty() {
         return "nothing is granted\n".to_owned();
     }
-    let mut table = Table::new();
-    table
-        .load_preset(presets::NOTHING)
-        .set_header(["target", "to", "since", "expires", "asked by", ""]);
-    for grant in &report.grants {
-        table.add_row([
+    let mut page = Page::default();
+    let rows = report.grants.iter().map(|grant| {
+        [
             grant.target.clone(),
             whom(grant),
             grant.since.clone(),
             grant.expires.clone().unwrap_or_else(|| "never".to_owned()),
-            format!("{}[{}] uid {}", grant.comm.escape_debug(), grant.pid, grant.uid),
+            format!("{}[{}] uid {}", text::name(&grant.comm), grant.pid, grant.uid),
             note(grant),
-        ]);
-    }
-    format!("{table}\n")
+        ]
+    });
+    page.table(["target", "to", "since", "expires", "asked by", ""], rows);
+    page.into_text()
 }
 
 fn whom(grant: &GrantStatus) -> String {

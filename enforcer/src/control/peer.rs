@@ -99,8 +99,7 @@ impl Peer {
     /// Its name, which it chooses itself.
     #[must_use]
     pub fn comm(&self) -> String {
-        let name = fs::read(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
-        String::from_utf8_lossy(name.trim_ascii_end()).into_owned()
+        host::task_name(self.pid)
     }
 
     /// The cgroup that it is in now.
@@ -122,7 +121,7 @@ impl Peer {
 
     /// The cgroup of a process to which it gave a number.
     pub fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let status = host::read_lossy(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         // One number: that of our own PID namespace, which is its own too (proc(5)).
         if numbers.is_none_or(|numbers| numbers.split_whitespace().count() != 1) {
@@ -146,7 +145,7 @@ fn is_still(process: &OwnedFd, pid: u32) -> bool {
 
 /// When a process was started, in ticks since boot (proc(5), stat field 22): tells it from a later one of the same number.
 fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = host::read_lossy(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything.
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_whitespace().nth(19)?.parse().ok()
@@ -170,7 +169,12 @@ fn read(pid: u32, text: &[u8], shown: &Path) -> Result<CgroupPath, CgroupError> 
     let line = text
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"0::"));
-    let cgroup = String::from_utf8_lossy(line.ok_or(CgroupError::NoCgroup2 { pid })?).into_owned();
+    let line = line.ok_or(CgroupError::NoCgroup2 { pid })?;
+    let cgroup = String::from_utf8(line.to_vec()).map_err(|_| CgroupError::Path {
+        pid,
+        cgroup: String::from_utf8_lossy(line).into_owned(),
+        error: CgroupPathError::Encoding,
+    })?;
     if cgroup.ends_with(" (deleted)") {
         return Err(CgroupError::Gone { pid });
     }

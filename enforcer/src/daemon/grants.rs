@@ -13,6 +13,7 @@ use crate::{
     host::{self, NoMatch},
     policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
     ruleset::Writable,
+    text,
 };
 
 /// Longest time that a grant with an end may have (F7).
@@ -320,7 +321,7 @@ impl Daemon {
             .map(|target| target.name.as_str())
             .collect();
         GrantError::UnknownTarget {
-            target: target.escape_debug().to_string(),
+            target: target.to_owned(),
             known: known.join(", "),
         }
     }
@@ -385,5 +386,5 @@ fn asker(peer: &Peer) -> Asker {
 }
 
 fn describe(peer: &Peer) -> String {
-    format!("{}[{}] uid {}", peer.comm().escape_debug(), peer.pid, peer.uid)
+    format!("{}[{}] uid {}", text::name(&peer.comm()), peer.pid, peer.uid)
 }

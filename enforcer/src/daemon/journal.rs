@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::events::Event;
+use crate::{events::Event, text};
 
 /// Between two lines of one kind.
 const PERIOD: Duration = Duration::from_mins(1);
@@ -148,9 +148,8 @@ impl Kind {
             Who::Nobody => write!(line, "no user of this host"),
         };
         if let Some(comm) = &seen.comm {
-            // Nothing in it may steer a terminal, or begin a line.
             let others = if seen.others { " and others" } else { "" };
-            let _ = write!(line, " ({}{others})", comm.escape_debug());
+            let _ = write!(line, " ({}{others})", text::name(comm));
         }
         line
     }
@@ -212,7 +211,7 @@ mod tests {
     fn who_it_was_in_words() {
         let told = |event: &Event| Journal::default().take(event, Instant::now()).unwrap_or_default();
         let odd = event(Some(7), 1, Some("a\x1b[2J\n"));
-        assert!(told(&odd).ends_with("by uid 7 (a\\u{1b}[2J\\n)"), "{}", told(&odd));
+        assert!(told(&odd).ends_with("by uid 7 (\"a\\u{1b}[2J\\n\")"), "{}", told(&odd));
         assert!(told(&event(Some(7), 1, None)).ends_with("by uid 7"));
         assert!(told(&event(None, 1, None)).ends_with("by no user of this host"));
         let other = Event {

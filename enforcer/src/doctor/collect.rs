@@ -37,6 +37,7 @@ use crate::{
     state::{self, LastGood},
     status::Status,
     sweep::{self, Listener},
+    text,
     visibility::Visibility,
 };
 
@@ -396,19 +397,18 @@ impl Seen {
                 continue;
             };
             let path = format!("/proc/{pid}");
-            let name = fs::read_to_string(format!("{path}/comm")).unwrap_or_default();
-            let name = name.trim().to_owned();
+            let name = host::task_name(pid);
             if let Ok(other) = namespace(&path, "net")
                 && other != net
             {
                 self.namespaces
                     .entry(other)
-                    .or_insert_with(|| format!("{name} (pid {pid})"));
+                    .or_insert_with(|| format!("{} (pid {pid})", text::name(&name)));
                 ways.entry(other)
                     .or_insert_with(|| PathBuf::from(format!("{path}/ns/net")));
             }
             if namespace(&path, "user").is_ok_and(|other| other == user) {
-                let status = fs::read_to_string(format!("{path}/status")).unwrap_or_default();
+                let status = host::read_lossy(format!("{path}/status")).unwrap_or_default();
                 if let Some((uid, capabilities)) = powers(&status) {
                     self.capable.push(Capable {
                         pid,

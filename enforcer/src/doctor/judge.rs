@@ -20,6 +20,7 @@ use crate::{
     host::START,
     policy::{Mode, Protocol},
     ruleset::{self, RuleSet, is_single, owners},
+    text,
     visibility::{Kept, Visibility},
 };
 
@@ -47,7 +48,7 @@ pub(super) fn host(seen: &Seen) -> Report {
             Weight::Low,
             "users other than root run processes with capabilities that get past any rule",
             seen.capable.iter().map(|one| {
-                format!("{} (pid {}, user {}): {}", one.name, one.pid, one.uid, one.capabilities.join(", "))
+                format!("{} (pid {}, user {}): {}", text::name(&one.name), one.pid, one.uid, one.capabilities.join(", "))
             }),
             "take the capabilities away unless they are meant (CapabilityBoundingSet= in the unit); who holds them is as good as root here",
         ));

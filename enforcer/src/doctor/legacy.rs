@@ -2,7 +2,10 @@
 
 use std::{ffi::OsStr, fs, path::Path, process::Command};
 
-use crate::backend::nftables::others::{Nat, To};
+use crate::{
+    backend::nftables::others::{Nat, To},
+    host,
+};
 
 /// Chains of the BOSH agent's and of earlier stemcells' own: table and chain, of family inet. Not `monit_access_jobs`: we make it
 /// ourselves (B5), and by itself it guards nothing.
@@ -43,7 +46,7 @@ pub(super) fn is_ours(path: &Path) -> bool {
     if let Ok(to) = fs::read_link(path) {
         return to.file_name().is_some_and(ours);
     }
-    let text = fs::read_to_string(path).unwrap_or_default();
+    let text = host::read_lossy(path).unwrap_or_default();
     let code = text.lines().filter(|line| !line.trim_start().starts_with('#'));
     code.flat_map(str::split_whitespace)
         .any(|word| Path::new(word).file_name().is_some_and(ours))

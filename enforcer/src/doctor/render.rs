@@ -1,8 +1,7 @@
 //! A report as a person reads it, at three in the morning perhaps.
 
-use std::fmt::Write as _;
-
 use super::{Report, Weight};
+use crate::text::{self, Page};
 
 /// Text is broken before this column, so that it stays readable in a narrow terminal.
 const WIDTH: usize = 110;
@@ -11,17 +10,18 @@ impl Report {
     /// As a person reads it.
     #[must_use]
     pub fn render(&self) -> String {
-        let mut text = String::new();
-        self.render_host(&mut text);
-        self.render_features(&mut text);
-        self.render_choice(&mut text);
-        self.render_findings(&mut text);
-        text
+        let mut page = Page::default();
+        self.render_host(&mut page);
+        self.render_features(&mut page);
+        self.render_choice(&mut page);
+        self.render_findings(&mut page);
+        page.into_text()
     }
 
-    fn render_host(&self, text: &mut String) {
+    fn render_host(&self, page: &mut Page) {
         let host = &self.host;
-        let mut line = |key: &str, value: &str| text.push_str(&format!("  {key:<10}{value}\n"));
+        page.line("HOST");
+        let mut line = |key: &str, value: &str| page.line(format_args!("  {key:<10}{value}"));
         match &host.root {
             Some(root) => line("image", &format!("{root}, looked at, not run")),
             None => line("host", "this one"),
@@ -36,36 +36,42 @@ impl Report {
                 .map_or_else(|| "does not answer".to_owned(), |pid| format!("pid {pid}"));
             line("daemon", &daemon);
         }
-        text.insert_str(0, "HOST\n");
     }
 
-    fn render_features(&self, text: &mut String) {
-        text.push_str("\nBACKENDS\n");
+    fn render_features(&self, page: &mut Page) {
+        page.line("");
+        page.line("BACKENDS");
         for (of, name) in [("ebpf", "ebpf"), ("nftables", "nftables"), ("either", "any")] {
             let all: Vec<_> = self.features.iter().filter(|feature| feature.of == of).collect();
             let there = all.iter().filter(|feature| feature.state == "supported").count();
-            let _ = writeln!(text, "  {name:<10}{there} of {} features", all.len());
+            page.line(format_args!("  {name:<10}{there} of {} features", all.len()));
             for feature in all.iter().filter(|feature| feature.state != "supported") {
                 let mark = if feature.required { "✗" } else { "-" };
                 let why = feature.why.as_deref().unwrap_or_default();
                 let line = format!("{} {}: {why} [{}]", feature.title, feature.state, feature.since);
-                wrapped(text, &format!("            {mark} "), "              ", &line);
+                wrapped(page, &format!("            {mark} "), "              ", &line);
             }
         }
     }
 
-    fn render_choice(&self, text: &mut String) {
+    fn render_choice(&self, page: &mut Page) {
         let choice = &self.choice;
         let backend = choice.backend.as_deref().unwrap_or("nothing");
-        let _ = writeln!(text, "\nCHOICE\n  {backend} (backend = {:?})", choice.wanted);
-        wrapped(text, "  ", "  ", &choice.why);
+        page.line("");
+        page.line("CHOICE");
+        page.line(format_args!("  {backend} (backend = {:?})", choice.wanted));
+        wrapped(page, "  ", "  ", &choice.why);
     }
 
-    fn render_findings(&self, text: &mut String) {
+    fn render_findings(&self, page: &mut Page) {
+        page.line("");
         match self.findings.len() {
-            0 => text.push_str("\nFINDINGS\n  nothing found that weakens protection\n"),
-            1 => text.push_str("\nFINDINGS (1)\n"),
-            many => text.push_str(&format!("\nFINDINGS ({many}, the worst first)\n")),
+            0 => {
+                page.line("FINDINGS");
+                page.line("  nothing found that weakens protection");
+            }
+            1 => page.line("FINDINGS (1)"),
+            many => page.line(format_args!("FINDINGS ({many}, the worst first)")),
         }
         for finding in &self.findings {
             let weight = match finding.weight {
@@ -73,29 +79,32 @@ impl Report {
                 Weight::Medium => "medium",
                 Weight::Low => "low",
             };
-            let _ = writeln!(text, "  {weight:<8}{}", finding.id);
-            wrapped(text, "          ", "          ", &finding.what);
+            page.line(format_args!("  {weight:<8}{}", finding.id));
+            wrapped(page, "          ", "          ", &finding.what);
             for item in &finding.items {
-                wrapped(text, "            · ", "              ", item);
+                wrapped(page, "            · ", "              ", item);
             }
-            wrapped(text, "          do: ", "              ", &finding.remedy);
+            wrapped(page, "          do: ", "              ", &finding.remedy);
         }
         if !self.unseen.is_empty() {
-            text.push_str("\nNOT LOOKED AT\n");
+            page.line("");
+            page.line("NOT LOOKED AT");
             for unseen in &self.unseen {
-                wrapped(text, "  ", "    ", &format!("{}: {}", unseen.what, unseen.why));
+                wrapped(page, "  ", "    ", &format!("{}: {}", unseen.what, unseen.why));
             }
         }
     }
 }
 
 /// A paragraph, its first line begun one way and its others another.
-fn wrapped(text: &mut String, first: &str, next: &str, paragraph: &str) {
+fn wrapped(page: &mut Page, first: &str, next: &str, paragraph: &str) {
     let mut line = first.to_owned();
     let mut empty = true;
-    for word in paragraph.split_whitespace() {
+    // Broken at our own blanks alone, and after what is not printable has become longer.
+    let paragraph = text::line(paragraph);
+    for word in paragraph.split(' ').filter(|word| !word.is_empty()) {
         if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
-            let _ = writeln!(text, "{line}");
+            page.line(&line);
             next.clone_into(&mut line);
             empty = true;
         }
@@ -105,5 +114,5 @@ fn wrapped(text: &mut String, first: &str, next: &str, paragraph: &str) {
         line.push_str(word);
         empty = false;
     }
-    let _ = writeln!(text, "{line}");
+    page.line(&line);
 }

@@ -120,6 +120,9 @@ pub enum CgroupPathError {
     /// A control character: the kernel allows none that we would have to print.
     #[error("a cgroup path has no control characters; remove them")]
     Control,
+    /// Bytes that are no text: written as text they would be the path of another cgroup.
+    #[error("a cgroup path is UTF-8; rename the cgroup")]
+    Encoding,
     /// Longer than the kernel takes.
     #[error("a cgroup path has at most {MAX_CGROUP_PATH} bytes; shorten it")]
     Length,
