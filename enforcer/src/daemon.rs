@@ -12,13 +12,15 @@ mod journal;
 mod keep;
 mod lookups;
 mod mounts;
+mod recent;
 mod report;
 mod sources;
+mod tally;
 mod trace;
 mod wanted;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     path::Path,
     time::{Duration, Instant},
@@ -33,13 +35,15 @@ use tracing::{error, info, warn};
 
 use self::{
     boot::{Left, Pending},
-    denials::{KEPT_EVENTS, rest_after, send_events},
+    denials::{rest_after, send_events},
     drift::Drift,
     faults::{About, Faults},
     journal::Journal,
     keep::Kept,
     mounts::Mounts,
+    recent::{KEPT_EVENTS, Recent},
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
+    tally::Tally,
 };
 use crate::{
     backend::{Enforcement, Start, nftables},
@@ -96,9 +100,10 @@ struct Daemon {
     /// How much the kernel programs tell.
     log_level: u8,
     drift: Drift,
-    events: VecDeque<Line>,
+    recent: Recent,
     followers: broadcast::Sender<Line>,
     journal: Journal,
+    tally: Tally,
     /// Those that the kernel programs could not hand over, as far as they were told.
     lost: Option<u64>,
     /// Since when there was more to be taken than was taken at once.
@@ -192,6 +197,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
     let mut denials = daemon.denials()?;
     let mut logged = daemon.logged()?;
+    daemon.begin_to_count();
     let changes = nftables::Changes::subscribe().and_then(readable).ok();
     if let Some(kernel) = daemon.enforcement.kernel() {
         trace::start(kernel);
@@ -347,9 +353,10 @@ impl Daemon {
             round: 0,
             answered_rounds: BTreeMap::new(),
             waiting: Vec::new(),
-            events: VecDeque::new(),
+            recent: Recent::default(),
             followers: broadcast::channel(KEPT_EVENTS).0,
             journal: Journal::default(),
+            tally: Tally::default(),
             lost: None,
             flood: None,
             lost_logged: 0,
@@ -482,9 +489,7 @@ impl Daemon {
             self.look_at_host();
         }
         self.look_at_kept();
-        for line in self.journal.due(Instant::now()) {
-            info!("{line}");
-        }
+        self.tell_denials();
         self.retry()
     }
 
@@ -644,7 +649,7 @@ impl Daemon {
                 self.answer_waiting();
             }
             Request::Events { follow } => {
-                let kept: Vec<Line> = self.events.iter().cloned().collect();
+                let kept: Vec<Line> = self.recent.all().cloned().collect();
                 let live = follow.then(|| self.followers.subscribe());
                 tokio::spawn(send_events(kept, live, replies));
             }
@@ -677,7 +682,7 @@ impl Daemon {
 
     /// Ends, with everything of ours removed.
     fn unload(mut self) -> Result<(), DaemonError> {
-        self.journal.rest().iter().for_each(|line| info!("{line}"));
+        self.tell_rest_of_denials();
         self.enforcement.unload()?;
         info!("unloaded: nothing is in force any more");
         Ok(())
@@ -685,7 +690,7 @@ impl Daemon {
 
     /// Ends, and leaves in force what is (F1).
     fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
-        self.journal.rest().iter().for_each(|line| info!("{line}"));
+        self.tell_rest_of_denials();
         let _ = std::fs::remove_file(socket);
         let generation = self.enforcement.observe_quickly()?.generation;
         info!("stopping; generation {generation} stays in force");

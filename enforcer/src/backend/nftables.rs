@@ -322,6 +322,13 @@ impl Nftables {
         Ok(observed)
     }
 
+    /// What the counters have counted.
+    fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
+        let found = self.netlink.counters(&self.table);
+        let found = found.map_err(|error| failed(&self.table, "read the counters", error))?;
+        Ok(found.into_iter().collect())
+    }
+
     /// Removes the table.
     pub fn unload(mut self) -> Result<(), NftablesError> {
         self.remove()

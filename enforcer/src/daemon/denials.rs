@@ -12,7 +12,7 @@ use tokio::{
 
 use tracing::info;
 
-use super::{Daemon, DaemonError, sources::readable};
+use super::{Daemon, DaemonError, sources::readable, tally::Counts};
 use crate::{
     backend::{ebpf::Events, nftables},
     control::Reply,
@@ -27,8 +27,6 @@ const EVENT_TIME: Duration = Duration::from_millis(5);
 const EVENT_REST: Duration = Duration::from_millis(50);
 /// How long a flood may go on before what is lost by it is told.
 const LONG_FLOOD: Duration = Duration::from_secs(2);
-/// Denials kept for callers that ask later.
-pub(super) const KEPT_EVENTS: usize = 1024;
 
 impl Daemon {
     /// The ring buffer of the kernel programs, where they are in force.
@@ -98,17 +96,50 @@ impl Daemon {
     }
 
     fn denied(&mut self, event: Event) {
-        if let Some(line) = self.journal.take(&event, Instant::now()) {
+        let now = Instant::now();
+        self.tally.told(&event.target, now);
+        if let Some(line) = self.journal.take(&event, now) {
             info!("{line}");
         }
         self.publish(Line::Event(event));
     }
 
-    pub(super) fn publish(&mut self, line: Line) {
-        if self.events.len() == KEPT_EVENTS {
-            self.events.pop_front();
+    /// What was counted before this process is not its to tell.
+    pub(super) fn begin_to_count(&mut self) {
+        if let Some(counts) = self.counted() {
+            self.tally.start(counts);
         }
-        self.events.push_back(line.clone());
+    }
+
+    /// Logs what is due: denials of kinds that went on, and of which targets more was denied than was told.
+    pub(super) fn tell_denials(&mut self) {
+        let now = Instant::now();
+        let lines = [self.journal.due(now), self.tally.compare()];
+        lines.iter().flatten().for_each(|line| info!("{line}"));
+        if self.tally.is_due(now)
+            && let Some(counts) = self.counted()
+        {
+            self.tally.take(counts);
+        }
+    }
+
+    /// Logs what is not told yet, at the end.
+    pub(super) fn tell_rest_of_denials(&mut self) {
+        if let Some(counts) = self.counted() {
+            self.tally.take(counts);
+        }
+        let lines = [self.journal.rest(Instant::now()), self.tally.compare()];
+        lines.iter().flatten().for_each(|line| info!("{line}"));
+    }
+
+    /// What the kernel has counted of each target; none where it cannot be read, which others report.
+    fn counted(&mut self) -> Option<Counts> {
+        let targets = self.policy.targets.iter().map(|target| target.name.clone());
+        self.enforcement.denied(targets.collect()).ok()
+    }
+
+    pub(super) fn publish(&mut self, line: Line) {
+        self.recent.push(line.clone());
         let _ = self.followers.send(line);
     }
 }

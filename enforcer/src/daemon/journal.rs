@@ -1,4 +1,5 @@
-//! What the log says of denials: the first of each kind at once, then at most a line a minute with a count. Pure.
+//! What the log says of denials: the first of each kind at once, then at most a line a minute with a count. Each user has a budget
+//! of kinds, so that none crowds another out of the log. Pure.
 
 use std::{
     collections::BTreeMap,
@@ -10,29 +11,34 @@ use crate::{events::Event, text};
 
 /// Between two lines of one kind.
 const PERIOD: Duration = Duration::from_mins(1);
-/// Kinds told apart at once: a caller chooses from where, and of a prefix where to, so that there may be any number of them.
-const KINDS: usize = 256;
+/// Kinds told apart of one user at once: a caller chooses from where, and of a prefix where to, so that there may be any number.
+const KINDS: usize = 16;
+/// Users told apart at once, and of those with a UID from [`MAPPED`] on.
+const USERS: usize = 128;
+const MAPPED_USERS: usize = 32;
+/// Whoever holds a range of subordinate UIDs (man 5 subuid) may call as tens of thousands of users; they have a budget of their own.
+const MAPPED: u32 = 1 << 16;
 
-/// Who was refused what.
+/// Whose budget a denial is counted on: that of the user who connects, or with nftables of the one who made the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Caller {
+    User(u32),
+    KernelThread,
+    /// Forwarded, or a socket of the kernel's.
+    Nobody,
+}
+
+/// What one caller was refused.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Kind {
     verdict: String,
     target: String,
     protocol: String,
     endpoint: String,
-    who: Who,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Who {
-    /// A task's user, and the socket's owner where that is another; nftables sees the owner alone.
-    User {
-        uid: u32,
-        owner: Option<u32>,
-    },
-    KernelThread,
-    /// Forwarded, or a socket of the kernel's.
-    Nobody,
+    /// The socket's owner, where that is another user than the task's.
+    owner: Option<u32>,
+    /// Not every denial is logged (nftables): a count is the least that there were.
+    at_least: bool,
 }
 
 #[derive(Debug)]
@@ -45,25 +51,46 @@ struct Seen {
     others: bool,
 }
 
+/// So many that are told apart no further, and since when.
+#[derive(Debug)]
+struct Beyond {
+    count: u64,
+    since: Instant,
+}
+
+/// One user's kinds.
+#[derive(Debug, Default)]
+struct Budget {
+    kinds: BTreeMap<Kind, Seen>,
+    /// Of kinds beyond the limit.
+    beyond: Option<Beyond>,
+}
+
 /// What was told and what is still to be told.
 #[derive(Debug, Default)]
 pub(super) struct Journal {
-    kinds: BTreeMap<Kind, Seen>,
-    /// Of kinds beyond the limit, and since when.
-    beyond: Option<(u64, Instant)>,
+    users: BTreeMap<Caller, Budget>,
+    /// Of users beyond the limit.
+    beyond: Option<Beyond>,
 }
 
 impl Journal {
     /// Takes a denial; a line, if it is the first of its kind.
     pub(super) fn take(&mut self, event: &Event, now: Instant) -> Option<String> {
+        let caller = Caller::of(event);
+        if !self.users.contains_key(&caller) && !self.has_room(caller) {
+            add(&mut self.beyond, now);
+            return None;
+        }
+        let budget = self.users.entry(caller).or_default();
         let kind = Kind::of(event);
-        if let Some(seen) = self.kinds.get_mut(&kind) {
+        if let Some(seen) = budget.kinds.get_mut(&kind) {
             seen.count += 1;
             seen.others |= seen.comm != event.comm;
             return None;
         }
-        if self.kinds.len() >= KINDS {
-            self.beyond.get_or_insert((0, now)).0 += 1;
+        if budget.kinds.len() >= KINDS {
+            add(&mut budget.beyond, now);
             return None;
         }
         let seen = Seen {
@@ -72,81 +99,123 @@ impl Journal {
             comm: event.comm.clone(),
             others: false,
         };
-        let line = kind.line(1, &seen);
-        self.kinds.insert(kind, seen);
+        let line = kind.line(caller, 1, &seen);
+        budget.kinds.insert(kind, seen);
         Some(line)
+    }
+
+    fn has_room(&self, caller: Caller) -> bool {
+        let (limit, mapped) = if caller.is_mapped() {
+            (MAPPED_USERS, true)
+        } else {
+            (USERS, false)
+        };
+        self.users.keys().filter(|user| user.is_mapped() == mapped).count() < limit
     }
 
     /// What is due; a kind of which nothing came for a period is forgotten.
     pub(super) fn due(&mut self, now: Instant) -> Vec<String> {
-        let mut lines = Vec::new();
-        self.kinds.retain(|kind, seen| {
-            if now.saturating_duration_since(seen.since) < PERIOD {
-                return true;
-            }
-            if seen.count == 0 {
-                return false;
-            }
-            lines.push(kind.line(seen.count, seen));
-            (seen.since, seen.count) = (now, 0);
-            true
-        });
-        let is_due = |(_, since): &mut (u64, Instant)| now.saturating_duration_since(*since) >= PERIOD;
-        lines.extend(self.beyond.take_if(is_due).map(others));
-        lines
+        let is_due = |since: Instant| now.saturating_duration_since(since) >= PERIOD;
+        self.lines(is_due, now)
     }
 
     /// Everything that is not told yet, at the end.
-    pub(super) fn rest(&mut self) -> Vec<String> {
-        let kinds = std::mem::take(&mut self.kinds);
-        let untold = kinds.iter().filter(|(_, seen)| seen.count > 0);
-        let mut lines: Vec<String> = untold.map(|(kind, seen)| kind.line(seen.count, seen)).collect();
-        lines.extend(self.beyond.take().map(others));
+    pub(super) fn rest(&mut self, now: Instant) -> Vec<String> {
+        let lines = self.lines(|_| true, now);
+        *self = Self::default();
+        lines
+    }
+
+    fn lines(&mut self, is_due: impl Fn(Instant) -> bool, now: Instant) -> Vec<String> {
+        let mut lines = Vec::new();
+        self.users.retain(|caller, budget| {
+            budget.kinds.retain(|kind, seen| {
+                if !is_due(seen.since) {
+                    return true;
+                }
+                if seen.count == 0 {
+                    return false;
+                }
+                lines.push(kind.line(*caller, seen.count, seen));
+                (seen.since, seen.count) = (now, 0);
+                true
+            });
+            if let Some(beyond) = budget.beyond.take_if(|beyond| is_due(beyond.since)) {
+                lines.push(format!(
+                    "{} more denials of {}, of more kinds than are told apart of one user (see enforcer events)",
+                    beyond.count,
+                    caller.words()
+                ));
+            }
+            !budget.kinds.is_empty() || budget.beyond.is_some()
+        });
+        if let Some(beyond) = self.beyond.take_if(|beyond| is_due(beyond.since)) {
+            lines.push(format!(
+                "{} more denials, of more users than are told apart here (see enforcer events)",
+                beyond.count
+            ));
+        }
         lines
     }
 }
 
-fn others((count, _): (u64, Instant)) -> String {
-    format!("{count} more denials, of more kinds than are told apart here (see enforcer events)")
+fn add(beyond: &mut Option<Beyond>, now: Instant) {
+    beyond.get_or_insert(Beyond { count: 0, since: now }).count += 1;
+}
+
+impl Caller {
+    pub(super) fn of(event: &Event) -> Self {
+        match (event.kernel_thread, event.task_uid.or(event.socket_uid)) {
+            (true, _) => Self::KernelThread,
+            (false, Some(uid)) => Self::User(uid),
+            (false, None) => Self::Nobody,
+        }
+    }
+
+    /// Whether it may be one of many that are all the same user.
+    pub(super) fn is_mapped(self) -> bool {
+        matches!(self, Self::User(MAPPED..))
+    }
+
+    fn words(self) -> String {
+        match self {
+            Self::User(uid) => format!("uid {uid}"),
+            Self::KernelThread => "a kernel thread".to_owned(),
+            Self::Nobody => "no user of this host".to_owned(),
+        }
+    }
 }
 
 impl Kind {
     fn of(event: &Event) -> Self {
-        let who = match (event.kernel_thread, event.task_uid, event.socket_uid) {
-            (true, ..) => Who::KernelThread,
-            (false, Some(uid), owner) => Who::User {
-                uid,
-                owner: owner.filter(|owner| *owner != uid),
-            },
-            (false, None, Some(uid)) => Who::User { uid, owner: None },
-            (false, None, None) => Who::Nobody,
-        };
+        let owner = event
+            .socket_uid
+            .filter(|owner| event.task_uid.is_some_and(|uid| uid != *owner));
         Self {
             verdict: event.verdict.clone(),
             target: event.target.clone(),
             protocol: event.protocol.clone(),
             endpoint: event.judged.clone(),
-            who,
+            owner: owner.filter(|_| !event.kernel_thread),
+            at_least: event.backend == "nftables",
         }
     }
 
-    fn line(&self, count: u64, seen: &Seen) -> String {
+    fn line(&self, caller: Caller, count: u64, seen: &Seen) -> String {
         let refused = if self.verdict == "deny" { "denied" } else { "would deny" };
+        let at_least = if self.at_least && count > 1 { "at least " } else { "" };
         let attempts = if count == 1 { "attempt" } else { "attempts" };
         let mut line = format!(
-            "{refused} {count} {attempts} on {} ({} {}) by ",
-            self.target, self.protocol, self.endpoint
+            "{refused} {at_least}{count} {attempts} on {} ({} {}) by {}",
+            self.target,
+            self.protocol,
+            self.endpoint,
+            caller.words()
         );
         // Writing to a string cannot fail.
-        let _ = match self.who {
-            Who::User { uid, owner: None } => write!(line, "uid {uid}"),
-            Who::User {
-                uid,
-                owner: Some(owner),
-            } => write!(line, "uid {uid} with a socket of uid {owner}"),
-            Who::KernelThread => write!(line, "a kernel thread"),
-            Who::Nobody => write!(line, "no user of this host"),
-        };
+        if let Some(owner) = self.owner {
+            let _ = write!(line, " with a socket of uid {owner}");
+        }
         if let Some(comm) = &seen.comm {
             let others = if seen.others { " and others" } else { "" };
             let _ = write!(line, " ({}{others})", text::name(comm));
@@ -203,8 +272,8 @@ mod tests {
         assert_eq!(journal.due(at(120)), Vec::<String>::new());
         assert_eq!(journal.take(&curl, at(121)).as_deref(), Some(first));
         assert_eq!(journal.take(&curl, at(122)), None);
-        assert_eq!(journal.rest(), [first]);
-        assert_eq!(journal.rest(), Vec::<String>::new());
+        assert_eq!(journal.rest(at(123)), [first]);
+        assert_eq!(journal.rest(at(123)), Vec::<String>::new());
     }
 
     #[test]
@@ -231,19 +300,43 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_kept_than_the_limit() {
+    fn a_user_has_a_budget_and_crowds_nobody_out() {
         let (mut journal, start) = (Journal::default(), Instant::now());
-        let mut told = 0;
-        for port in 0..1000 {
-            told += usize::from(journal.take(&event(Some(1), port, None), start).is_some());
-        }
-        assert_eq!((told, journal.kinds.len()), (KINDS, KINDS));
+        let mut told = |uid, port| usize::from(journal.take(&event(Some(uid), port, Some("a")), start).is_some());
+        assert_eq!((0..1000).map(|port| told(1, port)).sum::<usize>(), KINDS);
+        // Another user's is told, one of many users of one range is not.
+        assert_eq!(told(2, 1), 1);
+        assert_eq!((0..1000).map(|uid| told(100_000 + uid, 1)).sum::<usize>(), MAPPED_USERS);
+        assert_eq!(told(3, 1), 1);
+        assert_eq!((4..1000).map(|uid| told(uid, 1)).sum::<usize>(), USERS - 3);
         assert_eq!(journal.due(start + Duration::from_secs(1)), Vec::<String>::new());
         let lines = journal.due(start + PERIOD);
+        let beyond = 1000 - MAPPED_USERS + 996 - (USERS - 3);
         assert_eq!(
             lines,
-            ["744 more denials, of more kinds than are told apart here (see enforcer events)"]
+            [
+                "984 more denials of uid 1, of more kinds than are told apart of one user (see enforcer events)"
+                    .to_owned(),
+                format!("{beyond} more denials, of more users than are told apart here (see enforcer events)")
+            ]
         );
-        assert!(journal.kinds.is_empty());
+        assert!(journal.users.is_empty());
+    }
+
+    #[test]
+    fn what_is_logged_in_part_is_the_least_there_was() {
+        let (mut journal, start) = (Journal::default(), Instant::now());
+        let logged = Event {
+            backend: "nftables".to_owned(),
+            ..event(Some(7), 1, None)
+        };
+        let first = "denied 1 attempt on monit (tcp 127.0.0.1:1) by uid 7";
+        assert_eq!(journal.take(&logged, start).as_deref(), Some(first));
+        assert_eq!(journal.take(&logged, start), None);
+        assert_eq!(journal.take(&logged, start), None);
+        assert_eq!(
+            journal.due(start + PERIOD),
+            ["denied at least 2 attempts on monit (tcp 127.0.0.1:1) by uid 7"]
+        );
     }
 }

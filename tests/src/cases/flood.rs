@@ -1,7 +1,9 @@
 //! F10: an unprivileged user who connects as fast as the host lets him, or keeps the disk busy, keeps nobody from the daemon.
 
 use std::{
-    fs, thread,
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -26,6 +28,8 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("f10_denials_at_full_speed_keep_nobody_waiting", under_denials).on(ALL),
+        case("f10_no_user_crowds_another_out_of_the_log", crowd).on(ALL),
+        case("f10_what_came_too_fast_to_be_told_is_counted", counted).on(ALL),
         case("f10_a_disk_that_does_not_answer_keeps_nobody_waiting", slow_disk).on(EBPF),
     ]
 }
@@ -95,6 +99,74 @@ fn configure(guarded: &Guarded, round: u32) -> Result<()> {
          [target.other]\nendpoints = [\"tcp://10.1.0.1:{port}\"]\nallow = [\"root\"]\ngrants = true\n",
         Backend::current().configured()
     ))
+}
+
+/// One user dials a prefix up and down, then one address as fast as he can; another is denied once.
+fn crowd() -> Result<()> {
+    let guarded = Guarded::new()?;
+    let world = &guarded.world;
+    let (here, port) = (world.here(), world.port);
+    world.configure(&format!(
+        "backend = {:?}\n[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://127.0.0.0/16:{port}\"]\nallow = [\"root\"]\n",
+        Backend::current().configured()
+    ))?;
+    let daemon = guarded.daemon()?;
+    for at in 1_u16..=300 {
+        let [high, low] = at.to_be_bytes();
+        let to = SocketAddr::from((Ipv4Addr::new(127, 0, high, low), port));
+        let outcome = guarded.attack(NOBODY)?.to(to).run()?;
+        ensure!(outcome.errno.is_some(), "{to} is reached");
+    }
+    let told = |user: u32| daemon.log().matches(&format!("by uid {user}")).count();
+    until("the first user's denials are logged", || Ok(told(NOBODY) > 0))?;
+    // nftables logs so many a second: again until one is among them.
+    until("the other user's denial is logged", || {
+        ensure!(guarded.attack(1)?.run()?.errno.is_some(), "uid 1 is let through");
+        Ok(told(1) > 0)
+    })?;
+    ensure!(told(NOBODY) <= 16, "{} lines of one user", told(NOBODY));
+    let events = || -> Result<Vec<Value>> {
+        let text = guarded.netns.enforcer(world, &["events", "--json"])?.demand(0)?.stdout;
+        text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    };
+    let of = |events: &[Value], user: u32| events.iter().filter(|event| event["socket_uid"] == user).count();
+    ensure!(of(&events()?, 1) > 0, "the other user's denial is not kept");
+    let fire = world.path("fire");
+    fs::write(&fire, "")?;
+    let hammer = guarded.attack(NOBODY)?.hammer(&fire)?;
+    until("a flood fills what is kept", || Ok(events()?.len() >= 1024))?;
+    thread::sleep(Duration::from_secs(1));
+    fs::remove_file(&fire)?;
+    hammer.finish()?;
+    let events = events()?;
+    ensure!(of(&events, 1) > 0, "the flood has pushed out what another user did");
+    ensure!(of(&events, NOBODY) > 1000, "{} of the flood", of(&events, NOBODY));
+    Ok(())
+}
+
+/// What the log says at the end is what the kernel has counted, and that is what was refused.
+fn counted() -> Result<()> {
+    let guarded = Guarded::new()?;
+    let world = &guarded.world;
+    configure(&guarded, 0)?;
+    let mut daemon = guarded.daemon()?;
+    let fire = world.path("fire");
+    fs::write(&fire, "")?;
+    let hammer = guarded.attack(NOBODY)?.hammer(&fire)?;
+    thread::sleep(Duration::from_secs(3));
+    fs::remove_file(&fire)?;
+    let blows = hammer.finish()?;
+    let denied = guarded.status()?["targets"][0]["denied"].clone();
+    let refused = blows.refused + blows.reset;
+    ensure!(denied == refused && refused > 2000, "{denied} of {blows:?}");
+    daemon.signal(Signal::SIGTERM)?;
+    ensure!(daemon.wait()? == 0, "{}", daemon.log());
+    let line = format!("the kernel counted {denied} denials of main, of which ");
+    ensure!(daemon.log().contains(&line), "{denied}: {}", daemon.log());
+    if Backend::current().is_nftables() {
+        ensure!(daemon.log().contains("denied at least "), "{}", daemon.log());
+    }
+    Ok(())
 }
 
 fn under_denials() -> Result<()> {

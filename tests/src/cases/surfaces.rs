@@ -181,7 +181,11 @@ fn logged() -> Result<()> {
     ensure!(daemon.log().matches("denied ").count() == 2, "{}", daemon.log());
     daemon.signal(Signal::SIGTERM)?;
     ensure!(daemon.wait()? == 0, "{}", daemon.log());
-    let rest = line("5 attempts", NOBODY);
+    let rest = if Backend::current().is_nftables() {
+        line("at least 5 attempts", NOBODY)
+    } else {
+        line("5 attempts", NOBODY)
+    };
     until("the rest is logged at the end", || Ok(daemon.log().contains(&rest)))?;
     ensure!(daemon.log().matches("denied ").count() == 3, "{}", daemon.log());
     if !Backend::current().is_nftables() {

@@ -99,6 +99,17 @@ impl Tables {
         self.own.denials()
     }
 
+    /// What the counters of both tables have counted, and nothing else of them.
+    pub fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
+        let shared = self.shared.as_mut().map(Nftables::counters).transpose()?;
+        Ok(self
+            .own
+            .counters()?
+            .into_iter()
+            .chain(shared.unwrap_or_default())
+            .collect())
+    }
+
     /// As [`Nftables::set_forward`].
     pub fn set_forward(&mut self, forward: Forward) {
         self.own.set_forward(forward);

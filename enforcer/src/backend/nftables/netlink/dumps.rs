@@ -247,7 +247,8 @@ impl Netlink {
         Ok(found)
     }
 
-    fn counters(&mut self, table: &str) -> io::Result<BTreeMap<String, u64>> {
+    /// Packets of each counter of a table.
+    pub fn counters(&mut self, table: &str) -> io::Result<BTreeMap<String, u64>> {
         let mut found = BTreeMap::new();
         let name = text(table);
         let fill = |header| {

@@ -1,0 +1,100 @@
+//! What happened last, for those who ask later. One user's flood pushes out that user's own events, not what others did. Pure.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::journal::Caller;
+use crate::events::Line;
+
+/// How many are kept.
+pub(super) const KEPT_EVENTS: usize = 1024;
+
+/// Whose event it is: a caller's, any of those with a mapped UID, or the daemon's own account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Of {
+    Caller(Caller),
+    Mapped,
+    Daemon,
+}
+
+/// The events, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Recent {
+    lines: VecDeque<Line>,
+    counts: HashMap<Of, usize>,
+}
+
+impl Recent {
+    /// Adds an event. When it is full the oldest of whoever has most goes.
+    pub(super) fn push(&mut self, line: Line) {
+        if self.lines.len() >= KEPT_EVENTS {
+            self.drop_one();
+        }
+        *self.counts.entry(Of::of(&line)).or_default() += 1;
+        self.lines.push_back(line);
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &Line> {
+        self.lines.iter()
+    }
+
+    fn drop_one(&mut self) {
+        let most = self.counts.iter().max_by_key(|(_, count)| **count);
+        let Some(most) = most.map(|(of, _)| *of) else { return };
+        let oldest = self.lines.iter().position(|line| Of::of(line) == most);
+        if oldest.and_then(|oldest| self.lines.remove(oldest)).is_some()
+            && let Some(count) = self.counts.get_mut(&most)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.counts.remove(&most);
+            }
+        }
+    }
+}
+
+impl Of {
+    fn of(line: &Line) -> Self {
+        match line {
+            Line::Event(event) => match Caller::of(event) {
+                caller if caller.is_mapped() => Self::Mapped,
+                caller => Self::Caller(caller),
+            },
+            Line::Existing(_) | Line::Grant(_) | Line::Lost(_) => Self::Daemon,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Lost;
+
+    fn event(uid: u32, port: usize) -> Line {
+        let text = format!(
+            r#"{{"schema":"","time":"","verdict":"deny","backend":"ebpf","pid":1,"tid":1,"comm":"a","kernel_thread":false,
+            "task_uid":{uid},"socket_uid":{uid},"cgroup_id":1,"netns_cookie":1,"source":null,"protocol":"tcp","dialled":"{port}",
+            "judged":"","target":"","generation":1}}"#
+        );
+        serde_json::from_str(&text).unwrap_or(Line::Lost(Lost::new(0)))
+    }
+
+    #[test]
+    fn a_flood_pushes_out_its_own() {
+        let mut recent = Recent::default();
+        let others = [event(7, 0), Line::Lost(Lost::new(3)), event(8, 0)];
+        others.iter().for_each(|line| recent.push(line.clone()));
+        (0..3000).for_each(|port| recent.push(event(1000, port)));
+        (0..3000).for_each(|uid| recent.push(event(100_000 + uid, 1)));
+        let kept: Vec<&Line> = recent.all().collect();
+        assert_eq!(kept.len(), KEPT_EVENTS);
+        assert!(others.iter().all(|line| kept.contains(&line)));
+        // The newest of the flood, in order.
+        let of = |uid: u32| {
+            kept.iter()
+                .filter(|line| Of::of(line) == Of::Caller(Caller::User(uid)))
+                .count()
+        };
+        assert!(of(1000) >= KEPT_EVENTS / 2 - 3, "{}", of(1000));
+        assert!(kept.contains(&&event(1000, 2999)) && !kept.contains(&&event(1000, 0)));
+    }
+}
