@@ -74,6 +74,8 @@ pub enum Way {
     UdpUnspecifiedMapped,
     UdpUnspecified6,
     UdpIoUring,
+    /// `sendto` to an address where nobody is, with an IPv6 routing header (RFC 8754) of no segments left that holds the destination.
+    UdpSpentHeader,
 }
 
 impl Way {
@@ -93,6 +95,7 @@ impl Way {
                 | Self::UdpUnspecifiedMapped
                 | Self::UdpUnspecified6
                 | Self::UdpIoUring
+                | Self::UdpSpentHeader
         )
     }
 }

@@ -323,6 +323,7 @@ fn ways_around(seen: &Seen, enforces: Enforces, findings: &mut Vec<Finding>) {
         ));
     }
     let Some(rules) = &seen.rules else { return };
+    findings.extend(udp_routing_header(seen, rules, enforces));
     let local = |to: To| match to {
         To::Address(address) => vec![address],
         To::Here => here(seen).into_iter().collect(),
@@ -398,6 +399,32 @@ fn here(seen: &Seen) -> BTreeSet<IpAddr> {
     let mut all: BTreeSet<IpAddr> = seen.host.local.iter().map(|net| net.addr().to_canonical()).collect();
     all.extend([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
     all
+}
+
+/// eBPF is asked before the header is made, and where the socket is connected elsewhere it is not asked at all (§5). What was asked for
+/// TCP gets no answer: that comes from another address than the one that was dialled.
+fn udp_routing_header(seen: &Seen, rules: &RuleSet, enforces: Enforces) -> Option<Finding> {
+    let udp6 = |place: &ruleset::Place| place.protocol == Protocol::Udp && matches!(place.net, ipnet::IpNet::V6(_));
+    let places = rules.places.iter().filter(|(place, _)| udp6(place));
+    let items: Vec<String> = places
+        .map(|(place, _)| format!("udp [{}]:{}", place.net.addr(), place.port))
+        .collect();
+    if items.is_empty() || !enforces.ebpf || enforces.nftables {
+        return None;
+    }
+    // Of the hosts where the others are nothing is known here.
+    let weight = if seen.segment_routing.is_empty() {
+        Weight::Medium
+    } else {
+        Weight::High
+    };
+    Some(finding(
+        "udp-routing-header",
+        weight,
+        "a UDP packet with a spent IPv6 routing header is delivered to an address that the call did not name, where the host that has it accepts segment routing; eBPF evaluates the call",
+        items,
+        "set backend = \"both\": nftables evaluates the packet; or see that net.ipv6.conf.*.seg6_enabled is 0 where these endpoints are",
+    ))
 }
 
 fn network(seen: &Seen, findings: &mut Vec<Finding>) {

@@ -212,6 +212,25 @@ fn each_other_fact_is_found() {
     check(passing("nftables"), &["past-ip-hooks"]);
     check(passing("both"), &[]);
     check(passing("ebpf"), &[]);
+    let endpoint = |protocol, net: &'static str, backend: &'static str| {
+        move |seen: &mut Seen| {
+            let net = net.parse().map(|net| Place {
+                protocol,
+                port: 53,
+                net,
+            });
+            let places = seen.rules.iter_mut().map(|rules| &mut rules.places);
+            places.for_each(|places| places.extend(net.iter().map(|place| (*place, 1))));
+            seen.in_force = Some(backend.to_owned());
+        }
+    };
+    check(
+        endpoint(Protocol::Udp, "2001:db8::5/128", "ebpf"),
+        &["udp-routing-header"],
+    );
+    check(endpoint(Protocol::Udp, "2001:db8::5/128", "both"), &[]);
+    check(endpoint(Protocol::Udp, "10.0.0.5/32", "ebpf"), &[]);
+    check(endpoint(Protocol::Tcp, "2001:db8::5/128", "ebpf"), &[]);
     let namespaces = |seen: &mut Seen| drop(seen.namespaces.insert(1, "runc".to_owned()));
     check(namespaces, &["other-network-namespaces"]);
     check(

@@ -163,7 +163,8 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
         | Way::UdpUnspecified
         | Way::UdpUnspecifiedMapped
         | Way::UdpUnspecified6
-        | Way::UdpIoUring => dial_udp(attempt, socket)?,
+        | Way::UdpIoUring
+        | Way::UdpSpentHeader => dial_udp(attempt, socket)?,
     }
     Ok(started.elapsed())
 }
@@ -245,9 +246,39 @@ fn dial_udp(attempt: &Attempt, socket: &Socket) -> io::Result<()> {
             )?;
         }
         Way::UdpIoUring => ring_sendmsg(socket, to)?,
+        Way::UdpSpentHeader => {
+            let (nowhere, by) = spent_header(to)?;
+            // SAFETY: a header of the length given (man 7 ipv6, IPV6_RTHDR).
+            check(unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    libc::IPPROTO_IPV6,
+                    libc::IPV6_RTHDR,
+                    by.as_ptr().cast(),
+                    24,
+                )
+            })?;
+            socket.send_to(b"x", &SockAddr::from(SocketAddr::from((nowhere, port))))?;
+        }
         _ => {}
     }
     Ok(())
+}
+
+/// A segment routing header of one segment, none left: the kernel sends the packet to that segment, wherever the call wanted it to go.
+/// With it an address to be named by the call: the kernel makes the checksum for that, so that it has the same words in another order.
+fn spent_header(to: SocketAddr) -> io::Result<(Ipv6Addr, [u8; 24])> {
+    const SEGMENT_ROUTING: u8 = 4;
+    let IpAddr::V6(segment) = to.ip() else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let mut header = [0; 24];
+    // Its length beyond the first 8 bytes in units of 8; segments left and the last segment's number are 0.
+    header[1..3].copy_from_slice(&[2, SEGMENT_ROUTING]);
+    header[8..].copy_from_slice(&segment.octets());
+    let mut words = segment.segments();
+    words.rotate_left(1);
+    Ok((Ipv6Addr::from(words), header))
 }
 
 fn ring_connect(socket: &Socket, to: SocketAddr, ring: io_uring::IoUring, by_worker: bool) -> io::Result<()> {

@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::{Case, case, nftables::Guarded};
 use crate::{
-    backend::{BOTH, Backend, PACKETS},
+    attack::Way,
+    backend::{ALL, BOTH, Backend, PACKETS},
     world::{Listener, NOBODY, Netns, ran},
 };
 
@@ -16,6 +17,11 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("s5_devices_past_the_ip_hooks_are_named", named).on(PACKETS),
+        case(
+            "s5_udp_by_a_spent_routing_header_is_seen_by_its_packet_alone",
+            spent_header,
+        )
+        .on(ALL),
         case("s5_both_refuses_what_passes_the_ip_hooks", refused).on(BOTH),
     ]
 }
@@ -138,4 +144,37 @@ fn refused() -> Result<()> {
         .netns
         .enforcer(&neighbours.guarded.world, &["unload"])?;
     unload.demand(0).map(drop)
+}
+
+/// eBPF is asked for the address that the call names; the packet goes to the one that its header names.
+fn spent_header() -> Result<()> {
+    let guarded = Guarded::new()?;
+    let (world, backend) = (&guarded.world, Backend::current());
+    for device in ["all", "lo"] {
+        guarded.netns.set(&format!("ipv6/conf/{device}/seg6_enabled"), "1")?;
+    }
+    let here = SocketAddr::new("::1".parse()?, world.port);
+    let attack = || Ok::<_, anyhow::Error>(guarded.attack(NOBODY)?.to(here));
+    attack()?.way(Way::UdpSpentHeader).reaches()?;
+    guarded.configure(backend.configured(), &[format!("udp://{here}")], r#"["root"]"#)?;
+    guarded.apply()?;
+    let plain = attack()?.way(Way::UdpSendto).run()?;
+    ensure!(plain.errno.is_some(), "it is not refused at all");
+    guarded.attack(0)?.to(here).way(Way::UdpSpentHeader).reaches()?;
+    let report = guarded.netns.enforcer(world, &["doctor", "--json"])?;
+    let report: Value = serde_json::from_str(&report.stdout)?;
+    let findings = report["findings"].as_array().into_iter().flatten();
+    let finding = findings.filter(|finding| finding["id"] == "udp-routing-header").next();
+    if backend == Backend::Ebpf {
+        attack()?.way(Way::UdpSpentHeader).reaches()?;
+        let finding = finding.ok_or_else(|| anyhow::anyhow!("doctor does not say so: {report}"))?;
+        ensure!(
+            finding["weight"] == "high" && finding["items"].to_string().contains("[::1]"),
+            "{finding}"
+        );
+    } else {
+        attack()?.way(Way::UdpSpentHeader).is_reset()?;
+        ensure!(finding.is_none(), "{report}");
+    }
+    Ok(())
 }
