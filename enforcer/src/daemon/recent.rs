@@ -10,7 +10,7 @@ pub(super) const KEPT_EVENTS: usize = 1024;
 
 /// Whose event it is: a caller's, any of those with a mapped UID, or the daemon's own account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Of {
+enum Origin {
     Caller(Caller),
     Mapped,
     Daemon,
@@ -20,7 +20,7 @@ enum Of {
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     lines: VecDeque<Line>,
-    counts: HashMap<Of, usize>,
+    counts: HashMap<Origin, usize>,
 }
 
 impl Recent {
@@ -29,7 +29,7 @@ impl Recent {
         if self.lines.len() >= KEPT_EVENTS {
             self.drop_one();
         }
-        *self.counts.entry(Of::of(&line)).or_default() += 1;
+        *self.counts.entry(Origin::from_line(&line)).or_default() += 1;
         self.lines.push_back(line);
     }
 
@@ -40,7 +40,7 @@ impl Recent {
     fn drop_one(&mut self) {
         let most = self.counts.iter().max_by_key(|(_, count)| **count);
         let Some(most) = most.map(|(of, _)| *of) else { return };
-        let oldest = self.lines.iter().position(|line| Of::of(line) == most);
+        let oldest = self.lines.iter().position(|line| Origin::from_line(line) == most);
         if oldest.and_then(|oldest| self.lines.remove(oldest)).is_some()
             && let Some(count) = self.counts.get_mut(&most)
         {
@@ -52,8 +52,8 @@ impl Recent {
     }
 }
 
-impl Of {
-    fn of(line: &Line) -> Self {
+impl Origin {
+    fn from_line(line: &Line) -> Self {
         match line {
             Line::Event(event) => match Caller::of(event) {
                 caller if caller.is_mapped() => Self::Mapped,
@@ -82,7 +82,9 @@ mod tests {
     fn a_flood_pushes_out_its_own() {
         let mut recent = Recent::default();
         let others = [event(7, 0), Line::Lost(Lost::new(3)), event(8, 0)];
-        others.iter().for_each(|line| recent.push(line.clone()));
+        for line in &others {
+            recent.push(line.clone());
+        }
         (0..3000).for_each(|port| recent.push(event(1000, port)));
         (0..3000).for_each(|uid| recent.push(event(100_000 + uid, 1)));
         let kept: Vec<&Line> = recent.all().collect();
@@ -91,7 +93,7 @@ mod tests {
         // The newest of the flood, in order.
         let of = |uid: u32| {
             kept.iter()
-                .filter(|line| Of::of(line) == Of::Caller(Caller::User(uid)))
+                .filter(|line| Origin::from_line(line) == Origin::Caller(Caller::User(uid)))
                 .count()
         };
         assert!(of(1000) >= KEPT_EVENTS / 2 - 3, "{}", of(1000));

@@ -163,8 +163,8 @@ fn spent_header() -> Result<()> {
     guarded.attack(0)?.to(here).way(Way::UdpSpentHeader).reaches()?;
     let report = guarded.netns.enforcer(world, &["doctor", "--json"])?;
     let report: Value = serde_json::from_str(&report.stdout)?;
-    let findings = report["findings"].as_array().into_iter().flatten();
-    let finding = findings.filter(|finding| finding["id"] == "udp-routing-header").next();
+    let mut findings = report["findings"].as_array().into_iter().flatten();
+    let finding = findings.find(|finding| finding["id"] == "udp-routing-header");
     if backend == Backend::Ebpf {
         attack()?.way(Way::UdpSpentHeader).reaches()?;
         let finding = finding.ok_or_else(|| anyhow::anyhow!("doctor does not say so: {report}"))?;
