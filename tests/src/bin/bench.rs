@@ -1,5 +1,5 @@
 //! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should run.
-//! An argument, `connects`, `established`, `nftables`, `programs`, `starts` or `updates`, chooses one part.
+//! An argument, `connects`, `established`, `forwarded`, `nftables`, `programs`, `starts` or `updates`, chooses one part.
 
 use std::{
     fs,
@@ -35,9 +35,10 @@ fn main() -> ExitCode {
 
 fn measure() -> Result<()> {
     let only = std::env::args().nth(1);
-    let parts: [(&str, Part); 6] = [
+    let parts: [(&str, Part); 7] = [
         ("connects", connects),
         ("established", established),
+        ("forwarded", forwarded),
         ("nftables", nftables),
         ("programs", programs),
         ("starts", starts),
@@ -148,15 +149,16 @@ impl std::fmt::Display for Ratios {
 
 type Slice<'a> = dyn FnMut() -> Result<Duration> + 'a;
 
-/// Both ends of a connection over the loopback of a network namespace, made in a cgroup.
+/// Both ends of a connection.
 struct Ends {
     near: TcpStream,
     far: TcpStream,
 }
 
 impl Ends {
+    /// Over the loopback of a network namespace, made in a cgroup.
     fn new(netns: &Netns, world: &World) -> Result<Self> {
-        let (netns, port) = (netns.file(), world.port);
+        let place = SocketAddr::from((Ipv4Addr::LOCALHOST, world.port));
         let ours = fs::read_to_string("/proc/self/cgroup")?;
         let ours = ours
             .lines()
@@ -164,18 +166,19 @@ impl Ends {
             .unwrap_or_default();
         let pid = std::process::id().to_string();
         fs::write(world.cgroup.join("cgroup.procs"), &pid)?;
-        let made = std::thread::spawn(move || -> Result<Self> {
-            setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-            let near = TcpStream::connect(listener.local_addr()?)?;
-            let (far, _) = listener.accept()?;
-            near.set_nodelay(true)?;
-            far.set_nodelay(true)?;
-            Ok(Self { near, far })
-        });
-        let made = made.join();
+        let made = Self::between(netns, netns, place);
         fs::write(cgroup_mount()?.join(ours).join("cgroup.procs"), &pid)?;
-        made.map_err(|_| anyhow::anyhow!("the thread panicked"))?
+        made
+    }
+
+    /// From one network namespace to an address of another.
+    fn between(from: &Netns, to: &Netns, place: SocketAddr) -> Result<Self> {
+        let listener = to.within(|| Ok(TcpListener::bind(place)?))?;
+        let near = from.within(|| Ok(TcpStream::connect(place)?))?;
+        let (far, _) = listener.accept()?;
+        near.set_nodelay(true)?;
+        far.set_nodelay(true)?;
+        Ok(Self { near, far })
     }
 
     /// A byte there and back, so often.
@@ -250,6 +253,100 @@ fn established() -> Result<()> {
         let (mut before, mut after) = (Ends::new(&without, &bare)?, Ends::new(&with, &world)?);
         let ratios = Ratios::of(PAIRS, &mut || before.trips(TRIPS), &mut || after.trips(TRIPS))?;
         println!("{:>10} {count:>7}  {ratios}", backend.unwrap_or("no rules"));
+    }
+    Ok(())
+}
+
+/// A container, the host that forwards what it sends, and a server behind that; rules for so many endpoints on the host, or none.
+struct Passage {
+    _world: World,
+    container: Netns,
+    _host: Netns,
+    server: Netns,
+    _listener: Listener,
+    port: u16,
+}
+
+impl Passage {
+    /// The server's address that is an endpoint where there are rules, at a port of its own, and one that is none.
+    const ENDPOINT: Ipv4Addr = Ipv4Addr::new(10, 53, 0, 2);
+    const OTHER: Ipv4Addr = Ipv4Addr::new(10, 53, 0, 3);
+
+    fn new(rules: Option<u32>) -> Result<Self> {
+        let world = World::new()?;
+        let [container, host, server] = ["c", "h", "s"].map(|name| Netns::new(&world, name));
+        let (container, host, server) = (container?, host?, server?);
+        container.join(&["10.52.0.2/24"], &host, &["10.52.0.1/24"])?;
+        for words in [
+            &["link", "set", "veth0", "down"][..],
+            &["link", "set", "veth0", "name", "inside"],
+            &["link", "set", "inside", "up"],
+        ] {
+            host.ip(words)?;
+        }
+        server.join(&["10.53.0.2/24", "10.53.0.3/24"], &host, &["10.53.0.1/24"])?;
+        container.ip(&["route", "add", "default", "via", "10.52.0.1"])?;
+        server.ip(&["route", "add", "default", "via", "10.53.0.1"])?;
+        host.set("ipv4/ip_forward", "1")?;
+        let port = world.port + 1;
+        let listener = Listener::start(Some(&server.file()), port, &[])?;
+        if let Some(count) = rules {
+            let mut endpoints: Vec<String> = (0..count)
+                .map(|host| format!("tcp://{}:{}", Ipv4Addr::from(0x0b00_0000 + host), world.port))
+                .collect();
+            endpoints.push(format!("tcp://{}:{}", Self::ENDPOINT, world.port));
+            world.configure(&format!(
+                "backend = \"nftables\"\n[target.main]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n"
+            ))?;
+            host.enforcer(&world, &["apply"])?.demand(0)?;
+        }
+        Ok(Self {
+            _world: world,
+            container,
+            _host: host,
+            server,
+            _listener: listener,
+            port,
+        })
+    }
+}
+
+/// P3 and P4 of what a host forwards, where the rules against what hides its ports stand in the way of every packet.
+fn forwarded() -> Result<()> {
+    const PAIRS: usize = 1001;
+    const TRIPS: u32 = 50;
+    println!(
+        "\nforwarded, nftables, {PAIRS} pairs of slices, {TRIPS} bytes there and back or 20 connects: median ratio to no rules [its 95 % interval], quartiles"
+    );
+    for rules in [None, Some(1), Some(10_000)] {
+        let (bare, ruled) = (Passage::new(None)?, Passage::new(rules)?);
+        let ends = |passage: &Passage| {
+            let place = SocketAddr::from((Passage::OTHER, passage.port + 1));
+            Ends::between(&passage.container, &passage.server, place)
+        };
+        let (mut before, mut after) = (ends(&bare)?, ends(&ruled)?);
+        let established = Ratios::of(PAIRS, &mut || before.trips(TRIPS), &mut || after.trips(TRIPS))?;
+        let (without, with) = (
+            fs::File::open(bare.container.file())?,
+            fs::File::open(ruled.container.file())?,
+        );
+        let of = |address: Ipv4Addr| {
+            Ratios::of(
+                PAIRS,
+                &mut || connects_in(&without, (address, bare.port).into()),
+                &mut || connects_in(&with, (address, ruled.port).into()),
+            )
+        };
+        // A thread of its own, as it changes namespaces.
+        let connects = std::thread::scope(|scope| {
+            let work = scope.spawn(|| Ok::<_, anyhow::Error>((of(Passage::OTHER)?, of(Passage::ENDPOINT)?)));
+            work.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?
+        });
+        let (other, beside) = connects?;
+        let count = rules.map_or_else(|| "no rules".to_owned(), |count| count.to_string());
+        println!(
+            "{count:>8}  established {established}\n          connect to another address {other}\n          connect to an endpoint's address, another port {beside}"
+        );
     }
     Ok(())
 }

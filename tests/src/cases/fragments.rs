@@ -246,6 +246,29 @@ fn loopback() -> Result<()> {
             .errno
             .context("nobody is let in")?;
     }
+    // Where no endpoint is a loopback address nothing looks at what arrives; where one is again, everything does.
+    let table = format!("inet {}", routed.guarded.world.name());
+    let looks = || {
+        Ok::<_, anyhow::Error>(
+            routed
+                .guarded
+                .netns
+                .nft(&format!("list table {table}"))?
+                .contains("hook prerouting"),
+        )
+    };
+    ensure!(looks()?, "nothing looks at what arrives");
+    let endpoints = routed.endpoints("tcp");
+    let (elsewhere, here) = endpoints.split_at(2);
+    routed.guard("", elsewhere)?;
+    ensure!(!looks()?, "something looks at what arrives for nothing");
+    attacks.iter().try_for_each(Attack::reaches)?;
+    routed.guard("", here)?;
+    ensure!(looks()?, "nothing looks at what arrives");
+    for attack in &attacks {
+        let outcome = attack.run()?;
+        ensure!(outcome.errno.is_some(), "{attack:?} opens a connection");
+    }
     routed.unload()?;
     attacks.iter().try_for_each(Attack::reaches)
 }

@@ -178,6 +178,35 @@ pub fn shows_opening(opens: bool) -> Vec<Expression> {
     ]
 }
 
+/// Only TCP segments of a family that show, by their flags, that they ask for no connection: as [`shows_opening`], but only where the
+/// header of TCP follows that of IP and is in the first fragment, as nearly always. Every load takes the kernel's short cut.
+#[must_use]
+pub fn opens_nothing(family: u8) -> Vec<Expression> {
+    let bits = |base, offset, mask: &[u8], equal, value: &[u8]| {
+        let load = Expression::Payload {
+            base,
+            offset,
+            length: u32::try_from(mask.len()).unwrap_or_default(),
+            register: REGISTER,
+        };
+        let value = value.to_vec();
+        [
+            load,
+            Expression::Mask(mask.to_vec()),
+            Expression::Compare { equal, value },
+        ]
+    };
+    let version = |number: u8| bits(base::NETWORK, 0, &[0xf0], true, &[number << 4]);
+    let protocol = |offset| bits(base::NETWORK, offset, &[0xff], true, &[TCP]);
+    let flags = bits(base::TRANSPORT, 13, &[ASKED], false, &[ASKS]);
+    if family == IPV4 {
+        let first = bits(base::NETWORK, 6, &OFFSET4.to_be_bytes(), true, &[0, 0]);
+        [version(4), first, protocol(9), flags].concat()
+    } else {
+        [version(6), protocol(6), flags].concat()
+    }
+}
+
 /// Only packets that show their destination port: no later fragment does. Of three bytes, for the reason of [`shows_opening`].
 #[must_use]
 pub fn shows_port() -> Vec<Expression> {
@@ -330,6 +359,28 @@ pub fn to_loopback(family: u8) -> Vec<Expression> {
             register: REGISTER,
         },
         Expression::Compare { equal: true, value },
+    ]);
+    all
+}
+
+/// Only packets of a family that certainly go to no loopback address: by a word of the address that the kernel compares fastest.
+#[must_use]
+pub fn beyond_loopback(family: u8) -> Vec<Expression> {
+    let mut all = equal(meta::NFPROTO, vec![family]);
+    let (offset, value) = if family == IPV4 {
+        (16, vec![Ipv4Addr::LOCALHOST.octets()[0]])
+    } else {
+        (24, vec![0; 4])
+    };
+    let length = u32::try_from(value.len()).unwrap_or_default();
+    all.extend([
+        Expression::Payload {
+            base: base::NETWORK,
+            offset,
+            length,
+            register: REGISTER,
+        },
+        Expression::Compare { equal: false, value },
     ]);
     all
 }

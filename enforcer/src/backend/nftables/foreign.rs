@@ -35,6 +35,18 @@ impl Foreign {
         }
     }
 
+    /// Whether some endpoint is a loopback address, so that what arrives from elsewhere is to be judged.
+    pub(super) fn has_loopback(&self) -> bool {
+        self.addresses.iter().any(|(family, ranges)| {
+            let (low, high) = if *family == IPV4 {
+                (0x7f00_0000, 0x7fff_ffff)
+            } else {
+                (1, 1)
+            };
+            ranges.iter().any(|(first, last)| *first <= high && *last >= low)
+        })
+    }
+
     /// What is forwarded; `judge` looks the destination up.
     pub(super) fn forwarded(&self, judge: &str) -> Vec<Vec<Expression>> {
         self.entries(judge, |_| Vec::new())
@@ -43,6 +55,8 @@ impl Foreign {
     /// What arrives from elsewhere: `judge` picks what goes to this host's loopback (D6).
     pub(super) fn arrived(&self, judge: &str) -> Vec<Vec<Expression>> {
         let mut rules = vec![[is::from_loopback(), vec![accept()]].concat()];
+        // Nearly every packet that arrives leaves here (P3).
+        rules.extend([IPV4, IPV6].map(|family| [is::beyond_loopback(family), vec![accept()]].concat()));
         rules.extend(self.entries(judge, is::to_loopback));
         rules
     }
@@ -50,6 +64,8 @@ impl Foreign {
     fn entries(&self, judge: &str, only: impl Fn(u8) -> Vec<Expression>) -> Vec<Vec<Expression>> {
         let tcp = |flags: Vec<Expression>, then| [is::transport(TCP), flags, vec![then]].concat();
         let mut rules = vec![
+            [is::opens_nothing(IPV4), vec![accept()]].concat(),
+            [is::opens_nothing(IPV6), vec![accept()]].concat(),
             tcp(is::shows_opening(false), accept()),
             tcp(is::shows_opening(true), goto(judge)),
             if self.has_udp {
@@ -187,6 +203,23 @@ mod tests {
             mode: Mode::Enforce,
             targets: Vec::new(),
             places: nets.into_iter().map(|net| (place(net), 1)).collect(),
+        }
+    }
+
+    #[test]
+    fn loopback_is_found_in_ranges_too() {
+        let has = |net: &str| Foreign::of(&rules([net.to_owned()]), Slot::of(1), false).has_loopback();
+        for (net, expected) in [
+            ("127.0.0.1/32", true),
+            ("127.255.0.0/16", true),
+            ("0.0.0.0/0", true),
+            ("126.255.255.255/32", false),
+            ("128.0.0.0/1", false),
+            ("::1/128", true),
+            ("::/0", true),
+            ("::2/128", false),
+        ] {
+            assert_eq!(has(net), expected, "{net}");
         }
     }
 

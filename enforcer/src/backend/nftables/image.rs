@@ -332,10 +332,13 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     add(&slot.strays(), chain_of(None, strays.to_vec()));
     add(chain::OUTPUT, base(OUTPUT_HOOK, local));
     let foreign = Foreign::of(rules, slot, has_udp);
-    add(
-        chain::PREROUTING,
-        base(PREROUTING_HOOK, foreign.arrived(&slot.strays())),
-    );
+    // The hook alone costs every packet that arrives (P3).
+    if foreign.has_loopback() {
+        add(
+            chain::PREROUTING,
+            base(PREROUTING_HOOK, foreign.arrived(&slot.strays())),
+        );
+    }
     if loader.forward == Forward::Refuse {
         add(
             chain::FORWARD,
