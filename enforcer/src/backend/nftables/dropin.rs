@@ -455,6 +455,7 @@ fn is_own(name: &str) -> bool {
     let counter = name == image::UNREADABLE || image::counters_of(TARGET).iter().any(|counter| counter == name);
     let begins = [
         "judge_",
+        "arrived_",
         "strays_",
         "class_",
         "target_",

@@ -336,10 +336,19 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
     all
 }
 
-/// Only packets that came in on loopback, whose index is 1 in every network namespace.
+/// Only packets that did not come in on loopback, whose index is 1 in every network namespace.
 #[must_use]
-pub fn from_loopback() -> Vec<Expression> {
-    equal(meta::IIF, 1_u32.to_ne_bytes().to_vec())
+pub fn from_elsewhere() -> Vec<Expression> {
+    vec![
+        Expression::Meta {
+            key: meta::IIF,
+            register: REGISTER,
+        },
+        Expression::Compare {
+            equal: false,
+            value: 1_u32.to_ne_bytes().to_vec(),
+        },
+    ]
 }
 
 /// Only packets to a loopback address (D6).

@@ -54,9 +54,9 @@ impl Foreign {
 
     /// What arrives from elsewhere: `judge` picks what goes to this host's loopback (D6).
     pub(super) fn arrived(&self, judge: &str) -> Vec<Vec<Expression>> {
-        let mut rules = vec![[is::from_loopback(), vec![accept()]].concat()];
         // Nearly every packet that arrives leaves here (P3).
-        rules.extend([IPV4, IPV6].map(|family| [is::beyond_loopback(family), vec![accept()]].concat()));
+        let beyond = |family| [is::beyond_loopback(family), vec![accept()]].concat();
+        let mut rules = [IPV4, IPV6].map(beyond).to_vec();
         rules.extend(self.entries(judge, is::to_loopback));
         rules
     }

@@ -211,7 +211,13 @@ impl Slot {
         format!("judge_forwarded_{self}")
     }
 
-    /// Picks what is for a loopback address, of what came in from elsewhere.
+    /// What came in from elsewhere.
+    #[must_use]
+    pub fn arrived(self) -> String {
+        format!("arrived_{self}")
+    }
+
+    /// Picks what of that is for a loopback address.
     #[must_use]
     pub fn strays(self) -> String {
         format!("strays_{self}")
@@ -336,8 +342,12 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     if foreign.has_loopback() {
         add(
             chain::PREROUTING,
-            base(PREROUTING_HOOK, foreign.arrived(&slot.strays())),
+            base(
+                PREROUTING_HOOK,
+                vec![[is::from_elsewhere(), vec![goto(&slot.arrived())]].concat()],
+            ),
         );
+        add(&slot.arrived(), chain_of(None, foreign.arrived(&slot.strays())));
     }
     if loader.forward == Forward::Refuse {
         add(
