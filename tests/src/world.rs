@@ -34,7 +34,7 @@ use crate::{
 /// A user who may nothing.
 pub const NOBODY: u32 = 65534;
 /// How long anything may take on a machine before a case fails.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Where it is said how many times slower than a machine this may be.
 pub const SLOWNESS: &str = "ENFORCER_TEST_SLOWNESS";
 /// Between two looks at something that is awaited.
@@ -417,6 +417,21 @@ pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
 pub fn slowness() -> u32 {
     let said = std::env::var(SLOWNESS).ok();
     said.and_then(|said| said.parse().ok()).unwrap_or(1).max(1)
+}
+
+/// How long may take now what takes at most so long where no more than two tasks a processor are busy: where others compete for the
+/// processors, the daemon and whoever asks it wait as much longer for their turns.
+pub fn at_this_load(limit: Duration) -> Result<Duration> {
+    // The average of a minute, and the tasks that could run now (man 5 proc).
+    let load = fs::read_to_string("/proc/loadavg")?;
+    let words: Vec<&str> = load.split([' ', '/']).collect();
+    let number = |index: usize| {
+        let word = words.get(index).context("no load")?;
+        word.parse::<f64>().map_err(anyhow::Error::from)
+    };
+    let busy = number(0)?.max(number(3)?);
+    let processors = f64::from(u32::try_from(thread::available_parallelism()?.get())?);
+    Ok(limit.mul_f64((busy / (2.0 * processors)).max(1.0)) * slowness())
 }
 
 /// How a command ended.

@@ -20,7 +20,7 @@ use serde_json::Value;
 use super::{Case, case, nftables::Guarded};
 use crate::{
     backend::{ALL, Backend, EBPF},
-    world::{Blows, NOBODY, World, slowness, until},
+    world::{Blows, NOBODY, World, at_this_load, until},
 };
 
 /// All cases of this file.
@@ -71,24 +71,6 @@ pub(super) fn processor_time(pid: u32) -> Result<Duration> {
     // utime and stime (man 5 proc).
     let ticks = fields.skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>()?;
     Ok(Duration::from_millis(ticks * 10))
-}
-
-/// How long an answer may take now: where other tasks compete for the processors too, the daemon and whoever asks it wait as much longer
-/// for their turns.
-fn limit() -> Result<Duration> {
-    // The average of a minute, and the tasks that could run now (man 5 proc).
-    let load = fs::read_to_string("/proc/loadavg")?;
-    let words: Vec<&str> = load.split([' ', '/']).collect();
-    let number = |index: usize| {
-        words
-            .get(index)
-            .context("no load")?
-            .parse::<f64>()
-            .map_err(anyhow::Error::from)
-    };
-    let busy = number(0)?.max(number(3)?);
-    let processors = f64::from(u32::try_from(thread::available_parallelism()?.get())?);
-    Ok(LIMIT.mul_f64((busy / (2.0 * processors)).max(1.0)) * slowness())
 }
 
 /// Two targets, so that a grant changes the second without opening what is attacked.
@@ -187,7 +169,7 @@ fn under_denials() -> Result<()> {
     let (before, started, log) = (Use::of(daemon.pid())?, Instant::now(), daemon.log().len());
     let mut slowest: Vec<(&str, Duration)> = Vec::new();
     let mut answered = |what, work: &dyn Fn() -> Result<()>| {
-        let (limit, asked) = (limit()?, Instant::now());
+        let (limit, asked) = (at_this_load(LIMIT)?, Instant::now());
         work().with_context(|| what)?;
         let took = asked.elapsed();
         match slowest.iter_mut().find(|(other, _)| *other == what) {
@@ -283,7 +265,7 @@ fn slow_disk() -> Result<()> {
         held.extend(disk.read_events().unwrap_or_default());
         Ok(!held.is_empty())
     })?;
-    let (limit, asked) = (limit()?, Instant::now());
+    let (limit, asked) = (at_this_load(LIMIT)?, Instant::now());
     let status = world.status()?;
     ensure!(
         status["state"] == "enforcing" && status["generation"].as_u64() > before,

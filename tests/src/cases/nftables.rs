@@ -16,7 +16,7 @@ use super::{Case, case};
 use crate::{
     backend::{ALL, BOTH, Backend, NFTABLES},
     kernel::{Feature, lacks},
-    world::{Attack, Blows, Daemon, Listener, NOBODY, Netns, World, binary, ran, slowness, until},
+    world::{Attack, Blows, Daemon, Listener, NOBODY, Netns, World, at_this_load, binary, ran, until},
 };
 
 /// All cases of this file.
@@ -457,10 +457,7 @@ fn drift() -> Result<()> {
         })?;
         let took = started.elapsed();
         println!("    nft {blow}: back and reported after {took:?}");
-        ensure!(
-            took < Duration::from_secs(2) * slowness().min(5),
-            "back only after {took:?}"
-        );
+        ensure!(took < at_this_load(Duration::from_secs(2))?, "back only after {took:?}");
         guarded.attack(0)?.reaches()?;
         guarded.attack(NOBODY)?.is_reset()?;
         let status = guarded.status()?;
