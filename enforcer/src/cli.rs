@@ -390,6 +390,8 @@ struct Checked {
     path: String,
     targets: usize,
     warnings: Vec<String>,
+    /// What does not exist on this host yet, and matches nobody until it does.
+    absent: Vec<String>,
 }
 
 fn check_config(path: &Path, json: &Json) -> Result<Answer> {
@@ -399,19 +401,25 @@ fn check_config(path: &Path, json: &Json) -> Result<Answer> {
         path: path.display().to_string(),
         targets: wanted.policy().targets.len(),
         warnings: wanted.warnings().to_vec(),
+        absent: wanted.absent(),
     };
+    let whole = checked.absent.is_empty();
     print_one(&checked, json, |checked| {
         let Checked {
             path,
             targets,
             warnings,
+            absent,
             ..
         } = checked;
         let warnings = warnings
             .iter()
             .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
-        warnings.collect::<String>() + &as_line(&format_args!("{path}: good, {targets} targets"))
-    })
+        let absent = absent.iter().map(as_line);
+        let good = if absent.len() == 0 { "good" } else { "good but for that" };
+        warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: {good}, {targets} targets"))
+    })?;
+    Ok(if whole { Answer::Yes } else { Answer::No })
 }
 
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {

@@ -17,6 +17,7 @@ mod report;
 mod sources;
 mod tally;
 mod trace;
+mod users;
 mod wanted;
 
 use std::{
@@ -44,6 +45,7 @@ use self::{
     recent::{KEPT_EVENTS, Recent},
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
     tally::Tally,
+    users::UserLookups,
 };
 use crate::{
     backend::{Enforcement, Start, nftables},
@@ -89,6 +91,7 @@ struct Daemon {
     /// When what is local was listed last.
     listed: Instant,
     lookups: JoinSet<Answer>,
+    user_lookups: UserLookups,
     /// The name and round of each look-up under way.
     under_way: HashMap<task::Id, (Name, u64)>,
     /// Counts refresh requests: only look-ups begun after one answer it (B3).
@@ -197,7 +200,6 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
     let mut denials = daemon.denials()?;
     let mut logged = daemon.logged()?;
-    daemon.begin_to_count();
     let changes = nftables::Changes::subscribe().and_then(readable).ok();
     if let Some(kernel) = daemon.enforcement.kernel() {
         trace::start(kernel);
@@ -248,6 +250,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
                 daemon.apply_or_keep();
                 daemon.answer_waiting();
             }
+            Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => daemon.users_found(&found),
             () = tokio::time::sleep_until(due.into()) => daemon.look_up_due(Instant::now()),
             Ok(mut guard) = routes.readable(), if gather.is_none() => {
                 guard.get_inner().drain();
@@ -326,6 +329,7 @@ impl Daemon {
         let mut faults = Faults::default();
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
+        faults.set(About::Users, wanted.fault()); // F8
         let policy = grants.add_to(&wanted.policy);
         let host = wanted.host(&policy, wanted::local(&policy)?);
         let fault = left.fault.map(|error| {
@@ -349,6 +353,7 @@ impl Daemon {
             host,
             listed: Instant::now(),
             lookups: JoinSet::new(),
+            user_lookups: UserLookups::new(),
             under_way: HashMap::new(),
             round: 0,
             answered_rounds: BTreeMap::new(),
@@ -488,6 +493,7 @@ impl Daemon {
         } else {
             self.look_at_host();
         }
+        self.look_at_users();
         self.look_at_kept();
         self.tell_denials();
         self.retry()
@@ -499,7 +505,7 @@ impl Daemon {
         if self.wanted.from_file && !path.exists() {
             return Err(ConfigError::Missing { path: path.clone() }.into());
         }
-        Wanted::load(path).and_then(|wanted| self.change_to(wanted))
+        Wanted::load_knowing(path, &self.wanted.users).and_then(|wanted| self.change_to(wanted))
     }
 
     fn reload(&mut self) {
@@ -578,6 +584,7 @@ impl Daemon {
         self.look_at_visibility();
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
+        self.faults.set(About::Users, self.wanted.fault());
         self.pending = None;
         self.forgetful = false;
         self.forget_gone_names();

@@ -14,7 +14,9 @@ mod build;
 mod parse;
 mod users;
 
-pub use build::{BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Warning, WarningKind};
+pub use build::{
+    Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Understood, Warning, WarningKind,
+};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub use users::{HostUsers, UserError, Users};
 

@@ -1,5 +1,6 @@
 //! The cases, by what they are about.
 
+pub mod absent;
 pub mod boot;
 pub mod bosh;
 pub mod containers;
@@ -98,6 +99,7 @@ impl Case {
 #[must_use]
 pub fn all() -> Vec<Case> {
     [
+        absent::cases(),
         boot::cases(),
         bosh::cases(),
         containers::cases(),

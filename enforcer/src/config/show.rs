@@ -69,7 +69,7 @@ const KEYS: [Key; 13] = [
 const TARGET_COMMENT: &str = "\
 # A target: endpoints, and who alone may connect to them.
 # endpoints (no default): [tcp://|udp://|nats://|tls://]ADDR:PORT, ADDR an IPv4 address, [IPv6], a prefix, `local` or a DNS name.
-# allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" } or { kernel = true }; empty allows nobody.
+# allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" } or { kernel = true }; empty allows nobody. Who does not exist yet matches nobody until then.
 # grants: whether `enforcer grant` may let others in. Default: false.
 ";
 

@@ -31,6 +31,7 @@ const LONG_FLOOD: Duration = Duration::from_secs(2);
 impl Daemon {
     /// The ring buffer of the kernel programs, where they are in force.
     pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Events>>, DaemonError> {
+        self.begin_to_count();
         let Some(kernel) = self.enforcement.kernel() else {
             return Ok(None);
         };
@@ -105,7 +106,7 @@ impl Daemon {
     }
 
     /// What was counted before this process is not its to tell.
-    pub(super) fn begin_to_count(&mut self) {
+    fn begin_to_count(&mut self) {
         if let Some(counts) = self.counted() {
             self.tally.start(counts);
         }

@@ -33,16 +33,6 @@ pub enum DaemonError {
     /// The last rule set known good.
     #[error(transparent)]
     State(#[from] StateError),
-    /// A cgroup that a principal names.
-    #[error("{}: cgroup {cgroup} does not exist below {}; make it first, or start enforcer after the unit that does", path.display(), mount.display())]
-    NoCgroup {
-        /// The configuration file.
-        path: PathBuf,
-        /// The cgroup.
-        cgroup: String,
-        /// Where cgroups are looked for.
-        mount: PathBuf,
-    },
     /// What is in force is not known here.
     #[error(
         "what is in force is newer than the last rule set known good, and stays as it is until the configuration is mended"

@@ -21,6 +21,8 @@ pub(super) enum About {
     Grants,
     /// The sweep of older connections.
     Sweep,
+    /// Users that the configuration names.
+    Users,
     /// What must outlive this process is hidden from the host.
     Visibility,
 }
@@ -44,6 +46,7 @@ impl Faults {
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again"),
+            (None, About::Users) => info!("all users that the configuration names exist"),
             (None, About::Host) => info!("what is local to this host is followed again"),
         }
         self.put(about, fault);

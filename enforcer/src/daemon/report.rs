@@ -49,7 +49,7 @@ impl Daemon {
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) && !self.host.writable.contains_key(&path) {
                 causes.push(format!(
-                    "cgroup {path} is gone; its principals match nobody until it is made again"
+                    "cgroup {path} does not exist; its principals match nobody until it does"
                 ));
             }
         }

@@ -33,9 +33,9 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Counts from here on.
+    /// Counts from here on, unless it does already.
     pub(super) fn start(&mut self, counts: Counts) {
-        self.before = Some(counts);
+        self.before.get_or_insert(counts);
     }
 
     pub(super) fn told(&mut self, target: &str, now: Instant) {

@@ -1,6 +1,7 @@
 //! A configuration read, understood, and found possible on this host.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
@@ -14,7 +15,7 @@ use crate::{
     config::{Backend, Bosh, Config, Settings},
     grants::{self, Grants},
     host::{self, NoMatch},
-    policy::{Endpoint, HostUsers, Policy},
+    policy::{CgroupPath, Endpoint, HostUsers, Policy, Uid, Understood, Users},
     resolve::Names,
     ruleset::{Host, Resolved, RuleSet, compile},
     state::LastGood,
@@ -36,33 +37,83 @@ pub struct Wanted {
     /// Where cgroup paths of principals start.
     pub(super) mount: PathBuf,
     pub(super) warnings: Vec<String>,
+    /// The users that it names, as looked up; none for one who does not exist.
+    pub(super) users: BTreeMap<String, Option<Uid>>,
+    /// Why principals match nobody (F8).
+    pub(super) absent: Vec<String>,
+}
+
+/// Users as known before, for those that cannot be looked up now: a name service that fails changes nothing (F4).
+struct Remembered<'a> {
+    users: &'a dyn Users,
+    before: &'a BTreeMap<String, Option<Uid>>,
+    found: RefCell<BTreeMap<String, Option<Uid>>>,
+}
+
+impl Users for Remembered<'_> {
+    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
+        let found = match (self.users.uid(name), self.before.get(name)) {
+            (Err(_), Some(before)) => *before,
+            (found, _) => found?,
+        };
+        self.found.borrow_mut().insert(name.to_owned(), found);
+        Ok(found)
+    }
 }
 
 impl Wanted {
     /// Reads a configuration file.
     pub fn load(path: &Path) -> Result<Self, DaemonError> {
-        let config = Config::load(path)?;
-        let (policy, warnings) = Policy::from_config(&config, &HostUsers)?;
-        let (cgroup, mount) = cgroups(&config.settings, &policy)?;
-        for path_of in policy.cgroups() {
-            if host::cgroup(&mount, &path_of) == Err(NoMatch::Missing) {
-                return Err(DaemonError::NoCgroup {
-                    path: path.into(),
-                    cgroup: path_of.to_string(),
-                    mount,
-                });
-            }
-        }
-        let warnings = warnings.iter().map(ToString::to_string).collect();
+        Self::load_knowing(path, &BTreeMap::new())
+    }
+
+    /// As [`Wanted::load`], with users as they were known before.
+    pub(super) fn load_knowing(path: &Path, before: &BTreeMap<String, Option<Uid>>) -> Result<Self, DaemonError> {
+        Self::understand(Config::load(path)?, &HostUsers, before)
+    }
+
+    /// The same configuration, with its users looked up again (N9).
+    pub(super) fn with_users(&self, users: &dyn Users) -> Result<Self, DaemonError> {
+        let again = Self::understand(self.config.clone(), users, &self.users)?;
         Ok(Self {
-            path: path.into(),
-            from_file: path.exists(),
+            from_file: self.from_file,
+            warnings: Vec::new(),
+            ..again
+        })
+    }
+
+    fn understand(
+        config: Config,
+        users: &dyn Users,
+        before: &BTreeMap<String, Option<Uid>>,
+    ) -> Result<Self, DaemonError> {
+        let users = Remembered {
+            users,
+            before,
+            found: RefCell::default(),
+        };
+        let Understood {
+            policy,
+            warnings,
+            absent,
+        } = Policy::from_config(&config, &users)?;
+        let (cgroup, mount) = cgroups(&config.settings, &policy)?;
+        Ok(Self {
+            path: config.path.clone(),
+            from_file: config.path.exists(),
             config,
             policy,
             cgroup,
             mount,
-            warnings,
+            warnings: warnings.iter().map(ToString::to_string).collect(),
+            users: users.found.into_inner(),
+            absent: absent.iter().map(ToString::to_string).collect(),
         })
+    }
+
+    /// Why it asks for less than it says, if it does.
+    pub(super) fn fault(&self) -> Option<String> {
+        (!self.absent.is_empty()).then(|| self.absent.join("; "))
     }
 
     /// What was in force last, with nothing of it looked up again.
@@ -83,6 +134,8 @@ impl Wanted {
             cgroup,
             mount,
             warnings: Vec::new(),
+            users: BTreeMap::new(),
+            absent: Vec::new(),
         })
     }
 
@@ -153,6 +206,18 @@ impl Wanted {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// What does not exist on this host yet, and matches nobody until it does: users, and cgroups.
+    #[must_use]
+    pub fn absent(&self) -> Vec<String> {
+        let missing = |path: &CgroupPath| host::cgroup(&self.mount, path) == Err(NoMatch::Missing);
+        let cgroups = self.policy.cgroups().into_iter().filter(missing);
+        let cgroups = cgroups.map(|cgroup| {
+            let (path, mount) = (self.path.display(), self.mount.display());
+            format!("{path}: cgroup {cgroup} does not exist below {mount}; its principals match nobody until it does")
+        });
+        self.absent.iter().cloned().chain(cgroups).collect()
     }
 }
 

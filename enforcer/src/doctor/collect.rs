@@ -48,6 +48,8 @@ pub(super) struct Seen {
     pub(super) config: PathBuf,
     /// Why the configuration means nothing.
     pub(super) fault: Option<String>,
+    /// Principals whose users do not exist.
+    pub(super) absent: Vec<String>,
     pub(super) settings: Settings,
     pub(super) cgroup: Option<PathBuf>,
     pub(super) facts: Facts,
@@ -171,8 +173,9 @@ impl Seen {
         let read = Config::load(&self.config).map_err(|error| error.to_string());
         let read = read.and_then(|config| {
             self.settings = config.settings.clone();
-            let (policy, _) = Policy::from_config(&config, &HostUsers).map_err(|error| error.to_string())?;
-            Ok((config, policy))
+            let read = Policy::from_config(&config, &HostUsers).map_err(|error| error.to_string())?;
+            self.absent = read.absent.iter().map(ToString::to_string).collect();
+            Ok((config, read.policy))
         });
         let (config, policy) = match read {
             Ok(read) => read,

@@ -26,6 +26,8 @@ pub(super) struct ImageSeen {
     pub(super) settings: Settings,
     /// Why the configuration means nothing.
     pub(super) fault: Option<String>,
+    /// Principals whose users do not exist there.
+    pub(super) absent: Vec<String>,
     /// The newest kernel.
     pub(super) release: Option<String>,
     /// Its options that are `y` or `m`.
@@ -238,7 +240,10 @@ impl ImageSeen {
             self.settings = config.settings.clone();
             Policy::from_config(&config, &users).map_err(|error| error.to_string())
         });
-        self.fault = read.err();
+        match read {
+            Ok(read) => self.absent = read.absent.iter().map(ToString::to_string).collect(),
+            Err(fault) => self.fault = Some(fault),
+        }
     }
 
     /// The newest kernel's configuration and modules.

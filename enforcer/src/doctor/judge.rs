@@ -75,6 +75,7 @@ pub(super) fn image(seen: &ImageSeen) -> Report {
     let (facts, findings) = judge_image(seen);
     let choice = choose(&facts.works(), seen.settings.backend);
     let mut findings = findings;
+    findings.extend(principal_absent(&seen.absent));
     if choice.backend.is_none() {
         findings.push(no_backend(&choice));
     }
@@ -215,6 +216,19 @@ fn no_backend(choice: &Choice) -> Finding {
     )
 }
 
+/// Principals that match nobody, as their users do not exist (F8).
+pub(super) fn principal_absent(absent: &[String]) -> Option<Finding> {
+    (!absent.is_empty()).then(|| {
+        finding(
+            "principal-absent",
+            Weight::Medium,
+            "users that the configuration allows do not exist: they are refused until they do",
+            absent.iter().cloned(),
+            "create them, or correct the names; the daemon sees to it within a minute",
+        )
+    })
+}
+
 fn own_state(seen: &Seen, choice: &Choice, findings: &mut Vec<Finding>) {
     if let Some(fault) = &seen.fault {
         findings.push(finding(
@@ -225,6 +239,7 @@ fn own_state(seen: &Seen, choice: &Choice, findings: &mut Vec<Finding>) {
             "mend it; enforcer config check says when it is good",
         ));
     }
+    findings.extend(principal_absent(&seen.absent));
     if choice.backend.is_none() {
         findings.push(no_backend(choice));
     }

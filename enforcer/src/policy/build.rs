@@ -1,4 +1,4 @@
-//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4).
+//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4), but for users who do not exist yet (F8).
 
 use std::{collections::BTreeSet, fmt, net::Ipv4Addr, num::NonZeroU16, path::PathBuf};
 
@@ -76,6 +76,47 @@ pub enum PolicyFault {
     },
 }
 
+/// What a configuration means on this host.
+#[derive(Debug)]
+pub struct Understood {
+    /// What it asks for, as far as its users exist.
+    pub policy: Policy,
+    /// What is hardly meant.
+    pub warnings: Vec<Warning>,
+    /// Who is missing in it.
+    pub absent: Vec<Absent>,
+}
+
+/// A principal whose user does not exist, so that it matches nobody until he does (F8).
+#[derive(Debug)]
+pub struct Absent {
+    /// The configuration file.
+    pub path: PathBuf,
+    /// Its line, from 1.
+    pub line: usize,
+    /// The target.
+    pub target: String,
+    /// Why nobody is meant.
+    pub error: UserError,
+}
+
+impl fmt::Display for Absent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            path,
+            line,
+            target,
+            error,
+        } = self;
+        let quotes = unquoted(error);
+        write!(
+            f,
+            "{}:{line}: target {target}: {error}{quotes}; this principal matches nobody until then",
+            path.display()
+        )
+    }
+}
+
 /// Something permitted that is hardly meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
@@ -99,9 +140,9 @@ pub enum WarningKind {
 }
 
 impl Policy {
-    /// What `config` asks for, its users looked up in `users`.
-    pub fn from_config(config: &Config, users: &dyn Users) -> Result<(Self, Vec<Warning>), PolicyError> {
-        let mut warnings = Vec::new();
+    /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a look-up that fails is a fault.
+    pub fn from_config(config: &Config, users: &dyn Users) -> Result<Understood, PolicyError> {
+        let (mut warnings, mut absent) = (Vec::new(), Vec::new());
         let mut targets = Vec::with_capacity(config.targets.len());
         let mut room = MAX_ENDPOINTS;
         // By line, so that the one named is the one to look at.
@@ -124,9 +165,15 @@ impl Policy {
             }
             let endpoints = endpoints(source, room).map_err(|fault| at(fault.line, fault.value))?;
             room = room.saturating_sub(endpoints.len());
-            let principals = principals(source, users).map_err(|fault| at(fault.line, fault.value))?;
+            let (principals, missing) = principals(source, users).map_err(|fault| at(fault.line, fault.value))?;
+            absent.extend(missing.into_iter().map(|Line { line, value }| Absent {
+                path: config.path.clone(),
+                line,
+                target: (*name).clone(),
+                error: value,
+            }));
             let odd = [
-                (principals.is_empty(), WarningKind::Nobody),
+                (source.allow.is_empty(), WarningKind::Nobody),
                 (endpoints.is_empty(), WarningKind::Nothing),
             ];
             warnings.extend(odd.into_iter().filter(|(is, _)| *is).map(|(_, kind)| Warning {
@@ -150,14 +197,15 @@ impl Policy {
             );
         }
         targets.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok((
-            Self {
+        Ok(Understood {
+            policy: Self {
                 mode: config.mode,
                 dns: config.dns,
                 targets,
             },
             warnings,
-        ))
+            absent,
+        })
     }
 }
 
@@ -204,15 +252,23 @@ fn endpoints(source: &config::Target, room: usize) -> Result<BTreeSet<Endpoint>,
     Ok(endpoints)
 }
 
-fn principals(source: &config::Target, users: &dyn Users) -> Result<BTreeSet<Principal>, Fault> {
-    let mut principals = BTreeSet::new();
+type Principals = (BTreeSet<Principal>, Vec<Line<UserError>>);
+
+fn principals(source: &config::Target, users: &dyn Users) -> Result<Principals, Fault> {
+    let (mut principals, mut absent) = (BTreeSet::new(), Vec::new());
     for allow in &source.allow {
-        principals.insert(principal(&allow.value, users).map_err(|fault| allow.with(fault))?);
+        match principal(&allow.value, users) {
+            Ok(principal) => drop(principals.insert(principal)),
+            Err(PolicyFault::User {
+                error: error @ UserError::Unknown { .. },
+            }) => absent.push(allow.with(error)),
+            Err(fault) => return Err(allow.with(fault)),
+        }
         if principals.len() > MAX_PRINCIPALS {
             return Err(allow.with(PolicyFault::Principals));
         }
     }
-    Ok(principals)
+    Ok((principals, absent))
 }
 
 fn principal(allow: &Allow, users: &dyn Users) -> Result<Principal, PolicyFault> {

@@ -39,7 +39,7 @@ allow = []
 
 fn good() -> Result<LastGood, Box<dyn std::error::Error>> {
     let config = Config::parse(TOML, Path::new("x.toml"))?;
-    let (policy, _) = Policy::from_config(&config, &HostUsers)?;
+    let policy = Policy::from_config(&config, &HostUsers)?.policy;
     let known = KnownName {
         current: ["10.9.0.1".parse()?, "2001:db8::9".parse()?].into(),
         left: ["10.9.0.2".parse()?].into(),

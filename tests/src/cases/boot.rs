@@ -94,7 +94,7 @@ fn bad_configuration() -> Result<()> {
         for bad in [
             "bogus = 1\n",
             "[target.x\n",
-            "[target.x]\nendpoints = []\nallow = [\"nosuchuser\"]\n",
+            "[target.x]\nendpoints = []\nallow = [-1]\n",
         ] {
             fs::write(&toml, format!("{good}{bad}"))?;
             let daemon = world.daemon()?;

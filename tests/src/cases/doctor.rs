@@ -544,6 +544,9 @@ fn image() -> Result<()> {
         |user: &str| format!("[target.monit]\nendpoints = [\"tcp://127.0.0.1:2822\"]\nallow = [\"root\", {user:?}]\n");
     put("etc/enforcer/enforcer.toml", &config("nosuchuser"))?;
     let report = look(1)?;
+    ensure!(found(&report, "principal-absent").is_some(), "{report}");
+    put("etc/enforcer/enforcer.toml", "bogus = 1\n")?;
+    let report = look(1)?;
     ensure!(found(&report, "configuration").is_some(), "{report}");
     put("etc/enforcer/enforcer.toml", &config("vcap"))?;
     let report = look(0)?;

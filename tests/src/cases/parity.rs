@@ -202,7 +202,7 @@ fn ipnet_text(address: Ipv4Addr, length: u32) -> String {
 /// The rule set that the world's configuration means.
 fn rules(world: &World, grants: &Grants) -> Result<RuleSet> {
     let config = Config::load(&world.path("enforcer.toml"))?;
-    let (policy, _) = Policy::from_config(&config, &HostUsers)?;
+    let policy = Policy::from_config(&config, &HostUsers)?.policy;
     let policy = grants.add_to(&policy);
     let mount = cgroup_mount()?;
     let host = host::snapshot(Some(&mount), &policy.cgroups())?;

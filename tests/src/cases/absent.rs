@@ -1,0 +1,186 @@
+//! F8, N9: users and cgroups that do not exist yet, that come, change and go. The suite's machine has an `/etc` of its own.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Case, case};
+use crate::{
+    backend::Backend,
+    kernel::{Feature, lacks},
+    world::{Attack, Listener, NOBODY, World, until},
+};
+
+/// All cases of this file.
+#[must_use]
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("f8_what_exists_is_enforced_at_a_first_start", first_start),
+        case(
+            "n9_a_user_who_has_another_number_is_let_in_by_that_alone",
+            another_number,
+        ),
+        case("f8_what_does_not_exist_is_named_by_config_check", checked),
+    ]
+}
+
+const PASSWD: &str = "/etc/passwd";
+/// Cases run beside each other, and each writes the file whole.
+static WRITING: Mutex<()> = Mutex::new(());
+
+/// Makes a user, gives him another number, or with none removes him.
+fn set_user(name: &str, uid: Option<u32>) -> Result<()> {
+    let _one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let begin = format!("{name}:");
+    let before = fs::read_to_string(PASSWD)?;
+    let others = before.lines().filter(|line| !line.starts_with(&begin));
+    let mut text = others.collect::<Vec<_>>().join("\n") + "\n";
+    if let Some(uid) = uid {
+        text += &format!("{name}:x:{uid}:65534::/:/bin/false\n");
+    }
+    // As vipw does it: readers find the one or the other.
+    let new = Path::new(PASSWD).with_extension("new");
+    fs::write(&new, text)?;
+    Ok(fs::rename(&new, PASSWD)?)
+}
+
+/// A user of this world's own, who is removed with it.
+struct User(String);
+
+impl User {
+    fn new(world: &World) -> Self {
+        Self(world.name().replace("enforcertest", "et"))
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let _ = set_user(&self.0, None);
+    }
+}
+
+fn denied(attack: &Attack) -> Result<()> {
+    ensure!(attack.run()?.errno.is_some(), "{attack:?} is let through");
+    Ok(())
+}
+
+fn lets_in(what: &str, attack: &Attack) -> Result<()> {
+    until(what, || Ok(attack.run()?.errno.is_none()))
+}
+
+fn causes(world: &World) -> Result<String> {
+    Ok(world.status()?["causes"].to_string())
+}
+
+/// A user, and where a backend can tell a cgroup's sockets a cgroup.
+fn first_start() -> Result<()> {
+    let world = World::new()?;
+    let listener = world.listen()?;
+    let second = Listener::start(None, world.port + 1, &[])?;
+    let (user, job) = (User::new(&world), world.cgroup.join("job"));
+    let mount = crate::world::cgroup_mount()?;
+    let path = format!("/{}", job.strip_prefix(&mount)?.display());
+    let other = format!("tcp://{}:{}", world.address(), world.port + 1);
+    world.configure(&format!(
+        "[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [{:?}, {{ user = {NOBODY}, cgroup = {path:?} }}]\n\
+         [target.other]\nendpoints = [{other:?}]\nallow = [\"root\"]\n",
+        world.here(),
+        user.0
+    ))?;
+    let at_other = |uid| world.attack(uid).to(SocketAddr::new(world.address(), world.port + 1));
+    for uid in [0, 61_001] {
+        world.attack(uid).reaches()?;
+    }
+    at_other(NOBODY).reaches()?;
+    let daemon = world.daemon()?;
+    // Root is nobody who is allowed at main; the rest is as configured.
+    for uid in [0, 61_001, NOBODY] {
+        denied(&world.attack(uid))?;
+    }
+    denied(&at_other(NOBODY))?;
+    at_other(0).reaches()?;
+    let status = world.status()?;
+    let said = causes(&world)?;
+    ensure!(
+        status["state"] == "degraded" && said.contains(&user.0) && said.contains(&path),
+        "{status}"
+    );
+    set_user(&user.0, Some(61_001))?;
+    lets_in("the user who exists now is let in", &world.attack(61_001))?;
+    denied(&world.attack(0))?;
+    ensure!(!causes(&world)?.contains(&user.0), "{}", causes(&world)?);
+    ensure!(
+        daemon.log().contains(&format!("user {} is uid 61001 now", user.0)),
+        "{}",
+        daemon.log()
+    );
+    if Backend::current().is_nftables() && lacks(Feature::SocketCgroup) {
+        return Ok(());
+    }
+    fs::create_dir(&job)?;
+    lets_in(
+        "the cgroup that exists now is let in",
+        &world.attack(NOBODY).in_cgroup(&job),
+    )?;
+    denied(&world.attack(NOBODY))?;
+    until("all is as configured", || Ok(world.status()?["state"] == "enforcing"))?;
+    drop((listener, second));
+    Ok(())
+}
+
+/// Removed and made again, as a package does: the old number is somebody else's then.
+fn another_number() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let user = User::new(&world);
+    set_user(&user.0, Some(61_101))?;
+    world.configure_one(
+        &[format!("tcp://{}", world.here())],
+        &format!("[{:?}, \"root\"]", user.0),
+    )?;
+    let daemon = world.daemon()?;
+    world.attack(61_101).reaches()?;
+    denied(&world.attack(61_102))?;
+    set_user(&user.0, Some(61_102))?;
+    lets_in("the new number is let in", &world.attack(61_102))?;
+    denied(&world.attack(61_101))?;
+    world.attack(0).reaches()?;
+    set_user(&user.0, None)?;
+    until("nobody is let in by the name", || {
+        Ok(world.attack(61_102).run()?.errno.is_some())
+    })?;
+    world.attack(0).reaches()?;
+    until("that is a cause", || Ok(causes(&world)?.contains(&user.0)))?;
+    // While no daemon ran.
+    daemon.kill()?;
+    set_user(&user.0, Some(61_103))?;
+    let _daemon = world.daemon()?;
+    world.attack(61_103).reaches()?;
+    denied(&world.attack(61_102))
+}
+
+fn checked() -> Result<()> {
+    let world = World::new()?;
+    let user = User::new(&world);
+    world.configure_one(
+        &["tcp://10.0.0.1:1".to_owned()],
+        &format!("[\"root\", {:?}, {{ user = 0, cgroup = \"/no/such/cgroup\" }}]", user.0),
+    )?;
+    let said = world.enforcer(&["config", "check"])?.demand(1)?.stdout;
+    for words in [
+        &format!("no user \"{}\"", user.0)[..],
+        "/no/such/cgroup does not exist",
+        "enforcer.toml:",
+    ] {
+        ensure!(said.contains(words), "{words} is not in {said}");
+    }
+    let json = world.enforcer(&["config", "check", "--json"])?.demand(1)?.stdout;
+    let json: serde_json::Value = serde_json::from_str(&json)?;
+    ensure!(json["absent"].as_array().context("no list")?.len() == 2, "{json}");
+    Ok(())
+}
