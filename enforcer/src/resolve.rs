@@ -2,6 +2,7 @@
 
 mod addresses;
 pub mod lookup;
+mod resolv_conf;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -130,6 +131,8 @@ struct State {
     failures: u32,
     /// Why the last look-up failed (N3).
     stale: Option<String>,
+    /// What of it failed without consequence.
+    note: Option<String>,
     refused: BTreeSet<IpAddr>,
     due: Instant,
     in_flight: bool,
@@ -165,6 +168,7 @@ impl Names {
                 addresses: Addresses::default(),
                 failures: 0,
                 stale: None,
+                note: None,
                 refused: BTreeSet::new(),
                 due: now,
                 in_flight: false,
@@ -293,7 +297,7 @@ impl Names {
             addresses: state.addresses.all().iter().map(ToString::to_string).collect(),
             cut: state.addresses.cut(),
             stale: state.stale.is_some(),
-            cause: state.stale.clone(),
+            cause: state.stale.as_ref().or(state.note.as_ref()).cloned(),
         };
         self.states.iter().map(report).collect()
     }
@@ -309,6 +313,7 @@ impl State {
         self.refused = refused;
         let nothing = || "every address in the hosts file is refused".to_owned();
         self.stale = good.is_empty().then(nothing);
+        self.note = None;
         if self.stale.is_some() {
             return false;
         }
@@ -338,7 +343,18 @@ impl State {
             };
             cause.to_owned()
         });
-        self.stale = a.as_ref().err().or(aaaa.as_ref().err()).cloned().or(nothing);
+        // N3: beside a good answer a family that never had an address, and fails, is worth a note and no more.
+        let good = |usable: &Result<Option<Usable>, String>| matches!(usable, Ok(Some(_)));
+        let never = [0, 1].map(|family| !self.addresses.knows(family));
+        let faults = [(&a, never[0] && good(&aaaa)), (&aaaa, never[1] && good(&a))];
+        let fault = |noted| {
+            faults
+                .iter()
+                .filter(|(_, note)| *note == noted)
+                .find_map(|(usable, _)| usable.as_ref().err())
+        };
+        self.note = fault(true).cloned();
+        self.stale = fault(false).cloned().or(nothing);
         a.into_iter().chain(aaaa).flatten().map(|usable| usable.ttl).min()
     }
 

@@ -35,6 +35,10 @@ pub enum Zone {
     Code(ResponseCode),
     /// Nothing at all.
     Silence,
+    /// Addresses of IPv4, and this code where IPv6 is asked for.
+    Ipv4Alone(Vec<IpAddr>, ResponseCode),
+    /// Addresses over TCP, and nothing at all over UDP.
+    TcpAlone(Vec<IpAddr>),
 }
 
 /// The server; it ends when dropped.
@@ -107,7 +111,7 @@ fn serve(socket: &UdpSocket, zones: &Mutex<BTreeMap<String, Zone>>, stop: &Atomi
             continue;
         };
         let request = buffer.get(..read).unwrap_or_default();
-        let Some((bytes, payload)) = respond(request, zones) else {
+        let Some((bytes, payload)) = respond(request, zones, false) else {
             continue;
         };
         let bytes = if bytes.len() > payload {
@@ -141,7 +145,7 @@ fn converse(mut stream: TcpStream, zones: &Mutex<BTreeMap<String, Zone>>) -> io:
     stream.read_exact(&mut length)?;
     let mut request = vec![0; u16::from_be_bytes(length).into()];
     stream.read_exact(&mut request)?;
-    let Some((bytes, _)) = respond(&request, zones) else {
+    let Some((bytes, _)) = respond(&request, zones, true) else {
         return Ok(());
     };
     let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
@@ -149,11 +153,11 @@ fn converse(mut stream: TcpStream, zones: &Mutex<BTreeMap<String, Zone>>) -> io:
 }
 
 /// The response, and how large a datagram the asker takes (RFC 6891).
-fn respond(request: &[u8], zones: &Mutex<BTreeMap<String, Zone>>) -> Option<(Vec<u8>, usize)> {
+fn respond(request: &[u8], zones: &Mutex<BTreeMap<String, Zone>>, over_tcp: bool) -> Option<(Vec<u8>, usize)> {
     let request = Message::from_vec(request).ok()?;
     let zones = zones.lock().map(|zones| zones.clone()).unwrap_or_default();
     let payload = request.edns.as_ref().map_or(512, |edns| edns.max_payload().into());
-    Some((answer(&request, &zones)?.to_vec().ok()?, payload))
+    Some((answer(&request, &zones, over_tcp)?.to_vec().ok()?, payload))
 }
 
 fn truncate(bytes: &[u8]) -> Option<Vec<u8>> {
@@ -163,7 +167,7 @@ fn truncate(bytes: &[u8]) -> Option<Vec<u8>> {
     response.to_vec().ok()
 }
 
-fn answer(request: &Message, zones: &BTreeMap<String, Zone>) -> Option<Message> {
+fn answer(request: &Message, zones: &BTreeMap<String, Zone>, over_tcp: bool) -> Option<Message> {
     const TTL: u32 = 1;
     let query = request.queries.first()?.clone();
     let mut response = Message::new(request.metadata.id, MessageType::Response, OpCode::Query);
@@ -181,6 +185,11 @@ fn answer(request: &Message, zones: &BTreeMap<String, Zone>) -> Option<Message> 
                 break;
             }
             Some(Zone::Silence) => return None,
+            Some(Zone::TcpAlone(_)) if !over_tcp => return None,
+            Some(Zone::Ipv4Alone(_, code)) if kind == RecordType::AAAA => {
+                response.metadata.response_code = *code;
+                break;
+            }
             Some(Zone::Code(code)) => {
                 response.metadata.response_code = *code;
                 break;
@@ -190,7 +199,7 @@ fn answer(request: &Message, zones: &BTreeMap<String, Zone>) -> Option<Message> 
                 response.add_answer(Record::from_rdata(name, TTL, RData::CNAME(CNAME(to.clone()))));
                 name = to;
             }
-            Some(Zone::Addresses(addresses)) => {
+            Some(Zone::Addresses(addresses) | Zone::TcpAlone(addresses) | Zone::Ipv4Alone(addresses, _)) => {
                 for address in addresses {
                     match (address, kind) {
                         (IpAddr::V4(v4), RecordType::A) => {

@@ -1,28 +1,32 @@
 //! One look-up of a name: hosts file, then DNS as this host is set up for it, in the C library's order.
 
-use std::{collections::BTreeSet, fs, net::IpAddr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use hickory_resolver::{
     Hosts, TokioResolver,
-    config::{ResolveHosts, ResolverConfig, ResolverOpts},
+    config::{NameServerConfig, ProtocolConfig, ResolveHosts, ResolverConfig},
+    lookup::Lookup,
     net::{DnsError, NetError, NoRecords, runtime::TokioRuntimeProvider},
     proto::{
         op::{Query, ResponseCode},
         rr::{Name as DnsName, RecordType},
     },
-    system_conf::read_system_conf,
 };
 use tokio::time::{Instant, timeout};
 
-use super::{Answer, Outcome};
+use super::{Answer, Outcome, resolv_conf::ResolvConf};
 use crate::policy::Name;
 
 /// How long a look-up may take, all servers and search domains together.
 pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 const HOSTS: &str = "/etc/hosts";
-/// Most servers asked (resolv.conf(5), `MAXNS`).
-const MAX_SERVERS: usize = 3;
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 const LATE: &str = "no answer in time";
 
 /// Looks a name up. `/etc/resolv.conf` and `/etc/hosts` are read anew each time, so that changes of them count at once.
@@ -34,10 +38,23 @@ pub async fn lookup(name: &Name, patience: Duration) -> Answer {
     if let Some(addresses) = fs::read(HOSTS).ok().and_then(|text| in_hosts_file(&text, &dns_name)) {
         return Answer::Hosts(addresses);
     }
-    let stub = read_system_conf().and_then(|(config, options)| Stub::new(config, &options, patience));
-    match stub {
+    let text = match fs::read(RESOLV_CONF) {
+        // As an empty one.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return both(&Outcome::Failed(format!("read {RESOLV_CONF}: {error}"))),
+        Ok(text) => text,
+    };
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let conf = ResolvConf::parse(&String::from_utf8_lossy(&text), host.trim_end());
+    let servers = conf
+        .servers
+        .iter()
+        .copied()
+        .map(NameServerConfig::udp_and_tcp)
+        .collect();
+    match Stub::new(conf, servers, patience) {
         Ok(stub) => stub.ask(&dns_name, patience).await,
-        Err(error) => both(&Outcome::Failed(format!("read /etc/resolv.conf: {error}"))),
+        Err(error) => both(&Outcome::Failed(error.to_string())),
     }
 }
 
@@ -48,12 +65,16 @@ fn in_hosts_file(text: &[u8], name: &DnsName) -> Option<BTreeSet<IpAddr>> {
     hosts.read_hosts_conf(String::from_utf8_lossy(text).as_bytes()).ok()?;
     let found = |kind| hosts.lookup_static_host(&Query::query(name.clone(), kind));
     let lookups = [RecordType::A, RecordType::AAAA].into_iter().filter_map(found);
-    let addresses: BTreeSet<IpAddr> = lookups
+    let mut addresses: BTreeSet<IpAddr> = lookups
         .flat_map(|lookup| {
             let addresses = lookup.answers().iter().filter_map(|record| record.data.ip_addr());
             addresses.collect::<Vec<_>>()
         })
         .collect();
+    // glibc answers a question for IPv4 with it too (nss_files).
+    if addresses.contains(&Ipv6Addr::LOCALHOST.into()) {
+        addresses.insert(Ipv4Addr::LOCALHOST.into());
+    }
     (!addresses.is_empty()).then_some(addresses)
 }
 
@@ -61,41 +82,80 @@ fn in_hosts_file(text: &[u8], name: &DnsName) -> Option<BTreeSet<IpAddr>> {
 /// beside a private resolver is the public one's NXDOMAIN; and it walks the search list for each family alone, so that a
 /// name with A only ends in the NXDOMAIN of the last search domain.
 struct Stub {
-    /// One resolver for each server, in the file's order.
-    servers: Vec<(IpAddr, TokioResolver)>,
+    /// In the order in which they are asked.
+    servers: Vec<Server>,
     search: Vec<DnsName>,
     ndots: usize,
     /// Most time for one server: all its tries together (resolv.conf(5), `timeout` and `attempts`).
     per_server: Duration,
 }
 
-impl Stub {
-    fn new(config: ResolverConfig, options: &ResolverOpts, patience: Duration) -> Result<Self, NetError> {
-        let (domain, search, servers) = config.into_parts();
-        let tries = u32::try_from(options.attempts).unwrap_or(u32::MAX).max(1);
-        let per_server = options.timeout.max(Duration::from_secs(1)).saturating_mul(tries);
-        let mut options = options.clone();
-        options.cache_size = 0; // The times of look-ups are ours to choose (N2).
-        options.use_hosts_file = ResolveHosts::Never; // It was asked before, for what DNS may not name (N6).
-        options.attempts = 0; // Lost packets are sent again all the same; other failures go to the next server.
-        options.timeout = patience;
-        let servers = servers.into_iter().take(MAX_SERVERS).map(|server| {
-            let address = server.ip;
-            let config = ResolverConfig::from_name_servers(vec![server]);
+/// A server, and the two ways to it: the second where the first one is silent.
+struct Server {
+    address: IpAddr,
+    ways: Vec<TokioResolver>,
+}
+
+impl Server {
+    fn new(server: NameServerConfig, tcp_alone: bool, patience: Duration) -> Result<Self, NetError> {
+        let address = server.ip;
+        let mut over_tcp = server.clone();
+        over_tcp
+            .connections
+            .retain(|way| matches!(way.protocol, ProtocolConfig::Tcp));
+        let ways = if tcp_alone {
+            vec![over_tcp]
+        } else {
+            vec![server, over_tcp]
+        };
+        let ways = ways.into_iter().map(|way| {
+            let config = ResolverConfig::from_name_servers(vec![way]);
             let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
-            *builder.options_mut() = options.clone();
-            Ok((address, builder.build()?))
+            let options = builder.options_mut();
+            options.cache_size = 0; // The times of look-ups are ours to choose (N2).
+            options.use_hosts_file = ResolveHosts::Never; // It was asked before, for what DNS may not name (N6).
+            options.attempts = 0; // Lost packets are sent again all the same; other failures go to the next server.
+            options.timeout = patience;
+            builder.build()
         });
         Ok(Self {
-            servers: servers.collect::<Result<_, NetError>>()?,
-            // The host's own domain counts only where resolv.conf(5) names none.
-            search: if search.is_empty() {
-                domain.into_iter().collect()
-            } else {
-                search
-            },
-            ndots: options.ndots,
-            per_server,
+            address,
+            ways: ways.collect::<Result<_, NetError>>()?,
+        })
+    }
+
+    /// Asks within a time: the first way for most of it, and where nothing comes the other for the rest.
+    async fn ask(&self, name: &DnsName, kind: RecordType, time: Duration) -> Option<Result<Lookup, NetError>> {
+        let until = Instant::now() + time;
+        let mut answer = None;
+        for (position, way) in self.ways.iter().enumerate() {
+            let left = until.saturating_duration_since(Instant::now());
+            let is_last = position + 1 == self.ways.len();
+            let share = if is_last { left } else { left.mul_f64(0.6) };
+            answer = timeout(share, way.lookup(name.clone(), kind)).await.ok();
+            if !matches!(answer, None | Some(Err(NetError::Timeout))) {
+                break;
+            }
+        }
+        answer
+    }
+}
+
+impl Stub {
+    fn new(conf: ResolvConf, servers: Vec<NameServerConfig>, patience: Duration) -> Result<Self, NetError> {
+        let servers = servers
+            .into_iter()
+            .map(|server| Server::new(server, conf.tcp, patience));
+        let mut servers = servers.collect::<Result<Vec<_>, NetError>>()?;
+        if conf.rotate && !servers.is_empty() {
+            let first = usize::try_from(super::random_bits()).unwrap_or_default() % servers.len();
+            servers.rotate_left(first);
+        }
+        Ok(Self {
+            servers,
+            search: conf.search,
+            ndots: conf.ndots,
+            per_server: conf.timeout.saturating_mul(conf.attempts),
         })
     }
 
@@ -145,13 +205,13 @@ impl Stub {
     /// Asks the servers in order until one knows, as the C library does: a failure goes to the next, a "no" does not.
     async fn one(&self, name: &DnsName, kind: RecordType, deadline: Instant) -> Outcome {
         let mut failure = Outcome::Failed("no name server".to_owned());
-        for (position, (server, resolver)) in self.servers.iter().enumerate() {
+        for (position, server) in self.servers.iter().enumerate() {
             let left = u32::try_from(self.servers.len() - position).unwrap_or(u32::MAX);
             let share = deadline.saturating_duration_since(Instant::now()) / left;
-            let outcome = match timeout(share.min(self.per_server), resolver.lookup(name.clone(), kind)).await {
-                Err(_) => Outcome::Failed(LATE.to_owned()),
-                Ok(Err(error)) => negative(&error),
-                Ok(Ok(lookup)) => {
+            let outcome = match server.ask(name, kind, share.min(self.per_server)).await {
+                None => Outcome::Failed(LATE.to_owned()),
+                Some(Err(error)) => negative(&error),
+                Some(Ok(lookup)) => {
                     // CNAMEs on the way are among the answers; their TTL counts as well as the addresses'.
                     let answers = lookup.answers();
                     let addresses: BTreeSet<IpAddr> =
@@ -168,7 +228,7 @@ impl Stub {
                 }
             };
             match outcome {
-                Outcome::Failed(cause) => failure = Outcome::Failed(format!("{server}: {cause}")),
+                Outcome::Failed(cause) => failure = Outcome::Failed(format!("{}: {cause}", server.address)),
                 Outcome::Found { .. } | Outcome::Empty | Outcome::Missing => return outcome,
             }
         }

@@ -21,6 +21,10 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("n1_a_aaaa_and_cname", families),
         case("n1_check_looks_names_up_as_the_daemon_does", checked),
+        case("n1_odd_lines_of_resolv_conf_cost_only_themselves", odd_lines),
+        case("n1_a_silent_udp_path_is_tried_over_tcp", silent_udp),
+        case("n1_a_file_that_turns_odd_freezes_no_name", turns_odd),
+        case("n3_a_family_that_never_was_and_fails_is_a_note", one_family),
         case("n3_n4_failures_keep_what_is_known", failures),
         case("n3_one_name_never_touches_another", isolation),
         case("n6_answers_that_name_this_host_are_refused", lies),
@@ -129,6 +133,82 @@ fn checked() -> Result<()> {
         missing.stderr.contains("look up nosuch.test: it does not exist"),
         "{missing:?}"
     );
+    Ok(())
+}
+
+/// What glibc and Go skip, in front of a line that is good.
+const ODD: [&str; 8] = [
+    "search (none)\n",
+    "search a..b\n",
+    "search -x.example\n",
+    "search xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx.example\n",
+    "nameserver ns.example\n",
+    "options timeout:x ndots:-1 use-vc\n",
+    "sortlist 130.155.160.0/255.255.240.0\nlookup file bind\nfamily inet4\n",
+    "\u{fffd}\u{7f}\n",
+];
+
+fn odd_lines() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    let good = fs::read_to_string(named.world.path("resolv.conf"))?;
+    named.daemon()?.kill()?;
+    for odd in ODD {
+        fs::write(named.world.path("resolv.conf"), format!("{odd}{good}"))?;
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        let checked = ran(command.args(["check", "nobody", &format!("tcp://bus.test:{}", named.world.port)]))?;
+        ensure!(checked.demand(1)?.stdout.contains("10.9.0.1"), "{odd:?}");
+    }
+    Ok(())
+}
+
+/// As a renewed lease of DHCP brings it, while a name moves.
+fn turns_odd() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    let _daemon = named.daemon()?;
+    ensure!(named.denied("10.9.0.1")?, "not protected at first");
+    let file = named.world.path("resolv.conf");
+    let good = fs::read_to_string(&file)?;
+    for (number, odd) in (2..).zip(ODD) {
+        // In place: the daemon's is mounted there.
+        fs::write(&file, format!("{odd}{good}"))?;
+        let moved = format!("10.9.0.{number}");
+        named.dns.set("bus.test", addresses(&[&moved]));
+        until(&format!("the move is followed after {odd:?}"), || named.denied(&moved))?;
+    }
+    Ok(())
+}
+
+fn silent_udp() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    named.dns.set("bus.test", Zone::TcpAlone(vec!["10.9.0.1".parse()?]));
+    let _daemon = named.daemon()?;
+    until("it is known over TCP", || named.denied("10.9.0.1"))
+}
+
+fn one_family() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    let answer = |code| Zone::Ipv4Alone(vec!["10.9.0.1".parse().unwrap_or(IpAddr::from([0, 0, 0, 0]))], code);
+    named.dns.set("bus.test", answer(ResponseCode::ServFail));
+    let _daemon = named.daemon()?;
+    ensure!(named.denied("10.9.0.1")?, "the good family is not protected");
+    let status = named.world.status()?;
+    let name = named.name("bus.test")?;
+    ensure!(
+        status["state"] == "enforcing" && name["stale"] == false && name["cause"].to_string().contains("AAAA"),
+        "{status}"
+    );
+    // Once it was known its failure is a fault.
+    named.dns.set("bus.test", addresses(&["10.9.0.1", "2001:db8::9"]));
+    until("both families are known", || named.denied("2001:db8::9"))?;
+    named.dns.set("bus.test", answer(ResponseCode::ServFail));
+    until(
+        "the failure is a fault",
+        || Ok(named.name("bus.test")?["stale"] == true),
+    )?;
+    ensure!(named.denied("2001:db8::9")?, "what was known is let go");
     Ok(())
 }
 

@@ -22,7 +22,6 @@ use hickory_resolver::{
         op::{Message, OpCode},
         rr::{RData, Record, rdata::CNAME},
     },
-    system_conf::parse_resolv_conf,
 };
 
 use super::*;
@@ -129,11 +128,9 @@ fn answer(request: &[u8], reply: &dyn Fn(&str, RecordType) -> Reply, udp: bool) 
 
 /// Asks as a host with this `resolv.conf`, whose name servers are ours.
 async fn ask(servers: &[&Server], more: &str, name: &str) -> (Outcome, Outcome) {
-    let (config, options) = parse_resolv_conf(format!("nameserver 192.0.2.1\n{more}\n")).expect("a resolv.conf");
-    let (_, search, _) = config.into_parts();
+    let conf = ResolvConf::parse(&format!("nameserver 192.0.2.1\n{more}\n"), "");
     let servers = servers.iter().map(|server| server.config()).collect();
-    let config = ResolverConfig::from_parts(None, search, servers);
-    let stub = Stub::new(config, &options, PATIENCE).expect("a resolver");
+    let stub = Stub::new(conf, servers, PATIENCE).expect("a resolver");
     let name = DnsName::from_ascii(name).expect("a name");
     match stub.ask(&name, PATIENCE).await {
         Answer::Dns { a, aaaa } => (a, aaaa),
@@ -317,7 +314,7 @@ fn the_hosts_file_is_read_as_the_c_library_reads_it() {
     let text =
         b"# caf\xe9\n127.0.0.1 localhost\n10.0.0.1\tBus.Test bus # old\n10.0.0.2 bus.test\n::1 bus.test\nx bus.test\n";
     let look = |name: &str| in_hosts_file(text, &DnsName::from_ascii(name).expect("a name"));
-    let expected = ["10.0.0.1", "10.0.0.2", "::1"].map(|text| text.parse().expect("an address"));
+    let expected = ["10.0.0.1", "10.0.0.2", "127.0.0.1", "::1"].map(|text| text.parse().expect("an address"));
     assert_eq!(look("bus.test"), Some(expected.into()));
     assert_eq!(look("other.test"), None);
 }
