@@ -15,6 +15,7 @@ pub mod faults;
 pub mod flood;
 pub mod fragments;
 pub mod grants;
+pub mod hardship;
 pub mod input;
 pub mod kernel;
 pub mod kernel_sockets;
@@ -114,6 +115,7 @@ pub fn all() -> Vec<Case> {
         flood::cases(),
         fragments::cases(),
         grants::cases(),
+        hardship::cases(),
         input::cases(),
         kernel::cases(),
         kernel_sockets::cases(),
