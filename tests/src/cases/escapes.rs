@@ -82,7 +82,7 @@ fn guarded() -> Result<(World, crate::world::Listener)> {
     Ok((world, listener))
 }
 
-/// A program that is called so: its task has the name of its file.
+/// A program that is called so: its task has the name of its file. One of this project, or of every system.
 fn called(world: &World, program: &Path, name: impl Into<OsString>) -> Result<PathBuf> {
     let dir = world.path("called").join(program.file_name().unwrap_or_default());
     fs::create_dir_all(&dir)?;

@@ -10,10 +10,12 @@ use tree_sitter::{Node, Parser, Tree};
 
 use super::shell::{Word, of_command, slice, starts_command};
 
-/// What names something that this project builds, the cargo that runs us, or a command line that is looked through where it is made.
-const OWN: [&str; 12] = [
+/// What names something that this project builds, the cargo that runs us, a program by another name, or a command line that is looked
+/// through where it is made.
+const OWN: [&str; 13] = [
     "binary(",
     "built(",
+    "called(",
     "cli.command",
     "copy_binary(",
     "current_exe(",
