@@ -22,7 +22,7 @@ use super::{
 use crate::{
     backend::EBPF,
     dns::{DnsServer, Zone},
-    world::{NOBODY, Netns, World, binary, slowness, until},
+    world::{NOBODY, Netns, World, at_this_load, binary, until},
 };
 
 const NAME: &str = "bus.test";
@@ -320,7 +320,7 @@ fn other_than(world: &World, bit: u8) -> IpAddr {
 }
 
 fn latency() -> Result<()> {
-    let limit = Duration::from_millis(10) * slowness().min(5);
+    let limit = at_this_load(Duration::from_millis(10))?;
     let named = Named::new(&[NAME], "")?;
     named.dns.set(NAME, addresses(&["10.9.0.1"]));
     let _daemon = named.daemon()?;
