@@ -82,7 +82,7 @@ const SCHEMAS: [(&str, &str); 11] = [
          dns.retain dns.unresolved bosh bosh.dir target target.main target.main.endpoints target.main.allow \
          target.main.grants",
     ),
-    ("enforcer/config-check/1", "path targets warnings"),
+    ("enforcer/config-check/1", "absent path targets warnings"),
 ];
 
 /// Where they are told of.
