@@ -6,6 +6,7 @@ use std::{
     os::unix::{ffi::OsStringExt as _, fs::symlink},
     path::{Path, PathBuf},
     process::{Child, Command},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::{Result, ensure};
@@ -142,19 +143,28 @@ fn tasks() -> Result<()> {
     Ok(())
 }
 
-/// Tasks of others that have powers, or a network namespace, which `doctor` lists.
-struct Sleepers(Vec<Child>);
+/// `doctor` lists 16 tasks at most: cases that run beside each other would push each other's out.
+static LISTED: Mutex<()> = Mutex::new(());
+
+/// Tasks of others that have powers, which `doctor` lists.
+struct Sleepers {
+    tasks: Vec<Child>,
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl Sleepers {
     fn start(world: &World, names: impl Iterator<Item = OsString>) -> Result<Self> {
-        let mut sleepers = Self(Vec::new());
+        let mut sleepers = Self {
+            tasks: Vec::new(),
+            _alone: LISTED.lock().unwrap_or_else(PoisonError::into_inner),
+        };
         for name in names {
             let mut command = Command::new("setpriv");
             command.args(["--reuid=65534", "--inh-caps=+net_raw", "--ambient-caps=+net_raw", "--"]);
             let program = called(world, Path::new("/bin/sleep"), name)?;
-            sleepers.0.push(command.arg(program).arg("1000").spawn()?);
+            sleepers.tasks.push(command.arg(program).arg("1000").spawn()?);
         }
-        for child in &sleepers.0 {
+        for child in &sleepers.tasks {
             let status = format!("/proc/{}/comm", child.id());
             until("a task sleeps", || Ok(fs::read(&status)? != *b"setpriv\n"))?;
         }
@@ -164,7 +174,7 @@ impl Sleepers {
 
 impl Drop for Sleepers {
     fn drop(&mut self) {
-        for child in &mut self.0 {
+        for child in &mut self.tasks {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -252,11 +262,14 @@ fn no_text() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let name = OsString::from_vec(b"\xff\x9b2J".to_vec());
-    let (text, before) = capable(&world)?;
+    let (text, _) = capable(&world)?;
     ensure!(!text.contains("\u{fffd}"), "{text}");
     let sleepers = Sleepers::start(&world, std::iter::once(name))?;
     let (text, items) = capable(&world)?;
-    ensure!(items.len() == before.len() + 1 && text.contains('\u{fffd}'), "{text}");
+    ensure!(
+        items.iter().any(|item| item.contains(char::REPLACEMENT_CHARACTER)) && text.contains('\u{fffd}'),
+        "{text}"
+    );
     // One that asks: its grant is its own.
     let enforcer = called(&world, &binary("enforcer")?, OsString::from_vec(b"\xff".to_vec()))?;
     let mut command = Command::new(enforcer);
@@ -264,7 +277,7 @@ fn no_text() -> Result<()> {
     // Below the cgroup that is judged: granting that one would let everybody in.
     let job = world.cgroup.join("job");
     fs::create_dir(&job)?;
-    let pid = sleepers.0[0].id().to_string();
+    let pid = sleepers.tasks[0].id().to_string();
     fs::write(job.join("cgroup.procs"), &pid)?;
     let ran = ran(command.args(["grant", "main", "--pid", &pid]))?.demand(0)?;
     both_are_clean("grant", &ran)
