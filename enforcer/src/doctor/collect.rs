@@ -187,7 +187,7 @@ impl Seen {
         let mut grants = self
             .saw("the grants", grants::load(&self.settings.state_dir))
             .unwrap_or_default();
-        grants.expire(jiff::Timestamp::now());
+        grants.expire(crate::grants::Moment::now());
         let policy = complete(&config, policy, bus.as_ref(), &grants);
         Some((policy, left.map(|good| good.names).unwrap_or_default()))
     }
