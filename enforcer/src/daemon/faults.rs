@@ -21,6 +21,8 @@ pub(super) enum About {
     Grants,
     /// The sweep of older connections.
     Sweep,
+    /// Where denials come from.
+    Denials,
     /// What must outlive this process is hidden from the host.
     Visibility,
 }
@@ -43,6 +45,7 @@ impl Faults {
             (None, About::Bus) => info!("the message bus is known"),
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
+            (None, About::Denials) => info!("denials are reported again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again"),
             (None, About::Host) => info!("what is local to this host is followed again"),
         }
