@@ -5,6 +5,7 @@ pub mod bosh;
 pub mod containers;
 pub mod decision;
 pub mod delegated;
+pub mod detours;
 pub mod doctor;
 pub mod dropin;
 pub mod endurance;
@@ -14,9 +15,11 @@ pub mod faults;
 pub mod flood;
 pub mod fragments;
 pub mod grants;
+pub mod hardship;
 pub mod input;
 pub mod kernel;
 pub mod kernel_sockets;
+pub mod later;
 pub mod lies;
 pub mod limits;
 pub mod missing;
@@ -103,6 +106,7 @@ pub fn all() -> Vec<Case> {
         containers::cases(),
         decision::cases(),
         delegated::cases(),
+        detours::cases(),
         doctor::cases(),
         dropin::cases(),
         endurance::cases(),
@@ -112,9 +116,11 @@ pub fn all() -> Vec<Case> {
         flood::cases(),
         fragments::cases(),
         grants::cases(),
+        hardship::cases(),
         input::cases(),
         kernel::cases(),
         kernel_sockets::cases(),
+        later::cases(),
         lies::cases(),
         limits::cases(),
         missing::cases(),
