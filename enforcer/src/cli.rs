@@ -228,6 +228,11 @@ fn run(cli: &Cli) -> Result<Answer> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
+    /// What the runtime opens, and more.
+    const FILES: usize = 12;
+    // Where it gets no descriptors it panics (tokio, signal/unix.rs): asked for first, they end in a message.
+    let files: io::Result<Vec<_>> = (0..FILES).map(|_| std::fs::File::open("/dev/null")).collect();
+    drop(files.context("start: cannot open a dozen files; raise the limit (LimitNOFILE= of the unit, ulimit -n)")?);
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

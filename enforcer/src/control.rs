@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const FULL_PATIENCE: Duration = Duration::from_millis(100);
 /// Between two tries to reach a daemon that is behind.
 const RETRY: Duration = Duration::from_millis(50);
+/// Between two lines of the log that say that nobody can be accepted.
+const QUIET: Duration = Duration::from_mins(1);
 /// Callers served at once, and how many of them may be followers of events, who stay.
 const MAX_CALLERS: usize = 32;
 const MAX_FOLLOWERS: usize = 16;
@@ -306,6 +308,7 @@ pub async fn nobody_listens(path: &Path) -> Result<(), ControlError> {
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
     let places = Arc::new(Semaphore::new(MAX_CALLERS));
     let followers = Arc::new(Semaphore::new(MAX_FOLLOWERS));
+    let mut logged: Option<Instant> = None;
     loop {
         match listener.accept().await {
             Ok((mut stream, _)) => {
@@ -323,7 +326,11 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
                 });
             }
             Err(error) => {
-                tracing::warn!("accept on the control socket: {error}");
+                // No descriptor may be free for long (F4).
+                if logged.is_none_or(|logged| logged.elapsed() >= QUIET) {
+                    tracing::warn!("accept on the control socket: {error}");
+                    logged = Some(Instant::now());
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }

@@ -213,7 +213,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     daemon.look_up_due(Instant::now());
     let mut watch = daemon.watch(None);
     let mut ready = false;
-    let mut again = false;
+    let (mut again, mut missed) = (false, false);
     let (mut rest, mut gather) = (None, None);
     let mounts = Mounts::from_environment();
     let mut tick = tokio::time::interval(TICK);
@@ -226,10 +226,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
         }
         if std::mem::take(&mut again) {
             // Another configuration may have brought another backend and other settings.
-            denials = daemon.denials()?;
-            if let Some(fresh) = daemon.logged()? {
-                logged = Some(fresh);
-            }
+            missed = !daemon.follow_denials(&mut denials, &mut logged);
             watch = daemon.watch(watch);
         }
         let until_expiry = daemon.until_expiry();
@@ -277,7 +274,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => daemon.catch_up(),
             saved = daemon.kept.saved() => daemon.was_kept(&saved),
             _ = tick.tick() => {
-                again = daemon.tick(watch.as_mut());
+                again = daemon.tick(watch.as_mut()) || missed;
                 if !goes_on(&mounts) {
                     break;
                 }

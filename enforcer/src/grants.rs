@@ -1,6 +1,9 @@
 //! Grants (B4): who was let in to a target besides its configuration, by whom, until when. Pure; `grants/file.rs` keeps them on disk.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
 
@@ -43,10 +46,30 @@ pub struct Key {
 pub struct Term {
     /// When it was granted first.
     pub since: Timestamp,
-    /// When it ends by itself, by the wall clock; none for never.
+    /// When it ends by itself, by the wall clock, if not before (see [`Grants::expire`]); none for never.
     pub expires: Option<Timestamp>,
     /// Who asked for it last.
     pub by: Asker,
+}
+
+/// A moment by two clocks: the wall clock, which may be set, and one that only goes on.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// The wall clock's time.
+    pub wall: Timestamp,
+    /// The other's, which means nothing to another process.
+    pub monotonic: Instant,
+}
+
+impl Moment {
+    /// This moment.
+    #[must_use]
+    pub fn now() -> Self {
+        Self {
+            wall: Timestamp::now(),
+            monotonic: Instant::now(),
+        }
+    }
 }
 
 /// Who asked.
@@ -64,6 +87,8 @@ pub struct Asker {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Grants {
     all: BTreeMap<Key, Term>,
+    /// When each of those that end does so at the latest, however the wall clock is set: from when it was first looked at.
+    latest: BTreeMap<Key, Instant>,
     /// Counts changes of whom they let in.
     revision: u64,
 }
@@ -118,14 +143,16 @@ impl Grants {
         self.revision
     }
 
-    /// Grants, or gives what was granted another end. What was granted first keeps its beginning.
+    /// Grants, or gives what was granted another end. What was granted first keeps its beginning, unless the wall clock was set back
+    /// behind it.
     pub fn grant(&mut self, key: Key, term: Term) -> Result<Change, LimitError> {
         if let Some(known) = self.all.get_mut(&key) {
             let expired = known.expires;
             *known = Term {
-                since: known.since,
+                since: known.since.min(term.since),
                 ..term
             };
+            self.latest.remove(&key);
             return Ok(Change::Renewed { expired });
         }
         if self.all.len() >= MAX_GRANTS {
@@ -141,9 +168,24 @@ impl Grants {
         self.remove(|key, _| key.target == target && to.is_none_or(|to| key.to == *to))
     }
 
-    /// Ends those whose time has come; tells which.
-    pub fn expire(&mut self, now: Timestamp) -> Vec<(Key, Term)> {
-        self.remove(|_, term| term.expires.is_some_and(|end| end <= now))
+    /// Ends those whose time has come by either clock; tells which. Only the wall clock goes on over restarts, and counts a host's
+    /// sleep; set back by a year, it would let each grant last a year longer.
+    pub fn expire(&mut self, now: Moment) -> Vec<(Key, Term)> {
+        for (key, term) in &self.all {
+            if !self.latest.contains_key(key)
+                && let Some(latest) = term.left(now.wall).and_then(|left| now.monotonic.checked_add(left))
+            {
+                self.latest.insert(key.clone(), latest);
+            }
+        }
+        let latest = std::mem::take(&mut self.latest);
+        let gone = self.remove(|key, term| {
+            let is_past = latest.get(key).is_some_and(|latest| *latest <= now.monotonic);
+            is_past || term.expires.is_some_and(|end| end <= now.wall)
+        });
+        self.latest = latest;
+        self.latest.retain(|key, _| self.all.contains_key(key));
+        gone
     }
 
     /// Leaves out what has an end: where nobody stays to see to it.
@@ -153,14 +195,18 @@ impl Grants {
 
     fn remove(&mut self, goes: impl Fn(&Key, &Term) -> bool) -> Vec<(Key, Term)> {
         let gone: Vec<_> = self.all.extract_if(.., |key, term| goes(key, term)).collect();
+        self.latest.retain(|key, _| self.all.contains_key(key));
         self.revision += u64::from(!gone.is_empty());
         gone
     }
 
-    /// When the next one ends.
+    /// How long until the next one ends, as the clocks go now.
     #[must_use]
-    pub fn next_expiry(&self) -> Option<Timestamp> {
-        self.all.values().filter_map(|term| term.expires).min()
+    pub fn until_expiry(&self, now: Moment) -> Option<Duration> {
+        let by_wall = self.all.values().filter_map(|term| term.left(now.wall));
+        let latest = self.latest.values();
+        let at_latest = latest.map(|latest| latest.saturating_duration_since(now.monotonic));
+        by_wall.chain(at_latest).min()
     }
 
     /// The policy with what was granted: only targets that may be granted now.
@@ -187,6 +233,16 @@ impl Grants {
             return Err(LimitError::Depths { found: depths.len() });
         }
         Ok(())
+    }
+}
+
+impl Term {
+    /// How long it still lasts by the wall clock, nothing once it is over: never longer than it was granted for. A beginning that
+    /// is still to come was written when the clock was ahead of what it is now.
+    fn left(&self, wall: Timestamp) -> Option<Duration> {
+        let end = self.expires?;
+        let left = end.duration_since(wall.max(self.since));
+        Some(Duration::try_from(left).unwrap_or_default())
     }
 }
 

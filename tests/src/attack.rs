@@ -21,7 +21,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use self::{
     dial::mapped,
-    subject::{become_user, enter, once},
+    subject::{become_user, enter, on_thread},
 };
 pub use self::{raw::Cut, subject::as_user};
 
@@ -58,6 +58,8 @@ pub enum Way {
     IoUringSqpoll,
     /// By a worker thread of the ring.
     IoUringAsync,
+    /// On a transparent socket, which may be bound to an address of somebody else's (ip(7), `IP_TRANSPARENT`).
+    Transparent,
     /// Connected elsewhere first, dissolved with `AF_UNSPEC`.
     Reconnect,
     UdpConnect,
@@ -150,6 +152,12 @@ pub struct Attempt {
     /// cgroup to enter after the socket was made
     #[arg(long)]
     pub then_cgroup: Option<PathBuf>,
+    /// Threaded cgroup that a thread enters by itself, which then does all
+    #[arg(long)]
+    pub thread_cgroup: Option<PathBuf>,
+    /// Own address and port, to be bound first
+    #[arg(long)]
+    pub from: Option<SocketAddr>,
     /// Network namespace to enter, by its file
     #[arg(long)]
     pub netns: Option<PathBuf>,
@@ -197,7 +205,7 @@ pub fn main(attempt: &Attempt) -> io::Result<()> {
     }
     let mut best: Option<(Result<(), i32>, Duration)> = None;
     for _ in 0..attempt.tries {
-        let result = in_child(|| once(attempt))?;
+        let result = in_child(|| on_thread(attempt))?;
         best = Some(best.map_or(result, |best| worse(best, result)));
     }
     match best {

@@ -6,6 +6,7 @@ pub mod bosh;
 pub mod containers;
 pub mod decision;
 pub mod delegated;
+pub mod detours;
 pub mod doctor;
 pub mod dropin;
 pub mod endurance;
@@ -19,6 +20,7 @@ pub mod hardship;
 pub mod input;
 pub mod kernel;
 pub mod kernel_sockets;
+pub mod later;
 pub mod lies;
 pub mod limits;
 pub mod missing;
@@ -106,6 +108,7 @@ pub fn all() -> Vec<Case> {
         containers::cases(),
         decision::cases(),
         delegated::cases(),
+        detours::cases(),
         doctor::cases(),
         dropin::cases(),
         endurance::cases(),
@@ -119,6 +122,7 @@ pub fn all() -> Vec<Case> {
         input::cases(),
         kernel::cases(),
         kernel_sockets::cases(),
+        later::cases(),
         lies::cases(),
         limits::cases(),
         missing::cases(),

@@ -316,7 +316,12 @@ impl Kernel {
         let failed = |error: aya::maps::MapError| BackendError::Io {
             action: "open",
             object: path.clone(),
-            error: io::Error::other(error),
+            // A system call's own text is its name alone.
+            error: if let aya::maps::MapError::SyscallError(call) = error {
+                call.io_error
+            } else {
+                io::Error::other(error)
+            },
         };
         let map = MapData::from_pin(&path).map_err(failed)?;
         let ring = RingBuf::try_from(aya::maps::Map::RingBuf(map)).map_err(failed)?;

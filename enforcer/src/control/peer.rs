@@ -6,7 +6,10 @@ use std::{
     path::Path,
 };
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::{
+    errno::Errno,
+    sys::socket::{getsockopt, sockopt},
+};
 use tokio::net::UnixStream;
 
 use crate::{
@@ -21,8 +24,17 @@ pub struct Peer {
     pub pid: u32,
     /// Its user.
     pub uid: u32,
-    /// The process itself, not its number, which another may get later; since Linux 6.5.
-    process: Option<OwnedFd>,
+    process: Process,
+}
+
+/// The process itself, not its number, which another may get later (unix(7), `SO_PEERPIDFD`).
+#[derive(Debug)]
+enum Process {
+    Held(OwnedFd),
+    /// It had ended before it could be held: Linux 6.5 to 6.15 fail then, later ones hand out what is left of it.
+    Ended,
+    /// The kernel remembers its number alone, before Linux 6.5.
+    Number,
 }
 
 /// Why the cgroup of a process is not known.
@@ -87,7 +99,7 @@ impl Peer {
     /// Asks the kernel.
     pub fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
-        let process = getsockopt(stream, sockopt::PeerPidfd).ok();
+        let process = Process::from(getsockopt(stream, sockopt::PeerPidfd));
         let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok());
         Ok(Self {
             pid: pid.unwrap_or(0),
@@ -108,15 +120,17 @@ impl Peer {
             return Err(CgroupError::Invisible);
         }
         let cgroup = cgroup_of(self.pid)?;
-        // Its number was still its own while it was looked at.
-        if self
-            .process
-            .as_ref()
-            .is_some_and(|process| !is_still(process, self.pid))
-        {
-            return Err(CgroupError::Gone { pid: self.pid });
+        // Its number was still its own while it was looked at (B4).
+        let is_its_own = match &self.process {
+            Process::Held(process) => is_still(process, self.pid),
+            Process::Ended => false,
+            Process::Number => true,
+        };
+        if is_its_own {
+            Ok(cgroup)
+        } else {
+            Err(CgroupError::Gone { pid: self.pid })
         }
-        Ok(cgroup)
     }
 
     /// The cgroup of a process to which it gave a number.
@@ -133,6 +147,17 @@ impl Peer {
             return Err(CgroupError::Gone { pid });
         }
         Ok(cgroup)
+    }
+}
+
+impl From<Result<OwnedFd, Errno>> for Process {
+    fn from(asked: Result<OwnedFd, Errno>) -> Self {
+        match asked {
+            Ok(process) => Self::Held(process),
+            Err(Errno::ENOPROTOOPT) => Self::Number,
+            // ESRCH or EINVAL, by version; whatever else it is, nothing vouches for the number.
+            Err(_) => Self::Ended,
+        }
     }
 }
 
@@ -214,6 +239,23 @@ mod tests {
         check("0::/../other\n", "/", "outside");
         check("0::/a (deleted)\n", "/", "does not exist any more");
         check("0::/a\u{1b}b\n", "/", "control");
+    }
+
+    #[test]
+    fn only_a_kernel_that_cannot_tell_leaves_it_to_the_number() {
+        assert!(matches!(Process::from(Err(Errno::ENOPROTOOPT)), Process::Number));
+        for errno in [Errno::ESRCH, Errno::EINVAL, Errno::ENODATA, Errno::EMFILE] {
+            assert!(matches!(Process::from(Err(errno)), Process::Ended), "{errno}");
+        }
+        let caller = |process| Peer {
+            pid: std::process::id(),
+            uid: 0,
+            process,
+        };
+        assert!(matches!(
+            caller(Process::Ended).cgroup(),
+            Err(CgroupError::Gone { .. } | CgroupError::Proc { .. } | CgroupError::NoCgroup2 { .. })
+        ));
     }
 
     #[test]

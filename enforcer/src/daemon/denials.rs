@@ -12,7 +12,7 @@ use tokio::{
 
 use tracing::info;
 
-use super::{Daemon, DaemonError, sources::readable, tally::Counts};
+use super::{About, Daemon, DaemonError, sources::readable, tally::Counts};
 use crate::{
     backend::{ebpf::Events, nftables},
     control::Reply,
@@ -52,6 +52,26 @@ impl Daemon {
             action: "watch the denials of nftables",
             error,
         })
+    }
+
+    /// Opens anew where denials come from, as another configuration may have brought another backend. False where that has to be tried
+    /// again; what was open stays so (F4).
+    pub(super) fn follow_denials(
+        &mut self,
+        denials: &mut Option<AsyncFd<Events>>,
+        logged: &mut Option<AsyncFd<nftables::Denials>>,
+    ) -> bool {
+        let opened = self.denials().and_then(|fresh| {
+            *denials = fresh;
+            if let Some(fresh) = self.logged()? {
+                *logged = Some(fresh);
+            }
+            Ok(())
+        });
+        let fault = |error| format!("{error}; denials may be counted and not reported until this works");
+        let (followed, fault) = (opened.is_ok(), opened.err().map(fault));
+        self.faults.set(About::Denials, fault);
+        followed
     }
 
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.

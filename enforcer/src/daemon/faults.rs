@@ -23,6 +23,8 @@ pub(super) enum About {
     Sweep,
     /// Users that the configuration names.
     Users,
+    /// Where denials come from.
+    Denials,
     /// What must outlive this process is hidden from the host.
     Visibility,
 }
@@ -45,6 +47,7 @@ impl Faults {
             (None, About::Bus) => info!("the message bus is known"),
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
+            (None, About::Denials) => info!("denials are reported again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again"),
             (None, About::Users) => info!("all users that the configuration names exist"),
             (None, About::Host) => info!("what is local to this host is followed again"),

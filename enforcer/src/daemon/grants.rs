@@ -9,7 +9,7 @@ use super::{About, Daemon, DaemonError};
 use crate::{
     control::{CgroupError, GrantRequest, GrantStatus, GrantsReport, Peer, Reply, RevokeRequest, Selector},
     events::{GrantEvent, Line},
-    grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Term},
+    grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
     policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
     ruleset::Writable,
@@ -71,8 +71,9 @@ impl Daemon {
             Ok(granted) => granted,
             Err(error) => return (Grants::default(), Some(format!("{error} (the next grant replaces it)"))),
         };
-        let now = Timestamp::now();
-        for (key, _) in granted.expire(now) {
+        let moment = Moment::now();
+        let now = moment.wall;
+        for (key, _) in granted.expire(moment) {
             info!("{}", key.event("expired", now, None, None));
         }
         if !stays {
@@ -196,7 +197,7 @@ impl Daemon {
 
     /// Ends what is over; the policy is without it then, and the rule set is to be made anew.
     pub(super) fn end_expired(&mut self) {
-        let now = Timestamp::now();
+        let now = Moment::now();
         let gone = self.grants.expire(now);
         if gone.is_empty() {
             if self.grants_unsaved {
@@ -206,18 +207,15 @@ impl Daemon {
         }
         self.policy = self.grants.add_to(&self.wanted.policy);
         for (key, term) in gone {
-            self.tell(&key.event("expired", now, term.expires, None));
+            self.tell(&key.event("expired", now.wall, term.expires, None));
         }
         let _ = self.keep_grants();
     }
 
-    /// How long until a grant ends, by the wall clock as it goes now; a jump of it is noticed at the next tick.
+    /// How long until a grant ends, as the clocks go now; a jump of the wall clock is noticed at the next tick.
     pub(super) fn until_expiry(&self) -> Duration {
-        let left = self
-            .grants
-            .next_expiry()
-            .map(|end| end.duration_since(Timestamp::now()));
-        left.map_or(LONG, |left| Duration::try_from(left).unwrap_or_default().min(LONG))
+        let left = self.grants.until_expiry(Moment::now());
+        left.unwrap_or(LONG).min(LONG)
     }
 
     /// `enforcer grants`.

@@ -162,7 +162,7 @@ impl Wanted {
         let mut grants = grants::load(dir)
             .map_err(io::Error::other)
             .map_err(failed("read the grants"))?;
-        grants.expire(jiff::Timestamp::now());
+        grants.expire(crate::grants::Moment::now());
         let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants);
         let mut names = Names::new(policy.dns);
         let now = Instant::now();

@@ -68,6 +68,8 @@ pub(super) struct Seen {
     pub(super) legacy: Vec<LegacyRule>,
     /// Interfaces that accept source routes.
     pub(super) source_route: Vec<String>,
+    /// Interfaces by which packets for loopback addresses may come.
+    pub(super) route_localnet: Vec<String>,
     /// Interfaces that accept segment routing headers.
     pub(super) segment_routing: Vec<String>,
     /// Addresses of a peer that MPTCP takes up.
@@ -190,7 +192,7 @@ impl Seen {
         let mut grants = self
             .saw("the grants", grants::load(&self.settings.state_dir))
             .unwrap_or_default();
-        grants.expire(jiff::Timestamp::now());
+        grants.expire(crate::grants::Moment::now());
         let policy = complete(&config, policy, bus.as_ref(), &grants);
         Some((policy, left.map(|good| good.names).unwrap_or_default()))
     }
@@ -324,8 +326,10 @@ impl Seen {
             Err(error) => drop(self.saw::<(), _>("nftables rules of others", Err(error))),
         }
         self.legacy = self.saw("rules of iptables", legacy::rules()).unwrap_or_default();
-        self.source_route = interfaces("/proc/sys/net/ipv4/conf", "accept_source_route");
-        self.segment_routing = interfaces("/proc/sys/net/ipv6/conf", "seg6_enabled");
+        self.source_route = interfaces("/proc/sys/net/ipv4/conf", "accept_source_route", By::Both);
+        self.route_localnet = interfaces("/proc/sys/net/ipv4/conf", "route_localnet", By::Either);
+        self.route_localnet.retain(|name| name != "lo");
+        self.segment_routing = interfaces("/proc/sys/net/ipv6/conf", "seg6_enabled", By::Both);
         let mptcp = fs::read_to_string("/proc/sys/net/mptcp/enabled").unwrap_or_default();
         if mptcp.trim() == "1" {
             self.mptcp = self.saw("limits of MPTCP", mptcp_limit().await).unwrap_or_default();
@@ -454,19 +458,28 @@ impl Seen {
     }
 }
 
-/// Interfaces for which a setting is on; what `all` says must be on too.
-fn interfaces(dir: &str, setting: &str) -> Vec<String> {
+/// How the kernel takes a setting of an interface together with that of `all` (`IN_DEV_ANDCONF`, `IN_DEV_ORCONF` in linux/inetdevice.h).
+#[derive(Clone, Copy)]
+enum By {
+    Both,
+    Either,
+}
+
+/// Interfaces for which a setting is on, by their own word and that of `all`.
+fn interfaces(dir: &str, setting: &str, by: By) -> Vec<String> {
     let is_on = |name: &str| {
         let value = fs::read_to_string(format!("{dir}/{name}/{setting}")).unwrap_or_default();
         value.trim().parse::<i32>().is_ok_and(|value| value > 0)
     };
-    if !is_on("all") {
-        return Vec::new();
-    }
+    let all = is_on("all");
+    let counts = |name: &str| match by {
+        By::Both => all && is_on(name),
+        By::Either => all || is_on(name),
+    };
     let names = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut found: Vec<String> = names
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| name != "all" && name != "default" && is_on(name))
+        .filter(|name| name != "all" && name != "default" && counts(name))
         .collect();
     found.sort_unstable();
     found

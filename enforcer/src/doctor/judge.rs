@@ -339,6 +339,7 @@ fn ways_around(seen: &Seen, enforces: Enforces, findings: &mut Vec<Finding>) {
     }
     let Some(rules) = &seen.rules else { return };
     findings.extend(udp_routing_header(seen, rules, enforces));
+    findings.extend(route_localnet(seen, rules, enforces));
     let local = |to: To| match to {
         To::Address(address) => vec![address],
         To::Here => here(seen).into_iter().collect(),
@@ -439,6 +440,26 @@ fn udp_routing_header(seen: &Seen, rules: &RuleSet, enforces: Enforces) -> Optio
         "a UDP packet with a spent IPv6 routing header is delivered to an address that the call did not name, where the host that has it accepts segment routing; eBPF evaluates the call",
         items,
         "set backend = \"both\": nftables evaluates the packet; or see that net.ipv6.conf.*.seg6_enabled is 0 where these endpoints are",
+    ))
+}
+
+/// What a container's root sends to 127.0.0.0/8 by way of this host arrives here, and to eBPF was a connection with the container itself
+/// (D6).
+fn route_localnet(seen: &Seen, rules: &RuleSet, enforces: Enforces) -> Option<Finding> {
+    let loopback = |net: &ipnet::IpNet| match net {
+        ipnet::IpNet::V4(net) => net.addr().is_loopback() || net.contains(&Ipv4Addr::LOCALHOST),
+        ipnet::IpNet::V6(_) => false,
+    };
+    let is_met = rules.places.iter().any(|(place, _)| loopback(&place.net));
+    if seen.route_localnet.is_empty() || !is_met || !enforces.ebpf || enforces.nftables {
+        return None;
+    }
+    Some(finding(
+        "route-localnet",
+        Weight::Medium,
+        "packets for loopback addresses may come by these interfaces: a container's root reaches loopback endpoints; to eBPF they are the container's own",
+        seen.route_localnet.iter().cloned(),
+        "set backend = \"both\": nftables evaluates the packet; or sysctl -w net.ipv4.conf.all.route_localnet=0, and the same of each interface",
     ))
 }
 

@@ -231,6 +231,16 @@ fn each_other_fact_is_found() {
     check(endpoint(Protocol::Udp, "2001:db8::5/128", "both"), &[]);
     check(endpoint(Protocol::Udp, "10.0.0.5/32", "ebpf"), &[]);
     check(endpoint(Protocol::Tcp, "2001:db8::5/128", "ebpf"), &[]);
+    let localnet = |net: &'static str, backend: &'static str| {
+        move |seen: &mut Seen| {
+            seen.route_localnet.push("eth0".to_owned());
+            endpoint(Protocol::Tcp, net, backend)(seen);
+        }
+    };
+    check(localnet("127.0.0.1/32", "ebpf"), &["route-localnet"]);
+    check(localnet("0.0.0.0/0", "ebpf"), &["route-localnet"]);
+    check(localnet("127.0.0.1/32", "both"), &[]);
+    check(localnet("127.0.0.1/32", "nftables"), &[]);
     let namespaces = |seen: &mut Seen| drop(seen.namespaces.insert(1, "runc".to_owned()));
     check(namespaces, &["other-network-namespaces"]);
     check(

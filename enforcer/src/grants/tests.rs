@@ -2,13 +2,16 @@
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 
 use super::{
-    Asker, Change, Grantee, Grants, Key, LimitError, MAX_GRANTS, Term,
+    Asker, Change, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term,
     file::{Fault, parse, text},
 };
 use crate::policy::{CgroupPath, Dns, Mode, Policy, Principal, Target, Uid};
@@ -37,6 +40,23 @@ fn term(since: i64, expires: Option<i64>) -> Term {
             uid: 0,
             comm: "job \"\u{1b}[".to_owned(),
         },
+    }
+}
+
+/// A process of its own, with the clock that only goes on.
+struct Clocks(Instant);
+
+impl Clocks {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    /// What the wall clock shows so many seconds after this process began.
+    fn at(&self, wall: i64, after: u64) -> Moment {
+        Moment {
+            wall: at(wall),
+            monotonic: self.0 + Duration::from_secs(after),
+        }
     }
 }
 
@@ -75,7 +95,7 @@ fn a_second_grant_changes_the_end_and_keeps_the_beginning() {
     assert_eq!(renewed, Ok(Change::Renewed { expired: Some(at(10)) }));
     assert_eq!(grants.iter().next(), Some((&key("t", "/a"), &term(1, None))));
     assert_eq!(grants.revision(), revision, "whom they let in is the same");
-    assert_eq!(grants.next_expiry(), None);
+    assert_eq!(grants.until_expiry(Clocks::new().at(5, 0)), None);
 }
 
 #[test]
@@ -84,13 +104,86 @@ fn what_has_an_end_ends() {
     for (cgroup, end) in [("/a", Some(10)), ("/b", Some(20)), ("/c", None)] {
         assert_eq!(grants.grant(key("t", cgroup), term(1, end)), Ok(Change::New));
     }
-    assert_eq!(grants.next_expiry(), Some(at(10)));
-    assert_eq!(grants.expire(at(9)), []);
-    assert_eq!(grants.expire(at(10)), [(key("t", "/a"), term(1, Some(10)))]);
+    let clocks = Clocks::new();
+    assert_eq!(grants.until_expiry(clocks.at(7, 7)), Some(Duration::from_secs(3)));
+    assert_eq!(grants.expire(clocks.at(9, 9)), []);
+    assert_eq!(grants.expire(clocks.at(10, 10)), [(key("t", "/a"), term(1, Some(10)))]);
     assert_eq!(grants.without_end(), [(key("t", "/b"), term(1, Some(20)))]);
     assert_eq!(grants.revoke("other", None), []);
     assert_eq!(grants.revoke("t", Some(&Grantee::Cgroup(path("/x")))), []);
     assert_eq!(grants.revoke("t", None), [(key("t", "/c"), term(1, None))]);
+}
+
+/// A year, in seconds.
+const YEAR: i64 = 365 * 24 * 3600;
+
+/// Granted for ten seconds by a clock that shows a year's end.
+fn ten_seconds() -> Grants {
+    let mut grants = Grants::default();
+    let granted = grants.grant(key("t", "/a"), term(YEAR, Some(YEAR + 10)));
+    assert_eq!(granted, Ok(Change::New));
+    grants
+}
+
+#[test]
+fn a_wall_clock_set_back_lengthens_no_grant() {
+    let (mut grants, clocks) = (ten_seconds(), Clocks::new());
+    assert_eq!(grants.expire(clocks.at(YEAR, 0)), []);
+    assert_eq!(grants.expire(clocks.at(1, 1)), []);
+    assert_eq!(grants.until_expiry(clocks.at(4, 4)), Some(Duration::from_secs(6)));
+    assert_eq!(grants.expire(clocks.at(9, 9)), []);
+    assert_eq!(grants.expire(clocks.at(10, 10)).len(), 1);
+}
+
+#[test]
+fn a_wall_clock_set_ahead_ends_what_is_over_by_it() {
+    let (mut grants, clocks) = (ten_seconds(), Clocks::new());
+    assert_eq!(grants.expire(clocks.at(YEAR, 0)), []);
+    assert_eq!(grants.expire(clocks.at(2 * YEAR, 1)).len(), 1);
+}
+
+/// A start after the clock was set back, or before a host without a clock of its own has heard the time.
+#[test]
+fn what_begins_in_the_future_lasts_as_long_as_it_was_granted_for() {
+    let text = text(&ten_seconds()).expect("it is written");
+    for wall in [0, 1, YEAR - 1] {
+        let (mut grants, clocks) = (parse(&text).expect("it is read"), Clocks::new());
+        assert_eq!(grants.expire(clocks.at(wall, 0)), []);
+        assert_eq!(grants.until_expiry(clocks.at(wall, 0)), Some(Duration::from_secs(10)));
+        assert_eq!(grants.expire(clocks.at(wall + 9, 9)), []);
+        assert_eq!(grants.expire(clocks.at(wall + 10, 10)).len(), 1, "{wall}");
+    }
+    // The time is heard, and it is over.
+    let (mut grants, clocks) = (parse(&text).expect("it is read"), Clocks::new());
+    assert_eq!(grants.expire(clocks.at(0, 0)), []);
+    assert_eq!(grants.expire(clocks.at(2 * YEAR, 1)).len(), 1);
+}
+
+#[test]
+fn a_renewal_counts_from_itself_whatever_the_clock_was() {
+    let (mut grants, clocks) = (ten_seconds(), Clocks::new());
+    assert_eq!(grants.expire(clocks.at(YEAR, 0)), []);
+    // Renewed for twenty seconds, the clock having been set back a year.
+    let renewed = grants.grant(key("t", "/a"), term(5, Some(25)));
+    assert_eq!(
+        renewed,
+        Ok(Change::Renewed {
+            expired: Some(at(YEAR + 10))
+        })
+    );
+    assert_eq!(grants.expire(clocks.at(5, 5)), []);
+    assert_eq!(grants.expire(clocks.at(24, 24)), []);
+    assert_eq!(grants.expire(clocks.at(25, 25)), [(key("t", "/a"), term(5, Some(25)))]);
+}
+
+#[test]
+fn what_never_ends_stays_whatever_the_clock() {
+    let (mut grants, clocks) = (Grants::default(), Clocks::new());
+    assert_eq!(grants.grant(key("t", "/a"), term(YEAR, None)), Ok(Change::New));
+    for wall in [0, YEAR, 3 * YEAR] {
+        assert_eq!(grants.expire(clocks.at(wall, 0)), []);
+        assert_eq!(grants.until_expiry(clocks.at(wall, 0)), None);
+    }
 }
 
 #[test]

@@ -89,8 +89,16 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
     let to = attempt.destination;
     let port = to.port();
     let plain = |address: SocketAddr| socket.connect(&SockAddr::from(address));
+    if let Some(from) = attempt.from {
+        if attempt.way == Way::Transparent {
+            set(socket, libc::IPPROTO_IP, libc::IP_TRANSPARENT)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.bind(&SockAddr::from(from))?;
+        *started = Instant::now();
+    }
     match attempt.way {
-        Way::Plain | Way::Mptcp => plain(to)?,
+        Way::Plain | Way::Mptcp | Way::Transparent => plain(to)?,
         Way::Mapped | Way::MptcpMapped => plain(mapped(to))?,
         Way::Thread => {
             std::thread::scope(|scope| scope.spawn(|| plain(to)).join()).map_err(|_| io::Error::other("panic"))??;
@@ -172,17 +180,14 @@ fn dial(attempt: &Attempt, socket: &Socket, started: &mut Instant) -> io::Result
 /// Lets `connect` wait for the first data (man 7 tcp, `TCP_FASTOPEN_CONNECT`).
 pub(super) fn defer(socket: &Socket) -> io::Result<()> {
     const TCP_FASTOPEN_CONNECT: i32 = 30;
+    set(socket, libc::IPPROTO_TCP, TCP_FASTOPEN_CONNECT)
+}
+
+/// Switches an option on that is an int.
+fn set(socket: &Socket, level: i32, option: i32) -> io::Result<()> {
     let on = 1_i32;
     // SAFETY: an int option of the size given.
-    check(unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            TCP_FASTOPEN_CONNECT,
-            std::ptr::from_ref(&on).cast(),
-            4,
-        )
-    })
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, std::ptr::from_ref(&on).cast(), 4) })
 }
 
 pub(super) fn mapped(address: SocketAddr) -> SocketAddr {

@@ -14,7 +14,19 @@ use super::{
     dial::{make, timed},
 };
 
-pub(super) fn once(attempt: &Attempt) -> io::Result<Duration> {
+/// The attempt, by a thread that has entered a cgroup by itself where one is named.
+pub(super) fn on_thread(attempt: &Attempt) -> io::Result<Duration> {
+    let Some(cgroup) = &attempt.thread_cgroup else {
+        return once(attempt);
+    };
+    let thread = || {
+        std::fs::write(cgroup.join("cgroup.threads"), nix::unistd::gettid().to_string())?;
+        once(attempt)
+    };
+    std::thread::scope(|scope| scope.spawn(thread).join()).map_err(|_| io::Error::other("the thread panicked"))?
+}
+
+fn once(attempt: &Attempt) -> io::Result<Duration> {
     let user = attempt.uid;
     if attempt.as_is {
         let socket = make(attempt)?;

@@ -46,7 +46,7 @@ fn guarded() -> Result<World> {
     Ok(world)
 }
 
-fn limit_files(daemon: &Daemon, most: u32) -> Result<()> {
+pub(super) fn limit_files(daemon: &Daemon, most: u32) -> Result<()> {
     let pid = daemon.pid().to_string();
     ran(Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={most}:")]))?
         .demand(0)

@@ -25,23 +25,23 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-const SERVER: &str = "10.53.0.2";
+pub(super) const SERVER: &str = "10.53.0.2";
 const SERVER6: &str = "fd53::2";
 /// Another server, which is no endpoint.
-const OTHER: &str = "10.53.0.3";
+pub(super) const OTHER: &str = "10.53.0.3";
 const OTHER6: &str = "fd53::3";
 
 /// A container and a server, and this host between them, which forwards and translates nothing: where a host tracks connections, its
 /// kernel puts packets together before any rule sees them.
-struct Routed {
-    guarded: Guarded,
-    container: Netns,
+pub(super) struct Routed {
+    pub(super) guarded: Guarded,
+    pub(super) container: Netns,
     server: Netns,
     _listeners: [Listener; 2],
 }
 
 impl Routed {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let guarded = Guarded::new()?;
         let (world, host) = (&guarded.world, &guarded.netns);
         let (container, server) = (Netns::new(world, "c")?, Netns::new(world, "s")?);

@@ -98,8 +98,12 @@ impl Named {
 
     /// What becomes of an attempt on the first address of a lie.
     fn check(&self, second: u8) -> Result<i32> {
-        let to = format!("10.{second}.0.0:{}", self.world.port);
-        Ok(self.netns.enforcer(&self.world, &["check", "nobody", &to])?.code)
+        self.check_of("nobody", second, self.world.port)
+    }
+
+    fn check_of(&self, user: &str, second: u8, port: u16) -> Result<i32> {
+        let to = format!("10.{second}.0.0:{port}");
+        Ok(self.netns.enforcer(&self.world, &["check", user, &to])?.code)
     }
 
     fn status(&self) -> Result<Value> {
@@ -141,6 +145,10 @@ fn over_a_restart() -> Result<()> {
 fn locked_out() -> Result<()> {
     let (named, daemon) = Named::known_for_a_while()?;
     named.lie(20, 1)?;
+    // On the target's port alone, and not for those who are allowed there.
+    ensure!(named.check(20)? == 1, "the lie is no endpoint");
+    ensure!(named.check_of("nobody", 20, named.world.port + 1)? == 0, "another port");
+    ensure!(named.check_of("root", 20, named.world.port)? == 0, "an allowed user");
     named.answer(vec![TRUTH.into()]);
     named.netns.enforcer(&named.world, &["refresh"])?;
     ensure!(named.check(20)? == 1, "not retained");
