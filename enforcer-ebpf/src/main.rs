@@ -152,11 +152,14 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
     i32::from(!matches!(decision.verdict, Verdict::Deny))
 }
 
-/// Adds an attempt to the counters of every target that owns its endpoint.
+/// Adds an attempt to the counters: of the first target that refuses it, which its event names too, or of all that admit it.
 #[inline(always)]
 fn count(decision: &Decision) {
     let Some(all) = COUNTERS.get_ptr_mut(0) else { return };
-    let mut owners = decision.owners;
+    let mut owners = match decision.refused {
+        0 => decision.owners,
+        refused => refused & refused.wrapping_neg(),
+    };
     for _ in 0..MAX_TARGETS {
         if owners == 0 {
             break;

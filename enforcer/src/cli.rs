@@ -290,11 +290,20 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
         Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
-        Err(ControlError::NoDaemon { .. }) => status_from_pins(settings)?,
+        Err(error) if is_nobody(&error) => status_from_pins(settings)?,
         Err(error) => return Err(error.into()),
     };
     print_one(&status, json, Status::render)?;
     Ok(answer_of(&status))
+}
+
+/// Whether no daemon was asked: then the kernel alone tells. That another user waits for such questions is worth a line.
+fn is_nobody(error: &ControlError) -> bool {
+    let is_impostor = matches!(error, ControlError::Impostor { .. });
+    if is_impostor {
+        complain("warning", &error.to_string());
+    }
+    is_impostor || matches!(error, ControlError::NoDaemon { .. })
 }
 
 /// What is in force, as the kernel alone tells.
@@ -356,7 +365,7 @@ fn unload(config: &Path) -> Result<Answer> {
             print("unloaded: nothing is in force any more; the daemon has ended\n")?;
             tell_what_stays()
         }
-        Err(ControlError::NoDaemon { .. }) => {
+        Err(error) if is_nobody(&error) => {
             let was = backend::unload(settings)?;
             print(if was {
                 "unloaded: nothing is in force any more\n"

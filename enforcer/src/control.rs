@@ -220,6 +220,14 @@ pub enum ControlError {
         /// Why not.
         error: io::Error,
     },
+    /// It is not root's.
+    #[error("{} is user {uid}'s, not root's: what answers there is no enforcer and was asked nothing; {START}, which takes its place", path.display())]
+    Impostor {
+        /// The socket.
+        path: PathBuf,
+        /// The user who has its directory, or who listens.
+        uid: u32,
+    },
     /// The daemon took too long.
     #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match **request {
         Request::Refresh => "it may still be looking names up: give it longer with --timeout",
@@ -296,7 +304,11 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 
 /// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
 pub async fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+    if lies_in_ours(path).is_err() {
+        return Ok(());
+    }
     match UnixStream::connect(path).await {
+        Ok(stream) if is_roots(&stream, path).is_err() => Ok(()),
         Ok(_) => Err(ControlError::Busy { path: path.into() }),
         // One that is too busy to accept.
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ControlError::Busy { path: path.into() }),
@@ -400,6 +412,7 @@ async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
             error,
         },
     };
+    lies_in_ours(path)?;
     let mut stream = loop {
         match UnixStream::connect(path).await {
             // The daemon is behind with accepting (connect(2), `EAGAIN`).
@@ -407,10 +420,35 @@ async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
             connected => break connected.map_err(failed)?,
         }
     };
+    is_roots(&stream, path)?;
     let mut line = serde_json::to_string(request).map_err(|error| failed(error.into()))?;
     line.push('\n');
     stream.write_all(line.as_bytes()).await.map_err(failed)?;
     Ok(BufReader::new(stream).lines())
+}
+
+/// Whoever makes the directory first can answer there (F6).
+fn lies_in_ours(path: &Path) -> Result<(), ControlError> {
+    match path.parent().and_then(own_dir::foreign) {
+        Some(uid) => Err(ControlError::Impostor { path: path.into(), uid }),
+        None => Ok(()),
+    }
+}
+
+/// As [`lies_in_ours`], of whoever listens (unix(7), `SO_PEERCRED`).
+fn is_roots(stream: &UnixStream, path: &Path) -> Result<(), ControlError> {
+    let peer = stream.peer_cred().map_err(|error| ControlError::Io {
+        action: "ask who listens on",
+        path: path.into(),
+        error,
+    })?;
+    if peer.uid() == 0 {
+        return Ok(());
+    }
+    Err(ControlError::Impostor {
+        path: path.into(),
+        uid: peer.uid(),
+    })
 }
 
 fn parse(line: &str) -> Option<Reply> {

@@ -42,7 +42,7 @@ use self::{
     journal::Journal,
     keep::Kept,
     mounts::Mounts,
-    recent::{KEPT_EVENTS, Recent},
+    recent::{KEPT_EVENTS, Origin, Recent},
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
     tally::Tally,
     users::UserLookups,
@@ -72,6 +72,9 @@ const TICK: Duration = Duration::from_secs(1);
 const GATHER: Duration = Duration::from_millis(100);
 /// How often what is local is listed without such word. Some routes go without any, with what they depended on.
 const LIST_AGAIN: Duration = Duration::from_mins(1);
+
+/// Connections of one user that a sweep logs one by one.
+const LOGGED_OF_SWEEP: usize = 16;
 
 /// What runs.
 struct Daemon {
@@ -413,9 +416,22 @@ impl Daemon {
     /// Takes what a sweep found and did.
     fn swept(&mut self, report: sweep::Report) {
         self.faults.set(About::Sweep, report.fault);
+        let mut logged: HashMap<Origin, usize> = HashMap::new();
+        let mut more = 0_u64;
         for existing in report.news {
-            warn!("{existing}");
-            self.publish(Line::Existing(existing));
+            let text = existing.to_string();
+            let line = Line::Existing(existing);
+            let of_user = logged.entry(Origin::from_line(&line)).or_default();
+            if *of_user < LOGGED_OF_SWEEP {
+                *of_user += 1;
+                warn!("{text}");
+            } else {
+                more += 1;
+            }
+            self.publish(line);
+        }
+        if more > 0 {
+            warn!("{more} more connections older than the rules are against them (see enforcer events)");
         }
         if report.lost > 0 {
             self.publish(Line::Lost(Lost::new(report.lost)));

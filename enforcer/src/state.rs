@@ -141,16 +141,20 @@ fn load_early_of(owner: u32, dir: &Path) -> crate::resolve::Known {
 
 /// Removes what another user has put where the directory belongs (F6).
 pub fn reclaim(dir: &Path) -> Result<(), StateError> {
-    own_dir::reclaim(dir).map_err(|error| StateError::Io {
+    own_dir::reclaim(dir).map_err(made(dir))
+}
+
+fn made(dir: &Path) -> impl Fn(io::Error) -> StateError {
+    |error| StateError::Io {
         action: "make",
         path: dir.into(),
         error,
-    })
+    }
 }
 
 /// Keeps a rule set, whole or not at all. What an earlier version kept goes.
 pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
-    reclaim(dir)?;
+    own_dir::make_all(dir).map_err(made(dir))?;
     save_as(ROOT, dir, record)
 }
 

@@ -348,10 +348,23 @@ impl ExistingStatus {
             found => format!("{found} connections older than these rules are against them"),
         };
         match (self.action.as_str(), self.cut) {
-            ("report", 0) if self.found > 0 => format!("{now}; existing = \"cut\" would cut them"),
+            ("report", 0) => match self.cuttable() {
+                0 => now,
+                all if all == self.found => format!("{now}; existing = \"cut\" would cut them"),
+                some => format!("{now}; existing = \"cut\" would cut {some} of those below"),
+            },
             (_, 0) => now,
             (_, cut) => format!("{now}; {cut} cut since the daemon started"),
         }
+    }
+
+    /// Of those listed: in audit mode none is cut, and none that may be an allowed user's.
+    fn cuttable(&self) -> u64 {
+        let cuttable = self
+            .connections
+            .iter()
+            .filter(|one| one.verdict == "deny" && one.reason.is_none());
+        cuttable.fold(0, |sum, _| sum + 1)
     }
 
     fn table(&self, page: &mut Page) {
@@ -410,5 +423,41 @@ mod tests {
             "{}",
             off.render()
         );
+    }
+    #[test]
+    fn no_more_is_promised_than_a_cut_would_do() {
+        let one = |verdict: &str, reason: Option<&str>| events::Existing {
+            schema: String::new(),
+            time: String::new(),
+            verdict: verdict.to_owned(),
+            action: "reported".to_owned(),
+            reason: reason.map(str::to_owned),
+            protocol: "tcp".to_owned(),
+            state: String::new(),
+            local: String::new(),
+            remote: String::new(),
+            uid: Some(1),
+            cgroup_id: None,
+            target: String::new(),
+            generation: 1,
+        };
+        let sum = |connections: Vec<events::Existing>| {
+            let existing = ExistingStatus {
+                action: "report".to_owned(),
+                time: String::new(),
+                generation: 1,
+                found: connections.len() as u64,
+                cut: 0,
+                connections,
+            };
+            existing.sum()
+        };
+        assert!(sum(vec![one("deny", None), one("deny", None)]).ends_with("would cut them"));
+        assert!(
+            sum(vec![one("deny", None), one("deny", Some("it may be accepted"))])
+                .ends_with("would cut 1 of those below")
+        );
+        assert!(sum(vec![one("deny", Some("it may be accepted"))]).ends_with("against them"));
+        assert!(sum(vec![one("would-deny", None)]).ends_with("against them"));
     }
 }

@@ -17,6 +17,7 @@ pub mod flood;
 pub mod fragments;
 pub mod grants;
 pub mod hardship;
+pub mod impostors;
 pub mod input;
 pub mod kernel;
 pub mod kernel_sockets;
@@ -119,6 +120,7 @@ pub fn all() -> Vec<Case> {
         fragments::cases(),
         grants::cases(),
         hardship::cases(),
+        impostors::cases(),
         input::cases(),
         kernel::cases(),
         kernel_sockets::cases(),

@@ -5,22 +5,24 @@
 
 use std::{
     fmt,
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, Metadata, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::Path,
     thread,
     time::{Duration, Instant},
 };
 
 use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::stat::{major, minor},
+    errno::Errno,
+    fcntl::{Flock, FlockArg, OFlag, openat},
+    sys::stat::{Mode, major, minor},
 };
 use procfs_core::{FromRead as _, LockType, Locks};
 use tracing::warn;
 
 use super::BackendError;
+use crate::host::own_dir;
 
 /// The file, in `state_dir`.
 const FILE: &str = "lock";
@@ -71,25 +73,34 @@ impl Writer {
 /// A file that root alone can open, and so lock (F6).
 fn open(state_dir: &Path, make: bool) -> io::Result<File> {
     if make {
-        DirBuilder::new().recursive(true).mode(0o700).create(state_dir)?;
+        own_dir::make_all(state_dir)?;
     }
-    let mut options = OpenOptions::new();
-    options
+    let untrusted = |what, meta: &Metadata| {
+        let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
+        io::Error::other(format!(
+            "{what} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it"
+        ))
+    };
+    // What is at the path may be another directory at each look; this one stays.
+    let dir = OpenOptions::new()
         .read(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    let path = state_dir.join(FILE);
-    let file = match options.clone().write(true).create(make).open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => options.open(&path),
+        .custom_flags(libc::O_DIRECTORY | libc::O_NONBLOCK)
+        .open(state_dir)?;
+    let meta = dir.metadata()?;
+    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
+        return Err(untrusted("the directory", &meta));
+    }
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let create = if make { OFlag::O_CREAT } else { OFlag::empty() };
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    let file = match openat(&dir, FILE, flags | OFlag::O_RDWR | create, mode) {
+        Err(Errno::EROFS) => openat(&dir, FILE, flags | OFlag::O_RDONLY, mode),
         opened => opened,
     }?;
+    let file = File::from(file);
     let meta = file.metadata()?;
     if !meta.is_file() || meta.uid() != 0 || meta.mode() & 0o077 != 0 {
-        return Err(io::Error::other(format!(
-            "owned by uid {} with mode {:04o}, so it is not trusted; remove it",
-            meta.uid(),
-            meta.mode() & 0o7777
-        )));
+        return Err(untrusted("it", &meta));
     }
     Ok(file)
 }

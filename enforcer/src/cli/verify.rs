@@ -4,10 +4,10 @@ use std::{path::Path, time::Duration};
 
 use anyhow::{Result, bail};
 
-use super::{Answer, Json, place, print_one, runtime};
+use super::{Answer, Json, is_nobody, place, print_one, runtime};
 use crate::{
     backend::InForce,
-    control::{self, ControlError, Reply, Request},
+    control::{self, Reply, Request},
     daemon,
     verify::{Comparison, Verification},
 };
@@ -20,7 +20,7 @@ pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
     let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE)) {
         Ok(Reply::Verification(verification)) => *verification,
         Ok(_) => bail!("the daemon answered something else than a comparison; is it another version?"),
-        Err(ControlError::NoDaemon { .. }) => from_outside(config)?,
+        Err(error) if is_nobody(&error) => from_outside(config)?,
         Err(error) => return Err(error.into()),
     };
     print_one(&verification, json, Verification::render)?;

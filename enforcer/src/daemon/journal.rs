@@ -165,11 +165,15 @@ fn add(beyond: &mut Option<Beyond>, now: Instant) {
 
 impl Caller {
     pub(super) fn of(event: &Event) -> Self {
-        match (event.kernel_thread, event.task_uid.or(event.socket_uid)) {
-            (true, _) => Self::KernelThread,
-            (false, Some(uid)) => Self::User(uid),
-            (false, None) => Self::Nobody,
+        if event.kernel_thread {
+            return Self::KernelThread;
         }
+        Self::of_socket(event.task_uid.or(event.socket_uid))
+    }
+
+    /// The owner of a socket; none is the kernel.
+    pub(super) fn of_socket(owner: Option<u32>) -> Self {
+        owner.map_or(Self::Nobody, Self::User)
     }
 
     /// Whether it may be one of many that are all the same user.

@@ -10,7 +10,7 @@ pub(super) const KEPT_EVENTS: usize = 1024;
 
 /// Whose event it is: a caller's, any of those with a mapped UID, or the daemon's own account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Origin {
+pub(super) enum Origin {
     Caller(Caller),
     Mapped,
     Daemon,
@@ -53,13 +53,20 @@ impl Recent {
 }
 
 impl Origin {
-    fn from_line(line: &Line) -> Self {
+    pub(super) fn from_line(line: &Line) -> Self {
         match line {
-            Line::Event(event) => match Caller::of(event) {
-                caller if caller.is_mapped() => Self::Mapped,
-                caller => Self::Caller(caller),
-            },
-            Line::Existing(_) | Line::Grant(_) | Line::Lost(_) => Self::Daemon,
+            Line::Event(event) => Self::from_caller(Caller::of(event)),
+            // A user opens as many connections as there is room for, and a sweep finds them all.
+            Line::Existing(existing) => Self::from_caller(Caller::of_socket(existing.uid)),
+            Line::Grant(_) | Line::Lost(_) => Self::Daemon,
+        }
+    }
+
+    fn from_caller(caller: Caller) -> Self {
+        if caller.is_mapped() {
+            Self::Mapped
+        } else {
+            Self::Caller(caller)
         }
     }
 }
@@ -78,13 +85,22 @@ mod tests {
         serde_json::from_str(&text).unwrap_or(Line::Lost(Lost::new(0)))
     }
 
+    fn existing(uid: u32, port: usize) -> Line {
+        let text = format!(
+            r#"{{"schema":"","time":"","verdict":"deny","action":"reported","reason":null,"protocol":"tcp","state":"","local":"{port}",
+            "remote":"","uid":{uid},"cgroup_id":null,"target":"","generation":1}}"#
+        );
+        serde_json::from_str(&text).unwrap_or(Line::Lost(Lost::new(0)))
+    }
+
     #[test]
     fn a_flood_pushes_out_its_own() {
         let mut recent = Recent::default();
-        let others = [event(7, 0), Line::Lost(Lost::new(3)), event(8, 0)];
+        let others = [event(7, 0), Line::Lost(Lost::new(3)), event(8, 0), existing(7, 0)];
         for line in &others {
             recent.push(line.clone());
         }
+        (0..3000).for_each(|port| recent.push(existing(1000, port)));
         (0..3000).for_each(|port| recent.push(event(1000, port)));
         (0..3000).for_each(|uid| recent.push(event(100_000 + uid, 1)));
         let kept: Vec<&Line> = recent.all().collect();

@@ -619,7 +619,7 @@ fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
         findings.push(finding(
             "socket-open",
             Weight::Medium,
-            "others can reach or replace the control socket; it answers root alone, but what they put there could answer in its place",
+            "others can reach or replace the control socket; it answers root alone, and enforcer asks root's alone, but other programs may take what they put there for it",
             open,
             "chown root and chmod 0700 the directory, 0600 the socket; restart the daemon",
         ));

@@ -1,9 +1,9 @@
 //! Grants on disk: `grants.json` in the state directory, versioned and checksummed, replaced whole (F1, F4, F6).
 
 use std::{
-    fs::{self, DirBuilder, OpenOptions},
+    fs::{self, OpenOptions},
     io::{self, Read as _},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Asker, Grantee, Grants, Key, MAX_GRANTS, Term};
 use crate::{
+    host::own_dir,
     policy::{CgroupPath, Uid},
     state,
 };
@@ -131,11 +132,7 @@ pub fn save(dir: &Path, grants: &Grants) -> Result<(), FileError> {
         let path = path.to_path_buf();
         move |error| FileError::Io { action, path, error }
     };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(failed("make", dir))?;
+    own_dir::make_all(dir).map_err(failed("make", dir))?;
     directory(dir)?;
     let path = dir.join(FILE);
     let text = text(grants).map_err(|error| failed("write", &path)(error.into()))?;

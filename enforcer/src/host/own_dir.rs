@@ -1,25 +1,33 @@
 //! A directory of ours in one that others may share: whoever makes its path first neither keeps us from starting nor is trusted (F6).
 
 use std::{
-    fs::{self, DirBuilder, Metadata},
+    ffi::OsStr,
+    fs::{self, DirBuilder, Metadata, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, RenameFlags, renameat2},
+    mount::{MntFlags, umount2},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use tracing::warn;
 
+use super::mounts::Mounts;
+
 /// The user whose files and directories are trusted.
 const ROOT: u32 = 0;
-/// Tries before another user who makes the path again and again is given up on, where the kernel cannot exchange two names.
+/// Tries before another user who makes the path again and again is given up on.
 const TRIES: u32 = 100;
+/// Random characters in a name beside ours: nobody can have taken all of them.
+const RANDOM: usize = 16;
 
-/// Makes a directory, 0700, if it is missing. What another user has put at its path is moved away and removed: nothing in it is read, and
-/// no link is followed. A directory of root's stays as it is; whether it is fit is for the caller to see.
+/// Makes a directory, 0700, if it is missing. What another user has put at its path is moved away: nothing in it is read, no link is
+/// followed, and what that user mounted there is unmounted. A directory of root's stays as it is; whether it is fit is for the caller to
+/// see.
 pub fn make(dir: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => reclaim(dir),
@@ -27,85 +35,138 @@ pub fn make(dir: &Path) -> io::Result<()> {
     }
 }
 
+/// As [`make`], with the directories that lead to it.
+pub fn make_all(dir: &Path) -> io::Result<()> {
+    if let Some(parent) = dir.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+    }
+    make(dir)
+}
+
 /// As [`make`], but where nothing is at the path nothing is made.
 pub fn reclaim(dir: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(dir) {
-        Ok(meta) if is_foreign(dir, &meta) => replace(dir, meta.uid()),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
+    let mut last = Ok(());
+    for _ in 0..TRIES {
+        if let Some(uid) = mounted_by(dir) {
+            umount2(dir, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+            warn!(
+                "user {uid} had mounted a file system on {}: it was unmounted",
+                dir.display()
+            );
+            continue;
+        }
+        last = match fs::symlink_metadata(dir) {
+            Ok(meta) if is_foreign(dir, &meta) => replace(dir, meta.uid()),
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => Err(error),
+        };
+        // Something was mounted there meanwhile; to root it may be closed (fuse(4), `allow_root`).
+        let was_mounted = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EACCES));
+        if !last.as_ref().is_err_and(was_mounted) {
+            return last;
+        }
     }
+    last
 }
 
 /// What lies at a path that is ours: none where there is nothing, or something of another user's. A link is followed only if it is root's.
 pub fn metadata(path: &Path) -> io::Result<Option<Metadata>> {
-    match fs::symlink_metadata(path) {
-        Ok(meta) if is_foreign(path, &meta) => Ok(None),
-        Ok(meta) if meta.is_symlink() => fs::metadata(path).map(Some),
+    if foreign(path).is_some() {
+        return Ok(None);
+    }
+    match fs::metadata(path) {
         Ok(meta) => Ok(Some(meta)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Another user's. A directory with something of root's in it is ours with a changed owner: moving that away could end enforcement, so it
-/// is for the caller to refuse.
+/// The user, other than root, whose what lies at a path of ours is.
+#[must_use]
+pub fn foreign(path: &Path) -> Option<u32> {
+    mounted_by(path).or_else(|| {
+        let meta = fs::symlink_metadata(path).ok()?;
+        is_foreign(path, &meta).then_some(meta.uid())
+    })
+}
+
+/// The user, other than root, who has mounted a file system of their own there, as fusermount lets users do: what it shows, owners too,
+/// is that user's word.
+fn mounted_by(dir: &Path) -> Option<u32> {
+    let (parent, name) = (dir.parent()?, dir.file_name()?);
+    let real = fs::canonicalize(parent).ok()?.join(name);
+    Mounts::own().ok()?.user_of(&real).filter(|uid| *uid != ROOT)
+}
+
+/// Another user's. Of a bpffs a directory with something of root's in it is ours with a changed owner: moving that away could end
+/// enforcement, so it is for the caller to refuse. Elsewhere others can come by files of root's, and put them where they like; on a bpffs
+/// only by hard links.
 fn is_foreign(path: &Path, meta: &Metadata) -> bool {
     let is_roots = |entry: io::Result<fs::DirEntry>| {
-        entry
-            .and_then(|entry| entry.metadata())
-            .is_ok_and(|meta| meta.uid() == ROOT)
+        let meta = entry.and_then(|entry| entry.metadata());
+        meta.is_ok_and(|meta| meta.uid() == ROOT && (meta.is_dir() || meta.nlink() == 1))
     };
-    let holds_roots = || fs::read_dir(path).is_ok_and(|mut entries| entries.any(is_roots));
+    let is_bpffs = || statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
+    let holds_roots = || is_bpffs() && fs::read_dir(path).is_ok_and(|mut entries| entries.any(is_roots));
     meta.uid() != ROOT && !(meta.is_dir() && holds_roots())
 }
 
-/// Puts a directory of ours in the place of another user's entry.
+/// Puts a directory of ours in the place of another user's entry. That is left beside it unless it is gone with one call: to walk through
+/// it would take as long as that user likes.
 fn replace(dir: &Path, uid: u32) -> io::Result<()> {
-    let aside = aside(dir)?;
-    DirBuilder::new().mode(0o700).create(&aside)?;
-    let replaced = exchange(&aside, dir);
-    // Now it is theirs, or still ours and empty.
-    let _ = fs::remove_dir_all(&aside).or_else(|_| fs::remove_file(&aside));
-    replaced?;
-    warn!("user {uid} had made {} before enforcer: it was replaced", dir.display());
-    Ok(())
-}
-
-/// A path beside it that does not exist.
-fn aside(dir: &Path) -> io::Result<PathBuf> {
-    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // bpffs allows no dot in names.
-    let candidates =
-        (0..TRIES).map(|number| dir.with_file_name(format!("{name}_aside_{}_{number}", std::process::id())));
-    candidates
-        .into_iter()
-        .find(|path| fs::symlink_metadata(path).is_err())
-        .ok_or_else(|| io::Error::other("no name beside it is free"))
-}
-
-fn exchange(aside: &Path, dir: &Path) -> io::Result<()> {
-    match renameat2(AT_FDCWD, aside, AT_FDCWD, dir, RenameFlags::RENAME_EXCHANGE) {
-        // bpffs exchanges names from Linux 5.15 on (`simple_rename_exchange` in fs/libfs.c).
-        Err(Errno::EINVAL | Errno::ENOSYS) => {}
-        done => return Ok(done?),
-    }
-    let mut last = Ok(());
-    for _ in 0..TRIES {
-        let _ = fs::remove_dir_all(dir).or_else(|_| fs::remove_file(dir));
-        last = fs::rename(aside, dir);
-        if last.is_ok() {
-            break;
+    let aside = tempfile::Builder::new()
+        .prefix(OsStr::new("enforcer_aside_"))
+        .rand_bytes(RANDOM)
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(dir.parent().unwrap_or(Path::new("/")))?
+        .keep();
+    match exchange(&aside, dir) {
+        Ok(theirs) => {
+            let is_gone = fs::remove_dir(&theirs).or_else(|_| fs::remove_file(&theirs)).is_ok();
+            let left = if is_gone {
+                String::new()
+            } else {
+                format!("; what was there is now {}", theirs.display())
+            };
+            warn!(
+                "user {uid} had made {} before enforcer: it was replaced{left}",
+                dir.display()
+            );
+            Ok(())
+        }
+        Err(error) => {
+            let _ = fs::remove_dir(&aside);
+            Err(error)
         }
     }
-    last
+}
+
+/// Exchanges two names; returns where that of `dir` is then.
+fn exchange(aside: &Path, dir: &Path) -> io::Result<PathBuf> {
+    match renameat2(AT_FDCWD, aside, AT_FDCWD, dir, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => return Ok(aside.into()),
+        // bpffs exchanges names from Linux 5.15 on (`simple_rename_exchange` in fs/libfs.c).
+        Err(Errno::EINVAL | Errno::ENOSYS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut last = Errno::EEXIST.into();
+    for number in 0..TRIES {
+        let theirs = PathBuf::from([aside.as_os_str(), OsStr::new(&format!("_{number}"))].join(OsStr::new("")));
+        // They may have removed it, or make it again before ours is there.
+        let _ = fs::rename(dir, &theirs);
+        match fs::rename(aside, dir) {
+            Ok(()) => return Ok(theirs),
+            Err(error) => last = error,
+        }
+        let _ = fs::remove_dir(&theirs).or_else(|_| fs::remove_file(&theirs));
+    }
+    Err(last)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
-
-    use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
 

@@ -94,10 +94,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Ours, and alone.
+    /// Ours; what lies aside is not.
     fn is_ours(&self, path: &Path) -> Result<()> {
-        let found = self.look("stat -c '%F %u %a' \"$1\"; ls -d \"$1\"?* 2>/dev/null || true", path)?;
-        ensure!(found == "directory 0 700", "{} is {found}", path.display());
+        let script = "stat -c '%F %u %a' \"$1\"; cd \"${1%/*}\"; stat -c %u enforcer_aside_* 2>/dev/null | sort -u";
+        let found = self.look(script, path)?;
+        let only_ours = "directory 0 700";
+        ensure!(
+            found == only_ours || found == format!("{only_ours}\n{NOBODY}"),
+            "{} is {found}",
+            path.display()
+        );
         Ok(())
     }
 }
