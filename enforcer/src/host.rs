@@ -1,6 +1,7 @@
 //! What the rules depend on in this host: what is local to it and its cgroups, and word of their changes.
 
 mod cgroup;
+pub mod hierarchy;
 mod local;
 pub mod mounts;
 pub mod own_dir;
@@ -14,7 +15,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use self::mounts::Mounts;
+use self::hierarchy::Hierarchy;
 pub use self::{
     cgroup::{NoMatch, cgroup},
     local::{LocalChanges, MAX_LOCAL, local},
@@ -35,21 +36,18 @@ pub(crate) fn task_name(pid: u32) -> String {
     name.strip_suffix('\n').unwrap_or(&name).to_owned()
 }
 
-/// Where the cgroup v2 hierarchy is mounted.
+/// Where the cgroup v2 hierarchy is mounted (F9).
 pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
-    Ok(Mounts::own()?
-        .of_kind("cgroup2")
-        .next()
-        .map(|mount| mount.point.clone()))
+    Ok(Hierarchy::find()?.map(|found| found.mount))
 }
 
 /// The cgroup that the mount of [`cgroup2_mount`] shows as its root: `/` but in odd containers.
 pub fn cgroup2_root() -> io::Result<PathBuf> {
-    let root = Mounts::own()?.of_kind("cgroup2").next().map(|mount| mount.root.clone());
-    Ok(root.unwrap_or_else(|| PathBuf::from("/")))
+    let found = Hierarchy::find()?.map(|found| found.shown);
+    Ok(found.unwrap_or_else(|| PathBuf::from("/")))
 }
 
-/// Ids of a cgroup and all its ancestors, the root's first; an error names what does not exist. Where no hierarchy is mounted
+/// Ids of a cgroup and all its ancestors, the true root's first, and 0 for those that are not shown here; an error names what does not exist. Where no hierarchy is mounted
 /// everybody is in the root, which has no id.
 pub fn ancestors(mount: Option<&Path>, path: &CgroupPath) -> io::Result<Vec<u64>> {
     let Some(mount) = mount else {
@@ -60,7 +58,8 @@ pub fn ancestors(mount: Option<&Path>, path: &CgroupPath) -> io::Result<Vec<u64>
         };
     };
     let mut at = mount.to_path_buf();
-    let mut ids = vec![fs::metadata(&at)?.ino()];
+    let mut ids = vec![0; hierarchy::depth(mount).unwrap_or_default() as usize];
+    ids.push(fs::metadata(&at)?.ino());
     for part in path.as_str().split('/').filter(|part| !part.is_empty()) {
         at.push(part);
         ids.push(fs::metadata(&at)?.ino());

@@ -1,4 +1,5 @@
-//! Whether what an instance keeps outlives its process and is found by other processes: it must lie where the host sees it (F1).
+//! Whether what an instance keeps outlives its process and is found by other processes: it must lie where the host sees it (F1). And
+//! whether it covers the whole host (F9).
 
 use std::{
     fmt,
@@ -7,7 +8,10 @@ use std::{
 
 use crate::{
     config::Settings,
-    host::mounts::{Seen, seen_by_host},
+    host::{
+        hierarchy,
+        mounts::{Seen, seen_by_host},
+    },
 };
 
 /// What must outlive the process, or be found by another one.
@@ -39,6 +43,8 @@ pub struct Visibility {
     pub hidden: Vec<Hidden>,
     /// Why it could not be determined, if so.
     pub unknown: Option<String>,
+    /// The cgroup that eBPF is on without being asked for, which is not the true root: processes elsewhere are not covered (F9).
+    pub part: Option<PathBuf>,
 }
 
 impl Visibility {
@@ -52,7 +58,11 @@ impl Visibility {
         if let Some(cgroup) = ebpf_on {
             all.extend([(Kept::Pins, settings.pin_dir.as_path()), (Kept::Cgroups, cgroup)]);
         }
-        let mut found = Self::default();
+        let part = ebpf_on.filter(|cgroup| settings.cgroup.is_none() && !hierarchy::is_root(cgroup));
+        let mut found = Self {
+            part: part.map(Path::to_path_buf),
+            ..Self::default()
+        };
         for (kept, path) in all {
             match seen_by_host(path) {
                 Seen::Same => {}
@@ -69,7 +79,17 @@ impl Visibility {
     /// What is wrong, in one text; none where nothing is known to be.
     #[must_use]
     pub fn fault(&self) -> Option<String> {
-        let all: Vec<String> = self.hidden.iter().map(ToString::to_string).collect();
+        let part = self.part.as_ref().map(|cgroup| {
+            format!(
+                "only processes below cgroup {} are covered: the root of the cgroup v2 hierarchy is not mounted here; run enforcer in the \
+                 host's cgroup and mount namespace, or set cgroup to this path if no more is meant",
+                cgroup.display()
+            )
+        });
+        let all: Vec<String> = part
+            .into_iter()
+            .chain(self.hidden.iter().map(ToString::to_string))
+            .collect();
         (!all.is_empty()).then(|| all.join("; "))
     }
 }

@@ -42,6 +42,7 @@ pub mod takeover;
 pub mod units;
 pub mod verify;
 pub mod visibility;
+pub mod whole_host;
 pub mod writers;
 
 use std::thread;
@@ -146,6 +147,7 @@ pub fn all() -> Vec<Case> {
         verify::cases(),
         visibility::cases(),
         writers::cases(),
+        whole_host::cases(),
     ]
     .into_iter()
     .flatten()

@@ -38,6 +38,10 @@ pub(super) enum GrantError {
         "cgroup {cgroup} may not be granted: {by}, who could let in whom he likes; name a cgroup that is root's up to the root of the hierarchy, such as a system service's, or a user with --user"
     )]
     Writable { cgroup: CgroupPath, by: Writable },
+    #[error(
+        "how deep cgroup {cgroup} lies is not known from within this cgroup namespace, so that a grant would let nobody in; run the daemon in the host's cgroup namespace, or grant a user with --user alone"
+    )]
+    Unplaced { cgroup: CgroupPath },
     #[error("cgroup {path:?}: {error}")]
     CgroupPath { path: String, error: CgroupPathError },
     #[error("name a cgroup or a process, not both")]
@@ -230,9 +234,9 @@ impl Daemon {
                 cgroup_exists: found.as_ref().map(|found| !matches!(found, Err(NoMatch::Missing))),
                 cgroup_writable: match &found {
                     Some(Err(NoMatch::Writable(by))) => Some(by.to_string()),
-                    Some(Ok(_) | Err(NoMatch::Missing)) | None => None,
+                    Some(Ok(_) | Err(NoMatch::Missing | NoMatch::Unplaced)) | None => None,
                 },
-                active: target.is_some_and(|target| target.grants),
+                active: target.is_some_and(|target| target.grants) && found != Some(Err(NoMatch::Unplaced)),
                 since: term.since.to_string(),
                 expires: term.expires.map(|end| end.to_string()),
                 pid: term.by.pid,
@@ -265,6 +269,7 @@ impl Daemon {
         }
         match host::cgroup(&self.wanted.mount, cgroup) {
             Ok(_) => {}
+            Err(NoMatch::Unplaced) => return Err(GrantError::Unplaced { cgroup: cgroup.clone() }),
             Err(NoMatch::Missing) => return Err(self.no_match(cgroup, None)),
             Err(NoMatch::Writable(by)) => return Err(self.no_match(cgroup, Some(by))), // F6
         }

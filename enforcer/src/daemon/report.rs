@@ -48,9 +48,7 @@ impl Daemon {
         }
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) && !self.host.writable.contains_key(&path) {
-                causes.push(format!(
-                    "cgroup {path} does not exist; its principals match nobody until it does"
-                ));
+                causes.extend(self.wanted.why_nobody(&path));
             }
         }
         if self.enforcement.ignores_cgroups() && !self.wanted.policy.cgroups().is_empty() {

@@ -208,15 +208,27 @@ impl Wanted {
         &self.warnings
     }
 
+    /// Why principals of a cgroup match nobody now, though it is nobody else's.
+    pub(super) fn why_nobody(&self, cgroup: &CgroupPath) -> Option<String> {
+        let mount = self.mount.display();
+        match host::cgroup(&self.mount, cgroup) {
+            Err(NoMatch::Missing) => Some(format!(
+                "cgroup {cgroup} does not exist below {mount}; its principals match nobody until it does"
+            )),
+            Err(NoMatch::Unplaced) => Some(format!(
+                "how deep cgroup {cgroup} lies is not known, as {mount} is the root of a cgroup namespace alone; its principals match \
+                 nobody: run enforcer in the host's cgroup namespace"
+            )),
+            Err(NoMatch::Writable(_)) | Ok(_) => None,
+        }
+    }
+
     /// What does not exist on this host yet, and matches nobody until it does: users, and cgroups.
     #[must_use]
     pub fn absent(&self) -> Vec<String> {
-        let missing = |path: &CgroupPath| host::cgroup(&self.mount, path) == Err(NoMatch::Missing);
-        let cgroups = self.policy.cgroups().into_iter().filter(missing);
-        let cgroups = cgroups.map(|cgroup| {
-            let (path, mount) = (self.path.display(), self.mount.display());
-            format!("{path}: cgroup {cgroup} does not exist below {mount}; its principals match nobody until it does")
-        });
+        let cgroups = self.policy.cgroups();
+        let cgroups = cgroups.iter().filter_map(|cgroup| self.why_nobody(cgroup));
+        let cgroups = cgroups.map(|why| format!("{}: {why}", self.path.display()));
         self.absent.iter().cloned().chain(cgroups).collect()
     }
 }

@@ -30,7 +30,11 @@ use crate::{
     config::{Backend, Config, Settings},
     control::{self, ControlError, Reply, Request},
     daemon::complete,
-    grants, host,
+    grants,
+    host::{
+        self,
+        hierarchy::{self, Hierarchy},
+    },
     policy::{Endpoint, HostUsers, Name, Policy, Protocol},
     resolve::{Known, LOOKUP_TIMEOUT, lookup},
     ruleset::{Host, Resolved, RuleSet, compile},
@@ -79,6 +83,8 @@ pub(super) struct Seen {
     pub(super) listeners: Vec<Listener>,
     pub(super) capable: Vec<Capable>,
     pub(super) visibility: Visibility,
+    /// Processes that are not covered where only a part of the host is (F9).
+    pub(super) outside: Vec<String>,
     pub(super) unseen: Vec<Unseen>,
 }
 
@@ -146,6 +152,9 @@ pub(super) async fn host(config: &Path) -> Seen {
     }
     seen.look_at_pins();
     seen.visibility = Visibility::of(&seen.settings, seen.ebpf_on(), true);
+    if seen.visibility.part.is_some() {
+        seen.outside = outside();
+    }
     let place = Place {
         cgroup: seen.cgroup.as_deref(),
         pin_dir: &seen.settings.pin_dir,
@@ -456,6 +465,14 @@ impl Seen {
             }
         }
     }
+}
+
+/// Processes whose cgroup is not below what is mounted here.
+fn outside() -> Vec<String> {
+    let found = Hierarchy::find().ok().flatten();
+    let pids = found.map(|found| hierarchy::outside(&found.shown)).unwrap_or_default();
+    let name = |pid: u32| format!("not covered: process {pid} ({})", text::name(&host::task_name(pid)));
+    pids.into_iter().map(name).collect()
 }
 
 /// How the kernel takes a setting of an interface together with that of `all` (`IN_DEV_ANDCONF`, `IN_DEV_ORCONF` in linux/inetdevice.h).

@@ -38,6 +38,7 @@ pub(super) fn host(seen: &Seen) -> Report {
     network(seen, &mut findings);
     programs(seen, enforces, &mut findings);
     modes(&seen.places, &mut findings);
+    findings.extend(part_of_host(seen));
     findings.extend(visibility(&seen.visibility));
     findings.extend(writable_cgroups(seen));
     findings.extend(listeners(seen));
@@ -624,6 +625,18 @@ fn modes(places: &[PlaceMode], findings: &mut Vec<Finding>) {
             "chown root and chmod 0700 the directory, 0600 the socket; restart the daemon",
         ));
     }
+}
+
+/// F9: a part of the host alone is covered.
+fn part_of_host(seen: &Seen) -> Option<Finding> {
+    let part = seen.visibility.part.as_ref()?;
+    Some(finding(
+        "part-of-host",
+        Weight::High,
+        "the root of the cgroup v2 hierarchy is not mounted here, and no cgroup is configured: processes outside of what is mounted reach every endpoint",
+        std::iter::once(format!("covered: what is below {}", part.display())).chain(seen.outside.iter().cloned()),
+        "run enforcer in the host's cgroup and mount namespace (docker run --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup), or mount the root there; set cgroup to that path if no more is meant",
+    ))
 }
 
 /// F1: what must outlive the process, or be found by others, where the host does not see it.

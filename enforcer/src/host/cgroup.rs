@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::hierarchy;
 use crate::{
     policy::CgroupPath,
     ruleset::{Cgroup, Writable},
@@ -26,6 +27,8 @@ pub enum NoMatch {
     Missing,
     /// It is there, and not root's alone.
     Writable(Writable),
+    /// It is there, and how deep it lies is not known from within this cgroup namespace (F9).
+    Unplaced,
 }
 
 /// The cgroup that a path names now. It and each ancestor have to be root's: the directory, by which children are made and removed, and
@@ -48,7 +51,7 @@ pub(super) fn all(
         match looks.cgroup(path) {
             Ok(cgroup) => drop(found.insert(path.clone(), cgroup)),
             Err(NoMatch::Writable(by)) => drop(writable.insert(path.clone(), by)),
-            Err(NoMatch::Missing) => {}
+            Err(NoMatch::Missing | NoMatch::Unplaced) => {}
         }
     }
     (found, writable)
@@ -58,6 +61,8 @@ pub(super) fn all(
 struct Looks<'m> {
     mount: &'m Path,
     owner: u32,
+    /// How deep the mount's own root lies.
+    depth: Option<u32>,
     known: BTreeMap<PathBuf, Result<u64, NoMatch>>,
 }
 
@@ -66,6 +71,7 @@ impl<'m> Looks<'m> {
         Self {
             mount,
             owner,
+            depth: hierarchy::depth(mount),
             known: BTreeMap::new(),
         }
     }
@@ -73,11 +79,14 @@ impl<'m> Looks<'m> {
     fn cgroup(&mut self, path: &CgroupPath) -> Result<Cgroup, NoMatch> {
         let mut at = PathBuf::new();
         let mut id = self.look(&at)?;
-        let mut level = 0;
+        let mut level = self.depth.unwrap_or_default();
         for part in path.as_str().split('/').filter(|part| !part.is_empty()) {
             at.push(part);
             id = self.look(&at)?;
             level += 1;
+        }
+        if self.depth.is_none() {
+            return Err(NoMatch::Unplaced);
         }
         Ok(Cgroup { id, level })
     }

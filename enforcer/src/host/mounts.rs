@@ -73,6 +73,12 @@ impl Mounts {
         self.0.iter().filter(move |mount| mount.kind == kind)
     }
 
+    /// Whether its mount point leads to it: no later mount hides it.
+    #[must_use]
+    pub fn is_visible(&self, mount: &Mount) -> bool {
+        self.reached(&mount.point).is_some_and(|reached| reached.id == mount.id)
+    }
+
     /// Mount points at or below a directory.
     pub fn below(&self, dir: &Path) -> impl Iterator<Item = &Path> {
         let points = self.0.iter().map(|mount| mount.point.as_path());

@@ -12,7 +12,7 @@ use super::{Case, case, nftables::Guarded};
 use crate::{
     attack::{Cut, Way},
     backend::{Backend, PACKETS},
-    world::{Attack, Listener, NOBODY, Netns, ran},
+    world::{Attack, Listener, NOBODY, Netns, ran, until},
 };
 
 /// All cases of this file.
@@ -90,9 +90,11 @@ impl Routed {
             server,
             _listeners: listeners,
         };
-        // Neighbours find each other first: packets made by hand wait for nobody.
+        // Neighbours find each other first: packets made by hand wait for nobody. A busy kernel may give one up before it answers.
         for address in [SERVER, SERVER6, OTHER, OTHER6] {
-            routed.attack(address, 0)?.reaches()?;
+            let attack = routed.attack(address, 0)?;
+            until("neighbours find each other", || Ok(attack.run()?.errno.is_none()))?;
+            attack.reaches()?;
         }
         Ok(routed)
     }

@@ -1,0 +1,158 @@
+//! The cgroup v2 hierarchy as it is mounted here (F9): the mount that shows all of it, or how much is shown.
+//!
+//! A bind mount shows it from some cgroup on; so does a mount made in a cgroup namespace, which looks like the whole. What tells them from
+//! the whole is that the true root alone has no `cgroup.events` (Documentation/admin-guide/cgroup-v2.rst).
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+};
+
+use super::mounts::{Mount, Mounts};
+
+/// The cgroup namespace that the kernel starts with (`PROC_CGROUP_INIT_INO` in `include/uapi/linux/nsfs.h`).
+const INITIAL_NAMESPACE: &str = "cgroup:[4026531835]";
+
+/// A mount of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hierarchy {
+    /// Where.
+    pub mount: PathBuf,
+    /// From which cgroup on, as this process's cgroup namespace has it.
+    pub shown: PathBuf,
+    /// How deep that lies below the true root; none where it is not known.
+    pub depth: Option<u32>,
+}
+
+impl Hierarchy {
+    /// The mount to use, if there is any: one that shows everything before others, and never one that another mount hides.
+    pub fn find() -> io::Result<Option<Self>> {
+        let is_initial =
+            fs::read_link("/proc/self/ns/cgroup").map_or(true, |name| name == Path::new(INITIAL_NAMESPACE));
+        Ok(Self::among(&Mounts::own()?, is_root, is_initial))
+    }
+
+    fn among(mounts: &Mounts, is_root: impl Fn(&Path) -> bool, is_initial: bool) -> Option<Self> {
+        let found = mounts.of_kind("cgroup2").filter(|mount| mounts.is_visible(mount));
+        let depth = |mount: &Mount| {
+            let named = mount
+                .root
+                .components()
+                .filter(|part| matches!(part, Component::Normal(_)));
+            match (is_root(&mount.point), is_initial) {
+                (true, _) => Some(0),
+                (false, true) => u32::try_from(named.count()).ok(),
+                (false, false) => None,
+            }
+        };
+        let all = found.map(|mount| Self {
+            mount: mount.point.clone(),
+            shown: mount.root.clone(),
+            depth: depth(mount),
+        });
+        // Of equals the first.
+        all.min_by_key(|one| one.depth.unwrap_or(u32::MAX))
+    }
+}
+
+/// Whether a directory is the true root of the hierarchy, or no cgroup at all.
+#[must_use]
+pub fn is_root(dir: &Path) -> bool {
+    fs::symlink_metadata(dir.join("cgroup.events")).is_err()
+}
+
+/// How deep below the true root a directory lies that paths of cgroups start from.
+pub(super) fn depth(mount: &Path) -> Option<u32> {
+    if is_root(mount) {
+        return Some(0);
+    }
+    let found = Hierarchy::find().ok().flatten().filter(|found| found.mount == mount);
+    found.and_then(|found| found.depth)
+}
+
+/// Processes whose cgroup a mount does not show, as far as they are seen from here.
+#[must_use]
+pub fn outside(shown: &Path) -> Vec<u32> {
+    let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_outside = |pid: &u32| {
+        let text = fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let line = text
+            .split(|byte| *byte == b'\n')
+            .find_map(|line| line.strip_prefix(b"0::"));
+        line.is_some_and(|path| {
+            let path = String::from_utf8_lossy(path);
+            let path = Path::new(&*path);
+            path.components().any(|part| part == Component::ParentDir) || !path.starts_with(shown)
+        })
+    };
+    let mut found: Vec<u32> = pids.filter(is_outside).collect();
+    found.sort_unstable();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: &str = "\
+22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw
+23 22 0:21 / /sys rw shared:2 - sysfs sysfs rw
+";
+    const WHOLE: &str = "25 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw\n";
+    const PART: &str = "24 22 0:26 /system.slice/a.service /jail/cg rw shared:4 - cgroup2 cgroup2 rw\n";
+    const HIDING: &str = "31 25 0:40 / /sys/fs/cgroup rw shared:9 - tmpfs tmpfs rw\n";
+
+    fn find(lines: &[&str], root: &str, is_initial: bool) -> Option<(String, Option<u32>)> {
+        let mounts = Mounts::parse([&[HOST], lines].concat().concat().as_bytes());
+        let found = Hierarchy::among(&mounts, |point| point == Path::new(root), is_initial)?;
+        Some((found.mount.display().to_string(), found.depth))
+    }
+
+    fn at(mount: &str, depth: Option<u32>) -> (String, Option<u32>) {
+        (mount.to_owned(), depth)
+    }
+
+    #[test]
+    fn f9_the_whole_comes_before_a_part_wherever_it_is_listed() {
+        assert_eq!(find(&[], "/sys/fs/cgroup", true), None);
+        for lines in [[PART, WHOLE], [WHOLE, PART]] {
+            assert_eq!(
+                find(&lines, "/sys/fs/cgroup", true),
+                Some(at("/sys/fs/cgroup", Some(0)))
+            );
+            assert_eq!(
+                find(&lines, "/sys/fs/cgroup", false),
+                Some(at("/sys/fs/cgroup", Some(0)))
+            );
+        }
+        assert_eq!(find(&[PART], "/sys/fs/cgroup", true), Some(at("/jail/cg", Some(2))));
+        let deeper = PART.replace("a.service", "a.service/b").replace("/jail", "/other");
+        assert_eq!(find(&[&deeper, PART], "", true), Some(at("/jail/cg", Some(2))));
+    }
+
+    #[test]
+    fn f9_what_is_hidden_is_not_taken() {
+        let elsewhere = WHOLE
+            .replace("25 23", "40 22")
+            .replace("/sys/fs/cgroup rw", "/run/cgroup2 rw");
+        let whole = |lines: &[&str]| find(lines, "/run/cgroup2", true);
+        assert_eq!(whole(&[WHOLE, HIDING, &elsewhere]), Some(at("/run/cgroup2", Some(0))));
+        assert_eq!(whole(&[WHOLE, HIDING]), None);
+        let below = HIDING
+            .replace("31 25", "31 23")
+            .replace("/sys/fs/cgroup rw", "/sys/fs rw");
+        assert_eq!(whole(&[WHOLE, &below, &elsewhere]), Some(at("/run/cgroup2", Some(0))));
+    }
+
+    #[test]
+    fn f9_a_namespaces_own_root_is_not_the_true_one() {
+        assert_eq!(find(&[WHOLE], "", false), Some(at("/sys/fs/cgroup", None)));
+        // Inherited from outside it is, whatever it is called from within.
+        let inherited = WHOLE.replace(" / /sys", " /../.. /sys");
+        assert_eq!(
+            find(&[&inherited], "/sys/fs/cgroup", false),
+            Some(at("/sys/fs/cgroup", Some(0)))
+        );
+    }
+}
