@@ -2,25 +2,27 @@
 //! host and port of a URL: the rest may be credentials.
 
 mod fault;
+mod file;
 #[cfg(test)]
 mod tests;
+mod urls;
 mod watch;
 
 use std::{
     collections::BTreeSet,
-    fs::{File, OpenOptions},
-    io::{self, Read as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
-
-use serde_json::Value;
 
 pub use self::{
     fault::{BoshError, BoshFault},
     watch::Watch,
 };
-use crate::policy::{Destination, Endpoint, shown};
+use self::{file::Trust, urls::Named};
+use crate::policy::Endpoint;
 
 /// Most bytes of a settings file (F7).
 pub const MAX_BYTES: usize = 8 << 20;
@@ -28,38 +30,159 @@ pub const MAX_BYTES: usize = 8 << 20;
 /// The user whose files are trusted.
 const ROOT: u32 = 0;
 
-/// Most message-bus URLs (F7).
+/// Most message-bus URLs of a file (F7).
 pub const MAX_URLS: usize = 256;
 
-/// What an operator's update left for the agent; says more recent things than the other.
+/// How long a file may be without its end before that is a fault: agents make it empty first, and then write it.
+pub const PATIENCE: Duration = Duration::from_millis(500);
+
+/// How often such a file is looked at meanwhile.
+pub const AGAIN: Duration = Duration::from_millis(50);
+
+/// What an operator's update left for the agent.
 const UPDATE: &str = "update_settings.json";
 /// What the director gave the agent.
 const SETTINGS: &str = "settings.json";
 
-/// What the settings say now.
-#[derive(Debug)]
-pub struct Settings {
-    /// The message bus, where a file names one.
-    pub bus: Option<Bus>,
-    /// What is wrong, or not there yet. Beside a bus: the file that would have been asked before is damaged, or some of its URLs are.
-    pub fault: Option<BoshError>,
-}
+/// Where the files name message buses: agents of different ages dial different ones of these.
+const PLACES: [(&str, &[&[&str]]); 2] = [
+    (UPDATE, &[&["mbus", "urls"]]),
+    (SETTINGS, &[&["env", "bosh", "mbus", "urls"], &["mbus"]]),
+];
 
-impl Settings {
-    /// The bus that counts: of two files one of which is damaged, the other only where nothing better is known.
-    #[must_use]
-    pub fn usable(&self, known: Option<&BTreeSet<Endpoint>>) -> Option<&Bus> {
-        self.bus.as_ref().filter(|_| self.fault.is_none() || known.is_none())
-    }
+/// What the settings say now.
+#[derive(Debug, Default)]
+pub struct Settings {
+    /// The message bus by files that only root can write, where one of them names any.
+    pub bus: Option<Bus>,
+    /// The message bus by files of root's that a group can write too.
+    pub doubtful: Option<Bus>,
+    /// All that is wrong, or not there yet.
+    pub faults: Vec<BoshError>,
 }
 
 /// A message bus.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bus {
     /// Where it answers; none where all URLs were skipped.
     pub endpoints: BTreeSet<Endpoint>,
-    /// The file that says so.
-    pub file: PathBuf,
+    /// The files that name it.
+    pub files: Vec<PathBuf>,
+}
+
+impl Settings {
+    /// The bus that follows one that was known. Settings with a fault add to that and take nothing away: what they do not name may
+    /// be what is damaged (F4, F8). What a group can write counts only where nothing is known: it is better than nothing, and
+    /// opens nothing.
+    #[must_use]
+    pub fn after(&self, known: Option<&BTreeSet<Endpoint>>) -> Option<Bus> {
+        let more = match known {
+            Some(_) if self.faults.is_empty() => return self.bus.clone(),
+            Some(known) => Some(Bus {
+                endpoints: known.clone(),
+                files: Vec::new(),
+            }),
+            None => self.doubtful.clone(),
+        };
+        match (self.bus.clone(), more) {
+            (Some(mut bus), Some(more)) => {
+                bus.add(more);
+                Some(bus)
+            }
+            (bus, more) => bus.or(more),
+        }
+    }
+
+    /// Whether a file ends before its content does, as while it is being written.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        self.faults.iter().any(BoshError::is_unfinished)
+    }
+
+    /// What is wrong, in one line; none where nothing is.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        /// Most that are listed.
+        const LISTED: usize = 4;
+        let (listed, more) = self.faults.split_at(self.faults.len().min(LISTED));
+        let mut texts: Vec<String> = listed.iter().map(ToString::to_string).collect();
+        if !more.is_empty() {
+            texts.push(format!("and {} more", more.len()));
+        }
+        (!texts.is_empty()).then(|| texts.join("; "))
+    }
+
+    /// Whether a file that is not there yet is all that is wrong.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        !self.faults.is_empty() && self.faults.iter().all(BoshError::is_missing)
+    }
+
+    /// Adds what a file says, of the two places the one that is there. One that cannot be read, or is not root's alone, hides
+    /// no other.
+    fn add(&mut self, owner: u32, dir: &Path, name: &str, keys: &[&[&'static str]]) {
+        let (first, second) = places(dir, name);
+        let mut found = false;
+        for path in [first, second.clone()] {
+            let (trust, bytes) = match file::read(owner, &path) {
+                Ok(read) => read,
+                Err(BoshFault::Missing) => continue,
+                Err(fault) => {
+                    found = true;
+                    self.faults.push(BoshError { path, fault });
+                    continue;
+                }
+            };
+            found = true;
+            let read = urls::read(&bytes, keys);
+            match trust {
+                Trust::Root => {
+                    let whole = read.is_ok();
+                    self.take(path, read);
+                    if whole {
+                        break;
+                    }
+                }
+                Trust::Group(fault) => {
+                    let (endpoints, file) = (read.ok().and_then(|named| named.endpoints), path.clone());
+                    // What else is wrong in it is for those who can write it to choose.
+                    self.faults.push(BoshError { path, fault });
+                    join(&mut self.doubtful, endpoints, file);
+                }
+            }
+        }
+        if !found && name == SETTINGS {
+            let fault = BoshFault::Missing;
+            self.faults.push(BoshError { path: second, fault });
+        }
+    }
+
+    fn take(&mut self, path: PathBuf, read: Result<Named, BoshFault>) {
+        let (endpoints, faults) = match read {
+            Ok(named) => (named.endpoints, named.faults),
+            Err(fault) => (None, vec![fault]),
+        };
+        let faults = faults.into_iter().map(|fault| BoshError {
+            path: path.clone(),
+            fault,
+        });
+        self.faults.extend(faults);
+        join(&mut self.bus, endpoints, path);
+    }
+}
+
+impl Bus {
+    fn add(&mut self, other: Self) {
+        self.endpoints.extend(other.endpoints);
+        self.files.extend(other.files);
+    }
+}
+
+fn join(bus: &mut Option<Bus>, endpoints: Option<BTreeSet<Endpoint>>, file: PathBuf) {
+    if let Some(endpoints) = endpoints {
+        let files = vec![file];
+        bus.get_or_insert_default().add(Bus { endpoints, files });
+    }
 }
 
 /// Reads what is in `dir`, or in `settings` below it, which on some stemcells is a tmpfs and counts first.
@@ -68,226 +191,42 @@ pub fn read(dir: &Path) -> Settings {
     read_of(ROOT, dir)
 }
 
+/// As [`read`], but waits a moment for the end of a file that is being written.
+#[must_use]
+pub fn read_whole(dir: &Path) -> Settings {
+    let started = Instant::now();
+    loop {
+        let settings = read(dir);
+        if !settings.is_unfinished() || started.elapsed() >= PATIENCE {
+            return settings;
+        }
+        thread::sleep(AGAIN);
+    }
+}
+
 /// As [`read`], from files of `owner`'s.
 fn read_of(owner: u32, dir: &Path) -> Settings {
-    let update = file(owner, dir, UPDATE, |settings| {
-        Ok(list(settings, &["mbus", "urls"])?.unwrap_or_default())
-    });
-    let main = || {
-        file(owner, dir, SETTINGS, |settings| {
-            let several = list(settings, &["env", "bosh", "mbus", "urls"])?.filter(|urls| any(urls));
-            match several {
-                Some(urls) => Ok(urls),
-                None => Ok(one(settings, &["mbus"])?.into_iter().collect()),
-            }
-        })
-    };
-    let (bus, fault) = match update {
-        Ok(Some((bus, fault))) => (Some(bus), fault),
-        Ok(None) => split(main()),
-        Err(error) if error.is_missing() => split(main()),
-        Err(error) => (main().ok().flatten().map(|(bus, _)| bus), Some(error)),
-    };
-    // The one that was read.
-    let silent = || {
+    let mut settings = Settings::default();
+    for (name, keys) in PLACES {
+        settings.add(owner, dir, name, keys);
+    }
+    if settings.faults.is_empty() && settings.bus.is_none() {
+        // The one that was read.
         let (first, second) = places(dir, SETTINGS);
         let path = if first.symlink_metadata().is_ok() {
             first
         } else {
             second
         };
-        BoshError {
-            path,
-            fault: BoshFault::NoUrl,
-        }
-    };
-    Settings {
-        fault: fault.or_else(|| bus.is_none().then(silent)),
-        bus,
+        let fault = BoshFault::NoUrl;
+        settings.faults.push(BoshError { path, fault });
     }
-}
-
-/// Endpoints, and what is wrong with some of the URLs beside theirs.
-type Parsed = (BTreeSet<Endpoint>, Option<BoshFault>);
-
-/// A bus, and what is wrong with some of its URLs.
-type Named = (Bus, Option<BoshError>);
-
-fn split(read: Result<Option<Named>, BoshError>) -> (Option<Bus>, Option<BoshError>) {
-    match read {
-        Ok(Some((bus, fault))) => (Some(bus), fault),
-        Ok(None) => (None, None),
-        Err(error) => (None, Some(error)),
-    }
+    settings
 }
 
 /// The two places of a file, the one to prefer first.
 fn places(dir: &Path, file: &str) -> (PathBuf, PathBuf) {
     (dir.join("settings").join(file), dir.join(file))
-}
-
-/// The message bus that a file names; none where it names none.
-fn file(
-    owner: u32,
-    dir: &Path,
-    name: &str,
-    urls: impl FnOnce(&Value) -> Result<Vec<&str>, BoshFault>,
-) -> Result<Option<Named>, BoshError> {
-    let (first, second) = places(dir, name);
-    let (path, opened) = match open(&first) {
-        Err(BoshFault::Missing) => {
-            let opened = open(&second);
-            (second, opened)
-        }
-        opened => (first, opened),
-    };
-    let result = opened.and_then(|file| contents(owner, file)).and_then(|bytes| {
-        let settings: Value = serde_json::from_slice(&bytes).map_err(BoshFault::Json)?;
-        endpoints(&urls(&settings)?)
-    });
-    match result {
-        Ok(named) => Ok(named.map(|(endpoints, fault)| {
-            let fault = fault.map(|fault| BoshError {
-                path: path.clone(),
-                fault,
-            });
-            (Bus { endpoints, file: path }, fault)
-        })),
-        Err(fault) => Err(BoshError { path, fault }),
-    }
-}
-
-/// Neither follows a link nor waits for a FIFO's other end.
-fn open(path: &Path) -> Result<File, BoshFault> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
-    opened.map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENOTDIR) => BoshFault::Missing,
-        Some(libc::ELOOP) => BoshFault::Link,
-        Some(_) | None => BoshFault::Read(error),
-    })
-}
-
-fn contents(owner: u32, file: File) -> Result<Vec<u8>, BoshFault> {
-    let meta = file.metadata().map_err(BoshFault::Read)?;
-    if !meta.is_file() {
-        return Err(BoshFault::NotAFile);
-    }
-    // Who can write it says what is protected.
-    let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
-    if uid != owner || mode & 0o002 != 0 || (mode & 0o020 != 0 && meta.gid() != 0) {
-        return Err(BoshFault::Untrusted { uid, mode });
-    }
-    let mut bytes = Vec::new();
-    let limit = MAX_BYTES as u64 + 1;
-    file.take(limit).read_to_end(&mut bytes).map_err(BoshFault::Read)?;
-    if bytes.len() > MAX_BYTES {
-        return Err(BoshFault::TooLong);
-    }
-    Ok(bytes)
-}
-
-/// The value at a path of keys; none where one of them is absent or null.
-fn at<'v>(mut value: &'v Value, keys: &[&'static str]) -> Result<Option<&'v Value>, BoshFault> {
-    let mut walked = Vec::new();
-    for key in keys {
-        let Value::Object(object) = value else {
-            return Err(kind(&walked, value, "an object"));
-        };
-        walked.push(*key);
-        match object.get(*key) {
-            None | Some(Value::Null) => return Ok(None),
-            Some(inner) => value = inner,
-        }
-    }
-    Ok(Some(value))
-}
-
-fn list<'v>(settings: &'v Value, keys: &[&'static str]) -> Result<Option<Vec<&'v str>>, BoshFault> {
-    let Some(value) = at(settings, keys)? else {
-        return Ok(None);
-    };
-    let urls = value.as_array().ok_or_else(|| kind(keys, value, "a list of strings"))?;
-    let text = |url: &'v Value| url.as_str().ok_or_else(|| kind(keys, url, "strings only"));
-    let urls: Vec<&str> = urls.iter().map(text).collect::<Result<_, _>>()?;
-    Ok(Some(urls))
-}
-
-fn one<'v>(settings: &'v Value, keys: &[&'static str]) -> Result<Option<&'v str>, BoshFault> {
-    let Some(value) = at(settings, keys)? else {
-        return Ok(None);
-    };
-    value.as_str().map(Some).ok_or_else(|| kind(keys, value, "a string"))
-}
-
-fn any(urls: &[&str]) -> bool {
-    urls.iter().any(|url| !url.trim().is_empty())
-}
-
-fn kind(keys: &[&'static str], value: &Value, expected: &'static str) -> BoshFault {
-    let found = match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    };
-    BoshFault::Kind {
-        key: keys.join("."),
-        found,
-        expected,
-    }
-}
-
-/// The endpoints of some URLs, and what is wrong with the first that has none; none where there is no URL at all. Those of
-/// `https://` are a new director's own (create-env).
-fn endpoints(urls: &[&str]) -> Result<Option<Parsed>, BoshFault> {
-    if !any(urls) {
-        return Ok(None);
-    }
-    if urls.len() > MAX_URLS {
-        return Err(BoshFault::TooMany { found: urls.len() });
-    }
-    let meant = urls.iter().map(|url| url.trim()).filter(|url| !url.is_empty());
-    let (mut found, mut fault) = (BTreeSet::new(), None);
-    for parsed in meant.filter_map(|url| endpoint(url).transpose()) {
-        match parsed {
-            Ok(endpoint) => drop(found.insert(endpoint)),
-            Err(error) => fault = fault.or(Some(error)),
-        }
-    }
-    match fault {
-        Some(fault) if found.is_empty() => Err(fault),
-        fault => Ok(Some((found, fault))),
-    }
-}
-
-/// The endpoint of a URL; none where it is to be skipped.
-fn endpoint(url: &str) -> Result<Option<Endpoint>, BoshFault> {
-    let no = |problem| BoshFault::Url {
-        url: shown(url),
-        problem,
-    };
-    let Some((scheme, rest)) = url.split_once("://") else {
-        // Anything may stand here: it is shown only if it is a host and a port.
-        let url = if Endpoint::parse(url).is_ok() { url } else { "…" };
-        return Err(BoshFault::Url {
-            url: url.to_owned(),
-            problem: "no scheme".to_owned(),
-        });
-    };
-    match scheme.to_ascii_lowercase().as_str() {
-        "https" => return Ok(None),
-        "nats" | "tls" | "tcp" => {}
-        _ => return Err(no("the scheme is none of a message bus".to_owned())),
-    }
-    // As a message bus's URL, which may hold credentials, whatever the scheme.
-    let endpoint = Endpoint::parse(&format!("nats://{rest}")).map_err(|error| no(error.fault.to_string()))?;
-    match endpoint.destination {
-        Destination::Address(_) | Destination::Name(_) => Ok(Some(endpoint)),
-        Destination::Prefix(_) | Destination::Local => Err(no("the host is neither an address nor a name".to_owned())),
-    }
 }
 
 /// What changes when a settings file does, or when another takes its place.

@@ -36,6 +36,7 @@ use tracing::{error, info, warn};
 
 use self::{
     boot::{Left, Pending},
+    bus::Unfinished,
     denials::{rest_after, send_events},
     drift::Drift,
     faults::{About, Faults},
@@ -122,6 +123,8 @@ struct Daemon {
     faults: Faults,
     /// The message bus as far as it is known (B2).
     bus: Option<BTreeSet<Endpoint>>,
+    /// Settings of the agent's that are being written.
+    unfinished: Option<Unfinished>,
     /// What was known of names before this process, for those that come late.
     known_before: Known,
     kept: Kept,
@@ -162,7 +165,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
         control::nobody_listens(&good.settings.socket).await?;
     }
     let mut daemon = Daemon::start(wanted, false, left)?;
-    daemon.take_bus();
+    daemon.take_whole_bus().await;
     daemon.look_up_all();
     while let Some(joined) = daemon.lookups.join_next_with_id().await {
         daemon.answered(joined);
@@ -222,7 +225,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        if !ready && daemon.unanswered.is_empty() {
+        if !ready && daemon.unanswered.is_empty() && !daemon.is_unsettled() {
             ready = true;
             daemon.keep_now().await;
             daemon.ready()?;
@@ -368,6 +371,7 @@ impl Daemon {
             applied: None,
             faults,
             bus: left.bus,
+            unfinished: None,
             known_before: left.names,
             kept: Kept::new(left.mark, fault.is_some()),
             pending: None,
@@ -612,13 +616,6 @@ impl Daemon {
         self.unanswered.retain(|name| names.contains(name));
         for waiting in &mut self.waiting {
             waiting.names.retain(|name| names.contains(name));
-        }
-    }
-
-    /// Settings may be others, or be there at last.
-    fn look_at_settings(&mut self, watch: Option<&mut Watch>) {
-        if watch.is_some_and(Watch::look) || self.misses_bus() {
-            self.settings_changed();
         }
     }
 

@@ -18,6 +18,7 @@ pub use build::{
     Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Understood, Warning, WarningKind,
 };
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
+pub(crate) use parse::{Server, servers};
 pub use users::{HostUsers, UserError, Users};
 
 /// A user of the initial user namespace.

@@ -5,6 +5,7 @@ use std::{io, path::PathBuf};
 use thiserror::Error;
 
 use super::{MAX_BYTES, MAX_URLS};
+use crate::policy::EndpointFault;
 
 /// Settings that do not say where the message bus is.
 #[derive(Debug, Error)]
@@ -28,11 +29,21 @@ pub enum BoshFault {
     /// A directory, a FIFO.
     #[error("not a regular file; put the agent's settings there")]
     NotAFile,
-    /// Somebody else could have written it.
+    /// Another user could have written it.
     #[error("owned by uid {uid} with mode {mode:04o}, so it is not trusted; make it root's and writable by root alone")]
     Untrusted {
         /// Its owner.
         uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Members of a group could have written it.
+    #[error(
+        "mode {mode:04o} lets group {gid} write it, so it changes nothing that is known; make it writable by root alone (chmod g-w)"
+    )]
+    GroupWritable {
+        /// The group.
+        gid: u32,
         /// Its mode.
         mode: u32,
     },
@@ -59,19 +70,34 @@ pub enum BoshFault {
     #[error("neither mbus nor env.bosh.mbus.urls names a message bus; set mbus, or configure [target.nats]")]
     NoUrl,
     /// A URL that cannot be protected.
-    #[error("message-bus URL {url}: {problem}; expected nats://, tls:// or tcp:// with HOST:PORT")]
+    #[error("{key}: message-bus URL {url}: {fault}")]
     Url {
+        /// `env.bosh.mbus.urls[1]`.
+        key: String,
         /// The URL without credentials.
         url: String,
         /// What is wrong.
-        problem: String,
+        fault: UrlFault,
     },
     /// F7.
-    #[error("{found} message-bus URLs are more than the maximum of {MAX_URLS}; configure [target.nats] with prefixes")]
-    TooMany {
-        /// How many.
-        found: usize,
-    },
+    #[error(
+        "more than the maximum of {MAX_URLS} message-bus URLs; the rest is not protected: configure [target.nats] with prefixes"
+    )]
+    TooMany,
+}
+
+/// Why a URL cannot be protected.
+#[derive(Debug, Error)]
+pub enum UrlFault {
+    /// `amqp://`.
+    #[error("the scheme is none of a message bus; use nats://, tls:// or tcp://")]
+    Scheme,
+    /// `10.0.0.0/8`, `local`.
+    #[error("the host is neither an address nor a name; name each server")]
+    Host,
+    /// Anything else.
+    #[error(transparent)]
+    Endpoint(EndpointFault),
 }
 
 impl BoshError {
@@ -79,5 +105,11 @@ impl BoshError {
     #[must_use]
     pub fn is_missing(&self) -> bool {
         matches!(self.fault, BoshFault::Missing)
+    }
+
+    /// Whether the file ends before its content does.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        matches!(&self.fault, BoshFault::Json(error) if error.is_eof())
     }
 }

@@ -1,12 +1,14 @@
 //! Settings as agents write them, and as they must not be: the message bus found, every fault named, no credential shown.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
     path::Path,
 };
 
 use super::{MAX_BYTES, Settings, Watch, read_of};
+use crate::policy::Endpoint;
 
 type Test = Result<(), Box<dyn std::error::Error>>;
 
@@ -29,7 +31,7 @@ fn endpoints(settings: &Settings) -> Option<Vec<String>> {
 }
 
 fn fault(settings: &Settings) -> String {
-    settings.fault.as_ref().map(ToString::to_string).unwrap_or_default()
+    settings.fault().unwrap_or_default()
 }
 
 /// What is found with these two files, `-` for none.
@@ -43,53 +45,156 @@ fn found(update: &str, main: &str) -> Result<Settings, std::io::Error> {
     Ok(read(dir.path()))
 }
 
-#[test]
-fn b2_a_bad_url_leaves_the_others() -> Test {
-    let settings = found(
-        "-",
-        r#"{"env":{"bosh":{"mbus":{"urls":["nats://u:hunter2@a:1","nats://u:hunter2@b"]}}}}"#,
-    )?;
-    assert_eq!(endpoints(&settings), Some(vec!["tcp://a:1".to_owned()]));
+/// Checks the endpoints that settings name, with what is said of a fault, or nothing.
+fn check(update: &str, main: &str, expected: &str, says: &str) -> Test {
+    let settings = found(update, main)?;
+    let endpoints = endpoints(&settings).map(|endpoints| endpoints.join(" "));
+    assert_eq!(endpoints.as_deref().unwrap_or("-"), expected, "{update} {main}");
     let fault = fault(&settings);
+    assert_eq!(fault.is_empty(), says.is_empty(), "{main}: {fault}");
+    assert!(fault.contains(says), "{says}: {fault}");
     assert!(
-        fault.contains('b') && fault.contains("port") && !fault.contains("hunter2"),
+        !fault.contains("hunter2") && !format!("{settings:?}").contains("hunter2"),
         "{fault}"
     );
     Ok(())
 }
 
 #[test]
-fn b2_the_first_non_empty_counts() -> Test {
+fn b2_what_makes_no_sense_costs_only_itself() -> Test {
+    let beside = |env: &str| format!(r#"{{"mbus":"nats://u:hunter2@a:1","env":{env}}}"#);
+    let urls = |urls: &str| beside(&format!(r#"{{"bosh":{{"mbus":{{"urls":{urls}}}}}}}"#));
+    for (main, expected, says) in [
+        (
+            beside(r#""hunter2""#),
+            "tcp://a:1",
+            "env is a string instead of an object",
+        ),
+        (
+            beside(r#"{"bosh":{"mbus":"hunter2"}}"#),
+            "tcp://a:1",
+            "env.bosh.mbus is a string instead of an object",
+        ),
+        (urls(r#""nats://u:hunter2@b:2""#), "tcp://a:1 tcp://b:2", ""),
+        (urls("7"), "tcp://a:1", "env.bosh.mbus.urls is a number instead of"),
+        (
+            urls(r#"["nats://b:2",7]"#),
+            "tcp://a:1 tcp://b:2",
+            "env.bosh.mbus.urls[1] is a number",
+        ),
+        (
+            urls(r#"["amqp://u:hunter2@c:3","nats://b:2"]"#),
+            "tcp://a:1 tcp://b:2",
+            "env.bosh.mbus.urls[0]: message-bus URL amqp://c:3: the scheme",
+        ),
+        (
+            urls(r#"["hunter2","nats://b:2"]"#),
+            "tcp://a:1 tcp://b:2",
+            "urls[0]: message-bus URL …: no scheme",
+        ),
+        (
+            r#"{"mbus":{"urls":["nats://a:1"]},"env":{"bosh":{"mbus":{"urls":["nats://b:2"]}}}}"#.to_owned(),
+            "tcp://b:2",
+            "mbus is an object",
+        ),
+    ] {
+        check("-", &main, expected, says)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn b2_several_servers_in_one_string() -> Test {
+    for (url, expected, says) in [
+        (
+            "nats://nats:hunter2@10.0.0.11:4222,nats:hunter2@10.0.0.12:4222",
+            "tcp://10.0.0.11:4222 tcp://10.0.0.12:4222",
+            "",
+        ),
+        (
+            "nats://10.0.0.11:4222, tls://u:hunter2@10.0.0.12,[2001:db8::5]:1,u:hunter2@c,",
+            "tcp://10.0.0.11:4222 tcp://10.0.0.12:4222 tcp://[2001:db8::5]:1 tcp://c:4222",
+            "",
+        ),
+        ("u:hunter2@a:1,b:2", "tcp://a:1 tcp://b:2", ""),
+        ("nats://a,b", "tcp://a:4222 tcp://b:4222", ""),
+        ("nats://a:1,https://u:hunter2@b:2", "tcp://a:1", ""),
+        ("nats://a:1,b:99999,c:3", "tcp://a:1 tcp://c:3", "b:99999"),
+        // A comma in credentials: the server behind them counts, what stands before it is shown nowhere.
+        (
+            "nats://u:hunter2,hunter2@a:1",
+            "tcp://a:1",
+            "…: a comma separates servers",
+        ),
+        ("nats://hunter2,hunter2,x@a:1", "tcp://a:1", "%2C"),
+    ] {
+        let main = serde_json::json!({ "mbus": url }).to_string();
+        check("-", &main, expected, says)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn b2_the_bus_is_the_union_of_all_places() -> Test {
     let update = r#"{"mbus":{"urls":["nats://a:1"],"cert":{}}}"#;
     let main = r#"{"agent_id":"x","mbus":"nats://c:3","env":{"bosh":{"mbus":{"urls":["nats://b:2","nats://b:22"]}}}}"#;
     let old = r#"{"mbus":"nats://c:3","env":{"bosh":{}}}"#;
-    for (update, main, expected) in [
-        (update, main, Some(vec!["tcp://a:1"])),
-        ("-", main, Some(vec!["tcp://b:2", "tcp://b:22"])),
-        ("{}", main, Some(vec!["tcp://b:2", "tcp://b:22"])),
-        (r#"{"mbus":{"urls":[]}}"#, old, Some(vec!["tcp://c:3"])),
-        (r#"{"mbus":{"urls":[""," "]}}"#, old, Some(vec!["tcp://c:3"])),
-        (r#"{"mbus":null}"#, old, Some(vec!["tcp://c:3"])),
-        (update, "-", Some(vec!["tcp://a:1"])),
-        (update, "broken", Some(vec!["tcp://a:1"])),
-        ("-", r#"{"mbus":"https://me:secret@0.0.0.0:6868"}"#, Some(vec![])),
-        ("-", r#"{"mbus":"HTTPS://x"}"#, Some(vec![])),
-        ("-", r#"{"mbus":""}"#, None),
-        ("-", "{}", None),
-        ("-", "-", None),
+    for (update, main, expected, says) in [
+        (update, main, "tcp://a:1 tcp://b:2 tcp://b:22 tcp://c:3", ""),
+        ("{}", main, "tcp://b:2 tcp://b:22 tcp://c:3", ""),
+        (r#"{"mbus":{"urls":["", " "]}}"#, old, "tcp://c:3", ""),
+        (r#"{"mbus":null}"#, old, "tcp://c:3", ""),
+        (update, "-", "tcp://a:1", "settings.json: no such file"),
+        (update, "broken", "tcp://a:1", "settings.json: not JSON"),
+        ("broken", old, "tcp://c:3", "update_settings.json: not JSON"),
+        ("-", r#"{"mbus":"HTTPS://me:hunter2@0.0.0.0:6868"}"#, "", ""),
+        ("-", r#"{"mbus":""}"#, "-", "names a message bus"),
+        ("-", "-", "-", "no such file"),
     ] {
-        let settings = found(update, main)?;
-        let expected = expected.map(|list| list.into_iter().map(str::to_owned).collect());
-        assert_eq!(endpoints(&settings), expected, "{update} {main}");
-        assert_eq!(settings.fault.is_some(), expected.is_none(), "{update} {main}");
+        check(update, main, expected, says)?;
     }
-    let fallback = found("broken", old)?;
-    assert_eq!(endpoints(&fallback), Some(vec!["tcp://c:3".to_owned()]));
-    assert!(
-        fault(&fallback).contains("update_settings.json"),
-        "{}",
-        fault(&fallback)
-    );
+    Ok(())
+}
+
+#[test]
+fn b2_a_byte_that_is_no_utf8_costs_at_most_its_url() -> Test {
+    let dir = dir()?;
+    for (text, expected) in [
+        (
+            &b"{\"vm\":{\"name\":\"M\xfcller\"},\"mbus\":\"nats://a:1\"}"[..],
+            "tcp://a:1",
+        ),
+        (b"{\"mbus\":\"nats://u:\xe9@a:1\"}", "tcp://a:1"),
+        (b"{\"mbus\":[\"nats://\xe9:1\",\"nats://a:1\"]}", "tcp://a:1"),
+    ] {
+        fs::write(dir.path().join("settings.json"), text)?;
+        let settings = read(dir.path());
+        assert_eq!(endpoints(&settings), Some(vec![expected.to_owned()]));
+        assert_eq!(
+            settings.faults.is_empty(),
+            !text.contains(&b'['),
+            "{}",
+            fault(&settings)
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn b2_what_a_fault_leaves_of_a_known_bus() -> Test {
+    let known = ["nats://known:1"]
+        .map(Endpoint::parse)
+        .into_iter()
+        .collect::<Result<BTreeSet<_>, _>>()?;
+    let after = |main: &str| -> Result<String, std::io::Error> {
+        let bus = found("-", main)?.after(Some(&known)).unwrap_or_default();
+        let shown: Vec<String> = bus.endpoints.iter().map(ToString::to_string).collect();
+        Ok(shown.join(" "))
+    };
+    assert_eq!(after(r#"{"mbus":"nats://a:1"}"#)?, "tcp://a:1");
+    assert_eq!(after(r#"{"mbus":["nats://a:1",7]}"#)?, "tcp://a:1 tcp://known:1");
+    assert_eq!(after("{}")?, "tcp://known:1");
+    assert_eq!(after("")?, "tcp://known:1");
     Ok(())
 }
 
@@ -102,6 +207,10 @@ fn b2_every_form_of_a_url() -> Test {
         ("nats://[::ffff:10.0.0.5]:4222", "tcp://10.0.0.5:4222"),
         ("tcp://me:secret@Nats.Example.:4222", "tcp://nats.example:4222"),
         ("NATS://127.0.0.1:4222", "tcp://127.0.0.1:4222"),
+        ("nats://me:secret@nats.example", "tcp://nats.example:4222"),
+        ("tls://[2001:db8::5]/", "tcp://[2001:db8::5]:4222"),
+        ("me:secret@nats.example:4222", "tcp://nats.example:4222"),
+        ("10.0.0.5", "tcp://10.0.0.5:4222"),
     ] {
         let settings = found("-", &serde_json::json!({ "mbus": url }).to_string())?;
         assert_eq!(
@@ -110,6 +219,7 @@ fn b2_every_form_of_a_url() -> Test {
             "{url} {}",
             fault(&settings)
         );
+        assert!(settings.faults.is_empty(), "{url} {}", fault(&settings));
     }
     let twice = found(
         "-",
@@ -117,13 +227,11 @@ fn b2_every_form_of_a_url() -> Test {
     )?;
     assert_eq!(endpoints(&twice), Some(vec!["tcp://a:1".to_owned()]));
     for (url, says) in [
-        ("nats://me:secret@nats.example", "nats.example"),
-        ("nats://me:secret@nats.example", "no port"),
         ("nats://me:secret@nats.example:0", "port"),
         ("nats://me:secret@nats.example:99999", "99999"),
         ("amqp://me:secret@nats.example:4222", "amqp://nats.example:4222"),
         ("http://me:secret@nats.example:4222", "scheme"),
-        ("secret@nats.example:4222", "no scheme"),
+        ("secret", "no scheme"),
         ("nats://me:se/cret@nats.example:4222", "percent-encode"),
         ("nats://10.0.0.0/8:4222", "neither an address nor a name"),
         ("nats://local:4222", "neither an address nor a name"),
@@ -157,22 +265,10 @@ fn b2_faults_name_file_and_place_and_no_value() -> Test {
         ("\"nats://me:secret@a:1\"", "the whole is a string instead of an object"),
         ("[]", "the whole is a list"),
         (
-            "{\"mbus\":[\"nats://me:secret@a:1\"]}",
-            "mbus is a list instead of a string",
+            "{\"mbus\":{\"secret\":\"nats://me:secret@a:1\"}}",
+            "mbus is an object instead of a string or a list of strings",
         ),
         ("{\"mbus\":5}", "mbus is a number"),
-        (
-            "{\"env\":{\"bosh\":{\"mbus\":\"secret\"}}}",
-            "env.bosh.mbus is a string instead of an object",
-        ),
-        (
-            "{\"env\":{\"bosh\":{\"mbus\":{\"urls\":\"secret\"}}}}",
-            "env.bosh.mbus.urls is a string",
-        ),
-        (
-            "{\"env\":{\"bosh\":{\"mbus\":{\"urls\":[5]}}}}",
-            "is a number instead of strings only",
-        ),
         (&long, "8 MiB"),
     ] {
         let settings = found("-", text)?;
@@ -185,7 +281,9 @@ fn b2_faults_name_file_and_place_and_no_value() -> Test {
     assert!(fault(&found("-", &nested)?).contains("recursion"));
     let many: Vec<String> = (0..300).map(|number| format!("nats://a:{}", number + 1)).collect();
     let many = serde_json::json!({ "mbus": { "urls": many } }).to_string();
-    assert!(fault(&found(&many, "-")?).contains("256"));
+    let many = found(&many, "{}")?;
+    assert!(fault(&many).contains("256"));
+    assert_eq!(endpoints(&many).map(|endpoints| endpoints.len()), Some(256));
     Ok(())
 }
 
@@ -199,7 +297,8 @@ fn b2_the_file_that_was_read_is_named() -> Test {
     fs::write(&outer, "{}")?;
     let silent = || {
         read(dir.path())
-            .fault
+            .faults
+            .pop()
             .map(|error| (error.path, error.fault.to_string()))
     };
     let said = silent().ok_or("no fault")?;
@@ -232,13 +331,37 @@ fn b2_only_a_file_of_roots_own_counts() -> Test {
     assert_eq!(now(), "");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o602))?;
     assert!(now().contains("0602") && now().contains("not trusted"), "{}", now());
-    // Root's group may write, no other.
+    assert_eq!(read(dir.path()).after(None), None);
+    // Root's group may write; what another may counts only as long as nothing is known.
     fs::set_permissions(&path, fs::Permissions::from_mode(0o620))?;
     assert_eq!(now().is_empty(), path.metadata()?.gid() == 0, "{}", now());
+    std::os::unix::fs::chown(&path, None, Some(other_group()?))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o620))?;
+    let doubtful = read(dir.path());
+    assert!(fault(&doubtful).contains("0620 lets group"), "{}", fault(&doubtful));
+    let first = doubtful.after(None).ok_or("not protected at first")?;
+    assert_eq!(
+        first.endpoints.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["tcp://a:1"]
+    );
+    let known = BTreeSet::from([Endpoint::parse("nats://known:1")?]);
+    let later = doubtful.after(Some(&known)).ok_or("what was known is open")?;
+    assert_eq!(later.endpoints, known);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
     let anothers = fault(&read_of(me() + 1, dir.path()));
     assert!(anothers.contains(&format!("uid {}", me())), "{anothers}");
     Ok(())
+}
+
+/// One that this may give a file to, and not root's.
+fn other_group() -> Result<u32, Box<dyn std::error::Error>> {
+    if me() == 0 {
+        return Ok(1);
+    }
+    let mut groups = nix::unistd::getgroups()?.into_iter().map(nix::unistd::Gid::as_raw);
+    Ok(groups
+        .find(|group| *group != 0)
+        .unwrap_or(nix::unistd::getegid().as_raw()))
 }
 
 #[test]
@@ -252,7 +375,8 @@ fn b2_the_directory_below_counts_first() -> Test {
     assert_eq!(endpoints(&read(dir.path())), Some(vec!["tcp://new:1".to_owned()]));
     fs::write(below.join("settings.json"), "{")?;
     let settings = read(dir.path());
-    assert!(settings.bus.is_none() && fault(&settings).contains("settings/settings.json"));
+    assert_eq!(endpoints(&settings), Some(vec!["tcp://old:1".to_owned()]));
+    assert!(settings.is_unfinished() && fault(&settings).contains("settings/settings.json"));
     Ok(())
 }
 

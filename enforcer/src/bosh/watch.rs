@@ -5,9 +5,10 @@ use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use inotify::{EventStream, Inotify, WatchDescriptor, WatchMask};
 
 use super::{fingerprint, nearest};
@@ -15,12 +16,20 @@ use super::{fingerprint, nearest};
 /// Bytes of events read at once; what they say is not looked at.
 const BUFFER: usize = 4096;
 
+/// Most events that are read at once: more than the kernel queues (`/proc/sys/fs/inotify/max_queued_events`).
+const MOST: usize = 1 << 15;
+
+/// How long nothing is heard after a look: anybody can make files in a directory like `/tmp`, as often as he likes (F10).
+const REST: Duration = Duration::from_millis(50);
+
 /// Watches one directory of settings, whether it exists yet or not.
 pub struct Watch {
     dir: PathBuf,
     events: Option<EventStream<[u8; BUFFER]>>,
     watched: BTreeMap<PathBuf, WatchDescriptor>,
     seen: Option<Vec<Option<[i128; 7]>>>,
+    looked: Option<Instant>,
+    due: Option<Instant>,
 }
 
 impl Watch {
@@ -36,6 +45,8 @@ impl Watch {
             events,
             watched: BTreeMap::new(),
             seen: None,
+            looked: None,
+            due: None,
         };
         (watch, error)
     }
@@ -46,13 +57,36 @@ impl Watch {
         &self.dir
     }
 
+    /// Asks to be looked at again so much later, whatever happens; or no more.
+    pub fn look_again(&mut self, after: Option<Duration>) {
+        self.due = after.map(|after| Instant::now() + after);
+    }
+
     /// Waits until something happens there; then it is time to [`Watch::look`].
     pub async fn changed(&mut self) {
+        let due = self.due;
+        tokio::select! {
+            () = self.told() => {}
+            () = sleep_until(due) => self.due = None,
+        }
+    }
+
+    async fn told(&mut self) {
         let Some(events) = &mut self.events else {
             return std::future::pending().await;
         };
-        if events.next().await.is_none() {
-            self.events = None;
+        if let Some(looked) = self.looked {
+            sleep_until(Some(looked + REST)).await;
+        }
+        let mut next = events.next().await;
+        for _ in 0..MOST {
+            match next {
+                None => return self.events = None,
+                Some(_) => match events.next().now_or_never() {
+                    Some(another) => next = another,
+                    None => return,
+                },
+            }
         }
     }
 
@@ -63,6 +97,7 @@ impl Watch {
         let now = fingerprint(&self.dir);
         let changed = self.seen.as_ref() != Some(&now);
         self.seen = Some(now);
+        self.looked = Some(Instant::now());
         changed
     }
 
@@ -70,6 +105,7 @@ impl Watch {
         let Some(events) = &self.events else { return };
         let mut watches = events.watches();
         let mask = WatchMask::CREATE
+            | WatchMask::MODIFY
             | WatchMask::CLOSE_WRITE
             | WatchMask::MOVED_FROM
             | WatchMask::MOVED_TO
@@ -92,5 +128,12 @@ impl Watch {
                 let _ = watches.remove(gone);
             }
         }
+    }
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
     }
 }

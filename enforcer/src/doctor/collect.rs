@@ -208,10 +208,10 @@ impl Seen {
 
     /// The message bus that an agent's settings name, else the last one known.
     fn read_bus(&mut self, dir: Option<&Path>, before: Option<&BTreeSet<Endpoint>>) -> Option<BTreeSet<Endpoint>> {
-        let read = bosh::read(dir?);
-        let now = read.usable(before).map(|bus| bus.endpoints.clone());
+        let read = bosh::read_whole(dir?);
+        let now = read.after(before).map(|bus| bus.endpoints);
         // Where there are none yet, nothing was kept from being looked at.
-        if let Some(fault) = read.fault.filter(|fault| !fault.is_missing()) {
+        for fault in read.faults.into_iter().filter(|fault| !fault.is_missing()) {
             self.saw::<(), _>("the message bus", Err(fault));
         }
         now.or_else(|| before.cloned())

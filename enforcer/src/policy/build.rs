@@ -243,8 +243,9 @@ type Fault = Line<PolicyFault>;
 fn endpoints(source: &config::Target, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
     let mut endpoints = BTreeSet::new();
     for text in &source.endpoints {
-        let endpoint = Endpoint::parse(text.value.expose()).map_err(|error| text.with(PolicyFault::Endpoint(error)))?;
-        endpoints.insert(endpoint);
+        let parsed =
+            Endpoint::parse_all(text.value.expose()).map_err(|error| text.with(PolicyFault::Endpoint(error)))?;
+        endpoints.extend(parsed);
         if endpoints.len() > room {
             return Err(text.with(PolicyFault::Endpoints));
         }

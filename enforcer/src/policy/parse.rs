@@ -13,10 +13,12 @@ use thiserror::Error;
 
 use super::{CgroupPath, Destination, Endpoint, Name, Protocol};
 
+mod servers;
 mod shown;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use servers::{Server, servers};
 pub use shown::shown;
 
 /// The longest cgroup path, in bytes: what `PATH_MAX` leaves of 4096 for the terminating zero.
@@ -44,6 +46,15 @@ pub enum EndpointFault {
     /// Credentials that leave open where the host begins.
     #[error("/, ? and # in credentials are ambiguous; percent-encode them")]
     AmbiguousCredentials,
+    /// Several servers, or credentials with a comma, where one server belongs.
+    #[error("a comma separates servers, of nats:// and tls:// URLs in a configuration only; write each by itself")]
+    Several,
+    /// Credentials that leave open how many servers there are.
+    #[error("a comma separates servers; write one in credentials as %2C")]
+    Comma,
+    /// A server without scheme, credentials and port: it may be anything.
+    #[error("no scheme; begin it with nats://")]
+    NoScheme,
     /// Nothing before the port.
     #[error("no host; write ADDRESS:PORT, [IPV6]:PORT, NAME:PORT or local:PORT")]
     NoHost,
@@ -137,6 +148,19 @@ impl Endpoint {
             fault,
         })
     }
+
+    /// As [`Endpoint::parse`], of each server where a message-bus URL has several, with commas between them (B2).
+    pub fn parse_all(text: &str) -> Result<Vec<Self>, EndpointError> {
+        let several = text.contains(',')
+            && text
+                .split_once("://")
+                .is_some_and(|(scheme, _)| servers::is_bus(scheme));
+        if several {
+            servers(text).map(|server| server?.configured()).collect()
+        } else {
+            Ok(vec![Self::parse(text)?])
+        }
+    }
 }
 
 impl Name {
@@ -194,6 +218,10 @@ impl CgroupPath {
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, EndpointFault> {
+    // No part but credentials could hold one, and those of a first server would hide it.
+    if text.contains(',') {
+        return Err(EndpointFault::Several);
+    }
     let (protocol, bus, rest) = match text.split_once("://") {
         None => (Protocol::Tcp, false, text),
         Some((scheme, rest)) => match scheme.to_ascii_lowercase().as_str() {

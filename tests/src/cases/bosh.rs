@@ -1,11 +1,14 @@
 //! B1, B2: a BOSH agent's settings come late, are replaced, damaged and taken away; what they name is protected all the while.
 
+mod forms;
+
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -35,7 +38,8 @@ pub fn cases() -> Vec<Case> {
         case("b2_n7_the_last_bus_known_is_protected_after_a_reboot", reboot),
         case("b2_credentials_appear_nowhere", credentials),
     ];
-    cases.into_iter().map(|case| case.on(EBPF)).collect()
+    let cases = cases.into_iter().map(|case| case.on(EBPF));
+    cases.chain(forms::cases()).collect()
 }
 
 /// A world with settings to come in a directory of its own.
@@ -74,7 +78,7 @@ impl Agent {
     }
 
     /// Puts a file in place as the agent does, by rename.
-    fn put(&self, file: &str, text: &str) -> Result<()> {
+    fn put(&self, file: &str, text: impl AsRef<[u8]>) -> Result<()> {
         let path = self.dir().join(file);
         fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
         let aside = self.world.path("aside");
@@ -120,7 +124,7 @@ impl Agent {
     /// Waits for a cause that says this of settings made bad, and demands that it is logged once and the first bus protected still.
     fn logs_once(&self, daemon: &Daemon, what: &str, says: &str) -> Result<()> {
         until(what, || Ok(self.causes()?.contains(says))).map_err(|error| error.context(daemon.log()))?;
-        std::thread::sleep(Duration::from_millis(1200));
+        thread::sleep(Duration::from_millis(1200));
         let log = daemon.log();
         ensure!(self.causes()?.contains("degraded"), "{what}: {}", self.causes()?);
         ensure!(
@@ -161,20 +165,31 @@ fn late() -> Result<()> {
     );
     agent.put("settings/settings.json", &env)?;
     agent.soon(5, "URLs of the environment")?;
-    ensure!(agent.denied(4)? && !agent.denied(1)?, "not the first non-empty");
+    ensure!(
+        agent.denied(4)? && agent.denied(1)? && !agent.denied(3)?,
+        "not the union of a file's own"
+    );
     let update = format!("{{\"mbus\":{{\"urls\":[{:?}]}}}}", agent.url(6));
     agent.put("update_settings.json", &update)?;
     agent.soon(6, "an update's settings")?;
-    ensure!(!agent.denied(4)?, "not the first non-empty");
-    // The whole directory goes at once, as a tmpfs does, and comes again: file by file, another would be the one that counts meanwhile.
+    ensure!(agent.denied(4)? && agent.denied(1)?, "not the union of both files");
+    // The whole directory goes at once, as a tmpfs does, and comes again.
     let gone = agent.world.path("gone");
     fs::rename(agent.world.path("vcap"), &gone)?;
     fs::remove_dir_all(gone)?;
     until("it is told", || Ok(agent.causes()?.contains("not known yet")))?;
-    attack(6).is_refused()?;
+    for last in [1, 4, 6] {
+        attack(last).is_refused()?;
+    }
+    // One of them alone takes nothing away: the other may come yet.
+    agent.put("update_settings.json", &update)?;
+    thread::sleep(Duration::from_millis(300));
+    attack(4).is_refused()?;
+    fs::remove_file(agent.dir().join("update_settings.json"))?;
     agent.put("settings/settings.json", &agent.mbus(7))?;
     agent.soon(7, "a directory that is made again")?;
     attack(7).is_refused()?;
+    attack(4).reaches()?;
     ensure!(agent.world.status()?["state"] == "enforcing", "{}", daemon.log());
     Ok(())
 }
@@ -185,13 +200,13 @@ fn bad() -> Result<()> {
     let whole = agent.mbus(2);
     let half = whole.get(..whole.len() / 2).unwrap_or_default();
     let huge = format!("{{\"x\":\"{}\"}}", "x".repeat(9 << 20));
-    let no_port = format!("{{\"mbus\":\"nats://me:{SECRET}@127.200.0.2\"}}");
+    let no_port = format!("{{\"mbus\":\"nats://me:{SECRET}@127.200.0.2:x\"}}");
     let texts = [
         ("a file cut short", half, "settings.json: not JSON"),
         ("no JSON", "never mind", "settings.json: not JSON"),
         ("nothing", "", "settings.json: not JSON"),
-        ("another kind", "{\"mbus\":[1]}", "mbus is a list"),
-        ("no port", &no_port, "nats://127.200.0.2: no port"),
+        ("another kind", "{\"mbus\":[1]}", "mbus[0] is a number"),
+        ("no port", &no_port, "the port is not a number"),
         ("too much", &huge, "8 MiB"),
         ("no bus", "{}", "names a message bus"),
     ];
@@ -222,7 +237,7 @@ fn bad() -> Result<()> {
     // Written in place, piece by piece: never less protected than before.
     for length in [1, 20, whole.len() - 2] {
         fs::write(&path, whole.get(..length).unwrap_or_default())?;
-        std::thread::sleep(Duration::from_millis(150));
+        thread::sleep(Duration::from_millis(150));
         agent.world.attack(NOBODY).to(agent.bus(2)).is_refused()?;
     }
     fs::write(&path, &whole)?;
@@ -326,14 +341,14 @@ fn credentials() -> Result<()> {
         SECRET.to_owned(),
     ] {
         agent.put("settings.json", &format!("{{\"mbus\":{url:?}}}"))?;
-        std::thread::sleep(Duration::from_millis(300));
+        thread::sleep(Duration::from_millis(300));
         collect(&url.replace(SECRET, "S"))?;
     }
     agent.put("settings.json", &format!("{{\"mbus\":{{\"{SECRET}\":\"{SECRET}\"}}}}"))?;
-    std::thread::sleep(Duration::from_millis(300));
+    thread::sleep(Duration::from_millis(300));
     collect("kind")?;
     agent.put("settings.json", &format!("{{\"mbus\":\"nats://me:{SECRET}"))?;
-    std::thread::sleep(Duration::from_millis(300));
+    thread::sleep(Duration::from_millis(300));
     collect("half")?;
     ensure!(outputs.contains("message bus"), "nothing was told: {outputs}");
     outputs.push_str(&daemon.log());

@@ -2,12 +2,32 @@
 
 use std::net::IpAddr;
 
-const HIDDEN: &str = "…";
+use super::{Server, servers};
 
-/// Scheme, host and port of a URL or endpoint, without credentials, path and query, in one line. A part that does not
-/// look like a scheme, host or port might be credentials and is shown as `…`.
+/// In place of what might be credentials.
+pub(super) const HIDDEN: &str = "…";
+
+/// Most servers that are shown of one string.
+const MAX_SERVERS: usize = 256;
+
+/// Scheme, host and port of a URL or endpoint, without credentials, path and query, in one line; of each server where commas
+/// separate several. A part that does not look like a scheme, host or port might be credentials and is shown as `…`.
 #[must_use]
 pub fn shown(text: &str) -> String {
+    if !text.contains(',') {
+        return single(text);
+    }
+    let each = servers(text).map(|server| server.map_or_else(|error| error.shown, Server::shown));
+    let mut each: Vec<String> = each.take(MAX_SERVERS + 1).collect();
+    if each.len() > MAX_SERVERS {
+        each.truncate(MAX_SERVERS);
+        each.push(HIDDEN.to_owned());
+    }
+    each.join(",")
+}
+
+/// As [`shown`], of one server.
+pub(super) fn single(text: &str) -> String {
     let (scheme, rest) = match text.split_once("://") {
         Some((scheme, rest)) if is_scheme(scheme) => (Some(scheme), rest),
         Some(_) | None => (None, text),

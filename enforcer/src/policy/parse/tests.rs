@@ -68,6 +68,35 @@ fn refused_endpoints_name_what_is_wrong_and_no_password() {
 }
 
 #[test]
+fn b2_a_url_of_several_servers_protects_all_or_is_refused() {
+    for (text, expected) in [
+        (
+            "nats://u:secret@10.0.0.11:4222,u:secret@10.0.0.12:4222",
+            "tcp://10.0.0.11:4222 tcp://10.0.0.12:4222",
+        ),
+        ("tls://a:1, nats://b:2", "tcp://a:1 tcp://b:2"),
+        ("nats://u:sec%2Cret@a:1", "tcp://a:1"),
+        ("nats://u:secret@a:1,b", "b: no port"),
+        ("nats://u:secret,secret@a:1", "…: a comma separates servers"),
+        ("tcp://a:1,b:2", "a comma separates servers"),
+        ("nats://a:1,udp://b:2", "udp://b:2: a comma separates servers"),
+    ] {
+        let all = Endpoint::parse_all(text).map(|all| {
+            let all: Vec<String> = all.iter().map(ToString::to_string).collect();
+            all.join(" ")
+        });
+        let found = all.unwrap_or_else(|error| error.to_string());
+        assert!(found.contains(expected) && !found.contains("secret"), "{text}: {found}");
+        // Where one is expected, none is taken for it.
+        assert_eq!(Endpoint::parse(text).is_ok(), !text.contains(','), "{text}");
+    }
+    assert_eq!(
+        super::shown("nats://u:secret@10.0.0.11:4222,u:secret@b:2,tls://c:3"),
+        "nats://10.0.0.11:4222,b:2,tls://c:3"
+    );
+}
+
+#[test]
 fn cgroup_paths_are_absolute_and_plain() {
     for (text, good) in [
         ("/", true),
