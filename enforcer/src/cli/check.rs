@@ -12,7 +12,7 @@ use crate::{
     backend::InForce,
     config::Config,
     host::{self, START},
-    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid},
+    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, shown},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
     text::Page,
@@ -171,20 +171,21 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
 
 /// A destination as it is dialled: unlike an endpoint it may be unspecified.
 fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
+    let shown = shown(text);
     let (protocol, rest) = match text.split_once("://") {
         Some(("tcp" | "nats" | "tls", rest)) => (Protocol::Tcp, rest),
         Some(("udp", rest)) => (Protocol::Udp, rest),
-        Some((scheme, _)) => {
-            bail!("destination {text}: {scheme} is not a protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT")
+        Some(_) => {
+            bail!("destination {shown}: the scheme is no protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT")
         }
         None => (Protocol::Tcp, text),
     };
     if let Ok(address) = rest.parse::<std::net::SocketAddr>() {
         return Ok((protocol, vec![address.ip()], address.port()));
     }
-    let endpoint = Endpoint::parse(text).map_err(|error| anyhow!("destination {text}: {error}"))?;
+    let endpoint = Endpoint::parse(text).map_err(|error| anyhow!("destination {shown}: {error}"))?;
     let Destination::Name(name) = &endpoint.destination else {
-        bail!("destination {text}: give one address and port, such as tcp://10.0.0.5:4222");
+        bail!("destination {shown}: give one address and port, such as tcp://10.0.0.5:4222");
     };
     let port = endpoint.port.get();
     // As the daemon does it (N1).

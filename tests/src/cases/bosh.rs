@@ -115,7 +115,7 @@ impl Agent {
 
     /// The first of its buses is known, and protected.
     fn daemon_with_a_bus(&self) -> Result<Daemon> {
-        self.put("settings.json", &self.mbus(1))?;
+        self.put("settings.json", self.mbus(1))?;
         let daemon = self.daemon()?;
         self.world.attack(NOBODY).to(self.bus(1)).is_refused()?;
         Ok(daemon)
@@ -147,15 +147,15 @@ fn late() -> Result<()> {
         "{causes}"
     );
     attack(1).reaches()?;
-    agent.put("settings.json", &agent.mbus(1))?;
+    agent.put("settings.json", agent.mbus(1))?;
     agent.soon(1, "settings that come late")?;
     attack(1).is_refused()?;
     agent.world.attack(0).to(agent.bus(1)).reaches()?;
     ensure!(agent.world.status()?["state"] == "enforcing", "{}", agent.causes()?);
-    agent.put("settings.json", &agent.mbus(2))?;
+    agent.put("settings.json", agent.mbus(2))?;
     agent.soon(2, "settings that are replaced")?;
     ensure!(!agent.denied(1)?, "the bus before is protected still");
-    agent.put("settings/settings.json", &agent.mbus(3))?;
+    agent.put("settings/settings.json", agent.mbus(3))?;
     agent.soon(3, "settings in the directory below")?;
     let env = format!(
         "{{\"mbus\":{:?},\"env\":{{\"bosh\":{{\"mbus\":{{\"urls\":[{:?},{:?}]}}}}}}}}",
@@ -186,7 +186,7 @@ fn late() -> Result<()> {
     thread::sleep(Duration::from_millis(300));
     attack(4).is_refused()?;
     fs::remove_file(agent.dir().join("update_settings.json"))?;
-    agent.put("settings/settings.json", &agent.mbus(7))?;
+    agent.put("settings/settings.json", agent.mbus(7))?;
     agent.soon(7, "a directory that is made again")?;
     attack(7).is_refused()?;
     attack(4).reaches()?;
@@ -248,7 +248,7 @@ fn create_env() -> Result<()> {
     let agent = Agent::new("")?;
     agent.put(
         "settings.json",
-        &format!("{{\"mbus\":\"https://me:{SECRET}@0.0.0.0:6868\"}}"),
+        format!("{{\"mbus\":\"https://me:{SECRET}@0.0.0.0:6868\"}}"),
     )?;
     let daemon = agent.daemon()?;
     ensure!(agent.world.status()?["state"] == "enforcing", "{}", agent.causes()?);
@@ -258,7 +258,7 @@ fn create_env() -> Result<()> {
 
 fn replaced() -> Result<()> {
     let agent = Agent::new("")?;
-    agent.put("settings.json", &agent.mbus(1))?;
+    agent.put("settings.json", agent.mbus(1))?;
     let toml = agent.world.path("enforcer.toml");
     let text = fs::read_to_string(&toml)?;
     fs::write(
@@ -280,7 +280,7 @@ fn replaced() -> Result<()> {
 
 fn reboot() -> Result<()> {
     let agent = Agent::new("")?;
-    agent.put("settings/settings.json", &agent.mbus(1))?;
+    agent.put("settings/settings.json", agent.mbus(1))?;
     let daemon = agent.daemon()?;
     agent.world.attack(NOBODY).to(agent.bus(1)).is_refused()?;
     agent.world.enforcer(&["unload"])?.demand(0)?;
@@ -295,7 +295,7 @@ fn reboot() -> Result<()> {
         causes.contains("not known yet") && causes.contains("the last one known stays protected"),
         "{causes}"
     );
-    agent.put("settings/settings.json", &agent.mbus(2))?;
+    agent.put("settings/settings.json", agent.mbus(2))?;
     agent.soon(2, "settings after the reboot")?;
     ensure!(agent.world.status()?["state"] == "enforcing", "{}", agent.causes()?);
     Ok(())
@@ -328,7 +328,7 @@ fn credentials() -> Result<()> {
         }
         Ok(())
     };
-    agent.put("settings.json", &agent.mbus(1))?;
+    agent.put("settings.json", agent.mbus(1))?;
     agent.soon(1, "the bus")?;
     agent.world.attack(NOBODY).to(agent.bus(1)).is_refused()?;
     collect("good")?;
@@ -340,14 +340,14 @@ fn credentials() -> Result<()> {
         format!("nats://h:{SECRET}"),
         SECRET.to_owned(),
     ] {
-        agent.put("settings.json", &format!("{{\"mbus\":{url:?}}}"))?;
+        agent.put("settings.json", format!("{{\"mbus\":{url:?}}}"))?;
         thread::sleep(Duration::from_millis(300));
         collect(&url.replace(SECRET, "S"))?;
     }
-    agent.put("settings.json", &format!("{{\"mbus\":{{\"{SECRET}\":\"{SECRET}\"}}}}"))?;
+    agent.put("settings.json", format!("{{\"mbus\":{{\"{SECRET}\":\"{SECRET}\"}}}}"))?;
     thread::sleep(Duration::from_millis(300));
     collect("kind")?;
-    agent.put("settings.json", &format!("{{\"mbus\":\"nats://me:{SECRET}"))?;
+    agent.put("settings.json", format!("{{\"mbus\":\"nats://me:{SECRET}"))?;
     thread::sleep(Duration::from_millis(300));
     collect("half")?;
     ensure!(outputs.contains("message bus"), "nothing was told: {outputs}");
@@ -391,7 +391,8 @@ fn nothing_configured() -> Result<()> {
         mount --bind /mnt/vcap/bosh /var/vcap/bosh
         if [ -n \"$5\" ]; then \"$4\" config show; fi
         \"$4\" --config /etc/enforcer/enforcer.toml config check 2>&1 || echo \"code $?\"
-        \"$4\" apply; \"$4\" check nobody 127.0.0.1:2822 || echo denied
+        # What is mounted is not the root of the host's cgroups (F9).
+        \"$4\" apply || [ $? = 1 ]; \"$4\" check nobody 127.0.0.1:2822 || echo denied
         read _";
     let mut command = netns.command(Path::new("unshare"));
     // Its first process sees what it mounts, as on a host.

@@ -84,7 +84,7 @@ fn several() -> Result<()> {
     let update = format!("{{\"mbus\":{{\"urls\":[\"{},{bare}\"]}}}}", agent.url(5));
     agent.attacks(&[1, 2, 3, 4, 5], true)?;
     agent.put("update_settings.json", &update)?;
-    agent.put("settings.json", &format!("{{\"mbus\":\"{first}, {second},{third}\"}}"))?;
+    agent.put("settings.json", format!("{{\"mbus\":\"{first}, {second},{third}\"}}"))?;
     let daemon = agent.daemon()?;
     agent.attacks(&[1, 2, 3, 4, 5], false)?;
     agent.is_well(&daemon)
@@ -125,10 +125,7 @@ fn configured() -> Result<()> {
 fn senseless() -> Result<()> {
     let agent = agent()?;
     agent.attacks(&[1, 2, 3], true)?;
-    agent.put(
-        "settings.json",
-        &format!("{{\"mbus\":{:?},\"env\":\"\"}}", agent.url(1)),
-    )?;
+    agent.put("settings.json", format!("{{\"mbus\":{:?},\"env\":\"\"}}", agent.url(1)))?;
     let daemon = agent.daemon()?;
     agent.attacks(&[1], false)?;
     let reported = |what: &str| until(what, || Ok(agent.causes()?.contains(what)));
@@ -174,7 +171,7 @@ fn group() -> Result<()> {
     let daemon = agent.daemon()?;
     agent.attacks(&[1], false)?;
     until("it is reported", || Ok(agent.causes()?.contains(&lets)))?;
-    let checked = agent.world.enforcer(&["doctor"])?;
+    let checked = agent.world.enforcer(&["doctor", "--json"])?;
     ensure!(checked.stdout.contains(&lets), "{checked:?}");
     // Members of the group write another bus, and nothing: neither opens what is known nor closes what is not.
     for text in [agent.mbus(2).as_str(), "{}", ""] {
@@ -186,7 +183,7 @@ fn group() -> Result<()> {
     }
     let log = daemon.log();
     ensure!(log.matches(&lets).count() == 1, "not logged once: {log}");
-    agent.put("settings.json", &agent.mbus(2))?;
+    agent.put("settings.json", agent.mbus(2))?;
     agent.at_once(2, "a file of root's alone")?;
     agent.attacks(&[1], true)?;
     ensure!(agent.world.status()?["state"] == "enforcing", "{}", agent.causes()?);
