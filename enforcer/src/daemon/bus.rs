@@ -70,6 +70,7 @@ impl Daemon {
             (Some(_), true) => format!("message bus not known yet: {fault}; the last one known stays protected"),
             (Some(_), false) => format!("message bus: {fault}; what is known of it stays protected"),
         });
+        let reported = self.unfinished.is_some_and(|unfinished| unfinished.reported);
         let unfinished = read
             .is_unfinished()
             .then(|| self.unfinished.unwrap_or_else(Unfinished::now));
@@ -84,6 +85,8 @@ impl Daemon {
                     self.faults.put(About::Bus, fault);
                 }
             }
+            // Where such a file ends is no news.
+            Some(Unfinished { reported: true, .. }) if reported => {}
             Some(Unfinished { reported: true, .. }) | None => self.faults.set(About::Bus, fault),
         }
     }

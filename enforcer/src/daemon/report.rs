@@ -48,7 +48,10 @@ impl Daemon {
         }
         for path in self.wanted.policy.cgroups() {
             if !self.host.cgroups.contains_key(&path) && !self.host.writable.contains_key(&path) {
-                causes.extend(self.wanted.why_nobody(&path));
+                let just_made = || {
+                    format!("cgroup {path} has just been made; its principals match nobody until the rule set has it")
+                };
+                causes.push(self.wanted.why_nobody(&path).unwrap_or_else(just_made));
             }
         }
         if self.enforcement.ignores_cgroups() && !self.wanted.policy.cgroups().is_empty() {

@@ -21,6 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::{Case, case};
 use crate::{
     attack::as_user,
+    kernel::Feature,
     world::{Listener, NOBODY, World, until},
 };
 
@@ -29,7 +30,7 @@ use crate::{
 pub fn cases() -> Vec<Case> {
     vec![
         case("f6_who_answers_on_a_users_socket_is_asked_nothing", answers),
-        case("f6_a_users_file_system_on_ours_is_unmounted", mounts),
+        case("f6_a_users_file_system_on_ours_is_unmounted", mounts).needs(&[Feature::Fuse]),
         case("f6_a_file_of_roots_vouches_for_no_users_directory", vouches),
     ]
 }

@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::net::UnixStream,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant, SystemTime},
 };
@@ -104,6 +104,13 @@ fn remembers_processes() -> Result<bool> {
     ))
 }
 
+/// What a shell prints in the process and mount namespace of a process; its arguments are paths.
+fn inside(pid: &str, paths: &[PathBuf], script: &str) -> Result<String> {
+    let mut command = Command::new("nsenter");
+    command.args(["--target", pid, "--pid", "--mount", "sh", "-ec", script, "sh"]);
+    Ok(ran(command.args(paths))?.demand(0)?.stdout)
+}
+
 /// A caller asks for its own cgroup and ends before the daemon looks; a process in another cgroup gets its number.
 fn number_reused() -> Result<()> {
     let (world, _listener) = guarded()?;
@@ -118,28 +125,23 @@ fn number_reused() -> Result<()> {
     let daemon = world.daemon_with(&mut command)?;
     let children = format!("/proc/{0}/task/{0}/children", daemon.pid());
     let pid: i32 = fs::read_to_string(children)?.trim().parse()?;
-    let inside = |script: &str| -> Result<String> {
-        let mut command = Command::new("nsenter");
-        command
-            .args([
-                "--target",
-                &pid.to_string(),
-                "--pid",
-                "--mount",
-                "sh",
-                "-ec",
-                script,
-                "sh",
-            ])
-            .args([&callers, &others, &binary("enforcer")?, &world.path("enforcer.toml")])
-            .arg(world.path("run/control.sock"));
-        Ok(ran(&mut command)?.demand(0)?.stdout)
-    };
+    let paths = [
+        callers.clone(),
+        others.clone(),
+        binary("enforcer")?,
+        world.path("enforcer.toml"),
+        world.path("run/control.sock"),
+    ];
+    let number = pid.to_string();
     let by = |cgroup: &Path| -> Attack { world.attack(NOBODY).in_cgroup(cgroup) };
     for cgroup in [&callers, &others] {
         by(cgroup).is_refused()?;
     }
-    inside("echo $$ > \"$1/cgroup.procs\"; exec \"$3\" --config \"$4\" grant main")?;
+    inside(
+        &number,
+        &paths,
+        "echo $$ > \"$1/cgroup.procs\"; exec \"$3\" --config \"$4\" grant main",
+    )?;
     by(&callers).reaches()?;
     by(&others).is_refused()?;
     world.enforcer(&["revoke", "main", "--all"])?.demand(0)?;
@@ -148,6 +150,8 @@ fn number_reused() -> Result<()> {
     let before = daemon.log().len();
     kill(Pid::from_raw(pid), Signal::SIGSTOP)?;
     let numbers = inside(
+        &number,
+        &paths,
         "echo $$ > \"$1/cgroup.procs\"\n\
          \"$3\" --config \"$4\" grant main > /dev/null 2>&1 & caller=$!\n\
          until [ \"$(grep -cF \"$5\" /proc/net/unix)\" -ge 2 ]; do sleep 0.05; done; sleep 0.5\n\

@@ -124,10 +124,8 @@ fn hidden() -> Result<()> {
 fn namespace() -> Result<()> {
     let left = Left::new()?;
     let world = &left.world;
-    let (unshare, own) = (
-        ["--cgroup"],
-        "umount --lazy \"$mount\"; mount -t cgroup2 cgroup2 \"$mount\"; test -d \"$mount/inner\"",
-    );
+    let unshare = ["--cgroup"];
+    let own = "umount --lazy \"$mount\"; mount -t cgroup2 cgroup2 \"$mount\"; test -d \"$mount/inner\"";
     let daemon = world.daemon_with(&mut left.command(&unshare, own)?)?;
     world.attack(NOBODY).in_cgroup(&left.inner).is_refused()?;
     // The kernel does not know where the principal's cgroup lies, and check says the same.
