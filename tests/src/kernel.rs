@@ -22,8 +22,6 @@ pub enum Feature {
     Btf,
     /// A cgroup v2 hierarchy, mounted.
     Cgroup2,
-    /// File systems that programs of users provide (fuse(4)).
-    Fuse,
     /// Multipath TCP (Linux 5.6, where the distribution builds it).
     Mptcp,
     /// `SO_NETNS_COOKIE` (Linux 5.14), without which loopback is judged in every network namespace (D6).
@@ -75,7 +73,6 @@ pub fn has(feature: Feature) -> Result<bool> {
         Feature::Bpf => Ok(bpf_answers()),
         Feature::Btf => Ok(Path::new("/sys/kernel/btf/vmlinux").exists()),
         Feature::Cgroup2 => Ok(crate::world::cgroup_mount().is_ok()),
-        Feature::Fuse => Ok(Path::new("/dev/fuse").exists()),
         Feature::Mptcp => Ok(Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok()),
         Feature::NetnsCookie => netns_cookie(),
         Feature::Seccomp => Ok(seccomp_answers()),

@@ -31,7 +31,7 @@ const PROGRAMS: [(&str, &str); 14] = [
     ("unshare", "util-linux"),
 ];
 /// Modules that the rules and the suite use; of names with `|` between them the first that the kernel has, as some were renamed.
-pub(super) const MODULES: [&str; 28] = [
+pub(super) const MODULES: [&str; 27] = [
     "nf_tables",
     "nft_objref|nf_tables",
     "nft_ct",
@@ -59,7 +59,6 @@ pub(super) const MODULES: [&str; 28] = [
     "macvlan",
     "dummy",
     "tun",
-    "fuse",
 ];
 const USERS: &str = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n";
 const GROUPS: &str = "root:x:0:\ndaemon:x:1:\nwww-data:x:33:\nnogroup:x:65534:\n";
