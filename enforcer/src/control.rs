@@ -427,7 +427,7 @@ async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
     Ok(BufReader::new(stream).lines())
 }
 
-/// Whoever makes the directory first can answer there (F6).
+/// Fails where the directory is another user's, who could answer there (F6).
 fn lies_in_ours(path: &Path) -> Result<(), ControlError> {
     match path.parent().and_then(own_dir::foreign) {
         Some(uid) => Err(ControlError::Impostor { path: path.into(), uid }),
@@ -435,7 +435,7 @@ fn lies_in_ours(path: &Path) -> Result<(), ControlError> {
     }
 }
 
-/// As [`lies_in_ours`], of whoever listens (unix(7), `SO_PEERCRED`).
+/// Fails where another user's process listens (unix(7), `SO_PEERCRED`).
 fn is_roots(stream: &UnixStream, path: &Path) -> Result<(), ControlError> {
     let peer = stream.peer_cred().map_err(|error| ControlError::Io {
         action: "ask who listens on",

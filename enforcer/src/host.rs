@@ -47,6 +47,12 @@ pub fn cgroup2_root() -> io::Result<PathBuf> {
     Ok(found.unwrap_or_else(|| PathBuf::from("/")))
 }
 
+/// The cgroup in the v2 hierarchy, of a text as `/proc/PID/cgroup` has it (cgroups(7)).
+pub(crate) fn cgroup2_of(text: &[u8]) -> Option<&[u8]> {
+    text.split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::"))
+}
+
 /// Ids of a cgroup and all its ancestors, the true root's first, and 0 for those that are not shown here; an error names what does not exist. Where no hierarchy is mounted
 /// everybody is in the root, which has no id.
 pub fn ancestors(mount: Option<&Path>, path: &CgroupPath) -> io::Result<Vec<u64>> {

@@ -8,9 +8,9 @@ mod early;
 mod tests;
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -158,17 +158,12 @@ pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
     save_as(ROOT, dir, record)
 }
 
-/// As [`save`], into a directory of `owner`'s.
+/// As [`save`], into a directory of `owner`'s that is there.
 fn save_as(owner: u32, dir: &Path, record: &Record) -> Result<(), StateError> {
     let failed = |action, path: &Path| {
         let path = path.to_path_buf();
         move |error| StateError::Io { action, path, error }
     };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(failed("make", dir))?;
     let meta = fs::metadata(dir).map_err(failed("look at", dir))?;
     trusted(owner, dir, &meta)?;
     let path = dir.join(FILE);

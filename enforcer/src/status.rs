@@ -364,7 +364,7 @@ impl ExistingStatus {
             .connections
             .iter()
             .filter(|one| one.verdict == "deny" && one.reason.is_none());
-        cuttable.fold(0, |sum, _| sum + 1)
+        u64::try_from(cuttable.count()).unwrap_or(u64::MAX)
     }
 
     fn table(&self, page: &mut Page) {
@@ -424,6 +424,7 @@ mod tests {
             off.render()
         );
     }
+
     #[test]
     fn no_more_is_promised_than_a_cut_would_do() {
         let one = |verdict: &str, reason: Option<&str>| events::Existing {

@@ -191,10 +191,7 @@ fn cgroup_of(pid: u32) -> Result<CgroupPath, CgroupError> {
 
 /// The path, below a mount that shows the hierarchy from `shown` on, that `/proc/PID/cgroup` tells.
 fn read(pid: u32, text: &[u8], shown: &Path) -> Result<CgroupPath, CgroupError> {
-    let line = text
-        .split(|byte| *byte == b'\n')
-        .find_map(|line| line.strip_prefix(b"0::"));
-    let line = line.ok_or(CgroupError::NoCgroup2 { pid })?;
+    let line = host::cgroup2_of(text).ok_or(CgroupError::NoCgroup2 { pid })?;
     let cgroup = String::from_utf8(line.to_vec()).map_err(|_| CgroupError::Path {
         pid,
         cgroup: String::from_utf8_lossy(line).into_owned(),

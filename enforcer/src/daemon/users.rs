@@ -13,7 +13,7 @@ use tracing::{error, info};
 use super::{About, Daemon};
 use crate::policy::{HostUsers, Uid, Users};
 
-/// Between two look-ups where no file has changed.
+/// Between two lookups where no file has changed.
 const PERIOD: Duration = Duration::from_mins(1);
 /// Where name services keep users themselves.
 const FILES: [&str; 2] = ["/etc/passwd", "/etc/group"];
@@ -34,7 +34,7 @@ impl Users for Found {
 /// The files as they were when users were looked up last.
 type Seen = [Option<(u64, i64, i64, u64)>; 2];
 
-/// When to look users up, and the look-up under way: on a thread of its own, as a name service may take its time.
+/// When to look users up, and the lookup under way: on a thread of its own, as a name service may take its time.
 #[derive(Debug)]
 pub(super) struct UserLookups {
     seen: Seen,

@@ -77,10 +77,7 @@ pub fn outside(shown: &Path) -> Vec<u32> {
     let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let is_outside = |pid: &u32| {
         let text = fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        let line = text
-            .split(|byte| *byte == b'\n')
-            .find_map(|line| line.strip_prefix(b"0::"));
-        line.is_some_and(|path| {
+        super::cgroup2_of(&text).is_some_and(|path| {
             let path = String::from_utf8_lossy(path);
             let path = Path::new(&*path);
             path.components().any(|part| part == Component::ParentDir) || !path.starts_with(shown)

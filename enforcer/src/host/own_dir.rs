@@ -82,7 +82,7 @@ pub fn metadata(path: &Path) -> io::Result<Option<Metadata>> {
     }
 }
 
-/// The user, other than root, whose what lies at a path of ours is.
+/// The user, other than root, who owns what lies at a path of ours.
 #[must_use]
 pub fn foreign(path: &Path) -> Option<u32> {
     mounted_by(path).or_else(|| {
@@ -123,8 +123,7 @@ fn replace(dir: &Path, uid: u32) -> io::Result<()> {
         .keep();
     match exchange(&aside, dir) {
         Ok(theirs) => {
-            let is_gone = fs::remove_dir(&theirs).or_else(|_| fs::remove_file(&theirs)).is_ok();
-            let left = if is_gone {
+            let left = if remove(&theirs).is_ok() {
                 String::new()
             } else {
                 format!("; what was there is now {}", theirs.display())
@@ -140,6 +139,11 @@ fn replace(dir: &Path, uid: u32) -> io::Result<()> {
             Err(error)
         }
     }
+}
+
+/// What goes with one call: a directory only if it is empty.
+fn remove(path: &Path) -> io::Result<()> {
+    fs::remove_dir(path).or_else(|_| fs::remove_file(path))
 }
 
 /// Exchanges two names; returns where that of `dir` is then.
@@ -159,7 +163,7 @@ fn exchange(aside: &Path, dir: &Path) -> io::Result<PathBuf> {
             Ok(()) => return Ok(theirs),
             Err(error) => last = error,
         }
-        let _ = fs::remove_dir(&theirs).or_else(|_| fs::remove_file(&theirs));
+        let _ = remove(&theirs);
     }
     Err(last)
 }

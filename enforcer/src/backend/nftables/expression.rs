@@ -339,57 +339,45 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
 /// Only packets that did not come in on loopback, whose index is 1 in every network namespace.
 #[must_use]
 pub fn from_elsewhere() -> Vec<Expression> {
-    vec![
-        Expression::Meta {
-            key: meta::IIF,
-            register: REGISTER,
-        },
-        Expression::Compare {
-            equal: false,
-            value: 1_u32.to_ne_bytes().to_vec(),
-        },
-    ]
+    compare(meta::IIF, false, 1_u32.to_ne_bytes().to_vec())
 }
 
 /// Only packets to a loopback address (D6).
 #[must_use]
 pub fn to_loopback(family: u8) -> Vec<Expression> {
-    let mut all = equal(meta::NFPROTO, vec![family]);
-    let (offset, value) = if family == IPV4 {
-        (16, vec![Ipv4Addr::LOCALHOST.octets()[0]])
+    let begins = if family == IPV4 {
+        vec![Ipv4Addr::LOCALHOST.octets()[0]]
     } else {
-        (24, Ipv6Addr::LOCALHOST.octets().to_vec())
+        Ipv6Addr::LOCALHOST.octets().to_vec()
     };
-    all.extend([
-        Expression::Payload {
-            base: base::NETWORK,
-            offset,
-            length: if family == IPV4 { 1 } else { 16 },
-            register: REGISTER,
-        },
-        Expression::Compare { equal: true, value },
-    ]);
-    all
+    address(family, true, begins)
 }
 
 /// Only packets of a family that certainly go to no loopback address: by a word of the address that the kernel compares fastest.
 #[must_use]
 pub fn beyond_loopback(family: u8) -> Vec<Expression> {
-    let mut all = equal(meta::NFPROTO, vec![family]);
-    let (offset, value) = if family == IPV4 {
-        (16, vec![Ipv4Addr::LOCALHOST.octets()[0]])
+    let begins = if family == IPV4 {
+        vec![Ipv4Addr::LOCALHOST.octets()[0]]
     } else {
-        (24, vec![0; 4])
+        vec![0; 4]
     };
-    let length = u32::try_from(value.len()).unwrap_or_default();
+    address(family, false, begins)
+}
+
+/// Only packets of a family whose destination begins with these bytes, or with others.
+fn address(family: u8, equal_to: bool, begins: Vec<u8>) -> Vec<Expression> {
+    let mut all = equal(meta::NFPROTO, vec![family]);
     all.extend([
         Expression::Payload {
             base: base::NETWORK,
-            offset,
-            length,
+            offset: if family == IPV4 { 16 } else { 24 },
+            length: u32::try_from(begins.len()).unwrap_or_default(),
             register: REGISTER,
         },
-        Expression::Compare { equal: false, value },
+        Expression::Compare {
+            equal: equal_to,
+            value: begins,
+        },
     ]);
     all
 }
@@ -456,11 +444,15 @@ pub fn goto(chain: &str) -> Expression {
 }
 
 fn equal(key: u32, value: Vec<u8>) -> Vec<Expression> {
+    compare(key, true, value)
+}
+
+fn compare(key: u32, equal: bool, value: Vec<u8>) -> Vec<Expression> {
     vec![
         Expression::Meta {
             key,
             register: REGISTER,
         },
-        Expression::Compare { equal: true, value },
+        Expression::Compare { equal, value },
     ]
 }
