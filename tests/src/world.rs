@@ -2,14 +2,14 @@
 
 use std::{
     ffi::OsStr,
-    fs,
+    fs::{self, File},
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::unix::net::UnixDatagram,
+    os::unix::{fs::FileExt as _, net::UnixDatagram},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
@@ -19,7 +19,10 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::{
     sched::{CloneFlags, setns},
-    sys::signal::{Signal, kill},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
 use serde_json::Value;
@@ -205,22 +208,12 @@ impl World {
             .arg(self.path("enforcer.toml"))
             .arg("run")
             .env("NOTIFY_SOCKET", &notify);
-        let mut child = command
+        let log = File::from(memfd_create("log", MFdFlags::MFD_CLOEXEC)?);
+        let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(log.try_clone()?)
             .spawn()?;
-        let log = Arc::new(Mutex::new(String::new()));
-        let stderr = child.stderr.take().context("no stderr")?;
-        let sink = Arc::clone(&log);
-        thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(io::Result::ok) {
-                if let Ok(mut log) = sink.lock() {
-                    log.push_str(&line);
-                    log.push('\n');
-                }
-            }
-        });
         Ok((Daemon { child, log }, socket))
     }
 
@@ -477,14 +470,25 @@ pub fn ran(command: &mut Command) -> Result<Ran> {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    log: Arc<Mutex<String>>,
+    /// In memory and without a name, so that no mount hides it. Not a pipe: what was written before an answer is read after it.
+    log: File,
 }
 
 impl Daemon {
     /// All it has logged.
     #[must_use]
     pub fn log(&self) -> String {
-        self.log.lock().map(|log| log.clone()).unwrap_or_default()
+        self.log_since(0)
+    }
+
+    /// What it has logged after that many bytes.
+    fn log_since(&self, begin: usize) -> String {
+        let size = self.log.metadata().map_or(0, |log| log.len());
+        let mut new = vec![0; usize::try_from(size).unwrap_or(0).saturating_sub(begin)];
+        match self.log.read_exact_at(&mut new, begin as u64) {
+            Ok(()) => String::from_utf8_lossy(&new).into_owned(),
+            Err(error) => format!("(its log cannot be read: {error})"),
+        }
     }
 
     /// Its process id.
@@ -502,9 +506,8 @@ impl Daemon {
     pub fn reload(&self) -> Result<()> {
         let before = self.log().len();
         let answered = || {
-            let log = self.log.lock();
-            let new = log.as_ref().ok().and_then(|log| log.get(before..));
-            new.is_some_and(|new| new.contains("reloaded ") || new.contains("reload: "))
+            let new = self.log_since(before);
+            new.contains("reloaded ") || new.contains("reload: ")
         };
         self.signal(Signal::SIGHUP)?;
         let deadline = Instant::now() + patience();
