@@ -80,6 +80,8 @@ pub struct Decision {
     pub slot: u8,
     /// Generation that decided.
     pub generation: u64,
+    /// The port is one of a target, and the address none of its endpoints (N8).
+    pub missed: bool,
 }
 
 const UNJUDGED: Decision = Decision {
@@ -88,6 +90,11 @@ const UNJUDGED: Decision = Decision {
     refused: 0,
     slot: 0,
     generation: 0,
+    missed: false,
+};
+const MISSED: Decision = Decision {
+    missed: true,
+    ..UNJUDGED
 };
 
 /// Judges one attempt.
@@ -102,7 +109,7 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
         return UNJUDGED;
     };
     let Some(owners) = owners(tables, subject, destination, slot, &generation) else {
-        return UNJUDGED; // D1
+        return MISSED; // D1
     };
     let refused = owners & !admitted(tables, subject, owners, slot, &generation); // D2
     let verdict = match refused {
@@ -116,6 +123,7 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
         refused,
         slot,
         generation: generation.number,
+        missed: false,
     }
 }
 

@@ -9,7 +9,7 @@
 pub mod decide;
 
 /// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never reused.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
 pub const MAX_ENDPOINTS: u32 = 131_072;
@@ -27,6 +27,8 @@ pub const MAX_CGROUP_LEVELS: u32 = 8;
 pub const MAX_CGROUP_DEPTH: u32 = 254;
 /// Bytes of the event ring buffer.
 pub const EVENT_BYTES: u32 = 1 << 20;
+/// Bytes of the ring buffer of dials: a page of the largest size that kernels have.
+pub const DIAL_BYTES: u32 = 1 << 16;
 
 /// Every rule set in the kernel lies in one of two slots; readers use the active one, the loader writes the other.
 pub const SLOTS: u32 = 2;
@@ -53,6 +55,8 @@ pub mod entries {
     pub const COUNTERS: u32 = 1;
     /// Of `lost`.
     pub const LOST: u32 = 1;
+    /// Of `gates`, one a port.
+    pub const GATES: u32 = 1 << 16;
 }
 
 /// The targets that own an endpoint, or that admit a user: a bit a target.
@@ -269,6 +273,35 @@ pub struct EventRecord {
     pub zero: u16,
 }
 
+/// Whether a dial of a port, at an address that is no endpoint, is told (N8). The daemon opens a gate, and whoever dials closes it: an
+/// attempt in a flood of them costs no more than a look at it.
+pub mod gate {
+    /// No target has a name with this port, or no daemon asks.
+    pub const NONE: u8 = 0;
+    /// The next dial is told.
+    pub const OPEN: u8 = 1;
+    /// One was told.
+    pub const CLOSED: u8 = 2;
+    /// One was told, and others came after it.
+    pub const KNOCKED: u8 = 3;
+}
+
+/// A dial of a port of names, at an address that is no endpoint (N8).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DialRecord {
+    /// Canonical address.
+    pub address: Address,
+    /// Real UID of the task.
+    pub task_uid: u32,
+    /// Port in network byte order.
+    pub port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Always 0.
+    pub zero: u8,
+}
+
 /// The UID that no user has.
 pub const NO_UID: u32 = u32::MAX;
 
@@ -281,6 +314,7 @@ const _: () = {
     assert!(size_of::<Counters>() == 24);
     assert!(size_of::<AllCounters>() == 24 * MAX_TARGETS as usize);
     assert!(size_of::<EventRecord>() == 152);
+    assert!(size_of::<DialRecord>() == 24);
 };
 
 const MAPPED: u32 = 0xffff_u32.to_be();

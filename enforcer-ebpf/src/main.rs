@@ -25,10 +25,11 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::trace;
 use enforcer_ebpf::{
-    Address, AllCounters, Counters, EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_TARGETS, NO_UID,
-    Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict, canonical4, canonical6,
+    Address, AllCounters, Counters, DIAL_BYTES, DialRecord, EVENT_BYTES, EndpointKey, EventRecord, Generation,
+    KEY_BITS, MAX_TARGETS, NO_UID, Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict, canonical4,
+    canonical6,
     decide::{self, Decision, Destination, SocketUser, Subject, Tables, Task},
-    entries,
+    entries, gate,
 };
 
 const _: () = assert!(size_of::<lpm_trie::Key<EndpointKey>>() == size_of::<PrefixKey>());
@@ -77,6 +78,11 @@ static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 /// Denials that found the ring buffer full.
 #[map(name = "lost")]
 static LOST: PerCpuArray<u64> = PerCpuArray::pinned(entries::LOST, 0);
+/// By port: one of [`gate`].
+#[map(name = "gates")]
+static GATES: Array<u8> = Array::pinned(entries::GATES, 0);
+#[map(name = "dials")]
+static DIALS: RingBuf = RingBuf::pinned(DIAL_BYTES, 0);
 
 #[cgroup_sock_addr(connect4)]
 fn connect4(context: SockAddrContext) -> i32 {
@@ -143,7 +149,12 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
     let attempt = Attempt { context };
     let decision = decide::decide(&Maps, &attempt, &destination);
     match decision.verdict {
-        Verdict::Unjudged => return 1,
+        Verdict::Unjudged => {
+            if decision.missed {
+                tell_dial(&attempt, &destination);
+            }
+            return 1;
+        }
         Verdict::Allow => {}
         Verdict::Deny | Verdict::WouldDeny => report(&attempt, family, dialled, &destination, &decision),
     }
@@ -233,6 +244,41 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         verdict: decision.verdict as u8,
         family,
         kernel_thread,
+        zero: 0,
+    });
+    entry.submit(0);
+}
+
+/// Tells of a dial at an address that is no endpoint, where the daemon asks for that (N8). Two that come at once may both be told.
+#[inline(always)]
+fn tell_dial(attempt: &Attempt<'_>, destination: &Destination) {
+    let Some(gate) = GATES.get_ptr_mut(u32::from(destination.port)) else {
+        return;
+    };
+    // SAFETY: the verifier proved the pointer; volatile, because others write it at any time.
+    match unsafe { gate.read_volatile() } {
+        gate::OPEN => {}
+        gate::CLOSED => {
+            // SAFETY: as above.
+            unsafe { gate.write_volatile(gate::KNOCKED) };
+            return;
+        }
+        _ => return,
+    }
+    // Where there is no room it stays open.
+    let Some(mut entry) = DIALS.reserve::<DialRecord>(0) else {
+        return;
+    };
+    // SAFETY: as above.
+    unsafe { gate.write_volatile(gate::CLOSED) };
+    entry.write(DialRecord {
+        address: destination.address,
+        task_uid: match attempt.task() {
+            Task::User(uid) => uid,
+            Task::Kernel => 0,
+        },
+        port: destination.port,
+        protocol: destination.protocol,
         zero: 0,
     });
     entry.submit(0);

@@ -4,6 +4,7 @@ mod boot;
 mod bus;
 mod capabilities;
 mod denials;
+mod dials;
 mod drift;
 mod error;
 mod faults;
@@ -38,6 +39,7 @@ use self::{
     boot::{Left, Pending},
     bus::Unfinished,
     denials::{rest_after, send_events},
+    dials::Dials,
     drift::Drift,
     faults::{About, Faults},
     journal::Journal,
@@ -119,6 +121,7 @@ struct Daemon {
     lost_logged: u64,
     /// Names whose first answer readiness waits for.
     unanswered: BTreeSet<Name>,
+    dials: Dials,
     applied: Option<Applied>,
     faults: Faults,
     /// The message bus as far as it is known (B2).
@@ -205,6 +208,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
     let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
     let mut denials = daemon.denials()?;
+    let mut dials = daemon.dials()?;
     let mut logged = daemon.logged()?;
     let changes = nftables::Changes::subscribe().and_then(readable).ok();
     if let Some(kernel) = daemon.enforcement.kernel() {
@@ -232,11 +236,11 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
         }
         if std::mem::take(&mut again) {
             // Another configuration may have brought another backend and other settings.
-            missed = !daemon.follow_denials(&mut denials, &mut logged);
+            missed = !daemon.follow_denials(&mut denials, &mut dials, &mut logged);
             watch = daemon.watch(watch);
         }
         let until_expiry = daemon.until_expiry();
-        let due = daemon.names.next_due().unwrap_or_else(|| Instant::now() + TICK);
+        let due = daemon.next_due().unwrap_or_else(|| Instant::now() + TICK);
         let keep = daemon.kept.due();
         tokio::select! {
             _ = hangup.recv() => {
@@ -275,6 +279,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
                 let all = daemon.take_logged(guard.get_inner_mut());
                 rest = rest_after(all, guard);
             }
+            Some(Ok(told)) = ready_to_take(dials.as_mut()) => daemon.take_dials(told),
             () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
             () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
             () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => daemon.catch_up(),
@@ -368,6 +373,7 @@ impl Daemon {
             lost: None,
             flood: None,
             lost_logged: 0,
+            dials: Dials::default(),
             applied: None,
             faults,
             bus: left.bus,
@@ -401,6 +407,9 @@ impl Daemon {
             grants: self.grants.revision(),
         });
         self.kept.changed();
+        if self.stays {
+            self.follow_dials();
+        }
         self.sweeps.set(Job {
             generation,
             rules,

@@ -1,7 +1,7 @@
 //! The policy: `Config` read and meant. Every value here is proof that it was parsed; nothing is checked again later. Pure.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv6Addr},
     num::NonZeroU16,
@@ -152,6 +152,18 @@ impl Policy {
                 Destination::Address(_) | Destination::Prefix(_) | Destination::Local => None,
             })
             .collect()
+    }
+
+    /// The names to resolve, by the ports of the endpoints that they are in.
+    #[must_use]
+    pub fn names_by_port(&self) -> BTreeMap<u16, BTreeSet<Name>> {
+        let mut names: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        for endpoint in self.targets.iter().flat_map(|target| &target.endpoints) {
+            if let Destination::Name(name) = &endpoint.destination {
+                names.entry(endpoint.port.get()).or_default().insert(name.clone());
+            }
+        }
+        names
     }
 
     /// Whether some endpoint is this host, whatever its addresses (D7).

@@ -96,6 +96,8 @@ pub struct RuleSet {
     pub targets: Vec<RuleTarget>,
     /// Sorted; each place once, with the targets that name it. What covers it from elsewhere is not in its owners.
     pub places: Vec<(Place, u64)>,
+    /// Ports of endpoints that are given by a name: a dial of one, elsewhere, has the name looked up (N8).
+    pub named_ports: BTreeSet<u16>,
 }
 
 /// Why a policy does not compile; every message names the limit (F7).
@@ -193,6 +195,7 @@ pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<Rule
         mode: policy.mode,
         targets,
         places,
+        named_ports: policy.names_by_port().into_keys().collect(),
     };
     check_limits(&rules)?;
     Ok(rules)

@@ -40,6 +40,9 @@ pub struct Status {
     pub targets: Vec<TargetStatus>,
     /// The names looked up; only the daemon knows them.
     pub names: Vec<NameStatus>,
+    /// Ports of names that were dialled at other addresses (N8); only the daemon knows them.
+    #[serde(default)]
+    pub dials: Vec<DialStatus>,
     /// Denials that nobody could be told of.
     pub events_lost: u64,
     /// Connections older than the rules; only the daemon knows them.
@@ -106,6 +109,21 @@ pub struct NameStatus {
     pub cut: usize,
 }
 
+/// Dials of a port of names, at addresses that were no endpoints then: each has the names looked up, or soon after (N8).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialStatus {
+    /// The port.
+    pub port: u16,
+    /// How often dials had its names looked up since the daemon started.
+    pub lookups: u64,
+    /// The address that was dialled last, as far as it was told.
+    pub last: String,
+    /// Who dialled it, where that is known.
+    pub uid: Option<u32>,
+    /// When, RFC 3339, UTC.
+    pub time: String,
+}
+
 /// Connections older than the rules that would refuse them, as of the last sweep (D9).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExistingStatus {
@@ -142,6 +160,8 @@ pub struct Context {
     pub restored: u64,
     /// The names.
     pub names: Vec<NameStatus>,
+    /// The dials.
+    pub dials: Vec<DialStatus>,
     /// What else is wrong.
     pub causes: Vec<String>,
     /// Denials that were lost on their way to the daemon, besides those that the kernel programs count.
@@ -225,6 +245,7 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         endpoints: on.map_or(0, |observed| observed.endpoints),
         targets,
         names: context.names,
+        dials: context.dials,
         events_lost: context.lost + observed.map_or(0, |observed| observed.lost),
         existing: context.existing,
     }
@@ -307,6 +328,11 @@ impl Status {
             page.line("");
             page.table(["name", "addresses", ""], self.names.iter().map(NameStatus::row));
         }
+        if !self.dials.is_empty() {
+            page.line("");
+            let header = ["dialled elsewhere", "lookups", "last at", "user", "time"];
+            page.table(header, self.dials.iter().map(DialStatus::row));
+        }
         if let Some(existing) = self.existing.as_ref().filter(|existing| existing.found > 0) {
             page.line("");
             existing.table(&mut page);
@@ -337,6 +363,18 @@ impl NameStatus {
     fn row(&self) -> [String; 3] {
         let note = if self.stale { "stale" } else { "" };
         [self.name.clone(), self.addresses.join(", "), note.to_owned()]
+    }
+}
+
+impl DialStatus {
+    fn row(&self) -> [String; 5] {
+        [
+            format!("port {}", self.port),
+            self.lookups.to_string(),
+            self.last.clone(),
+            self.uid.map_or_else(|| "unknown".to_owned(), |uid| uid.to_string()),
+            self.time.clone(),
+        ]
     }
 }
 

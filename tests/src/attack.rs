@@ -173,6 +173,13 @@ pub struct Attempt {
     /// Connect so often and print the median of the calls in nanoseconds, whatever comes of them
     #[arg(long)]
     pub rounds: Option<usize>,
+    /// Connect again and again until refused, and print how many microseconds after the first call that was; with `--as-root-first`
+    /// the first call is root's
+    #[arg(long)]
+    pub until_refused: bool,
+    /// See `--until-refused`
+    #[arg(long, requires = "until_refused")]
+    pub as_root_first: bool,
     /// The listener is another server, which does not send the greeting
     #[arg(long)]
     pub no_greeting: bool,
@@ -198,6 +205,9 @@ pub fn main(attempt: &Attempt) -> io::Result<()> {
     if let Some(rounds) = attempt.rounds {
         become_user(attempt.uid, attempt.uid, attempt.uid)?;
         return measure(attempt, rounds);
+    }
+    if attempt.until_refused {
+        return until_refused(attempt);
     }
     if let Some(file) = &attempt.hammer_while {
         become_user(attempt.uid, attempt.uid, attempt.uid)?;
@@ -273,6 +283,34 @@ fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
     }
     println!("connected {connected} refused {refused} reset {reset} other {other}");
     Ok(())
+}
+
+/// Times how long a destination is open, from the first call on.
+fn until_refused(attempt: &Attempt) -> io::Result<()> {
+    let dial = || {
+        let socket = Socket::new(Domain::for_address(attempt.destination), Type::STREAM, None)?;
+        socket.set_linger(Some(Duration::ZERO))?;
+        socket.connect(&SockAddr::from(attempt.destination))
+    };
+    if !attempt.as_root_first {
+        become_user(attempt.uid, attempt.uid, attempt.uid)?;
+    }
+    let begun = Instant::now();
+    if attempt.as_root_first {
+        dial()?;
+        become_user(attempt.uid, attempt.uid, attempt.uid)?;
+    }
+    while begun.elapsed() < Duration::from_mins(1) {
+        match dial().map_err(|error| error.raw_os_error()) {
+            Ok(()) => {}
+            Err(Some(libc::EPERM | libc::ECONNREFUSED)) => {
+                println!("{}", begun.elapsed().as_micros());
+                return Ok(());
+            }
+            Err(errno) => return Err(io::Error::from_raw_os_error(errno.unwrap_or_default())),
+        }
+    }
+    Err(io::Error::other("it stays open"))
 }
 
 /// Runs in a forked child, so that each try starts with the credentials that we have.

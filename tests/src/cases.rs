@@ -7,6 +7,7 @@ pub mod containers;
 pub mod decision;
 pub mod delegated;
 pub mod detours;
+pub mod dials;
 pub mod doctor;
 pub mod dropin;
 pub mod endurance;
@@ -111,6 +112,7 @@ pub fn all() -> Vec<Case> {
         decision::cases(),
         delegated::cases(),
         detours::cases(),
+        dials::cases(),
         doctor::cases(),
         dropin::cases(),
         endurance::cases(),

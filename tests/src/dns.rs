@@ -8,7 +8,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -47,6 +47,7 @@ pub struct DnsServer {
     zones: Arc<Mutex<BTreeMap<String, Zone>>>,
     stop: Arc<AtomicBool>,
     over_tcp: Arc<AtomicBool>,
+    asked: Arc<AtomicU64>,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
@@ -70,10 +71,12 @@ impl DnsServer {
             zones: Arc::default(),
             stop: Arc::default(),
             over_tcp: Arc::default(),
+            asked: Arc::default(),
             threads: Vec::new(),
         };
         let (zones, stop) = (Arc::clone(&server.zones), Arc::clone(&server.stop));
-        let by_udp = thread::spawn(move || serve(&socket, &zones, &stop));
+        let asked = Arc::clone(&server.asked);
+        let by_udp = thread::spawn(move || serve(&socket, &zones, &stop, &asked));
         let (zones, stop) = (Arc::clone(&server.zones), Arc::clone(&server.stop));
         let asked = Arc::clone(&server.over_tcp);
         let by_tcp = thread::spawn(move || serve_tcp(&listener, &zones, &stop, &asked));
@@ -85,6 +88,12 @@ impl DnsServer {
     #[must_use]
     pub fn over_tcp(&self) -> bool {
         self.over_tcp.load(Ordering::Relaxed)
+    }
+
+    /// How often it was asked over UDP.
+    #[must_use]
+    pub fn asked(&self) -> u64 {
+        self.asked.load(Ordering::Relaxed)
     }
 
     /// Changes what a name answers.
@@ -104,12 +113,13 @@ impl Drop for DnsServer {
     }
 }
 
-fn serve(socket: &UdpSocket, zones: &Mutex<BTreeMap<String, Zone>>, stop: &AtomicBool) {
+fn serve(socket: &UdpSocket, zones: &Mutex<BTreeMap<String, Zone>>, stop: &AtomicBool, asked: &AtomicU64) {
     let mut buffer = [0; 4096];
     while !stop.load(Ordering::Relaxed) {
         let Ok((read, from)) = socket.recv_from(&mut buffer) else {
             continue;
         };
+        asked.fetch_add(1, Ordering::Relaxed);
         let request = buffer.get(..read).unwrap_or_default();
         let Some((bytes, payload)) = respond(request, zones, false) else {
             continue;

@@ -677,6 +677,17 @@ impl Attack {
             .parse()?)
     }
 
+    /// Connects again and again, the first time perhaps as root, and says how long after its first call it was refused.
+    pub fn until_refused(&self, as_root_first: bool) -> Result<Duration> {
+        let mut command = self.command()?;
+        command.arg("--until-refused");
+        if as_root_first {
+            command.arg("--as-root-first");
+        }
+        let took = ran(command.arg(self.to.to_string()))?.demand(0)?.stdout;
+        Ok(Duration::from_micros(took.trim().parse()?))
+    }
+
     /// Starts a process that connects again and again while `file` exists.
     pub fn hammer(&self, file: &Path) -> Result<Hammer> {
         let mut command = self.command()?;

@@ -19,6 +19,7 @@ mod verify;
 use std::{
     fs::File,
     io,
+    marker::PhantomData,
     os::{
         fd::{AsRawFd, RawFd},
         unix::fs::MetadataExt,
@@ -34,7 +35,7 @@ use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
-use enforcer_ebpf::{ABI, EventRecord, TargetName};
+use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
 
 use self::{
     btf::Offsets,
@@ -43,6 +44,7 @@ use self::{
     maps::{Maps, Part},
     observe::observe,
     pins::{Lock, Pins},
+    sys::Plain,
 };
 pub use self::{
     error::BackendError,
@@ -311,8 +313,27 @@ impl Kernel {
     }
 
     /// The denials as they come. Each call opens another consumer of the same buffer: keep one.
-    pub fn events(&self) -> Result<Events, BackendError> {
-        let path = self.pins.path(&maps_name()).join("events");
+    pub fn events(&self) -> Result<Ring<EventRecord>, BackendError> {
+        self.ring("events")
+    }
+
+    /// The dials that open gates tell of (N8). As [`Kernel::events`].
+    pub fn dials(&self) -> Result<Ring<DialRecord>, BackendError> {
+        self.ring("dials")
+    }
+
+    /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).
+    pub fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+        self.maps.set_gate(port, open)
+    }
+
+    /// Whether others dialled a port after the one that was told.
+    pub fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+        self.maps.take_knock(port)
+    }
+
+    fn ring<R>(&self, name: &str) -> Result<Ring<R>, BackendError> {
+        let path = self.pins.path(&maps_name()).join(name);
         let failed = |error: aya::maps::MapError| BackendError::Io {
             action: "open",
             object: path.clone(),
@@ -325,7 +346,10 @@ impl Kernel {
         };
         let map = MapData::from_pin(&path).map_err(failed)?;
         let ring = RingBuf::try_from(aya::maps::Map::RingBuf(map)).map_err(failed)?;
-        Ok(Events { ring })
+        Ok(Ring {
+            ring,
+            records: PhantomData,
+        })
     }
 
     /// Gives back what loading has left behind.
@@ -370,19 +394,20 @@ impl Kernel {
 /// A number beyond this was not given by us.
 const MAX_TOLD: u64 = u64::MAX / 2;
 
-/// The consumer of the ring buffer.
-pub struct Events {
+/// The consumer of a ring buffer of records of one kind.
+pub struct Ring<R> {
     ring: RingBuf<MapData>,
+    records: PhantomData<R>,
 }
 
-impl Events {
-    /// The next denial, if one is there.
-    pub fn take(&mut self) -> Option<EventRecord> {
+impl<R: Plain> Ring<R> {
+    /// The next record, if one is there.
+    pub fn take(&mut self) -> Option<R> {
         self.ring.next().and_then(|bytes| sys::read_record(&bytes))
     }
 }
 
-impl AsRawFd for Events {
+impl<R> AsRawFd for Ring<R> {
     fn as_raw_fd(&self) -> RawFd {
         self.ring.as_raw_fd()
     }

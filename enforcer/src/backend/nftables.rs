@@ -15,7 +15,10 @@ pub mod others;
 mod tests;
 mod verify;
 
-use std::{collections::BTreeMap, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
 use enforcer_ebpf::Counters;
 use tracing::warn;
@@ -33,7 +36,7 @@ use crate::{
 
 pub use dropin::Tables;
 pub use netlink::Changes;
-pub use nflog::{Denial, Denials};
+pub use nflog::{Denial, Denials, Dial, Logged};
 
 /// Why `nf_tables` does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
@@ -283,6 +286,7 @@ impl Nftables {
             mode: crate::policy::Mode::Enforce,
             targets: Vec::new(),
             places: Vec::new(),
+            named_ports: BTreeSet::new(),
         });
         // Where the table is gone or tells nothing, the number goes on from what was held.
         let found = self.dump()?;
@@ -497,6 +501,7 @@ fn sample() -> RuleSet {
             principals: vec![user(None), user(Some(within.clone())), anybody, RulePrincipal::Kernel],
         }],
         places: places.collect(),
+        named_ports: BTreeSet::new(),
     }
 }
 

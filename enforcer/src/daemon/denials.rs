@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use enforcer_ebpf::{DialRecord, EventRecord};
 use tokio::{
     io::unix::{AsyncFd, AsyncFdReadyMutGuard},
     sync::{broadcast, mpsc},
@@ -14,7 +15,10 @@ use tracing::info;
 
 use super::{About, Daemon, DaemonError, sources::readable, tally::Counts};
 use crate::{
-    backend::{ebpf::Events, nftables},
+    backend::{
+        ebpf::Ring,
+        nftables::{self, Logged},
+    },
     control::Reply,
     events::{self, Event, Line, Lost},
 };
@@ -30,7 +34,7 @@ const LONG_FLOOD: Duration = Duration::from_secs(2);
 
 impl Daemon {
     /// The ring buffer of the kernel programs, where they are in force.
-    pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Events>>, DaemonError> {
+    pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Ring<EventRecord>>>, DaemonError> {
         self.begin_to_count();
         let Some(kernel) = self.enforcement.kernel() else {
             return Ok(None);
@@ -42,6 +46,18 @@ impl Daemon {
         // Pinned, it counts on from what was told before this process.
         let lost = kernel.lost()?;
         self.lost = Some(self.lost.map_or(lost, |told| told.min(lost)));
+        Ok(Some(source))
+    }
+
+    /// The dials that the kernel programs tell of, where they are in force (N8).
+    pub(super) fn dials(&mut self) -> Result<Option<AsyncFd<Ring<DialRecord>>>, DaemonError> {
+        let Some(kernel) = self.enforcement.kernel() else {
+            return Ok(None);
+        };
+        let source = readable(kernel.dials()?).map_err(|error| DaemonError::Io {
+            action: "watch the ring buffer of dials",
+            error,
+        })?;
         Ok(Some(source))
     }
 
@@ -58,11 +74,13 @@ impl Daemon {
     /// again; what was open stays so (F4).
     pub(super) fn follow_denials(
         &mut self,
-        denials: &mut Option<AsyncFd<Events>>,
+        denials: &mut Option<AsyncFd<Ring<EventRecord>>>,
+        dials: &mut Option<AsyncFd<Ring<DialRecord>>>,
         logged: &mut Option<AsyncFd<nftables::Denials>>,
     ) -> bool {
         let opened = self.denials().and_then(|fresh| {
             *denials = fresh;
+            *dials = self.dials()?;
             if let Some(fresh) = self.logged()? {
                 *logged = Some(fresh);
             }
@@ -77,8 +95,10 @@ impl Daemon {
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.
     pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) -> bool {
         let all = helping(|| {
-            let denial = source.take()?;
-            self.denied(events::read_logged(&denial, SystemTime::now()));
+            match source.take()? {
+                Logged::Denial(denial) => self.denied(events::read_logged(&denial, SystemTime::now())),
+                Logged::Dial(dial) => self.dialled(dial.into()),
+            }
             Some(())
         });
         let lost = source.take_lost();
@@ -90,7 +110,7 @@ impl Daemon {
     }
 
     /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
-    pub(super) fn take_events(&mut self, source: &mut Events) -> bool {
+    pub(super) fn take_events(&mut self, source: &mut Ring<EventRecord>) -> bool {
         let Ok(boot) = events::boot_time() else { return true };
         let all = helping(|| {
             let record = source.take()?;

@@ -25,6 +25,8 @@ pub(super) enum About {
     Users,
     /// Where denials come from.
     Denials,
+    /// Having dials told.
+    Dials,
     /// What must outlive this process is hidden from the host.
     Visibility,
 }
@@ -48,6 +50,7 @@ impl Faults {
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Denials) => info!("denials are reported again"),
+            (None, About::Dials) => info!("dials of unknown addresses have names looked up again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again, and is covered"),
             (None, About::Users) => info!("all users that the configuration names exist"),
             (None, About::Host) => info!("what is local to this host is followed again"),

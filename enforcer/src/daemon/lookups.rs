@@ -9,7 +9,7 @@ use super::{About, Daemon, Waiting};
 use crate::{
     control::Reply,
     policy::Name,
-    resolve::{Answer, LOOKUP_TIMEOUT, Outcome, lookup},
+    resolve::{Answer, LOOKUP_TIMEOUT, Note, Outcome, lookup},
 };
 
 impl Daemon {
@@ -19,7 +19,13 @@ impl Daemon {
         }
     }
 
+    /// When a name is to be looked up next, or a dial may have that done again.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.names.next_due().into_iter().chain(self.dials.next_due()).min()
+    }
+
     pub(super) fn look_up_due(&mut self, now: Instant) {
+        self.wake_dials(now);
         for name in self.names.due(now) {
             self.look_up(name);
         }
@@ -59,7 +65,10 @@ impl Daemon {
         }
         *newest = round;
         self.kept.changed();
-        for note in self.names.answered(Instant::now(), &name, answer) {
+        let notes = self.names.answered(Instant::now(), &name, answer);
+        let news = notes.iter().any(|note| matches!(note, Note::Changed(..)));
+        self.dial_answered(&name, round, news);
+        for note in notes {
             if note.is_fault() {
                 warn!("{note}");
             } else {

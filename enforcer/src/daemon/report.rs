@@ -78,6 +78,7 @@ impl Daemon {
             backend_reason: self.enforcement.reason().map(str::to_owned),
             restored: self.enforcement.restored(),
             names,
+            dials: self.dials.report(),
             causes,
             lost: self.lost_logged,
             existing: self.existing.clone(),

@@ -1,6 +1,6 @@
 //! Judging as data: what was seen, and what is found.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
     Weight,
@@ -38,6 +38,7 @@ fn well() -> Seen {
             mode: Mode::Enforce,
             targets: Vec::new(),
             places: vec![(place, 1)],
+            named_ports: BTreeSet::new(),
         }),
         in_force: Some("ebpf".to_owned()),
         daemon: Some(status(

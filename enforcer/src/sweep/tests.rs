@@ -41,6 +41,7 @@ fn rules(principals: Vec<RulePrincipal>) -> RuleSet {
             principals,
         }],
         places,
+        named_ports: BTreeSet::new(),
     }
 }
 

@@ -7,11 +7,12 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Case, case, nftables::Guarded};
+use super::{Case, case, names::addresses, nftables::Guarded};
 use crate::{
     attack::Way,
     backend::{Backend, PACKETS},
-    world::{Attack, Listener, NOBODY, Netns},
+    dns::DnsServer,
+    world::{Attack, Listener, NOBODY, Netns, binary, until},
 };
 
 /// All cases of this file.
@@ -20,6 +21,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("s5_forwarded_connections_are_refused", forwarded).on(PACKETS),
         case("s5_forwarded_connections_may_be_allowed", forward_allowed).on(PACKETS),
+        case("n8_a_container_that_dials_is_a_trigger_too", forwarded_dial).on(PACKETS),
     ]
 }
 
@@ -157,6 +159,29 @@ fn forwarded() -> Result<()> {
     ensure!(denied.as_u64() >= Some(attacks.len() as u64), "counted: {denied}");
     guarded.netns.enforcer(&guarded.world, &["unload"])?.demand(0)?;
     attacks.iter().try_for_each(Attack::reaches)
+}
+
+/// What is forwarded has no socket here, and its SYN has names looked up all the same.
+fn forwarded_dial() -> Result<()> {
+    const NAME: &str = "bus.test";
+    let contained = Contained::new()?;
+    let Guarded { world, netns, .. } = &contained.guarded;
+    let dns = DnsServer::start(Some(&netns.file()), IpAddr::from([127, 0, 0, 1]))?;
+    fs::write(world.path("resolv.conf"), "nameserver 127.0.0.1\n")?;
+    dns.set(NAME, addresses(&[NOBODYS]));
+    world.configure(&format!(
+        "backend = {:?}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\nendpoints = [\"tcp://{NAME}:{}\"]\n\
+         allow = [\"root\"]\n",
+        Backend::current().configured(),
+        world.port
+    ))?;
+    let _daemon = world.daemon_with(&mut world.with_resolver_in(netns, &binary("enforcer")?))?;
+    let to = SocketAddr::new(SERVER.parse()?, world.port);
+    let attack = world.attack(NOBODY).anywhere().to(to).in_netns(&contained.container)?;
+    dns.set(NAME, addresses(&[SERVER]));
+    attack.reaches()?;
+    until("the dial is followed", || Ok(attack.run()?.errno.is_some()))?;
+    attack.is_reset()
 }
 
 /// With `forward = "allow"` what is forwarded is not judged; what would end at this host's loopback still is.

@@ -45,15 +45,15 @@ const GROWTH: u64 = 16 << 10;
 
 /// The daemon's use of the host.
 #[derive(Clone, Copy, Debug)]
-struct Use {
-    processor: Duration,
+pub(super) struct Use {
+    pub(super) processor: Duration,
     /// Resident, in KiB.
-    memory: u64,
+    pub(super) memory: u64,
 }
 
 impl Use {
     /// From `/proc` (man 5 proc).
-    fn of(pid: u32) -> Result<Self> {
+    pub(super) fn of(pid: u32) -> Result<Self> {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let memory = memory.and_then(|memory| memory.trim().strip_suffix(" kB"));

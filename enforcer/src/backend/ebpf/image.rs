@@ -115,6 +115,8 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
             ));
         }
     }
+    // A name that has no address yet has no place (N8).
+    image.ports.extend(rules.named_ports.iter().map(|port| port.to_be()));
     push_unspecified(rules, &bits, &mut image.endpoints);
     (image.principals, image.levels) = principals(rules, &bits);
     image.endpoints.sort_unstable();

@@ -9,8 +9,8 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    AllCounters, Counters, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_TARGETS, Owners, PrefixKey,
-    PrincipalKey, TargetName, decide::Tables, entries, scope,
+    AllCounters, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_TARGETS, Owners, PrefixKey,
+    PrincipalKey, TargetName, decide::Tables, entries, gate, scope,
 };
 
 use super::{
@@ -59,6 +59,7 @@ pub struct Maps {
     targets: Table<u32, TargetName>,
     counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
+    gates: Table<u32, u8>,
     cpus: usize,
 }
 
@@ -83,6 +84,7 @@ impl Maps {
             error,
         })?;
         open_checked(dir, "events", RINGBUF, 0, 0, EVENT_BYTES)?;
+        open_checked(dir, "dials", RINGBUF, 0, 0, DIAL_BYTES)?;
         Ok(Some(Self {
             active: Table::open(dir, "active", ARRAY, entries::ACTIVE)?,
             generations: Table::open(dir, "generations", ARRAY, entries::GENERATIONS)?,
@@ -93,6 +95,7 @@ impl Maps {
             targets: Table::open(dir, "targets", ARRAY, entries::TARGETS)?,
             counters: Table::open(dir, "counters", PERCPU_ARRAY, entries::COUNTERS)?,
             lost: Table::open(dir, "lost", PERCPU_ARRAY, entries::LOST)?,
+            gates: Table::open(dir, "gates", ARRAY, entries::GATES)?,
             cpus,
         }))
     }
@@ -312,6 +315,22 @@ impl Maps {
     /// Denials that the ring buffer had no room for.
     pub fn lost(&self) -> Result<u64, BackendError> {
         Ok(self.lost.get_all(&0, self.cpus)?.iter().sum())
+    }
+
+    /// Has the next dial of a port told, or none (N8).
+    pub fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+        let gate = if open { gate::OPEN } else { gate::NONE };
+        self.gates.put(&u32::from(port.to_be()), gate)
+    }
+
+    /// Whether a port was dialled again after a dial was told. What comes from now on counts anew.
+    pub fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+        let key = u32::from(port.to_be());
+        let knocked = self.gates.get(&key)? == Some(gate::KNOCKED);
+        if knocked {
+            self.gates.put(&key, gate::CLOSED)?;
+        }
+        Ok(knocked)
     }
 
     fn set_port(&self, port: u16, change: impl Fn(u8) -> u8) -> Result<(), BackendError> {

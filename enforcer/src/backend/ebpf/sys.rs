@@ -16,7 +16,9 @@ use std::{
     path::Path,
 };
 
-use enforcer_ebpf::{AllCounters, EndpointKey, EventRecord, Generation, PrefixKey, PrincipalKey, TargetName};
+use enforcer_ebpf::{
+    AllCounters, DialRecord, EndpointKey, EventRecord, Generation, PrefixKey, PrincipalKey, TargetName,
+};
 
 /// A type whose bytes the kernel may read and write.
 ///
@@ -45,6 +47,8 @@ unsafe impl Plain for TargetName {}
 unsafe impl Plain for AllCounters {}
 // SAFETY: as above.
 unsafe impl Plain for EventRecord {}
+// SAFETY: as above.
+unsafe impl Plain for DialRecord {}
 
 /// A value of zeros.
 #[must_use]
@@ -456,9 +460,9 @@ pub fn netns_cookie() -> Option<u64> {
 
 /// Reads a record out of bytes of the ring buffer; none where they are not one of ours.
 #[must_use]
-pub fn read_record(bytes: &[u8]) -> Option<EventRecord> {
+pub fn read_record<R: Plain>(bytes: &[u8]) -> Option<R> {
     // SAFETY: as long, every bit pattern is a value, and no alignment is asked for.
-    (bytes.len() == size_of::<EventRecord>()).then(|| unsafe { bytes.as_ptr().cast::<EventRecord>().read_unaligned() })
+    (bytes.len() == size_of::<R>()).then(|| unsafe { bytes.as_ptr().cast::<R>().read_unaligned() })
 }
 
 const BPF_MAP_CREATE: i32 = 0;

@@ -4,6 +4,8 @@
 //! An `accept` ends the judgement of its own table only. So what the target `monit` says is judged in `inet bosh_agent`, by
 //! chains of ours that ask the jobs' chain first, and what all other targets say in our own table: a packet passes if both let it (D2).
 
+use std::collections::BTreeSet;
+
 use enforcer_ebpf::Verdict as Outcome;
 use tracing::warn;
 
@@ -487,6 +489,7 @@ fn split(rules: &RuleSet) -> Option<(RuleSet, RuleSet)> {
         mode: rules.mode,
         targets: vec![target],
         places: places.map(|(place, _)| (*place, 1)).collect(),
+        named_ports: BTreeSet::new(), // Our own table tells of dials.
     };
     Some((own, shared))
 }

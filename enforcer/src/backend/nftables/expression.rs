@@ -336,6 +336,23 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
     all
 }
 
+/// Looks the destination's port up in a map of ports to verdicts.
+#[must_use]
+pub fn port(ports: &str) -> Vec<Expression> {
+    vec![
+        Expression::Payload {
+            base: base::TRANSPORT,
+            offset: 2,
+            length: 2,
+            register: REGISTER,
+        },
+        Expression::Lookup {
+            set: ports.to_owned(),
+            value: Some(VERDICT),
+        },
+    ]
+}
+
 /// Only packets that did not come in on loopback, whose index is 1 in every network namespace.
 #[must_use]
 pub fn from_elsewhere() -> Vec<Expression> {

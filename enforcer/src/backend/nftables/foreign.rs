@@ -187,6 +187,8 @@ fn ranges(rules: &RuleSet, family: u8) -> Vec<(u128, u128)> {
 mod tests {
     #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::{
         policy::{Mode, Protocol},
@@ -203,6 +205,7 @@ mod tests {
             mode: Mode::Enforce,
             targets: Vec::new(),
             places: nets.into_iter().map(|net| (place(net), 1)).collect(),
+            named_ports: BTreeSet::new(),
         }
     }
 

@@ -83,6 +83,8 @@ pub enum SetKind {
         /// Ranges of addresses instead of single ones.
         ranges: bool,
     },
+    /// Ports to the chain that tells of their dials.
+    Ports,
     /// Users.
     Users,
     /// Cgroups, by id.
@@ -211,6 +213,18 @@ impl Slot {
         format!("judge_forwarded_{self}")
     }
 
+    /// The map of the ports of names (N8).
+    #[must_use]
+    pub fn ports(self) -> String {
+        format!("ports_{self}")
+    }
+
+    /// Tells of a dial of a port, at an address that is no endpoint.
+    #[must_use]
+    pub fn dials(self, port: u16) -> String {
+        format!("dials_{port}_{self}")
+    }
+
     /// What came in from elsewhere.
     #[must_use]
     pub fn arrived(self) -> String {
@@ -274,10 +288,15 @@ const OUTPUT_HOOK: u32 = 3;
 /// Denials told to the log a second, and at once.
 const LOG_RATE: u64 = 200;
 const LOG_BURST: u32 = 1000;
+/// Dials of a port told to the log a second, and at once: each has names looked up (N8), and more would bring no more.
+const DIAL_RATE: u64 = 4;
+const DIAL_BURST: u32 = 4;
 /// Names the counter of what is refused as it cannot be read, and begins the names of the chains that find it.
 pub const UNREADABLE: &str = "unreadable";
-/// Begins the text that goes with a logged denial.
+/// Begins the text that goes with a logged packet.
 pub const LOG_PREFIX: &str = "enforcer ";
+/// Follows it where the packet is a dial, not a denial.
+pub const DIAL: &str = "dial";
 
 /// The table that a rule set asks for.
 #[must_use]
@@ -304,15 +323,15 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     // With `forward = "allow"` too: a range that begins elsewhere may hold loopback addresses.
     endpoints.add_to(&mut image, |family| slot.forwarded(family), refusal);
 
+    add_dials(&mut image, rules, header);
     image.chains.insert(chain::ABOUT.to_owned(), about(header));
     let has_udp = rules.places.iter().any(|(place, _)| place.protocol == Protocol::Udp);
     let judge = |names: fn(Slot, u8) -> [String; 2]| {
         let maps = [IPV4, IPV6].map(|family| names(slot, family).map(|name| (family, name)));
         let there = maps.iter().flatten().filter(|(_, name)| image.sets.contains_key(name));
-        chain_of(
-            None,
-            there.map(|(family, name)| is::destination(*family, name)).collect(),
-        )
+        let endpoints = there.map(|(family, name)| is::destination(*family, name));
+        let dials = image.sets.contains_key(&slot.ports()).then(|| is::port(&slot.ports()));
+        chain_of(None, endpoints.chain(dials).collect())
     };
     let (judge_local, judge_forwarded) = (judge(Slot::endpoints), judge(Slot::forwarded));
     // One rule a protocol, as every packet of what is established passes them (P3).
@@ -488,6 +507,35 @@ pub fn number_of_protocol(protocol: Protocol) -> u8 {
 #[must_use]
 pub fn counters_of(target: &str) -> [String; 3] {
     ["allowed", "denied", "would_deny"].map(|what| format!("{what}_{target}"))
+}
+
+/// N8: what opens a connection to a port of names, and to no endpoint, is told to the log.
+fn add_dials(image: &mut Image, rules: &RuleSet, header: Header) {
+    let Some(group) = header.log.filter(|_| !rules.named_ports.is_empty()) else {
+        return;
+    };
+    let slot = Slot::of(header.generation);
+    let elements = rules.named_ports.iter().map(|port| Element {
+        key: port.to_be_bytes().to_vec(),
+        last: Vec::new(),
+        value: Value::Goto(slot.dials(*port)),
+    });
+    image
+        .sets
+        .insert(slot.ports(), sorted(SetKind::Ports, elements.collect()));
+    for port in &rules.named_ports {
+        let told = vec![
+            Expression::Limit {
+                rate: DIAL_RATE,
+                burst: DIAL_BURST,
+            },
+            Expression::Log {
+                group,
+                prefix: format!("{LOG_PREFIX}{DIAL}"),
+            },
+        ];
+        image.chains.insert(slot.dials(*port), chain_of(None, vec![told]));
+    }
 }
 
 fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: bool) {

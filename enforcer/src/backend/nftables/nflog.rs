@@ -1,4 +1,4 @@
-//! Denials of the table's rules, as the kernel sends them to a netlink group (nflog): the packet and its socket's user.
+//! Denials and dials, as the table's rules send them to a netlink group (nflog): the packet and its socket's user.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use netlink_packet_netfilter::{
 };
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::image::LOG_PREFIX;
+use super::image::{DIAL, LOG_PREFIX};
 use crate::policy::Protocol;
 
 /// First of the groups that are tried; administrators count theirs from 0.
@@ -33,12 +33,30 @@ pub struct Denials {
     socket: Socket,
     /// The group.
     pub group: u16,
-    waiting: Vec<Denial>,
+    waiting: Vec<Logged>,
     /// What messages are read into: as long as the longest.
     buffer: Vec<u8>,
     /// The number that the kernel gives to what it logs next.
     next: u32,
     lost: u64,
+}
+
+/// What a rule has logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Logged {
+    /// Somebody was refused, or would have been.
+    Denial(Denial),
+    /// Somebody dials a port of names, and no endpoint (N8).
+    Dial(Dial),
+}
+
+/// A dial of a port of names, at an address that is no endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dial {
+    /// Destination, after NAT.
+    pub to: SocketAddr,
+    /// The user who opened the socket; none for what is forwarded, and for the kernel's own sockets.
+    pub user: Option<u32>,
 }
 
 /// A denial that a rule has logged.
@@ -108,8 +126,8 @@ impl Denials {
         Err(last)
     }
 
-    /// The next denial, if one is there.
-    pub fn take(&mut self) -> Option<Denial> {
+    /// The next of what was logged, if something is there.
+    pub fn take(&mut self) -> Option<Logged> {
         while self.waiting.is_empty() {
             match recv(self.socket.0.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(read) => {
@@ -117,7 +135,7 @@ impl Denials {
                         let Some(parts) = packet(&message) else { continue };
                         let missing = missing_before(parts, &mut self.next);
                         self.lost += u64::from(missing);
-                        self.waiting.extend(denial(parts));
+                        self.waiting.extend(logged(parts));
                     }
                     self.waiting.reverse();
                 }
@@ -193,7 +211,7 @@ fn missing_before(parts: &[PacketNla], next: &mut u32) -> u32 {
     })
 }
 
-fn denial(parts: &[PacketNla]) -> Option<Denial> {
+fn logged(parts: &[PacketNla]) -> Option<Logged> {
     let (mut prefix, mut packet, mut user) = (None, None, None);
     for part in parts {
         if let PacketNla::Prefix(text) = part {
@@ -204,10 +222,14 @@ fn denial(parts: &[PacketNla]) -> Option<Denial> {
             user = Some(*uid);
         }
     }
-    let mut words = prefix?.strip_prefix(LOG_PREFIX)?.splitn(3, ' ');
-    let (verdict, generation, target) = (words.next()?, words.next()?, words.next()?);
+    let text = prefix?.strip_prefix(LOG_PREFIX)?;
     let (protocol, from, to) = ends(packet?)?;
-    Some(Denial {
+    if text == DIAL {
+        return Some(Logged::Dial(Dial { to, user }));
+    }
+    let mut words = text.splitn(3, ' ');
+    let (verdict, generation, target) = (words.next()?, words.next()?, words.next()?);
+    Some(Logged::Denial(Denial {
         denied: verdict == "deny",
         generation: generation.parse().ok()?,
         target: target.to_owned(),
@@ -215,7 +237,7 @@ fn denial(parts: &[PacketNla]) -> Option<Denial> {
         to,
         from,
         user,
-    })
+    }))
 }
 
 fn ends(packet: &[u8]) -> Option<(Protocol, SocketAddr, SocketAddr)> {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use proptest::prelude::*;
 
@@ -77,6 +77,7 @@ prop_compose! {
                 .map(|(index, principals)| RuleTarget { name: format!("t{index}"), principals })
                 .collect(),
             places: places.into_iter().map(|(place, owners)| (place, owners & mask)).filter(|(_, owners)| *owners != 0).collect(),
+            named_ports: BTreeSet::new(),
         }
     }
 }
@@ -143,6 +144,7 @@ fn forwarded_connections_have_no_user() {
             }],
         }],
         places: vec![(place("10.0.0.1/32"), 1), (place("127.0.0.1/32"), 1)],
+        named_ports: BTreeSet::new(),
     };
     let attempt = |address: &str| Attempt {
         protocol: Protocol::Tcp,

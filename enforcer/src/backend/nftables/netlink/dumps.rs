@@ -193,6 +193,7 @@ impl Netlink {
                     let kind = match (number(sys::NFTNL_SET_KEY_LEN), ranges) {
                         (4, true) => SetKind::Addresses { family: IPV4 },
                         (16, true) => SetKind::Addresses { family: IPV6 },
+                        (2, _) => SetKind::Ports,
                         (4, false) => SetKind::Users,
                         (8, _) => SetKind::Cgroups,
                         (length, ranges) => SetKind::Endpoints {
@@ -334,7 +335,7 @@ pub(super) unsafe fn element_of(element: *mut sys::nftnl_set_elem, kind: SetKind
     };
     let value = match kind {
         SetKind::Addresses { .. } | SetKind::Users | SetKind::Cgroups => Value::None,
-        SetKind::Endpoints { .. } => {
+        SetKind::Endpoints { .. } | SetKind::Ports => {
             // SAFETY: the element is live; the text is copied.
             Value::Goto(unsafe { owned(sys::nftnl_set_elem_get_str(element, sys::NFTNL_SET_ELEM_CHAIN as u16)) })
         }

@@ -178,6 +178,11 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
             };
             flags |= libc::NFT_SET_INTERVAL;
         }
+        SetKind::Ports => {
+            (key, length) = (SERVICE, 2);
+            flags |= libc::NFT_SET_MAP;
+            data = Some((libc::NFT_DATA_VERDICT, 16));
+        }
         SetKind::Users => {}
         SetKind::Cgroups => (key, length) = (CGROUP, 8),
     }
@@ -190,7 +195,7 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
         // A range of addresses is two elements to the kernel.
         let elements = match set.kind {
             SetKind::Addresses { .. } => set.elements.len() * 2,
-            SetKind::Endpoints { .. } | SetKind::Users | SetKind::Cgroups => set.elements.len(),
+            SetKind::Endpoints { .. } | SetKind::Ports | SetKind::Users | SetKind::Cgroups => set.elements.len(),
         };
         let size = u32::try_from(elements.max(16)).unwrap_or(u32::MAX);
         number(sys::NFTNL_SET_DESC_SIZE, size);
