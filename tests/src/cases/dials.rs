@@ -131,12 +131,12 @@ impl Bus {
         until("it is refused as it should be", || Ok(attack.is_refused().is_ok()))?;
         Ok(took)
     }
+}
 
-    /// Waits until the next dial has the names looked up at once: after something new there is a rest of 250 ms, and of 500 ms more if
-    /// somebody dialled during the lookup.
-    fn is_rested(&self) {
-        thread::sleep(Duration::from_millis(900));
-    }
+/// Waits until the next dial has the names looked up at once: after something new there is a rest of 250 ms, and of 500 ms more if
+/// somebody dialled during the lookup.
+fn wait_for_the_rest() {
+    thread::sleep(Duration::from_millis(900));
 }
 
 fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
@@ -157,7 +157,7 @@ fn moves() -> Result<()> {
     ensure!(bus.lookups()? == 0, "{}", bus.status()?);
     let (mut by_root, mut by_attacker) = (Vec::new(), Vec::new());
     for number in 1..=MOVES {
-        bus.is_rested();
+        wait_for_the_rest();
         bus.is_at(number);
         let limit = at_this_load(SOON)?;
         // By turns the agent, which has looked the name up by itself, and somebody else.
@@ -209,7 +209,7 @@ fn never_resolved() -> Result<()> {
     let _daemon = bus.daemon()?;
     // A failure is retried after 5 s: nothing of that kind is near.
     bus.attack(NOBODY, 1)?.reaches()?;
-    bus.is_rested();
+    wait_for_the_rest();
     bus.is_at(1);
     let took = bus.is_protected_soon(1)?;
     println!("    protected {took:?} after the first dial");
@@ -253,7 +253,7 @@ fn reloads() -> Result<()> {
     until("the name is known", || {
         Ok(bus.attack(NOBODY, 1)?.run()?.errno.is_some())
     })?;
-    bus.is_rested();
+    wait_for_the_rest();
     bus.is_at(2);
     bus.is_protected_soon(2)?;
     // No name any more, and then one again.
@@ -263,7 +263,7 @@ fn reloads() -> Result<()> {
     ensure!(bus.status()?["dials"] == Value::Array(Vec::new()), "{}", bus.status()?);
     bus.configure("")?;
     daemon.reload()?;
-    bus.is_rested();
+    wait_for_the_rest();
     bus.is_at(3);
     bus.is_protected_soon(3).map(drop)
 }
@@ -277,7 +277,7 @@ fn restart() -> Result<()> {
     bus.attack(NOBODY, 1)?.reaches()?;
     bus.attack(NOBODY, 1)?.reaches()?;
     let _daemon = bus.daemon()?;
-    bus.is_rested();
+    wait_for_the_rest();
     bus.is_at(1);
     bus.is_protected_soon(1).map(drop)
 }
@@ -297,7 +297,7 @@ fn literals() -> Result<()> {
     for number in 1..4 {
         bus.attack(NOBODY, number)?.reaches()?;
     }
-    bus.is_rested();
+    wait_for_the_rest();
     ensure!(bus.dns.asked() == asked, "{} then {asked}", bus.dns.asked());
     Ok(())
 }
