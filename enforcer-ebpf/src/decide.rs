@@ -2,8 +2,8 @@
 //! same maps from outside, the tests over tables of their own.
 
 use crate::{
-    Address, EndpointKey, Generation, MAX_CGROUP_LEVELS, Owners, PrincipalKey, Verdict, flag, is_loopback,
-    is_unspecified, is_v4, kind, scope,
+    Address, EndpointKey, Generation, MAX_CGROUP_LEVELS, MAX_NAT64, Nat64, Owners, PrincipalKey, Verdict,
+    WELL_KNOWN_NAT64, canonical4, flag, is_loopback, is_unspecified, is_v4, kind, scope,
 };
 
 /// Where an attempt goes.
@@ -29,6 +29,8 @@ pub trait Tables {
     fn exact(&self, key: &EndpointKey) -> Option<Owners>;
     /// Owners of the longest prefix, those of shorter ones that cover it included.
     fn prefix(&self, key: &EndpointKey) -> Option<Owners>;
+    /// A NAT64 prefix of a slot besides the well-known one, all zeros for none; looked up only under [`flag::NAT64`].
+    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64>;
     /// Targets that admit a user, where it is one of those at hand in the slot's generation.
     fn few(&self, slot: u8, user: u32) -> Option<Owners>;
     /// Targets that admit a principal.
@@ -80,6 +82,8 @@ pub struct Decision {
     pub slot: u8,
     /// Generation that decided.
     pub generation: u64,
+    /// The address that the owners have as an endpoint.
+    pub judged: Address,
     /// The port is one of a target, and the address none of its endpoints (N8).
     pub missed: bool,
 }
@@ -90,6 +94,7 @@ const UNJUDGED: Decision = Decision {
     refused: 0,
     slot: 0,
     generation: 0,
+    judged: [0; 4],
     missed: false,
 };
 const MISSED: Decision = Decision {
@@ -108,7 +113,7 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
     let Some(generation) = tables.generation(slot) else {
         return UNJUDGED;
     };
-    let Some(owners) = owners(tables, subject, destination, slot, &generation) else {
+    let Some((owners, judged)) = owners(tables, subject, destination, slot, &generation) else {
         return MISSED; // D1
     };
     let refused = owners & !admitted(tables, subject, owners, slot, &generation); // D2
@@ -123,13 +128,54 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
         refused,
         slot,
         generation: generation.number,
+        judged,
         missed: false,
     }
 }
 
-/// The targets that own a destination.
+/// The targets that own a destination: as the IPv4 address that a network makes of it (D4), and if that is no endpoint as it is.
 #[inline(always)]
 fn owners<T: Tables, S: Subject>(
+    tables: &T,
+    subject: &S,
+    destination: &Destination,
+    slot: u8,
+    generation: &Generation,
+) -> Option<(Owners, Address)> {
+    if let Some(address) = translated(tables, destination.address, slot, generation.flags) {
+        let there = Destination {
+            address,
+            ..*destination
+        };
+        let found = owners_at(tables, subject, &there, slot, generation);
+        if let Some(owners) = found {
+            return Some((owners, address));
+        }
+    }
+    let owners = owners_at(tables, subject, destination, slot, generation)?;
+    Some((owners, destination.address))
+}
+
+/// The IPv4 address that a NAT64 makes of a canonical address.
+#[inline(always)]
+fn translated<T: Tables>(tables: &T, address: Address, slot: u8, flags: u64) -> Option<Address> {
+    let [a, b, c, v4] = address;
+    if is_v4(address) || v4 == 0 {
+        return None;
+    }
+    let within = |prefix: Nat64| prefix == [a, b, c];
+    let mut inside = within(WELL_KNOWN_NAT64);
+    if flags & flag::NAT64 != 0 && a != 0 {
+        for number in 0..MAX_NAT64 {
+            inside |= tables.nat64(slot, number).is_some_and(within);
+        }
+    }
+    inside.then(|| canonical4(v4))
+}
+
+/// The targets that own an address on a port.
+#[inline(always)]
+fn owners_at<T: Tables, S: Subject>(
     tables: &T,
     subject: &S,
     destination: &Destination,

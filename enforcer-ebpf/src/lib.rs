@@ -19,6 +19,8 @@ pub const MAX_PREFIXES: u32 = 16_384;
 pub const MAX_PRINCIPALS: u32 = 16_384;
 /// Targets of one rule set: the bits of [`Owners`].
 pub const MAX_TARGETS: u32 = 64;
+/// NAT64 prefixes of one rule set besides the well-known one.
+pub const MAX_NAT64: u32 = 3;
 /// Bytes of a target's name.
 pub const MAX_TARGET_NAME: usize = 48;
 /// Different depths of all cgroups that principals name.
@@ -35,7 +37,7 @@ pub const SLOTS: u32 = 2;
 
 /// Most entries of each map.
 pub mod entries {
-    use super::{MAX_ENDPOINTS, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, SLOTS};
+    use super::{MAX_ENDPOINTS, MAX_NAT64, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, SLOTS};
 
     /// Of `active`.
     pub const ACTIVE: u32 = 1;
@@ -55,6 +57,8 @@ pub mod entries {
     pub const COUNTERS: u32 = 1;
     /// Of `lost`.
     pub const LOST: u32 = 1;
+    /// Of `nat64`, slot by slot.
+    pub const NAT64: u32 = SLOTS * MAX_NAT64;
     /// Of `gates`, one a port.
     pub const GATES: u32 = 1 << 16;
 }
@@ -79,6 +83,12 @@ pub mod scope {
 
 /// An address as four words in network byte order; IPv4 is `::ffff:a.b.c.d`, unspecified is `::` (D4).
 pub type Address = [u32; 4];
+
+/// The first 96 bits of an address: a NAT64 prefix, behind which an IPv4 address follows (RFC 6052).
+pub type Nat64 = [u32; 3];
+
+/// `64:ff9b::/96`.
+pub const WELL_KNOWN_NAT64: Nat64 = [0x0064_ff9b_u32.to_be(), 0, 0];
 
 /// Key of the exact endpoints, and the data part of the prefixes' keys.
 #[repr(C)]
@@ -195,6 +205,8 @@ pub mod flag {
     pub const FEW: u64 = 16;
     /// Some principals are cgroups without a user.
     pub const ANYBODY: u64 = 32;
+    /// The rule set has NAT64 prefixes besides the well-known one.
+    pub const NAT64: u64 = 64;
 }
 
 /// A target's name, padded with zeros.

@@ -26,8 +26,8 @@ use aya_ebpf::{
 use aya_log_ebpf::trace;
 use enforcer_ebpf::{
     Address, AllCounters, Counters, DIAL_BYTES, DialRecord, EVENT_BYTES, EndpointKey, EventRecord, Generation,
-    KEY_BITS, MAX_TARGETS, NO_UID, Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict, canonical4,
-    canonical6,
+    KEY_BITS, MAX_NAT64, MAX_TARGETS, NO_UID, Nat64, Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict,
+    canonical4, canonical6,
     decide::{self, Decision, Destination, SocketUser, Subject, Tables, Task},
     entries, gate,
 };
@@ -66,6 +66,9 @@ static PORTS: Array<u8> = Array::pinned(entries::PORTS, 0);
 static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(entries::ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map(name = "prefixes")]
 static PREFIXES: LpmTrie<EndpointKey, Owners> = LpmTrie::pinned(entries::PREFIXES, BPF_F_NO_PREALLOC);
+/// Slot by slot, NAT64 prefixes.
+#[map(name = "nat64")]
+static NAT64: Array<Nat64> = Array::pinned(entries::NAT64, 0);
 #[map(name = "principals")]
 static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(entries::PRINCIPALS, BPF_F_NO_PREALLOC);
 /// Slot by slot, the names of its targets.
@@ -230,7 +233,7 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         netns: attempt.netns(),
         target: TARGETS.get(name).copied().unwrap_or(TargetName::NONE),
         dialled,
-        judged: destination.address,
+        judged: decision.judged,
         pid,
         tid,
         task_uid,
@@ -324,6 +327,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
         PREFIXES.get(lpm_trie::Key::new(KEY_BITS + 128, *key)).copied()
+    }
+
+    #[inline(always)]
+    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
+        NAT64.get(u32::from(slot) * MAX_NAT64 + number).copied()
     }
 
     #[inline(always)]

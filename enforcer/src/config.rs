@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::policy::{BUS, Dns, Mode, shown};
+use crate::policy::{BUS, Dns, Mode, Nat64, shown};
 
 mod error;
 mod read;
@@ -52,6 +52,8 @@ pub struct Config {
     pub settings: Settings,
     /// How names are kept.
     pub dns: Dns,
+    /// NAT64 prefixes besides the well-known one (D4).
+    pub nat64: Vec<Nat64>,
     /// The BOSH agent whose host this is; by default where no target is configured (B1).
     pub bosh: Option<Bosh>,
     /// By name, those of the file.

@@ -11,12 +11,14 @@ use std::{
 use ipnet::IpNet;
 
 mod build;
+mod nat64;
 mod parse;
 mod users;
 
 pub use build::{
     Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Understood, Warning, WarningKind,
 };
+pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub(crate) use parse::{Server, servers};
 pub use users::{HostUsers, UserError, Users};
@@ -136,6 +138,8 @@ pub struct Policy {
     pub mode: Mode,
     /// How names are kept.
     pub dns: Dns,
+    /// NAT64 prefixes besides the well-known one.
+    pub nat64: Vec<Nat64>,
     /// Sorted by name, names unique.
     pub targets: Vec<Target>,
 }

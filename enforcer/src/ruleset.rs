@@ -12,7 +12,9 @@ use enforcer_ebpf::{
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::policy::{CgroupPath, Destination, Mode, Name, Policy, Principal, Protocol, Uid, Unresolved, canonical};
+use crate::policy::{
+    CgroupPath, Destination, Mode, Name, Nat64, Policy, Principal, Protocol, Uid, Unresolved, canonical, translated,
+};
 
 /// The addresses of each name; a name without any has never resolved.
 pub type Resolved = BTreeMap<Name, BTreeSet<IpAddr>>;
@@ -96,6 +98,8 @@ pub struct RuleSet {
     pub targets: Vec<RuleTarget>,
     /// Sorted; each place once, with the targets that name it. What covers it from elsewhere is not in its owners.
     pub places: Vec<(Place, u64)>,
+    /// NAT64 prefixes, the well-known one first (D4).
+    pub nat64: Vec<Nat64>,
     /// Ports of endpoints that are given by a name: a dial of one, elsewhere, has the name looked up (N8).
     pub named_ports: BTreeSet<u16>,
 }
@@ -158,11 +162,14 @@ pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<Rule
             found: policy.targets.len(),
         });
     }
+    let mut nat64 = vec![Nat64::WELL_KNOWN];
+    nat64.extend(&policy.nat64);
     let mut places = Vec::new();
     let mut targets = Vec::with_capacity(policy.targets.len());
     for (index, target) in policy.targets.iter().enumerate() {
         for endpoint in &target.endpoints {
             expand(&endpoint.destination, policy.dns.unresolved, resolved, host, |net| {
+                let net = as_ipv4(&nat64, net);
                 places.push((
                     Place {
                         protocol: endpoint.protocol,
@@ -195,6 +202,7 @@ pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<Rule
         mode: policy.mode,
         targets,
         places,
+        nat64,
         named_ports: policy.names_by_port().into_keys().collect(),
     };
     check_limits(&rules)?;
@@ -242,22 +250,40 @@ pub struct Explanation {
 #[must_use]
 pub fn explain(rules: &RuleSet, attempt: &Attempt) -> Explanation {
     let address = canonical(attempt.address); // D4
-    let unspecified = address.is_unspecified();
-    let mut owners = 0_u64;
-    for (place, bits) in &rules.places {
-        if (place.protocol, place.port) != (attempt.protocol, attempt.port) {
-            continue;
-        }
-        let owned = if unspecified {
-            !(attempt.foreign_netns && is_loopback(&place.net)) // D5
-        } else {
-            place.net.contains(&address) && !(attempt.foreign_netns && address.is_loopback()) // D6
+    let owners_of = |address: IpAddr| {
+        let there = |(place, _): &&(Place, u64)| {
+            let owned = if address.is_unspecified() {
+                !(attempt.foreign_netns && is_loopback(&place.net)) // D5
+            } else {
+                place.net.contains(&address) && !(attempt.foreign_netns && address.is_loopback()) // D6
+            };
+            owned && (place.protocol, place.port) == (attempt.protocol, attempt.port)
         };
-        if owned {
-            owners |= bits;
-        }
-    }
+        rules
+            .places
+            .iter()
+            .filter(there)
+            .fold(0, |owners, (_, bits)| owners | bits)
+    };
+    let owners = as_judged(rules, address, owners_of);
     weigh(rules, owners, &attempt.subject)
+}
+
+/// The owners of an address: of the IPv4 address that a NAT64 makes of it, and if that has none its own (D4).
+fn as_judged(rules: &RuleSet, address: IpAddr, owners_of: impl Fn(IpAddr) -> u64) -> u64 {
+    let translated = translated(&rules.nat64, address).map(|v4| owners_of(v4.into()));
+    translated
+        .filter(|owners| *owners != 0)
+        .unwrap_or_else(|| owners_of(address))
+}
+
+/// An endpoint within a NAT64 prefix is one of IPv4 (D4). But for what no name may bring (N6), and nobody reaches so.
+fn as_ipv4(prefixes: &[Nat64], net: IpNet) -> IpNet {
+    let embedded = translated(prefixes, net.addr()).filter(|v4| {
+        !(v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast()) && net.prefix_len() >= 96
+    });
+    let v4 = embedded.and_then(|v4| Ipv4Net::new(v4, net.prefix_len() - 96).ok());
+    v4.map_or(net, IpNet::V4)
 }
 
 /// The verdict where the owners of the destination are known, a bit for each target.
@@ -283,7 +309,6 @@ pub fn weigh(rules: &RuleSet, owners: u64, subject: &Subject) -> Explanation {
 /// connections are asked about.
 #[must_use]
 pub fn owners(rules: &RuleSet, protocol: Protocol, address: IpAddr, port: u16) -> u64 {
-    let address = canonical(address); // D4
     let of_port = |place: &Place| (place.protocol, place.port).cmp(&(protocol, port));
     let start = rules.places.partition_point(|(place, _)| of_port(place).is_lt());
     let places = rules.places.get(start..).unwrap_or_default();
@@ -292,12 +317,14 @@ pub fn owners(rules: &RuleSet, protocol: Protocol, address: IpAddr, port: u16) -
     if places.is_empty() {
         return 0;
     }
-    prefixes(address)
-        .filter_map(|net| {
+    let owners_of = |address| {
+        let found = prefixes(address).filter_map(|net| {
             let found = places.binary_search_by(|(place, _)| place.net.cmp(&net)).ok()?;
             places.get(found).map(|(_, bits)| bits)
-        })
-        .fold(0, |owners, bits| owners | bits)
+        });
+        found.fold(0, |owners, bits| owners | bits)
+    };
+    as_judged(rules, canonical(address), owners_of) // D4
 }
 
 /// Whether some of many prefixes contains a canonical address.

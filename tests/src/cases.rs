@@ -40,6 +40,7 @@ pub mod subjects;
 pub mod surfaces;
 pub mod sweep;
 pub mod takeover;
+pub mod translated;
 pub mod units;
 pub mod verify;
 pub mod visibility;
@@ -145,6 +146,7 @@ pub fn all() -> Vec<Case> {
         surfaces::cases(),
         sweep::cases(),
         takeover::cases(),
+        translated::cases(),
         units::cases(),
         verify::cases(),
         visibility::cases(),

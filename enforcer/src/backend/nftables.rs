@@ -286,6 +286,7 @@ impl Nftables {
             mode: crate::policy::Mode::Enforce,
             targets: Vec::new(),
             places: Vec::new(),
+            nat64: Vec::new(),
             named_ports: BTreeSet::new(),
         });
         // Where the table is gone or tells nothing, the number goes on from what was held.
@@ -501,6 +502,7 @@ fn sample() -> RuleSet {
             principals: vec![user(None), user(Some(within.clone())), anybody, RulePrincipal::Kernel],
         }],
         places: places.collect(),
+        nat64: Vec::new(),
         named_ports: BTreeSet::new(),
     }
 }

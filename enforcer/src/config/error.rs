@@ -6,6 +6,7 @@ use humantime::format_duration;
 use thiserror::Error;
 
 use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME};
+use crate::policy::{MAX_NAT64, Nat64Error};
 
 /// A configuration that cannot be used.
 #[derive(Debug, Error)]
@@ -110,6 +111,20 @@ pub enum ConfigFault {
         found: String,
         /// What it may be.
         choices: &'static str,
+    },
+    /// A text that is no NAT64 prefix.
+    #[error("nat64: {error}")]
+    Nat64 {
+        /// What is wrong.
+        error: Nat64Error,
+    },
+    /// More of them than fit.
+    #[error(
+        "nat64 names {found} prefixes besides 64:ff9b::/96, and the limit is {MAX_NAT64}; leave out those that no network of this host translates"
+    )]
+    Nat64Prefixes {
+        /// How many there are.
+        found: usize,
     },
     /// A path that depends on where we are.
     #[error("{key} is not an absolute path; begin it with /")]

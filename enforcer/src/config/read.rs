@@ -18,7 +18,7 @@ use super::{
     Allow, Backend, Bosh, Config, ConfigError, ConfigFault, EndpointText, Existing, Forward, Line, MAX_REFRESH,
     MAX_RETAIN, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
-use crate::policy::{Dns, Mode, Unresolved};
+use crate::policy::{Dns, MAX_NAT64, Mode, Nat64, Unresolved};
 
 /// The keys of a section.
 struct Keys {
@@ -36,6 +36,7 @@ const TOP: Keys = Keys {
         "socket",
         "forward",
         "nft_table",
+        "nat64",
         "dns",
         "bosh",
         "target",
@@ -73,6 +74,7 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
         mode: mode(&top).map_err(at)?,
         settings: settings(&top).map_err(at)?,
         dns: dns(&top).map_err(at)?,
+        nat64: nat64(&top).map_err(at)?,
         bosh: bosh.or_else(|| targets.is_empty().then(Bosh::default)), // B1
         targets,
     })
@@ -334,6 +336,28 @@ fn mode(top: &Section<'_, '_>) -> Result<Mode, Fault> {
     Ok(top
         .choice("mode", &words, "\"enforce\" or \"audit\"")?
         .unwrap_or(Mode::Enforce))
+}
+
+fn nat64(top: &Section<'_, '_>) -> Result<Vec<Nat64>, Fault> {
+    const KEY: &str = "nat64";
+    let Some(value) = top.table.get(KEY) else {
+        return Ok(Vec::new());
+    };
+    let mut prefixes = Vec::new();
+    let list = value.get_ref().as_array();
+    for element in list.ok_or_else(|| top.kind(KEY, value, "an array: [ … ]"))? {
+        let text = top.text(KEY, element, "a NAT64 prefix such as \"2001:db8:64::/96\"")?;
+        let prefix = text
+            .parse()
+            .map_err(|error| fault(element, ConfigFault::Nat64 { error }))?;
+        if prefix != Nat64::WELL_KNOWN && !prefixes.contains(&prefix) {
+            prefixes.push(prefix);
+        }
+    }
+    if prefixes.len() > MAX_NAT64 {
+        return Err(fault(value, ConfigFault::Nat64Prefixes { found: prefixes.len() }));
+    }
+    Ok(prefixes)
 }
 
 fn settings(top: &Section<'_, '_>) -> Result<Settings, Fault> {

@@ -5,12 +5,12 @@ use serde::{Serialize, Serializer};
 use toml::{Table, Value};
 
 use super::{Allow, Backend, Bosh, Config, Existing, Settings, Target, User};
-use crate::policy::{Dns, Mode, Unresolved};
+use crate::policy::{Dns, Mode, Nat64, Unresolved};
 
 /// A key of the file: its section, its name, its comment.
 struct Key(&'static str, &'static str, &'static str);
 
-const KEYS: [Key; 13] = [
+const KEYS: [Key; 14] = [
     Key(
         "",
         "mode",
@@ -52,6 +52,11 @@ const KEYS: [Key; 13] = [
         "nft_table",
         "The nftables table of family inet; letters, digits and _; a reload cannot change it.",
     ),
+    Key(
+        "",
+        "nat64",
+        "Prefixes of 96 bits, besides 64:ff9b::/96, by which this host's networks reach IPv4 from IPv6 (NAT64): such an address is judged as its IPv4 address.",
+    ),
     Key("dns", "min_refresh", "Shortest time between two look-ups of a name."),
     Key("dns", "max_refresh", "Longest time between two look-ups of a name."),
     Key(
@@ -83,8 +88,8 @@ impl Config {
     /// The effective configuration as TOML, each key with a comment and its default. Reads back as an equal `Config`.
     #[must_use]
     pub fn show(&self) -> String {
-        let defaults = root(Mode::Enforce, &Settings::default(), Dns::default());
-        let tree = root(self.mode, &self.settings, self.dns);
+        let defaults = root(Mode::Enforce, &Settings::default(), Dns::default(), &[]);
+        let tree = root(self.mode, &self.settings, self.dns, &self.nat64);
         let mut out = String::new();
         let mut current = "";
         for Key(section, key, comment) in KEYS {
@@ -125,7 +130,7 @@ impl Config {
 impl Serialize for Config {
     /// The shape of the file; an absent `cgroup` is the default.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut tree = root(self.mode, &self.settings, self.dns);
+        let mut tree = root(self.mode, &self.settings, self.dns, &self.nat64);
         let targets = self
             .targets
             .iter()
@@ -140,7 +145,7 @@ impl Serialize for Config {
 }
 
 /// Everything but the targets. No `..`: a new field must find its place here.
-fn root(mode: Mode, settings: &Settings, dns: Dns) -> Table {
+fn root(mode: Mode, settings: &Settings, dns: Dns, nat64: &[Nat64]) -> Table {
     let Settings {
         backend,
         existing,
@@ -173,6 +178,10 @@ fn root(mode: Mode, settings: &Settings, dns: Dns) -> Table {
         text("socket", socket.display().to_string()),
         text("forward", forward.to_string()),
         text("nft_table", nft_table.clone()),
+        (
+            "nat64".to_owned(),
+            Value::Array(nat64.iter().map(|prefix| Value::String(prefix.to_string())).collect()),
+        ),
         ("dns".to_owned(), Value::Table(dns)),
     ]);
     tree.extend(cgroup.iter().map(|path| text("cgroup", path.display().to_string())));

@@ -127,6 +127,7 @@ impl Wanted {
                 mode: good.policy.mode,
                 settings: good.settings.clone(),
                 dns: good.policy.dns,
+                nat64: good.policy.nat64.clone(),
                 bosh: good.bosh.clone().map(|dir| Bosh { dir }),
                 targets: BTreeMap::new(),
             },

@@ -38,6 +38,7 @@ fn well() -> Seen {
             mode: Mode::Enforce,
             targets: Vec::new(),
             places: vec![(place, 1)],
+            nat64: Vec::new(),
             named_ports: BTreeSet::new(),
         }),
         in_force: Some("ebpf".to_owned()),

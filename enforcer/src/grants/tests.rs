@@ -70,6 +70,7 @@ fn policy() -> Policy {
     Policy {
         mode: Mode::Enforce,
         dns: Dns::default(),
+        nat64: Vec::new(),
         targets: vec![target("closed", false), target("open", true)],
     }
 }

@@ -201,6 +201,7 @@ impl Policy {
             policy: Self {
                 mode: config.mode,
                 dns: config.dns,
+                nat64: config.nat64.clone(),
                 targets,
             },
             warnings,

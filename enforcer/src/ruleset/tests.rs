@@ -23,6 +23,7 @@ fn principals(targets: u32, each: u32, level: impl Fn(u32) -> Option<u32>) -> Re
     let policy = Policy {
         mode: Mode::Enforce,
         dns: crate::policy::Dns::default(),
+        nat64: Vec::new(),
         targets: targets.collect(),
     };
     compile(&policy, &Resolved::new(), &host)

@@ -58,6 +58,9 @@ pub(super) struct Content {
     settings: Settings,
     #[serde(with = "DnsContent")]
     dns: Dns,
+    /// Earlier versions did not know them.
+    #[serde(default)]
+    nat64: Vec<String>,
     bosh: Option<PathBuf>,
     targets: BTreeMap<String, TargetContent>,
     names: BTreeMap<String, NameContent>,
@@ -154,7 +157,12 @@ enum UnresolvedContent {
 
 impl From<&LastGoodRef<'_>> for Content {
     fn from(good: &LastGoodRef<'_>) -> Self {
-        let Policy { mode, dns, targets } = good.policy;
+        let Policy {
+            mode,
+            dns,
+            nat64,
+            targets,
+        } = good.policy;
         let target = |target: &Target| {
             let endpoints = target.endpoints.iter().map(ToString::to_string).collect();
             let allow = target.principals.iter().map(PrincipalContent::from).collect();
@@ -184,6 +192,7 @@ impl From<&LastGoodRef<'_>> for Content {
             mode: *mode,
             settings: good.settings.clone(),
             dns: *dns,
+            nat64: nat64.iter().map(ToString::to_string).collect(),
             bosh: good.bosh.map(Path::to_path_buf),
             targets: targets.iter().map(target).collect(),
             names: good.names.iter().map(name).collect(),
@@ -235,6 +244,11 @@ impl TryFrom<Content> for LastGood {
             policy: Policy {
                 mode: content.mode,
                 dns: content.dns,
+                nat64: content
+                    .nat64
+                    .iter()
+                    .map(|text| parsed(text, str::parse))
+                    .collect::<Result<_, String>>()?,
                 targets: targets.collect::<Result<_, String>>()?,
             },
             names,

@@ -41,6 +41,7 @@ fn rules(principals: Vec<RulePrincipal>) -> RuleSet {
             principals,
         }],
         places,
+        nat64: Vec::new(),
         named_ports: BTreeSet::new(),
     }
 }

@@ -78,7 +78,7 @@ const SCHEMAS: [(&str, &str); 11] = [
     ),
     (
         "enforcer/config/1",
-        "mode backend existing forward cgroup pin_dir state_dir socket nft_table dns dns.min_refresh dns.max_refresh \
+        "mode backend existing forward cgroup pin_dir state_dir socket nft_table nat64 dns dns.min_refresh dns.max_refresh \
          dns.retain dns.unresolved bosh bosh.dir target target.main target.main.endpoints target.main.allow \
          target.main.grants",
     ),
@@ -129,6 +129,7 @@ fn config_show() -> Result<()> {
         "mode = \"audit\"",
         "existing = \"cut\"",
         "forward = \"allow\"",
+        "nat64 = [\"2001:db8:64::/96\"]",
         "min_refresh = \"7s\"",
         "max_refresh = \"49s\"",
         "retain = \"2h\"",
@@ -150,7 +151,7 @@ fn config_show() -> Result<()> {
         "tcp://nats.example:4222",
     ];
     world.configure(&format!(
-        "{}\n{}\n{}\n[dns]\n{}\n{}\n{}\n{}\n[bosh]\n{}\n[target.main]\n{}\nendpoints = {endpoints:?}\n\
+        "{}\n{}\n{}\n{}\n[dns]\n{}\n{}\n{}\n{}\n[bosh]\n{}\n[target.main]\n{}\nendpoints = {endpoints:?}\n\
         allow = [{}, {}, {{ {}, {} }}, {{ {} }}]\n",
         keys[0],
         keys[1],
@@ -161,6 +162,7 @@ fn config_show() -> Result<()> {
         keys[6],
         keys[7],
         keys[8],
+        keys[9],
         principals[0],
         principals[1],
         principals[2],

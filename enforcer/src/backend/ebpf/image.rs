@@ -2,17 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use enforcer_ebpf::{
-    EndpointKey, Few, KEY_BITS, MAX_TARGET_NAME, MAX_TARGETS, Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP,
-    canonical4, canonical6, flag, kind, scope,
+    EndpointKey, Few, KEY_BITS, MAX_NAT64, MAX_TARGET_NAME, MAX_TARGETS, Nat64, Owners, PrefixKey, PrincipalKey, TCP,
+    TargetName, UDP, canonical4, canonical6, flag, kind, scope,
 };
 use ipnet::IpNet;
 
 use crate::{
-    policy::{Mode, Protocol},
+    policy::{self, Mode, Protocol},
     ruleset::{Place, RulePrincipal, RuleSet, is_loopback, is_single},
 };
 
@@ -30,6 +30,8 @@ pub struct Image {
     pub netns: u64,
     /// The first users that are admitted anywhere.
     pub few: Few,
+    /// NAT64 prefixes besides the well-known one.
+    pub nat64: [Nat64; MAX_NAT64 as usize],
     /// Ports in network byte order.
     pub ports: BTreeSet<u16>,
     /// Exact endpoints.
@@ -42,6 +44,9 @@ pub struct Image {
     pub names: Names,
 }
 
+/// No NAT64 prefix.
+const NO_NAT64: [Nat64; MAX_NAT64 as usize] = [[0; 3]; MAX_NAT64 as usize];
+
 impl Image {
     /// A slot with nothing in it.
     #[must_use]
@@ -51,6 +56,7 @@ impl Image {
             levels: 0,
             netns: 0,
             few: Few::default(),
+            nat64: NO_NAT64,
             ports: BTreeSet::new(),
             endpoints: Vec::new(),
             prefixes: Vec::new(),
@@ -115,6 +121,14 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
             ));
         }
     }
+    let others = rules
+        .nat64
+        .iter()
+        .filter(|prefix| **prefix != policy::Nat64::WELL_KNOWN);
+    for (kept, prefix) in image.nat64.iter_mut().zip(others) {
+        let [a, b, c, _] = words(prefix.embed(Ipv4Addr::UNSPECIFIED));
+        *kept = [a, b, c];
+    }
     // A name that has no address yet has no place (N8).
     image.ports.extend(rules.named_ports.iter().map(|port| port.to_be()));
     push_unspecified(rules, &bits, &mut image.endpoints);
@@ -136,6 +150,7 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
         (loader.daemon, flag::DAEMON),
         (loader.socket_user, flag::SOCKET_USER),
         (few, flag::FEW),
+        (image.nat64 != NO_NAT64, flag::NAT64),
         (
             image.principals.iter().any(|(key, _)| key.kind == kind::ANYBODY),
             flag::ANYBODY,

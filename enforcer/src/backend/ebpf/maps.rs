@@ -9,8 +9,8 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    AllCounters, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_TARGETS, Owners, PrefixKey,
-    PrincipalKey, TargetName, decide::Tables, entries, gate, scope,
+    AllCounters, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_NAT64, MAX_TARGETS, Nat64,
+    Owners, PrefixKey, PrincipalKey, TargetName, decide::Tables, entries, gate, scope,
 };
 
 use super::{
@@ -56,6 +56,7 @@ pub struct Maps {
     endpoints: Table<EndpointKey, Owners>,
     prefixes: Table<PrefixKey, Owners>,
     principals: Table<PrincipalKey, Owners>,
+    nat64: Table<u32, Nat64>,
     targets: Table<u32, TargetName>,
     counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
@@ -92,6 +93,7 @@ impl Maps {
             endpoints: Table::open(dir, "endpoints", HASH, entries::ENDPOINTS)?,
             prefixes: Table::open(dir, "prefixes", LPM_TRIE, entries::PREFIXES)?,
             principals: Table::open(dir, "principals", HASH, entries::PRINCIPALS)?,
+            nat64: Table::open(dir, "nat64", ARRAY, entries::NAT64)?,
             targets: Table::open(dir, "targets", ARRAY, entries::TARGETS)?,
             counters: Table::open(dir, "counters", PERCPU_ARRAY, entries::COUNTERS)?,
             lost: Table::open(dir, "lost", PERCPU_ARRAY, entries::LOST)?,
@@ -119,7 +121,7 @@ impl Maps {
         }
     }
 
-    /// Ids of the maps that a verdict rests on.
+    /// Ids of the maps that every program's verdict rests on.
     pub fn ids(&self) -> Result<[u32; 6], BackendError> {
         Ok([
             self.active.id()?,
@@ -129,6 +131,11 @@ impl Maps {
             self.prefixes.id()?,
             self.principals.id()?,
         ])
+    }
+
+    /// The id of the one that only the programs of IPv6 ask.
+    pub fn nat64_id(&self) -> Result<u32, BackendError> {
+        self.nat64.id()
     }
 
     /// What holds for all of a slot.
@@ -153,6 +160,7 @@ impl Maps {
             levels: generation.levels,
             netns: generation.netns,
             few: generation.few,
+            nat64: self.read_nat64(slot)?,
             ports: self.read_ports(slot)?,
             endpoints: self.read_endpoints(slot)?,
             prefixes: self.read_prefixes(slot)?,
@@ -179,6 +187,7 @@ impl Maps {
                     (netns, levels, flags, few) == (image.netns, image.levels, image.flags, image.few)
                         && self.read_principals(slot)? == image.principals
                         && self.names(slot)? == image.names
+                        && self.read_nat64(slot)? == image.nat64
                         && self.lets_through(slot, image)?,
                 )
             }
@@ -197,6 +206,14 @@ impl Maps {
             }
         }
         Ok(true)
+    }
+
+    fn read_nat64(&self, slot: u8) -> Result<[Nat64; MAX_NAT64 as usize], BackendError> {
+        let mut prefixes = [Nat64::default(); MAX_NAT64 as usize];
+        for (index, prefix) in (nat64_index(slot)..).zip(&mut prefixes) {
+            *prefix = self.nat64.get(&index)?.unwrap_or_default();
+        }
+        Ok(prefixes)
     }
 
     fn read_ports(&self, slot: u8) -> Result<BTreeSet<u16>, BackendError> {
@@ -276,6 +293,11 @@ impl Maps {
         for ((index, name), have) in (name_index(slot, 0)..).zip(&want.names).zip(&have.names) {
             if name != have {
                 self.targets.put_read_back(&index, *name)?;
+            }
+        }
+        for ((index, prefix), have) in (nat64_index(slot)..).zip(&want.nat64).zip(&have.nat64) {
+            if prefix != have {
+                self.nat64.put_read_back(&index, *prefix)?;
             }
         }
         let generation = Generation {
@@ -397,6 +419,10 @@ impl Tables for Outside<'_> {
             bits: KEY_BITS + 128,
             key: *key,
         }))
+    }
+
+    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
+        self.keep(self.maps.nat64.get(&(nat64_index(slot) + number)))
     }
 
     fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
@@ -615,6 +641,10 @@ pub fn deactivate(dir: &Path) -> io::Result<()> {
         return Err(io::ErrorKind::InvalidData.into());
     }
     sys::update(active.as_fd(), &0_u32, &vec![0_u8; info.value_size as usize])
+}
+
+fn nat64_index(slot: u8) -> u32 {
+    u32::from(slot) * MAX_NAT64
 }
 
 fn name_index(slot: u8, bit: u32) -> u32 {

@@ -17,7 +17,7 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    AllCounters, DialRecord, EndpointKey, EventRecord, Generation, PrefixKey, PrincipalKey, TargetName,
+    AllCounters, DialRecord, EndpointKey, EventRecord, Generation, Nat64, PrefixKey, PrincipalKey, TargetName,
 };
 
 /// A type whose bytes the kernel may read and write.
@@ -49,6 +49,8 @@ unsafe impl Plain for AllCounters {}
 unsafe impl Plain for EventRecord {}
 // SAFETY: as above.
 unsafe impl Plain for DialRecord {}
+// SAFETY: as above.
+unsafe impl Plain for Nat64 {}
 
 /// A value of zeros.
 #[must_use]

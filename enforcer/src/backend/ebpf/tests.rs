@@ -43,6 +43,10 @@ impl Tables for Plain<'_> {
         self.0.few.find(user)
     }
 
+    fn nat64(&self, _: u8, number: u32) -> Option<[u32; 3]> {
+        self.0.nat64.get(usize::try_from(number).ok()?).copied()
+    }
+
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {
         self.0
             .endpoints
@@ -133,6 +137,11 @@ fn address() -> impl Strategy<Value = IpAddr> {
         "fe80::1",
         "192.168.0.1",
         "126.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b::127.0.0.1",
+        "64:ff9b::",
+        "2001:db8:64::10.0.0.2",
+        "2001:db8:64::10.1.0.1",
     ];
     proptest::sample::select(
         pool.iter()
@@ -191,7 +200,13 @@ fn policy() -> impl Strategy<Value = Policy> {
         proptest::collection::btree_set(endpoint(), 0..6),
         proptest::collection::btree_set(principal(), 0..6),
     );
-    (any::<bool>(), proptest::collection::vec(target, 1..5)).prop_map(|(audit, targets)| Policy {
+    let made = (any::<bool>(), any::<bool>(), proptest::collection::vec(target, 1..5));
+    made.prop_map(|(audit, translates, targets)| Policy {
+        nat64: translates
+            .then_some("2001:db8:64::/96")
+            .into_iter()
+            .filter_map(|text| text.parse().ok())
+            .collect(),
         mode: if audit { Mode::Audit } else { Mode::Enforce },
         dns: Dns {
             min_refresh: Duration::from_secs(5),

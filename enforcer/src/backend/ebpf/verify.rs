@@ -142,6 +142,12 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
     let ports =
         |image: &Image| -> Vec<(u16, ())> { image.ports.iter().map(|port| (u16::from_be(*port), ())).collect() };
     comparison.entries("map ports", ports(want), ports(found));
+    comparison.words(
+        "map nat64",
+        "prefixes",
+        &format!("{:x?}", want.nat64),
+        &format!("{:x?}", found.nat64),
+    );
     let targets = |owners: Owners, image: &Image| -> Vec<String> {
         let named = (0..).zip(&image.names).filter(|(bit, _)| owners >> bit & 1 == 1);
         named
@@ -226,8 +232,16 @@ fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), Back
 /// Whether the pins are the maps that we hold: who starts next takes over what is pinned.
 fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) -> Result<(), BackendError> {
     let dir = maps_name();
-    let names = ["active", "generations", "ports", "endpoints", "prefixes", "principals"];
-    for (name, id) in names.into_iter().zip(maps.ids()?) {
+    let names = [
+        "active",
+        "generations",
+        "ports",
+        "endpoints",
+        "prefixes",
+        "principals",
+        "nat64",
+    ];
+    for (name, id) in names.into_iter().zip(maps.ids()?.into_iter().chain([maps.nat64_id()?])) {
         let found = sys::open_pin(&pins.path(&dir).join(name)).and_then(|map| sys::map_id(map.as_fd()));
         let found = found.map_or_else(|error| error.to_string(), |id| format!("map {id}"));
         comparison.words("pinned map", name, &format!("map {id}"), &found);

@@ -9,11 +9,12 @@ use enforcer_ebpf::Verdict as Outcome;
 
 use super::{
     Reading,
-    expression::{Expression, IPV4, IPV6, meta},
+    expression::{Expression, IPV4, IPV6, meta, prefix_of},
     image::{Image, Value, chain, endpoint_key},
 };
 use crate::{
     backend::Checked,
+    policy::{Nat64, translated},
     ruleset::{Attempt, Subject},
 };
 
@@ -90,6 +91,18 @@ fn class_of<'i>(image: &'i Image, attempt: &Attempt) -> Option<&'i str> {
     if attempt.foreign_netns && (address.is_loopback() || !image.chains.contains_key(chain::FORWARD)) {
         return None; // D6, and forward = "allow"
     }
+    let judge = image.chains.get(&image.slot().judge());
+    let rules = judge.map_or(&[][..], |judge| &judge.rules);
+    let prefixes: Vec<Nat64> = rules
+        .iter()
+        .filter_map(|rule| prefix_of(&rule.expressions))
+        .map(Nat64::from_bytes)
+        .collect();
+    let translated = translated(&prefixes, address).and_then(|v4| class_at(image, attempt, v4.into()));
+    translated.or_else(|| class_at(image, attempt, address)) // D4
+}
+
+fn class_at<'i>(image: &'i Image, attempt: &Attempt, address: IpAddr) -> Option<&'i str> {
     let key = endpoint_key(address, attempt.protocol, attempt.port);
     let [single, ranges] = image.slot().endpoints(if address.is_ipv4() { IPV4 } else { IPV6 });
     let elements = |name: &String| image.sets.get(name).map_or(&[][..], |set| &set.elements);

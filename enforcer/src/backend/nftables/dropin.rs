@@ -489,6 +489,7 @@ fn split(rules: &RuleSet) -> Option<(RuleSet, RuleSet)> {
         mode: rules.mode,
         targets: vec![target],
         places: places.map(|(place, _)| (*place, 1)).collect(),
+        nat64: rules.nat64.clone(),
         named_ports: BTreeSet::new(), // Our own table tells of dials.
     };
     Some((own, shared))

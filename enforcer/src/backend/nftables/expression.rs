@@ -336,6 +336,62 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
     all
 }
 
+/// Looks the IPv4 address in a destination of a NAT64 prefix up in a map of IPv4 endpoints to verdicts (D4).
+#[must_use]
+pub fn translated_destination(prefix: [u8; 12], endpoints: &str) -> Vec<Expression> {
+    let (protocol, port) = BEHIND4;
+    let address = |offset, length| Expression::Payload {
+        base: base::NETWORK,
+        offset,
+        length,
+        register: REGISTER,
+    };
+    let mut all = equal(meta::NFPROTO, vec![IPV6]);
+    all.extend([
+        address(24, 12),
+        Expression::Compare {
+            equal: true,
+            value: prefix.to_vec(),
+        },
+        address(36, 4),
+        Expression::Meta {
+            key: meta::L4PROTO,
+            register: protocol,
+        },
+        Expression::Payload {
+            base: base::TRANSPORT,
+            offset: 2,
+            length: 2,
+            register: port,
+        },
+        Expression::Lookup {
+            set: endpoints.to_owned(),
+            value: Some(VERDICT),
+        },
+    ]);
+    all
+}
+
+/// The prefix of a rule that [`translated_destination`] made.
+#[must_use]
+pub fn prefix_of(rule: &[Expression]) -> Option<[u8; 12]> {
+    match rule {
+        [
+            _,
+            _,
+            Expression::Payload {
+                base: base::NETWORK,
+                offset: 24,
+                length: 12,
+                ..
+            },
+            Expression::Compare { equal: true, value },
+            ..,
+        ] => value.as_slice().try_into().ok(),
+        _ => None,
+    }
+}
+
 /// Looks the destination's port up in a map of ports to verdicts.
 #[must_use]
 pub fn port(ports: &str) -> Vec<Expression> {

@@ -5,11 +5,15 @@
 //! by what a packet shows: what shows that it opens nothing leaves first, by one rule (P3); what shows where it goes is judged; of the
 //! rest, whatever goes to an endpoint's address and could carry what decides is refused.
 
+use std::net::Ipv4Addr;
+
+use ipnet::IpNet;
+
 use super::{
     expression::{self as is, Expression, FAR_OFFSET4, FRAGMENT4, IPV4, IPV6, OFFSET4, TCP, UDP, Verdict, goto},
     image::{Element, Image, SetKind, Slot, UNREADABLE, Value, address, chain_of, number, sorted},
 };
-use crate::ruleset::RuleSet;
+use crate::{policy::Nat64, ruleset::RuleSet};
 
 /// Next headers behind which a receiver could go on, and the kernel's rules do not: mobility, HIP, shim6 and two for experiments
 /// (IANA's list of IPv6 extension headers; `ipv6_ext_hdr` has the others).
@@ -168,10 +172,18 @@ fn accept() -> Expression {
 /// Ranges of all endpoints' addresses of a family, of whatever protocol and port: no two of them touch.
 fn ranges(rules: &RuleSet, family: u8) -> Vec<(u128, u128)> {
     let nets = rules.places.iter().map(|(place, _)| place.net);
-    let mut all: Vec<_> = nets
-        .filter(|net| net.addr().is_ipv4() == (family == IPV4))
-        .map(|net| (number(net.network()), number(net.broadcast())))
-        .collect();
+    let range = |net: IpNet| (number(net.network()), number(net.broadcast()));
+    let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = nets.partition(|net| net.addr().is_ipv4());
+    let own = if family == IPV4 { &v4 } else { &v6 };
+    let mut all: Vec<_> = own.iter().copied().map(range).collect();
+    if family == IPV6 {
+        // By a NAT64, too (D4).
+        for (first, last) in v4.into_iter().map(range) {
+            let start = |prefix: &Nat64| number(prefix.embed(Ipv4Addr::UNSPECIFIED).into());
+            let starts = rules.nat64.iter().map(start);
+            all.extend(starts.map(|start| (start + first, start + last)));
+        }
+    }
     all.sort_unstable();
     let mut merged: Vec<(u128, u128)> = Vec::new();
     for (first, last) in all {
@@ -205,6 +217,7 @@ mod tests {
             mode: Mode::Enforce,
             targets: Vec::new(),
             places: nets.into_iter().map(|net| (place(net), 1)).collect(),
+            nat64: Vec::new(),
             named_ports: BTreeSet::new(),
         }
     }

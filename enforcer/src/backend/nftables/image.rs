@@ -329,7 +329,14 @@ pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let judge = |names: fn(Slot, u8) -> [String; 2]| {
         let maps = [IPV4, IPV6].map(|family| names(slot, family).map(|name| (family, name)));
         let there = maps.iter().flatten().filter(|(_, name)| image.sets.contains_key(name));
-        let endpoints = there.map(|(family, name)| is::destination(*family, name));
+        // The IPv4 address in one of IPv6 before that itself, as the one decides if it is an endpoint (D4).
+        let (v4, v6): (Vec<_>, Vec<_>) = there.partition(|(family, _)| *family == IPV4);
+        let translated = rules.nat64.iter().flat_map(|prefix| {
+            let name = |(_, name): &&(u8, String)| is::translated_destination(prefix.bytes(), name);
+            v4.iter().map(name).collect::<Vec<_>>()
+        });
+        let as_is = |(family, name): &&(u8, String)| is::destination(*family, name);
+        let endpoints = v4.iter().map(as_is).chain(translated).chain(v6.iter().map(as_is));
         let dials = image.sets.contains_key(&slot.ports()).then(|| is::port(&slot.ports()));
         chain_of(None, endpoints.chain(dials).collect())
     };

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::Forward,
-    policy::{CgroupPath, Mode, Protocol, Uid},
+    policy::{CgroupPath, Mode, Nat64, Protocol, Uid},
     ruleset::{Attempt, Cgroup, Place, RulePrincipal, RuleSet, RuleTarget, Subject, explain},
 };
 
@@ -28,6 +28,16 @@ fn address() -> impl Strategy<Value = IpAddr> {
         (0..8_u8).prop_map(|low| IpAddr::from([10, 0, 0, low])),
         (0..8_u8).prop_map(|low| IpAddr::from([127, 0, 0, low])),
         (0..8_u16).prop_map(|low| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, low])),
+    ]
+}
+
+/// What is dialled by a NAT64, too.
+fn dialled() -> impl Strategy<Value = IpAddr> {
+    let translated = [0x0a00, 0x7f00].map(Just);
+    prop_oneof![
+        3 => address(),
+        1 => (prop::strategy::Union::new(translated), 0..8_u16)
+            .prop_map(|(high, low)| IpAddr::from([0x64, 0xff9b, 0, 0, 0, 0, high, low])),
     ]
 }
 
@@ -77,6 +87,7 @@ prop_compose! {
                 .map(|(index, principals)| RuleTarget { name: format!("t{index}"), principals })
                 .collect(),
             places: places.into_iter().map(|(place, owners)| (place, owners & mask)).filter(|(_, owners)| *owners != 0).collect(),
+            nat64: vec![Nat64::WELL_KNOWN],
             named_ports: BTreeSet::new(),
         }
     }
@@ -84,7 +95,7 @@ prop_compose! {
 
 prop_compose! {
     pub(super) fn attempt()(
-        address in address(),
+        address in dialled(),
         protocol in protocol(),
         port in 1..3_u16,
         user in 0..4_u32,
@@ -144,6 +155,7 @@ fn forwarded_connections_have_no_user() {
             }],
         }],
         places: vec![(place("10.0.0.1/32"), 1), (place("127.0.0.1/32"), 1)],
+        nat64: Vec::new(),
         named_ports: BTreeSet::new(),
     };
     let attempt = |address: &str| Attempt {

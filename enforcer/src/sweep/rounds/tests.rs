@@ -33,6 +33,7 @@ fn of_one_sweep_1024_are_told_and_256_listed_each_once() {
             mode: Mode::Enforce,
             targets: Vec::new(),
             places: Vec::new(),
+            nat64: Vec::new(),
             named_ports: BTreeSet::new(),
         },
         action: Existing::Report,
