@@ -59,7 +59,7 @@ use crate::{
     grants::Grants,
     host::LocalChanges,
     policy::{Endpoint, Name, Policy},
-    resolve::{Answer, Known, Names},
+    resolve::{Known, Looked, Names},
     ruleset::{Host, Resolved, RuleSet},
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
@@ -96,7 +96,7 @@ struct Daemon {
     host: Host,
     /// When what is local was listed last.
     listed: Instant,
-    lookups: JoinSet<Answer>,
+    lookups: JoinSet<Looked>,
     user_lookups: UserLookups,
     /// The name and round of each look-up under way.
     under_way: HashMap<task::Id, (Name, u64)>,

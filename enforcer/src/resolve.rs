@@ -13,7 +13,7 @@ use std::{
 };
 
 use self::addresses::Addresses;
-pub use self::lookup::{LOOKUP_TIMEOUT, lookup};
+pub use self::lookup::{LOOKUP_TIMEOUT, Looked, lookup, lookup_early};
 use crate::{
     policy::{Dns, Name, canonical},
     ruleset::Resolved,
@@ -55,7 +55,7 @@ impl Answer {
         for outcome in [a, aaaa] {
             match outcome {
                 Outcome::Found { addresses, .. } => all.extend(addresses),
-                Outcome::Empty => {}
+                Outcome::Empty | Outcome::Awaited => {}
                 Outcome::Missing => why.push("it does not exist".to_owned()),
                 Outcome::Failed(error) => why.push(error),
             }
@@ -84,6 +84,8 @@ pub enum Outcome {
     Missing,
     /// No answer that means anything.
     Failed(String),
+    /// No answer yet, beside one of the other family.
+    Awaited,
 }
 
 /// Something an operator should read once.
@@ -228,6 +230,27 @@ impl Names {
         self.states
             .get_mut(name)
             .is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
+    }
+
+    /// Takes what one family says while the other is awaited: what is wrong is said of the whole answer, as are the times.
+    pub fn answered_in_part(&mut self, now: Instant, name: &Name, answer: &Answer) -> Vec<Note> {
+        let most = self.dns.max_refresh;
+        let (Some(state), Answer::Dns { a, aaaa }) = (self.states.get_mut(name), answer) else {
+            return Vec::new();
+        };
+        let before = state.addresses.all();
+        let good = |outcome: &Outcome| match outcome {
+            Outcome::Found { addresses, .. } => {
+                let all = addresses.iter().copied().map(canonical);
+                let good: BTreeSet<IpAddr> = all.filter(|address| may_be_answered(*address)).collect();
+                (!good.is_empty()).then_some(good)
+            }
+            Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => None,
+        };
+        state.addresses.take([good(a), good(aaaa)], now, most);
+        let after = state.addresses.all();
+        let changed = (after != before).then(|| Note::Changed(name.clone(), after));
+        changed.into_iter().collect()
     }
 
     /// Takes an answer: only a newer positive one changes anything (N3).
@@ -377,7 +400,7 @@ impl State {
             Outcome::Empty if known => Err(format!("{kind}: no address any more")), // N3
             Outcome::Missing if known => Err(format!("{kind}: the name does not exist any more (NXDOMAIN)")), // N3
             // Of a family never known this is no fault; some servers deny a name's existence for want of AAAA (RFC 4074).
-            Outcome::Empty | Outcome::Missing => Ok(None),
+            Outcome::Empty | Outcome::Missing | Outcome::Awaited => Ok(None),
             Outcome::Failed(cause) => Err(format!("{kind}: {cause}")),
         }
     }

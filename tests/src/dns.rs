@@ -35,8 +35,8 @@ pub enum Zone {
     Code(ResponseCode),
     /// Nothing at all.
     Silence,
-    /// Addresses of IPv4, and this code where IPv6 is asked for.
-    Ipv4Alone(Vec<IpAddr>, ResponseCode),
+    /// Addresses of IPv4, and where IPv6 is asked for this code, or nothing at all.
+    Ipv4Alone(Vec<IpAddr>, Option<ResponseCode>),
     /// Addresses over TCP, and nothing at all over UDP.
     TcpAlone(Vec<IpAddr>),
 }
@@ -197,7 +197,7 @@ fn answer(request: &Message, zones: &BTreeMap<String, Zone>, over_tcp: bool) -> 
             Some(Zone::Silence) => return None,
             Some(Zone::TcpAlone(_)) if !over_tcp => return None,
             Some(Zone::Ipv4Alone(_, code)) if kind == RecordType::AAAA => {
-                response.metadata.response_code = *code;
+                response.metadata.response_code = (*code)?;
                 break;
             }
             Some(Zone::Code(code)) => {

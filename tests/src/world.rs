@@ -262,7 +262,8 @@ impl World {
 
     /// The status, whatever its exit code.
     pub fn status(&self) -> Result<Value> {
-        Ok(serde_json::from_str(&self.enforcer(&["status", "--json"])?.stdout)?)
+        let ran = self.enforcer(&["status", "--json"])?;
+        serde_json::from_str(&ran.stdout).with_context(|| format!("{ran:?}"))
     }
 }
 

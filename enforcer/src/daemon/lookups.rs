@@ -9,7 +9,7 @@ use super::{About, Daemon, Waiting};
 use crate::{
     control::Reply,
     policy::Name,
-    resolve::{Answer, LOOKUP_TIMEOUT, Note, Outcome, lookup},
+    resolve::{Answer, LOOKUP_TIMEOUT, Looked, Note, Outcome, lookup_early},
 };
 
 impl Daemon {
@@ -35,23 +35,25 @@ impl Daemon {
     pub(super) fn look_up(&mut self, name: Name) {
         self.names.begin(&name);
         let asked = name.clone();
-        let task = self.lookups.spawn(async move { lookup(&asked, LOOKUP_TIMEOUT).await });
+        let task = self
+            .lookups
+            .spawn(async move { lookup_early(&asked, LOOKUP_TIMEOUT).await });
         self.under_way.insert(task.id(), (name, self.round));
     }
 
     /// Takes the answer to a look-up, unless a later one was answered before it.
-    pub(super) fn answered(&mut self, joined: Result<(task::Id, Answer), task::JoinError>) {
-        let (id, answer) = match joined {
+    pub(super) fn answered(&mut self, joined: Result<(task::Id, Looked), task::JoinError>) {
+        let (id, Looked { answer, rest }) = match joined {
             Ok((id, answer)) => (id, answer),
             Err(error) => {
                 let failed = Outcome::Failed("the look-up ended by itself".to_owned());
                 error!("a look-up ended by itself: {error}");
                 (
                     error.id(),
-                    Answer::Dns {
+                    Looked::from(Answer::Dns {
                         a: failed.clone(),
                         aaaa: failed,
-                    },
+                    }),
                 )
             }
         };
@@ -65,7 +67,14 @@ impl Daemon {
         }
         *newest = round;
         self.kept.changed();
-        let notes = self.names.answered(Instant::now(), &name, answer);
+        let notes = match rest {
+            None => self.names.answered(Instant::now(), &name, answer),
+            Some(rest) => {
+                let task = self.lookups.spawn(async move { rest.await.into() });
+                self.under_way.insert(task.id(), (name.clone(), round));
+                self.names.answered_in_part(Instant::now(), &name, &answer)
+            }
+        };
         let news = notes.iter().any(|note| matches!(note, Note::Changed(..)));
         self.dial_answered(&name, round, news);
         for note in notes {

@@ -146,7 +146,7 @@ const fn option(
 }
 
 /// Files that come with enforcer: one of each line is enough.
-const FILES: [(&str, &[&str]); 5] = [
+const FILES: [(&str, &[&str]); 4] = [
     (
         "the binary",
         &[
@@ -181,14 +181,6 @@ const FILES: [(&str, &[&str]); 5] = [
             "usr/share/man/man8/enforcer.8",
             "usr/share/man/man1/enforcer.1.gz",
             "usr/share/man/man1/enforcer.1",
-        ],
-    ),
-    (
-        "the man page of the configuration",
-        &[
-            "usr/share/man/man5/enforcer.toml.5.gz",
-            "usr/share/man/man5/enforcer.toml.5",
-            "usr/share/man/man5/enforcer.5.gz",
         ],
     ),
 ];

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use super::{
@@ -541,11 +541,33 @@ fn programs(seen: &Seen, enforces: Enforces, findings: &mut Vec<Finding>) {
             remedy,
         ));
     }
+    let (rewriting, before): (Vec<_>, Vec<_>) = before.into_iter().partition(|one| one.attached.rewrites);
+    if !rewriting.is_empty() {
+        let endpoints = seen.rules.iter().flat_map(|rules| &rules.places);
+        let endpoint = |place: &ruleset::Place| {
+            let at = if is_single(&place.net) {
+                SocketAddr::new(place.net.addr(), place.port).to_string()
+            } else {
+                format!("{}, port {}", place.net, place.port)
+            };
+            format!("perhaps of the endpoint {} {at}", place.protocol)
+        };
+        let endpoints = endpoints.map(|(place, _)| endpoint(place));
+        findings.push(finding(
+            "program-rewrites-before",
+            Weight::Medium,
+            "programs of others run before ours and rewrite addresses: what they lead away from an endpoint is not judged as that endpoint, \
+             and who may reach it by them is theirs to say",
+            rewriting.iter().map(shown).chain(endpoints),
+            "find out what it rewrites (bpftool prog dump xlated id ID): an endpoint that it leads elsewhere needs the address that it \
+             leads to as an endpoint, too",
+        ));
+    }
     if !before.is_empty() {
         findings.push(finding(
             "program-before",
             Weight::Low,
-            "programs of others run before ours: they can refuse what is allowed; what they rewrite is judged as rewritten",
+            "programs of others run before ours: they can refuse what is allowed",
             before.iter().map(shown),
             "nothing, if they are meant to be there",
         ));

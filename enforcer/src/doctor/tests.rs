@@ -157,6 +157,10 @@ fn programs_are_weighed_by_their_order() {
     );
     check(
         |seen| seen.programs.push(program(false, false, true)),
+        &["program-rewrites-before"],
+    );
+    check(
+        |seen| seen.programs.push(program(false, false, false)),
         &["program-before"],
     );
     let nft = |seen: &mut Seen| {

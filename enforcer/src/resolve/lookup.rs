@@ -4,8 +4,12 @@ use std::{
     collections::BTreeSet,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    pin::Pin,
+    sync::Arc,
     time::Duration,
 };
+
+use futures_util::future::{Either, select};
 
 use hickory_resolver::{
     Hosts, TokioResolver,
@@ -29,19 +33,45 @@ const HOSTS: &str = "/etc/hosts";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const LATE: &str = "no answer in time";
 
+/// How long the answer of one family waits for the other's.
+const GRACE: Duration = Duration::from_millis(300);
+
+/// What a lookup has brought, and what it may bring yet.
+pub struct Looked {
+    /// Where one family was answered and the other was not in a short time, that one, and [`Outcome::Awaited`].
+    pub answer: Answer,
+    /// Brings the whole answer then.
+    pub rest: Option<Pin<Box<dyn Future<Output = Answer> + Send>>>,
+}
+
+impl From<Answer> for Looked {
+    fn from(answer: Answer) -> Self {
+        Self { answer, rest: None }
+    }
+}
+
 /// Looks a name up. `/etc/resolv.conf` and `/etc/hosts` are read anew each time, so that changes of them count at once.
 pub async fn lookup(name: &Name, patience: Duration) -> Answer {
+    let looked = lookup_early(name, patience).await;
+    match looked.rest {
+        Some(rest) => rest.await,
+        None => looked.answer,
+    }
+}
+
+/// As [`lookup`], with the first word as soon as that means something.
+pub async fn lookup_early(name: &Name, patience: Duration) -> Looked {
     let Ok(dns_name) = DnsName::from_ascii(name.as_str()) else {
-        return both(&Outcome::Failed("not a DNS name".to_owned()));
+        return both(&Outcome::Failed("not a DNS name".to_owned())).into();
     };
     // Without a readable file DNS is asked, as the C library does.
     if let Some(addresses) = fs::read(HOSTS).ok().and_then(|text| in_hosts_file(&text, &dns_name)) {
-        return Answer::Hosts(addresses);
+        return Answer::Hosts(addresses).into();
     }
     let text = match fs::read(RESOLV_CONF) {
         // As an empty one.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return both(&Outcome::Failed(format!("read {RESOLV_CONF}: {error}"))),
+        Err(error) => return both(&Outcome::Failed(format!("read {RESOLV_CONF}: {error}"))).into(),
         Ok(text) => text,
     };
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -53,8 +83,8 @@ pub async fn lookup(name: &Name, patience: Duration) -> Answer {
         .map(NameServerConfig::udp_and_tcp)
         .collect();
     match Stub::new(conf, servers, patience) {
-        Ok(stub) => stub.ask(&dns_name, patience).await,
-        Err(error) => both(&Outcome::Failed(error.to_string())),
+        Ok(stub) => Arc::new(stub).ask(&dns_name, patience).await,
+        Err(error) => both(&Outcome::Failed(error.to_string())).into(),
     }
 }
 
@@ -160,17 +190,29 @@ impl Stub {
     }
 
     /// A and AAAA at once, each on its own (N1). The first candidate with an address of either family ends the search.
-    async fn ask(&self, name: &DnsName, patience: Duration) -> Answer {
+    async fn ask(self: Arc<Self>, name: &DnsName, patience: Duration) -> Looked {
         let deadline = Instant::now() + patience;
         let mut negative: Option<(Outcome, Outcome)> = None;
         for candidate in self.candidates(name) {
-            let (a, aaaa) = tokio::join!(
-                self.one(&candidate, RecordType::A, deadline),
-                self.one(&candidate, RecordType::AAAA, deadline)
-            );
+            let (stub, asked) = (Arc::clone(&self), candidate.clone());
+            let a = Box::pin(async move { stub.one(&asked, RecordType::A, deadline).await });
+            let (stub, asked) = (Arc::clone(&self), candidate);
+            let aaaa = Box::pin(async move { stub.one(&asked, RecordType::AAAA, deadline).await });
             let found = |outcome: &Outcome| matches!(outcome, Outcome::Found { .. });
+            let (a, aaaa) = match select(a, aaaa).await {
+                Either::Left((a, rest)) if found(&a) => match within_grace(rest).await {
+                    Ok(aaaa) => (a, aaaa),
+                    Err(rest) => return early(a, rest, |a, aaaa| Answer::Dns { a, aaaa }),
+                },
+                Either::Right((aaaa, rest)) if found(&aaaa) => match within_grace(rest).await {
+                    Ok(a) => (a, aaaa),
+                    Err(rest) => return early(aaaa, rest, |aaaa, a| Answer::Dns { a, aaaa }),
+                },
+                Either::Left((a, rest)) => (a, rest.await),
+                Either::Right((aaaa, rest)) => (rest.await, aaaa),
+            };
             if found(&a) || found(&aaaa) {
-                return Answer::Dns { a, aaaa };
+                return Answer::Dns { a, aaaa }.into();
             }
             negative = Some(match negative {
                 None => (a, aaaa),
@@ -179,7 +221,7 @@ impl Stub {
         }
         let nothing = || Outcome::Failed("too long for a DNS name".to_owned());
         let (a, aaaa) = negative.unwrap_or_else(|| (nothing(), nothing()));
-        Answer::Dns { a, aaaa }
+        Answer::Dns { a, aaaa }.into()
     }
 
     /// The full names to try: with enough dots as it is first, else last (resolv.conf(5), `ndots`).
@@ -229,10 +271,30 @@ impl Stub {
             };
             match outcome {
                 Outcome::Failed(cause) => failure = Outcome::Failed(format!("{}: {cause}", server.address)),
-                Outcome::Found { .. } | Outcome::Empty | Outcome::Missing => return outcome,
+                Outcome::Found { .. } | Outcome::Empty | Outcome::Missing | Outcome::Awaited => return outcome,
             }
         }
         failure
+    }
+}
+
+/// The other family's outcome, or the wait for it where that is long.
+async fn within_grace<F: Future<Output = Outcome> + Unpin>(mut rest: F) -> Result<Outcome, F> {
+    timeout(GRACE, &mut rest).await.map_err(|_| rest)
+}
+
+/// One family now, and both once the other is known.
+fn early(
+    first: Outcome,
+    rest: impl Future<Output = Outcome> + Send + 'static,
+    answer: impl Fn(Outcome, Outcome) -> Answer + Send + 'static,
+) -> Looked {
+    Looked {
+        answer: answer(first.clone(), Outcome::Awaited),
+        rest: Some(Box::pin(async move {
+            let rest = rest.await;
+            answer(first, rest)
+        })),
     }
 }
 
@@ -240,7 +302,7 @@ impl Stub {
 fn weightier(before: Outcome, now: Outcome) -> Outcome {
     let weight = |outcome: &Outcome| match outcome {
         Outcome::Missing => 0,
-        Outcome::Empty => 1,
+        Outcome::Awaited | Outcome::Empty => 1,
         Outcome::Failed(_) => 2,
         Outcome::Found { .. } => 3,
     };

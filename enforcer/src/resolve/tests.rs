@@ -606,7 +606,7 @@ fn as_v6(outcome: Outcome) -> Outcome {
             addresses: addresses.into_iter().map(v6).collect(),
             ttl,
         },
-        Outcome::Empty | Outcome::Missing | Outcome::Failed(_) => outcome,
+        Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => outcome,
     }
 }
 

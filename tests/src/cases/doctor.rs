@@ -295,9 +295,14 @@ fn programs() -> Result<()> {
         ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
         ward.guard("ebpf", &[format!("tcp://{}", ward.world.here())])?;
         ward.misses("program-rewrites-after")?;
-        ward.finds("program-before")?;
+        let finding = ward.finds("program-rewrites-before")?;
+        ensure!(
+            finding["weight"] == "medium" && finding.to_string().contains(&ward.world.here().to_string()),
+            "{finding}"
+        );
     }
-    ward.misses("program-before")
+    ward.misses("program-before")?;
+    ward.misses("program-rewrites-before")
 }
 
 /// In a mount namespace of its own, so that nobody else meets the open bpffs.

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
@@ -12,7 +13,7 @@ use serde_json::Value;
 use super::{Case, case, with_each};
 use crate::{
     dns::{DnsServer, Zone},
-    world::{Daemon, NOBODY, World, ran, until},
+    world::{Daemon, NOBODY, World, at_this_load, ran, until},
 };
 
 /// All cases of this file.
@@ -25,6 +26,7 @@ pub fn cases() -> Vec<Case> {
         case("n1_a_silent_udp_path_is_tried_over_tcp", silent_udp),
         case("n1_a_file_that_turns_odd_freezes_no_name", turns_odd),
         case("n3_a_family_that_never_was_and_fails_is_a_note", one_family),
+        case("n1_n3_a_family_that_is_silent_keeps_nobody_waiting", silent_family),
         case("n3_n4_failures_keep_what_is_known", failures),
         case("n3_one_name_never_touches_another", isolation),
         case("n6_answers_that_name_this_host_are_refused", lies),
@@ -190,7 +192,7 @@ fn silent_udp() -> Result<()> {
 
 fn one_family() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
-    let answer = |code| Zone::Ipv4Alone(vec!["10.9.0.1".parse().unwrap_or(IpAddr::from([0, 0, 0, 0]))], code);
+    let answer = |code| Zone::Ipv4Alone(vec![IpAddr::from([10, 9, 0, 1])], Some(code));
     named.dns.set("bus.test", answer(ResponseCode::ServFail));
     let _daemon = named.daemon()?;
     ensure!(named.denied("10.9.0.1")?, "the good family is not protected");
@@ -206,6 +208,51 @@ fn one_family() -> Result<()> {
     named.dns.set("bus.test", answer(ResponseCode::ServFail));
     until(
         "the failure is a fault",
+        || Ok(named.name("bus.test")?["stale"] == true),
+    )?;
+    ensure!(named.denied("2001:db8::9")?, "what was known is let go");
+    Ok(())
+}
+
+/// Five seconds, for which a lookup may wait, are not waited where the other family is answered.
+fn silent_family() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    let file = named.world.path("resolv.conf");
+    fs::write(
+        &file,
+        format!("nameserver {}\noptions timeout:9\n", named.world.address()),
+    )?;
+    let answer = |last| Zone::Ipv4Alone(vec![IpAddr::from([10, 9, 0, last])], None);
+    named.dns.set("bus.test", answer(1));
+    let limit = at_this_load(Duration::from_secs(3))?;
+    let begun = Instant::now();
+    let _daemon = named.daemon()?;
+    let took = begun.elapsed();
+    ensure!(took < limit, "ready after {took:?}");
+    ensure!(named.denied("10.9.0.1")?, "the good family is not protected");
+    named.dns.set("bus.test", answer(2));
+    let begun = Instant::now();
+    named.world.enforcer(&["refresh"])?.demand(0)?;
+    let took = begun.elapsed();
+    ensure!(took < limit, "refreshed after {took:?}");
+    ensure!(
+        named.denied("10.9.0.2")? && named.denied("10.9.0.1")?,
+        "the move is not followed"
+    );
+    // In the end it is known what failed; the state is none the worse.
+    until("the failure is noted", || {
+        Ok(named.name("bus.test")?["cause"].to_string().contains("AAAA"))
+    })?;
+    let status = named.world.status()?;
+    ensure!(status["state"] == "enforcing", "{status}");
+    // A family that was known, and is silent now, is a fault, and what it was stays.
+    named.dns.set("bus.test", addresses(&["10.9.0.2", "2001:db8::9"]));
+    named.world.enforcer(&["refresh"])?.demand(0)?;
+    ensure!(named.denied("2001:db8::9")?, "the other family is not followed");
+    named.dns.set("bus.test", answer(3));
+    until("the move is followed", || named.denied("10.9.0.3"))?;
+    until(
+        "the silence is a fault",
         || Ok(named.name("bus.test")?["stale"] == true),
     )?;
     ensure!(named.denied("2001:db8::9")?, "what was known is let go");

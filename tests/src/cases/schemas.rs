@@ -1,7 +1,7 @@
 //! What people and programs read: every command has help, `config show` leaves nothing out, every read has `--json`, and no version of a schema
 //! loses a key.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, net::SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::CommandFactory as _;
@@ -34,7 +34,8 @@ const SCHEMAS: [(&str, &str); 11] = [
         "enforcer/status/1",
         "state causes backend subject mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
          backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
-         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.cut events_lost \
+         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.cut dials \
+         dials.port dials.lookups dials.last dials.uid dials.time events_lost \
          existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
          existing.connections.schema existing.connections.time existing.connections.verdict existing.connections.action \
          existing.connections.reason existing.connections.protocol existing.connections.state \
@@ -222,6 +223,14 @@ fn documented() -> Result<()> {
     };
     until("the older connection is found", || {
         Ok(read(&["status"])?.iter().any(|status| status["existing"]["found"] == 1))
+    })?;
+    // A dial of the name's port, elsewhere.
+    let elsewhere = SocketAddr::from(([127, 0, 0, 1], world.port));
+    world.attack(NOBODY).to(elsewhere).run()?;
+    until("the dial is told", || {
+        Ok(read(&["status"])?
+            .iter()
+            .any(|status| status["dials"][0]["lookups"].as_u64() >= Some(1)))
     })?;
     let at = here.to_string();
     let mut seen = BTreeSet::new();

@@ -54,6 +54,7 @@ pub(super) fn run(package: &Path, next: &Path) -> Result<()> {
     files(&installed.difference(&before).cloned().collect())?;
     libraries(&scratch.path("/usr/sbin/enforcer"))?;
     units(&scratch)?;
+    image(&scratch)?;
     manual(&scratch)?;
     completions(&scratch)?;
     configuration(&scratch)?;
@@ -148,6 +149,17 @@ fn units(scratch: &Scratch) -> Result<()> {
         "systemd-analyze security says {figure:?}"
     );
     say(figure.trim_start_matches(|c: char| !c.is_ascii_alphabetic()));
+    Ok(())
+}
+
+/// What the program demands of an image is what the package brings.
+fn image(scratch: &Scratch) -> Result<()> {
+    let said = scratch.read("enforcer doctor --root / --json || true")?;
+    ensure!(said.contains("\"findings\""), "enforcer doctor --root / says {said:?}");
+    for finding in ["files-missing", "files-writable"] {
+        ensure!(!said.contains(finding), "of the package's own files: {said}");
+    }
+    say("enforcer doctor --root misses none of the package's files");
     Ok(())
 }
 
