@@ -294,6 +294,12 @@ impl Status {
         if self.backend != "ebpf" {
             line("table", &format!("inet {}", self.nft_table));
         }
+        if self.backend == "nftables" {
+            line(
+                "covers",
+                "this network namespace, and what it forwards; no other's own connections",
+            );
+        }
         if self.restored > 0 {
             line(
                 "restored",
@@ -461,6 +467,29 @@ mod tests {
             "{}",
             off.render()
         );
+    }
+
+    #[test]
+    fn nftables_alone_says_what_it_covers() {
+        let observed = Observed {
+            generation: 1,
+            audit: false,
+            by_daemon: false,
+            socket_user: false,
+            netns: true,
+            endpoints: 0,
+            targets: Vec::new(),
+            lost: 0,
+            faults: Vec::new(),
+        };
+        for (backend, says) in [("nftables", true), ("ebpf", false), ("both", false)] {
+            let context = Context {
+                backend: backend.to_owned(),
+                ..Context::default()
+            };
+            let text = status(Some(&observed), context).render();
+            assert_eq!(text.contains("covers      this network namespace"), says, "{text}");
+        }
     }
 
     #[test]
