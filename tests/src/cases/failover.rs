@@ -320,7 +320,9 @@ fn other_than(world: &World, bit: u8) -> IpAddr {
 }
 
 fn latency() -> Result<()> {
-    let limit = at_this_load(Duration::from_millis(10))?;
+    const LIMIT: Duration = Duration::from_millis(20);
+    // The load is another one by the end.
+    let before = at_this_load(LIMIT)?;
     let named = Named::new(&[NAME], "")?;
     named.dns.set(NAME, addresses(&["10.9.0.1"]));
     let _daemon = named.daemon()?;
@@ -341,6 +343,7 @@ fn latency() -> Result<()> {
     let (fastest, median) = (times.first().copied(), times.get(times.len() / 2).copied());
     let (fastest, median) = (fastest.context("no time")?, median.context("no time")?);
     println!("    a refresh, look-up and a new address put in force included: median {median:?}, fastest {fastest:?}");
+    let limit = before.max(at_this_load(LIMIT)?);
     ensure!(fastest < limit, "the fastest of {} took {fastest:?}", times.len());
     ensure!(named.denied("10.9.0.39")?, "10.9.0.39 is open");
     Ok(())
