@@ -305,71 +305,59 @@ pub fn address_in(family: u8, set: &str) -> Vec<Expression> {
 /// Looks the destination up in a map of endpoints to verdicts.
 #[must_use]
 pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
-    let (offset, length, (protocol, port)) = if family == IPV4 {
+    let (offset, length, behind) = if family == IPV4 {
         (16, 4, BEHIND4)
     } else {
         (24, 16, BEHIND6)
     };
     let mut all = equal(meta::NFPROTO, vec![family]);
-    all.extend([
-        Expression::Payload {
-            base: base::NETWORK,
-            offset,
-            length,
-            register: REGISTER,
-        },
-        Expression::Meta {
-            key: meta::L4PROTO,
-            register: protocol,
-        },
-        Expression::Payload {
-            base: base::TRANSPORT,
-            offset: 2,
-            length: 2,
-            register: port,
-        },
-        Expression::Lookup {
-            set: endpoints.to_owned(),
-            value: Some(VERDICT),
-        },
-    ]);
+    all.push(payload(base::NETWORK, offset, length, REGISTER));
+    all.extend(endpoint_behind(behind, endpoints));
     all
 }
 
 /// Looks the IPv4 address in a destination of a NAT64 prefix up in a map of IPv4 endpoints to verdicts (D4).
 #[must_use]
 pub fn translated_destination(prefix: [u8; 12], endpoints: &str) -> Vec<Expression> {
-    let (protocol, port) = BEHIND4;
-    let address = |offset, length| Expression::Payload {
-        base: base::NETWORK,
-        offset,
-        length,
-        register: REGISTER,
-    };
     let mut all = equal(meta::NFPROTO, vec![IPV6]);
     all.extend([
-        address(24, 12),
+        payload(base::NETWORK, 24, 12, REGISTER),
         Expression::Compare {
             equal: true,
             value: prefix.to_vec(),
         },
-        address(36, 4),
+        payload(base::NETWORK, 36, 4, REGISTER),
+    ]);
+    all.extend(endpoint_behind(BEHIND4, endpoints));
+    all
+}
+
+/// Looks an endpoint up, the address of which is read already: protocol and port go to the registers behind it.
+fn endpoint_behind((protocol, port): (u32, u32), endpoints: &str) -> [Expression; 3] {
+    [
         Expression::Meta {
             key: meta::L4PROTO,
             register: protocol,
         },
-        Expression::Payload {
-            base: base::TRANSPORT,
-            offset: 2,
-            length: 2,
-            register: port,
-        },
-        Expression::Lookup {
-            set: endpoints.to_owned(),
-            value: Some(VERDICT),
-        },
-    ]);
-    all
+        payload(base::TRANSPORT, 2, 2, port),
+        to_verdict(endpoints),
+    ]
+}
+
+fn payload(base: u32, offset: u32, length: u32, register: u32) -> Expression {
+    Expression::Payload {
+        base,
+        offset,
+        length,
+        register,
+    }
+}
+
+fn to_verdict(map: &str) -> Expression {
+    Expression::Lookup {
+        set: map.to_owned(),
+        value: Some(VERDICT),
+    }
 }
 
 /// The prefix of a rule that [`translated_destination`] made.
@@ -395,18 +383,7 @@ pub fn prefix_of(rule: &[Expression]) -> Option<[u8; 12]> {
 /// Looks the destination's port up in a map of ports to verdicts.
 #[must_use]
 pub fn port(ports: &str) -> Vec<Expression> {
-    vec![
-        Expression::Payload {
-            base: base::TRANSPORT,
-            offset: 2,
-            length: 2,
-            register: REGISTER,
-        },
-        Expression::Lookup {
-            set: ports.to_owned(),
-            value: Some(VERDICT),
-        },
-    ]
+    vec![payload(base::TRANSPORT, 2, 2, REGISTER), to_verdict(ports)]
 }
 
 /// Only packets that did not come in on loopback, whose index is 1 in every network namespace.
