@@ -147,16 +147,23 @@ pub enum Allow {
         /// The cgroup's path.
         cgroup: String,
     },
+    /// The members of a group, perhaps below a cgroup.
+    Group {
+        /// The group.
+        group: User,
+        /// The cgroup's path.
+        cgroup: Option<String>,
+    },
     /// Kernel threads.
     Kernel,
 }
 
-/// A user as written.
+/// A user or a group as written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum User {
     /// By name.
     Name(String),
-    /// By number, not yet known to be a UID.
+    /// By number, not yet known to be one.
     Uid(i64),
 }
 

@@ -21,7 +21,8 @@ pub use build::{
 pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub(crate) use parse::{Server, servers};
-pub use users::{HostUsers, UserError, Users};
+pub(crate) use users::of_primary_group;
+pub use users::{Account, HostUsers, UserError, Users};
 
 /// A user of the initial user namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -184,7 +184,7 @@ pub enum ConfigFault {
     },
     /// `{ user = …, kernel = … }`, `{ kernel = false }`, `{ cgroup = … }`, `{}`.
     #[error(
-        "no principal in {section} looks like this; write \"NAME\", UID, {{ user = …, cgroup = \"/path\" }} or {{ kernel = true }}"
+        "no principal in {section} looks like this; write \"NAME\", UID, {{ user = …, cgroup = \"/path\" }}, {{ group = …, cgroup = \"/path\" }} or {{ kernel = true }}"
     )]
     Principal {
         /// `[target.bus]`.

@@ -50,11 +50,12 @@ const TARGET: Keys = Keys {
     known: &["endpoints", "allow", "grants"],
 };
 const PRINCIPAL: Keys = Keys {
-    known: &["user", "cgroup", "kernel"],
+    known: &["user", "group", "cgroup", "kernel"],
 };
 
 const AN_ENDPOINT: &str = "an endpoint such as \"tcp://10.0.0.5:4222\"";
-const A_PRINCIPAL: &str = "\"NAME\", UID, { user = …, cgroup = \"/path\" } or { kernel = true }";
+const A_PRINCIPAL: &str =
+    "\"NAME\", UID, { user = …, cgroup = \"/path\" }, { group = …, cgroup = \"/path\" } or { kernel = true }";
 
 type Value<'t> = Spanned<DeValue<'t>>;
 
@@ -566,14 +567,22 @@ fn principal(section: &Section<'_, '_>, value: &Value<'_>) -> Result<Allow, Faul
         return user(section, value).map(Allow::User);
     };
     let parts = Section::open(format!("a principal of {}", section.name), table, &PRINCIPAL)?;
-    match (table.get("user"), table.get("cgroup"), table.get("kernel")) {
-        (Some(name), None, None) => user(section, name).map(Allow::User),
-        (Some(name), Some(cgroup), None) => Ok(Allow::Within {
+    let cgroup = match table.get("cgroup") {
+        Some(cgroup) => Some(parts.text("cgroup", cgroup, "the path of a cgroup")?.to_owned()),
+        None => None,
+    };
+    match (table.get("user"), table.get("group"), cgroup, table.get("kernel")) {
+        (Some(name), None, None, None) => user(section, name).map(Allow::User),
+        (Some(name), None, Some(cgroup), None) => Ok(Allow::Within {
             user: user(section, name)?,
-            cgroup: parts.text("cgroup", cgroup, "the path of a cgroup")?.to_owned(),
+            cgroup,
         }),
-        (None, None, Some(kernel)) if kernel.get_ref().as_bool() == Some(true) => Ok(Allow::Kernel),
-        (Some(_) | None, Some(_) | None, Some(_) | None) => Err(fault(
+        (None, Some(name), cgroup, None) => Ok(Allow::Group {
+            group: user(section, name)?,
+            cgroup,
+        }),
+        (None, None, None, Some(kernel)) if kernel.get_ref().as_bool() == Some(true) => Ok(Allow::Kernel),
+        (Some(_) | None, Some(_) | None, Some(_) | None, Some(_) | None) => Err(fault(
             value,
             ConfigFault::Principal {
                 section: section.name.clone(),

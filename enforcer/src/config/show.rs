@@ -74,7 +74,7 @@ const KEYS: [Key; 14] = [
 const TARGET_COMMENT: &str = "\
 # A target: endpoints, and who alone may connect to them.
 # endpoints (no default): [tcp://|udp://|nats://|tls://]ADDR:PORT, ADDR an IPv4 address, [IPv6], a prefix, `local` or a DNS name.
-# allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" } or { kernel = true }; empty allows nobody. Who does not exist yet matches nobody until then.
+# allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" }, { group = NAME or GID, cgroup = \"/path\" } (its members, as the name service tells them) or { kernel = true }; empty allows nobody. Who does not exist yet matches nobody until then.
 # grants: whether `enforcer grant` may let others in. Default: false.
 ";
 
@@ -234,6 +234,11 @@ impl Allow {
         };
         match self {
             Self::User(user) => user.tree(),
+            Self::Group { group, cgroup } => {
+                let mut pairs = vec![("group", group.tree())];
+                pairs.extend(cgroup.iter().map(|path| ("cgroup", Value::String(path.clone()))));
+                table(&pairs)
+            }
             Self::Within { user, cgroup } => table(&[("user", user.tree()), ("cgroup", Value::String(cgroup.clone()))]),
             Self::Kernel => table(&[("kernel", Value::Boolean(true))]),
         }

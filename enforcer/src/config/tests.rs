@@ -25,7 +25,7 @@ retain = "2h"
 unresolved = "closed"
 [target.bus]
 endpoints = ["nats://nats.example:4222", "tcp://[2001:db8::5]:4222"]
-allow = ["root", 999, { user = "agent", cgroup = "/a" }, { kernel = true }]
+allow = ["root", 999, { user = "agent", cgroup = "/a" }, { group = "bus" }, { group = 7, cgroup = "/a" }, { kernel = true }]
 [target.monit]
 endpoints = ["tcp://127.0.0.1:2822"]
 allow = []

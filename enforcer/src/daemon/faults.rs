@@ -52,7 +52,7 @@ impl Faults {
             (None, About::Denials) => info!("denials are reported again"),
             (None, About::Dials) => info!("dials of unknown addresses have names looked up again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again, and is covered"),
-            (None, About::Users) => info!("all users that the configuration names exist"),
+            (None, About::Users) => info!("all users and groups that the configuration names exist"),
             (None, About::Host) => info!("what is local to this host is followed again"),
         }
         self.put(about, fault);

@@ -1,7 +1,7 @@
-//! Users that the configuration names, looked up again: when the files of users change, and each minute for other name services (N9).
+//! Users and groups that the configuration names, looked up again: when the files of users change, and each minute for other name services (N9).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::unix::fs::MetadataExt as _,
     time::{Duration, Instant},
@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tracing::{error, info};
 
 use super::{About, Daemon};
-use crate::policy::{HostUsers, Uid, Users};
+use crate::policy::{Account, HostUsers, Uid, Users};
 
 /// Between two lookups where no file has changed.
 const PERIOD: Duration = Duration::from_mins(1);
@@ -19,12 +19,12 @@ const PERIOD: Duration = Duration::from_mins(1);
 const FILES: [&str; 2] = ["/etc/passwd", "/etc/group"];
 
 /// What was looked up.
-pub(super) type Found = BTreeMap<String, io::Result<Option<Uid>>>;
+pub(super) type Found = BTreeMap<Account, io::Result<Option<BTreeSet<Uid>>>>;
 
 impl Users for Found {
-    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
-        match self.get(name) {
-            Some(Ok(uid)) => Ok(*uid),
+    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
+        match self.get(account) {
+            Some(Ok(uids)) => Ok(uids.clone()),
             // As it was known before.
             Some(Err(_)) | None => Err(io::ErrorKind::NotFound.into()),
         }
@@ -62,7 +62,7 @@ fn seen() -> Seen {
 impl Daemon {
     /// Begins to look users up, if it is time.
     pub(super) fn look_at_users(&mut self) {
-        let names: Vec<String> = self.wanted.users.keys().cloned().collect();
+        let names: Vec<Account> = self.wanted.users.keys().cloned().collect();
         if names.is_empty() || !self.user_lookups.under_way.is_empty() {
             return;
         }
@@ -72,9 +72,9 @@ impl Daemon {
         }
         (self.user_lookups.seen, self.user_lookups.last) = (seen, Instant::now());
         self.user_lookups.under_way.spawn_blocking(|| {
-            let found = |name: String| {
-                let uid = HostUsers.uid(&name);
-                (name, uid)
+            let found = |name: Account| {
+                let uids = HostUsers.uids(&name);
+                (name, uids)
             };
             names.into_iter().map(found).collect()
         });
@@ -90,14 +90,15 @@ impl Daemon {
         if wanted.users == self.wanted.users {
             return;
         }
-        let words = |uid: Option<&Option<Uid>>| {
-            let uid = uid.copied().flatten();
-            uid.map_or_else(|| "nobody".to_owned(), |uid| format!("uid {uid}"))
+        let words = |uids: Option<&Option<BTreeSet<Uid>>>| {
+            let uids = uids.and_then(Option::as_ref).filter(|uids| !uids.is_empty());
+            let list = |uids: &BTreeSet<Uid>| uids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            uids.map_or_else(|| "nobody".to_owned(), |uids| format!("uid {}", list(uids)))
         };
-        for (name, uid) in &wanted.users {
-            let before = self.wanted.users.get(name);
-            if before != Some(uid) {
-                info!("user {name} is {} now, and was {}", words(Some(uid)), words(before));
+        for (account, uids) in &wanted.users {
+            let before = self.wanted.users.get(account);
+            if before != Some(uids) {
+                info!("{account} is {} now, and was {}", words(Some(uids)), words(before));
             }
         }
         if let Err(error) = self.change_to(wanted) {

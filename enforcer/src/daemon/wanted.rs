@@ -15,7 +15,7 @@ use crate::{
     config::{Backend, Bosh, Config, Settings},
     grants::{self, Grants},
     host::{self, NoMatch},
-    policy::{CgroupPath, Endpoint, HostUsers, Policy, Uid, Understood, Users},
+    policy::{Account, CgroupPath, Endpoint, HostUsers, Policy, Uid, Understood, Users},
     resolve::Names,
     ruleset::{Host, Resolved, RuleSet, compile},
     state::LastGood,
@@ -37,26 +37,29 @@ pub struct Wanted {
     /// Where cgroup paths of principals start.
     pub(super) mount: PathBuf,
     pub(super) warnings: Vec<String>,
-    /// The users that it names, as looked up; none for one who does not exist.
-    pub(super) users: BTreeMap<String, Option<Uid>>,
+    /// The users and groups that it names, as looked up; none for one that does not exist.
+    pub(super) users: KnownUsers,
     /// Why principals match nobody (F8).
     pub(super) absent: Vec<String>,
 }
 
+/// The UIDs of users and of groups' members, as looked up.
+pub(super) type KnownUsers = BTreeMap<Account, Option<BTreeSet<Uid>>>;
+
 /// Users as known before, for those that cannot be looked up now: a name service that fails changes nothing (F4).
 struct Remembered<'a> {
     users: &'a dyn Users,
-    before: &'a BTreeMap<String, Option<Uid>>,
-    found: RefCell<BTreeMap<String, Option<Uid>>>,
+    before: &'a KnownUsers,
+    found: RefCell<KnownUsers>,
 }
 
 impl Users for Remembered<'_> {
-    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
-        let found = match (self.users.uid(name), self.before.get(name)) {
-            (Err(_), Some(before)) => *before,
+    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
+        let found = match (self.users.uids(account), self.before.get(account)) {
+            (Err(_), Some(before)) => before.clone(),
             (found, _) => found?,
         };
-        self.found.borrow_mut().insert(name.to_owned(), found);
+        self.found.borrow_mut().insert(account.clone(), found.clone());
         Ok(found)
     }
 }
@@ -68,7 +71,7 @@ impl Wanted {
     }
 
     /// As [`Wanted::load`], with users as they were known before.
-    pub(super) fn load_knowing(path: &Path, before: &BTreeMap<String, Option<Uid>>) -> Result<Self, DaemonError> {
+    pub(super) fn load_knowing(path: &Path, before: &KnownUsers) -> Result<Self, DaemonError> {
         Self::understand(Config::load(path)?, &HostUsers, before)
     }
 
@@ -82,11 +85,7 @@ impl Wanted {
         })
     }
 
-    fn understand(
-        config: Config,
-        users: &dyn Users,
-        before: &BTreeMap<String, Option<Uid>>,
-    ) -> Result<Self, DaemonError> {
+    fn understand(config: Config, users: &dyn Users, before: &KnownUsers) -> Result<Self, DaemonError> {
         let users = Remembered {
             users,
             before,

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     backend::probe::{Fact, Facts, Feature},
     config::{Config, Settings},
-    policy::{Policy, Uid, Users},
+    policy::{Account, Policy, Uid, Users, of_primary_group},
 };
 
 /// What was seen of an image.
@@ -226,7 +226,11 @@ pub(super) fn collect(root: &Path, config: &Path) -> io::Result<ImageSeen> {
 
 impl ImageSeen {
     fn read_config(&mut self) {
-        let users = ImageUsers(fs::read_to_string(self.root.join("etc/passwd")).unwrap_or_default());
+        let read = |file| fs::read_to_string(self.root.join(file)).unwrap_or_default();
+        let users = ImageUsers {
+            passwd: read("etc/passwd"),
+            group: read("etc/group"),
+        };
         let read = Config::load(&self.config).map_err(|error| error.to_string());
         let read = read.and_then(|config| {
             self.settings = config.settings.clone();
@@ -400,12 +404,32 @@ fn has(seen: &ImageSeen, option: &str, module: Option<&str>) -> bool {
     }
 }
 
-/// The users of an image, by its passwd(5).
-struct ImageUsers(String);
+/// The users and groups of an image, by its passwd(5) and group(5).
+struct ImageUsers {
+    passwd: String,
+    group: String,
+}
+
+impl ImageUsers {
+    fn user(&self, name: &str) -> Option<Uid> {
+        let line = self.passwd.lines().find(|line| line.split(':').next() == Some(name))?;
+        Some(Uid(line.split(':').nth(2)?.parse().ok()?))
+    }
+}
 
 impl Users for ImageUsers {
-    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
-        let line = self.0.lines().find(|line| line.split(':').next() == Some(name));
-        Ok(line.and_then(|line| line.split(':').nth(2)?.parse().ok()).map(Uid))
+    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
+        let mut fields = self.group.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let group = match account {
+            Account::User(name) => return Ok(self.user(name).map(|uid| BTreeSet::from([uid]))),
+            Account::Group(wanted) => fields.find(|group| group.first() == Some(&wanted.as_str())),
+            Account::Gid(wanted) => fields.find(|group| group.get(2) == Some(&wanted.to_string().as_str())),
+        };
+        let Some([_, _, gid, members, ..]) = group.as_deref() else {
+            return Ok(None);
+        };
+        let listed = members.split(',').filter_map(|name| self.user(name));
+        let primary = gid.parse().map(|gid| of_primary_group(&self.passwd, gid));
+        Ok(Some(listed.chain(primary.unwrap_or_default()).collect()))
     }
 }

@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, num::NonZeroU16, path::Path
 use thiserror::Error;
 
 use super::{
-    CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol, Target, Uid,
-    UserError, Users,
+    Account, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol, Target,
+    Uid, UserError, Users,
 };
 use crate::config::{self, Allow, Config, Line, User};
 
@@ -254,15 +254,17 @@ fn endpoints(source: &config::Target, room: usize) -> Result<BTreeSet<Endpoint>,
     Ok(endpoints)
 }
 
+/// Of one line; a group's are many.
+type Meant = BTreeSet<Principal>;
 type Principals = (BTreeSet<Principal>, Vec<Line<UserError>>);
 
 fn principals(source: &config::Target, users: &dyn Users) -> Result<Principals, Fault> {
     let (mut principals, mut absent) = (BTreeSet::new(), Vec::new());
     for allow in &source.allow {
         match principal(&allow.value, users) {
-            Ok(principal) => drop(principals.insert(principal)),
+            Ok(meant) => principals.extend(meant),
             Err(PolicyFault::User {
-                error: error @ UserError::Unknown { .. },
+                error: error @ (UserError::Unknown { .. } | UserError::UnknownGroup { .. }),
             }) => absent.push(allow.with(error)),
             Err(fault) => return Err(allow.with(fault)),
         }
@@ -273,24 +275,33 @@ fn principals(source: &config::Target, users: &dyn Users) -> Result<Principals, 
     Ok((principals, absent))
 }
 
-fn principal(allow: &Allow, users: &dyn Users) -> Result<Principal, PolicyFault> {
-    match allow {
-        Allow::User(user) => Ok(Principal::User {
-            uid: uid(user, users)?,
-            cgroup: None,
-        }),
-        Allow::Within { user, cgroup } => {
-            let path = CgroupPath::parse(cgroup).map_err(|fault| PolicyFault::Cgroup {
-                path: cgroup.clone(),
-                fault,
-            })?;
-            Ok(Principal::User {
-                uid: uid(user, users)?,
-                cgroup: Some(path),
-            })
-        }
-        Allow::Kernel => Ok(Principal::Kernel),
-    }
+fn principal(allow: &Allow, users: &dyn Users) -> Result<Meant, PolicyFault> {
+    let (uids, cgroup) = match allow {
+        Allow::User(user) => (BTreeSet::from([uid(user, users)?]), None),
+        Allow::Within { user, cgroup } => (BTreeSet::from([uid(user, users)?]), Some(cgroup)),
+        Allow::Group { group, cgroup } => (members(group, users)?, cgroup.as_ref()),
+        Allow::Kernel => return Ok(BTreeSet::from([Principal::Kernel])),
+    };
+    let parsed = |path: &String| {
+        CgroupPath::parse(path).map_err(|fault| PolicyFault::Cgroup {
+            path: path.clone(),
+            fault,
+        })
+    };
+    let cgroup = cgroup.map(parsed).transpose()?;
+    let principal = |uid| Principal::User {
+        uid,
+        cgroup: cgroup.clone(),
+    };
+    Ok(uids.into_iter().map(principal).collect())
+}
+
+fn members(group: &User, users: &dyn Users) -> Result<BTreeSet<Uid>, UserError> {
+    let group = match group {
+        User::Name(name) => Account::Group(name.clone()),
+        User::Uid(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
+    };
+    Uid::of_group(group, users)
 }
 
 fn uid(user: &User, users: &dyn Users) -> Result<Uid, UserError> {
@@ -304,7 +315,7 @@ fn uid(user: &User, users: &dyn Users) -> Result<Uid, UserError> {
 fn unquoted(error: &UserError) -> &'static str {
     match error {
         UserError::Unknown { .. } | UserError::Lookup { .. } => " (a number without quotes)",
-        UserError::Number { .. } => "",
+        UserError::Number { .. } | UserError::UnknownGroup { .. } | UserError::GroupNumber { .. } => "",
     }
 }
 

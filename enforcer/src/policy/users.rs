@@ -1,14 +1,30 @@
-//! Names of users → UIDs: the one thing a policy asks of the host, passed in.
+//! Names of users and groups → UIDs: the one thing a policy asks of the host, passed in.
+//!
+//! A group stands for its members, as the name service tells them: a process that has only taken the group is not one of them.
 
-use std::io;
+use std::{collections::BTreeSet, fmt, fs, io};
 
-use nix::{errno::Errno, unistd::User};
+use nix::{
+    errno::Errno,
+    unistd::{Gid, Group, User},
+};
 use thiserror::Error;
 
 use super::Uid;
 
 /// The UID that the kernel keeps for "no user" (`(uid_t) -1`).
 const NOBODY_AT_ALL: u32 = u32::MAX;
+
+/// What a name service knows UIDs of.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Account {
+    /// A user, by name.
+    User(String),
+    /// The members of a group, by name.
+    Group(String),
+    /// The members of a group, by number.
+    Gid(u32),
+}
 
 /// Why something is no user.
 #[derive(Debug, Error)]
@@ -19,11 +35,17 @@ pub enum UserError {
         /// As given.
         name: String,
     },
+    /// A name or number without a group.
+    #[error("no {group} on this host; create it, or correct the name")]
+    UnknownGroup {
+        /// As given.
+        group: Account,
+    },
     /// The name service failed.
-    #[error("look up user {name:?}: {cause}; repair the name service, or give the UID")]
+    #[error("look up {account}: {cause}; repair the name service, or give the UID")]
     Lookup {
         /// As given.
-        name: String,
+        account: Account,
         /// What it answered.
         cause: io::Error,
     },
@@ -33,6 +55,22 @@ pub enum UserError {
         /// As given or looked up.
         uid: i64,
     },
+    /// A number that is no group.
+    #[error("{gid} is no group; a GID is a number from 0 to 4294967295")]
+    GroupNumber {
+        /// As given.
+        gid: i64,
+    },
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User(name) => write!(f, "user {name:?}"),
+            Self::Group(name) => write!(f, "group {name:?}"),
+            Self::Gid(gid) => write!(f, "group {gid}"),
+        }
+    }
 }
 
 impl Uid {
@@ -52,36 +90,82 @@ impl Uid {
 
     /// The user of a name.
     pub fn of_name(name: &str, users: &dyn Users) -> Result<Self, UserError> {
-        match users.uid(name) {
-            Ok(Some(uid)) => Self::from_number(uid.0.into()),
-            Ok(None) => Err(UserError::Unknown { name: name.to_owned() }),
-            Err(cause) => Err(UserError::Lookup {
-                name: name.to_owned(),
-                cause,
-            }),
-        }
+        let found = known(Account::User(name.to_owned()), users)?;
+        let uid = found.into_iter().next();
+        uid.ok_or_else(|| UserError::Unknown { name: name.to_owned() })
+    }
+
+    /// The members of a group.
+    pub fn of_group(group: Account, users: &dyn Users) -> Result<BTreeSet<Self>, UserError> {
+        known(group, users)
     }
 }
 
-/// A source of users.
-pub trait Users {
-    /// The UID of the user of this name; `None` where there is none.
-    fn uid(&self, name: &str) -> io::Result<Option<Uid>>;
+fn known(account: Account, users: &dyn Users) -> Result<BTreeSet<Uid>, UserError> {
+    match (users.uids(&account), account) {
+        (Ok(Some(uids)), _) => {
+            let checked = uids.into_iter().map(|uid| Uid::from_number(uid.0.into()));
+            checked.collect()
+        }
+        (Ok(None), Account::User(name)) => Err(UserError::Unknown { name }),
+        (Ok(None), group) => Err(UserError::UnknownGroup { group }),
+        (Err(cause), account) => Err(UserError::Lookup { account, cause }),
+    }
 }
 
-/// The users of this host, by its name service switch.
+/// A source of users and groups.
+pub trait Users {
+    /// The UID of a user, or those of a group's members; `None` where there is no such user or group.
+    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>>;
+}
+
+/// The users and groups of this host, by its name service switch.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostUsers;
 
 impl Users for HostUsers {
-    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
-        match User::from_name(name) {
-            Ok(user) => Ok(user.map(|user| Uid(user.uid.as_raw()))),
-            // getpwnam(3): some name services answer "not found" this way.
-            Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
+    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
+        let group = match account {
+            Account::User(name) => {
+                return Ok(found(User::from_name(name))?.map(|user| BTreeSet::from([Uid(user.uid.as_raw())])));
+            }
+            Account::Group(name) => found(Group::from_name(name))?,
+            Account::Gid(gid) => found(Group::from_gid(Gid::from_raw(*gid)))?,
+        };
+        group.map(|group| members(&group)).transpose()
     }
+}
+
+/// getpwnam(3): some name services answer "not found" this way.
+fn found<T>(asked: nix::Result<Option<T>>) -> io::Result<Option<T>> {
+    match asked {
+        Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
+        asked => Ok(asked?),
+    }
+}
+
+/// Those whom the group lists, as far as they exist, and those of `/etc/passwd` whose primary group it is. A directory server's users are
+/// not enumerated: there may be many.
+fn members(group: &Group) -> io::Result<BTreeSet<Uid>> {
+    let mut uids = of_primary_group(
+        &fs::read_to_string("/etc/passwd").unwrap_or_default(),
+        group.gid.as_raw(),
+    );
+    for name in &group.mem {
+        uids.extend(found(User::from_name(name))?.map(|user| Uid(user.uid.as_raw())));
+    }
+    Ok(uids)
+}
+
+/// By lines of passwd(5).
+pub(crate) fn of_primary_group(passwd: &str, gid: u32) -> BTreeSet<Uid> {
+    let number = |field: Option<&str>| field?.parse::<u32>().ok();
+    let of = |line: &str| {
+        let mut fields = line.split(':').skip(2);
+        let (uid, primary) = (number(fields.next())?, number(fields.next())?);
+        (primary == gid).then_some(Uid(uid))
+    };
+    passwd.lines().filter_map(of).collect()
 }
 
 #[cfg(test)]
@@ -104,9 +188,18 @@ mod tests {
 
     #[test]
     fn root_is_zero_and_strangers_are_none() {
-        assert!(matches!(HostUsers.uid("root"), Ok(Some(Uid(0)))));
+        let uids = |account: Account| HostUsers.uids(&account).ok().flatten();
+        assert_eq!(uids(Account::User("root".to_owned())), Some(BTreeSet::from([Uid(0)])));
         for name in ["enforcer-no-such-user", "", "ro\0ot"] {
-            assert!(matches!(HostUsers.uid(name), Ok(None)), "{name:?}");
+            for account in [Account::User(name.to_owned()), Account::Group(name.to_owned())] {
+                assert!(matches!(HostUsers.uids(&account), Ok(None)), "{name:?}");
+            }
         }
+        // By its primary group.
+        for root in [Account::Group("root".to_owned()), Account::Gid(0)] {
+            let found = uids(root).unwrap_or_default();
+            assert!(found.contains(&Uid(0)), "{found:?}");
+        }
+        assert!(matches!(HostUsers.uids(&Account::Gid(3_999_999_999)), Ok(None)));
     }
 }

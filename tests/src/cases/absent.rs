@@ -25,28 +25,40 @@ pub fn cases() -> Vec<Case> {
             "n9_a_user_who_has_another_number_is_let_in_by_that_alone",
             another_number,
         ),
+        case("n9_a_group_is_its_members", group),
         case("f8_what_does_not_exist_is_named_by_config_check", checked),
     ]
 }
 
 const PASSWD: &str = "/etc/passwd";
+const GROUP: &str = "/etc/group";
 /// Cases run beside each other, and each writes the file whole.
 static WRITING: Mutex<()> = Mutex::new(());
 
 /// Makes a user, gives him another number, or with none removes him.
 fn set_user(name: &str, uid: Option<u32>) -> Result<()> {
+    set_line(PASSWD, name, uid.map(|uid| format!("x:{uid}:65534::/:bin/false")))
+}
+
+/// Makes a group with these members, or with nothing removes it.
+fn set_group(name: &str, gid_and_members: Option<(u32, &[&str])>) -> Result<()> {
+    let rest = gid_and_members.map(|(gid, members)| format!("x:{gid}:{}", members.join(",")));
+    set_line(GROUP, name, rest)
+}
+
+fn set_line(file: &str, name: &str, rest: Option<String>) -> Result<()> {
     let _one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     let begin = format!("{name}:");
-    let before = fs::read_to_string(PASSWD)?;
+    let before = fs::read_to_string(file)?;
     let others = before.lines().filter(|line| !line.starts_with(&begin));
     let mut text = others.collect::<Vec<_>>().join("\n") + "\n";
-    if let Some(uid) = uid {
-        text += &format!("{name}:x:{uid}:65534::/:/bin/false\n");
+    if let Some(rest) = rest {
+        text += &format!("{begin}{rest}\n");
     }
     // As vipw does it: readers find the one or the other.
-    let new = Path::new(PASSWD).with_extension("new");
+    let new = Path::new(file).with_extension("new");
     fs::write(&new, text)?;
-    Ok(fs::rename(&new, PASSWD)?)
+    Ok(fs::rename(&new, file)?)
 }
 
 /// A user of this world's own, who is removed with it.
@@ -115,7 +127,7 @@ fn first_start() -> Result<()> {
     denied(&world.attack(0))?;
     ensure!(!causes(&world)?.contains(&user.0), "{}", causes(&world)?);
     ensure!(
-        daemon.log().contains(&format!("user {} is uid 61001 now", user.0)),
+        daemon.log().contains(&format!("user {:?} is uid 61001 now", user.0)),
         "{}",
         daemon.log()
     );
@@ -162,6 +174,66 @@ fn another_number() -> Result<()> {
     let _daemon = world.daemon()?;
     world.attack(61_103).reaches()?;
     denied(&world.attack(61_102))
+}
+
+/// Listed in the group, or by primary group: whoever has only taken the group is none of them.
+fn group() -> Result<()> {
+    const GID: u32 = 61_201;
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let here = format!("tcp://{}", world.here());
+    let [listed, primary] = ["a", "b"].map(|name| User(format!("{}{name}", User::new(&world).0)));
+    let group = Group(listed.0.clone() + "g");
+    set_user(&listed.0, Some(61_201))?;
+    set_line(PASSWD, &primary.0, Some(format!("x:61202:{GID}::/:bin/false")))?;
+    let allow = |principal: &str| world.configure_one(std::slice::from_ref(&here), &format!("[{principal}]"));
+    allow(&format!("{{ group = {:?} }}", group.0))?;
+    world.attack(61_201).reaches()?;
+    let daemon = world.daemon()?;
+    for uid in [0, 61_201, 61_202] {
+        denied(&world.attack(uid))?;
+    }
+    ensure!(causes(&world)?.contains(&group.0), "{}", causes(&world)?);
+    let checked = world.enforcer(&["config", "check"])?.demand(1)?.stdout;
+    ensure!(checked.contains(&format!("no group \"{}\"", group.0)), "{checked}");
+    set_group(&group.0, Some((GID, &[&listed.0, "nobody-of-that-name"])))?;
+    for uid in [61_201, 61_202] {
+        lets_in("a member is let in", &world.attack(uid))?;
+    }
+    for uid in [0, 61_203, NOBODY] {
+        denied(&world.attack(uid))?;
+    }
+    ensure!(world.status()?["state"] == "enforcing", "{}", world.status()?);
+    set_group(&group.0, Some((GID, &[])))?;
+    until("who has left is refused", || {
+        Ok(world.attack(61_201).run()?.errno.is_some())
+    })?;
+    world.attack(61_202).reaches()?;
+    let line = format!("group {:?} is uid 61202 now", group.0);
+    ensure!(daemon.log().contains(&line), "{}", daemon.log());
+    allow(&format!("{{ group = {GID} }}"))?;
+    daemon.reload()?;
+    world.attack(61_202).reaches()?;
+    denied(&world.attack(61_201))?;
+    set_group(&group.0, None)?;
+    until("nobody is a member any more", || {
+        Ok(world.attack(61_202).run()?.errno.is_some())
+    })?;
+    for bad in ["{ group = -1 }", "{ group = \"a\", user = \"b\" }", "{ group = [] }"] {
+        allow(bad)?;
+        let said = world.enforcer(&["config", "check"])?.demand(2)?.stderr;
+        ensure!(said.contains("enforcer.toml:"), "{bad}: {said}");
+    }
+    Ok(())
+}
+
+/// A group of a world's own, which is removed with it.
+struct Group(String);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = set_group(&self.0, None);
+    }
 }
 
 fn checked() -> Result<()> {
