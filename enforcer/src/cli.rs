@@ -6,6 +6,7 @@ pub(crate) mod grants;
 mod verify;
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt::Display,
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -16,6 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
+use tokio::task::JoinSet;
 
 use crate::{
     backend::{self, InForce, nftables::dropin},
@@ -23,6 +25,8 @@ use crate::{
     config::{self, Config, ConfigError, Settings},
     control::{self, ControlError, Reply, Request},
     daemon, host,
+    policy::{Answers, Name},
+    resolve::{Names, lookup},
     status::{Context, State, Status, status},
     text::{self, Log},
     visibility::Visibility,
@@ -406,6 +410,31 @@ struct Checked {
     warnings: Vec<String>,
     /// What does not exist on this host yet, and matches nobody until it does.
     absent: Vec<String>,
+    /// Names that will not be protected as it is.
+    unprotected: Vec<String>,
+}
+
+/// How long `config check` waits for DNS: where that is away, it says nothing of names.
+const PATIENCE_FOR_NAMES: Duration = Duration::from_secs(2);
+
+/// Names to which DNS answers what no target of theirs takes (N6).
+async fn unprotected(path: &Path, asked: BTreeMap<Name, Answers>) -> Vec<String> {
+    let mut lookups = JoinSet::new();
+    for (name, accepted) in asked {
+        lookups.spawn(async move {
+            let answer = lookup(&name, PATIENCE_FOR_NAMES).await;
+            Names::needs_link_local(accepted, &answer).then_some(name)
+        });
+    }
+    let names: BTreeSet<Name> = lookups.join_all().await.into_iter().flatten().collect();
+    let line = |name: Name| {
+        format!(
+            "{}: name {name} has link-local addresses alone, which are not taken from DNS: it will never be protected; \
+             set answers = \"link-local\" in its target, or name the address",
+            path.display()
+        )
+    };
+    names.into_iter().map(line).collect()
 }
 
 fn check_config(path: &Path, json: &Json) -> Result<Answer> {
@@ -416,21 +445,23 @@ fn check_config(path: &Path, json: &Json) -> Result<Answer> {
         targets: wanted.policy().targets.len(),
         warnings: wanted.warnings().to_vec(),
         absent: wanted.absent(),
+        unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
     };
-    let whole = checked.absent.is_empty();
+    let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
     print_one(&checked, json, |checked| {
         let Checked {
             path,
             targets,
             warnings,
             absent,
+            unprotected,
             ..
         } = checked;
         let warnings = warnings
             .iter()
             .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
-        let absent = absent.iter().map(as_line);
-        let good = if absent.len() == 0 { "good" } else { "good but for that" };
+        let absent = absent.iter().chain(unprotected).map(as_line);
+        let good = if whole { "good" } else { "good but for that" };
         warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: {good}, {targets} targets"))
     })?;
     Ok(if whole { Answer::Yes } else { Answer::No })

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::policy::{BUS, Dns, Mode, Nat64, shown};
+use crate::policy::{Answers, BUS, Dns, Mode, Nat64, shown};
 
 mod error;
 mod read;
@@ -133,6 +133,8 @@ pub struct Target {
     pub allow: Vec<Line<Allow>>,
     /// Whether others may be let in while it is in force (B4).
     pub grants: bool,
+    /// What DNS may answer for its names (N6).
+    pub answers: Answers,
 }
 
 /// Who may connect, as written.

@@ -324,7 +324,7 @@ impl Daemon {
         wanted.take_bus(left.bus.as_ref());
         let settings = &wanted.config.settings;
         let mut names = Names::new(wanted.policy.dns);
-        names.set(wanted.policy.names(), Instant::now());
+        names.set(wanted.policy.asked(), Instant::now());
         names.restore(&left.names, Instant::now());
         let level = trace::level();
         let enforcement = Enforcement::take_over(Start {
@@ -582,7 +582,7 @@ impl Daemon {
         let host = wanted.host(&policy, wanted::local(&policy)?);
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
-        names.set(wanted.policy.names(), Instant::now());
+        names.set(wanted.policy.asked(), Instant::now());
         let names = std::mem::replace(&mut self.names, names);
         let before = (
             std::mem::replace(&mut self.wanted, wanted),

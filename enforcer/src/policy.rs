@@ -99,6 +99,18 @@ pub struct Target {
     pub principals: BTreeSet<Principal>,
     /// Whether others may be let in while it is in force (B4).
     pub grants: bool,
+    /// What DNS may answer for its names (N6).
+    pub answers: Answers,
+}
+
+/// What DNS may answer for the names of a target (N6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Answers {
+    /// Neither link-local addresses nor any of those that nobody may.
+    #[default]
+    Routable,
+    /// Link-local addresses too.
+    LinkLocal,
 }
 
 /// What a verdict against an attempt does.
@@ -157,6 +169,21 @@ impl Policy {
                 Destination::Address(_) | Destination::Prefix(_) | Destination::Local => None,
             })
             .collect()
+    }
+
+    /// The names to resolve, and what DNS may answer for each: what some target of it lets it.
+    #[must_use]
+    pub fn asked(&self) -> BTreeMap<Name, Answers> {
+        let mut asked = BTreeMap::new();
+        for target in &self.targets {
+            for endpoint in &target.endpoints {
+                if let Destination::Name(name) = &endpoint.destination {
+                    let most: &mut Answers = asked.entry(name.clone()).or_default();
+                    *most = target.answers.max(*most);
+                }
+            }
+        }
+        asked
     }
 
     /// The names to resolve, by the ports of the endpoints that they are in.
@@ -224,6 +251,15 @@ pub fn canonical(address: IpAddr) -> IpAddr {
         IpAddr::V6(Ipv6Addr::UNSPECIFIED)
     } else {
         address
+    }
+}
+
+impl fmt::Display for Answers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Routable => "routable",
+            Self::LinkLocal => "link-local",
+        })
     }
 }
 

@@ -8,14 +8,14 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     hash::{BuildHasher, Hasher},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
 
 use self::addresses::Addresses;
 pub use self::lookup::{LOOKUP_TIMEOUT, Looked, lookup, lookup_early};
 use crate::{
-    policy::{Dns, Name, canonical},
+    policy::{Answers, Dns, Name, canonical},
     ruleset::Resolved,
     status::NameStatus,
 };
@@ -136,6 +136,8 @@ struct State {
     /// What of it failed without consequence.
     note: Option<String>,
     refused: BTreeSet<IpAddr>,
+    /// What DNS may answer (N6).
+    accepted: Answers,
     due: Instant,
     in_flight: bool,
 }
@@ -163,10 +165,11 @@ impl Names {
     }
 
     /// Takes another set of names; those that stay keep what is known of them, new ones are due at once.
-    pub fn set(&mut self, names: BTreeSet<Name>, now: Instant) {
-        self.states.retain(|name, _| names.contains(name));
-        for name in names {
-            self.states.entry(name).or_insert_with(|| State {
+    pub fn set(&mut self, names: BTreeMap<Name, Answers>, now: Instant) {
+        self.states.retain(|name, _| names.contains_key(name));
+        for (name, accepted) in names {
+            let state = self.states.entry(name).or_insert_with(|| State {
+                accepted,
                 addresses: Addresses::default(),
                 failures: 0,
                 stale: None,
@@ -175,6 +178,11 @@ impl Names {
                 due: now,
                 in_flight: false,
             });
+            if state.accepted != accepted {
+                // What was refused is asked for again.
+                state.accepted = accepted;
+                state.due = now;
+            }
         }
     }
 
@@ -186,6 +194,19 @@ impl Names {
                 state.addresses.restore(known, now, self.dns.retain);
             }
         }
+    }
+
+    /// Whether DNS has answered nothing but link-local addresses, which its targets do not take (N6).
+    #[must_use]
+    pub fn needs_link_local(accepted: Answers, answer: &Answer) -> bool {
+        let Answer::Dns { a, aaaa } = answer else { return false };
+        let found = [a, aaaa].into_iter().filter_map(|outcome| match outcome {
+            Outcome::Found { addresses, .. } => Some(addresses),
+            Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => None,
+        });
+        let all: Vec<IpAddr> = found.flatten().copied().map(canonical).collect();
+        let taken = |accepted| all.iter().any(|address| may_be_answered(*address, accepted));
+        !taken(accepted) && taken(Answers::LinkLocal)
     }
 
     /// What is known now, for [`Names::restore`].
@@ -238,11 +259,11 @@ impl Names {
         let (Some(state), Answer::Dns { a, aaaa }) = (self.states.get_mut(name), answer) else {
             return Vec::new();
         };
-        let before = state.addresses.all();
+        let (before, accepted) = (state.addresses.all(), state.accepted);
         let good = |outcome: &Outcome| match outcome {
             Outcome::Found { addresses, .. } => {
                 let all = addresses.iter().copied().map(canonical);
-                let good: BTreeSet<IpAddr> = all.filter(|address| may_be_answered(*address)).collect();
+                let good: BTreeSet<IpAddr> = all.filter(|address| may_be_answered(*address, accepted)).collect();
                 (!good.is_empty()).then_some(good)
             }
             Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => None,
@@ -390,7 +411,7 @@ impl State {
                 let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
                     .into_iter()
                     .map(canonical)
-                    .partition(|address| may_be_answered(*address));
+                    .partition(|address| may_be_answered(*address, self.accepted));
                 self.refused.extend(refused);
                 if good.is_empty() {
                     return Err(format!("{kind}: every address in the answer is refused")); // N6
@@ -407,12 +428,17 @@ impl State {
 }
 
 /// N6: what no DNS answer may name, lest a resolver turn our own rules against this host.
-fn may_be_answered(address: IpAddr) -> bool {
+fn may_be_answered(address: IpAddr, accepted: Answers) -> bool {
     let link_local = match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V4(v4) => v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
     };
-    !(link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
+    let broadcast = address == IpAddr::V4(Ipv4Addr::BROADCAST);
+    !(link_local && accepted == Answers::Routable
+        || broadcast
+        || address.is_loopback()
+        || address.is_multicast()
+        || address.is_unspecified())
 }
 
 fn random_bits() -> u32 {
@@ -444,7 +470,7 @@ impl fmt::Display for Note {
             Self::Refused(name, addresses) => {
                 write!(
                     f,
-                    "name {name}: refused {} (a DNS answer may not name loopback, link-local, multicast or unspecified addresses)",
+                    "name {name}: refused {} (a DNS answer may not name loopback, multicast or unspecified addresses, and link-local ones only for a target with answers = \"link-local\")",
                     list(addresses)
                 )
             }

@@ -18,7 +18,7 @@ use super::{
     Allow, Backend, Bosh, Config, ConfigError, ConfigFault, EndpointText, Existing, Forward, Line, MAX_REFRESH,
     MAX_RETAIN, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Settings, Target, User,
 };
-use crate::policy::{Dns, MAX_NAT64, Mode, Nat64, Unresolved};
+use crate::policy::{Answers, Dns, MAX_NAT64, Mode, Nat64, Unresolved};
 
 /// The keys of a section.
 struct Keys {
@@ -47,7 +47,7 @@ const DNS: Keys = Keys {
     known: &["min_refresh", "max_refresh", "retain", "unresolved"],
 };
 const TARGET: Keys = Keys {
-    known: &["endpoints", "allow", "grants"],
+    known: &["endpoints", "allow", "grants", "answers"],
 };
 const PRINCIPAL: Keys = Keys {
     known: &["user", "group", "cgroup", "kernel"],
@@ -545,8 +545,11 @@ fn target(section: &Section<'_, '_>, name: &Spanned<impl Sized>, lines: &Lines) 
         }
         None => false,
     };
+    let answers = [("routable", Answers::Routable), ("link-local", Answers::LinkLocal)];
+    let answers = section.choice("answers", &answers, "\"routable\" or \"link-local\"")?;
     Ok(Target {
         grants,
+        answers: answers.unwrap_or_default(),
         line: lines.of(name.span().start),
         endpoints: endpoints
             .iter()

@@ -76,6 +76,7 @@ const TARGET_COMMENT: &str = "\
 # endpoints (no default): [tcp://|udp://|nats://|tls://]ADDR:PORT, ADDR an IPv4 address, [IPv6], a prefix, `local` or a DNS name.
 # allow (no default): \"NAME\", UID, { user = NAME or UID, cgroup = \"/path\" }, { group = NAME or GID, cgroup = \"/path\" } (its members, as the name service tells them) or { kernel = true }; empty allows nobody. Who does not exist yet matches nobody until then.
 # grants: whether `enforcer grant` may let others in. Default: false.
+# answers: what DNS may answer for its names: \"routable\" addresses, or \"link-local\" ones too (metadata services). Default: \"routable\".
 ";
 
 const BOSH_COMMENT: &str = "\
@@ -218,6 +219,7 @@ impl Target {
             ("endpoints".to_owned(), Value::Array(endpoints.collect())),
             ("allow".to_owned(), Value::Array(allow.collect())),
             ("grants".to_owned(), Value::Boolean(self.grants)),
+            ("answers".to_owned(), Value::String(self.answers.to_string())),
         ])
     }
 }

@@ -117,7 +117,7 @@ impl Daemon {
         let changed = self.wanted.take_bus(self.bus.as_ref());
         if changed {
             self.policy = self.grants.add_to(&self.wanted.policy);
-            self.names.set(self.wanted.policy.names(), Instant::now());
+            self.names.set(self.wanted.policy.asked(), Instant::now());
             self.names.restore(&self.known_before, Instant::now());
         }
         changed

@@ -166,7 +166,7 @@ impl Wanted {
         let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants);
         let mut names = Names::new(policy.dns);
         let now = Instant::now();
-        names.set(policy.names(), now);
+        names.set(policy.asked(), now);
         names.restore(&left.names, now);
         let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy, local(&policy)?))?;
         let cgroup = match &self.cgroup {

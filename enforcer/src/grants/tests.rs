@@ -66,6 +66,7 @@ fn policy() -> Policy {
         endpoints: BTreeSet::new(),
         principals: BTreeSet::new(),
         grants,
+        answers: crate::policy::Answers::Routable,
     };
     Policy {
         mode: Mode::Enforce,

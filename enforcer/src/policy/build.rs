@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, num::NonZeroU16, path::Path
 use thiserror::Error;
 
 use super::{
-    Account, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol, Target,
-    Uid, UserError, Users,
+    Account, Answers, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol,
+    Target, Uid, UserError, Users,
 };
 use crate::config::{self, Allow, Config, Line, User};
 
@@ -187,6 +187,7 @@ impl Policy {
                 endpoints,
                 principals,
                 grants: source.grants,
+                answers: source.answers,
             });
         }
         if config.bosh.is_some() {
@@ -229,12 +230,14 @@ fn bosh() -> [Target; 2] {
             endpoints: [monit].into(),
             principals: root(),
             grants: true,
+            answers: Answers::Routable,
         },
         Target {
             name: BUS.to_owned(),
             endpoints: BTreeSet::new(),
             principals: root(),
             grants: false,
+            answers: Answers::Routable,
         },
     ]
 }

@@ -9,7 +9,7 @@ use std::{
 use proptest::prelude::*;
 
 use super::{Answer, Known, KnownName, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
-use crate::policy::{Dns, Name, Unresolved};
+use crate::policy::{Answers, Dns, Name, Unresolved};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -26,10 +26,14 @@ fn name(text: &str) -> Name {
     Name(text.to_owned())
 }
 
+fn asked(names: impl IntoIterator<Item = Name>) -> BTreeMap<Name, Answers> {
+    names.into_iter().map(|name| (name, Answers::Routable)).collect()
+}
+
 fn names(start: Instant) -> Names {
     let mut names = Names::new(dns());
     names.random = || 0.5;
-    names.set([name("bus"), name("other")].into(), start);
+    names.set(asked([name("bus"), name("other")]), start);
     names
 }
 
@@ -642,7 +646,7 @@ proptest! {
         let fresh = |now| {
             let mut names = Names::new(dns());
             names.random = || 0.5;
-            names.set(all.iter().map(|text| name(text)).collect(), now);
+            names.set(asked(all.iter().map(|text| name(text))), now);
             names
         };
         let mut names = fresh(now);

@@ -19,6 +19,7 @@ fn principals(targets: u32, each: u32, level: impl Fn(u32) -> Option<u32>) -> Re
         endpoints: BTreeSet::new(),
         principals: (0..each).map(|number| principal(target * each + number)).collect(),
         grants: false,
+        answers: crate::policy::Answers::Routable,
     });
     let policy = Policy {
         mode: Mode::Enforce,

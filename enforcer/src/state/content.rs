@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{Backend, Existing, Forward, Settings},
-    policy::{CgroupPath, Dns, Endpoint, Mode, Name, Policy, Principal, Target, Uid, Unresolved},
+    policy::{Answers, CgroupPath, Dns, Endpoint, Mode, Name, Policy, Principal, Target, Uid, Unresolved},
     resolve::{Known, KnownName},
 };
 
@@ -72,6 +72,16 @@ struct TargetContent {
     endpoints: Vec<String>,
     allow: Vec<PrincipalContent>,
     grants: bool,
+    /// Earlier versions did not know it.
+    #[serde(default, with = "AnswersContent")]
+    answers: Answers,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Answers", rename_all = "lowercase")]
+enum AnswersContent {
+    Routable,
+    LinkLocal,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -166,11 +176,12 @@ impl From<&LastGoodRef<'_>> for Content {
         let target = |target: &Target| {
             let endpoints = target.endpoints.iter().map(ToString::to_string).collect();
             let allow = target.principals.iter().map(PrincipalContent::from).collect();
-            let grants = target.grants;
+            let (grants, answers) = (target.grants, target.answers);
             let content = TargetContent {
                 endpoints,
                 allow,
                 grants,
+                answers,
             };
             (target.name.clone(), content)
         };
@@ -236,6 +247,7 @@ impl TryFrom<Content> for LastGood {
                 endpoints: endpoints.collect::<Result<_, String>>()?,
                 principals: target.allow.iter().map(principal).collect::<Result<_, String>>()?,
                 grants: target.grants,
+                answers: target.answers,
                 name,
             })
         });

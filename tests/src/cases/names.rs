@@ -30,6 +30,7 @@ pub fn cases() -> Vec<Case> {
         case("n3_n4_failures_keep_what_is_known", failures),
         case("n3_one_name_never_touches_another", isolation),
         case("n6_answers_that_name_this_host_are_refused", lies),
+        case("n6_link_local_answers_where_a_target_takes_them", link_local),
         case("n5_unresolved_closed", closed),
         case("n7_f1_a_restart_without_dns_keeps_the_names", restart),
         case("b3_refresh_returns_when_the_kernel_holds_it", refresh),
@@ -327,6 +328,49 @@ fn lies() -> Result<()> {
         "{}",
         daemon.log()
     );
+    Ok(())
+}
+
+/// As a cloud's metadata service is named.
+fn link_local() -> Result<()> {
+    let named = Named::new(&["meta.test"], "")?;
+    named
+        .dns
+        .set("meta.test", addresses(&["169.254.169.254", "fe80::a9fe"]));
+    let check = |code: i32| {
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        ran(command.args(["config", "check"]))?.demand(code)
+    };
+    let said = check(1)?.stdout;
+    ensure!(
+        said.contains("meta.test") && said.contains("answers = \"link-local\""),
+        "{said}"
+    );
+    let daemon = named.daemon()?;
+    ensure!(!named.denied("169.254.169.254")?, "a lie was believed");
+    ensure!(daemon.log().contains("answers = \"link-local\""), "{}", daemon.log());
+    // What the message says protects it.
+    let file = named.world.path("enforcer.toml");
+    let text = fs::read_to_string(&file)?;
+    fs::write(&file, text + "answers = \"link-local\"\n")?;
+    check(0)?;
+    daemon.reload()?;
+    until("the name is protected", || named.denied("169.254.169.254"))?;
+    ensure!(named.denied("fe80::a9fe")?, "{}", named.world.status()?);
+    ensure!(
+        named.world.status()?["state"] == "enforcing",
+        "{}",
+        named.world.status()?
+    );
+    // What no target takes stays refused.
+    named
+        .dns
+        .set("meta.test", addresses(&["127.0.0.1", "224.0.0.1", "255.255.255.255"]));
+    named.world.enforcer(&["refresh"])?;
+    for address in ["127.0.0.1", "224.0.0.1", "255.255.255.255"] {
+        ensure!(!named.denied(address)?, "{address} was believed");
+    }
     Ok(())
 }
 

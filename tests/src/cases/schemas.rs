@@ -81,9 +81,9 @@ const SCHEMAS: [(&str, &str); 11] = [
         "enforcer/config/1",
         "mode backend existing forward cgroup pin_dir state_dir socket nft_table nat64 dns dns.min_refresh dns.max_refresh \
          dns.retain dns.unresolved bosh bosh.dir target target.main target.main.endpoints target.main.allow \
-         target.main.grants",
+         target.main.grants target.main.answers",
     ),
-    ("enforcer/config-check/1", "absent path targets warnings"),
+    ("enforcer/config-check/1", "absent path targets unprotected warnings"),
 ];
 
 /// Where they are told of.

@@ -221,6 +221,7 @@ fn policy() -> impl Strategy<Value = Policy> {
                 endpoints,
                 principals,
                 grants: false,
+                answers: crate::policy::Answers::Routable,
             })
             .collect(),
     })
