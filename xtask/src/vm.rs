@@ -83,7 +83,7 @@ pub(crate) struct Options {
     /// those that are there]
     #[arg(long, value_name = "FILE", requires = "systemd")]
     deb: Vec<PathBuf>,
-    /// Guests that run at once [default: one for every two processors; one with --log, --keep or --systemd]
+    /// Guests that run at once [default: one for every processor, with --kvm for every two; one with --log, --keep or --systemd]
     #[arg(long, short, value_name = "NUMBER")]
     jobs: Option<usize>,
     /// Memory of a guest in MiB [default: 1024, and 3072 with --full]
@@ -211,8 +211,8 @@ impl Options {
         if self.log || self.keep || self.systemd {
             return 1;
         }
-        self.jobs
-            .unwrap_or_else(|| available_parallelism().map_or(1, usize::from) / 2)
+        let processors = available_parallelism().map_or(1, usize::from);
+        self.jobs.unwrap_or(if self.kvm { processors / 2 } else { processors })
     }
 }
 
@@ -290,18 +290,6 @@ fn guest(ground: &Ground<'_>, entry: &Entry, kernel: &Kernel, options: &Options)
         if settings.kvm && outcome.as_ref().is_ok_and(|outcome| outcome.booted.is_none()) {
             say("KVM does not work here; boot under emulation");
             settings.kvm = false;
-            outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
-        }
-        // Under emulation a kernel that patches its own code dies now and then (int3 in a static branch, on 7.3), before anything of ours
-        // runs. One that cannot boot does not the second time either.
-        if !settings.kvm
-            && let Ok(Outcome {
-                booted: None,
-                failure: Some(failure),
-                ..
-            }) = &outcome
-        {
-            say(&format!("it died before its first process; boot again: {failure}"));
             outcome = machine::run(&entry.name, &kernel.image, &file, &dir, &settings);
         }
         let _ = fs::remove_file(&file);
