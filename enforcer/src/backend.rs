@@ -5,9 +5,13 @@ pub mod nftables;
 pub mod probe;
 mod writer;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+};
 
-use enforcer_ebpf::Verdict;
+use enforcer_ebpf::{DialRecord, Verdict};
 use tracing::warn;
 
 use crate::{
@@ -33,6 +37,26 @@ pub struct Enforcement {
     restored: u64,
     /// That nobody else writes (F11).
     _writer: Option<Writer>,
+}
+
+/// A dial of a port of names, at an address that is no endpoint (N8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dial {
+    /// Destination; of what nftables logged, after NAT.
+    pub to: SocketAddr,
+    /// The user; none for what is forwarded, and for the kernel's own sockets.
+    pub user: Option<u32>,
+}
+
+impl From<DialRecord> for Dial {
+    fn from(record: DialRecord) -> Self {
+        let octets = record.address.map(u32::to_ne_bytes).concat();
+        let octets: [u8; 16] = octets.try_into().unwrap_or_default();
+        Self {
+            to: SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(record.port)),
+            user: Some(record.task_uid),
+        }
+    }
 }
 
 /// Where a backend attaches, and how.

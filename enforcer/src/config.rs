@@ -166,7 +166,7 @@ pub enum User {
     /// By name.
     Name(String),
     /// By number, not yet known to be one.
-    Uid(i64),
+    Number(i64),
 }
 
 /// An endpoint as written. It may hold credentials: all that prints or compares it leaves them out (B2).

@@ -204,9 +204,8 @@ impl Names {
             Outcome::Found { addresses, .. } => Some(addresses),
             Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => None,
         });
-        let all: Vec<IpAddr> = found.flatten().copied().map(canonical).collect();
-        let taken = |accepted| all.iter().any(|address| may_be_answered(*address, accepted));
-        !taken(accepted) && taken(Answers::LinkLocal)
+        let (good, refused) = sift(found.flatten().copied(), accepted);
+        good.is_empty() && !sift(refused, Answers::LinkLocal).0.is_empty()
     }
 
     /// What is known now, for [`Names::restore`].
@@ -262,8 +261,7 @@ impl Names {
         let (before, accepted) = (state.addresses.all(), state.accepted);
         let good = |outcome: &Outcome| match outcome {
             Outcome::Found { addresses, .. } => {
-                let all = addresses.iter().copied().map(canonical);
-                let good: BTreeSet<IpAddr> = all.filter(|address| may_be_answered(*address, accepted)).collect();
+                let (good, _) = sift(addresses.iter().copied(), accepted);
                 (!good.is_empty()).then_some(good)
             }
             Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => None,
@@ -408,10 +406,7 @@ impl State {
         let known = self.addresses.knows(family);
         match outcome {
             Outcome::Found { addresses, ttl } => {
-                let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
-                    .into_iter()
-                    .map(canonical)
-                    .partition(|address| may_be_answered(*address, self.accepted));
+                let (good, refused) = sift(addresses, self.accepted);
                 self.refused.extend(refused);
                 if good.is_empty() {
                     return Err(format!("{kind}: every address in the answer is refused")); // N6
@@ -425,6 +420,12 @@ impl State {
             Outcome::Failed(cause) => Err(format!("{kind}: {cause}")),
         }
     }
+}
+
+/// The addresses of an answer that may be taken, and those that may not.
+fn sift(addresses: impl IntoIterator<Item = IpAddr>, accepted: Answers) -> (BTreeSet<IpAddr>, BTreeSet<IpAddr>) {
+    let all = addresses.into_iter().map(canonical);
+    all.partition(|address| may_be_answered(*address, accepted))
 }
 
 /// N6: what no DNS answer may name, lest a resolver turn our own rules against this host.

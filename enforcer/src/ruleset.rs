@@ -168,8 +168,9 @@ pub fn compile(policy: &Policy, resolved: &Resolved, host: &Host) -> Result<Rule
     let mut targets = Vec::with_capacity(policy.targets.len());
     for (index, target) in policy.targets.iter().enumerate() {
         for endpoint in &target.endpoints {
+            let named = matches!(endpoint.destination, Destination::Name(_));
             expand(&endpoint.destination, policy.dns.unresolved, resolved, host, |net| {
-                let net = as_ipv4(&nat64, net);
+                let net = as_ipv4(&nat64, net, named);
                 places.push((
                     Place {
                         protocol: endpoint.protocol,
@@ -277,11 +278,10 @@ fn as_judged(rules: &RuleSet, address: IpAddr, owners_of: impl Fn(IpAddr) -> u64
         .unwrap_or_else(|| owners_of(address))
 }
 
-/// An endpoint within a NAT64 prefix is one of IPv4 (D4). But for what no name may bring (N6), and nobody reaches so.
-fn as_ipv4(prefixes: &[Nat64], net: IpNet) -> IpNet {
-    let embedded = translated(prefixes, net.addr()).filter(|v4| {
-        !(v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast()) && net.prefix_len() >= 96
-    });
+/// An endpoint within a NAT64 prefix is one of IPv4 (D4); of a name, but for what no name may bring (N6).
+fn as_ipv4(prefixes: &[Nat64], net: IpNet, named: bool) -> IpNet {
+    let refused = |v4: &Ipv4Addr| v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast();
+    let embedded = translated(prefixes, net.addr()).filter(|v4| net.prefix_len() >= 96 && !(named && refused(v4)));
     let v4 = embedded.and_then(|v4| Ipv4Net::new(v4, net.prefix_len() - 96).ok());
     v4.map_or(net, IpNet::V4)
 }

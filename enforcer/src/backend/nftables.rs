@@ -36,7 +36,7 @@ use crate::{
 
 pub use dropin::Tables;
 pub use netlink::Changes;
-pub use nflog::{Denial, Denials, Dial, Logged};
+pub use nflog::{Denial, Denials, Logged};
 
 /// Why `nf_tables` does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]

@@ -602,7 +602,7 @@ fn user(section: &Section<'_, '_>, value: &Value<'_>) -> Result<User, Fault> {
         return Err(section.kind("an element of allow", value, A_PRINCIPAL));
     };
     i64::from_str_radix(integer.as_str(), integer.radix())
-        .map(User::Uid)
+        .map(User::Number)
         .map_err(|_| {
             fault(
                 value,

@@ -251,7 +251,7 @@ impl User {
     fn tree(&self) -> Value {
         match self {
             Self::Name(name) => Value::String(name.clone()),
-            Self::Uid(uid) => Value::Integer(*uid),
+            Self::Number(number) => Value::Integer(*number),
         }
     }
 }

@@ -39,10 +39,7 @@ impl Daemon {
         let Some(kernel) = self.enforcement.kernel() else {
             return Ok(None);
         };
-        let source = readable(kernel.events()?).map_err(|error| DaemonError::Io {
-            action: "watch the ring buffer",
-            error,
-        })?;
+        let source = watched(kernel.events()?)?;
         // Pinned, it counts on from what was told before this process.
         let lost = kernel.lost()?;
         self.lost = Some(self.lost.map_or(lost, |told| told.min(lost)));
@@ -54,20 +51,13 @@ impl Daemon {
         let Some(kernel) = self.enforcement.kernel() else {
             return Ok(None);
         };
-        let source = readable(kernel.dials()?).map_err(|error| DaemonError::Io {
-            action: "watch the ring buffer of dials",
-            error,
-        })?;
-        Ok(Some(source))
+        Ok(Some(watched(kernel.dials()?)?))
     }
 
     /// The denials of nftables, where it has just begun to log them.
     pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
         let denials = self.enforcement.nftables().and_then(nftables::Tables::denials);
-        denials.map(readable).transpose().map_err(|error| DaemonError::Io {
-            action: "watch the denials of nftables",
-            error,
-        })
+        denials.map(watched).transpose()
     }
 
     /// Opens anew where denials come from, as another configuration may have brought another backend. False where that has to be tried
@@ -97,7 +87,7 @@ impl Daemon {
         let all = helping(|| {
             match source.take()? {
                 Logged::Denial(denial) => self.denied(events::read_logged(&denial, SystemTime::now())),
-                Logged::Dial(dial) => self.dialled(dial.into()),
+                Logged::Dial(dial) => self.dialled(dial),
             }
             Some(())
         });
@@ -197,6 +187,14 @@ fn helping(mut take: impl FnMut() -> Option<()>) -> bool {
         }
     }
     false
+}
+
+/// A source of denials or dials that tells when there is something to read.
+fn watched<T: AsRawFd>(source: T) -> Result<AsyncFd<T>, DaemonError> {
+    readable(source).map_err(|error| DaemonError::Io {
+        action: "watch for denials",
+        error,
+    })
 }
 
 /// Until when to take no more: where not all was taken, there is more at once.

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -13,7 +12,7 @@ use tracing::debug;
 
 use super::{About, Daemon, DaemonError};
 use crate::{
-    backend::{ebpf::Ring, nftables},
+    backend::{Dial, ebpf::Ring},
     events,
     policy::Name,
     status::DialStatus,
@@ -21,14 +20,6 @@ use crate::{
 
 /// Rest after the first lookup; doubled while lookups bring nothing new and dials go on.
 const FIRST_REST: Duration = Duration::from_millis(250);
-
-/// A dial that was told of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Dial {
-    to: SocketAddr,
-    /// The user, where that is known.
-    user: Option<u32>,
-}
 
 /// What dials of each port of names do.
 #[derive(Debug, Default)]
@@ -205,26 +196,6 @@ impl Port {
     }
 }
 
-impl From<nftables::Dial> for Dial {
-    fn from(dial: nftables::Dial) -> Self {
-        Self {
-            to: SocketAddr::new(dial.to.ip().to_canonical(), dial.to.port()),
-            user: dial.user,
-        }
-    }
-}
-
-impl From<DialRecord> for Dial {
-    fn from(record: DialRecord) -> Self {
-        let octets = record.address.map(u32::to_ne_bytes).concat();
-        let octets: [u8; 16] = octets.try_into().unwrap_or_default();
-        Self {
-            to: SocketAddr::new(IpAddr::from(octets).to_canonical(), u16::from_be(record.port)),
-            user: Some(record.task_uid),
-        }
-    }
-}
-
 impl Daemon {
     /// Takes the ports of the names in force, and has the kernel tell the next dial of each that waits for one.
     pub(super) fn follow_dials(&mut self) {
@@ -303,6 +274,8 @@ impl Daemon {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
 
     const LONGEST: Duration = Duration::from_secs(5);

@@ -302,14 +302,14 @@ fn principal(allow: &Allow, users: &dyn Users) -> Result<Meant, PolicyFault> {
 fn members(group: &User, users: &dyn Users) -> Result<BTreeSet<Uid>, UserError> {
     let group = match group {
         User::Name(name) => Account::Group(name.clone()),
-        User::Uid(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
+        User::Number(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
     };
     Uid::of_group(group, users)
 }
 
 fn uid(user: &User, users: &dyn Users) -> Result<Uid, UserError> {
     match user {
-        User::Uid(uid) => Uid::from_number(*uid),
+        User::Number(uid) => Uid::from_number(*uid),
         User::Name(name) => Uid::of_name(name, users),
     }
 }

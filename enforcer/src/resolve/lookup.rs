@@ -44,6 +44,16 @@ pub struct Looked {
     pub rest: Option<Pin<Box<dyn Future<Output = Answer> + Send>>>,
 }
 
+impl Looked {
+    /// Waits for the whole answer.
+    pub async fn whole(self) -> Answer {
+        match self.rest {
+            Some(rest) => rest.await,
+            None => self.answer,
+        }
+    }
+}
+
 impl From<Answer> for Looked {
     fn from(answer: Answer) -> Self {
         Self { answer, rest: None }
@@ -52,11 +62,7 @@ impl From<Answer> for Looked {
 
 /// Looks a name up. `/etc/resolv.conf` and `/etc/hosts` are read anew each time, so that changes of them count at once.
 pub async fn lookup(name: &Name, patience: Duration) -> Answer {
-    let looked = lookup_early(name, patience).await;
-    match looked.rest {
-        Some(rest) => rest.await,
-        None => looked.answer,
-    }
+    lookup_early(name, patience).await.whole().await
 }
 
 /// As [`lookup`], with the first word as soon as that means something.

@@ -1,4 +1,4 @@
-//! F7: each limit of a rule set is an error that names it, and what is just within it compiles.
+//! F7: each limit of a rule set is an error that names it, and what is just within it compiles. D4: what an endpoint is at last.
 
 use super::*;
 
@@ -54,5 +54,54 @@ fn limits_of_principals_and_cgroups() {
     check(
         &principals(1, 1, |_| Some(255)),
         Some((&CompileError::Depth { cgroup, level: 255 }, "maximum of 254")),
+    );
+}
+
+/// The places of a target with a literal and a name.
+fn places(literal: &str, answer: &str) -> BTreeSet<String> {
+    let name = Name("bus.test".to_owned());
+    let port = std::num::NonZeroU16::new(4222).expect("a port");
+    let endpoint = |destination| crate::policy::Endpoint {
+        protocol: Protocol::Tcp,
+        destination,
+        port,
+    };
+    let literal = Destination::Address(literal.parse().expect("an address"));
+    let policy = Policy {
+        mode: Mode::Enforce,
+        dns: crate::policy::Dns::default(),
+        nat64: vec!["2001:db8:64::/96".parse().expect("a prefix")],
+        targets: vec![crate::policy::Target {
+            name: "bus".to_owned(),
+            endpoints: [literal, Destination::Name(name.clone())].map(endpoint).into(),
+            principals: BTreeSet::new(),
+            grants: false,
+            answers: crate::policy::Answers::Routable,
+        }],
+    };
+    let resolved = Resolved::from([(name, BTreeSet::from([answer.parse().expect("an address")]))]);
+    let rules = compile(&policy, &resolved, &Host::default()).expect("rules");
+    rules
+        .places
+        .iter()
+        .map(|(place, _)| place.net.addr().to_string())
+        .collect()
+}
+
+#[test]
+fn d4_an_endpoint_within_a_nat64_prefix_is_the_ipv4_address_in_it() {
+    let set = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect::<BTreeSet<_>>();
+    assert_eq!(
+        places("64:ff9b::10.0.0.1", "64:ff9b::10.0.0.2"),
+        set(&["10.0.0.1", "10.0.0.2"])
+    );
+    assert_eq!(
+        places("2001:db8:64::a00:1", "2001:db8:65::1"),
+        set(&["10.0.0.1", "2001:db8:65::1"])
+    );
+    // An administrator may mean the metadata service; what no name may bring stays what the name brought (N6).
+    assert_eq!(
+        places("64:ff9b::169.254.169.254", "64:ff9b::169.254.169.253"),
+        set(&["169.254.169.254", "64:ff9b::a9fe:a9fd"])
     );
 }

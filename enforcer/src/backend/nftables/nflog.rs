@@ -16,7 +16,7 @@ use netlink_packet_netfilter::{
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::image::{DIAL, LOG_PREFIX};
-use crate::policy::Protocol;
+use crate::{backend::Dial, policy::Protocol};
 
 /// First of the groups that are tried; administrators count theirs from 0.
 const FIRST_GROUP: u16 = 40_000;
@@ -48,15 +48,6 @@ pub enum Logged {
     Denial(Denial),
     /// Somebody dials a port of names, and no endpoint (N8).
     Dial(Dial),
-}
-
-/// A dial of a port of names, at an address that is no endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dial {
-    /// Destination, after NAT.
-    pub to: SocketAddr,
-    /// The user who opened the socket; none for what is forwarded, and for the kernel's own sockets.
-    pub user: Option<u32>,
 }
 
 /// A denial that a rule has logged.

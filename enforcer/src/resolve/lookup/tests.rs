@@ -132,12 +132,7 @@ async fn ask(servers: &[&Server], more: &str, name: &str) -> (Outcome, Outcome) 
     let servers = servers.iter().map(|server| server.config()).collect();
     let stub = Stub::new(conf, servers, PATIENCE).expect("a resolver");
     let name = DnsName::from_ascii(name).expect("a name");
-    let looked = Arc::new(stub).ask(&name, PATIENCE).await;
-    let answer = match looked.rest {
-        Some(rest) => rest.await,
-        None => looked.answer,
-    };
-    match answer {
+    match Arc::new(stub).ask(&name, PATIENCE).await.whole().await {
         Answer::Dns { a, aaaa } => (a, aaaa),
         Answer::Hosts(addresses) => panic!("nobody read a hosts file: {addresses:?}"),
     }
