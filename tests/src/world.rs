@@ -325,6 +325,12 @@ pub fn leftovers() -> Result<Vec<String>> {
             }
         }
     }
+    // Hierarchies of version 1 outlive their mounts as long as a group in them does.
+    let hierarchies = fs::read_to_string("/proc/self/cgroup")?;
+    let ours = hierarchies
+        .lines()
+        .filter(|line| line.contains(&mark) && !line.starts_with("0::"));
+    left.extend(ours.map(str::to_owned));
     let tables = ran(Command::new("nft").args(["list", "tables"]))?.stdout;
     let ours = tables.lines().filter(|table| table.contains(&mark));
     left.extend(ours.map(str::to_owned));

@@ -95,28 +95,47 @@ fn moved_about() -> Result<()> {
 /// A version 1 hierarchy without controllers, gone when dropped.
 struct Hierarchy {
     mount: PathBuf,
+    name: String,
 }
 
 impl Hierarchy {
     fn new(world: &World) -> Result<Self> {
         let mount_point = world.path("v1");
         fs::create_dir(&mount_point)?;
-        let options = format!("none,name={}", world.name());
-        mount(
+        let this = Self {
+            mount: mount_point,
+            name: format!("name={}", world.name()),
+        };
+        this.mount()?;
+        Ok(this)
+    }
+
+    fn mount(&self) -> Result<()> {
+        let options = format!("none,{}", self.name);
+        Ok(mount(
             Some("cgroup"),
-            &mount_point,
+            &self.mount,
             Some("cgroup"),
             MsFlags::empty(),
             Some(options.as_str()),
-        )?;
-        Ok(Self { mount: mount_point })
+        )?)
     }
 }
 
 impl Drop for Hierarchy {
     fn drop(&mut self) {
         let _ = fs::remove_dir(self.mount.join("group"));
-        let _ = umount(&self.mount);
+        // It stays, without a mount, if the group is still being released then; otherwise it goes a moment later.
+        for _ in 0..10 {
+            let _ = umount(&self.mount);
+            for _ in 0..50 {
+                if !fs::read_to_string("/proc/self/cgroup").is_ok_and(|all| all.contains(&self.name)) {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            let _ = self.mount();
+        }
     }
 }
 
