@@ -8,7 +8,11 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::socket::{getsockopt, sockopt},
+    sys::{
+        signal::kill,
+        socket::{getsockopt, sockopt},
+    },
+    unistd::Pid,
 };
 use tokio::net::UnixStream;
 
@@ -56,6 +60,14 @@ pub enum CgroupError {
     /// It has ended.
     #[error("process {pid} does not exist any more; name a process that runs, or the cgroup with --cgroup")]
     Gone {
+        /// Its number.
+        pid: u32,
+    },
+    /// `/proc` shows others to root with `CAP_SYS_PTRACE` alone, or to a group (proc(5), `hidepid=`).
+    #[error(
+        "/proc hides process {pid} from the daemon (hidepid=); name the cgroup with --cgroup, or mount /proc with gid=0 or without hidepid="
+    )]
+    Hidden {
         /// Its number.
         pid: u32,
     },
@@ -137,16 +149,21 @@ impl Peer {
     pub fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
         let status = host::read_lossy(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        if status.is_empty() && lives(self.pid) {
+            return Err(CgroupError::Hidden { pid: self.pid });
+        }
         // One number: that of our own PID namespace, which is its own too (proc(5)).
         if numbers.is_none_or(|numbers| numbers.split_whitespace().count() != 1) {
             return Err(CgroupError::Namespace { pid });
         }
         let before = started(pid);
         let cgroup = cgroup_of(pid)?;
-        if before.is_none() || started(pid) != before {
-            return Err(CgroupError::Gone { pid });
+        match started(pid) {
+            // What tells it from a later one of its number is not to be seen (B4).
+            None if before.is_none() && lives(pid) => Err(CgroupError::Hidden { pid }),
+            after if after.is_some() && after == before => Ok(cgroup),
+            _ => Err(CgroupError::Gone { pid }),
         }
-        Ok(cgroup)
     }
 }
 
@@ -176,17 +193,31 @@ fn started(pid: u32) -> Option<u64> {
     rest.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// Whether there is a process of this number, whatever `/proc` shows.
+fn lives(pid: u32) -> bool {
+    let number = i32::try_from(pid).ok().filter(|number| *number > 0);
+    number.is_some_and(|number| kill(Pid::from_raw(number), None) != Err(Errno::ESRCH))
+}
+
 fn cgroup_of(pid: u32) -> Result<CgroupPath, CgroupError> {
-    let text = fs::read(format!("/proc/{pid}/cgroup")).map_err(|error| {
-        // ESRCH: it ended between being opened and being read.
-        if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) {
-            CgroupError::Gone { pid }
-        } else {
-            CgroupError::Proc { pid, error }
-        }
-    })?;
-    let shown = host::cgroup2_root().map_err(|error| CgroupError::Proc { pid, error })?;
-    read(pid, &text, &shown)
+    let at = |error| CgroupError::Proc { pid, error };
+    match fs::read(format!("/proc/{pid}/cgroup")) {
+        Ok(text) => read(pid, &text, &host::cgroup2_root().map_err(at)?),
+        // ESRCH: it ended between being opened and being read. EPERM: `hidepid=1`.
+        Err(error) => match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH) if !lives(pid) => Err(CgroupError::Gone { pid }),
+            Some(libc::ENOENT | libc::ESRCH | libc::EPERM | libc::EACCES) => listed(pid),
+            _ => Err(at(error)),
+        },
+    }
+}
+
+/// The cgroup that lists a process which `/proc` hides.
+fn listed(pid: u32) -> Result<CgroupPath, CgroupError> {
+    let mount = host::cgroup2_mount().map_err(|error| CgroupError::Proc { pid, error })?;
+    let mount = mount.ok_or(CgroupError::NoCgroup2 { pid })?;
+    let cgroup = host::hierarchy::listing(&mount, pid).ok_or(CgroupError::Hidden { pid })?;
+    CgroupPath::parse(&cgroup).map_err(|error| CgroupError::Path { pid, cgroup, error })
 }
 
 /// The path, below a mount that shows the hierarchy from `shown` on, that `/proc/PID/cgroup` tells.
@@ -262,5 +293,6 @@ mod tests {
         assert_eq!(started(pid), started(pid));
         assert_eq!(started(u32::MAX), None);
         assert!(matches!(cgroup_of(u32::MAX), Err(CgroupError::Gone { .. })));
+        assert!(lives(pid) && lives(1) && !lives(u32::MAX) && !lives(0));
     }
 }

@@ -61,6 +61,25 @@ pub fn is_root(dir: &Path) -> bool {
     fs::symlink_metadata(dir.join("cgroup.events")).is_err()
 }
 
+/// The cgroup below a mount that lists a process, of which `/proc` may show nothing (proc(5), `hidepid=`); none where no cgroup does, or
+/// where that has no name that a rule can have.
+#[must_use]
+pub(crate) fn listing(mount: &Path, pid: u32) -> Option<String> {
+    let pid = pid.to_string();
+    let mut waiting = vec![mount.to_path_buf()];
+    while let Some(cgroup) = waiting.pop() {
+        let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        if members.lines().any(|member| member == pid) {
+            let below = cgroup.strip_prefix(mount).ok()?;
+            return below.to_str().map(|below| format!("/{below}"));
+        }
+        let entries = fs::read_dir(&cgroup).into_iter().flatten().flatten();
+        let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        waiting.extend(children.map(|entry| entry.path()));
+    }
+    None
+}
+
 /// How deep below the true root a directory lies that paths of cgroups start from.
 pub(super) fn depth(mount: &Path) -> Option<u32> {
     if is_root(mount) {
@@ -90,6 +109,8 @@ pub fn outside(shown: &Path) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
+
     use super::*;
 
     const HOST: &str = "\
@@ -140,6 +161,19 @@ mod tests {
             .replace("31 25", "31 23")
             .replace("/sys/fs/cgroup rw", "/sys/fs rw");
         assert_eq!(whole(&[WHOLE, &below, &elsewhere]), Some(at("/run/cgroup2", Some(0))));
+    }
+
+    #[test]
+    fn a_process_is_where_it_is_listed() {
+        let root = tempfile::tempdir().expect("a directory");
+        for (cgroup, members) in [("", "1\n2\n"), ("a", "30\n"), ("a/b", "3\n4\n"), ("c", "")] {
+            let dir = root.path().join(cgroup);
+            fs::create_dir_all(&dir).expect("a directory");
+            fs::write(dir.join("cgroup.procs"), members).expect("a file");
+        }
+        for (pid, expected) in [(2, Some("/")), (30, Some("/a")), (3, Some("/a/b")), (0, None)] {
+            assert_eq!(listing(root.path(), pid).as_deref(), expected, "{pid}");
+        }
     }
 
     #[test]

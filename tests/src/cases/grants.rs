@@ -44,6 +44,7 @@ pub fn cases() -> Vec<Case> {
         case("b4_a_user_is_let_in_only_by_name", users),
         case("b4_what_would_let_everybody_in_is_refused", refused),
         case("b4_callers_in_namespaces_are_found", namespaces),
+        case("b4_callers_whom_proc_hides_are_found", hidden),
         case("b4_grants_that_cannot_be_trusted_let_nobody_in", untrusted_file),
         case("b4_grants_wait_for_their_target", reload),
         case("b4_only_root_grants_and_nothing_confuses_it", hostile),
@@ -489,6 +490,37 @@ fn namespaces() -> Result<()> {
     ensure!(ran.stderr.contains("PID namespace of its own"), "{ran:?}");
     job.through(&namespaces, &["revoke", "main"])?.demand(0)?;
     job.inside(NOBODY).is_refused()
+}
+
+/// `/proc` with `hidepid=`, which shows a daemon without `CAP_SYS_PTRACE` nobody but itself.
+fn hidden() -> Result<()> {
+    for hidepid in ["noaccess,gid=1", "invisible,gid=1", "ptraceable"] {
+        let job = Job::new("ebpf", "")?;
+        let mount = format!("mount --types proc --options hidepid={hidepid} proc /proc && exec \"$@\"");
+        let mut daemon = Command::new("unshare");
+        daemon
+            .args(["--mount", "sh", "-c", &mount, "sh"])
+            .arg(binary("enforcer")?);
+        let _daemon = job.world.daemon_with(&mut daemon)?;
+        job.inside(NOBODY).is_refused()?;
+        job.enforcer(&["grant", "main"])?.demand(0)?;
+        let granted = job.grants()?;
+        let found = &granted.first().context("no grant")?["cgroup"];
+        ensure!(*found == job.path()?, "{hidepid}: {granted:?}");
+        job.inside(NOBODY).reaches()?;
+        job.outside(NOBODY).is_refused()?;
+        job.enforcer(&["revoke", "main"])?.demand(0)?;
+        job.inside(NOBODY).is_refused()?;
+        // Whether a number means the same process to caller and daemon is not to be seen; the cgroup itself can be named.
+        let ran = job.enforcer(&["grant", "main", "--pid", "1"])?.demand(2)?;
+        ensure!(
+            ran.stderr.contains("hidepid=") && ran.stderr.contains("--cgroup"),
+            "{ran:?}"
+        );
+        job.enforcer(&["grant", "main", "--cgroup", &job.path()?])?.demand(0)?;
+        job.inside(NOBODY).reaches()?;
+    }
+    Ok(())
 }
 
 fn untrusted_file() -> Result<()> {
