@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+mod buses;
 mod collect;
 mod image;
 mod judge;

@@ -20,7 +20,7 @@ pub use build::{
 };
 pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
-pub(crate) use parse::{Server, servers};
+pub(crate) use parse::{Server, is_bus_url, servers};
 pub(crate) use users::of_primary_group;
 pub use users::{Account, HostUsers, UserError, Users};
 

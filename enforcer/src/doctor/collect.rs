@@ -13,6 +13,7 @@ use futures_util::stream::TryStreamExt as _;
 
 use super::{
     Unseen,
+    buses::{self, Member},
     legacy::{self, LegacyRule},
     links,
 };
@@ -63,6 +64,8 @@ pub(super) struct Seen {
     pub(super) in_force: Option<String>,
     /// Names that could not be resolved, and why.
     pub(super) unresolved: Vec<(String, String)>,
+    /// Servers of a message bus that are no endpoints, as those say that are.
+    pub(super) members: Vec<Member>,
     /// A process of each other network namespace, the number of its namespace first.
     pub(super) namespaces: BTreeMap<u64, String>,
     /// Devices whose packets never come to the IP hooks of this namespace.
@@ -138,7 +141,8 @@ pub(super) async fn host(config: &Path) -> Seen {
         ),
         ..Seen::default()
     };
-    let (policy, known) = seen.read_config().unzip();
+    let (policy, rest) = seen.read_config().unzip();
+    let (known, buses) = rest.unwrap_or_default();
     let mount = seen.saw("cgroup v2 mounts", host::cgroup2_mount()).flatten();
     seen.cgroup = seen.settings.cgroup.clone().or_else(|| mount.clone());
     let cgroups = policy.as_ref().map(Policy::cgroups).unwrap_or_default();
@@ -147,8 +151,11 @@ pub(super) async fn host(config: &Path) -> Seen {
         .unwrap_or_default();
     seen.ask_daemon().await;
     if let Some(policy) = &policy {
-        let names = seen.look_up(policy.names(), &known.unwrap_or_default()).await;
+        let names = seen.look_up(policy.names(), &known).await;
         seen.rules = seen.saw("the rules", compile(policy, &names, &seen.host));
+        if let Some(rules) = &seen.rules {
+            seen.members = buses::members(&buses, &names, rules).await;
+        }
     }
     seen.look_at_pins();
     seen.visibility = Visibility::of(&seen.settings, seen.ebpf_on(), true);
@@ -179,8 +186,9 @@ impl Seen {
             .ok()
     }
 
-    /// What the configuration means, with the message bus and with what was granted, and what is known of names.
-    fn read_config(&mut self) -> Option<(Policy, Known)> {
+    /// What the configuration means, with the message bus and with what was granted; what is known of names, and which endpoints are
+    /// message buses.
+    fn read_config(&mut self) -> Option<(Policy, (Known, BTreeSet<Endpoint>))> {
         let read = Config::load(&self.config).map_err(|error| error.to_string());
         let read = read.and_then(|config| {
             self.settings = config.settings.clone();
@@ -203,7 +211,8 @@ impl Seen {
             .unwrap_or_default();
         grants.expire(crate::grants::Moment::now());
         let policy = complete(&config, policy, bus.as_ref(), &grants);
-        Some((policy, left.map(|good| good.names).unwrap_or_default()))
+        let buses = buses::endpoints(&config, &policy);
+        Some((policy, (left.map(|good| good.names).unwrap_or_default(), buses)))
     }
 
     /// The message bus that an agent's settings name, else the last one known.

@@ -42,6 +42,7 @@ pub(super) fn host(seen: &Seen) -> Report {
     findings.extend(visibility(&seen.visibility));
     findings.extend(writable_cgroups(seen));
     findings.extend(listeners(seen));
+    findings.extend(members(seen));
     findings.extend(old_rules(seen));
     if !seen.capable.is_empty() {
         findings.push(finding(
@@ -693,6 +694,25 @@ fn writable_cgroups(seen: &Seen) -> Option<Finding> {
             "cgroups that principals or grants name are not root's alone, so they match nobody",
             writable.iter().map(|(path, by)| format!("{path}: {by}")),
             "chown root and chmod go-w the cgroup, cgroup.procs and cgroup.threads in it and in each ancestor; or name a cgroup that is not delegated",
+        )
+    })
+}
+
+/// Servers to which the clients of a message bus go when the one that is guarded is away.
+fn members(seen: &Seen) -> Option<Finding> {
+    (!seen.members.is_empty()).then(|| {
+        finding(
+            "bus-members",
+            Weight::Medium,
+            "a message bus names other servers of its cluster, and they are no endpoints: whoever is kept from the one reaches the others",
+            seen.members.iter().map(|member| {
+                let host = match &member.host {
+                    Ok(address) => SocketAddr::new(*address, member.port).to_string(),
+                    Err(name) => format!("{}:{}", text::name(name), member.port),
+                };
+                format!("{host}, as {} says", member.by)
+            }),
+            "add them to the endpoints, or a name or prefix that covers all servers; or set client_advertise and no_advertise in the servers to what clients are to use",
         )
     })
 }

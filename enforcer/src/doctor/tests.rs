@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
     Weight,
+    buses::Member,
     collect::{Capable, PlaceKind, PlaceMode, Program, Seen, powers},
     image::{self, ImageSeen, judge_image},
     judge, legacy,
@@ -123,6 +124,24 @@ fn translation_is_found_where_it_leads_onto_an_endpoint_and_ebpf_is_alone() {
     let text =
         "*nat\n:OUTPUT ACCEPT\n-A OUTPUT -d 10.0.0.9/32 -p tcp -j DNAT --to-destination 127.0.0.1:2822\nCOMMIT\n";
     check(|seen| seen.legacy = legacy::parse(text), &["nat-onto-endpoint"]);
+}
+
+#[test]
+fn servers_that_are_no_endpoints_are_named() {
+    let by = ([10, 0, 0, 11], 4222).into();
+    let seen = Seen {
+        members: [Ok([10, 0, 0, 12].into()), Err("bus-1".to_owned())]
+            .map(|host| Member { by, host, port: 4222 })
+            .into(),
+        ..well()
+    };
+    assert_eq!(ids(&seen), ["bus-members"]);
+    let said = judge::host(&seen).findings.pop().map(|finding| finding.items);
+    let expected = [
+        "10.0.0.12:4222, as 10.0.0.11:4222 says",
+        "bus-1:4222, as 10.0.0.11:4222 says",
+    ];
+    assert_eq!(said, Some(expected.map(str::to_owned).into()));
 }
 
 #[test]

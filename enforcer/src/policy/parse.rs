@@ -151,11 +151,7 @@ impl Endpoint {
 
     /// As [`Endpoint::parse`], of each server where a message-bus URL has several, with commas between them (B2).
     pub fn parse_all(text: &str) -> Result<Vec<Self>, EndpointError> {
-        let several = text.contains(',')
-            && text
-                .split_once("://")
-                .is_some_and(|(scheme, _)| servers::is_bus(scheme));
-        if several {
+        if text.contains(',') && is_bus_url(text) {
             servers(text).map(|server| server?.configured()).collect()
         } else {
             Ok(vec![Self::parse(text)?])
@@ -215,6 +211,12 @@ impl CgroupPath {
         }
         Ok(Self(format!("/{parts}")))
     }
+}
+
+/// Whether a text is a URL of a message bus.
+pub(crate) fn is_bus_url(text: &str) -> bool {
+    text.split_once("://")
+        .is_some_and(|(scheme, _)| servers::is_bus(scheme))
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, EndpointFault> {

@@ -1,17 +1,23 @@
 //! `enforcer doctor`: each thing that weakens protection, made really, is found, and is not found before.
 
-use std::{fs, net::Ipv4Addr, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::Command,
+};
 
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Case, case, names::Named};
+use super::{Case, case, failover::nats_server, names::Named};
 use crate::{
     backend::WITH_BPF,
     dns::Zone,
     foreign::{ForeignProgram, Sharing, attached},
     kernel::{EBPF_NEEDS, Feature, lacks, lacks_ebpf},
-    world::{NOBODY, Netns, World, binary, ran},
+    world::{NOBODY, Netns, World, binary, ran, until},
 };
 
 /// All cases of this file.
@@ -23,6 +29,7 @@ pub fn cases() -> Vec<Case> {
         case("doctor_finds_source_routes_segment_routing_and_mptcp", ways_around),
         case("doctor_finds_a_listener_beyond_its_endpoint", listener),
         case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
+        case("doctor_finds_servers_of_a_bus_that_are_no_endpoints", members),
         case("doctor_finds_names_that_do_not_resolve", unresolved),
         case("doctor_finds_a_bus_of_the_settings_that_does_not_resolve", settings_bus),
         case("doctor_finds_a_process_with_capabilities", capable),
@@ -232,6 +239,64 @@ fn listener() -> Result<()> {
     // As it says.
     ward.guard("auto", &[here("local")])?;
     ward.misses("listener-beyond-endpoint")
+}
+
+/// Two servers of one cluster, of which the settings name one.
+fn members() -> Result<()> {
+    let ward = Ward::new("")?;
+    let servers = [1, 2].map(|last| SocketAddr::from(([10, 79, 8, last], 4222)));
+    let [one, other] = servers;
+    for server in servers {
+        let address = format!("{}/32", server.ip());
+        ward.netns.ip(&["address", "add", &address, "dev", "lo"])?;
+    }
+    let routes = servers.map(|server| format!("nats://{}:6222", server.ip()));
+    let [of_one, of_other] = &routes;
+    let attack = |uid, to| {
+        anyhow::Ok(
+            ward.world
+                .attack(uid)
+                .to(to)
+                .in_netns(&ward.netns)?
+                .flag("--no-greeting"),
+        )
+    };
+    let answers = |server| {
+        let open = attack(NOBODY, server)?;
+        until("the server answers", || Ok(open.run()?.errno.is_none()))
+    };
+    let _one = nats_server(&ward.netns, one, &["--cluster", of_one, "--cluster_name", "c"])?;
+    answers(one)?;
+    ward.guard("auto", &[format!("nats://{one}")])?;
+    ward.misses("bus-members")?;
+    let _other = nats_server(
+        &ward.netns,
+        other,
+        &["--cluster", of_other, "--cluster_name", "c", "--routes", of_one],
+    )?;
+    // What it is about: this one is open.
+    answers(other)?;
+    until("the servers know each other", || Ok(ward.finds("bus-members").is_ok()))?;
+    let finding = ward.finds("bus-members")?.to_string();
+    let said = format!("{other}, as {one} says");
+    ensure!(
+        finding.contains(&said) && !finding.contains(&format!("\"{one},")),
+        "{finding}"
+    );
+    // Who may not connect as root is not asked: that would be denied, and reported.
+    let allow = format!("[target.main]\nendpoints = [\"nats://{one}\"]\nallow = [{NOBODY}]\n");
+    ward.world.configure(&allow)?;
+    ward.misses("bus-members")?;
+    // An address of another target, a prefix and a service of another kind are all well.
+    for endpoints in [
+        vec![format!("nats://{one}"), format!("tcp://{other}")],
+        vec![format!("nats://{one}"), format!("tcp://10.79.8.0/24:{}", other.port())],
+        vec![format!("tcp://{one}")],
+    ] {
+        ward.guard("auto", &endpoints)?;
+        ward.misses("bus-members")?;
+    }
+    Ok(())
 }
 
 fn old_rules() -> Result<()> {

@@ -43,13 +43,25 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A process that ends with the case.
-struct Process(Child);
+pub(super) struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// A real NATS server.
+pub(super) fn nats_server(netns: &Netns, address: SocketAddr, more: &[&str]) -> Result<Process> {
+    let program = ["/usr/sbin/nats-server", "/usr/bin/nats-server"];
+    let program = program.iter().map(Path::new).find(|path| path.exists());
+    let program = program.context("nats-server is not installed; run cargo xtask setup")?;
+    let (ip, port) = (address.ip().to_string(), address.port().to_string());
+    let mut command = netns.command(program);
+    command.args(["--addr", &ip, "--port", &port, "--name", &ip]).args(more);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    Ok(Process(child))
 }
 
 /// One of three NATS servers.
@@ -60,14 +72,7 @@ struct Server {
 
 impl Server {
     fn start(&mut self, netns: &Netns) -> Result<()> {
-        let program = ["/usr/sbin/nats-server", "/usr/bin/nats-server"];
-        let program = program.iter().map(Path::new).find(|path| path.exists());
-        let program = program.context("nats-server is not installed; run cargo xtask setup")?;
-        let ip = self.address.ip().to_string();
-        let mut command = netns.command(program);
-        command.args(["--addr", &ip, "--port", &PORT.to_string(), "--name", &ip]);
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        self.running = Some(Process(child));
+        self.running = Some(nats_server(netns, self.address, &[])?);
         Ok(())
     }
 }

@@ -1,0 +1,166 @@
+//! What a NATS server says of itself to whoever connects: an INFO line that names the other servers of its cluster, to which clients go
+//! when it is away (docs.nats.io, "Client Protocol": `connect_urls`).
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use serde::Deserialize;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
+    net::TcpStream,
+    task::JoinSet,
+    time::timeout,
+};
+
+use crate::{
+    config::Config,
+    policy::{BUS, Destination, Endpoint, Name, Policy, Protocol, is_bus_url},
+    ruleset::{Resolved, RulePrincipal, RuleSet, owners},
+};
+
+/// How long a server may take: it speaks first.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Most servers that are asked.
+const MOST: usize = 32;
+/// Longest INFO line that is read; of a cluster of hundreds of servers it is a few KiB.
+const LONGEST: u64 = 64 << 10;
+
+/// A server that another one names, as it names it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Member {
+    /// Who names it.
+    pub(super) by: SocketAddr,
+    /// Its address, or a name that no endpoint has.
+    pub(super) host: Result<IpAddr, String>,
+    pub(super) port: u16,
+}
+
+/// What of an INFO line matters here.
+#[derive(Debug, Deserialize)]
+struct Info {
+    #[serde(default)]
+    connect_urls: Vec<String>,
+}
+
+/// The endpoints that are message buses: target `nats`, and those of other targets that are written as URLs of one.
+pub(super) fn endpoints(config: &Config, policy: &Policy) -> BTreeSet<Endpoint> {
+    let ours = policy.targets.iter().filter(|target| target.name == BUS);
+    let written = config.targets.values().flat_map(|target| &target.endpoints);
+    let written = written.map(|text| text.value.expose()).filter(|text| is_bus_url(text));
+    let written = written.filter_map(|text| Endpoint::parse_all(text).ok());
+    ours.flat_map(|target| target.endpoints.clone())
+        .chain(written.flatten())
+        .collect()
+}
+
+/// Asks each server that root may reach, so that nothing is denied for our sake, for the members that it names.
+pub(super) async fn members(buses: &BTreeSet<Endpoint>, names: &Resolved, rules: &RuleSet) -> Vec<Member> {
+    let addresses = buses.iter().flat_map(|endpoint| {
+        let found = match &endpoint.destination {
+            Destination::Address(address) => vec![*address],
+            Destination::Name(name) => names.get(name).into_iter().flatten().copied().collect(),
+            Destination::Prefix(_) | Destination::Local => Vec::new(),
+        };
+        found
+            .into_iter()
+            .map(|address| SocketAddr::new(address, endpoint.port.get()))
+    });
+    let servers: BTreeSet<SocketAddr> = addresses.filter(|server| root_may(rules, *server)).collect();
+    let mut asked = JoinSet::new();
+    for server in servers.into_iter().take(MOST) {
+        asked.spawn(async move { (server, timeout(PATIENCE, urls(server)).await) });
+    }
+    let mut found = BTreeSet::new();
+    while let Some(answer) = asked.join_next().await {
+        // One that is away says nothing of others.
+        let Ok((server, Ok(Some(urls)))) = answer else { continue };
+        found.extend(urls.iter().filter_map(|url| member(server, url)));
+    }
+    let is_known = |member: &Member| match &member.host {
+        Ok(address) => owners(rules, Protocol::Tcp, *address, member.port) != 0,
+        Err(host) => Name::parse(host).is_ok_and(|name| {
+            let destination = Destination::Name(name);
+            let mut same = buses.iter().filter(|bus| bus.destination == destination);
+            same.any(|bus| bus.port.get() == member.port)
+        }),
+    };
+    found.into_iter().filter(|member| !is_known(member)).collect()
+}
+
+/// Whether every target that has a server as an endpoint allows root, whatever its cgroup.
+fn root_may(rules: &RuleSet, server: SocketAddr) -> bool {
+    let owners = owners(rules, Protocol::Tcp, server.ip(), server.port());
+    let of_server = rules.targets.iter().enumerate();
+    let mut of_server = of_server.filter(|(index, _)| owners >> index & 1 == 1);
+    of_server.all(|(_, target)| {
+        let mut principals = target.principals.iter();
+        principals.any(|principal| matches!(principal, RulePrincipal::User { uid, cgroup: None } if uid.0 == 0))
+    })
+}
+
+async fn urls(server: SocketAddr) -> Option<Vec<String>> {
+    let stream = TcpStream::connect(server).await.ok()?;
+    let mut line = String::new();
+    BufReader::new(stream.take(LONGEST)).read_line(&mut line).await.ok()?;
+    read(&line)
+}
+
+fn read(line: &str) -> Option<Vec<String>> {
+    let info: Info = serde_json::from_str(line.strip_prefix("INFO ")?).ok()?;
+    Some(info.connect_urls)
+}
+
+/// Of `10.0.0.12:4222`, `[2001:db8::12]:4222` or `host:4222`.
+fn member(by: SocketAddr, url: &str) -> Option<Member> {
+    if let Ok(address) = url.parse::<SocketAddr>() {
+        let host = Ok(address.ip().to_canonical());
+        let port = address.port();
+        return Some(Member { by, host, port });
+    }
+    let (host, port) = url.rsplit_once(':')?;
+    let host = Err(host.to_owned());
+    let port = port.parse().ok()?;
+    Some(Member { by, host, port })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_greeting_names_the_members_of_the_cluster() {
+        let line = "INFO {\"server_id\":\"N\",\"port\":4222,\"connect_urls\":[\"10.0.0.12:4222\",\"[2001:db8::12]:4223\",\"bus-1:4222\",\"?\"]} \r\n";
+        let by = SocketAddr::from(([10, 0, 0, 11], 4222));
+        let members: Vec<Member> = read(line)
+            .into_iter()
+            .flatten()
+            .filter_map(|url| member(by, &url))
+            .collect();
+        let member = |host: Result<&str, &str>, port| Member {
+            by,
+            host: host.map_err(str::to_owned).map(|text| text.parse().unwrap_or(by.ip())),
+            port,
+        };
+        assert_eq!(
+            members,
+            [
+                member(Ok("10.0.0.12"), 4222),
+                member(Ok("2001:db8::12"), 4223),
+                member(Err("bus-1"), 4222)
+            ]
+        );
+        for other in [
+            "",
+            "INFO",
+            "INFO [",
+            "HTTP/1.1 400 Bad Request",
+            "-ERR 'Authorization Violation'",
+        ] {
+            assert_eq!(read(other), None, "{other}");
+        }
+        assert_eq!(read("INFO {}"), Some(Vec::new()));
+    }
+}
