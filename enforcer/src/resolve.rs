@@ -3,6 +3,7 @@
 mod addresses;
 pub mod lookup;
 mod resolv_conf;
+mod runtime;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -89,7 +89,7 @@ pub(crate) struct Options {
     /// Memory of a guest in MiB [default: 1024, and 3072 with --full]
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
-    /// Seconds of silence after which a guest hangs [default: 120, and 900 with --full, which has long cases]
+    /// Seconds of silence after which a guest hangs [default: 300, and 900 with --full, which has long cases]
     #[arg(long, value_name = "SECONDS")]
     patience: Option<u64>,
     /// Boot with KVM, where it works, instead of emulation
@@ -146,7 +146,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         log: options.log,
         shell: options.keep,
         disk: None,
-        patience: Duration::from_secs(options.patience.unwrap_or(if options.full { 900 } else { 120 })),
+        patience: Duration::from_secs(options.patience.unwrap_or(if options.full { 900 } else { 300 })),
         progress: MultiProgress::new(),
     };
     // One after the other: they share an archive, and building one takes all processors.

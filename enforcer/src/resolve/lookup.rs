@@ -12,10 +12,10 @@ use std::{
 use futures_util::future::{Either, select};
 
 use hickory_resolver::{
-    Hosts, TokioResolver,
+    Hosts, Resolver,
     config::{NameServerConfig, ProtocolConfig, ResolveHosts, ResolverConfig},
     lookup::Lookup,
-    net::{DnsError, NetError, NoRecords, runtime::TokioRuntimeProvider},
+    net::{DnsError, NetError, NoRecords},
     proto::{
         op::{Query, ResponseCode},
         rr::{Name as DnsName, RecordType},
@@ -23,7 +23,11 @@ use hickory_resolver::{
 };
 use tokio::time::{Instant, timeout};
 
-use super::{Answer, Outcome, resolv_conf::ResolvConf};
+use super::{
+    Answer, Outcome,
+    resolv_conf::ResolvConf,
+    runtime::{Interface, Runtime},
+};
 use crate::policy::Name;
 
 /// How long a look-up may take, all servers and search domains together.
@@ -82,12 +86,11 @@ pub async fn lookup_early(name: &Name, patience: Duration) -> Looked {
     };
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let conf = ResolvConf::parse(&String::from_utf8_lossy(&text), host.trim_end());
-    let servers = conf
-        .servers
-        .iter()
-        .copied()
-        .map(NameServerConfig::udp_and_tcp)
-        .collect();
+    let servers = conf.servers.iter().map(|server| {
+        let interface = server.zone.as_deref().and_then(Interface::of_zone);
+        (NameServerConfig::udp_and_tcp(server.address), interface)
+    });
+    let servers = servers.collect();
     match Stub::new(conf, servers, patience) {
         Ok(stub) => Arc::new(stub).ask(&dns_name, patience).await,
         Err(error) => both(&Outcome::Failed(error.to_string())).into(),
@@ -129,11 +132,16 @@ struct Stub {
 /// A server, and the two ways to it: the second where the first one is silent.
 struct Server {
     address: IpAddr,
-    ways: Vec<TokioResolver>,
+    ways: Vec<Resolver<Runtime>>,
 }
 
 impl Server {
-    fn new(server: NameServerConfig, tcp_alone: bool, patience: Duration) -> Result<Self, NetError> {
+    fn new(
+        server: NameServerConfig,
+        interface: Option<&Interface>,
+        tcp_alone: bool,
+        patience: Duration,
+    ) -> Result<Self, NetError> {
         let address = server.ip;
         let mut over_tcp = server.clone();
         over_tcp
@@ -146,7 +154,7 @@ impl Server {
         };
         let ways = ways.into_iter().map(|way| {
             let config = ResolverConfig::from_name_servers(vec![way]);
-            let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+            let mut builder = Resolver::builder_with_config(config, Runtime::by(interface.cloned()));
             let options = builder.options_mut();
             options.cache_size = 0; // The times of look-ups are ours to choose (N2).
             options.use_hosts_file = ResolveHosts::Never; // It was asked before, for what DNS may not name (N6).
@@ -178,10 +186,14 @@ impl Server {
 }
 
 impl Stub {
-    fn new(conf: ResolvConf, servers: Vec<NameServerConfig>, patience: Duration) -> Result<Self, NetError> {
+    fn new(
+        conf: ResolvConf,
+        servers: Vec<(NameServerConfig, Option<Interface>)>,
+        patience: Duration,
+    ) -> Result<Self, NetError> {
         let servers = servers
             .into_iter()
-            .map(|server| Server::new(server, conf.tcp, patience));
+            .map(|(server, interface)| Server::new(server, interface.as_ref(), conf.tcp, patience));
         let mut servers = servers.collect::<Result<Vec<_>, NetError>>()?;
         if conf.rotate && !servers.is_empty() {
             let first = usize::try_from(super::random_bits()).unwrap_or_default() % servers.len();

@@ -1,6 +1,6 @@
 //! `resolv.conf` as glibc 2.36 and Go read it: what makes no sense costs only itself, and no line costs the file. Pure.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fmt, net::IpAddr, time::Duration};
 
 use hickory_resolver::proto::rr::Name;
 
@@ -11,11 +11,34 @@ const MAX_NDOTS: usize = 15;
 const MAX_TIMEOUT: u64 = 30;
 const MAX_ATTEMPTS: u32 = 5;
 
+/// A name server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct NameServer {
+    pub(super) address: IpAddr,
+    /// The interface by which a link-local one is reached.
+    pub(super) zone: Option<String>,
+}
+
+impl From<IpAddr> for NameServer {
+    fn from(address: IpAddr) -> Self {
+        Self { address, zone: None }
+    }
+}
+
+impl fmt::Display for NameServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.zone {
+            None => write!(f, "{}", self.address),
+            Some(zone) => write!(f, "{}%{zone}", self.address),
+        }
+    }
+}
+
 /// What a host asks of DNS, and whom.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ResolvConf {
     /// In the order of the file; this host where it names none.
-    pub(super) servers: Vec<IpAddr>,
+    pub(super) servers: Vec<NameServer>,
     /// The domains to search; the host's own where it names none.
     pub(super) search: Vec<Name>,
     /// A name with so many dots is first tried as it is.
@@ -65,8 +88,8 @@ impl ResolvConf {
         if conf.servers.is_empty() {
             // glibc asks the first, Go both in this order.
             conf.servers = vec![
-                IpAddr::from([127, 0, 0, 1]),
-                IpAddr::from(std::net::Ipv6Addr::LOCALHOST),
+                IpAddr::from([127, 0, 0, 1]).into(),
+                IpAddr::from(std::net::Ipv6Addr::LOCALHOST).into(),
             ];
         }
         if !says_where {
@@ -98,10 +121,17 @@ impl ResolvConf {
     }
 }
 
-/// Its zone says by which interface a link-local one is reached; where there is but one, that is the way without it.
-fn server(word: &str) -> Option<IpAddr> {
-    let end = word.find([';', '#', '%']).unwrap_or(word.len());
-    word.get(..end)?.parse().ok()
+/// An address, perhaps with a zone, which means nothing of one that is not link-local.
+fn server(word: &str) -> Option<NameServer> {
+    let end = word.find([';', '#']).unwrap_or(word.len());
+    let word = word.get(..end)?;
+    let (address, zone) = word
+        .split_once('%')
+        .map_or((word, None), |(address, zone)| (address, Some(zone)));
+    let address: IpAddr = address.parse().ok()?;
+    let is_link_local = matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let zone = zone.filter(|_| is_link_local).map(str::to_owned);
+    Some(NameServer { address, zone })
 }
 
 /// A domain to search: of whatever bytes, as DNS has it, but no empty label and none too long.
@@ -156,8 +186,8 @@ mod tests {
                 "10.0.0.1,10.0.0.2 host.example.",
             ),
             (
-                "nameserver fe80::53%eth1\nnameserver 2001:db8::1\n",
-                "fe80::53,2001:db8::1 host.example.",
+                "nameserver fe80::53%eth1\nnameserver 2001:db8::1\nnameserver 2001:db8::2%eth1\n",
+                "fe80::53%eth1,2001:db8::1,2001:db8::2 host.example.",
             ),
             (
                 "nameserver 1.1.1.1\nnameserver 1.1.1.2\nnameserver 1.1.1.3\nnameserver 1.1.1.4\n",

@@ -2,18 +2,19 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::Path,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use hickory_proto::op::ResponseCode;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Case, case, with_each};
 use crate::{
     dns::{DnsServer, Zone},
-    world::{Daemon, NOBODY, World, at_this_load, ran, until},
+    world::{Daemon, NOBODY, Netns, World, at_this_load, binary, ran, until},
 };
 
 /// All cases of this file.
@@ -31,6 +32,7 @@ pub fn cases() -> Vec<Case> {
         case("n3_one_name_never_touches_another", isolation),
         case("n6_answers_that_name_this_host_are_refused", lies),
         case("n6_link_local_answers_where_a_target_takes_them", link_local),
+        case("n1_a_link_local_name_server_is_asked_on_its_interface", zones),
         case("n5_unresolved_closed", closed),
         case("n7_f1_a_restart_without_dns_keeps_the_names", restart),
         case("b3_refresh_returns_when_the_kernel_holds_it", refresh),
@@ -112,6 +114,55 @@ fn families() -> Result<()> {
         named.denied("10.9.0.1")? && named.denied("2001:db8::9")?,
         "an address that left was let go (N4)"
     );
+    Ok(())
+}
+
+/// Two interfaces, and behind each a name server with the same link-local address.
+fn zones() -> Result<()> {
+    let world = World::new()?;
+    let home = Netns::new(&world, "home")?;
+    let mut servers = Vec::new();
+    for (number, answer) in ["10.9.0.1", "10.9.0.2"].into_iter().enumerate() {
+        let peer = Netns::new(&world, &format!("peer{number}"))?;
+        let device = format!("dns{number}");
+        let pair = ["type", "veth", "peer", "name", "veth0", "netns", peer.name()];
+        home.ip(&[&["link", "add", device.as_str()], &pair[..]].concat())?;
+        for (netns, address, device) in [(&home, "fe80::1/64", device.as_str()), (&peer, "fe80::53/64", "veth0")] {
+            netns.ip(&["address", "add", address, "dev", device, "nodad"])?;
+            netns.ip(&["link", "set", device, "up"])?;
+        }
+        let dns = DnsServer::start(Some(&peer.file()), Ipv6Addr::UNSPECIFIED.into())?;
+        dns.set("bus.test", addresses(&[answer]));
+        servers.push((peer, dns, device, answer));
+    }
+    let shown = ran(home
+        .command(Path::new("ip"))
+        .args(["-o", "link", "show", "dev", "dns1"]))?;
+    let number = shown.stdout.split(':').next().context("no index")?.to_owned();
+    world.configure(&format!(
+        "[target.bus]\nendpoints = [\"tcp://bus.test:{}\"]\nallow = [\"root\"]\n",
+        world.port
+    ))?;
+    let found = |zone: &str, options: &str| -> Result<Value> {
+        let conf = format!("nameserver fe80::53%{zone}\noptions timeout:2 attempts:1 {options}\n");
+        fs::write(world.path("resolv.conf"), conf)?;
+        let mut daemon = world.with_resolver_in(&home, &binary("enforcer")?);
+        let _daemon = world.daemon_with(&mut daemon)?;
+        let status = world.status()?;
+        world.enforcer(&["unload"])?.demand(0)?;
+        // What is known from before is none of the next answer.
+        fs::remove_dir_all(world.path("state"))?;
+        Ok(status["names"][0]["addresses"].clone())
+    };
+    for options in ["", "use-vc"] {
+        for (_, dns, device, answer) in &servers {
+            let said = found(device, options)?;
+            ensure!(said == json!([answer]), "{device} {options}: {said}");
+            ensure!(options.is_empty() || dns.over_tcp(), "{device}: not over TCP");
+        }
+    }
+    let said = found(&number, "")?;
+    ensure!(said == json!(["10.9.0.2"]), "zone {number}: {said}");
     Ok(())
 }
 

@@ -129,7 +129,7 @@ fn answer(request: &[u8], reply: &dyn Fn(&str, RecordType) -> Reply, udp: bool) 
 /// Asks as a host with this `resolv.conf`, whose name servers are ours.
 async fn ask(servers: &[&Server], more: &str, name: &str) -> (Outcome, Outcome) {
     let conf = ResolvConf::parse(&format!("nameserver 192.0.2.1\n{more}\n"), "");
-    let servers = servers.iter().map(|server| server.config()).collect();
+    let servers = servers.iter().map(|server| (server.config(), None)).collect();
     let stub = Stub::new(conf, servers, PATIENCE).expect("a resolver");
     let name = DnsName::from_ascii(name).expect("a name");
     match Arc::new(stub).ask(&name, PATIENCE).await.whole().await {
