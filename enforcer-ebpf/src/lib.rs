@@ -199,7 +199,7 @@ pub mod flag {
     pub const PREFIXES: u64 = 2;
     /// Put in force by a daemon that means to stay.
     pub const DAEMON: u64 = 4;
-    /// The programs check the socket's owner too (D3).
+    /// The programs check the socket's owner too (D3): that of TCP sockets.
     pub const SOCKET_USER: u64 = 8;
     /// No user is admitted anywhere but those that the generation itself names.
     pub const FEW: u64 = 16;
@@ -207,6 +207,10 @@ pub mod flag {
     pub const ANYBODY: u64 = 32;
     /// The rule set has NAT64 prefixes besides the well-known one.
     pub const NAT64: u64 = 64;
+    /// They check that of other sockets as well.
+    pub const OTHER_SOCKET_USER: u64 = 128;
+    /// They tell the kernel's threads from root's tasks.
+    pub const THREADS: u64 = 256;
 }
 
 /// A target's name, padded with zeros.

@@ -53,6 +53,10 @@ static TASK_CRED_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `uid` in `struct cred`, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static CRED_UID_OFFSET: Global<u32> = Global::new(0);
+/// 0 where `bpf_probe_read_kernel` is withheld (`lockdown=confidentiality`): the verifier then leaves out what calls it, and the programs
+/// load.
+#[unsafe(no_mangle)]
+static READS_KERNEL: Global<u32> = Global::new(1);
 
 /// 0: no rule set in force; else its slot plus 1. One byte, so that it is read and written whole.
 #[map(name = "active")]
@@ -369,8 +373,8 @@ impl Subject for Attempt<'_> {
         // SAFETY: a helper without arguments; the lower half is the real UID.
         #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
         let user = unsafe { bpf_get_current_uid_gid() } as u32;
-        if flags_offset == 0 {
-            return Task::User(user);
+        if flags_offset == 0 || READS_KERNEL.load() == 0 {
+            return Task::User(user); // D3
         }
         // SAFETY: a helper without arguments.
         let task = unsafe { bpf_get_current_task() };
@@ -393,6 +397,9 @@ impl Subject for Attempt<'_> {
         if !tcp.is_null() {
             // SAFETY: as above; the verifier allows a load anywhere within the kernel's `struct tcp_sock`.
             return SocketUser::Uid(unsafe { tcp.cast::<u8>().add(offset as usize).cast::<u32>().read_volatile() });
+        }
+        if READS_KERNEL.load() == 0 {
+            return SocketUser::Unsupported; // D3
         }
         // UDP, and MPTCP's own socket: no typed pointer is to be had for them. The verifier forbids arithmetic on the
         // socket but not reading the stack word that holds it, which gives the address as a number.

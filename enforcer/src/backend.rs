@@ -20,7 +20,7 @@ use crate::{
     verify::{Comparison, Verification},
 };
 
-pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned};
+pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, SocketUsers};
 pub use nftables::Tables;
 
 use probe::{Fact, Works};

@@ -2,7 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{backend::Observed, events, host::START, resolve::MAX_ADDRESSES, text::Page};
+use crate::{
+    backend::{Observed, SocketUsers},
+    events,
+    host::START,
+    resolve::MAX_ADDRESSES,
+    text::Page,
+};
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,7 +23,8 @@ pub struct Status {
     pub backend: String,
     /// Why `auto` took nftables, if it did.
     pub backend_reason: Option<String>,
-    /// `task+socket` where both users of an attempt are checked, `task` where the kernel has no BTF, `file` with nftables
+    /// `task+socket` where both users of an attempt are checked, `task+tcp-socket` where the kernel shows no other socket's owner
+    /// (`lockdown=confidentiality`), `task` where the kernel has no BTF, `file` with nftables
     /// alone: the user by whom the socket was opened (D3).
     pub subject: String,
     /// `enforce` or `audit`.
@@ -217,8 +224,12 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         causes,
         subject: match observed {
             _ if context.backend == "nftables" => "file",
-            Some(observed) if !observed.socket_user => "task",
-            Some(_) | None => "task+socket",
+            Some(observed) => match observed.socket_users {
+                SocketUsers::None => "task",
+                SocketUsers::Tcp => "task+tcp-socket",
+                SocketUsers::All => "task+socket",
+            },
+            None => "task+socket",
         }
         .to_owned(),
         mode: if on.is_some_and(|observed| observed.audit) {
@@ -475,7 +486,7 @@ mod tests {
             generation: 1,
             audit: false,
             by_daemon: false,
-            socket_user: false,
+            socket_users: SocketUsers::None,
             netns: true,
             endpoints: 0,
             targets: Vec::new(),

@@ -1,7 +1,7 @@
 //! What the kernel under test has: all that the suite asks for, but for what whoever starts the suite says that it cannot have. Those
 //! who say so are held to it (`kernel_has_what_it_should`); a case for a lacking thing expects the documented difference.
 
-use std::{env, io, path::Path, process::Command};
+use std::{env, fs, io, path::Path, process::Command};
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -22,6 +22,9 @@ pub enum Feature {
     Btf,
     /// A cgroup v2 hierarchy, mounted.
     Cgroup2,
+    /// Kernel memory read by programs, which `lockdown=confidentiality` forbids: of UDP and MPTCP sockets the task's user then decides
+    /// alone (D3).
+    KernelReads,
     /// Multipath TCP (Linux 5.6, where the distribution builds it).
     Mptcp,
     /// `SO_NETNS_COOKIE` (Linux 5.14), without which loopback is judged in every network namespace (D6).
@@ -71,6 +74,12 @@ pub fn cannot(way: Way) -> Option<i32> {
 pub fn has(feature: Feature) -> Result<bool> {
     match feature {
         Feature::Bpf => Ok(bpf_answers()),
+        Feature::KernelReads => {
+            let parameters = fs::read_to_string("/proc/cmdline")?;
+            Ok(!parameters
+                .split_whitespace()
+                .any(|word| word == "lockdown=confidentiality"))
+        }
         Feature::Btf => Ok(Path::new("/sys/kernel/btf/vmlinux").exists()),
         Feature::Cgroup2 => Ok(crate::world::cgroup_mount().is_ok()),
         Feature::Mptcp => Ok(Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).is_ok()),

@@ -145,6 +145,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         memory: options.memory.unwrap_or(if options.full { 3072 } else { 1024 }),
         log: options.log,
         shell: options.keep,
+        parameters: String::new(),
         disk: None,
         patience: Duration::from_secs(options.patience.unwrap_or(if options.full { 900 } else { 300 })),
         progress: MultiProgress::new(),
@@ -276,6 +277,7 @@ fn guest(ground: &Ground<'_>, entry: &Entry, kernel: &Kernel, options: &Options)
     plan.modules = initramfs.modules(kernel, &initramfs::MODULES)?;
     plan.slowness = if options.kvm { 2 } else { EMULATION };
     let mut settings = settings.clone();
+    settings.parameters.clone_from(&entry.parameters);
     let mut all = Outcome::default();
     for (layout, plan) in plan.apart() {
         let dir = dir.join(layout);

@@ -39,7 +39,7 @@ use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
 
 use self::{
     btf::Offsets,
-    image::{Image, Loader, Names},
+    image::{Image, Loader, Names, Sees},
     links::Hook,
     maps::{Maps, Part},
     observe::observe,
@@ -48,7 +48,7 @@ use self::{
 };
 pub use self::{
     error::BackendError,
-    observe::{Checked, Observed, ObservedTarget, Pinned},
+    observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
 };
 use crate::ruleset::RuleSet;
 
@@ -106,12 +106,12 @@ impl Kernel {
             }
             Err(error) => return Err(error),
         };
-        let offsets = btf::offsets().map_err(|error| BackendError::Io {
+        let sight = Sight::here().map_err(|error| BackendError::Io {
             action: "read",
             object: "/sys/kernel/btf/vmlinux".into(),
             error,
         })?;
-        let programs = load(&maps_dir, offsets, log_level)?;
+        let programs = load(&maps_dir, &sight, log_level)?;
         let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Damaged { path: maps_dir })?;
         Ok(Self {
             programs,
@@ -124,7 +124,7 @@ impl Kernel {
             loader: Loader {
                 netns: sys::netns_cookie().unwrap_or(0),
                 daemon,
-                socket_user: offsets.is_some(),
+                sees: sight.sees(),
             },
             udp: false,
             slots: if fresh {
@@ -446,16 +446,50 @@ fn maps_name() -> String {
     format!("{MAPS}{ABI}")
 }
 
-fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf, BackendError> {
+/// What this kernel lets the programs see. What it withholds costs only itself (D3).
+#[derive(Debug)]
+struct Sight {
+    /// `task_cred` is 0 where a task can only be read with [`Sight::reads`].
+    offsets: Offsets,
+    /// Whether `bpf_probe_read_kernel` is to be had: not under `lockdown=confidentiality`.
+    reads: bool,
+}
+
+impl Sight {
+    fn here() -> io::Result<Self> {
+        let mut offsets = btf::offsets()?;
+        let has = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper);
+        // Where the kernel cannot tell whether it has the helper, the slower way does.
+        let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
+        if !typed || offsets.task_flags == 0 || offsets.cred_uid == 0 {
+            offsets.task_cred = 0;
+        }
+        let reads = has(BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true);
+        Ok(Self { offsets, reads })
+    }
+
+    fn sees(&self) -> Sees {
+        let Offsets {
+            sk_uid,
+            task_flags,
+            task_cred,
+            ..
+        } = self.offsets;
+        Sees {
+            tcp_owner: sk_uid != 0,
+            other_owner: sk_uid != 0 && self.reads,
+            threads: task_cred != 0 || task_flags != 0 && self.reads,
+        }
+    }
+}
+
+fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendError> {
     let Offsets {
         sk_uid,
         task_flags,
         task_cred,
         cred_uid,
-    } = offsets.unwrap_or_default();
-    // Where the kernel cannot tell whether it has the helper, the slower way does.
-    let typed_task = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_get_current_task_btf);
-    let task_cred = if typed_task.unwrap_or(false) { task_cred } else { 0 };
+    } = sight.offsets;
     EbpfLoader::new()
         .btf(None)
         .default_map_pin_directory(maps_dir)
@@ -463,6 +497,7 @@ fn load(maps_dir: &Path, offsets: Option<Offsets>, log_level: u8) -> Result<Ebpf
         .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
         .override_global("TASK_CRED_OFFSET", &task_cred, true)
         .override_global("CRED_UID_OFFSET", &cred_uid, true)
+        .override_global("READS_KERNEL", &u32::from(sight.reads), true)
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(PROGRAMS)
         .map_err(|error| BackendError::Load {

@@ -27,7 +27,7 @@ use self::{
     image::{Header, Image, Loader},
     netlink::{Change, Dump, Failed, Netlink},
 };
-use super::{Observed, ObservedTarget};
+use super::{Observed, ObservedTarget, SocketUsers};
 use crate::{
     config::Forward,
     policy::Protocol,
@@ -548,7 +548,7 @@ fn observe(dump: &Dump) -> Observed {
         generation: header.generation,
         audit: header.audit,
         by_daemon: header.daemon,
-        socket_user: true,
+        socket_users: SocketUsers::All,
         netns: true,
         endpoints: per_class.values().sum(),
         targets: targets.collect(),

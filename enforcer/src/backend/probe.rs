@@ -41,6 +41,7 @@ pub enum Feature {
     Programs,
     Attach,
     SocketOwner,
+    KernelReads,
     NetnsCookie,
     NfTables,
     NftMaps,
@@ -94,7 +95,7 @@ pub struct About {
 
 impl Feature {
     /// All, as they are shown.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::BpfSyscall,
         Self::CgroupSockAddr,
         Self::CgroupLink,
@@ -104,6 +105,7 @@ impl Feature {
         Self::Programs,
         Self::Attach,
         Self::SocketOwner,
+        Self::KernelReads,
         Self::NetnsCookie,
         Self::NfTables,
         Self::NftMaps,
@@ -141,6 +143,12 @@ impl Feature {
                 "Linux 5.4, CONFIG_DEBUG_INFO_BTF",
                 Ebpf,
                 May("the task's user decides alone (D3)"),
+            ),
+            Self::KernelReads => (
+                "bpf_probe_read_kernel",
+                "no lockdown=confidentiality",
+                Ebpf,
+                May("of UDP and MPTCP sockets the task's user decides alone (D3)"),
             ),
             Self::NetnsCookie => (
                 "cookie of the network namespace",

@@ -117,7 +117,7 @@ fn kernel() -> Result<()> {
     let before = programs()?;
     let report = ward.report()?;
     let features = report["features"].as_array().cloned().unwrap_or_default();
-    ensure!(features.len() == 25, "{report}");
+    ensure!(features.len() == 26, "{report}");
     for feature in &features {
         let id = feature["id"].as_str().unwrap_or_default();
         ensure!((feature["state"] == "supported") != is_lacking(id), "{feature}");
@@ -152,6 +152,7 @@ fn is_lacking(id: &str) -> bool {
         }
         "attach" | "cgroup-link" => lacks_ebpf(),
         "socket-owner" => lacks(Feature::Bpf) || lacks(Feature::Btf),
+        "kernel-reads" => lacks(Feature::Bpf) || lacks(Feature::KernelReads),
         "netns-cookie" => lacks(Feature::NetnsCookie),
         "nft-socket-cgroup" => lacks(Feature::SocketCgroup),
         _ => false,

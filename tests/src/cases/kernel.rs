@@ -57,7 +57,11 @@ fn auto() -> Result<()> {
         }
     } else {
         ensure!(status["backend"] == "ebpf", "{status}");
-        let subject = if lacks(Feature::Btf) { "task" } else { "task+socket" };
+        let subject = match () {
+            () if lacks(Feature::Btf) => "task",
+            () if lacks(Feature::KernelReads) => "task+tcp-socket",
+            () => "task+socket",
+        };
         ensure!(status["subject"] == subject, "not {subject}: {status}");
         for way in [Way::Plain, Way::Mapped, Way::FastOpenSendto] {
             attack.clone().way(way).fails_by(libc::EPERM)?;

@@ -30,6 +30,8 @@ pub(super) struct Settings {
     pub(super) log: bool,
     /// The console is the user's terminal.
     pub(super) shell: bool,
+    /// What the kernel is booted with besides.
+    pub(super) parameters: String,
     /// A disk, if it has one.
     pub(super) disk: Option<PathBuf>,
     /// Silence for so long is a hang.
@@ -193,10 +195,11 @@ fn start(image: &Path, initramfs: &Path, console: &Path, results: &Path, setting
         command.args(["-drive", &drive]);
     }
     command.arg("-kernel").arg(image).arg("-initrd").arg(initramfs);
-    command.args([
-        "-append",
-        "console=ttyS0 loglevel=4 panic=-1 reboot=t nokaslr mitigations=off random.trust_cpu=on",
-    ]);
+    let parameters = format!(
+        "console=ttyS0 loglevel=4 panic=-1 reboot=t nokaslr mitigations=off random.trust_cpu=on {}",
+        settings.parameters
+    );
+    command.args(["-append", parameters.trim_end()]);
     if settings.shell {
         let console = format!("stdio,id=console,mux=on,logfile={}", escaped(console));
         command.args([

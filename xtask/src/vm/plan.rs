@@ -185,7 +185,10 @@ impl Suite {
 
 /// What one kernel's guest is to do.
 pub(super) fn plan(entry: &Entry, suites: &[Suite], backends: &[String], filter: Option<&str>, shell: bool) -> Plan {
-    let phases = LAYOUTS.map(|(layout, missing)| {
+    let layouts = LAYOUTS
+        .iter()
+        .filter(|(layout, _)| entry.layouts.is_empty() || entry.layouts.iter().any(|wanted| wanted == layout));
+    let phases = layouts.map(|&(layout, missing)| {
         let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
         let lacks = [entry.lacks.clone(), missing.clone()].concat();
         let wanted = suites
@@ -207,7 +210,7 @@ pub(super) fn plan(entry: &Entry, suites: &[Suite], backends: &[String], filter:
         modules: Vec::new(),
         root: None,
         lacks: entry.lacks.clone(),
-        hierarchies: phases.into_iter().filter(|phase| !phase.suites.is_empty()).collect(),
+        hierarchies: phases.filter(|phase| !phase.suites.is_empty()).collect(),
         arguments: filter.map(str::to_owned).into_iter().collect(),
         slowness: 1,
         shell,

@@ -198,6 +198,7 @@ pub(super) fn capabilities(rows: &[Row]) -> String {
                 .map_or_else(|| text("backend"), |_| "nothing");
             let subject = match text("subject") {
                 "task+socket" => "task and socket's owner",
+                "task+tcp-socket" => "task, and owner of TCP sockets",
                 "task" => "task alone",
                 "file" => "whoever opened the socket",
                 other => other,
@@ -245,6 +246,7 @@ fn reduced(entry: &Entry, layout: &str) -> Vec<&'static str> {
             "netns-cookie" => Some("loopback is judged in every network namespace"),
             "socket-cgroup" => Some("with nftables, principals with a cgroup match nobody"),
             "mptcp" => Some("no MPTCP to judge"),
+            "kernel-reads" => Some("of UDP and MPTCP sockets the task's user decides alone"),
             // Without BPF nobody asks for types.
             _ => None,
         })

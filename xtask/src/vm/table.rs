@@ -30,6 +30,12 @@ pub(super) struct Entry {
     /// What it cannot have.
     #[serde(default)]
     pub(super) lacks: Vec<String>,
+    /// What it is booted with besides the parameters of all.
+    #[serde(default)]
+    pub(super) parameters: String,
+    /// The layouts of hierarchies that it is tried with; all, if empty.
+    #[serde(default)]
+    pub(super) layouts: Vec<String>,
     /// Where it is built here: the configuration, beside the table.
     pub(super) config: Option<PathBuf>,
 }

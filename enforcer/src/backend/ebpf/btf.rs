@@ -7,7 +7,7 @@ use std::{fs, io, path::Path};
 /// Where the kernel shows its BTF (Linux 5.4, `CONFIG_DEBUG_INFO_BTF`).
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
-/// Offsets in bytes that the programs need.
+/// Offsets in bytes that the programs need; 0 where the kernel does not tell one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offsets {
     /// `sk_uid` in `struct sock`.
@@ -20,33 +20,74 @@ pub struct Offsets {
     pub cred_uid: u32,
 }
 
-/// Reads the offsets of the running kernel; none where it has no BTF or not these members.
-pub fn offsets() -> io::Result<Option<Offsets>> {
+/// Reads the offsets of the running kernel; none where it has no BTF.
+pub fn offsets() -> io::Result<Offsets> {
     match fs::read(Path::new(VMLINUX)) {
-        Ok(btf) => Ok(find(&btf)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Ok(btf) => Ok(find(&btf).unwrap_or_default()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Offsets::default()),
         Err(error) => Err(error),
     }
 }
 
+/// The offsets that a blob tells; nothing where it is none.
 fn find(btf: &[u8]) -> Option<Offsets> {
     let sections = Sections::of(btf)?;
-    let (mut sk_uid, mut task_flags, mut task_cred, mut cred_uid) = (None, None, None, None);
-    sections.structures(|name, members| match name {
-        b"sock" => sk_uid = sk_uid.or_else(|| sections.member(members, b"sk_uid")),
-        b"task_struct" => {
-            task_flags = task_flags.or_else(|| sections.member(members, b"flags"));
-            task_cred = task_cred.or_else(|| sections.member(members, b"cred"));
+    let mut offsets = Offsets::default();
+    let Offsets {
+        sk_uid,
+        task_flags,
+        task_cred,
+        cred_uid,
+    } = &mut offsets;
+    let mut wanted: [(&[u8], &[u8], &mut u32); 4] = [
+        (b"sock", b"sk_uid", sk_uid),
+        (b"task_struct", b"flags", task_flags),
+        (b"task_struct", b"cred", task_cred),
+        (b"cred", b"uid", cred_uid),
+    ];
+    // Where to look for which: in structures without a name inside, by their type, and how far into the whole these begin.
+    let mut inside: Vec<(u32, usize, u32)> = Vec::new();
+    sections.structures(|_, name, members| {
+        for (number, (structure, member, offset)) in wanted.iter_mut().enumerate() {
+            if name == *structure && **offset == 0 {
+                **offset = sections.member(members, member).unwrap_or(0);
+                if **offset == 0 {
+                    let unnamed = sections.unnamed(members);
+                    inside.extend(unnamed.map(|(kind, start)| (kind, number, start)));
+                }
+            }
         }
-        b"cred" => cred_uid = cred_uid.or_else(|| sections.member(members, b"uid")),
-        _ => {}
     })?;
-    Some(Offsets {
-        sk_uid: sk_uid?,
-        task_flags: task_flags?,
-        task_cred: task_cred?,
-        cred_uid: cred_uid?,
-    })
+    // As the kernel's own layout randomization leaves them (RANDSTRUCT); each pass goes one deeper.
+    for _ in 0..DEPTH {
+        let (mut found, mut deeper) = (Vec::new(), Vec::new());
+        inside.retain(|(_, number, _)| wanted.get(*number).is_some_and(|(.., offset)| **offset == 0));
+        if inside.is_empty() {
+            break;
+        }
+        sections.structures(|kind, _, members| {
+            for (_, number, start) in inside.iter().filter(|(wanted, ..)| *wanted == kind) {
+                let Some((_, member, _)) = wanted.get(*number) else {
+                    continue;
+                };
+                match sections.member(members, member) {
+                    Some(offset) => found.push((*number, start + offset)),
+                    None => deeper.extend(
+                        sections
+                            .unnamed(members)
+                            .map(|(kind, offset)| (kind, *number, start + offset)),
+                    ),
+                }
+            }
+        })?;
+        for (number, offset) in found {
+            if let Some((.., into)) = wanted.get_mut(number) {
+                **into = offset;
+            }
+        }
+        inside = deeper;
+    }
+    Some(offsets)
 }
 
 /// The two sections of a BTF blob.
@@ -57,6 +98,9 @@ struct Sections<'a> {
 
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
+const KIND_UNION: u32 = 5;
+/// How deep structures without a name are looked into.
+const DEPTH: usize = 4;
 
 impl<'a> Sections<'a> {
     fn of(btf: &'a [u8]) -> Option<Self> {
@@ -70,24 +114,28 @@ impl<'a> Sections<'a> {
         })
     }
 
-    /// Calls `each` with the name and members of every structure; nothing where the blob is not well formed.
-    fn structures(&self, mut each: impl FnMut(&[u8], &[u8])) -> Option<()> {
+    /// Calls `each` with the type's number, the name and the members of every structure and union; nothing where the blob is not well
+    /// formed.
+    fn structures(&self, mut each: impl FnMut(u32, &[u8], &[u8])) -> Option<()> {
         let mut rest = self.types;
+        let mut number = 0;
         while !rest.is_empty() {
             let (name, info) = (u32_at(rest, 0)?, u32_at(rest, 4)?);
             let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
             // Bytes that follow the twelve of every type, by kind: `struct btf_array` and its like.
             let extra = match kind {
-                1 | 14 | 17 => 4,                        // INT, VAR, DECL_TAG
-                3 => 12,                                 // ARRAY
-                KIND_STRUCT | 5 | 15 | 19 => count * 12, // STRUCT, UNION, DATASEC, ENUM64
-                6 | 13 => count * 8,                     // ENUM, FUNC_PROTO
+                1 | 14 | 17 => 4,                                 // INT, VAR, DECL_TAG
+                3 => 12,                                          // ARRAY
+                KIND_STRUCT | KIND_UNION | 15 | 19 => count * 12, // and DATASEC, ENUM64
+                6 | 13 => count * 8,                              // ENUM, FUNC_PROTO
                 2 | 7..=12 | 16 | 18 => 0, // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
                 _ => return None,
             };
             let members = rest.get(12..12 + extra)?;
-            if kind == KIND_STRUCT {
-                each(self.string(name)?, members);
+            // The first is number 1, as 0 is void.
+            number += 1;
+            if matches!(kind, KIND_STRUCT | KIND_UNION) {
+                each(number, self.string(name)?, members);
             }
             rest = rest.get(12 + extra..)?;
         }
@@ -100,6 +148,14 @@ impl<'a> Sections<'a> {
             // The upper byte is the size of a bit field where the structure has any, and 0 for plain members.
             let (name, bits) = (u32_at(member, 0)?, u32_at(member, 8)? & 0x00ff_ffff);
             (self.string(name)? == wanted).then_some(bits / 8)
+        })
+    }
+
+    /// Type and offset in bytes of those without a name.
+    fn unnamed(&self, members: &[u8]) -> impl Iterator<Item = (u32, u32)> {
+        members.chunks_exact(12).filter_map(|member| {
+            let (name, kind, bits) = (u32_at(member, 0)?, u32_at(member, 4)?, u32_at(member, 8)? & 0x00ff_ffff);
+            self.string(name)?.is_empty().then_some((kind, bits / 8))
         })
     }
 
@@ -119,9 +175,8 @@ mod tests {
 
     #[test]
     fn finds_members_of_the_running_kernel() {
-        let found = offsets().ok().flatten();
+        let found = offsets().unwrap_or_default();
         if Path::new(VMLINUX).exists() {
-            let found = found.unwrap_or_default();
             assert!(
                 found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid.is_multiple_of(4),
                 "{found:?}"
@@ -129,8 +184,70 @@ mod tests {
             assert!(found.task_flags > 0 && found.task_flags < 4000, "{found:?}");
             assert!(found.task_cred > 0 && found.cred_uid > 0, "{found:?}");
         } else {
-            assert_eq!(found, None);
+            assert_eq!(found, Offsets::default());
         }
+    }
+
+    /// A structure, and its members: name, type and offset in bytes.
+    type Structure = (&'static str, &'static [(&'static str, u32, u32)]);
+
+    fn blob(structures: &[Structure]) -> Vec<u8> {
+        let (mut types, mut strings) = (Vec::new(), vec![0_u8]);
+        let mut put = |types: &mut Vec<u8>, name: &str, words: [u32; 2]| {
+            let at = if name.is_empty() { 0 } else { strings.len() };
+            if at > 0 {
+                strings.extend(name.bytes().chain([0]));
+            }
+            for word in [u32::try_from(at).unwrap_or_default(), words[0], words[1]] {
+                types.extend(word.to_ne_bytes());
+            }
+        };
+        for (name, members) in structures {
+            let count = u32::try_from(members.len()).unwrap_or_default();
+            put(&mut types, name, [KIND_STRUCT << 24 | count, 0]);
+            for (name, kind, offset) in *members {
+                put(&mut types, name, [*kind, offset * 8]);
+            }
+        }
+        let length = |part: &[u8]| u32::try_from(part.len()).unwrap_or_default();
+        let mut blob = [&MAGIC.to_ne_bytes()[..], &[1, 0]].concat();
+        for word in [24, 0, length(&types), length(&types), length(&strings)] {
+            blob.extend(word.to_ne_bytes());
+        }
+        [blob, types, strings].concat()
+    }
+
+    #[test]
+    fn d3_each_member_is_found_or_missing_on_its_own() {
+        const SOCK: Structure = ("sock", &[("sk_other", 9, 0), ("sk_uid", 9, 100)]);
+        const TASK: Structure = ("task_struct", &[("flags", 9, 8), ("cred", 9, 16)]);
+        const CRED: Structure = ("cred", &[("uid", 9, 4)]);
+        let check = |structures: &[Structure], [sk_uid, task_flags, task_cred, cred_uid]: [u32; 4]| {
+            let expected = Offsets {
+                sk_uid,
+                task_flags,
+                task_cred,
+                cred_uid,
+            };
+            assert_eq!(find(&blob(structures)), Some(expected), "{structures:?}");
+        };
+        check(&[SOCK, TASK, CRED], [100, 8, 16, 4]);
+        check(&[CRED, TASK, SOCK], [100, 8, 16, 4]);
+        check(&[SOCK], [100, 0, 0, 0]);
+        check(&[TASK, ("cred", &[])], [0, 8, 16, 0]);
+        // RANDSTRUCT puts members into a structure without a name, here the second type, and one within it, the fourth.
+        let random: [Structure; 5] = [
+            ("task_struct", &[("thread_info", 9, 0), ("", 2, 24), ("stack", 9, 900)]),
+            ("", &[("cred", 9, 40), ("", 4, 64)]),
+            SOCK,
+            ("", &[("other", 9, 0), ("flags", 9, 12)]),
+            ("cred", &[("", 4, 8), ("uid", 9, 48)]),
+        ];
+        check(&random, [100, 24 + 64 + 12, 24 + 40, 48]);
+        // One that contains itself, as no compiler makes, ends.
+        check(&[("cred", &[("", 1, 4)]), SOCK], [100, 0, 0, 0]);
+        // A number that no type has.
+        check(&[("cred", &[("", 77, 4)]), SOCK], [100, 0, 0, 0]);
     }
 
     #[test]

@@ -80,8 +80,19 @@ pub struct Loader {
     pub netns: u64,
     /// Whether it stays.
     pub daemon: bool,
-    /// Whether its programs check the socket's owner (D3).
-    pub socket_user: bool,
+    /// What its programs see.
+    pub sees: Sees,
+}
+
+/// What the kernel lets the programs see (D3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sees {
+    /// The owner of a TCP socket.
+    pub tcp_owner: bool,
+    /// The owner of any other.
+    pub other_owner: bool,
+    /// Which tasks are threads of the kernel.
+    pub threads: bool,
 }
 
 /// Lowers a rule set. A target that `previous` names keeps its bit, so that its counters go on.
@@ -148,7 +159,9 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
         (rules.mode == Mode::Audit, flag::AUDIT),
         (!image.prefixes.is_empty(), flag::PREFIXES),
         (loader.daemon, flag::DAEMON),
-        (loader.socket_user, flag::SOCKET_USER),
+        (loader.sees.tcp_owner, flag::SOCKET_USER),
+        (loader.sees.other_owner, flag::OTHER_SOCKET_USER),
+        (loader.sees.threads, flag::THREADS),
         (few, flag::FEW),
         (image.nat64 != NO_NAT64, flag::NAT64),
         (

@@ -31,8 +31,8 @@ pub struct Observed {
     pub audit: bool,
     /// Whether a daemon put it in force.
     pub by_daemon: bool,
-    /// Whether both users of an attempt are checked, not the task's alone (D3).
-    pub socket_user: bool,
+    /// Of which sockets the owner is checked, besides the task's user (D3).
+    pub socket_users: SocketUsers,
     /// Whether loopback is told apart by network namespace (D6).
     pub netns: bool,
     /// Endpoints in force, those for unspecified destinations not counted.
@@ -43,6 +43,18 @@ pub struct Observed {
     pub lost: u64,
     /// What is not as it should be.
     pub faults: Vec<String>,
+}
+
+/// Sockets of which the owner is checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SocketUsers {
+    /// None: the kernel has no BTF.
+    #[default]
+    None,
+    /// Those of TCP (`lockdown=confidentiality`).
+    Tcp,
+    /// All.
+    All,
 }
 
 /// A target as the kernel has it.
@@ -167,12 +179,16 @@ impl Asker {
     /// The attempt as the programs that a generation was loaded with see it.
     pub(super) fn new(attempt: &Attempt, generation: &Generation) -> Self {
         let mut subject = attempt.subject.clone();
-        if generation.flags & flag::SOCKET_USER == 0 {
-            // Without BTF they see neither a socket's owner nor what is a kernel thread, whose UID is root's (D3).
+        let owner = match attempt.protocol {
+            Protocol::Tcp => flag::SOCKET_USER,
+            Protocol::Udp => flag::OTHER_SOCKET_USER,
+        };
+        if generation.flags & owner == 0 {
             subject.socket = None;
-            if std::mem::take(&mut subject.kernel_thread) {
-                subject.task = Uid(0);
-            }
+        }
+        // Not told from root's tasks, whose UID a kernel thread has (D3).
+        if generation.flags & flag::THREADS == 0 && std::mem::take(&mut subject.kernel_thread) {
+            subject.task = Uid(0);
         }
         Self {
             foreign_netns: attempt.foreign_netns,
@@ -277,7 +293,11 @@ pub(super) fn observe<'i>(
         generation,
         audit: image.flags & flag::AUDIT != 0,
         by_daemon: image.flags & flag::DAEMON != 0,
-        socket_user: image.flags & flag::SOCKET_USER != 0,
+        socket_users: match (image.flags & flag::SOCKET_USER, image.flags & flag::OTHER_SOCKET_USER) {
+            (0, _) => SocketUsers::None,
+            (_, 0) => SocketUsers::Tcp,
+            _ => SocketUsers::All,
+        },
         netns: image.netns != 0,
         endpoints: (real().count() + image.prefixes.len()) as u64,
         targets,

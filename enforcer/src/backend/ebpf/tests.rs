@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::{
-    image::{Image, Loader, canonical_words, lower},
+    image::{Image, Loader, Sees, canonical_words, lower},
     observe::Asker,
 };
 use crate::{
@@ -99,7 +99,11 @@ const NETNS: u64 = 7;
 const LOADER: Loader = Loader {
     netns: NETNS,
     daemon: true,
-    socket_user: true,
+    sees: Sees {
+        tcp_owner: true,
+        other_owner: true,
+        threads: true,
+    },
 };
 
 fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>) {
@@ -305,18 +309,24 @@ proptest! {
         }
     }
 
-    /// D3: what the programs cannot see without BTF decides nothing, and a kernel thread is root.
+    /// D3: what the programs cannot see decides nothing, and a kernel thread is root. Each fact is lost alone.
     #[test]
-    fn without_btf_the_task_decides_alone(policy in policy(), attempts in proptest::collection::vec(attempt(), 1..20)) {
+    fn what_the_kernel_withholds_costs_only_itself(
+        policy in policy(),
+        attempts in proptest::collection::vec(attempt(), 1..20),
+        (tcp_owner, other_owner, threads) in proptest::prelude::any::<(bool, bool, bool)>(),
+    ) {
         let Ok(rules) = compile(&policy, &BTreeMap::new(), &host()) else {
             return Err(TestCaseError::fail("the policy is within all limits"))
         };
-        let blind = Loader { socket_user: false, ..LOADER };
+        let sees = Sees { tcp_owner, other_owner, threads };
+        let blind = Loader { sees, ..LOADER };
         let image = lower(&rules, &Image::empty().names, blind);
         for attempt in attempts {
             let mut seen = attempt.clone();
-            seen.subject.socket = None;
-            if seen.subject.kernel_thread {
+            let owner = if attempt.protocol == Protocol::Tcp { tcp_owner } else { other_owner };
+            seen.subject.socket = seen.subject.socket.filter(|_| owner);
+            if seen.subject.kernel_thread && !threads {
                 (seen.subject.kernel_thread, seen.subject.task) = (false, Uid(0));
             }
             prop_assert_eq!(verdict(&image, &attempt).0, explain(&rules, &seen).verdict, "{:?}", attempt);

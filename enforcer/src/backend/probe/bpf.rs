@@ -7,6 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use aya::{
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
+};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -27,6 +31,7 @@ pub(super) fn probe(place: Place<'_>, facts: &mut Facts) {
     facts.set(Feature::BatchOperations, Fact::from_errno(sys::try_batch()));
     facts.set(Feature::CgroupSockAddr, Fact::from_errno(sys::load_passing().map(drop)));
     facts.set(Feature::SocketOwner, socket_owner());
+    facts.set(Feature::KernelReads, kernel_reads());
     facts.set(
         Feature::NetnsCookie,
         match sys::netns_cookie() {
@@ -42,11 +47,21 @@ pub(super) fn probe(place: Place<'_>, facts: &mut Facts) {
 
 fn socket_owner() -> Fact {
     match btf::offsets() {
-        Ok(Some(_)) => Fact::Supported,
-        Ok(None) => Fact::Missing {
+        Ok(offsets) if offsets.sk_uid != 0 => Fact::Supported,
+        Ok(_) => Fact::Missing {
             why: "/sys/kernel/btf/vmlinux is missing, or tells nothing of sk_uid".to_owned(),
         },
         Err(error) => Fact::Inconclusive(format!("read /sys/kernel/btf/vmlinux: {error}")),
+    }
+}
+
+fn kernel_reads() -> Fact {
+    match is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel) {
+        Ok(true) => Fact::Supported,
+        Ok(false) => Fact::Missing {
+            why: "the kernel refuses it (/sys/kernel/security/lockdown)".to_owned(),
+        },
+        Err(error) => Fact::Inconclusive(error.to_string()),
     }
 }
 
