@@ -207,10 +207,10 @@ pub mod flag {
     pub const ANYBODY: u64 = 32;
     /// The rule set has NAT64 prefixes besides the well-known one.
     pub const NAT64: u64 = 64;
-    /// They check that of other sockets as well.
-    pub const OTHER_SOCKET_USER: u64 = 128;
-    /// They tell the kernel's threads from root's tasks.
-    pub const THREADS: u64 = 256;
+    /// Of sockets that are not TCP's they do not see the owner.
+    pub const TCP_SOCKET_USER_ALONE: u64 = 128;
+    /// They do not tell the kernel's threads from root's tasks.
+    pub const NO_THREADS: u64 = 256;
 }
 
 /// A target's name, padded with zeros.

@@ -278,10 +278,12 @@ fn as_judged(rules: &RuleSet, address: IpAddr, owners_of: impl Fn(IpAddr) -> u64
         .unwrap_or_else(|| owners_of(address))
 }
 
-/// An endpoint within a NAT64 prefix is one of IPv4 (D4); of a name, but for what no name may bring (N6).
+/// An endpoint within a NAT64 prefix is one of IPv4 (D4). But for loopback, which no gateway translates to and which is each network
+/// namespace's own (D6); and of a name but for what no name may bring (N6).
 fn as_ipv4(prefixes: &[Nat64], net: IpNet, named: bool) -> IpNet {
-    let refused = |v4: &Ipv4Addr| v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast();
-    let embedded = translated(prefixes, net.addr()).filter(|v4| net.prefix_len() >= 96 && !(named && refused(v4)));
+    let refused = |v4: &Ipv4Addr| v4.is_link_local() || v4.is_multicast() || v4.is_broadcast();
+    let embedded = translated(prefixes, net.addr())
+        .filter(|v4| net.prefix_len() >= 96 && !v4.is_loopback() && !(named && refused(v4)));
     let v4 = embedded.and_then(|v4| Ipv4Net::new(v4, net.prefix_len() - 96).ok());
     v4.map_or(net, IpNet::V4)
 }

@@ -106,11 +106,7 @@ impl Kernel {
             }
             Err(error) => return Err(error),
         };
-        let sight = Sight::here().map_err(|error| BackendError::Io {
-            action: "read",
-            object: "/sys/kernel/btf/vmlinux".into(),
-            error,
-        })?;
+        let sight = Sight::here()?;
         let programs = load(&maps_dir, &sight, log_level)?;
         let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Damaged { path: maps_dir })?;
         Ok(Self {
@@ -449,23 +445,29 @@ fn maps_name() -> String {
 /// What this kernel lets the programs see. What it withholds costs only itself (D3).
 #[derive(Debug)]
 struct Sight {
-    /// `task_cred` is 0 where a task can only be read with [`Sight::reads`].
+    /// `task_cred` is none where a task can only be read with [`Sight::reads`].
     offsets: Offsets,
     /// Whether `bpf_probe_read_kernel` is to be had: not under `lockdown=confidentiality`.
     reads: bool,
 }
 
 impl Sight {
-    fn here() -> io::Result<Self> {
-        let mut offsets = btf::offsets()?;
+    fn here() -> Result<Self, BackendError> {
+        let mut offsets = btf::offsets().map_err(|error| BackendError::Io {
+            action: "read",
+            object: "/sys/kernel/btf/vmlinux".into(),
+            error,
+        })?;
         let has = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper);
         // Where the kernel cannot tell whether it has the helper, the slower way does.
         let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
-        if !typed || offsets.task_flags == 0 || offsets.cred_uid == 0 {
-            offsets.task_cred = 0;
+        if !typed || offsets.task_flags.is_none() || offsets.cred_uid.is_none() {
+            offsets.task_cred = None;
         }
-        let reads = has(BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true);
-        Ok(Self { offsets, reads })
+        Ok(Self {
+            offsets,
+            reads: reads_kernel().unwrap_or(true),
+        })
     }
 
     fn sees(&self) -> Sees {
@@ -476,11 +478,20 @@ impl Sight {
             ..
         } = self.offsets;
         Sees {
-            tcp_owner: sk_uid != 0,
-            other_owner: sk_uid != 0 && self.reads,
-            threads: task_cred != 0 || task_flags != 0 && self.reads,
+            tcp_owner: sk_uid.is_some(),
+            other_owner: sk_uid.is_some() && self.reads,
+            threads: task_cred.is_some() || task_flags.is_some() && self.reads,
         }
     }
+}
+
+/// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too, and have each call
+/// fail.
+pub fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
+    let locked =
+        std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"));
+    let has = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel);
+    has.map(|has| has && !locked)
 }
 
 fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendError> {
@@ -490,6 +501,9 @@ fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendEr
         task_cred,
         cred_uid,
     } = sight.offsets;
+    // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are known.
+    let [sk_uid, task_flags, task_cred, cred_uid] =
+        [sk_uid, task_flags, task_cred, cred_uid].map(Option::unwrap_or_default);
     EbpfLoader::new()
         .btf(None)
         .default_map_pin_directory(maps_dir)

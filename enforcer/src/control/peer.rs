@@ -156,14 +156,19 @@ impl Peer {
         if numbers.is_none_or(|numbers| numbers.split_whitespace().count() != 1) {
             return Err(CgroupError::Namespace { pid });
         }
-        let before = started(pid);
+        let Some(before) = started(pid) else {
+            // What would tell it from a later one of its number is not to be seen (B4).
+            return Err(if lives(pid) {
+                CgroupError::Hidden { pid }
+            } else {
+                CgroupError::Gone { pid }
+            });
+        };
         let cgroup = cgroup_of(pid)?;
-        match started(pid) {
-            // What tells it from a later one of its number is not to be seen (B4).
-            None if before.is_none() && lives(pid) => Err(CgroupError::Hidden { pid }),
-            after if after.is_some() && after == before => Ok(cgroup),
-            _ => Err(CgroupError::Gone { pid }),
+        if started(pid) != Some(before) {
+            return Err(CgroupError::Gone { pid });
         }
+        Ok(cgroup)
     }
 }
 

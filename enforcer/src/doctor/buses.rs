@@ -24,7 +24,7 @@ use crate::{
 /// How long a server may take: it speaks first.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Most servers that are asked.
-const MOST: usize = 32;
+const MOST: usize = 256;
 /// Longest INFO line that is read; of a cluster of hundreds of servers it is a few KiB.
 const LONGEST: u64 = 64 << 10;
 
@@ -58,7 +58,8 @@ pub(super) fn endpoints(config: &Config, policy: &Policy) -> BTreeSet<Endpoint> 
 
 /// Asks each server that root may reach, so that nothing is denied for our sake, for the members that it names.
 pub(super) async fn members(buses: &BTreeSet<Endpoint>, names: &Resolved, rules: &RuleSet) -> Vec<Member> {
-    let addresses = buses.iter().flat_map(|endpoint| {
+    let over_tcp = buses.iter().filter(|endpoint| endpoint.protocol == Protocol::Tcp);
+    let addresses = over_tcp.flat_map(|endpoint| {
         let found = match &endpoint.destination {
             Destination::Address(address) => vec![*address],
             Destination::Name(name) => names.get(name).into_iter().flatten().copied().collect(),
@@ -79,13 +80,14 @@ pub(super) async fn members(buses: &BTreeSet<Endpoint>, names: &Resolved, rules:
         let Ok((server, Ok(Some(urls)))) = answer else { continue };
         found.extend(urls.iter().filter_map(|url| member(server, url)));
     }
+    let is_endpoint = |address: &IpAddr, port| owners(rules, Protocol::Tcp, *address, port) != 0;
     let is_known = |member: &Member| match &member.host {
-        Ok(address) => owners(rules, Protocol::Tcp, *address, member.port) != 0,
-        Err(host) => Name::parse(host).is_ok_and(|name| {
-            let destination = Destination::Name(name);
-            let mut same = buses.iter().filter(|bus| bus.destination == destination);
-            same.any(|bus| bus.port.get() == member.port)
-        }),
+        Ok(address) => is_endpoint(address, member.port),
+        // Of a name that no endpoint has, nothing is known.
+        Err(host) => {
+            let addresses = Name::parse(host).ok().and_then(|name| names.get(&name));
+            addresses.is_some_and(|all| !all.is_empty() && all.iter().all(|address| is_endpoint(address, member.port)))
+        }
     };
     found.into_iter().filter(|member| !is_known(member)).collect()
 }

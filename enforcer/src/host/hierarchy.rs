@@ -4,6 +4,7 @@
 //! the whole is that the true root alone has no `cgroup.events` (Documentation/admin-guide/cgroup-v2.rst).
 
 use std::{
+    collections::VecDeque,
     fs, io,
     path::{Component, Path, PathBuf},
 };
@@ -61,14 +62,19 @@ pub fn is_root(dir: &Path) -> bool {
     fs::symlink_metadata(dir.join("cgroup.events")).is_err()
 }
 
-/// The cgroup below a mount that lists a process, of which `/proc` may show nothing (proc(5), `hidepid=`); none where no cgroup does, or
-/// where that has no name that a rule can have.
+/// Most cgroups that are looked into for a process: a user to whom a subtree is delegated makes as many as he likes.
+const MOST: usize = 1 << 16;
+
+/// The cgroup below a mount that lists a process's first thread, of which `/proc` may show nothing (proc(5), `hidepid=`); none where no
+/// cgroup does, or where that has no name that a rule can have. Where cgroups are threaded, `cgroup.procs` would name the domain's root.
 #[must_use]
 pub(crate) fn listing(mount: &Path, pid: u32) -> Option<String> {
     let pid = pid.to_string();
-    let mut waiting = vec![mount.to_path_buf()];
-    while let Some(cgroup) = waiting.pop() {
-        let members = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    // Breadth first: whoever makes many of them makes them deep below.
+    let mut waiting = VecDeque::from([mount.to_path_buf()]);
+    for _ in 0..MOST {
+        let cgroup = waiting.pop_front()?;
+        let members = fs::read_to_string(cgroup.join("cgroup.threads")).unwrap_or_default();
         if members.lines().any(|member| member == pid) {
             let below = cgroup.strip_prefix(mount).ok()?;
             return below.to_str().map(|below| format!("/{below}"));
@@ -169,7 +175,7 @@ mod tests {
         for (cgroup, members) in [("", "1\n2\n"), ("a", "30\n"), ("a/b", "3\n4\n"), ("c", "")] {
             let dir = root.path().join(cgroup);
             fs::create_dir_all(&dir).expect("a directory");
-            fs::write(dir.join("cgroup.procs"), members).expect("a file");
+            fs::write(dir.join("cgroup.threads"), members).expect("a file");
         }
         for (pid, expected) in [(2, Some("/")), (30, Some("/a")), (3, Some("/a/b")), (0, None)] {
             assert_eq!(listing(root.path(), pid).as_deref(), expected, "{pid}");

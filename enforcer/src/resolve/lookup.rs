@@ -87,6 +87,7 @@ pub async fn lookup_early(name: &Name, patience: Duration) -> Looked {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let conf = ResolvConf::parse(&String::from_utf8_lossy(&text), host.trim_end());
     let servers = conf.servers.iter().map(|server| {
+        // Without such an interface the kernel chooses one, as for glibc.
         let interface = server.zone.as_deref().and_then(Interface::of_zone);
         (NameServerConfig::udp_and_tcp(server.address), interface)
     });

@@ -81,8 +81,11 @@ impl RuntimeProvider for Runtime {
         Box::pin(async move {
             let socket = bound.await?;
             if let Some(interface) = interface {
-                // Before Linux 5.7 that takes CAP_NET_RAW; without it the first interface with such addresses is taken.
-                let _ = SockRef::from(&socket).bind_device(Some(interface.name.as_bytes()));
+                match SockRef::from(&socket).bind_device(Some(interface.name.as_bytes())) {
+                    // Before Linux 5.7 that takes CAP_NET_RAW; then the kernel chooses among the interfaces with such addresses.
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                    bound => bound?,
+                }
             }
             Ok(socket)
         })

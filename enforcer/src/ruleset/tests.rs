@@ -101,6 +101,10 @@ fn d4_an_endpoint_within_a_nat64_prefix_is_the_ipv4_address_in_it() {
         places("2001:db8:64::a00:1", "2001:db8:65::1"),
         set(&["10.0.0.1", "2001:db8:65::1"])
     );
+    assert_eq!(
+        places("64:ff9b::127.0.0.1", "10.0.0.2"),
+        set(&["10.0.0.2", "64:ff9b::7f00:1"])
+    );
     // An administrator may mean the metadata service; what no name may bring stays what the name brought (N6).
     assert_eq!(
         places("64:ff9b::169.254.169.254", "64:ff9b::169.254.169.253"),

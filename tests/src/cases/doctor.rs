@@ -287,7 +287,11 @@ fn members() -> Result<()> {
     // Who may not connect as root is not asked: that would be denied, and reported.
     let allow = format!("[target.main]\nendpoints = [\"nats://{one}\"]\nallow = [{NOBODY}]\n");
     ward.world.configure(&allow)?;
+    ward.netns.enforcer(&ward.world, &["apply"])?.demand(0)?;
     ward.misses("bus-members")?;
+    let status = ward.netns.enforcer(&ward.world, &["status", "--json"])?;
+    let status: Value = serde_json::from_str(&status.stdout)?;
+    ensure!(status["targets"][0]["denied"] == 0, "{status}");
     // An address of another target, a prefix and a service of another kind are all well.
     for endpoints in [
         vec![format!("nats://{one}"), format!("tcp://{other}")],
@@ -297,7 +301,9 @@ fn members() -> Result<()> {
         ward.guard("auto", &endpoints)?;
         ward.misses("bus-members")?;
     }
-    Ok(())
+    // It was not that nobody answered.
+    ward.guard("auto", &[format!("nats://{one}")])?;
+    ward.finds("bus-members").map(drop)
 }
 
 fn old_rules() -> Result<()> {

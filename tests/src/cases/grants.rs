@@ -519,6 +519,21 @@ fn hidden() -> Result<()> {
         );
         job.enforcer(&["grant", "main", "--cgroup", &job.path()?])?.demand(0)?;
         job.inside(NOBODY).reaches()?;
+        job.enforcer(&["revoke", "main"])?.demand(0)?;
+        // In a threaded cgroup, whose processes are listed in the one above only.
+        let whole = job.cgroup.clone();
+        let part = Job {
+            cgroup: whole.join("part"),
+            ..job
+        };
+        fs::create_dir(&part.cgroup)?;
+        fs::write(part.cgroup.join("cgroup.type"), "threaded")?;
+        part.enforcer(&["grant", "main"])?.demand(0)?;
+        let granted = part.grants()?;
+        let found = &granted.first().context("no grant")?["cgroup"];
+        ensure!(*found == part.path()?, "{hidepid}, threaded: {granted:?}");
+        part.inside(NOBODY).reaches()?;
+        part.world.attack(NOBODY).in_cgroup(&whole).is_refused()?;
     }
     Ok(())
 }

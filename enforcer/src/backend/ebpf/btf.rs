@@ -7,17 +7,17 @@ use std::{fs, io, path::Path};
 /// Where the kernel shows its BTF (Linux 5.4, `CONFIG_DEBUG_INFO_BTF`).
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
-/// Offsets in bytes that the programs need; 0 where the kernel does not tell one.
+/// Offsets in bytes that the programs need, as far as the kernel tells them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offsets {
     /// `sk_uid` in `struct sock`.
-    pub sk_uid: u32,
+    pub sk_uid: Option<u32>,
     /// `flags` in `struct task_struct`.
-    pub task_flags: u32,
+    pub task_flags: Option<u32>,
     /// `cred` in `struct task_struct`.
-    pub task_cred: u32,
+    pub task_cred: Option<u32>,
     /// `uid` in `struct cred`.
-    pub cred_uid: u32,
+    pub cred_uid: Option<u32>,
 }
 
 /// Reads the offsets of the running kernel; none where it has no BTF.
@@ -39,7 +39,7 @@ fn find(btf: &[u8]) -> Option<Offsets> {
         task_cred,
         cred_uid,
     } = &mut offsets;
-    let mut wanted: [(&[u8], &[u8], &mut u32); 4] = [
+    let mut wanted: [(&[u8], &[u8], &mut Option<u32>); 4] = [
         (b"sock", b"sk_uid", sk_uid),
         (b"task_struct", b"flags", task_flags),
         (b"task_struct", b"cred", task_cred),
@@ -49,9 +49,9 @@ fn find(btf: &[u8]) -> Option<Offsets> {
     let mut inside: Vec<(u32, usize, u32)> = Vec::new();
     sections.structures(|_, name, members| {
         for (number, (structure, member, offset)) in wanted.iter_mut().enumerate() {
-            if name == *structure && **offset == 0 {
-                **offset = sections.member(members, member).unwrap_or(0);
-                if **offset == 0 {
+            if name == *structure && offset.is_none() {
+                **offset = sections.member(members, member);
+                if offset.is_none() {
                     let unnamed = sections.unnamed(members);
                     inside.extend(unnamed.map(|(kind, start)| (kind, number, start)));
                 }
@@ -61,7 +61,7 @@ fn find(btf: &[u8]) -> Option<Offsets> {
     // As the kernel's own layout randomization leaves them (RANDSTRUCT); each pass goes one deeper.
     for _ in 0..DEPTH {
         let (mut found, mut deeper) = (Vec::new(), Vec::new());
-        inside.retain(|(_, number, _)| wanted.get(*number).is_some_and(|(.., offset)| **offset == 0));
+        inside.retain(|(_, number, _)| wanted.get(*number).is_some_and(|(.., offset)| offset.is_none()));
         if inside.is_empty() {
             break;
         }
@@ -82,7 +82,7 @@ fn find(btf: &[u8]) -> Option<Offsets> {
         })?;
         for (number, offset) in found {
             if let Some((.., into)) = wanted.get_mut(number) {
-                **into = offset;
+                **into = Some(offset);
             }
         }
         inside = deeper;
@@ -178,11 +178,13 @@ mod tests {
         let found = offsets().unwrap_or_default();
         if Path::new(VMLINUX).exists() {
             assert!(
-                found.sk_uid > 100 && found.sk_uid < 2000 && found.sk_uid.is_multiple_of(4),
+                found
+                    .sk_uid
+                    .is_some_and(|at| at > 100 && at < 2000 && at.is_multiple_of(4)),
                 "{found:?}"
             );
-            assert!(found.task_flags > 0 && found.task_flags < 4000, "{found:?}");
-            assert!(found.task_cred > 0 && found.cred_uid > 0, "{found:?}");
+            assert!(found.task_flags.is_some_and(|at| at > 0 && at < 4000), "{found:?}");
+            assert!(found.task_cred.is_some() && found.cred_uid.is_some(), "{found:?}");
         } else {
             assert_eq!(found, Offsets::default());
         }
@@ -219,10 +221,13 @@ mod tests {
 
     #[test]
     fn d3_each_member_is_found_or_missing_on_its_own() {
+        const NONE: u32 = u32::MAX;
         const SOCK: Structure = ("sock", &[("sk_other", 9, 0), ("sk_uid", 9, 100)]);
         const TASK: Structure = ("task_struct", &[("flags", 9, 8), ("cred", 9, 16)]);
         const CRED: Structure = ("cred", &[("uid", 9, 4)]);
         let check = |structures: &[Structure], [sk_uid, task_flags, task_cred, cred_uid]: [u32; 4]| {
+            let [sk_uid, task_flags, task_cred, cred_uid] =
+                [sk_uid, task_flags, task_cred, cred_uid].map(|at| (at != NONE).then_some(at));
             let expected = Offsets {
                 sk_uid,
                 task_flags,
@@ -233,8 +238,9 @@ mod tests {
         };
         check(&[SOCK, TASK, CRED], [100, 8, 16, 4]);
         check(&[CRED, TASK, SOCK], [100, 8, 16, 4]);
-        check(&[SOCK], [100, 0, 0, 0]);
-        check(&[TASK, ("cred", &[])], [0, 8, 16, 0]);
+        check(&[SOCK], [100, NONE, NONE, NONE]);
+        check(&[TASK, ("cred", &[])], [NONE, 8, 16, NONE]);
+        check(&[TASK, ("cred", &[("uid", 9, 0)])], [NONE, 8, 16, 0]);
         // RANDSTRUCT puts members into a structure without a name, here the second type, and one within it, the fourth.
         let random: [Structure; 5] = [
             ("task_struct", &[("thread_info", 9, 0), ("", 2, 24), ("stack", 9, 900)]),
@@ -245,9 +251,9 @@ mod tests {
         ];
         check(&random, [100, 24 + 64 + 12, 24 + 40, 48]);
         // One that contains itself, as no compiler makes, ends.
-        check(&[("cred", &[("", 1, 4)]), SOCK], [100, 0, 0, 0]);
+        check(&[("cred", &[("", 1, 4)]), SOCK], [100, NONE, NONE, NONE]);
         // A number that no type has.
-        check(&[("cred", &[("", 77, 4)]), SOCK], [100, 0, 0, 0]);
+        check(&[("cred", &[("", 77, 4)]), SOCK], [100, NONE, NONE, NONE]);
     }
 
     #[test]

@@ -160,8 +160,8 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
         (!image.prefixes.is_empty(), flag::PREFIXES),
         (loader.daemon, flag::DAEMON),
         (loader.sees.tcp_owner, flag::SOCKET_USER),
-        (loader.sees.other_owner, flag::OTHER_SOCKET_USER),
-        (loader.sees.threads, flag::THREADS),
+        (!loader.sees.other_owner, flag::TCP_SOCKET_USER_ALONE),
+        (!loader.sees.threads, flag::NO_THREADS),
         (few, flag::FEW),
         (image.nat64 != NO_NAT64, flag::NAT64),
         (

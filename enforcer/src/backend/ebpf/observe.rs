@@ -57,6 +57,16 @@ pub enum SocketUsers {
     All,
 }
 
+impl SocketUsers {
+    fn of(flags: u64) -> Self {
+        match (flags & flag::SOCKET_USER, flags & flag::TCP_SOCKET_USER_ALONE) {
+            (0, _) => Self::None,
+            (_, 0) => Self::All,
+            _ => Self::Tcp,
+        }
+    }
+}
+
 /// A target as the kernel has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObservedTarget {
@@ -179,15 +189,13 @@ impl Asker {
     /// The attempt as the programs that a generation was loaded with see it.
     pub(super) fn new(attempt: &Attempt, generation: &Generation) -> Self {
         let mut subject = attempt.subject.clone();
-        let owner = match attempt.protocol {
-            Protocol::Tcp => flag::SOCKET_USER,
-            Protocol::Udp => flag::OTHER_SOCKET_USER,
+        let sees_owner = match attempt.protocol {
+            Protocol::Tcp => generation.flags & flag::SOCKET_USER != 0,
+            Protocol::Udp => SocketUsers::of(generation.flags) == SocketUsers::All,
         };
-        if generation.flags & owner == 0 {
-            subject.socket = None;
-        }
+        subject.socket = subject.socket.filter(|_| sees_owner);
         // Not told from root's tasks, whose UID a kernel thread has (D3).
-        if generation.flags & flag::THREADS == 0 && std::mem::take(&mut subject.kernel_thread) {
+        if generation.flags & flag::NO_THREADS != 0 && std::mem::take(&mut subject.kernel_thread) {
             subject.task = Uid(0);
         }
         Self {
@@ -293,11 +301,7 @@ pub(super) fn observe<'i>(
         generation,
         audit: image.flags & flag::AUDIT != 0,
         by_daemon: image.flags & flag::DAEMON != 0,
-        socket_users: match (image.flags & flag::SOCKET_USER, image.flags & flag::OTHER_SOCKET_USER) {
-            (0, _) => SocketUsers::None,
-            (_, 0) => SocketUsers::Tcp,
-            _ => SocketUsers::All,
-        },
+        socket_users: SocketUsers::of(image.flags),
         netns: image.netns != 0,
         endpoints: (real().count() + image.prefixes.len()) as u64,
         targets,

@@ -58,7 +58,7 @@ impl Pinned {
             netns: sys::netns_cookie().unwrap_or(0),
             // Whoever put it in force may stay or not.
             daemon: found.flags & flag::DAEMON != 0,
-            sees: super::Sight::here().map(|sight| sight.sees()).unwrap_or_default(),
+            sees: super::Sight::here()?.sees(),
         };
         let wanted = Wanted {
             image: image::lower(rules, &names, loader),

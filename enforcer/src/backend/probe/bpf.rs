@@ -7,10 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::{
-    programs::ProgramType,
-    sys::{BpfHelper, is_helper_supported},
-};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -47,7 +43,7 @@ pub(super) fn probe(place: Place<'_>, facts: &mut Facts) {
 
 fn socket_owner() -> Fact {
     match btf::offsets() {
-        Ok(offsets) if offsets.sk_uid != 0 => Fact::Supported,
+        Ok(offsets) if offsets.sk_uid.is_some() => Fact::Supported,
         Ok(_) => Fact::Missing {
             why: "/sys/kernel/btf/vmlinux is missing, or tells nothing of sk_uid".to_owned(),
         },
@@ -56,7 +52,7 @@ fn socket_owner() -> Fact {
 }
 
 fn kernel_reads() -> Fact {
-    match is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel) {
+    match ebpf::reads_kernel() {
         Ok(true) => Fact::Supported,
         Ok(false) => Fact::Missing {
             why: "the kernel refuses it (/sys/kernel/security/lockdown)".to_owned(),
