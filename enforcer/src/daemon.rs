@@ -3,6 +3,7 @@
 mod boot;
 mod bus;
 mod capabilities;
+mod confine;
 mod denials;
 mod dials;
 mod drift;
@@ -12,7 +13,6 @@ mod grants;
 mod journal;
 mod keep;
 mod lookups;
-mod mounts;
 mod recent;
 mod report;
 mod sources;
@@ -44,7 +44,6 @@ use self::{
     faults::{About, Faults},
     journal::Journal,
     keep::Kept,
-    mounts::Mounts,
     recent::{KEPT_EVENTS, Origin, Recent},
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
     tally::Tally,
@@ -193,7 +192,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 /// Why a daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It was told to stop, or has to be started again: what is in force stays (F1).
+    /// It was told to stop: what is in force stays (F1).
     Stopped,
     /// It was told to unload: nothing is in force, and nobody is to start it again by himself.
     Unloaded,
@@ -225,7 +224,6 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut ready = false;
     let (mut again, mut missed) = (false, false);
     let (mut rest, mut gather) = (None, None);
-    let mounts = Mounts::from_environment();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -286,9 +284,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             saved = daemon.kept.saved() => daemon.was_kept(&saved),
             _ = tick.tick() => {
                 again = daemon.tick(watch.as_mut()) || missed;
-                if !goes_on(&mounts) {
-                    break;
-                }
+                still_runs();
             }
             () = tokio::time::sleep(until_expiry) => daemon.look_at_host(),
             Some(report) = swept.recv() => daemon.swept(report),
@@ -724,17 +720,10 @@ impl Daemon {
     }
 }
 
-/// Whether the loop is to turn on. Tells the service manager that it does, where that asked for it (`WATCHDOG_USEC`, man 3
-/// `sd_watchdog_enabled`).
-fn goes_on(mounts: &Mounts) -> bool {
+/// Tells the service manager that the loop turns, where that asked for it (`WATCHDOG_USEC`, man 3 `sd_watchdog_enabled`).
+fn still_runs() {
     if sd_notify::watchdog_enabled().is_some() {
         // Whoever does not hear it will restart us.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
-    let Some(mount) = mounts.unseen() else { return true };
-    warn!(
-        "{} was mounted after the start and cannot be seen from here; ending, to be started again",
-        mount.display()
-    );
-    false
 }

@@ -12,6 +12,7 @@ mod image;
 mod judge;
 mod legacy;
 mod links;
+mod order;
 mod render;
 #[cfg(test)]
 mod tests;

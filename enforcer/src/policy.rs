@@ -11,6 +11,7 @@ use std::{
 use ipnet::IpNet;
 
 mod build;
+mod listed;
 mod nat64;
 mod parse;
 mod users;
@@ -18,11 +19,11 @@ mod users;
 pub use build::{
     Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Understood, Warning, WarningKind,
 };
+pub use listed::Listed;
 pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub(crate) use parse::{Server, is_bus_url, servers};
-pub(crate) use users::of_primary_group;
-pub use users::{Account, HostUsers, UserError, Users};
+pub use users::{Account, FileUsers, HostUsers, UserError, Users};
 
 /// A user of the initial user namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

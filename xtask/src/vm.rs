@@ -75,7 +75,7 @@ pub(crate) struct Options {
     /// Where kernels are kept between runs [default: ~/.cache/enforcer-vm]
     #[arg(long, value_name = "DIRECTORY")]
     cache: Option<PathBuf>,
-    /// Boot a system with systemd and live the package's life in it: install, restart, crash, upgrade, reboot, power cut, purge; on the
+    /// Boot a system with systemd and live the package's life in it: install, restart, crash, upgrade, reboot, power cut, soft reboot, purge; on the
     /// named kernel, or 6.1
     #[arg(long)]
     systemd: bool,

@@ -1,8 +1,9 @@
-//! Tells when a BOSH agent's settings may have changed: inotify on the nearest directories that exist, and a look now and then
-//! for what it does not tell, such as a tmpfs that is mounted over a directory.
+//! Tells when a BOSH agent's settings may have changed: inotify on the nearest directories that exist, and the mount table, as a tmpfs
+//! that is mounted over a directory is no event in it.
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -10,6 +11,7 @@ use std::{
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use inotify::{EventStream, Inotify, WatchDescriptor, WatchMask};
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{fingerprint, nearest};
 
@@ -26,6 +28,7 @@ const REST: Duration = Duration::from_millis(50);
 pub struct Watch {
     dir: PathBuf,
     events: Option<EventStream<[u8; BUFFER]>>,
+    mounts: Option<AsyncFd<File>>,
     watched: BTreeMap<PathBuf, WatchDescriptor>,
     seen: Option<Vec<Option<[i128; 7]>>>,
     looked: Option<Instant>,
@@ -33,22 +36,23 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches; without inotify only [`Watch::look`] tells, and the error says why.
+    /// Watches; what cannot be watched only [`Watch::look`] tells, and the errors say why.
     #[must_use]
-    pub fn start(dir: &Path) -> (Self, Option<io::Error>) {
-        let (events, error) = match Inotify::init().and_then(|inotify| inotify.into_event_stream([0; BUFFER])) {
-            Ok(events) => (Some(events), None),
-            Err(error) => (None, Some(error)),
-        };
+    pub fn start(dir: &Path) -> (Self, Vec<io::Error>) {
+        let mut errors = Vec::new();
+        let events = Inotify::init().and_then(|inotify| inotify.into_event_stream([0; BUFFER]));
+        let events = events.map_err(|error| errors.push(error)).ok();
+        let mounts = mounts().map_err(|error| errors.push(error)).ok();
         let watch = Self {
             dir: dir.into(),
             events,
+            mounts,
             watched: BTreeMap::new(),
             seen: None,
             looked: None,
             due: None,
         };
-        (watch, error)
+        (watch, errors)
     }
 
     /// What is watched.
@@ -72,21 +76,14 @@ impl Watch {
     }
 
     async fn told(&mut self) {
-        let Some(events) = &mut self.events else {
-            return std::future::pending().await;
-        };
         if let Some(looked) = self.looked {
             sleep_until(Some(looked + REST)).await;
         }
-        let mut next = events.next().await;
-        for _ in 0..MOST {
-            match next {
-                None => return self.events = None,
-                Some(_) => match events.next().now_or_never() {
-                    Some(another) => next = another,
-                    None => return,
-                },
-            }
+        tokio::select! {
+            is_open = heard(self.events.as_mut()) => if !is_open {
+                self.events = None;
+            },
+            () = mounted(self.mounts.as_ref()) => {}
         }
     }
 
@@ -128,6 +125,45 @@ impl Watch {
                 let _ = watches.remove(gone);
             }
         }
+    }
+}
+
+#[allow(
+    deprecated,
+    reason = "the successor is the same call, marked unsafe for owners that change their descriptor"
+)]
+/// The mount table of this process, which is ready with priority data when it changes (man 5 `proc_pid_mounts`).
+fn mounts() -> io::Result<AsyncFd<File>> {
+    AsyncFd::with_interest(File::open("/proc/self/mountinfo")?, Interest::PRIORITY)
+}
+
+/// Waits for events and takes all that there are. False where none can come any more.
+async fn heard(events: Option<&mut EventStream<[u8; BUFFER]>>) -> bool {
+    let Some(events) = events else {
+        return std::future::pending().await;
+    };
+    let mut next = events.next().await;
+    for _ in 0..MOST {
+        match next {
+            None => return false,
+            Some(_) => match events.next().now_or_never() {
+                Some(another) => next = another,
+                None => return true,
+            },
+        }
+    }
+    true
+}
+
+/// Waits for a change of the mount table.
+async fn mounted(mounts: Option<&AsyncFd<File>>) {
+    let changed = match mounts {
+        Some(mounts) => mounts.ready(Interest::PRIORITY).await,
+        None => std::future::pending().await,
+    };
+    match changed {
+        Ok(mut guard) => guard.clear_ready(),
+        Err(_) => std::future::pending().await,
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 use tokio::net::UnixListener;
 use tracing::{info, warn};
 
-use super::{About, Daemon, DaemonError, Wanted, capabilities};
+use super::{About, Daemon, DaemonError, Wanted, capabilities, confine};
 use crate::{
     backend::{ebpf, nftables},
     config::{self, ConfigError, Settings},
@@ -124,12 +124,13 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
     path.metadata().and_then(|meta| meta.modified()).ok()
 }
 
-/// Starts a daemon that enforces: its first rule set is in force when this returns, and it has no more capabilities than it needs.
+/// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it needs.
 pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
-    let started = enforce(path)?;
-    // Nothing that follows, look-ups above all, runs with more.
+    let (daemon, listener) = enforce(path)?;
+    // Nothing that follows, lookups above all, runs with more.
     capabilities::reduce()?;
-    Ok(started)
+    confine::to(&daemon.wanted.config.settings);
+    Ok((daemon, listener))
 }
 
 fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
@@ -214,9 +215,7 @@ pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     };
     let wanted = Wanted::of(path, &good)?;
     let mut daemon = Daemon::start(wanted, false, Left::of(&good, Some(mark)))?;
-    if daemon.enforcement.observe()?.generation == 0 {
-        daemon.apply_now()?;
-    }
+    daemon.apply_where_nothing_is()?;
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
         running: false,
@@ -235,8 +234,7 @@ impl LastRun {
     fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
         let wanted = Wanted::of(path, good)?;
         let mut daemon = Daemon::start(wanted, true, Left::of(good, mark))?;
-        if daemon.enforcement.observe()?.generation == 0 {
-            let generation = daemon.apply_now()?;
+        if let Some(generation) = daemon.apply_where_nothing_is()? {
             info!("the last rule set known good is in force, generation {generation}");
         }
         Ok(Self { daemon })
@@ -282,6 +280,16 @@ pub(super) fn leave(old: &Settings, new: &Settings) {
 }
 
 impl Daemon {
+    /// Activates what was active last, unless something is.
+    fn apply_where_nothing_is(&mut self) -> Result<Option<u64>, DaemonError> {
+        if self.enforcement.observe()?.generation != 0 {
+            return Ok(None);
+        }
+        self.wanted.name_again();
+        self.policy = self.grants.add_to(&self.wanted.policy);
+        self.apply_now().map(Some)
+    }
+
     /// Starts, and puts a configuration in force.
     fn begin(wanted: Wanted, left: Left) -> Result<Self, DaemonError> {
         let mut daemon = Self::start(wanted, true, left)?;

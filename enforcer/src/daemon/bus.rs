@@ -34,8 +34,8 @@ impl Daemon {
         if before.as_ref().map(Watch::dir) == self.wanted.config.bus_dir() {
             return before;
         }
-        let (watch, error) = Watch::start(self.wanted.config.bus_dir()?);
-        if let Some(error) = error {
+        let (watch, errors) = Watch::start(self.wanted.config.bus_dir()?);
+        for error in errors {
             warn!(
                 "watch {}: {error}; it is looked at once a second",
                 watch.dir().display()

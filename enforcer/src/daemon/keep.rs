@@ -168,6 +168,7 @@ impl Daemon {
         let record = Record::new(&LastGoodRef {
             settings: &self.wanted.config.settings,
             policy: &self.wanted.policy,
+            listed: &self.wanted.listed,
             names: &names,
             bosh: self.wanted.config.bus_dir(),
         });

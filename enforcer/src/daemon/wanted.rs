@@ -9,13 +9,14 @@ use std::{
 };
 
 use ipnet::IpNet;
+use tracing::warn;
 
 use super::{DaemonError, boot::Left};
 use crate::{
     config::{Backend, Bosh, Config, Settings},
     grants::{self, Grants},
     host::{self, NoMatch},
-    policy::{Account, CgroupPath, Endpoint, HostUsers, Policy, Uid, Understood, Users},
+    policy::{Account, CgroupPath, Endpoint, FileUsers, HostUsers, Listed, Policy, Uid, Understood, Users},
     resolve::Names,
     ruleset::{Host, Resolved, RuleSet, compile},
     state::LastGood,
@@ -37,6 +38,8 @@ pub struct Wanted {
     /// Where cgroup paths of principals start.
     pub(super) mount: PathBuf,
     pub(super) warnings: Vec<String>,
+    /// The users and groups that its targets list.
+    pub(super) listed: Vec<Listed>,
     /// The users and groups that it names, as looked up; none for one that does not exist.
     pub(super) users: KnownUsers,
     /// Why principals match nobody (F8).
@@ -95,6 +98,7 @@ impl Wanted {
             policy,
             warnings,
             absent,
+            listed,
         } = Policy::from_config(&config, &users)?;
         let (cgroup, mount) = cgroups(&config.settings, &policy)?;
         Ok(Self {
@@ -105,6 +109,7 @@ impl Wanted {
             cgroup,
             mount,
             warnings: warnings.iter().map(ToString::to_string).collect(),
+            listed,
             users: users.found.into_inner(),
             absent: absent.iter().map(ToString::to_string).collect(),
         })
@@ -134,9 +139,22 @@ impl Wanted {
             cgroup,
             mount,
             warnings: Vec::new(),
+            listed: good.listed.clone(),
             users: BTreeMap::new(),
             absent: Vec::new(),
         })
+    }
+
+    /// Takes names of users and groups for whom the host's files name now (N9). Nothing else is asked: early at boot that might hang.
+    pub(super) fn name_again(&mut self) {
+        for listed in self.policy.name_again(&self.listed, &FileUsers::below(Path::new("/"))) {
+            if let Some(account) = &listed.account {
+                warn!(
+                    "target {}: {account} means somebody else now than when these rules were kept",
+                    listed.target
+                );
+            }
+        }
     }
 
     /// The cgroup to attach to, to be shown.

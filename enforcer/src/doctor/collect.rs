@@ -16,6 +16,7 @@ use super::{
     buses::{self, Member},
     legacy::{self, LegacyRule},
     links,
+    order::{self, Cycle},
 };
 use crate::{
     backend::{
@@ -88,6 +89,8 @@ pub(super) struct Seen {
     pub(super) visibility: Visibility,
     /// Processes that are not covered where only a part of the host is (F9).
     pub(super) outside: Vec<String>,
+    /// Ordering cycles of units through ours.
+    pub(super) cycles: Vec<Cycle>,
     pub(super) unseen: Vec<Unseen>,
 }
 
@@ -170,6 +173,9 @@ pub(super) async fn host(config: &Path) -> Seen {
     seen.look_at_network().await;
     seen.look_at_programs();
     seen.look_at_processes();
+    seen.cycles = seen
+        .saw("the order of systemd's units", order::cycles())
+        .unwrap_or_default();
     seen
 }
 

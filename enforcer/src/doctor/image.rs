@@ -15,7 +15,7 @@ use super::{
 use crate::{
     backend::probe::{Fact, Facts, Feature},
     config::{Config, Settings},
-    policy::{Account, Policy, Uid, Users, of_primary_group},
+    policy::{FileUsers, Policy},
 };
 
 /// What was seen of an image.
@@ -226,11 +226,7 @@ pub(super) fn collect(root: &Path, config: &Path) -> io::Result<ImageSeen> {
 
 impl ImageSeen {
     fn read_config(&mut self) {
-        let read = |file| fs::read_to_string(self.root.join(file)).unwrap_or_default();
-        let users = ImageUsers {
-            passwd: read("etc/passwd"),
-            group: read("etc/group"),
-        };
+        let users = FileUsers::below(&self.root);
         let read = Config::load(&self.config).map_err(|error| error.to_string());
         let read = read.and_then(|config| {
             self.settings = config.settings.clone();
@@ -401,35 +397,5 @@ fn has(seen: &ImageSeen, option: &str, module: Option<&str>) -> bool {
         // A module must be in the image, where its list could be read.
         Some(_) => module.is_none_or(|module| seen.modules.is_empty() || seen.modules.contains(module)),
         None => false,
-    }
-}
-
-/// The users and groups of an image, by its passwd(5) and group(5).
-struct ImageUsers {
-    passwd: String,
-    group: String,
-}
-
-impl ImageUsers {
-    fn user(&self, name: &str) -> Option<Uid> {
-        let line = self.passwd.lines().find(|line| line.split(':').next() == Some(name))?;
-        Some(Uid(line.split(':').nth(2)?.parse().ok()?))
-    }
-}
-
-impl Users for ImageUsers {
-    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
-        let mut fields = self.group.lines().map(|line| line.split(':').collect::<Vec<_>>());
-        let group = match account {
-            Account::User(name) => return Ok(self.user(name).map(|uid| BTreeSet::from([uid]))),
-            Account::Group(wanted) => fields.find(|group| group.first() == Some(&wanted.as_str())),
-            Account::Gid(wanted) => fields.find(|group| group.get(2) == Some(&wanted.to_string().as_str())),
-        };
-        let Some([_, _, gid, members, ..]) = group.as_deref() else {
-            return Ok(None);
-        };
-        let listed = members.split(',').filter_map(|name| self.user(name));
-        let primary = gid.parse().map(|gid| of_primary_group(&self.passwd, gid));
-        Ok(Some(listed.chain(primary.unwrap_or_default()).collect()))
     }
 }

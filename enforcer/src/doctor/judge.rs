@@ -10,6 +10,7 @@ use super::{
     collect::{PlaceKind, PlaceMode, Seen},
     image::{ImageSeen, judge_image},
     legacy::AGENT_CHAINS,
+    order::Cycle,
 };
 use crate::{
     backend::{
@@ -43,6 +44,7 @@ pub(super) fn host(seen: &Seen) -> Report {
     findings.extend(writable_cgroups(seen));
     findings.extend(listeners(seen));
     findings.extend(members(seen));
+    findings.extend(cycles(seen));
     findings.extend(old_rules(seen));
     if !seen.capable.is_empty() {
         findings.push(finding(
@@ -699,6 +701,28 @@ fn writable_cgroups(seen: &Seen) -> Option<Finding> {
 }
 
 /// Servers to which the clients of a message bus go when the one that is guarded is away.
+fn cycles(seen: &Seen) -> Option<Finding> {
+    let shown = |cycle: &Cycle| {
+        let again = cycle.units.first().cloned();
+        let units: Vec<String> = cycle.units.iter().cloned().chain(again).collect();
+        let added = if cycle.drop_ins.is_empty() {
+            String::new()
+        } else {
+            format!(" (see {})", cycle.drop_ins.join(", "))
+        };
+        format!("{}{added}", units.join(" after "))
+    };
+    (!seen.cycles.is_empty()).then(|| {
+        finding(
+            "ordering-cycle",
+            Weight::High,
+            "systemd units are ordered in a circle through ours; at boot systemd breaks it by not starting one of them, and that may be ours",
+            seen.cycles.iter().map(shown),
+            "remove one of these After= or Before=; enforcer.service is to start before network-online.target and what needs that",
+        )
+    })
+}
+
 fn members(seen: &Seen) -> Option<Finding> {
     (!seen.members.is_empty()).then(|| {
         finding(

@@ -8,6 +8,7 @@ use super::{
     collect::{Capable, PlaceKind, PlaceMode, Program, Seen, powers},
     image::{self, ImageSeen, judge_image},
     judge, legacy,
+    order::Cycle,
 };
 use crate::{
     backend::{
@@ -140,6 +141,25 @@ fn servers_that_are_no_endpoints_are_named() {
     let expected = [
         "10.0.0.12:4222, as 10.0.0.11:4222 says",
         "bus-1:4222, as 10.0.0.11:4222 says",
+    ];
+    assert_eq!(said, Some(expected.map(str::to_owned).into()));
+}
+
+#[test]
+fn ordering_cycles_are_named_with_what_was_added() {
+    let cycle = |drop_ins: &[&str]| Cycle {
+        units: ["enforcer.service", "network-online.target"].map(str::to_owned).into(),
+        drop_ins: drop_ins.iter().map(|path| (*path).to_owned()).collect(),
+    };
+    let seen = Seen {
+        cycles: vec![cycle(&[]), cycle(&["/etc/systemd/system/enforcer.service.d/x.conf"])],
+        ..well()
+    };
+    assert_eq!(ids(&seen), ["ordering-cycle"]);
+    let said = judge::host(&seen).findings.pop().map(|finding| finding.items);
+    let expected = [
+        "enforcer.service after network-online.target after enforcer.service",
+        "enforcer.service after network-online.target after enforcer.service (see /etc/systemd/system/enforcer.service.d/x.conf)",
     ];
     assert_eq!(said, Some(expected.map(str::to_owned).into()));
 }

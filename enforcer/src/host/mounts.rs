@@ -79,12 +79,6 @@ impl Mounts {
         self.reached(&mount.point).is_some_and(|reached| reached.id == mount.id)
     }
 
-    /// Mount points at or below a directory.
-    pub fn below(&self, dir: &Path) -> impl Iterator<Item = &Path> {
-        let points = self.0.iter().map(|mount| mount.point.as_path());
-        points.filter(move |point| point.starts_with(dir))
-    }
-
     /// The user who has mounted what is on an absolute path without links, where its file system says so.
     #[must_use]
     pub fn user_of(&self, path: &Path) -> Option<u32> {

@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, num::NonZeroU16, path::Path
 use thiserror::Error;
 
 use super::{
-    Account, Answers, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Policy, Principal, Protocol,
-    Target, Uid, UserError, Users,
+    Account, Answers, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed, Policy, Principal,
+    Protocol, Target, Uid, UserError, Users,
 };
 use crate::config::{self, Allow, Config, Line, User};
 
@@ -85,6 +85,8 @@ pub struct Understood {
     pub warnings: Vec<Warning>,
     /// Who is missing in it.
     pub absent: Vec<Absent>,
+    /// The users and groups that its targets list.
+    pub listed: Vec<Listed>,
 }
 
 /// A principal whose user does not exist, so that it matches nobody until he does (F8).
@@ -142,7 +144,7 @@ pub enum WarningKind {
 impl Policy {
     /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a look-up that fails is a fault.
     pub fn from_config(config: &Config, users: &dyn Users) -> Result<Understood, PolicyError> {
-        let (mut warnings, mut absent) = (Vec::new(), Vec::new());
+        let (mut warnings, mut absent, mut listed) = (Vec::new(), Vec::new(), Vec::new());
         let mut targets = Vec::with_capacity(config.targets.len());
         let mut room = MAX_ENDPOINTS;
         // By line, so that the one named is the one to look at.
@@ -165,8 +167,9 @@ impl Policy {
             }
             let endpoints = endpoints(source, room).map_err(|fault| at(fault.line, fault.value))?;
             room = room.saturating_sub(endpoints.len());
-            let (principals, missing) = principals(source, users).map_err(|fault| at(fault.line, fault.value))?;
-            absent.extend(missing.into_iter().map(|Line { line, value }| Absent {
+            let meant = principals(name, source, users).map_err(|fault| at(fault.line, fault.value))?;
+            listed.extend(meant.listed);
+            absent.extend(meant.absent.into_iter().map(|Line { line, value }| Absent {
                 path: config.path.clone(),
                 line,
                 target: (*name).clone(),
@@ -185,7 +188,7 @@ impl Policy {
             targets.push(Target {
                 name: (*name).clone(),
                 endpoints,
-                principals,
+                principals: meant.principals,
                 grants: source.grants,
                 answers: source.answers,
             });
@@ -207,6 +210,7 @@ impl Policy {
             },
             warnings,
             absent,
+            listed,
         })
     }
 }
@@ -257,33 +261,42 @@ fn endpoints(source: &config::Target, room: usize) -> Result<BTreeSet<Endpoint>,
     Ok(endpoints)
 }
 
-/// Of one line; a group's are many.
-type Meant = BTreeSet<Principal>;
-type Principals = (BTreeSet<Principal>, Vec<Line<UserError>>);
+/// Whom a target lists.
+#[derive(Default)]
+struct Meant {
+    principals: BTreeSet<Principal>,
+    listed: Vec<Listed>,
+    absent: Vec<Line<UserError>>,
+}
 
-fn principals(source: &config::Target, users: &dyn Users) -> Result<Principals, Fault> {
-    let (mut principals, mut absent) = (BTreeSet::new(), Vec::new());
+fn principals(target: &str, source: &config::Target, users: &dyn Users) -> Result<Meant, Fault> {
+    let mut all = Meant::default();
     for allow in &source.allow {
-        match principal(&allow.value, users) {
-            Ok(meant) => principals.extend(meant),
+        match principal(target, &allow.value, users) {
+            Ok(None) => all.principals.extend([Principal::Kernel]),
+            Ok(Some(listed)) => {
+                all.principals.extend(listed.principals(&listed.uids));
+                all.listed.push(listed);
+            }
             Err(PolicyFault::User {
                 error: error @ (UserError::Unknown { .. } | UserError::UnknownGroup { .. }),
-            }) => absent.push(allow.with(error)),
+            }) => all.absent.push(allow.with(error)),
             Err(fault) => return Err(allow.with(fault)),
         }
-        if principals.len() > MAX_PRINCIPALS {
+        if all.principals.len() > MAX_PRINCIPALS {
             return Err(allow.with(PolicyFault::Principals));
         }
     }
-    Ok((principals, absent))
+    Ok(all)
 }
 
-fn principal(allow: &Allow, users: &dyn Users) -> Result<Meant, PolicyFault> {
-    let (uids, cgroup) = match allow {
-        Allow::User(user) => (BTreeSet::from([uid(user, users)?]), None),
-        Allow::Within { user, cgroup } => (BTreeSet::from([uid(user, users)?]), Some(cgroup)),
+/// None for the kernel.
+fn principal(target: &str, allow: &Allow, users: &dyn Users) -> Result<Option<Listed>, PolicyFault> {
+    let ((account, uids), cgroup) = match allow {
+        Allow::User(name) => (user(name, users)?, None),
+        Allow::Within { user: name, cgroup } => (user(name, users)?, Some(cgroup)),
         Allow::Group { group, cgroup } => (members(group, users)?, cgroup.as_ref()),
-        Allow::Kernel => return Ok(BTreeSet::from([Principal::Kernel])),
+        Allow::Kernel => return Ok(None),
     };
     let parsed = |path: &String| {
         CgroupPath::parse(path).map_err(|fault| PolicyFault::Cgroup {
@@ -291,27 +304,33 @@ fn principal(allow: &Allow, users: &dyn Users) -> Result<Meant, PolicyFault> {
             fault,
         })
     };
-    let cgroup = cgroup.map(parsed).transpose()?;
-    let principal = |uid| Principal::User {
-        uid,
-        cgroup: cgroup.clone(),
-    };
-    Ok(uids.into_iter().map(principal).collect())
+    Ok(Some(Listed {
+        target: target.to_owned(),
+        account,
+        cgroup: cgroup.map(parsed).transpose()?,
+        uids,
+    }))
 }
 
-fn members(group: &User, users: &dyn Users) -> Result<BTreeSet<Uid>, UserError> {
+/// What is to be looked up again, and who it is.
+type Found = (Option<Account>, BTreeSet<Uid>);
+
+fn members(group: &User, users: &dyn Users) -> Result<Found, UserError> {
     let group = match group {
         User::Name(name) => Account::Group(name.clone()),
         User::Number(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
     };
-    Uid::of_group(group, users)
+    Ok((Some(group.clone()), Uid::of_group(group, users)?))
 }
 
-fn uid(user: &User, users: &dyn Users) -> Result<Uid, UserError> {
-    match user {
-        User::Number(uid) => Uid::from_number(*uid),
-        User::Name(name) => Uid::of_name(name, users),
-    }
+fn user(user: &User, users: &dyn Users) -> Result<Found, UserError> {
+    Ok(match user {
+        User::Number(uid) => (None, BTreeSet::from([Uid::from_number(*uid)?])),
+        User::Name(name) => (
+            Some(Account::User(name.clone())),
+            BTreeSet::from([Uid::of_name(name, users)?]),
+        ),
+    })
 }
 
 /// How a UID is written here.

@@ -2,7 +2,7 @@
 //!
 //! A group stands for its members, as the name service tells them: a process that has only taken the group is not one of them.
 
-use std::{collections::BTreeSet, fmt, fs, io};
+use std::{collections::BTreeSet, fmt, fs, io, path::Path};
 
 use nix::{
     errno::Errno,
@@ -158,7 +158,7 @@ fn members(group: &Group) -> io::Result<BTreeSet<Uid>> {
 }
 
 /// By lines of passwd(5).
-pub(crate) fn of_primary_group(passwd: &str, gid: u32) -> BTreeSet<Uid> {
+fn of_primary_group(passwd: &str, gid: u32) -> BTreeSet<Uid> {
     let number = |field: Option<&str>| field?.parse::<u32>().ok();
     let of = |line: &str| {
         let mut fields = line.split(':').skip(2);
@@ -166,6 +166,57 @@ pub(crate) fn of_primary_group(passwd: &str, gid: u32) -> BTreeSet<Uid> {
         (primary == gid).then_some(Uid(uid))
     };
     passwd.lines().filter_map(of).collect()
+}
+
+/// The users and groups of a root's passwd(5) and group(5): no name service is asked.
+#[derive(Clone, Debug, Default)]
+pub struct FileUsers {
+    pub(super) passwd: String,
+    pub(super) group: String,
+}
+
+impl FileUsers {
+    /// Those below a directory, as far as its files can be read.
+    #[must_use]
+    pub fn below(root: &Path) -> Self {
+        let read = |file| fs::read_to_string(root.join(file)).unwrap_or_default();
+        Self {
+            passwd: read("etc/passwd"),
+            group: read("etc/group"),
+        }
+    }
+
+    /// The users of a number.
+    pub(super) fn names<'a>(&'a self, uid: Uid) -> impl Iterator<Item = &'a str> {
+        let named = move |line: &'a str| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            (fields.nth(1)?.parse() == Ok(uid.0)).then_some(name)
+        };
+        self.passwd.lines().filter_map(named)
+    }
+
+    fn user(&self, name: &str) -> Option<Uid> {
+        let line = self.passwd.lines().find(|line| line.split(':').next() == Some(name))?;
+        Some(Uid(line.split(':').nth(2)?.parse().ok()?))
+    }
+}
+
+impl Users for FileUsers {
+    fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
+        let mut fields = self.group.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let group = match account {
+            Account::User(name) => return Ok(self.user(name).map(|uid| BTreeSet::from([uid]))),
+            Account::Group(wanted) => fields.find(|group| group.first() == Some(&wanted.as_str())),
+            Account::Gid(wanted) => fields.find(|group| group.get(2) == Some(&wanted.to_string().as_str())),
+        };
+        let Some([_, _, gid, members, ..]) = group.as_deref() else {
+            return Ok(None);
+        };
+        let listed = members.split(',').filter_map(|name| self.user(name));
+        let primary = gid.parse().map(|gid| of_primary_group(&self.passwd, gid));
+        Ok(Some(listed.chain(primary.unwrap_or_default()).collect()))
+    }
 }
 
 #[cfg(test)]

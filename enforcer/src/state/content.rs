@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{Backend, Existing, Forward, Settings},
-    policy::{Answers, CgroupPath, Dns, Endpoint, Mode, Name, Policy, Principal, Target, Uid, Unresolved},
+    policy::{
+        Account, Answers, CgroupPath, Dns, Endpoint, Listed, Mode, Name, Policy, Principal, Target, Uid, Unresolved,
+    },
     resolve::{Known, KnownName},
 };
 
@@ -22,6 +24,8 @@ pub struct LastGood {
     pub settings: Settings,
     /// What was asked for.
     pub policy: Policy,
+    /// The users and groups that its targets list.
+    pub listed: Vec<Listed>,
     /// What names resolved to.
     pub names: Known,
     /// Where the settings lie that named the message bus, if any did (B2).
@@ -43,6 +47,8 @@ pub struct LastGoodRef<'a> {
     pub settings: &'a Settings,
     /// What is asked for.
     pub policy: &'a Policy,
+    /// The users and groups that its targets list.
+    pub listed: &'a [Listed],
     /// What names resolve to.
     pub names: &'a Known,
     /// Where the settings lie that name the message bus, if any do.
@@ -63,6 +69,9 @@ pub(super) struct Content {
     nat64: Vec<String>,
     bosh: Option<PathBuf>,
     targets: BTreeMap<String, TargetContent>,
+    /// Earlier versions did not know them.
+    #[serde(default)]
+    listed: Vec<ListedContent>,
     names: BTreeMap<String, NameContent>,
 }
 
@@ -90,6 +99,23 @@ enum PrincipalContent {
     User { uid: u32, cgroup: Option<String> },
     Anybody { cgroup: String },
     Kernel,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListedContent {
+    target: String,
+    account: Option<AccountContent>,
+    cgroup: Option<String>,
+    uids: BTreeSet<u32>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum AccountContent {
+    User(String),
+    Group(String),
+    Gid(u32),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -206,7 +232,24 @@ impl From<&LastGoodRef<'_>> for Content {
             nat64: nat64.iter().map(ToString::to_string).collect(),
             bosh: good.bosh.map(Path::to_path_buf),
             targets: targets.iter().map(target).collect(),
+            listed: good.listed.iter().map(ListedContent::from).collect(),
             names: good.names.iter().map(name).collect(),
+        }
+    }
+}
+
+impl From<&Listed> for ListedContent {
+    fn from(listed: &Listed) -> Self {
+        let account = |account: &Account| match account {
+            Account::User(name) => AccountContent::User(name.clone()),
+            Account::Group(name) => AccountContent::Group(name.clone()),
+            Account::Gid(gid) => AccountContent::Gid(*gid),
+        };
+        Self {
+            target: listed.target.clone(),
+            account: listed.account.as_ref().map(account),
+            cgroup: listed.cgroup.as_ref().map(ToString::to_string),
+            uids: listed.uids.iter().map(|uid| uid.0).collect(),
         }
     }
 }
@@ -263,6 +306,7 @@ impl TryFrom<Content> for LastGood {
                     .collect::<Result<_, String>>()?,
                 targets: targets.collect::<Result<_, String>>()?,
             },
+            listed: content.listed.into_iter().map(listed).collect::<Result<_, String>>()?,
             names,
             bosh: content.bosh,
         })
@@ -273,16 +317,31 @@ fn principal(content: &PrincipalContent) -> Result<Principal, String> {
     Ok(match content {
         PrincipalContent::User { uid, cgroup } => Principal::User {
             uid: Uid(*uid),
-            cgroup: cgroup
-                .as_deref()
-                .map(|path| parsed(path, CgroupPath::parse))
-                .transpose()?,
+            cgroup: within(cgroup.as_deref())?,
         },
         PrincipalContent::Anybody { cgroup } => Principal::Anybody {
             cgroup: parsed(cgroup, CgroupPath::parse)?,
         },
         PrincipalContent::Kernel => Principal::Kernel,
     })
+}
+
+fn listed(content: ListedContent) -> Result<Listed, String> {
+    let account = |account| match account {
+        AccountContent::User(name) => Account::User(name),
+        AccountContent::Group(name) => Account::Group(name),
+        AccountContent::Gid(gid) => Account::Gid(gid),
+    };
+    Ok(Listed {
+        target: content.target,
+        account: content.account.map(account),
+        cgroup: within(content.cgroup.as_deref())?,
+        uids: content.uids.into_iter().map(Uid).collect(),
+    })
+}
+
+fn within(cgroup: Option<&str>) -> Result<Option<CgroupPath>, String> {
+    cgroup.map(|path| parsed(path, CgroupPath::parse)).transpose()
 }
 
 fn parsed<T, E: ToString>(text: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Result<T, String> {

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::{FILE, LastGood, LastGoodRef, Record, StateError, load_early_of, load_of, parse, save_as};
 use crate::{
     config::{Config, Settings},
-    policy::{HostUsers, Policy},
+    policy::{HostUsers, Policy, Understood},
     resolve::{Known, KnownName},
 };
 
@@ -31,7 +31,7 @@ retain = "90s"
 unresolved = "closed"
 [target.bus]
 endpoints = ["nats://me:secret@nats.example:4222", "tcp://[2001:db8::5]:4222", "tcp://local:1", "udp://10.0.0.0/8:53", "tcp://[::/0]:9"]
-allow = ["root", 999, { user = 7, cgroup = "/a b/\u00e9" }, { kernel = true }]
+allow = ["root", 999, { group = "root" }, { group = 0 }, { user = 7, cgroup = "/a b/\u00e9" }, { kernel = true }]
 [target.empty]
 endpoints = []
 allow = []
@@ -39,7 +39,7 @@ allow = []
 
 fn good() -> Result<LastGood, Box<dyn std::error::Error>> {
     let config = Config::parse(TOML, Path::new("x.toml"))?;
-    let policy = Policy::from_config(&config, &HostUsers)?.policy;
+    let Understood { policy, listed, .. } = Policy::from_config(&config, &HostUsers)?;
     let known = KnownName {
         current: ["10.9.0.1".parse()?, "2001:db8::9".parse()?].into(),
         left: ["10.9.0.2".parse()?].into(),
@@ -49,6 +49,7 @@ fn good() -> Result<LastGood, Box<dyn std::error::Error>> {
         settings: config.settings,
         names: policy.names().into_iter().map(|name| (name, known.clone())).collect(),
         policy,
+        listed,
         bosh: Some("/var/vcap/bosh".into()),
     })
 }
@@ -57,6 +58,7 @@ fn record(good: &LastGood) -> Result<Record, std::io::Error> {
     Record::new(&LastGoodRef {
         settings: &good.settings,
         policy: &good.policy,
+        listed: &good.listed,
         names: &good.names,
         bosh: good.bosh.as_deref(),
     })

@@ -26,6 +26,7 @@ pub fn cases() -> Vec<Case> {
             another_number,
         ),
         case("n9_a_group_is_its_members", group),
+        case("n9_after_a_boot_names_mean_whom_the_host_names_now", after_a_boot),
         case("f8_what_does_not_exist_is_named_by_config_check", checked),
     ]
 }
@@ -174,6 +175,65 @@ fn another_number() -> Result<()> {
     let _daemon = world.daemon()?;
     world.attack(61_103).reaches()?;
     denied(&world.attack(61_102))
+}
+
+/// What a boot loads first was kept by number: the numbers may be others by then. With no configuration to look at.
+fn after_a_boot() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let [moved, gone, member] = ["m", "g", "x"].map(|name| User(format!("{}{name}", User::new(&world).0)));
+    let group = Group(moved.0.clone() + "s");
+    let all = [(&moved, 61_301), (&gone, 61_302), (&member, 61_303)];
+    for (user, uid) in all {
+        set_user(&user.0, Some(uid))?;
+    }
+    set_group(&group.0, Some((61_300, &[&member.0])))?;
+    let allow = format!(
+        "[{:?}, {:?}, {{ group = {:?} }}, 61304, \"root\"]",
+        moved.0, gone.0, group.0
+    );
+    world.configure_one(&[format!("tcp://{}", world.here())], &allow)?;
+    let daemon = world.daemon()?;
+    for uid in [0, 61_301, 61_302, 61_303, 61_304] {
+        world.attack(uid).reaches()?;
+    }
+    denied(&world.attack(61_311))?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    drop(daemon);
+    world.attack(61_311).reaches()?;
+    let path = world.path("enforcer.toml");
+    let config = fs::read_to_string(&path)?;
+    for by_apply in [true, false] {
+        // The first is made again with another number; another user gets the second's; the group has another member.
+        set_user(&moved.0, Some(61_311))?;
+        set_user(&gone.0, None)?;
+        let heir = User(gone.0.clone() + "h");
+        set_user(&heir.0, Some(61_302))?;
+        set_group(&group.0, Some((61_300, &[&moved.0])))?;
+        let (daemon, log) = if by_apply {
+            let said = world.enforcer(&["apply", "--last-good"])?.demand(0)?.stderr;
+            (None, said)
+        } else {
+            // The last good rules stay, as the configuration means nothing.
+            fs::write(&path, format!("{config}bogus = 1\n"))?;
+            let daemon = world.daemon()?;
+            let log = daemon.log();
+            (Some(daemon), log)
+        };
+        for uid in [0, 61_311, 61_304] {
+            world.attack(uid).reaches()?;
+        }
+        for uid in [61_301, 61_302, 61_303, NOBODY] {
+            denied(&world.attack(uid))?;
+        }
+        let words = format!("user {:?} means somebody else now", moved.0);
+        ensure!(log.contains(&words), "{log}");
+        fs::write(&path, &config)?;
+        drop(daemon);
+        world.enforcer(&["unload"])?.demand(0)?;
+        drop(heir);
+    }
+    Ok(())
 }
 
 /// Listed in the group, or by primary group: whoever has only taken the group is none of them.

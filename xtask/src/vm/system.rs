@@ -1,4 +1,5 @@
-//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over some boots, one of them after a power cut.
+//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over some boots: after a
+//! reboot, a power cut, and a soft reboot, which is none of the machine's.
 
 use std::{
     fs,
@@ -24,8 +25,9 @@ use crate::{
     setup::packages::GUEST,
 };
 
-const SUITE: &str = "bookworm";
-/// How often it boots, as life.sh divides it.
+/// The first whose systemd knows soft reboots.
+const SUITE: &str = "trixie";
+/// How often the machine boots, as life.sh divides it.
 const BOOTS: usize = 4;
 /// Modules without which there is no disk; what a kernel has built in needs none, which not every package tells.
 const DISK_MODULES: [&str; 4] = [

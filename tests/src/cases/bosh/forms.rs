@@ -5,12 +5,14 @@ use std::{
     fs,
     io::Write as _,
     os::unix::fs::{PermissionsExt as _, chown},
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
 use enforcer::bosh::PATIENCE;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{Agent, SECRET};
 use crate::{
@@ -32,6 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
         case("b2_what_makes_no_sense_costs_only_itself", senseless),
         case("b2_a_file_that_a_group_can_write_opens_nothing", group),
         case("b2_a_file_that_is_made_first_and_written_then", made_first),
+        case("b2_settings_on_a_later_mount_are_seen_at_once", mounted_later),
     ]
 }
 
@@ -247,4 +250,70 @@ fn made_first() -> Result<()> {
         "not reported once: {log}"
     );
     Ok(())
+}
+
+/// A mount, taken away at the end.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    /// Of a directory, as it is, on another.
+    fn bind(from: &Path, on: PathBuf) -> Result<Self> {
+        mount(Some(from), &on, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+        Ok(Self(on))
+    }
+
+    fn tmpfs(on: PathBuf) -> Result<Self> {
+        mount(Some("tmpfs"), &on, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))?;
+        Ok(Self(on))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A mount over a directory is no event in it: what it holds already is seen by the mount alone.
+fn mounted_later() -> Result<()> {
+    let agent = agent()?;
+    agent.attacks(&[1, 2, 3, 4, 5, 6, 7], true)?;
+    fs::create_dir_all(agent.dir().join("settings"))?;
+    let _daemon = agent.daemon()?;
+    let made = |name: &str, below: &str, last: u8| -> Result<PathBuf> {
+        let dir = agent.world.path(name);
+        fs::create_dir_all(dir.join(below))?;
+        fs::write(dir.join(below).join("settings.json"), agent.mbus(last))?;
+        Ok(dir)
+    };
+    let places = [
+        ("on the settings", agent.dir().join("settings"), ""),
+        ("on the directory", agent.dir(), "settings"),
+        ("above it", agent.world.path("vcap"), "bosh"),
+    ];
+    let mut mounts = Vec::new();
+    for (last, (what, on, below)) in (1..).zip(places.clone()) {
+        mounts.push(Mounted::bind(&made(&format!("made-{last}"), below, last)?, on)?);
+        agent.at_once(last, what)?;
+        agent.attacks(&[last], false)?;
+    }
+    // Each is seen again where the one above it goes.
+    for last in [2, 1] {
+        drop(mounts.pop());
+        agent.at_once(last, "what a mount has hidden")?;
+        agent.attacks(&[last + 1], true)?;
+    }
+    drop(mounts.pop());
+    agent.attacks(&[1], false)?;
+    for (last, (what, on, below)) in (5..).zip(places) {
+        mounts.push(Mounted::tmpfs(on.clone())?);
+        let dir = on.join(below);
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("settings.json"), agent.mbus(last))?;
+        agent.at_once(last, &format!("a tmpfs {what}"))?;
+        agent.attacks(&[last], false)?;
+    }
+    while mounts.pop().is_some() {}
+    agent.attacks(&[7], false)?;
+    until("it is missed", || Ok(agent.causes()?.contains("not known yet")))
 }

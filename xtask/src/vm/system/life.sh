@@ -119,9 +119,12 @@ TOML
 }
 # As on a stemcell: the agent mounts a tmpfs for its settings when the daemon runs, which must see it.
 the_agents_settings_are_followed() {
+    local before
+    before=$(main_process)
     systemctl start names
     until_true 'the name of the bus is known' getent ahosts bus.test
     under_attack settings_appear
+    [ "$(main_process)" = "$before" ] || { echo 'the daemon was started again'; journal; return 1; }
     remember ways 'monit mapped monit-6 bus'
     under_attack sleep 0.5
     root_passes
@@ -178,6 +181,26 @@ TOML
     rm -r $place /run/systemd/system/private.service
     systemctl daemon-reload
 }
+# Orders that administrators add: a boot breaks a circle by leaving a unit out.
+an_ordering_cycle_is_named() {
+    local dir=/run/systemd/system/enforcer.service.d
+    fails finds_a_cycle
+    mkdir -p $dir
+    for unit in network-online.target bosh-agent.service nss-user-lookup.target; do
+        printf '[Unit]\nAfter=%s\n' $unit >$dir/order.conf
+        # As sssd and winbind may have it.
+        [ $unit != nss-user-lookup.target ] || {
+            mkdir -p /run/systemd/system/$unit.d
+            printf '[Unit]\nAfter=network-online.target\n' >/run/systemd/system/$unit.d/order.conf
+        }
+        systemctl daemon-reload
+        finds_a_cycle | grep "enforcer.service after $unit.*$dir/order.conf" || { enforcer doctor; return 1; }
+    done
+    rm -r $dir /run/systemd/system/nss-user-lookup.target.d
+    systemctl daemon-reload
+    fails finds_a_cycle
+}
+finds_a_cycle() { enforcer doctor --json | tr -d '\n' | grep -o '"id": *"ordering-cycle".*'; }
 run_private() {
     cat >/run/systemd/system/private.service <<UNIT
 [Service]
@@ -276,6 +299,15 @@ guarded_before_the_network_is_up() {
     guarded_since "$end"
     root_passes
 }
+# The kernel goes on: so do the rules, and whatever survives the end of user space is refused all the while.
+a_soft_reboot_opened_nothing() {
+    all_came_to denied "$(recall ended)" "$(now)" $(recall ways)
+    all_came_to open "$(recall ended)" "$(now)" other
+    [ "$(systemctl show --value --property SoftRebootsCount)" = 1 ] || { echo 'that was no soft reboot'; return 1; }
+    is_active
+    systemctl is-active enforcer-early
+    root_passes
+}
 shutdown_opened_nothing() {
     # The attacker's listeners may end before it.
     record=$attempts.former least=1 all_came_to 'denied|refused|other' "$(recall ended)" 1e15 $(recall ways)
@@ -349,12 +381,14 @@ tell "{\"hierarchy\":\"systemd\"}"
 tell "{\"suite\":\"boot $boot\"}"
 began=$SECONDS
 leave=(systemctl reboot)
+machine_ends=1
 case $boot in
 1)
     part without_the_package_every_attack_succeeds
     part the_installed_package_guards_monit
     part a_configuration_is_taken
     part a_private_unit_is_visible_or_refused
+    part an_ordering_cycle_is_named
     part the_agents_settings_are_followed
     part restart_opens_nothing
     part stop_opens_nothing
@@ -377,9 +411,15 @@ case $boot in
     remember ways "$all_ways"
     part boot_is_in_order
     part guarded_before_the_network_is_up
-    part a_change_of_backend_opens_nothing
+    leave=(systemctl soft-reboot)
+    machine_ends=
     ;;
 4)
+    part a_soft_reboot_opened_nothing
+    part boot_is_in_order
+    part a_change_of_backend_opens_nothing
+    ;;
+5)
     part boot_is_in_order
     part guarded_before_the_network_is_up
     part shutdown_opened_nothing
@@ -389,5 +429,5 @@ case $boot in
 esac
 remember ended "$(now)"
 tell "{\"suite_ended\":\"boot $boot\",\"code\":$((failed ? 101 : 0)),\"seconds\":$((SECONDS - began))}"
-tell '{"done":true}'
+[ -z "$machine_ends" ] || tell '{"done":true}'
 "${leave[@]}"

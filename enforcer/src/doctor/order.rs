@@ -1,0 +1,197 @@
+//! Ordering cycles of systemd's units through ours. Where all units of one are started together, systemd drops the start of one of them,
+//! and that may be ours (man 5 `systemd.unit`, `Before=`). `systemd-analyze verify` finds those alone whose units pull each other in.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    path::Path,
+    process::Command,
+};
+
+/// The package's units.
+const OURS: [&str; 2] = ["enforcer-early.service", "enforcer.service"];
+/// Where systemd runs (man 3 `sd_booted`).
+const BOOTED: &str = "/run/systemd/system";
+
+/// Units that each come after the next, and the last after the first, which is ours.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Cycle {
+    pub(super) units: Vec<String>,
+    /// What administrators have added to them.
+    pub(super) drop_ins: Vec<String>,
+}
+
+/// A unit that systemd has loaded.
+#[derive(Debug, Default)]
+struct Unit {
+    after: Vec<String>,
+    drop_ins: Vec<String>,
+}
+
+/// The shortest through each of our units; none where systemd does not run.
+pub(super) fn cycles() -> Result<Vec<Cycle>, String> {
+    if !Path::new(BOOTED).is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut show = Command::new("systemctl");
+    show.args(["show", "--no-pager", "--property=Id,LoadState,After,DropInPaths", "*"]);
+    let output = show.output().map_err(|error| format!("run systemctl show: {error}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("systemctl show ({}): {}", output.status, said.trim()));
+    }
+    Ok(find(&parse(&String::from_utf8_lossy(&output.stdout))))
+}
+
+/// Reads blocks of properties, one a unit.
+fn parse(text: &str) -> BTreeMap<String, Unit> {
+    let mut units = BTreeMap::new();
+    for block in text.split("\n\n") {
+        let properties: BTreeMap<&str, &str> = block.lines().filter_map(|line| line.split_once('=')).collect();
+        let list = |name| {
+            let words = properties.get(name).copied().unwrap_or_default().split_whitespace();
+            words.map(str::to_owned).collect()
+        };
+        if let Some(id) = properties.get("Id")
+            && properties.get("LoadState") == Some(&"loaded")
+        {
+            let unit = Unit {
+                after: list("After"),
+                drop_ins: list("DropInPaths"),
+            };
+            units.insert((*id).to_owned(), unit);
+        }
+    }
+    units
+}
+
+fn find(units: &BTreeMap<String, Unit>) -> Vec<Cycle> {
+    let mut seen = BTreeSet::new();
+    let mut cycles = Vec::new();
+    for ours in OURS {
+        let Some(found) = shortest(units, ours) else { continue };
+        // The same one goes through both.
+        if seen.insert(found.iter().cloned().collect::<BTreeSet<_>>()) {
+            let drop_ins = found.iter().filter_map(|unit| units.get(unit));
+            cycles.push(Cycle {
+                drop_ins: drop_ins.flat_map(|unit| unit.drop_ins.iter().cloned()).collect(),
+                units: found,
+            });
+        }
+    }
+    cycles
+}
+
+/// From a unit on to what it comes after, until it meets itself.
+fn shortest(units: &BTreeMap<String, Unit>, start: &str) -> Option<Vec<String>> {
+    let mut from: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut next = VecDeque::from([start]);
+    while let Some(at) = next.pop_front() {
+        for after in units.get(at).into_iter().flat_map(|unit| &unit.after) {
+            if after == start {
+                let mut back = vec![at.to_owned()];
+                let mut at = at;
+                while let Some(before) = from.get(at) {
+                    back.push((*before).to_owned());
+                    at = before;
+                }
+                back.reverse();
+                return Some(back);
+            }
+            if units.contains_key(after) && !from.contains_key(after.as_str()) {
+                from.insert(after, at);
+                next.push_back(after);
+            }
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unit(id: &str, after: &str, drop_ins: &str) -> String {
+        format!("Id={id}\nAfter={after}\nLoadState=loaded\nDropInPaths={drop_ins}\n\n")
+    }
+
+    fn found(units: &[String]) -> Vec<(String, usize)> {
+        let cycles = find(&parse(&units.concat()));
+        let shown = cycles
+            .into_iter()
+            .map(|cycle| (cycle.units.join(" "), cycle.drop_ins.len()));
+        shown.collect()
+    }
+
+    #[test]
+    fn a_cycle_is_found_however_long_it_is() {
+        let early = unit("enforcer-early.service", "systemd-remount-fs.service -.mount", "");
+        let daemon = |more: &str, drop_in: &str| {
+            let after = format!("enforcer-early.service network.target {more}");
+            unit("enforcer.service", &after, drop_in)
+        };
+        let network = unit("network.target", "network-pre.target", "");
+        let online = unit("network-online.target", "enforcer.service network.target", "");
+        let shipped = [early.clone(), daemon("", ""), network.clone(), online.clone()];
+        assert_eq!(found(&shipped), []);
+        // A drop-in.
+        let drop_in = "/etc/systemd/system/enforcer.service.d/online.conf";
+        let direct = [
+            early.clone(),
+            daemon("network-online.target", drop_in),
+            network.clone(),
+            online.clone(),
+        ];
+        assert_eq!(
+            found(&direct),
+            [("enforcer.service network-online.target".to_owned(), 1)]
+        );
+        // Users by a name service that waits for the network.
+        let by_users = [
+            early.clone(),
+            daemon("nss-user-lookup.target", ""),
+            network.clone(),
+            online.clone(),
+            unit("nss-user-lookup.target", "winbind.service", ""),
+            unit("winbind.service", "network-online.target", ""),
+        ];
+        assert_eq!(
+            found(&by_users),
+            [(
+                "enforcer.service nss-user-lookup.target winbind.service network-online.target".to_owned(),
+                0
+            )]
+        );
+        // The state on a network mount, which both wait for.
+        let by_mount = [
+            unit("enforcer-early.service", "var-lib-enforcer.mount", ""),
+            daemon("var-lib-enforcer.mount", ""),
+            network.clone(),
+            online.clone(),
+            unit("var-lib-enforcer.mount", "network-online.target", ""),
+        ];
+        assert_eq!(
+            found(&by_mount),
+            [
+                (
+                    "enforcer-early.service var-lib-enforcer.mount network-online.target enforcer.service".to_owned(),
+                    0
+                ),
+                (
+                    "enforcer.service var-lib-enforcer.mount network-online.target".to_owned(),
+                    0
+                )
+            ]
+        );
+        // What is not there is not started, and a cycle of others is theirs.
+        let gone = "Id=agent.service\nAfter=enforcer.service\nLoadState=not-found\n\n".to_owned();
+        let others = [
+            early,
+            daemon("agent.service a.service", ""),
+            network,
+            gone,
+            unit("a.service", "b.service", ""),
+            unit("b.service", "a.service", ""),
+        ];
+        assert_eq!(found(&others), []);
+    }
+}
