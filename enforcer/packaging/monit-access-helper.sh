@@ -1,38 +1,28 @@
-# To be sourced by the start scripts of BOSH jobs that talk to monit, as /var/vcap/bosh/etc/monit-access-helper.sh:
+# To be sourced by scripts of BOSH jobs and stemcells that talk to monit, as /var/vcap/bosh/etc/monit-access-helper.sh:
 #
 #   source /var/vcap/bosh/etc/monit-access-helper.sh
 #   permit_monit_access
 #
-# Gives the calling shell a cgroup of its own below the one it is in, monit-api-access, and lets in whatever runs there:
-# the shell, what it starts, and what it becomes by exec. Nothing else of the same job or service is let in.
+# Gives the calling shell a cgroup of its own below the one it is in, monit-api-access, and lets in whatever runs there: the shell, what
+# it starts, and what it becomes by exec. Where that cannot be, a line on stderr says why, and the caller goes on: it never fails.
+
+# What rules of earlier stemcells let through (cgroup v1, net_cls), and what their scripts in /etc/network/if-up.d source from here.
+monit_isolation_classid=2958295041
 
 permit_monit_access() {
-    local mount cgroup
-    mount="$(awk '$3 == "cgroup2" { print $2; exit }' /proc/self/mounts)"
-    cgroup="$(sed -n 's/^0:://p' /proc/self/cgroup)"
-    if [ -z "${mount}" ] || [ -z "${cgroup}" ]; then
-        echo "permit_monit_access: this process is in no cgroup of version 2; mount the hierarchy, or name a user: enforcer grant monit --user USER" >&2
-        return 1
-    fi
-    # Called twice, or below one that has called it: it is there already.
-    case "${cgroup}" in
-        */monit-api-access | */monit-api-access/*) ;;
-        *)
-            mount="${mount}${cgroup%/}/monit-api-access"
-            # One that is there already may be a user's, who could freeze, kill or join what runs there.
-            mkdir "${mount}" 2> /dev/null || true
-            case "$(stat -c %u:%A "${mount}" 2> /dev/null)" in
-                0:d????-??-?) ;;
-                *)
-                    echo "permit_monit_access: ${mount} cannot be made, or is not root's alone; run this as root, in a cgroup that is root's" >&2
-                    return 1
-                    ;;
-            esac
-            if ! echo "$$" > "${mount}/cgroup.procs"; then
-                echo "permit_monit_access: cannot move this process to ${mount}; run this as root, before dropping privileges" >&2
-                return 1
-            fi
-            ;;
-    esac
-    enforcer enable-monit-access > /dev/null
+    permit_by_net_cls || true
+    # A child of whatever shell this runs in, a subshell or not: its parent is who is let in.
+    PATH="${PATH}:/usr/sbin" enforcer enable-monit-access --own-cgroup || true
+}
+
+# Such rules may be active beside enforcer's: a connection has to pass both.
+permit_by_net_cls() {
+    local net_cls
+    net_cls="$(awk '$3 == "cgroup" && $4 ~ /(^|,)net_cls(,|$)/ { print $2; exit }' /proc/self/mounts)"
+    [ -n "${net_cls}" ] || return 0
+    {
+        mkdir -p "${net_cls}/monit-api-access" &&
+            echo "${monit_isolation_classid}" > "${net_cls}/monit-api-access/net_cls.classid" &&
+            sh -c 'echo "${PPID}" > "$1"' sh "${net_cls}/monit-api-access/tasks"
+    } 2> /dev/null
 }

@@ -3,6 +3,7 @@
 mod check;
 mod doctor;
 pub(crate) mod grants;
+mod monit_access;
 mod verify;
 
 use std::{
@@ -81,9 +82,9 @@ enum Command {
     Revoke(grants::Revoke),
     /// List what is granted
     Grants(Json),
-    /// As `grant monit`, by the name that BOSH jobs know
+    /// Let the calling BOSH job in to monit where it can be; never fails its caller
     #[command(alias = "bosh-enable-monit-access")]
-    EnableMonitAccess(grants::MonitAccess),
+    EnableMonitAccess(monit_access::MonitAccess),
     /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
     Unload,
     /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
@@ -155,7 +156,7 @@ enum Answer {
 /// Runs the command line and says how the process should end.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse_from(grants::as_called(std::env::args_os())) {
+    let cli = match Cli::try_parse_from(monit_access::as_called(std::env::args_os())) {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => {
@@ -212,7 +213,7 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Grant(grant) => grants::grant(config, grant),
         Command::Revoke(revoke) => grants::revoke(config, revoke),
         Command::Grants(json) => grants::list(config, json),
-        Command::EnableMonitAccess(access) => grants::enable_monit_access(config, access),
+        Command::EnableMonitAccess(access) => Ok(monit_access::run(config, access)),
         Command::Unload => unload(config),
         Command::Doctor(doctor) => doctor::run(config, doctor),
         Command::Verify(json) => verify::run(config, json),

@@ -76,6 +76,9 @@ pub struct GrantRequest {
     /// Who.
     #[serde(default)]
     pub to: Selector,
+    /// The job whose container is let in instead, where the caller's own cgroup holds more than a job.
+    #[serde(default)]
+    pub otherwise: Option<String>,
     /// How long; for good where absent.
     #[serde(default)]
     pub seconds: Option<u64>,
@@ -105,6 +108,9 @@ pub struct Selector {
     /// A cgroup's path from the root of the hierarchy.
     #[serde(default)]
     pub cgroup: Option<String>,
+    /// A BOSH job, whose BPM container's cgroup is meant.
+    #[serde(default)]
+    pub job: Option<String>,
     /// A process, whose cgroup is meant.
     #[serde(default)]
     pub pid: Option<u32>,

@@ -288,7 +288,7 @@ impl fmt::Display for GrantEvent {
         } = self;
         match action.as_str() {
             "revoked" => write!(f, "{time} revoked {target} for ")?,
-            "expired" => write!(f, "{time} the grant of {target} to ")?,
+            "expired" | "dropped" => write!(f, "{time} the grant of {target} to ")?,
             action => write!(f, "{time} {action} {target} to ")?,
         }
         match (self.user, &self.cgroup) {
@@ -299,6 +299,7 @@ impl fmt::Display for GrantEvent {
         match (action.as_str(), &self.expires) {
             ("revoked", _) => {}
             ("expired", _) => f.write_str(" ended")?,
+            ("dropped", _) => f.write_str(" is dropped, as that cgroup has been gone for longer than retain")?,
             (_, Some(end)) => write!(f, " until {end}")?,
             (_, None) => f.write_str(" until it is revoked")?,
         }

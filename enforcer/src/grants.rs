@@ -13,10 +13,12 @@ use crate::{
 };
 
 mod file;
+mod job;
 #[cfg(test)]
 mod tests;
 
 pub use file::{FileError, load, save};
+pub use job::scope;
 
 /// Most grants at a time (F7).
 pub const MAX_GRANTS: usize = 1024;
@@ -89,6 +91,8 @@ pub struct Grants {
     all: BTreeMap<Key, Term>,
     /// When each of those that end does so at the latest, however the wall clock is set: from when it was first looked at.
     latest: BTreeMap<Key, Instant>,
+    /// Since when the cgroups of some have been gone.
+    gone: BTreeMap<Key, Instant>,
     /// Counts changes of whom they let in.
     revision: u64,
 }
@@ -188,6 +192,23 @@ impl Grants {
         gone
     }
 
+    /// Drops those whose cgroups have been gone for as long as `retain`, and tells which: jobs come again, sessions do not. A job's
+    /// container stays granted, as it was before there was any; so does what is granted of a target that is not configured now.
+    pub fn forget(&mut self, is_gone: impl Fn(&Key) -> bool, now: Instant, retain: Duration) -> Vec<(Key, Term)> {
+        let mut gone = std::mem::take(&mut self.gone);
+        gone.retain(|key, _| is_gone(key));
+        for key in self.all.keys().filter(|key| !key.to.may_come() && is_gone(key)) {
+            gone.entry(key.clone()).or_insert(now);
+        }
+        let dropped = self.remove(|key, _| {
+            let since = gone.get(key);
+            since.is_some_and(|since| now.saturating_duration_since(*since) >= retain)
+        });
+        self.gone = gone;
+        self.gone.retain(|key, _| self.all.contains_key(key));
+        dropped
+    }
+
     /// Leaves out what has an end: where nobody stays to see to it.
     pub fn without_end(&mut self) -> Vec<(Key, Term)> {
         self.remove(|_, term| term.expires.is_some())
@@ -196,6 +217,7 @@ impl Grants {
     fn remove(&mut self, goes: impl Fn(&Key, &Term) -> bool) -> Vec<(Key, Term)> {
         let gone: Vec<_> = self.all.extract_if(.., |key, term| goes(key, term)).collect();
         self.latest.retain(|key, _| self.all.contains_key(key));
+        self.gone.retain(|key, _| self.all.contains_key(key));
         self.revision += u64::from(!gone.is_empty());
         gone
     }
@@ -261,6 +283,12 @@ impl Grantee {
                 cgroup: Some(cgroup.clone()),
             },
         }
+    }
+
+    /// Whether its cgroup may be granted before it exists: a job's container is known by the job's name.
+    #[must_use]
+    pub fn may_come(&self) -> bool {
+        self.cgroup().is_some_and(job::is_scope)
     }
 
     /// The user, if one was named.

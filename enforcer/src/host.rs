@@ -5,6 +5,7 @@ pub mod hierarchy;
 mod local;
 pub mod mounts;
 pub mod own_dir;
+mod residents;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,6 +20,7 @@ use self::hierarchy::Hierarchy;
 pub use self::{
     cgroup::{NoMatch, cgroup},
     local::{LocalChanges, MAX_LOCAL, local},
+    residents::supervisor,
 };
 use crate::{policy::CgroupPath, ruleset::Host};
 

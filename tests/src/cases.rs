@@ -20,6 +20,7 @@ pub mod grants;
 pub mod hardship;
 pub mod impostors;
 pub mod input;
+pub mod jobs;
 pub mod kernel;
 pub mod kernel_sockets;
 pub mod later;
@@ -124,6 +125,7 @@ pub fn all() -> Vec<Case> {
         fragments::cases(),
         grants::cases(),
         hardship::cases(),
+        jobs::cases(),
         impostors::cases(),
         input::cases(),
         kernel::cases(),

@@ -1,6 +1,6 @@
-//! `enforcer grant`, `revoke`, `grants`, and the name by which BOSH jobs ask for monit.
+//! `enforcer grant`, `revoke` and `grants`.
 
-use std::{ffi::OsString, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -13,17 +13,15 @@ use crate::{
 
 /// How long the daemon may take: it answers when the kernel and the disk hold it.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The target of jobs that ask for monit.
-const MONIT: &str = "monit";
-/// Names that ask for monit when the binary is called by them.
-const MONIT_NAMES: [&str; 2] = ["enable-monit-access", "bosh-enable-monit-access"];
-
 /// Who is meant; without any of these whoever is in the cgroup of the caller.
 #[derive(Debug, Default, Args)]
 pub(super) struct Who {
     /// A cgroup, from the root of the cgroup v2 hierarchy, with everything below it
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     cgroup: Option<String>,
+    /// The BPM container of a BOSH job, whether it runs now or not; JOB.PROCESS for a process of another name than its job's
+    #[arg(long, value_name = "JOB", conflicts_with_all = ["cgroup", "pid"])]
+    job: Option<String>,
     /// The cgroup that this process is in
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
@@ -52,26 +50,21 @@ pub(super) struct Revoke {
     #[command(flatten)]
     who: Who,
     /// Everything that is granted of the target
-    #[arg(long, conflicts_with_all = ["cgroup", "pid", "user"])]
+    #[arg(long, conflicts_with_all = ["cgroup", "job", "pid", "user"])]
     all: bool,
     #[command(flatten)]
     json: Json,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct MonitAccess {
-    /// A user instead of the caller's cgroup
-    user: Option<String>,
 }
 
 pub(super) fn grant(config: &Path, grant: &Grant) -> Result<Answer> {
     let request = Request::Grant(GrantRequest {
         target: grant.target.clone(),
         to: grant.who.selector(),
+        otherwise: None,
         // Part of a second is none: the daemon says what is allowed.
         seconds: grant.time.map(|time| time.as_secs()),
     });
-    let Reply::Grant(event) = ask(config, &request)? else {
+    let Reply::Grant(event) = ask(&place(config)?.socket, &request)? else {
         return unexpected();
     };
     print_one(&*event, &grant.json, as_line)
@@ -83,7 +76,7 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
         to: revoke.who.selector(),
         all: revoke.all,
     });
-    let Reply::Revoked(events) = ask(config, &request)? else {
+    let Reply::Revoked(events) = ask(&place(config)?.socket, &request)? else {
         return unexpected();
     };
     for event in &events {
@@ -99,39 +92,14 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
 }
 
 pub(super) fn list(config: &Path, json: &Json) -> Result<Answer> {
-    let Reply::Grants(report) = ask(config, &Request::Grants)? else {
+    let Reply::Grants(report) = ask(&place(config)?.socket, &Request::Grants)? else {
         return unexpected();
     };
     print_one(&report, json, render)
 }
 
-pub(super) fn enable_monit_access(config: &Path, access: &MonitAccess) -> Result<Answer> {
-    let who = Who {
-        user: access.user.clone(),
-        ..Who::default()
-    };
-    let monit = Grant {
-        target: MONIT.to_owned(),
-        who,
-        time: None,
-        json: Json { json: false },
-    };
-    grant(config, &monit)
-}
-
-/// The arguments, with the command that the binary's name stands for, where it is called by another name than its own.
-pub(super) fn as_called(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let mut arguments: Vec<OsString> = arguments.into_iter().collect();
-    let name = arguments.first().map(Path::new).and_then(Path::file_name);
-    if name.is_some_and(|name| MONIT_NAMES.iter().any(|monit| name == *monit)) {
-        arguments.insert(1, "enable-monit-access".into());
-    }
-    arguments
-}
-
-fn ask(config: &Path, request: &Request) -> Result<Reply> {
-    let socket = place(config)?.socket;
-    Ok(runtime()?.block_on(control::ask(&socket, request, PATIENCE))?)
+pub(super) fn ask(socket: &Path, request: &Request) -> Result<Reply> {
+    Ok(runtime()?.block_on(control::ask(socket, request, PATIENCE))?)
 }
 
 fn unexpected() -> Result<Answer> {
@@ -183,6 +151,7 @@ impl Who {
         Selector {
             user: self.user.clone(),
             cgroup: self.cgroup.clone(),
+            job: self.job.clone(),
             pid: self.pid,
         }
     }

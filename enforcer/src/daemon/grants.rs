@@ -29,7 +29,7 @@ pub(super) enum GrantError {
     #[error("target {target} may not be granted; write grants = true in its section [target.{target}] of {} and reload", path.display())]
     NotGrantable { target: String, path: PathBuf },
     #[error(
-        "{cgroup} holds every process that is judged here, so granting it would let everybody in; run this from the job's own cgroup, or name one with --cgroup or --pid, or a user with --user"
+        "{cgroup} holds every process that is judged here, so granting it would let everybody in; run this from the job's own cgroup, or name one with --cgroup, --job or --pid, or a user with --user"
     )]
     Everybody { cgroup: CgroupPath },
     #[error("cgroup {cgroup} does not exist below {}; make it first, or correct the path", mount.display())]
@@ -42,10 +42,14 @@ pub(super) enum GrantError {
         "how deep cgroup {cgroup} lies is not known from within this cgroup namespace, so that a grant would let nobody in; run the daemon in the host's cgroup namespace, or grant a user with --user alone"
     )]
     Unplaced { cgroup: CgroupPath },
+    #[error(
+        "cgroup {cgroup} holds {what}, so granting it would let in more than the job; name the job's BPM container with --job JOB, or a user with --user"
+    )]
+    Shared { cgroup: CgroupPath, what: String },
     #[error("cgroup {path:?}: {error}")]
     CgroupPath { path: String, error: CgroupPathError },
-    #[error("name a cgroup or a process, not both")]
-    Both,
+    #[error("name a cgroup, a job or a process, not several of them")]
+    Several,
     #[error(transparent)]
     Process(#[from] CgroupError),
     #[error(transparent)]
@@ -122,9 +126,8 @@ impl Daemon {
         }
         let key = Key {
             target: asked.target.clone(),
-            to: grantee(&asked.to, peer)?,
+            to: self.whom(asked, peer)?,
         };
-        self.refuse_too_much(&key.to)?;
         self.end_expired();
         let now = Timestamp::now();
         let by = asker(peer);
@@ -142,8 +145,10 @@ impl Daemon {
             self.take_back(before);
             return Err(GrantError::NotInForce(error));
         }
-        // The cgroup may have gone since it was looked for.
-        let gone = key.to.cgroup().filter(|cgroup| !self.host.cgroups.contains_key(cgroup));
+        // The cgroup may have gone since it was looked for; a job's container need not be there yet.
+        let gone = key.to.cgroup().filter(|cgroup| {
+            !self.host.cgroups.contains_key(cgroup) && (!key.to.may_come() || self.host.writable.contains_key(cgroup))
+        });
         if let Some(cgroup) = gone {
             let error = self.no_match(cgroup, self.host.writable.get(cgroup).cloned());
             self.take_back(before);
@@ -199,10 +204,20 @@ impl Daemon {
         Ok(events)
     }
 
-    /// Ends what is over; the policy is without it then, and the rule set is to be made anew.
+    /// Ends what is over, and drops what was granted to cgroups that have gone; the policy is without both then, and the rule set is to
+    /// be made anew.
     pub(super) fn end_expired(&mut self) {
         let now = Moment::now();
-        let gone = self.grants.expire(now);
+        let expired = self.grants.expire(now).into_iter().map(|ended| (ended, "expired"));
+        let mut gone: Vec<_> = expired.collect();
+        let (host, policy) = (&self.host, &self.wanted.policy);
+        let is_gone = |key: &Key| {
+            let target = policy.target(&key.target);
+            let is_there = |cgroup| host.cgroups.contains_key(cgroup) || host.writable.contains_key(cgroup);
+            target.is_some_and(|target| target.grants) && key.to.cgroup().is_some_and(|cgroup| !is_there(cgroup))
+        };
+        let dropped = self.grants.forget(is_gone, now.monotonic, policy.dns.retain);
+        gone.extend(dropped.into_iter().map(|ended| (ended, "dropped")));
         if gone.is_empty() {
             if self.grants_unsaved {
                 let _ = self.keep_grants();
@@ -210,8 +225,8 @@ impl Daemon {
             return;
         }
         self.policy = self.grants.add_to(&self.wanted.policy);
-        for (key, term) in gone {
-            self.tell(&key.event("expired", now.wall, term.expires, None));
+        for ((key, term), action) in gone {
+            self.tell(&key.event(action, now.wall, term.expires, None));
         }
         let _ = self.keep_grants();
     }
@@ -251,7 +266,21 @@ impl Daemon {
         }
     }
 
-    /// Refuses what would let everybody in, or nobody.
+    /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than the job.
+    fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<Grantee, GrantError> {
+        let named = grantee(&asked.to, peer)?;
+        match (self.refuse_too_much(&named), &asked.otherwise) {
+            (Ok(()), _) => Ok(named),
+            (Err(GrantError::Everybody { .. } | GrantError::Shared { .. }), Some(job)) => {
+                let container = Grantee::Cgroup(container(job)?);
+                self.refuse_too_much(&container)?;
+                Ok(container)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Refuses what would let in everybody, more than a job, or nobody.
     fn refuse_too_much(&self, to: &Grantee) -> Result<(), GrantError> {
         let Some(cgroup) = to.cgroup() else { return Ok(()) };
         if let Grantee::Cgroup(cgroup) = to {
@@ -266,10 +295,15 @@ impl Daemon {
             if judged.starts_with(&granted) {
                 return Err(GrantError::Everybody { cgroup: cgroup.clone() });
             }
+            if let Some(what) = host::supervisor(&self.wanted.mount, cgroup.as_str()) {
+                let cgroup = cgroup.clone();
+                return Err(GrantError::Shared { cgroup, what });
+            }
         }
         match host::cgroup(&self.wanted.mount, cgroup) {
             Ok(_) => {}
             Err(NoMatch::Unplaced) => return Err(GrantError::Unplaced { cgroup: cgroup.clone() }),
+            Err(NoMatch::Missing) if to.may_come() => {}
             Err(NoMatch::Missing) => return Err(self.no_match(cgroup, None)),
             Err(NoMatch::Writable(by)) => return Err(self.no_match(cgroup, Some(by))), // F6
         }
@@ -344,18 +378,19 @@ impl Daemon {
 
 /// Whom a request means: the caller's own cgroup unless it names somebody.
 fn grantee(to: &Selector, peer: &Peer) -> Result<Grantee, GrantError> {
-    let cgroup = match (&to.cgroup, to.pid, &to.user) {
-        (Some(_), Some(_), _) => return Err(GrantError::Both),
-        (Some(path), None, _) => {
+    let cgroup = match (&to.cgroup, &to.job, to.pid, &to.user) {
+        (Some(path), None, None, _) => {
             let parsed = CgroupPath::parse(path).map_err(|error| GrantError::CgroupPath {
                 path: path.clone(),
                 error,
             })?;
             Some(parsed)
         }
-        (None, Some(pid), _) => Some(peer.cgroup_of(pid)?),
-        (None, None, Some(_)) => None,
-        (None, None, None) => Some(peer.cgroup()?),
+        (None, Some(job), None, _) => Some(container(job)?),
+        (None, None, Some(pid), _) => Some(peer.cgroup_of(pid)?),
+        (None, None, None, Some(_)) => None,
+        (None, None, None, None) => Some(peer.cgroup()?),
+        _ => return Err(GrantError::Several),
     };
     let user = to
         .user
@@ -369,6 +404,14 @@ fn grantee(to: &Selector, peer: &Peer) -> Result<Grantee, GrantError> {
         // Not reached: without a user there is a cgroup.
         (None, None) => Err(GrantError::Process(CgroupError::Invisible)),
     }
+}
+
+/// The cgroup of a job's container.
+fn container(job: &str) -> Result<CgroupPath, GrantError> {
+    grants::scope(job).map_err(|error| GrantError::CgroupPath {
+        path: job.to_owned(),
+        error,
+    })
 }
 
 fn end(now: Timestamp, seconds: u64) -> Result<Timestamp, GrantError> {

@@ -304,3 +304,42 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_was_granted_to_cgroups_long_gone_is_dropped() {
+    let clocks = Clocks::new();
+    let retain = Duration::from_mins(60);
+    let mut grants = Grants::default();
+    let user = Key {
+        target: "monit".to_owned(),
+        to: Grantee::User(Uid(7)),
+    };
+    let container = key("monit", "/system.slice/runc-bpm-web.scope");
+    let all = [
+        key("monit", "/session"),
+        key("monit", "/job"),
+        container.clone(),
+        user.clone(),
+    ];
+    for key in &all {
+        grants.grant(key.clone(), term(0, None)).expect("a grant");
+    }
+    let mut at = |minute: u64, gone: &[&str]| {
+        let now = clocks.at(0, minute * 60).monotonic;
+        let is_gone = |key: &Key| key.to.cgroup().is_some_and(|cgroup| gone.contains(&cgroup.as_str()));
+        let dropped = grants.forget(is_gone, now, retain);
+        dropped.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
+    };
+    let scope = "/system.slice/runc-bpm-web.scope";
+    assert_eq!(at(0, &["/session", "/job", scope]), []);
+    assert_eq!(at(59, &["/session", "/job", scope]), []);
+    // One is there again, and gone again: it counts anew.
+    assert_eq!(at(59, &["/session", scope]), []);
+    assert_eq!(at(60, &["/session", "/job", scope]), [key("monit", "/session")]);
+    assert_eq!(at(119, &["/session", "/job", scope]), []);
+    assert_eq!(at(120, &["/session", "/job", scope]), [key("monit", "/job")]);
+    // A job's container may come yet, and a user is nowhere.
+    assert_eq!(at(9999, &[scope]), []);
+    let left: Vec<&Key> = grants.iter().map(|(key, _)| key).collect();
+    assert_eq!(left, [&container, &user]);
+}

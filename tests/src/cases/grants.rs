@@ -651,13 +651,14 @@ fn hostile() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let _daemon = job.world.daemon()?;
     let socket = job.world.path("run/control.sock");
-    for action in [
-        &["grant", "main"][..],
-        &["revoke", "main"],
-        &["grants"],
-        &["enable-monit-access"],
+    // What jobs call never fails its caller.
+    for (action, code) in [
+        (&["grant", "main"][..], 2),
+        (&["revoke", "main"], 2),
+        (&["grants"], 2),
+        (&["enable-monit-access"], 0),
     ] {
-        let ran = ran(job.world.enforcer_as(NOBODY)?.args(action))?.demand(2)?;
+        let ran = ran(job.world.enforcer_as(NOBODY)?.args(action))?.demand(code)?;
         ensure!(ran.stderr.contains("ermission denied"), "{ran:?}");
     }
     let long = format!("{{\"request\":\"grant\",\"target\":\"{}\"}}\n", "x".repeat(100_000));
@@ -673,6 +674,9 @@ fn hostile() -> Result<()> {
         "{\"request\":\"grant\",\"target\":\"main\",\"to\":{\"cgroup\":\"/\\u0000\"}}\n",
         "{\"request\":\"grant\",\"target\":\"main\",\"to\":{\"cgroup\":\"/x\",\"pid\":1}}\n",
         "{\"request\":\"grant\",\"target\":\"main\",\"to\":{\"user\":\"\\u0000\"}}\n",
+        "{\"request\":\"grant\",\"target\":\"main\",\"to\":{\"job\":\"x\",\"pid\":1}}\n",
+        "{\"request\":\"grant\",\"target\":\"main\",\"to\":{\"job\":\"x\",\"cgroup\":\"/x\"}}\n",
+        "{\"request\":\"grant\",\"target\":\"main\",\"to\":{\"job\":7}}\n",
         "{\"request\":\"grant\",\"target\":\"main\",\"to\":null}\n",
         "{\"request\":\"grant\",\"target\":\"\\u001b[2J\"}\n",
         "{\"request\":\"revoke\",\"target\":\"main\",\"all\":1}\n",

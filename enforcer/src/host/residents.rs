@@ -1,0 +1,76 @@
+//! Whether a cgroup is a job's alone, or holds what supervises others as well (B4): whoever lets that in lets in all that it starts.
+
+use std::{collections::VecDeque, fs, path::Path};
+
+use super::task_name;
+
+/// Names of processes that start what is not theirs: BOSH's agent and monit, runit, systemd.
+const SUPERVISORS: [&str; 7] = [
+    "bosh-agent",
+    "monit",
+    "monit-actual",
+    "runsv",
+    "runsvdir",
+    "systemd",
+    "init",
+];
+/// Units of theirs, which they may be about to start in.
+const UNITS: [&str; 5] = [
+    "agent.service",
+    "bosh-agent.service",
+    "init.scope",
+    "monit.service",
+    "runit.service",
+];
+/// Most cgroups that are looked into: more than a job has.
+const MOST: usize = 1 << 12;
+
+/// What a cgroup holds besides a job, in words; none where nothing is found.
+#[must_use]
+pub fn supervisor(mount: &Path, cgroup: &str) -> Option<String> {
+    let last = cgroup.rsplit('/').next().unwrap_or_default();
+    if UNITS.contains(&last) {
+        return Some(format!("everything that {last} starts"));
+    }
+    let mut waiting = VecDeque::from([mount.join(cgroup.trim_start_matches('/'))]);
+    for _ in 0..MOST {
+        let dir = waiting.pop_front()?;
+        // Of a threaded cgroup it cannot be read; its processes are those of an ancestor.
+        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        for pid in members.lines().filter_map(|line| line.parse().ok()) {
+            let name = task_name(pid);
+            if SUPERVISORS.contains(&name.as_str()) {
+                return Some(format!("{name} (pid {pid}) with everything that it starts"));
+            }
+        }
+        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        waiting.extend(children.map(|entry| entry.path()));
+    }
+    Some(format!("more than {MOST} cgroups"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
+
+    use super::*;
+
+    #[test]
+    fn units_of_supervisors_are_known_by_name() {
+        let root = tempfile::tempdir().expect("a directory");
+        for unit in UNITS {
+            assert!(
+                supervisor(root.path(), &format!("/system.slice/{unit}")).is_some(),
+                "{unit}"
+            );
+        }
+        for other in [
+            "/system.slice/job.service",
+            "/system.slice/runc-bpm-job.scope",
+            "/a/my-agent.service",
+        ] {
+            assert_eq!(supervisor(root.path(), other), None, "{other}");
+        }
+    }
+}
