@@ -19,8 +19,8 @@ use crate::{
     },
     config::Backend,
     host::START,
-    policy::{Mode, Protocol},
-    ruleset::{self, RuleSet, is_single, owners},
+    policy::{Mode, Protocol, Uid},
+    ruleset::{self, RulePrincipal, RuleSet, is_single, owners},
     text,
     visibility::{Kept, Visibility},
 };
@@ -796,6 +796,9 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
     let mut all: Vec<String> = agents
         .map(|(family, table, chain)| format!("nft chain {family} {table} {chain}"))
         .collect();
+    // Both of the agent's let root alone through, and what is in monit_access_jobs.
+    let agents_alone = all.iter().all(|chain| chain.contains(" bosh_agent "));
+    let drops_monit = all.iter().any(|chain| !chain.ends_with("nats_access"));
     let by_cgroup = seen
         .foreign
         .iter()
@@ -803,16 +806,42 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
     all.extend(by_cgroup.map(|rule| format!("iptables -t mangle, chain {}: a match by cgroup", rule.chain)));
     let legacy = seen.legacy.iter().filter(|rule| rule.is_stemcells());
     all.extend(legacy.map(|rule| format!("iptables-legacy -t {} {}", rule.table, rule.text)));
+    let by_iptables = !all.iter().all(|rule| rule.starts_with("nft "));
     all.sort_unstable();
     all.dedup();
     if all.is_empty() {
         return None;
     }
+    let allows_others = seen.rules.as_ref().is_some_and(allows_others_than_root);
+    let (weight, what) = match (drops_monit && allows_others, agents_alone && !by_iptables) {
+        (true, _) => (
+            Weight::High,
+            "rules of an earlier stemcell or of the BOSH agent's own firewall are in force besides ours and drop whom target monit allows besides root: a connection has to pass both",
+        ),
+        (false, true) => (
+            Weight::Low,
+            "the BOSH agent's own firewall is in force besides ours; it lets root through as ours do, and drops others in silence",
+        ),
+        (false, false) => (
+            Weight::Medium,
+            "rules of an earlier stemcell are in force besides ours: they drop in silence what ours allow, and go out of date",
+        ),
+    };
     Some(finding(
         "old-stemcell-rules",
-        Weight::Medium,
-        "rules of an earlier stemcell or of the BOSH agent's own firewall are in force besides ours: they drop in silence what ours allow, and go out of date",
+        weight,
+        what,
         all,
-        "once enforcer guards the same endpoints: nft delete chain inet bosh_agent monit_access, and nats_access; leave the table and monit_access_jobs (B5); nft delete chain inet filter monit_output; iptables -t mangle -D …; and have the agent not make them again",
+        "once enforcer guards the same endpoints: nft delete chain inet bosh_agent monit_access, and nats_access; leave the table and monit_access_jobs (B5); nft delete chain inet filter monit_output; iptables -t mangle -D …; so that the agent does not make monit_access again: \"UseMonitIptablesFirewall\": true below Platform.Linux in /var/vcap/bosh/agent.json",
     ))
+}
+
+/// Whether target `monit` has principals besides root.
+fn allows_others_than_root(rules: &RuleSet) -> bool {
+    let monit = rules.targets.iter().find(|target| target.name == "monit");
+    let root = RulePrincipal::User {
+        uid: Uid(0),
+        cgroup: None,
+    };
+    monit.is_some_and(|monit| monit.principals.iter().any(|principal| *principal != root))
 }

@@ -17,8 +17,8 @@ use crate::{
         probe::{Fact, Facts, Feature},
     },
     config::Backend,
-    policy::{Mode, Protocol},
-    ruleset::{Place, RuleSet},
+    policy::{Mode, Protocol, Uid},
+    ruleset::{Place, RulePrincipal, RuleSet, RuleTarget},
     status::{Context, status},
     sweep::Listener,
 };
@@ -364,6 +364,41 @@ fn rules_of_earlier_stemcells_are_named() {
         matches: vec!["cgroup".to_owned()],
     };
     check(|seen| seen.foreign.push(by_cgroup), &["old-stemcell-rules"]);
+}
+
+#[test]
+fn rules_of_the_agent_weigh_by_whom_they_drop() {
+    let chain = |table: &str, chain: &str| ("inet".to_owned(), table.to_owned(), chain.to_owned());
+    let root = RulePrincipal::User {
+        uid: Uid(0),
+        cgroup: None,
+    };
+    let job = RulePrincipal::User {
+        uid: Uid(1000),
+        cgroup: None,
+    };
+    let weight = |chains: &[(String, String, String)], principals: &[&RulePrincipal]| {
+        let mut seen = well();
+        seen.chains = chains.to_vec();
+        if let Some(rules) = &mut seen.rules {
+            rules.targets.push(RuleTarget {
+                name: "monit".to_owned(),
+                principals: principals.iter().map(|principal| (*principal).clone()).collect(),
+            });
+        }
+        judge::host(&seen).findings.first().map(|finding| finding.weight)
+    };
+    let [monit, nats] = ["monit_access", "nats_access"].map(|name| chain("bosh_agent", name));
+    let stemcells = chain("filter", "monit_output");
+    for (chains, principals, expected) in [
+        (&[monit.clone(), nats.clone()][..], &[&root][..], Weight::Low),
+        (&[nats], &[&root, &job], Weight::Low),
+        (&[monit], &[&root, &job], Weight::High),
+        (&[stemcells.clone()], &[&root], Weight::Medium),
+        (&[stemcells], &[&job], Weight::High),
+    ] {
+        assert_eq!(weight(chains, principals), Some(expected), "{chains:?} {principals:?}");
+    }
 }
 
 #[test]

@@ -325,6 +325,8 @@ fn old_rules() -> Result<()> {
         finding["items"].to_string().contains("bosh_agent monit_access"),
         "{finding}"
     );
+    // For root alone, as ours.
+    ensure!(finding["weight"] == "low", "{finding}");
     // As it says.
     ensure!(
         finding["do"]

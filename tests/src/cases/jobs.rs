@@ -32,6 +32,7 @@ pub fn cases() -> Vec<Case> {
     }
     all.extend([
         case("b4_permit_moves_the_shell_that_calls_and_no_other", subshell),
+        case("b4_permit_passes_rules_of_earlier_stemcells_too", net_cls),
         case("b4_what_holds_a_supervisor_is_not_granted", supervisors),
         case("b4_a_pre_start_is_granted_its_jobs_container", pre_start),
         case("b4_a_jobs_container_is_granted_before_it_runs", before_it_runs),
@@ -311,6 +312,40 @@ fn subshell() -> Result<()> {
     let called = host.script(&host.cgroup, &text)?.demand(0)?;
     ensure!(called.stderr.contains("not root's alone"), "{called:?}");
     ensure!(!called.stdout.contains("monit-api-access"), "{called:?}");
+    host.is_refused(&host.inside(NOBODY)?)
+}
+
+/// Rules of jammy's let through by cgroup v1: a helper that replaces theirs must do what theirs did, or who asks is cut off while both guard.
+fn net_cls() -> Result<()> {
+    let controllers = fs::read_to_string("/proc/cgroups")?;
+    if !controllers.lines().any(|line| line.starts_with("net_cls\t")) {
+        println!("    this kernel has no net_cls: no stemcell's rules can match by it");
+        return Ok(());
+    }
+    let host = Host::new("ebpf", "")?;
+    let _daemon = host.daemon()?;
+    let helper = host.bin().join("helper.sh").display().to_string();
+    let place = host.world.path("net_cls");
+    fs::create_dir(&place)?;
+    // The hierarchy ends with the script.
+    let text = format!(
+        "exec unshare --mount bash -c 'set -eu; cd /; mount -t cgroup -o net_cls none {0}; source {helper}; echo $monit_isolation_classid; \
+         permit_monit_access; cat /proc/self/cgroup {0}/monit-api-access/net_cls.classid; \
+         echo $$ > {0}/cgroup.procs; rmdir {0}/monit-api-access; umount {0}'",
+        place.display()
+    );
+    let called = host.script(&host.cgroup, &text)?.demand(0)?;
+    ensure!(called.stderr.is_empty(), "{called:?}");
+    let said = &called.stdout;
+    ensure!(said.matches("2958295041").count() == 2, "{said}");
+    let at = |hierarchy: &str| {
+        let line = said.lines().find(|line| line.contains(hierarchy));
+        line.is_some_and(|line| line.ends_with("/monit-api-access"))
+    };
+    ensure!(at(":net_cls:") && at("0::"), "{said}");
+    host.outside(NOBODY)?
+        .in_cgroup(&host.cgroup.join("monit-api-access"))
+        .reaches()?;
     host.is_refused(&host.inside(NOBODY)?)
 }
 
