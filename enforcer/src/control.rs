@@ -330,8 +330,9 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
     loop {
         match listener.accept().await {
             Ok((mut stream, _)) => {
-                // Told at once: what waited here would be carried out when its caller has long given up.
-                let Ok(place) = places.clone().try_acquire_owned() else {
+                // A moment, as callers that are turned away hold a place until they have been told; no longer, as what waited here would be
+                // carried out when its caller has long given up.
+                let Ok(Ok(place)) = timeout(FULL_PATIENCE, places.clone().acquire_owned()).await else {
                     let full = format!("{MAX_CALLERS} callers are being served, which is the most; try again");
                     let _ = timeout(FULL_PATIENCE, send(&mut stream, &Reply::Error(full))).await;
                     continue;

@@ -18,7 +18,7 @@ mod job;
 mod tests;
 
 pub use file::{FileError, load, save};
-pub use job::scope;
+pub use job::scopes;
 
 /// Most grants at a time (F7).
 pub const MAX_GRANTS: usize = 1024;
@@ -52,6 +52,8 @@ pub struct Term {
     pub expires: Option<Timestamp>,
     /// Who asked for it last.
     pub by: Asker,
+    /// Whether it is the asker's own cgroup that was meant, which may be a session's and never come again.
+    pub own: bool,
 }
 
 /// A moment by two clocks: the wall clock, which may be set, and one that only goes on.
@@ -192,12 +194,12 @@ impl Grants {
         gone
     }
 
-    /// Drops those whose cgroups have been gone for as long as `retain`, and tells which: jobs come again, sessions do not. A job's
-    /// container stays granted, as it was before there was any; so does what is granted of a target that is not configured now.
+    /// Drops those to their askers' own cgroups that have been gone for as long as `retain`, and tells which: sessions do not come again.
+    /// Whatever was named stays granted.
     pub fn forget(&mut self, is_gone: impl Fn(&Key) -> bool, now: Instant, retain: Duration) -> Vec<(Key, Term)> {
         let mut gone = std::mem::take(&mut self.gone);
         gone.retain(|key, _| is_gone(key));
-        for key in self.all.keys().filter(|key| !key.to.may_come() && is_gone(key)) {
+        for (key, _) in self.all.iter().filter(|(key, term)| term.own && is_gone(key)) {
             gone.entry(key.clone()).or_insert(now);
         }
         let dropped = self.remove(|key, _| {

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
-use nix::unistd::{geteuid, getppid};
+use nix::unistd::{Pid, geteuid, getppid};
 
 use super::{Answer, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
 use crate::{
@@ -72,7 +72,9 @@ pub(super) fn run(config: &Path, access: &MonitAccess) -> Answer {
 }
 
 fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
-    let caller = ancestors();
+    // Now: by the time that a daemon answers the caller may have ended, and this process have another parent.
+    let parent = getppid();
+    let caller = ancestors(parent);
     if geteuid().is_root() && access.user.is_none() && caller.first().is_some_and(Process::is_wrapper) {
         return Ok(());
     }
@@ -81,7 +83,7 @@ fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
         return Ok(());
     }
     if access.own_cgroup {
-        move_caller()?;
+        move_caller(parent)?;
     }
     let request = Request::Grant(GrantRequest {
         target: MONIT.to_owned(),
@@ -131,11 +133,15 @@ fn is_answered(settings: &Settings) -> Result<bool> {
 fn is_contained() -> bool {
     let cgroups = host::read_lossy("/proc/self/cgroup").unwrap_or_default();
     let mut last = cgroups.lines().filter_map(|line| line.rsplit('/').next());
-    last.any(|name| name.starts_with("runc-bpm-") || name.starts_with("bpm-"))
+    last.any(|name| name.starts_with("runc-bpm-") || name.starts_with("bpm-") || name.contains("-bpm-bpm-"))
 }
 
 /// Moves whoever has called, and this process, into a cgroup of their own: what else is in theirs is not let in.
-fn move_caller() -> Result<()> {
+fn move_caller(caller: Pid) -> Result<()> {
+    ensure!(
+        caller.as_raw() > 1 && getppid() == caller,
+        "whoever called has ended, or is the init of this system"
+    );
     let found = Hierarchy::find().context("find the cgroup v2 hierarchy")?;
     let found = found.context(
         "cgroup v2 is not mounted here, so that only a user can be let in: enforcer grant monit --user USER",
@@ -143,6 +149,8 @@ fn move_caller() -> Result<()> {
     let text = fs::read("/proc/self/cgroup").context("read /proc/self/cgroup")?;
     let own = host::cgroup2_of(&text).context("this process is in no cgroup of version 2")?;
     let own = Path::new(std::ffi::OsStr::from_bytes(own));
+    let callers = fs::read(format!("/proc/{caller}/cgroup")).context("read the caller's cgroup")?;
+    ensure!(callers == text, "whoever called is in another cgroup than this process");
     // Called twice, or below one that has called it: it is there already.
     if own.components().any(|part| part.as_os_str() == OWN) {
         return Ok(());
@@ -169,7 +177,7 @@ fn move_caller() -> Result<()> {
         dir.display()
     );
     let members = dir.join("cgroup.procs");
-    for pid in [getppid().to_string(), std::process::id().to_string()] {
+    for pid in [caller.to_string(), std::process::id().to_string()] {
         fs::write(&members, &pid).with_context(|| format!("move process {pid} to {}", dir.display()))?;
     }
     Ok(())
@@ -183,8 +191,8 @@ struct Process {
 }
 
 /// The calling process first.
-fn ancestors() -> Vec<Process> {
-    let mut pid = Some(getppid().as_raw());
+fn ancestors(parent: Pid) -> Vec<Process> {
+    let mut pid = Some(parent.as_raw());
     let mut all = Vec::new();
     while let Some(at) = pid.filter(|pid| *pid > 1 && all.len() < ANCESTORS) {
         let arguments = fs::read(format!("/proc/{at}/cmdline")).unwrap_or_default();

@@ -285,8 +285,6 @@ impl Daemon {
         if self.enforcement.observe()?.generation != 0 {
             return Ok(None);
         }
-        self.wanted.name_again();
-        self.policy = self.grants.add_to(&self.wanted.policy);
         self.apply_now().map(Some)
     }
 

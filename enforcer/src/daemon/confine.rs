@@ -3,20 +3,21 @@
 //! The service manager could do that with mounts, and would hide from the daemon what the host mounts later: the settings of a BOSH agent
 //! lie on such a mount. Under runit there is nothing else that does it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use landlock::{
     ABI, AccessFs, BitFlags, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _, RulesetError, RulesetStatus,
     path_beneath_rules,
 };
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::config::Settings;
 
 /// The newest rights that are known of; an older kernel denies those that it has (Linux 5.13 has the first).
 const ABI: ABI = ABI::V3;
-/// Where a bpffs may be mounted again while the daemon runs: a rule is about a directory, not about a path.
-const ABOVE_BPFFS: &str = "/sys/fs";
 
 /// Gives up writing elsewhere than next to the files of an instance, for this thread and those that it starts. Without Landlock all
 /// goes on as before.
@@ -24,38 +25,41 @@ pub(super) fn to(settings: &Settings) {
     let places = places(settings);
     match beneath(&places) {
         Ok(RulesetStatus::NotEnforced) => {
-            info!("this kernel has no Landlock, so what the daemon writes is not confined by it");
+            info!(
+                "writing is not confined by Landlock: this kernel has none (Linux 5.13), or a filter of system calls refuses it"
+            );
         }
         Ok(RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced) => {
-            debug!("confined by Landlock: writing is possible only below {places:?}");
+            let shown: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
+            info!("writing is confined by Landlock to {}", shown.join(", "));
         }
         Err(error) => warn!("writing is not confined by Landlock: {error}"),
     }
 }
 
-fn beneath(places: &[PathBuf]) -> Result<RulesetStatus, RulesetError> {
+fn beneath(places: &BTreeSet<PathBuf>) -> Result<RulesetStatus, RulesetError> {
     let write: BitFlags<AccessFs> = AccessFs::from_write(ABI);
     let rules = Ruleset::default().handle_access(write)?.create()?;
     let confined = rules.add_rules(path_beneath_rules(places, write))?.restrict_self()?;
     Ok(confined.ruleset)
 }
 
-/// The directories that hold those of the instance: these may be removed, and are made again.
-fn places(settings: &Settings) -> Vec<PathBuf> {
-    let holder = |dir: Option<&Path>| dir.and_then(Path::parent).map(Path::to_path_buf);
-    let above_pins = if settings.pin_dir.starts_with(ABOVE_BPFFS) {
-        Some(ABOVE_BPFFS.into())
-    } else {
-        holder(Some(&settings.pin_dir))
-    };
-    [
-        holder(Some(&settings.state_dir)),
-        holder(settings.socket.parent()),
-        above_pins,
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+/// The directories that hold those of the instance, as these may be removed, and are made again; where one is a link, what holds its
+/// destination too.
+fn places(settings: &Settings) -> BTreeSet<PathBuf> {
+    let socket_dir = settings.socket.parent().unwrap_or(Path::new("/"));
+    let mut all = BTreeSet::new();
+    for dir in [&settings.state_dir, socket_dir] {
+        all.extend(holders(dir));
+    }
+    all.extend(holders(&settings.pin_dir));
+    all
+}
+
+fn holders(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let by_links = dir.canonicalize().ok();
+    let by_links = by_links.as_deref().and_then(Path::parent).map(Path::to_path_buf);
+    dir.parent().map(Path::to_path_buf).into_iter().chain(by_links)
 }
 
 #[cfg(test)]
@@ -63,6 +67,25 @@ mod tests {
     use std::{fs, io, thread};
 
     use super::*;
+
+    #[test]
+    fn what_links_lead_to_is_written_too() -> io::Result<()> {
+        let root = tempfile::tempdir()?;
+        let at = |path: &str| root.path().join(path);
+        for dir in ["store/state", "lib", "run/own", "bpf/pins"] {
+            fs::create_dir_all(at(dir))?;
+        }
+        std::os::unix::fs::symlink(at("store/state"), at("lib/state"))?;
+        let settings = Settings {
+            state_dir: at("lib/state"),
+            socket: at("run/own/control.sock"),
+            pin_dir: at("bpf/pins"),
+            ..Settings::default()
+        };
+        let expected = ["store", "lib", "run", "bpf"].map(at);
+        assert_eq!(places(&settings), expected.into());
+        Ok(())
+    }
 
     #[test]
     fn f6_what_is_confined_writes_around_its_own_files_alone() -> io::Result<()> {
@@ -79,7 +102,7 @@ mod tests {
             ..Settings::default()
         };
         let places = places(&settings);
-        assert_eq!(places, ["lib", "run", "bpf"].map(at));
+        assert_eq!(places, ["lib", "run", "bpf"].map(at).into());
         // Confined for good, so in a thread of its own.
         let run = move |root: PathBuf| -> io::Result<bool> {
             let at = |path: &str| root.join(path);

@@ -124,10 +124,12 @@ impl Daemon {
                 path: self.wanted.path.clone(),
             });
         }
-        let key = Key {
-            target: asked.target.clone(),
-            to: self.whom(asked, peer)?,
-        };
+        let keys: Vec<Key> = (self.whom(asked, peer)?.into_iter())
+            .map(|to| Key {
+                target: asked.target.clone(),
+                to,
+            })
+            .collect();
         self.end_expired();
         let now = Timestamp::now();
         let by = asker(peer);
@@ -135,10 +137,13 @@ impl Daemon {
             since: now,
             expires: asked.seconds.map(|seconds| end(now, seconds)).transpose()?,
             by: by.clone(),
+            own: is_own(&asked.to),
         };
         let expires = term.expires;
         let mut grants = self.grants.clone();
-        let change = grants.grant(key.clone(), term)?;
+        let changes: Vec<Change> = (keys.iter())
+            .map(|key| grants.grant(key.clone(), term.clone()))
+            .collect::<Result<_, _>>()?;
         Grants::check_depths(&grants.add_to(&self.wanted.policy))?;
         let before = std::mem::replace(&mut self.grants, grants);
         if let Err(error) = self.put_in_force() {
@@ -146,8 +151,11 @@ impl Daemon {
             return Err(GrantError::NotInForce(error));
         }
         // The cgroup may have gone since it was looked for; a job's container need not be there yet.
-        let gone = key.to.cgroup().filter(|cgroup| {
-            !self.host.cgroups.contains_key(cgroup) && (!key.to.may_come() || self.host.writable.contains_key(cgroup))
+        let gone = keys.iter().find_map(|key| {
+            let cgroup = key.to.cgroup()?;
+            let is_missed = !self.host.cgroups.contains_key(cgroup)
+                && (!key.to.may_come() || self.host.writable.contains_key(cgroup));
+            is_missed.then_some(cgroup)
         });
         if let Some(cgroup) = gone {
             let error = self.no_match(cgroup, self.host.writable.get(cgroup).cloned());
@@ -158,16 +166,21 @@ impl Daemon {
             self.take_back(before);
             return Err(GrantError::NotKept(error));
         }
-        let (action, was) = match change {
-            Change::New => ("granted", None),
-            Change::Renewed { expired } => ("renewed", Some(expired)),
-        };
-        let event = GrantEvent {
-            expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
-            ..key.event(action, Timestamp::now(), expires, Some(&by))
-        };
-        self.tell(&event);
-        Ok(event)
+        let mut told = None;
+        for (key, change) in keys.iter().zip(changes) {
+            let (action, was) = match change {
+                Change::New => ("granted", None),
+                Change::Renewed { expired } => ("renewed", Some(expired)),
+            };
+            let event = GrantEvent {
+                expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
+                ..key.event(action, Timestamp::now(), expires, Some(&by))
+            };
+            self.tell(&event);
+            // Of the names that a container may have, the first speaks for all.
+            told.get_or_insert(event);
+        }
+        told.ok_or(GrantError::Process(CgroupError::Invisible))
     }
 
     /// The file first: a restart in between must not bring back what was revoked.
@@ -176,12 +189,13 @@ impl Daemon {
         if self.wanted.policy.target(&asked.target).is_none() && !of_target(&self.grants) {
             return Err(self.unknown(&asked.target));
         }
-        let to = if asked.all {
-            None
+        let gone = if asked.all {
+            self.grants.revoke(&asked.target, None)
         } else {
-            Some(grantee(&asked.to, peer)?)
+            let meant = grantees(&asked.to, peer)?;
+            let each = meant.iter().map(|to| self.grants.revoke(&asked.target, Some(to)));
+            each.flatten().collect()
         };
-        let gone = self.grants.revoke(&asked.target, to.as_ref());
         if gone.is_empty() {
             return Ok(Vec::new());
         }
@@ -211,10 +225,13 @@ impl Daemon {
         let expired = self.grants.expire(now).into_iter().map(|ended| (ended, "expired"));
         let mut gone: Vec<_> = expired.collect();
         let (host, policy) = (&self.host, &self.wanted.policy);
+        // Where the hierarchy itself is not seen nothing is known to be gone.
+        let sees = self.wanted.mount.join("cgroup.procs").exists();
         let is_gone = |key: &Key| {
             let target = policy.target(&key.target);
             let is_there = |cgroup| host.cgroups.contains_key(cgroup) || host.writable.contains_key(cgroup);
-            target.is_some_and(|target| target.grants) && key.to.cgroup().is_some_and(|cgroup| !is_there(cgroup))
+            let is_asked = sees && target.is_some_and(|target| target.grants);
+            is_asked && key.to.cgroup().is_some_and(|cgroup| !is_there(cgroup))
         };
         let dropped = self.grants.forget(is_gone, now.monotonic, policy.dns.retain);
         gone.extend(dropped.into_iter().map(|ended| (ended, "dropped")));
@@ -267,13 +284,18 @@ impl Daemon {
     }
 
     /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than the job.
-    fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<Grantee, GrantError> {
-        let named = grantee(&asked.to, peer)?;
-        match (self.refuse_too_much(&named), &asked.otherwise) {
+    fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<Vec<Grantee>, GrantError> {
+        let named = grantees(&asked.to, peer)?;
+        let refused = named.iter().try_for_each(|to| self.refuse_too_much(to));
+        match (refused, &asked.otherwise) {
             (Ok(()), _) => Ok(named),
             (Err(GrantError::Everybody { .. } | GrantError::Shared { .. }), Some(job)) => {
-                let container = Grantee::Cgroup(container(job)?);
-                self.refuse_too_much(&container)?;
+                let container = Selector {
+                    job: Some(job.clone()),
+                    ..Selector::default()
+                };
+                let container = grantees(&container, peer)?;
+                container.iter().try_for_each(|to| self.refuse_too_much(to))?;
                 Ok(container)
             }
             (Err(error), _) => Err(error),
@@ -376,42 +398,40 @@ impl Daemon {
     }
 }
 
-/// Whom a request means: the caller's own cgroup unless it names somebody.
-fn grantee(to: &Selector, peer: &Peer) -> Result<Grantee, GrantError> {
-    let cgroup = match (&to.cgroup, &to.job, to.pid, &to.user) {
-        (Some(path), None, None, _) => {
-            let parsed = CgroupPath::parse(path).map_err(|error| GrantError::CgroupPath {
-                path: path.clone(),
-                error,
-            })?;
-            Some(parsed)
-        }
-        (None, Some(job), None, _) => Some(container(job)?),
-        (None, None, Some(pid), _) => Some(peer.cgroup_of(pid)?),
-        (None, None, None, Some(_)) => None,
-        (None, None, None, None) => Some(peer.cgroup()?),
+/// Whom a request means: the caller's own cgroup unless it names somebody. A job's container may have several names.
+fn grantees(to: &Selector, peer: &Peer) -> Result<Vec<Grantee>, GrantError> {
+    let at = |path: &String| {
+        let path = path.clone();
+        move |error| GrantError::CgroupPath { path, error }
+    };
+    let cgroups = match (&to.cgroup, &to.job, to.pid, &to.user) {
+        (Some(path), None, None, _) => vec![CgroupPath::parse(path).map_err(at(path))?],
+        (None, Some(job), None, _) => grants::scopes(job).map_err(at(job))?,
+        (None, None, Some(pid), _) => vec![peer.cgroup_of(pid)?],
+        (None, None, None, Some(_)) => Vec::new(),
+        (None, None, None, None) => vec![peer.cgroup()?],
         _ => return Err(GrantError::Several),
     };
-    let user = to
-        .user
-        .as_deref()
-        .map(|user| Uid::parse(user, &HostUsers))
-        .transpose()?;
-    match (user, cgroup) {
-        (Some(uid), Some(cgroup)) => Ok(Grantee::UserWithin(uid, cgroup)),
-        (Some(uid), None) => Ok(Grantee::User(uid)),
-        (None, Some(cgroup)) => Ok(Grantee::Cgroup(cgroup)),
-        // Not reached: without a user there is a cgroup.
-        (None, None) => Err(GrantError::Process(CgroupError::Invisible)),
-    }
+    let user = to.user.as_deref().map(|user| Uid::parse(user, &HostUsers));
+    Ok(match user.transpose()? {
+        Some(uid) if cgroups.is_empty() => vec![Grantee::User(uid)],
+        Some(uid) => cgroups
+            .into_iter()
+            .map(|cgroup| Grantee::UserWithin(uid, cgroup))
+            .collect(),
+        None => cgroups.into_iter().map(Grantee::Cgroup).collect(),
+    })
 }
 
-/// The cgroup of a job's container.
-fn container(job: &str) -> Result<CgroupPath, GrantError> {
-    grants::scope(job).map_err(|error| GrantError::CgroupPath {
-        path: job.to_owned(),
-        error,
-    })
+/// Whether it is the asker's own cgroup that is meant.
+fn is_own(to: &Selector) -> bool {
+    let Selector {
+        user: _,
+        cgroup,
+        job,
+        pid,
+    } = to;
+    cgroup.is_none() && job.is_none() && pid.is_none()
 }
 
 fn end(now: Timestamp, seconds: u64) -> Result<Timestamp, GrantError> {

@@ -120,9 +120,19 @@ impl Wanted {
         (!self.absent.is_empty()).then(|| self.absent.join("; "))
     }
 
-    /// What was in force last, with nothing of it looked up again.
+    /// What was active last. Names of users and groups mean whom the host's files name now (N9); nothing else is asked, as early at boot
+    /// that might hang.
     pub(super) fn of(path: &Path, good: &LastGood) -> Result<Self, DaemonError> {
-        let (cgroup, mount) = cgroups(&good.settings, &good.policy)?;
+        let (mut policy, mut listed) = (good.policy.clone(), good.listed.clone());
+        match FileUsers::below(Path::new("/")) {
+            Ok(files) => {
+                for account in policy.name_again(&mut listed, &files) {
+                    warn!("{account} means somebody else now than when the last rules were kept");
+                }
+            }
+            Err(error) => warn!("read /etc/passwd and /etc/group: {error}; users have the numbers that they had"),
+        }
+        let (cgroup, mount) = cgroups(&good.settings, &policy)?;
         Ok(Self {
             path: path.into(),
             from_file: path.exists(),
@@ -135,26 +145,14 @@ impl Wanted {
                 bosh: good.bosh.clone().map(|dir| Bosh { dir }),
                 targets: BTreeMap::new(),
             },
-            policy: good.policy.clone(),
+            policy,
             cgroup,
             mount,
             warnings: Vec::new(),
-            listed: good.listed.clone(),
+            listed,
             users: BTreeMap::new(),
             absent: Vec::new(),
         })
-    }
-
-    /// Takes names of users and groups for whom the host's files name now (N9). Nothing else is asked: early at boot that might hang.
-    pub(super) fn name_again(&mut self) {
-        for listed in self.policy.name_again(&self.listed, &FileUsers::below(Path::new("/"))) {
-            if let Some(account) = &listed.account {
-                warn!(
-                    "target {}: {account} means somebody else now than when these rules were kept",
-                    listed.target
-                );
-            }
-        }
     }
 
     /// The cgroup to attach to, to be shown.

@@ -226,7 +226,7 @@ pub(super) fn collect(root: &Path, config: &Path) -> io::Result<ImageSeen> {
 
 impl ImageSeen {
     fn read_config(&mut self) {
-        let users = FileUsers::below(&self.root);
+        let users = FileUsers::below(&self.root).unwrap_or_default();
         let read = Config::load(&self.config).map_err(|error| error.to_string());
         let read = read.and_then(|config| {
             self.settings = config.settings.clone();

@@ -1,6 +1,6 @@
 //! Judging as data: what was seen, and what is found.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, slice};
 
 use super::{
     Weight,
@@ -394,8 +394,8 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
         (&[monit.clone(), nats.clone()][..], &[&root][..], Weight::Low),
         (&[nats], &[&root, &job], Weight::Low),
         (&[monit], &[&root, &job], Weight::High),
-        (&[stemcells.clone()], &[&root], Weight::Medium),
-        (&[stemcells], &[&job], Weight::High),
+        (slice::from_ref(&stemcells), &[&root], Weight::Medium),
+        (slice::from_ref(&stemcells), &[&job], Weight::High),
     ] {
         assert_eq!(weight(chains, principals), Some(expected), "{chains:?} {principals:?}");
     }

@@ -48,6 +48,9 @@ struct Entry {
     pid: u32,
     uid: u32,
     comm: String,
+    /// Earlier versions did not know it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    own: bool,
 }
 
 /// Why grants cannot be read or kept.
@@ -196,6 +199,7 @@ impl Entry {
             pid: term.by.pid,
             uid: term.by.uid,
             comm: term.by.comm.clone(),
+            own: term.own,
         }
     }
 
@@ -220,7 +224,12 @@ impl Entry {
                 target: self.target,
                 to,
             },
-            Term { since, expires, by },
+            Term {
+                since,
+                expires,
+                by,
+                own: self.own,
+            },
         ))
     }
 }

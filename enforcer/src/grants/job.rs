@@ -4,10 +4,19 @@ use std::fmt::Write as _;
 
 use crate::policy::{CgroupPath, CgroupPathError};
 
-/// The scope that systemd makes for it, whether it runs now or not: runc's for a container that BPM has named. In names of containers
-/// BPM writes whatever is no letter, digit, `_` or `-` as a full stop and two hexadecimal digits; a process of another name than its
-/// job's is `JOB.PROCESS`.
-pub fn scope(job: &str) -> Result<CgroupPath, CgroupPathError> {
+/// What the name of such a scope begins with: runc's own, as BPM left it before 1.4.33, and since then the service from which BPM was
+/// called.
+const BEGINNINGS: [&str; 5] = [
+    "runc",
+    "monit-service-bpm",
+    "runit-service-bpm",
+    "agent-service-bpm",
+    "bosh-agent-service-bpm",
+];
+
+/// The scopes that systemd makes for it, of which there is one at a time, or none yet. In names of containers BPM writes whatever is no
+/// letter, digit, `_` or `-` as a full stop and two hexadecimal digits; a process of another name than its job's is `JOB.PROCESS`.
+pub fn scopes(job: &str) -> Result<Vec<CgroupPath>, CgroupPathError> {
     let mut name = String::new();
     for byte in job.bytes() {
         if byte.is_ascii_alphanumeric() || b"_-".contains(&byte) {
@@ -16,14 +25,16 @@ pub fn scope(job: &str) -> Result<CgroupPath, CgroupPathError> {
             let _ = write!(name, ".{byte:02x}");
         }
     }
-    CgroupPath::parse(&format!("/system.slice/runc-bpm-{name}.scope"))
+    let scope = |begin: &&str| CgroupPath::parse(&format!("/system.slice/{begin}-bpm-{name}.scope"));
+    BEGINNINGS.iter().map(scope).collect()
 }
 
 /// Whether a cgroup is such a scope.
 pub(super) fn is_scope(cgroup: &CgroupPath) -> bool {
-    let last = cgroup.as_str().rsplit('/').next().unwrap_or_default();
-    last.strip_suffix(".scope")
-        .is_some_and(|name| name.starts_with("runc-bpm-"))
+    let name = cgroup.as_str().strip_prefix("/system.slice/");
+    let name = name.and_then(|name| name.strip_suffix(".scope"));
+    let begins = |name: &str, begin: &str| name.strip_prefix(begin).is_some_and(|rest| rest.starts_with("-bpm-"));
+    name.is_some_and(|name| !name.contains('/') && BEGINNINGS.iter().any(|begin| begins(name, begin)))
 }
 
 #[cfg(test)]
@@ -31,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_jobs_scope_is_named_as_bpm_names_it() -> Result<(), CgroupPathError> {
+    fn a_jobs_scopes_are_named_as_bpm_names_them() -> Result<(), CgroupPathError> {
         let cases = [
             ("galera-agent", "galera-agent"),
             ("a_b", "a_b"),
@@ -41,8 +52,19 @@ mod tests {
             ("\u{e9}", ".c3.a9"),
         ];
         for (job, expected) in cases {
-            let found = scope(job)?.to_string();
-            assert_eq!(found, format!("/system.slice/runc-bpm-{expected}.scope"), "{job:?}");
+            let found = scopes(job)?;
+            for begin in ["runc", "monit-service-bpm", "runit-service-bpm"] {
+                let scope = CgroupPath::parse(&format!("/system.slice/{begin}-bpm-{expected}.scope"))?;
+                assert!(found.contains(&scope) && is_scope(&scope), "{job:?}: {scope}");
+            }
+        }
+        for other in [
+            "/system.slice/job.service",
+            "/runc-bpm-a.scope",
+            "/system.slice/runc-bpm-a.scope/b",
+            "/system.slice/bpm-a.scope",
+        ] {
+            assert!(!is_scope(&CgroupPath::parse(other)?), "{other}");
         }
         Ok(())
     }

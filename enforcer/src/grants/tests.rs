@@ -40,6 +40,7 @@ fn term(since: i64, expires: Option<i64>) -> Term {
             uid: 0,
             comm: "job \"\u{1b}[".to_owned(),
         },
+        own: since % 2 == 0,
     }
 }
 
@@ -306,23 +307,23 @@ proptest! {
 }
 
 #[test]
-fn what_was_granted_to_cgroups_long_gone_is_dropped() {
+fn what_was_granted_to_askers_cgroups_long_gone_is_dropped() {
     let clocks = Clocks::new();
-    let retain = Duration::from_mins(60);
+    let retain = Duration::from_hours(1);
     let mut grants = Grants::default();
     let user = Key {
         target: "monit".to_owned(),
         to: Grantee::User(Uid(7)),
     };
-    let container = key("monit", "/system.slice/runc-bpm-web.scope");
-    let all = [
-        key("monit", "/session"),
-        key("monit", "/job"),
-        container.clone(),
-        user.clone(),
-    ];
-    for key in &all {
-        grants.grant(key.clone(), term(0, None)).expect("a grant");
+    let named = key("monit", "/backup.service");
+    for (key, own) in [
+        (key("monit", "/session"), true),
+        (key("monit", "/job"), true),
+        (named.clone(), false),
+        (user.clone(), false),
+    ] {
+        let term = Term { own, ..term(0, None) };
+        grants.grant(key, term).expect("a grant");
     }
     let mut at = |minute: u64, gone: &[&str]| {
         let now = clocks.at(0, minute * 60).monotonic;
@@ -330,16 +331,21 @@ fn what_was_granted_to_cgroups_long_gone_is_dropped() {
         let dropped = grants.forget(is_gone, now, retain);
         dropped.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
     };
-    let scope = "/system.slice/runc-bpm-web.scope";
-    assert_eq!(at(0, &["/session", "/job", scope]), []);
-    assert_eq!(at(59, &["/session", "/job", scope]), []);
+    assert_eq!(at(0, &["/session", "/job", "/backup.service"]), []);
+    assert_eq!(at(59, &["/session", "/job", "/backup.service"]), []);
     // One is there again, and gone again: it counts anew.
-    assert_eq!(at(59, &["/session", scope]), []);
-    assert_eq!(at(60, &["/session", "/job", scope]), [key("monit", "/session")]);
-    assert_eq!(at(119, &["/session", "/job", scope]), []);
-    assert_eq!(at(120, &["/session", "/job", scope]), [key("monit", "/job")]);
-    // A job's container may come yet, and a user is nowhere.
-    assert_eq!(at(9999, &[scope]), []);
+    assert_eq!(at(59, &["/session", "/backup.service"]), []);
+    assert_eq!(
+        at(60, &["/session", "/job", "/backup.service"]),
+        [key("monit", "/session")]
+    );
+    assert_eq!(at(119, &["/session", "/job", "/backup.service"]), []);
+    assert_eq!(
+        at(120, &["/session", "/job", "/backup.service"]),
+        [key("monit", "/job")]
+    );
+    // What was named may come yet, and a user is nowhere.
+    assert_eq!(at(9999, &["/backup.service"]), []);
     let left: Vec<&Key> = grants.iter().map(|(key, _)| key).collect();
-    assert_eq!(left, [&container, &user]);
+    assert_eq!(left, [&named, &user]);
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, fs, path::Path};
 
-use super::task_name;
+use super::read_lossy;
 
 /// Names of processes that start what is not theirs: BOSH's agent and monit, runit, systemd.
 const SUPERVISORS: [&str; 7] = [
@@ -38,8 +38,7 @@ pub fn supervisor(mount: &Path, cgroup: &str) -> Option<String> {
         // Of a threaded cgroup it cannot be read; its processes are those of an ancestor.
         let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
         for pid in members.lines().filter_map(|line| line.parse().ok()) {
-            let name = task_name(pid);
-            if SUPERVISORS.contains(&name.as_str()) {
+            if let Some(name) = supervises(pid) {
                 return Some(format!("{name} (pid {pid}) with everything that it starts"));
             }
         }
@@ -48,6 +47,43 @@ pub fn supervisor(mount: &Path, cgroup: &str) -> Option<String> {
         waiting.extend(children.map(|entry| entry.path()));
     }
     Some(format!("more than {MOST} cgroups"))
+}
+
+/// The name of a process that supervises others: root's, and started by init or another of them. A job can have itself any name, and calls
+/// monit by monit's own.
+fn supervises(pid: u32) -> Option<&'static str> {
+    let process = Process::read(pid)?;
+    let name = process.supervisor()?;
+    let started_by = Process::read(process.parent);
+    (process.parent <= 1 || started_by.is_some_and(|parent| parent.supervisor().is_some())).then_some(name)
+}
+
+/// What `/proc/PID/status` says of a process (proc(5)).
+struct Process {
+    name: String,
+    parent: u32,
+    uid: u32,
+}
+
+impl Process {
+    fn read(pid: u32) -> Option<Self> {
+        let status = read_lossy(format!("/proc/{pid}/status")).ok()?;
+        let field = |name: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        };
+        Some(Self {
+            name: field("Name")?.trim().to_owned(),
+            parent: field("PPid")?.trim().parse().ok()?,
+            uid: field("Uid")?.split_whitespace().next()?.parse().ok()?,
+        })
+    }
+
+    fn supervisor(&self) -> Option<&'static str> {
+        let found = SUPERVISORS.into_iter().find(|name| *name == self.name);
+        found.filter(|_| self.uid == 0)
+    }
 }
 
 #[cfg(test)]

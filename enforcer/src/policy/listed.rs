@@ -18,20 +18,18 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// Who it is by the host's files. A name that is not in them may be a name service's, which cannot be asked yet: it keeps its
-    /// numbers, but for those that are another user's now.
+    /// Who it is by the host's files. A name that is not in them, a group's member too, may be a name service's, which cannot be asked
+    /// yet: such keep their numbers, but for those that somebody else has by the files.
     fn now(&self, files: &FileUsers) -> BTreeSet<Uid> {
         let Some(account) = &self.account else {
             return self.uids.clone();
         };
-        if let Ok(Some(found)) = files.uids(account) {
-            return found;
-        }
-        let is_anothers = |uid: &Uid| match account {
-            Account::User(name) => files.names(*uid).any(|owner| owner != name),
-            Account::Group(_) | Account::Gid(_) => false,
-        };
-        self.uids.iter().filter(|uid| !is_anothers(uid)).copied().collect()
+        let found = files.uids(account).ok().flatten();
+        let is_complete = found.is_some() && !files.lists_strangers(account);
+        let is_free = |uid: &Uid| files.names(*uid).next().is_none();
+        let kept = self.uids.iter().filter(|uid| !is_complete && is_free(uid));
+        let kept: BTreeSet<Uid> = kept.copied().collect();
+        found.unwrap_or_default().into_iter().chain(kept).collect()
     }
 
     pub(super) fn principals(&self, uids: &BTreeSet<Uid>) -> impl Iterator<Item = Principal> {
@@ -43,25 +41,25 @@ impl Listed {
 }
 
 impl Policy {
-    /// Takes names for what they mean by the host's files, and returns what means somebody else now.
-    pub fn name_again<'a>(&mut self, listed: &'a [Listed], files: &FileUsers) -> Vec<&'a Listed> {
+    /// Takes names for what they mean by the host's files, and returns those that mean somebody else now.
+    pub fn name_again(&mut self, listed: &mut [Listed], files: &FileUsers) -> Vec<Account> {
         let mut changed = Vec::new();
         for target in &mut self.targets {
-            let entries = listed.iter().filter(|entry| entry.target == target.name);
-            let entries: Vec<_> = entries.map(|entry| (entry, entry.now(files))).collect();
+            let mut entries: Vec<&mut Listed> = listed.iter_mut().filter(|entry| entry.target == target.name).collect();
             let before = changed.len();
-            changed.extend(
-                entries
-                    .iter()
-                    .filter(|(entry, now)| entry.uids != *now)
-                    .map(|(entry, _)| *entry),
-            );
+            for entry in &mut entries {
+                let now = entry.now(files);
+                if now != entry.uids {
+                    entry.uids = now;
+                    changed.extend(entry.account.clone());
+                }
+            }
             if changed.len() > before {
                 target
                     .principals
                     .retain(|principal| !matches!(principal, Principal::User { .. }));
-                for (entry, now) in entries {
-                    target.principals.extend(entry.principals(&now));
+                for entry in entries {
+                    target.principals.extend(entry.principals(&entry.uids));
                 }
             }
         }
@@ -98,8 +96,10 @@ allow = [1001]
     fn again(passwd: &str, group: &str) -> Result<String, Box<dyn std::error::Error>> {
         let config = Config::parse(CONFIG, Path::new("x.toml"))?;
         let read = Policy::from_config(&config, &files(PASSWD, GROUP))?;
-        let mut policy = read.policy;
-        let changed = policy.name_again(&read.listed, &files(passwd, group)).len();
+        let (mut policy, mut listed) = (read.policy, read.listed);
+        let changed = policy.name_again(&mut listed, &files(passwd, group)).len();
+        // Once more there is nothing to be done.
+        assert_eq!(policy.name_again(&mut listed, &files(passwd, group)), []);
         let of = |target: &str, within: bool| -> Result<String, String> {
             let target = policy.target(target).ok_or("no target")?;
             let uids = target.principals.iter().filter_map(|principal| match principal {
@@ -131,8 +131,17 @@ allow = [1001]
             (["", ops, alice], "bus:x:50:alice\n", "7 1001 1005 | 1001 | 1"),
             // Gone, and the number is another user's.
             (["", ops, "mallory:x:1001:1:::\n"], "bus:x:50:\n", "7 |  | 3"),
-            // The files cannot be read.
+            // Nobody is left in them.
             ([""; 3], "", "7 1001 1005 | 1001 | 0"),
+            // A member whom only a name service knows keeps what nobody else has.
+            (["", ops, alice], "bus:x:50:alice,agent\n", "7 1001 1005 | 1001 | 0"),
+            (
+                ["", ops, "mallory:x:1005:1:::\n"],
+                "bus:x:50:alice,agent\n",
+                "7 1001 | 1001 | 1",
+            ),
+            // So does a group of its own.
+            ([agent, ops, "mallory:x:1005:1:::\n"], "", "7 1001 | 1001 | 1"),
         ];
         for (passwd, group, expected) in cases {
             assert_eq!(again(&passwd.concat(), group)?, expected, "{passwd:?} {group}");

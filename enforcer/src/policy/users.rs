@@ -147,10 +147,8 @@ fn found<T>(asked: nix::Result<Option<T>>) -> io::Result<Option<T>> {
 /// Those whom the group lists, as far as they exist, and those of `/etc/passwd` whose primary group it is. A directory server's users are
 /// not enumerated: there may be many.
 fn members(group: &Group) -> io::Result<BTreeSet<Uid>> {
-    let mut uids = of_primary_group(
-        &fs::read_to_string("/etc/passwd").unwrap_or_default(),
-        group.gid.as_raw(),
-    );
+    let passwd = fs::read("/etc/passwd").unwrap_or_default();
+    let mut uids = of_primary_group(&String::from_utf8_lossy(&passwd), group.gid.as_raw());
     for name in &group.mem {
         uids.extend(found(User::from_name(name))?.map(|user| Uid(user.uid.as_raw())));
     }
@@ -176,14 +174,36 @@ pub struct FileUsers {
 }
 
 impl FileUsers {
-    /// Those below a directory, as far as its files can be read.
-    #[must_use]
-    pub fn below(root: &Path) -> Self {
-        let read = |file| fs::read_to_string(root.join(file)).unwrap_or_default();
-        Self {
-            passwd: read("etc/passwd"),
-            group: read("etc/group"),
-        }
+    /// Those below a directory. Users choose bytes of these files: what is no text hides nothing.
+    pub fn below(root: &Path) -> io::Result<Self> {
+        let read = |file| fs::read(root.join(file)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        Ok(Self {
+            passwd: read("etc/passwd")?,
+            group: read("etc/group")?,
+        })
+    }
+
+    /// Whether a group lists somebody who is not among the users here, and may be a name service's.
+    pub(super) fn lists_strangers(&self, account: &Account) -> bool {
+        let mut names = self
+            .group_line(account)
+            .into_iter()
+            .flat_map(|(_, members)| members.split(','));
+        names.any(|name| !name.is_empty() && self.user(name).is_none())
+    }
+
+    /// The number and the members of a group, as written.
+    fn group_line(&self, account: &Account) -> Option<(&str, &str)> {
+        let is_it = |name: &str, gid: &str| match account {
+            Account::User(_) => false,
+            Account::Group(wanted) => name == wanted,
+            Account::Gid(wanted) => gid == wanted.to_string(),
+        };
+        self.group.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            let (name, _, gid, members) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+            is_it(name, gid).then_some((gid, members))
+        })
     }
 
     /// The users of a number.
@@ -204,18 +224,14 @@ impl FileUsers {
 
 impl Users for FileUsers {
     fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
-        let mut fields = self.group.lines().map(|line| line.split(':').collect::<Vec<_>>());
-        let group = match account {
-            Account::User(name) => return Ok(self.user(name).map(|uid| BTreeSet::from([uid]))),
-            Account::Group(wanted) => fields.find(|group| group.first() == Some(&wanted.as_str())),
-            Account::Gid(wanted) => fields.find(|group| group.get(2) == Some(&wanted.to_string().as_str())),
-        };
-        let Some([_, _, gid, members, ..]) = group.as_deref() else {
-            return Ok(None);
-        };
-        let listed = members.split(',').filter_map(|name| self.user(name));
-        let primary = gid.parse().map(|gid| of_primary_group(&self.passwd, gid));
-        Ok(Some(listed.chain(primary.unwrap_or_default()).collect()))
+        if let Account::User(name) = account {
+            return Ok(self.user(name).map(|uid| BTreeSet::from([uid])));
+        }
+        Ok(self.group_line(account).map(|(gid, members)| {
+            let listed = members.split(',').filter_map(|name| self.user(name));
+            let primary = gid.parse().map(|gid| of_primary_group(&self.passwd, gid));
+            listed.chain(primary.unwrap_or_default()).collect()
+        }))
     }
 }
 

@@ -228,6 +228,18 @@ fn after_a_boot() -> Result<()> {
         }
         let words = format!("user {:?} means somebody else now", moved.0);
         ensure!(log.contains(&words), "{log}");
+        if by_apply {
+            // The daemon that follows takes over what that boot has loaded, though it can take no configuration.
+            fs::write(&path, format!("{config}bogus = 1\n"))?;
+            let _daemon = world.daemon()?;
+            let said = crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")?;
+            ensure!(
+                said.contains("the last rule set known good is in force instead"),
+                "{said}"
+            );
+            world.attack(61_311).reaches()?;
+            denied(&world.attack(61_301))?;
+        }
         fs::write(&path, &config)?;
         drop(daemon);
         world.enforcer(&["unload"])?.demand(0)?;

@@ -831,5 +831,6 @@ pub(super) fn lasting() -> Term {
             uid: 0,
             comm: "tests".to_owned(),
         },
+        own: false,
     }
 }

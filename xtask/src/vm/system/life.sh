@@ -97,6 +97,8 @@ without_the_package_every_attack_succeeds() { all_came_to open 0 "$(now)" $all_w
 the_installed_package_guards_monit() {
     dpkg -i /life/first.deb
     is_active
+    # The unit's filter of system calls lets it.
+    journalctl --no-pager --boot --output cat --unit enforcer | grep 'confined by Landlock to /'
     # Ready is told when the kernel enforces; without a word of configuration that is monit, for root alone.
     sleep 1
     all_came_to denied "$(entered enforcer)" "$(now)" monit mapped
