@@ -11,9 +11,10 @@ use tracing::{info, warn};
 
 use super::{About, Daemon, DaemonError, Wanted, capabilities, confine};
 use crate::{
-    backend::{ebpf, nftables},
+    backend::{InForce, ebpf, nftables},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
+    host,
     policy::{BUS, Destination, Endpoint, Target},
     resolve::Known,
     state::{self, LastGood, Mark, StateError},
@@ -350,9 +351,9 @@ impl Daemon {
     /// Stays with the last rule set known good, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         if self.applied.is_none() {
-            // Something was in force before this start: it is taken over if it is what is known of it, else left alone (F1).
-            // Its links run the programs of the process before, until they are taken over.
-            if self.verify()?.counts.keys().all(|object| object == "link") {
+            // Something was in force before this start: it is taken over if it is what is known of it, whoever put it there, else left
+            // alone (F1).
+            if self.is_in_force()? {
                 self.apply_now()?;
             } else {
                 self.frozen = true;
@@ -361,6 +362,17 @@ impl Daemon {
         self.pending = Some(Pending::new(&self.wanted.path));
         self.refused(error);
         Ok(())
+    }
+
+    /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to log to.
+    fn is_in_force(&self) -> Result<bool, DaemonError> {
+        let settings = &self.wanted.config.settings;
+        let Some(in_force) = InForce::open(settings)? else {
+            return Ok(false);
+        };
+        let rules = self.rules(&self.names.resolved(Instant::now()))?;
+        let cgroup = self.wanted.cgroup.as_deref().and_then(host::directory_id);
+        Ok(in_force.verify(&rules, settings, cgroup.unwrap_or_default())?.identical)
     }
 
     fn refused(&mut self, error: &DaemonError) {

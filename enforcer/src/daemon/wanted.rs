@@ -130,7 +130,7 @@ impl Wanted {
                     warn!("{account} means somebody else now than when the last rules were kept");
                 }
             }
-            Err(error) => warn!("read /etc/passwd and /etc/group: {error}; users have the numbers that they had"),
+            Err(error) => warn!("read /etc/passwd: {error}; users have the numbers that they had"),
         }
         let (cgroup, mount) = cgroups(&good.settings, &policy)?;
         Ok(Self {

@@ -174,12 +174,12 @@ pub struct FileUsers {
 }
 
 impl FileUsers {
-    /// Those below a directory. Users choose bytes of these files: what is no text hides nothing.
+    /// Those below a directory, an error if there is no passwd(5). Users choose bytes of these files: what is no text hides nothing.
     pub fn below(root: &Path) -> io::Result<Self> {
         let read = |file| fs::read(root.join(file)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         Ok(Self {
             passwd: read("etc/passwd")?,
-            group: read("etc/group")?,
+            group: read("etc/group").unwrap_or_default(),
         })
     }
 

@@ -27,7 +27,6 @@ pub fn cases() -> Vec<Case> {
         case("f6_what_a_user_can_write_unmatches_within_a_second", chowned),
         case("f6_a_threaded_cgroup_is_no_exception", threaded),
         case("f6_a_users_cgroup_is_not_granted", not_granted),
-        case("f6_the_monit_helper_enters_no_users_cgroup", helper),
     ]
 }
 
@@ -229,27 +228,5 @@ fn not_granted() -> Result<()> {
     delegated.inside().is_refused()?;
     let grants = delegated.world.enforcer(&["grants"])?.demand(0)?.stdout;
     ensure!(grants.contains("nothing is granted"), "{grants}");
-    Ok(())
-}
-
-fn helper() -> Result<()> {
-    let delegated = Delegated::new(|_| r#"["root"]"#.to_owned())?;
-    let helper = Path::new(env!("CARGO_MANIFEST_DIR")).join("../enforcer/packaging/monit-access-helper.sh");
-    let trap = delegated.job.join("monit-api-access");
-    let inside = || -> Result<Ran> {
-        let script =
-            "echo $$ > \"$1/cgroup.procs\" && set -eu && . \"$2\" && ! permit_monit_access && cat /proc/self/cgroup";
-        let mut command = Command::new("bash");
-        ran(command.args(["-c", script, "bash"]).arg(&delegated.job).arg(&helper))
-    };
-    fs::create_dir(&trap)?;
-    chown(&trap, Some(NOBODY), None)?;
-    let found = inside();
-    fs::remove_dir(&trap)?;
-    let found = found?.demand(0)?;
-    ensure!(
-        found.stderr.contains("not root's alone") && !found.stdout.contains("monit-api-access"),
-        "{found:?}"
-    );
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{PermissionsExt as _, symlink},
+    os::unix::fs::{PermissionsExt as _, chown, symlink},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -37,6 +37,7 @@ pub fn cases() -> Vec<Case> {
     }
     all.extend([
         case("b4_permit_moves_the_shell_that_calls_and_no_other", subshell),
+        case("f6_the_monit_helper_enters_no_users_cgroup", users_cgroup),
         case("b4_permit_passes_rules_of_earlier_stemcells_too", net_cls),
         case("b4_what_holds_a_supervisor_is_not_granted", supervisors),
         case("b4_a_pre_start_is_granted_its_jobs_container", pre_start),
@@ -317,14 +318,23 @@ fn subshell() -> Result<()> {
     ensure!(called.stdout.trim() == "went on", "{called:?}");
     ensure!(called.stderr.contains("cgroup v2 is not mounted"), "{called:?}");
     ensure!(host.grants()?.is_empty(), "{:?}", host.grants()?);
-    // A directory of another user's in its place.
-    let user = nix::unistd::Uid::from_raw(NOBODY);
-    nix::unistd::chown(&own, Some(user), None)?;
+    Ok(())
+}
+
+/// Who has made it first could freeze, kill or join what runs there.
+fn users_cgroup() -> Result<()> {
+    let host = Host::new("ebpf", "")?;
+    let _daemon = host.daemon()?;
+    let helper = host.bin().join("helper.sh").display().to_string();
+    let trap = host.cgroup.join("monit-api-access");
+    fs::create_dir(&trap)?;
+    chown(&trap, Some(NOBODY), None)?;
     let text = format!("set -e; source {helper}; permit_monit_access; cat /proc/self/cgroup");
     let called = host.script(&host.cgroup, &text)?.demand(0)?;
     ensure!(called.stderr.contains("not root's alone"), "{called:?}");
     ensure!(!called.stdout.contains("monit-api-access"), "{called:?}");
-    host.is_refused(&host.inside(NOBODY)?)
+    ensure!(host.grants()?.is_empty(), "{:?}", host.grants()?);
+    host.is_refused(&host.outside(NOBODY)?.in_cgroup(&trap))
 }
 
 /// Where the host has the controller mounted that rules of jammy's match by.
