@@ -33,7 +33,14 @@ pub(super) fn cycles() -> Result<Vec<Cycle>, String> {
         return Ok(Vec::new());
     }
     let mut show = Command::new("systemctl");
-    show.args(["show", "--no-pager", "--property=Id,LoadState,After,DropInPaths", "*"]);
+    // Without --all what is not active is left out.
+    show.args([
+        "show",
+        "--all",
+        "--no-pager",
+        "--property=Id,LoadState,After,DropInPaths",
+        "*",
+    ]);
     let output = show.output().map_err(|error| format!("run systemctl show: {error}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
