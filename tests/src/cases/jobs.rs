@@ -138,10 +138,10 @@ impl Host {
 
     /// Runs a script of bash in a cgroup.
     fn script(&self, cgroup: &Path, text: &str) -> Result<Ran> {
-        ran(&mut self.command(cgroup, text))
+        ran(&mut self.bash(cgroup, text))
     }
 
-    fn command(&self, cgroup: &Path, text: &str) -> Command {
+    fn bash(&self, cgroup: &Path, text: &str) -> Command {
         let mut command = self.netns.command(Path::new("bash"));
         command
             .args(["-c", "echo $$ > \"$1/cgroup.procs\"; shift; exec \"$@\"", "bash"])
@@ -266,7 +266,7 @@ fn never_fail(backend: &'static str) -> Result<()> {
     let mut daemon = None;
     until("a caller has waited for it", || {
         drop(daemon.take());
-        let waiting = host.command(&host.cgroup, command).stderr(Stdio::piped()).spawn()?;
+        let waiting = host.bash(&host.cgroup, command).stderr(Stdio::piped()).spawn()?;
         thread::sleep(Duration::from_millis(500));
         daemon = Some(host.daemon()?);
         let waited = waiting.wait_with_output()?;
@@ -460,7 +460,7 @@ fn supervisors() -> Result<()> {
     for user in [0, NOBODY] {
         let monit = host.world.path("monit").display().to_string();
         let text = format!("exec setpriv --reuid {user} --regid {user} --clear-groups {monit} 600");
-        let mut client = host.command(&host.cgroup, &text).spawn()?;
+        let mut client = host.bash(&host.cgroup, &text).spawn()?;
         let comm = format!("/proc/{}/comm", client.id());
         until("it runs", || Ok(fs::read_to_string(&comm)?.trim() == "monit"))?;
         let asked = host.script(&host.cgroup, "exec enforcer grant monit");

@@ -142,6 +142,7 @@ pub(crate) const HOST: &[Package] = &[
     ),
     runs("nftables", &["nft"]),
     runs("runit", &["sv", "svlogd"]),
+    runs("systemd", &["systemctl"]),
 ];
 
 /// The names in a list, as mmdebstrap takes them.
