@@ -223,6 +223,15 @@ impl World {
         Ok(self.resolving(Command::new("unshare"), &binary("enforcer")?))
     }
 
+    /// As `with_resolver`, with no more capabilities than systemd's unit leaves the daemon at its start.
+    pub fn with_resolver_confined(&self) -> Result<Command> {
+        let mut command = self.resolving(Command::new("unshare"), Path::new("setpriv"));
+        command
+            .arg("--bounding-set=-all,+bpf,+perfmon,+net_admin")
+            .arg(binary("enforcer")?);
+        Ok(command)
+    }
+
     /// As `with_resolver`, for any program, in a network namespace.
     #[must_use]
     pub fn with_resolver_in(&self, netns: &Netns, program: &Path) -> Command {

@@ -364,7 +364,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to log to.
+    /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to log to. Which programs
+    /// its links run takes CAP_SYS_ADMIN to tell, and they are replaced by ours.
     fn is_in_force(&self) -> Result<bool, DaemonError> {
         let settings = &self.wanted.config.settings;
         let Some(in_force) = InForce::open(settings)? else {
@@ -372,7 +373,8 @@ impl Daemon {
         };
         let rules = self.rules(&self.names.resolved(Instant::now()))?;
         let cgroup = self.wanted.cgroup.as_deref().and_then(host::directory_id);
-        Ok(in_force.verify(&rules, settings, cgroup.unwrap_or_default())?.identical)
+        let found = in_force.verify(&rules, settings, cgroup.unwrap_or_default())?;
+        Ok(found.counts.keys().all(|object| object == "link"))
     }
 
     fn refused(&mut self, error: &DaemonError) {

@@ -393,10 +393,22 @@ fn forgetful() -> Result<()> {
 
 /// The rule set in force is the last one known good: it goes on from there.
 fn followed() -> Result<()> {
+    for by_early_unit in [false, true] {
+        followed_after(by_early_unit)?;
+    }
+    Ok(())
+}
+
+/// What is active at the start is the last daemon's, or what a boot has loaded.
+fn followed_after(by_early_unit: bool) -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let world = &named.world;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     named.daemon()?.kill()?;
+    if by_early_unit {
+        world.enforcer(&["unload"])?.demand(0)?;
+        world.enforcer(&["apply", "--last-good"])?.demand(0)?;
+    }
     let toml = world.path("enforcer.toml");
     let good = fs::read_to_string(&toml)?;
     fs::write(&toml, format!("{good}bogus = 1\n"))?;
@@ -412,7 +424,11 @@ fn followed() -> Result<()> {
         denied("10.9.0.1")? && !denied("10.9.0.2")?,
         "what is in force is not what it was"
     );
-    let _daemon = named.daemon()?;
+    let _daemon = if by_early_unit {
+        world.daemon_with(&mut world.with_resolver_confined()?)?
+    } else {
+        named.daemon()?
+    };
     told(world, "the last rule set known good is in force instead")?;
     until("the name is followed", || denied("10.9.0.2"))?;
     ensure!(denied("10.9.0.1")?, "the address before is open");
