@@ -365,7 +365,7 @@ impl Daemon {
     }
 
     /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to log to. Which programs
-    /// its links run takes CAP_SYS_ADMIN to tell, and they are replaced by ours.
+    /// its links run takes `CAP_SYS_ADMIN` to tell, and they are replaced by ours.
     fn is_in_force(&self) -> Result<bool, DaemonError> {
         let settings = &self.wanted.config.settings;
         let Some(in_force) = InForce::open(settings)? else {
