@@ -11,8 +11,9 @@ use crate::run::read;
 const LIBRARIES: [&str; 3] = ["libc.so.6", "libgcc_s.so.1", "libm.so.6"];
 /// The C library of the oldest stemcell line that is supported (Ubuntu jammy).
 const GLIBC: (u32, u32) = (2, 35);
-/// Most that `systemd-analyze security` may say of the daemon, times ten.
-const EXPOSURE: &str = "23";
+/// Most that `systemd-analyze security` may say of the daemon, times ten. It counts mounts that the unit might have of its own, with which
+/// the daemon would not see those of the host; that Landlock confines its writing the tool does not know.
+const EXPOSURE: &str = "37";
 /// Files and modes, man pages apart. Directories are not listed.
 const FILES: [(&str, &str); 22] = [
     ("644", "/etc/enforcer/enforcer.toml"),
