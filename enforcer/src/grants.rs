@@ -156,6 +156,8 @@ impl Grants {
             let expired = known.expires;
             *known = Term {
                 since: known.since.min(term.since),
+                // What was named once stays named.
+                own: known.own && term.own,
                 ..term
             };
             self.latest.remove(&key);

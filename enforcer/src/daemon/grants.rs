@@ -124,12 +124,12 @@ impl Daemon {
                 path: self.wanted.path.clone(),
             });
         }
-        let keys: Vec<Key> = (self.whom(asked, peer)?.into_iter())
-            .map(|to| Key {
-                target: asked.target.clone(),
-                to,
-            })
-            .collect();
+        let (whom, own) = self.whom(asked, peer)?;
+        let of = |to| Key {
+            target: asked.target.clone(),
+            to,
+        };
+        let keys: Vec<Key> = whom.into_iter().map(of).collect();
         self.end_expired();
         let now = Timestamp::now();
         let by = asker(peer);
@@ -137,7 +137,7 @@ impl Daemon {
             since: now,
             expires: asked.seconds.map(|seconds| end(now, seconds)).transpose()?,
             by: by.clone(),
-            own: is_own(&asked.to),
+            own,
         };
         let expires = term.expires;
         let mut grants = self.grants.clone();
@@ -283,12 +283,13 @@ impl Daemon {
         }
     }
 
-    /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than the job.
-    fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<Vec<Grantee>, GrantError> {
+    /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than the job. And whether
+    /// it is the caller's own cgroup.
+    fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<(Vec<Grantee>, bool), GrantError> {
         let named = grantees(&asked.to, peer)?;
         let refused = named.iter().try_for_each(|to| self.refuse_too_much(to));
         match (refused, &asked.otherwise) {
-            (Ok(()), _) => Ok(named),
+            (Ok(()), _) => Ok((named, is_own(&asked.to))),
             (Err(GrantError::Everybody { .. } | GrantError::Shared { .. }), Some(job)) => {
                 let container = Selector {
                     job: Some(job.clone()),
@@ -296,7 +297,7 @@ impl Daemon {
                 };
                 let container = grantees(&container, peer)?;
                 container.iter().try_for_each(|to| self.refuse_too_much(to))?;
-                Ok(container)
+                Ok((container, false))
             }
             (Err(error), _) => Err(error),
         }

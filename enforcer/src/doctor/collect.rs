@@ -47,6 +47,9 @@ use crate::{
     visibility::Visibility,
 };
 
+/// The target that rules of the agent's are about, too.
+pub(super) const MONIT: &str = "monit";
+
 /// What was seen.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Seen {
@@ -89,6 +92,8 @@ pub(super) struct Seen {
     pub(super) visibility: Visibility,
     /// Processes that are not covered where only a part of the host is (F9).
     pub(super) outside: Vec<String>,
+    /// Whether somebody was granted monit, there now or not.
+    pub(super) grants_monit: bool,
     /// Ordering cycles of units through ours.
     pub(super) cycles: Vec<Cycle>,
     pub(super) unseen: Vec<Unseen>,
@@ -216,6 +221,7 @@ impl Seen {
             .saw("the grants", grants::load(&self.settings.state_dir))
             .unwrap_or_default();
         grants.expire(crate::grants::Moment::now());
+        self.grants_monit = grants.iter().any(|(key, _)| key.target == MONIT);
         let policy = complete(&config, policy, bus.as_ref(), &grants);
         let buses = buses::endpoints(&config, &policy);
         Some((policy, (left.map(|good| good.names).unwrap_or_default(), buses)))

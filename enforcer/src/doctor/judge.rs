@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     ChoiceReport, FeatureReport, Finding, HostReport, Report, Unseen, Weight,
-    collect::{PlaceKind, PlaceMode, Seen},
+    collect::{MONIT, PlaceKind, PlaceMode, Seen},
     image::{ImageSeen, judge_image},
     legacy::AGENT_CHAINS,
     order::Cycle,
@@ -812,7 +812,7 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
     if all.is_empty() {
         return None;
     }
-    let allows_others = seen.rules.as_ref().is_some_and(allows_others_than_root);
+    let allows_others = seen.grants_monit || seen.rules.as_ref().is_some_and(allows_others_than_root);
     let (weight, what) = match (drops_monit && allows_others, agents_alone && !by_iptables) {
         (true, _) => (
             Weight::High,
@@ -838,7 +838,7 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
 
 /// Whether target `monit` has principals besides root.
 fn allows_others_than_root(rules: &RuleSet) -> bool {
-    let monit = rules.targets.iter().find(|target| target.name == "monit");
+    let monit = rules.targets.iter().find(|target| target.name == MONIT);
     let root = RulePrincipal::User {
         uid: Uid(0),
         cgroup: None,

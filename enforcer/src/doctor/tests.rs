@@ -390,6 +390,12 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
     };
     let [monit, nats] = ["monit_access", "nats_access"].map(|name| chain("bosh_agent", name));
     let stemcells = chain("filter", "monit_output");
+    // Of who is granted nobody need be there now.
+    let mut seen = well();
+    seen.grants_monit = true;
+    seen.chains = vec![monit.clone()];
+    let found = judge::host(&seen).findings;
+    assert_eq!(found.first().map(|finding| finding.weight), Some(Weight::High));
     for (chains, principals, expected) in [
         (&[monit.clone(), nats.clone()][..], &[&root][..], Weight::Low),
         (&[nats], &[&root, &job], Weight::Low),

@@ -325,6 +325,12 @@ fn what_was_granted_to_askers_cgroups_long_gone_is_dropped() {
         let term = Term { own, ..term(0, None) };
         grants.grant(key, term).expect("a grant");
     }
+    // Its own job renews what was named.
+    let renewed = Term {
+        own: true,
+        ..term(1, None)
+    };
+    grants.grant(named.clone(), renewed).expect("a grant");
     let mut at = |minute: u64, gone: &[&str]| {
         let now = clocks.at(0, minute * 60).monotonic;
         let is_gone = |key: &Key| key.to.cgroup().is_some_and(|cgroup| gone.contains(&cgroup.as_str()));
