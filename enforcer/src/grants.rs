@@ -199,18 +199,14 @@ impl Grants {
     /// Drops those to their askers' own cgroups that have been gone for as long as `retain`, and tells which: sessions do not come again.
     /// Whatever was named stays granted.
     pub fn forget(&mut self, is_gone: impl Fn(&Key) -> bool, now: Instant, retain: Duration) -> Vec<(Key, Term)> {
-        let mut gone = std::mem::take(&mut self.gone);
-        gone.retain(|key, _| is_gone(key));
-        for (key, _) in self.all.iter().filter(|(key, term)| term.own && is_gone(key)) {
-            gone.entry(key.clone()).or_insert(now);
-        }
-        let dropped = self.remove(|key, _| {
+        let gone = self.all.iter().filter(|(key, term)| term.own && is_gone(key));
+        let since = |key| self.gone.get(key).copied().unwrap_or(now);
+        let gone: BTreeMap<Key, Instant> = gone.map(|(key, _)| (key.clone(), since(key))).collect();
+        self.gone.clone_from(&gone);
+        self.remove(|key, _| {
             let since = gone.get(key);
             since.is_some_and(|since| now.saturating_duration_since(*since) >= retain)
-        });
-        self.gone = gone;
-        self.gone.retain(|key, _| self.all.contains_key(key));
-        dropped
+        })
     }
 
     /// Leaves out what has an end: where nobody stays to see to it.

@@ -19,6 +19,7 @@ use crate::{
     config::Settings,
     control::{self, GrantRequest, Reply, Request, Selector},
     host::{self, hierarchy::Hierarchy},
+    status::Status,
 };
 
 /// The target of jobs that ask for monit.
@@ -102,20 +103,16 @@ fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
 
 /// Whether there is a daemon to be asked; false where nothing protects monit. One that is being started again is waited for.
 fn is_answered(settings: &Settings) -> Result<bool> {
-    let deadline = Instant::now() + RESTART;
+    let (runtime, deadline) = (runtime()?, Instant::now() + RESTART);
     loop {
-        let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
+        let asked = runtime.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
         let error = match asked {
-            Ok(Reply::Status(status)) => return Ok(status.targets.iter().any(|target| target.name == MONIT)),
+            Ok(Reply::Status(status)) => return Ok(has_monit(&status)),
             Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
             Err(error) if is_nobody(&error) => error,
             Err(error) => return Err(error.into()),
         };
-        if !status_from_pins(settings)?
-            .targets
-            .iter()
-            .any(|target| target.name == MONIT)
-        {
+        if !has_monit(&status_from_pins(settings)?) {
             ensure!(
                 !is_contained(),
                 "enforcer cannot be reached from within this container; on the host run enforcer grant {MONIT} --job JOB"
@@ -129,6 +126,10 @@ fn is_answered(settings: &Settings) -> Result<bool> {
     }
 }
 
+fn has_monit(status: &Status) -> bool {
+    status.targets.iter().any(|target| target.name == MONIT)
+}
+
 /// Whether this process runs in a container of BPM's, where neither socket nor pins of the host's are to be seen; told by its cgroups.
 fn is_contained() -> bool {
     let cgroups = host::read_lossy("/proc/self/cgroup").unwrap_or_default();
@@ -140,7 +141,7 @@ fn is_contained() -> bool {
 fn move_caller(caller: Pid) -> Result<()> {
     ensure!(
         caller.as_raw() > 1 && getppid() == caller,
-        "whoever called has ended, or is the init of this system"
+        "the caller has ended, or is the init of this system"
     );
     let found = Hierarchy::find().context("find the cgroup v2 hierarchy")?;
     let found = found.context(
@@ -150,7 +151,7 @@ fn move_caller(caller: Pid) -> Result<()> {
     let own = host::cgroup2_of(&text).context("this process is in no cgroup of version 2")?;
     let own = Path::new(std::ffi::OsStr::from_bytes(own));
     let callers = fs::read(format!("/proc/{caller}/cgroup")).context("read the caller's cgroup")?;
-    ensure!(callers == text, "whoever called is in another cgroup than this process");
+    ensure!(callers == text, "the caller is in another cgroup than this process");
     // Called twice, or below one that has called it: it is there already.
     if own.components().any(|part| part.as_os_str() == OWN) {
         return Ok(());

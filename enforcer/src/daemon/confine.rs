@@ -48,12 +48,8 @@ fn beneath(places: &BTreeSet<PathBuf>) -> Result<RulesetStatus, RulesetError> {
 /// destination too.
 fn places(settings: &Settings) -> BTreeSet<PathBuf> {
     let socket_dir = settings.socket.parent().unwrap_or(Path::new("/"));
-    let mut all = BTreeSet::new();
-    for dir in [&settings.state_dir, socket_dir] {
-        all.extend(holders(dir));
-    }
-    all.extend(holders(&settings.pin_dir));
-    all
+    let dirs = [&settings.state_dir, socket_dir, &settings.pin_dir];
+    dirs.into_iter().flat_map(holders).collect()
 }
 
 fn holders(dir: &Path) -> impl Iterator<Item = PathBuf> {
@@ -68,6 +64,16 @@ mod tests {
 
     use super::*;
 
+    /// Of an instance below a directory.
+    fn settings(root: &Path) -> Settings {
+        Settings {
+            state_dir: root.join("lib/state"),
+            socket: root.join("run/own/control.sock"),
+            pin_dir: root.join("bpf/pins"),
+            ..Settings::default()
+        }
+    }
+
     #[test]
     fn what_links_lead_to_is_written_too() -> io::Result<()> {
         let root = tempfile::tempdir()?;
@@ -76,14 +82,8 @@ mod tests {
             fs::create_dir_all(at(dir))?;
         }
         std::os::unix::fs::symlink(at("store/state"), at("lib/state"))?;
-        let settings = Settings {
-            state_dir: at("lib/state"),
-            socket: at("run/own/control.sock"),
-            pin_dir: at("bpf/pins"),
-            ..Settings::default()
-        };
         let expected = ["store", "lib", "run", "bpf"].map(at);
-        assert_eq!(places(&settings), expected.into());
+        assert_eq!(places(&settings(root.path())), expected.into());
         Ok(())
     }
 
@@ -95,13 +95,7 @@ mod tests {
             fs::create_dir_all(at(dir))?;
         }
         fs::write(at("etc/shadow"), "as it was")?;
-        let settings = Settings {
-            state_dir: at("lib/state"),
-            socket: at("run/own/control.sock"),
-            pin_dir: at("bpf/pins"),
-            ..Settings::default()
-        };
-        let places = places(&settings);
+        let places = places(&settings(root.path()));
         assert_eq!(places, ["lib", "run", "bpf"].map(at).into());
         // Confined for good, so in a thread of its own.
         let run = move |root: PathBuf| -> io::Result<bool> {

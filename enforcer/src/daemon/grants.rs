@@ -226,12 +226,12 @@ impl Daemon {
         let mut gone: Vec<_> = expired.collect();
         let (host, policy) = (&self.host, &self.wanted.policy);
         // Where the hierarchy itself is not seen nothing is known to be gone.
-        let sees = self.wanted.mount.join("cgroup.procs").exists();
+        let sees = || self.wanted.mount.join("cgroup.procs").exists();
         let is_gone = |key: &Key| {
             let target = policy.target(&key.target);
             let is_there = |cgroup| host.cgroups.contains_key(cgroup) || host.writable.contains_key(cgroup);
-            let is_asked = sees && target.is_some_and(|target| target.grants);
-            is_asked && key.to.cgroup().is_some_and(|cgroup| !is_there(cgroup))
+            let is_missed = key.to.cgroup().is_some_and(|cgroup| !is_there(cgroup));
+            is_missed && target.is_some_and(|target| target.grants) && sees()
         };
         let dropped = self.grants.forget(is_gone, now.monotonic, policy.dns.retain);
         gone.extend(dropped.into_iter().map(|ended| (ended, "dropped")));

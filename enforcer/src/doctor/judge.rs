@@ -700,7 +700,7 @@ fn writable_cgroups(seen: &Seen) -> Option<Finding> {
     })
 }
 
-/// Servers to which the clients of a message bus go when the one that is guarded is away.
+/// Units of systemd that wait for each other, ours among them.
 fn cycles(seen: &Seen) -> Option<Finding> {
     let shown = |cycle: &Cycle| {
         let again = cycle.units.first().cloned();
@@ -723,6 +723,7 @@ fn cycles(seen: &Seen) -> Option<Finding> {
     })
 }
 
+/// Servers to which the clients of a message bus go when the one that is guarded is away.
 fn members(seen: &Seen) -> Option<Finding> {
     (!seen.members.is_empty()).then(|| {
         finding(
@@ -793,12 +794,13 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
         .chains
         .iter()
         .filter(|(family, table, chain)| family == "inet" && AGENT_CHAINS.contains(&(table.as_str(), chain.as_str())));
+    // Both of the agent's let root alone through, and what is in monit_access_jobs.
+    let agents_alone = agents.clone().all(|(_, table, _)| table == "bosh_agent");
+    let drops_monit = agents.clone().any(|(_, _, chain)| chain != "nats_access");
     let mut all: Vec<String> = agents
         .map(|(family, table, chain)| format!("nft chain {family} {table} {chain}"))
         .collect();
-    // Both of the agent's let root alone through, and what is in monit_access_jobs.
-    let agents_alone = all.iter().all(|chain| chain.contains(" bosh_agent "));
-    let drops_monit = all.iter().any(|chain| !chain.ends_with("nats_access"));
+    let by_nft = all.len();
     let by_cgroup = seen
         .foreign
         .iter()
@@ -806,7 +808,7 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
     all.extend(by_cgroup.map(|rule| format!("iptables -t mangle, chain {}: a match by cgroup", rule.chain)));
     let legacy = seen.legacy.iter().filter(|rule| rule.is_stemcells());
     all.extend(legacy.map(|rule| format!("iptables-legacy -t {} {}", rule.table, rule.text)));
-    let by_iptables = !all.iter().all(|rule| rule.starts_with("nft "));
+    let by_iptables = all.len() > by_nft;
     all.sort_unstable();
     all.dedup();
     if all.is_empty() {

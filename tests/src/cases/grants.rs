@@ -141,7 +141,7 @@ impl Job {
     }
 }
 
-fn path_of(cgroup: &Path) -> Result<String> {
+pub(super) fn path_of(cgroup: &Path) -> Result<String> {
     Ok(format!("/{}", cgroup.strip_prefix(cgroup_mount()?)?.display()))
 }
 

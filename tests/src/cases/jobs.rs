@@ -19,7 +19,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::{Case, case};
+use super::{Case, case, grants::path_of};
 use crate::{
     backend::EBPF,
     world::{Attack, Daemon, Listener, NOBODY, Netns, Ran, World, at_this_load, binary, cgroup_mount, ran, until},
@@ -431,12 +431,9 @@ impl Drop for Supervisor {
 fn supervisors() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     let _daemon = host.daemon()?;
-    let cgroup = host.cgroup.display().to_string();
-    let path = cgroup
-        .strip_prefix(&cgroup_mount()?.display().to_string())
-        .context("a path")?;
+    let path = path_of(&host.cgroup)?;
     let refused = |what: &str| -> Result<()> {
-        for named in [vec![], vec!["--cgroup", path]] {
+        for named in [vec![], vec!["--cgroup", path.as_str()]] {
             let asked = host.script(&host.cgroup, &format!("exec enforcer grant monit {}", named.join(" ")))?;
             let asked = asked.demand(2)?;
             ensure!(
@@ -657,8 +654,6 @@ fn dropped() -> Result<()> {
     let host = Host::new("ebpf", "[dns]\nretain = \"5s\"")?;
     let daemon = host.daemon()?;
     let world = &host.world;
-    let path_of =
-        |cgroup: &Path| -> Result<String> { Ok(format!("/{}", cgroup.strip_prefix(cgroup_mount()?)?.display())) };
     let grant = |cgroup: &Path| -> Result<()> { host.script(cgroup, "exec enforcer grant monit")?.demand(0).map(drop) };
     let session = |number: usize| world.cgroup.join(format!("session-{number}"));
     let named = world.cgroup.join("nightly");
