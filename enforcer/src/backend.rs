@@ -21,7 +21,7 @@ use crate::{
 };
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, SocketUsers};
-pub use nftables::Tables;
+pub use nftables::Nftables;
 
 use probe::{Fact, Works};
 use writer::Writer;
@@ -30,7 +30,7 @@ use writer::Writer;
 #[derive(Debug)]
 pub struct Enforcement {
     ebpf: Option<Kernel>,
-    nftables: Option<Tables>,
+    nftables: Option<Nftables>,
     /// Why `auto` took what it took, if that is not the first choice.
     reason: Option<String>,
     /// How often something that others removed or changed was put back (F5).
@@ -66,8 +66,6 @@ pub struct Start<'a> {
     pub settings: &'a Settings,
     /// The cgroup to attach to; none where no cgroup v2 is mounted.
     pub cgroup: Option<&'a Path>,
-    /// The nftables table that this instance had until now.
-    pub table_before: Option<&'a str>,
     /// Whether the process stays.
     pub daemon: bool,
     /// How much the kernel programs tell.
@@ -80,13 +78,9 @@ impl Start<'_> {
         Kernel::take_over(&self.settings.pin_dir, cgroup, self.daemon, self.log_level)
     }
 
-    fn nftables(&self) -> Result<Tables, BackendError> {
-        Ok(Tables::take_over(
-            &self.settings.nft_table,
-            self.table_before,
-            self.settings.forward,
-            self.daemon,
-        )?)
+    fn nftables(&self) -> Result<Nftables, BackendError> {
+        let Settings { nft_table, forward, .. } = self.settings;
+        Ok(Nftables::take_over(nft_table, *forward, self.daemon)?)
     }
 }
 
@@ -190,7 +184,7 @@ impl Enforcement {
         if !nftables {
             let removed = match self.nftables.take() {
                 Some(nftables) => nftables.unload(),
-                None => nftables::dropin::unload(&settings.nft_table).map(drop),
+                None => nftables::unload(&settings.nft_table).map(drop),
             };
             if let Err(error) = removed {
                 warn!("remove what the nftables backend left: {error}");
@@ -290,7 +284,7 @@ impl Enforcement {
 
     fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
-        let nftables = self.nftables.as_mut().map(Tables::observe).transpose()?;
+        let nftables = self.nftables.as_mut().map(Nftables::observe).transpose()?;
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
@@ -342,7 +336,7 @@ impl Enforcement {
     }
 
     /// The nftables half.
-    pub fn nftables(&mut self) -> Option<&mut Tables> {
+    pub fn nftables(&mut self) -> Option<&mut Nftables> {
         self.nftables.as_mut()
     }
 
@@ -388,21 +382,11 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     Some(one)
 }
 
-/// Two tables seen as one: each target is judged by one of them.
-pub(crate) fn merged_tables(own: Observed, shared: Observed) -> Observed {
-    let mut one = own;
-    one.endpoints += shared.endpoints;
-    one.targets.extend(shared.targets);
-    one.targets.sort_by(|a, b| a.name.cmp(&b.name));
-    one.faults.extend(shared.faults);
-    one
-}
-
 /// What is in force, for those who only read it.
 #[derive(Debug)]
 pub struct InForce {
     ebpf: Option<Pinned>,
-    nftables: Option<nftables::dropin::Readings>,
+    nftables: Option<nftables::Reading>,
 }
 
 impl InForce {
@@ -421,7 +405,7 @@ impl InForce {
             Err(error @ (BackendError::OtherVersion { .. } | BackendError::Damaged { .. })) => (None, Some(error)),
             Err(error) => return Err(error),
         };
-        let nftables = nftables::dropin::open(&settings.nft_table)?;
+        let nftables = nftables::open(&settings.nft_table)?;
         let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
         Ok((in_force, unread))
     }
@@ -429,7 +413,7 @@ impl InForce {
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
-        let nftables = self.nftables.as_ref().map(nftables::dropin::Readings::observe);
+        let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
@@ -443,7 +427,7 @@ impl InForce {
         comparison.words("backend", "in force", &wanted, self.name());
         let mut number = 0;
         if let Some(reading) = &self.nftables {
-            number = reading.verify(rules, settings, &mut comparison);
+            number = reading.verify(rules, settings.forward, &mut comparison);
         }
         if let Some(pinned) = &self.ebpf {
             number = pinned.verify(rules, cgroup, &mut comparison)?;
@@ -466,7 +450,10 @@ impl InForce {
     /// The verdict of what is in force: a denial of either half is one.
     pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
-        let nftables = self.nftables.as_ref().map(|readings| readings.check(attempt));
+        let nftables = self
+            .nftables
+            .as_ref()
+            .map(|reading| nftables::check::check(reading, attempt));
         let (Some(ebpf), Some(nftables)) = (&ebpf, &nftables) else {
             return ebpf.or(nftables).ok_or(BackendError::ReadBack { map: "active" });
         };
@@ -484,7 +471,9 @@ impl InForce {
 pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11
     // What one half meets keeps nothing of the other in force.
-    let nftables = nftables::dropin::unload(&settings.nft_table);
+    let nftables = nftables::unload(&settings.nft_table);
+    let jobs = nftables::jobs::leave(&settings.nft_table);
     let ebpf = ebpf::unload(&settings.pin_dir)?;
+    jobs?;
     Ok(nftables? || ebpf)
 }

@@ -21,7 +21,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::{
-    backend::{self, InForce, nftables::dropin},
+    backend::{self, InForce, nftables::jobs},
     client,
     config::{self, Config, ConfigError, Settings},
     control::{self, ControlError, Reply, Request},
@@ -368,7 +368,7 @@ fn unload(config: &Path) -> Result<Answer> {
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
         Ok(_) => {
             print("unloaded: nothing is in force any more; the daemon has ended\n")?;
-            tell_what_stays()
+            tell_what_stays(settings)
         }
         Err(error) if is_nobody(&error) => {
             let was = backend::unload(settings)?;
@@ -377,20 +377,21 @@ fn unload(config: &Path) -> Result<Answer> {
             } else {
                 "nothing was in force\n"
             })?;
-            tell_what_stays()
+            tell_what_stays(settings)
         }
         Err(error) => Err(error.into()),
     }
 }
 
-/// B5: what releases put in the table that we shared with them is theirs.
-fn tell_what_stays() -> Result<Answer> {
-    if !dropin::others_stay() {
+/// B5: the rules that jobs and the BOSH agent have in their table are theirs.
+fn tell_what_stays(settings: &Settings) -> Result<Answer> {
+    let chain = jobs::read(&settings.nft_table).unwrap_or_default();
+    if !chain.exists {
         return Ok(Answer::Yes);
     }
     print(&format!(
         "nftables table inet {} stays, with the rules of others in it; ours are removed\n",
-        dropin::TABLE
+        jobs::TABLE
     ))
 }
 

@@ -125,6 +125,23 @@ pub struct GrantsReport {
     pub limit: usize,
     /// All of them.
     pub grants: Vec<GrantStatus>,
+    /// Rules that BOSH jobs, their containers and the agent have in the chain `inet bosh_agent monit_access_jobs`: principals of target
+    /// `monit` as well.
+    #[serde(default)]
+    pub job_rules: Vec<JobRuleStatus>,
+}
+
+/// A rule of the chain that BOSH jobs write to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobRuleStatus {
+    /// As `nft -a list chain inet bosh_agent monit_access_jobs` shows it.
+    pub handle: u64,
+    /// The user let in; absent for everybody in the cgroup, and where `ignored` says why nobody is.
+    pub user: Option<u32>,
+    /// The cgroup below which they are; absent for anywhere.
+    pub cgroup: Option<String>,
+    /// Why it lets nobody in, if it does not.
+    pub ignored: Option<String>,
 }
 
 /// A grant.

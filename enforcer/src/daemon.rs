@@ -10,6 +10,7 @@ mod drift;
 mod error;
 mod faults;
 mod grants;
+mod jobs;
 mod journal;
 mod keep;
 mod lookups;
@@ -42,6 +43,7 @@ use self::{
     dials::Dials,
     drift::Drift,
     faults::{About, Faults},
+    jobs::Chain,
     journal::Journal,
     keep::Kept,
     recent::{KEPT_EVENTS, Origin, Recent},
@@ -50,7 +52,7 @@ use self::{
     users::UserLookups,
 };
 use crate::{
-    backend::{Enforcement, Start, nftables},
+    backend::{BackendError, Enforcement, Start, nftables},
     bosh::Watch,
     config::ConfigError,
     control::{self, Call, Reply, Request},
@@ -84,6 +86,7 @@ struct Daemon {
     /// What it means, with what was granted.
     policy: Policy,
     grants: Grants,
+    chain: Chain,
     /// The file does not hold them as they are.
     grants_unsaved: bool,
     enforcement: Enforcement,
@@ -148,6 +151,8 @@ struct Applied {
     resolved: Resolved,
     /// Revision of the grants.
     grants: u64,
+    /// Revision of the rules of jobs.
+    jobs: u64,
 }
 
 struct Waiting {
@@ -173,6 +178,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
         daemon.answered(joined);
     }
     daemon.apply_now()?;
+    daemon.keep_chain();
     daemon.enforcement.retire(&daemon.wanted.config.settings);
     if let Some(good) = moved {
         boot::leave(&good.settings, &daemon.wanted.config.settings);
@@ -267,7 +273,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
             Some(Ok(mut guard)) = ready_to_read(changes.as_ref()) => {
                 guard.get_inner().drain();
                 guard.clear_ready();
-                daemon.apply_or_keep();
+                daemon.look_at_host();
             }
             Some(Ok(mut guard)) = ready_to_take(denials.as_mut()), if rest.is_none() => {
                 let all = daemon.take_events(guard.get_inner_mut());
@@ -326,7 +332,6 @@ impl Daemon {
         let enforcement = Enforcement::take_over(Start {
             settings,
             cgroup: wanted.cgroup.as_deref(),
-            table_before: left.table.as_deref(),
             daemon: stays,
             log_level: level,
         })?;
@@ -334,7 +339,11 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         faults.set(About::Users, wanted.fault()); // F8
-        let policy = grants.add_to(&wanted.policy);
+        let mut chain = Chain::new(&settings.nft_table);
+        if let Err(error) = chain.look(&wanted.policy, &wanted.mount) {
+            warn!("{error}; rules of jobs let nobody in until they can be read");
+        }
+        let policy = chain.rules.add_to(grants.add_to(&wanted.policy));
         let host = wanted.host(&policy, wanted::local(&policy)?);
         let fault = left.fault.map(|error| {
             format!(
@@ -347,6 +356,7 @@ impl Daemon {
             wanted,
             policy,
             grants,
+            chain,
             grants_unsaved: false,
             enforcement,
             stays,
@@ -391,16 +401,13 @@ impl Daemon {
         }
         let resolved = self.names.resolved(Instant::now());
         let rules = self.rules(&resolved)?;
-        if let Some(nftables) = self.enforcement.nftables() {
-            let monit = self.policy.target(nftables::dropin::TARGET);
-            nftables.honour_jobs(monit.is_some_and(|monit| monit.grants)); // B5
-        }
         let generation = self.enforcement.apply(&rules)?;
         self.applied = Some(Applied {
             generation,
             host: self.host.clone(),
             resolved,
             grants: self.grants.revision(),
+            jobs: self.chain.rules.revision(),
         });
         self.kept.changed();
         if self.stays {
@@ -457,7 +464,10 @@ impl Daemon {
         }
         let resolved = self.names.resolved(now);
         let unchanged = self.applied.as_ref().is_some_and(|applied| {
-            applied.host == self.host && applied.resolved == resolved && applied.grants == self.grants.revision()
+            applied.host == self.host
+                && applied.resolved == resolved
+                && applied.grants == self.grants.revision()
+                && applied.jobs == self.chain.rules.revision()
         });
         let restored = self.enforcement.restored();
         let kept = match &self.applied {
@@ -574,7 +584,10 @@ impl Daemon {
         }
         self.read_bus(wanted.config.bus_dir());
         wanted.take_bus(self.bus.as_ref());
-        let policy = self.grants.add_to(&wanted.policy);
+        if let Err(error) = self.chain.look(&wanted.policy, &wanted.mount) {
+            warn!("{error}; rules of jobs count as they were read last");
+        }
+        let policy = self.completed(&wanted.policy);
         let host = wanted.host(&policy, wanted::local(&policy)?);
         let mut names = self.names.clone();
         names.configure(wanted.policy.dns);
@@ -589,7 +602,6 @@ impl Daemon {
         let start = Start {
             settings: &self.wanted.config.settings,
             cgroup: self.wanted.cgroup.as_deref(),
-            table_before: None,
             daemon: true,
             log_level: self.log_level,
         };
@@ -603,6 +615,7 @@ impl Daemon {
             return Err(error);
         }
         self.enforcement.retire(&self.wanted.config.settings);
+        self.keep_chain();
         self.look_at_visibility();
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
@@ -646,12 +659,14 @@ impl Daemon {
         self.look_at_host();
     }
 
-    /// Cgroups come and go; links may be taken away.
+    /// Cgroups and rules of jobs come and go; links may be taken away.
     fn look_at_host(&mut self) {
         self.end_expired();
+        self.look_at_jobs();
         let local = std::mem::take(&mut self.host.local);
         self.host = self.wanted.host(&self.policy, local);
         self.apply_or_keep();
+        self.keep_chain();
     }
 
     /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
@@ -706,6 +721,7 @@ impl Daemon {
     fn unload(mut self) -> Result<(), DaemonError> {
         self.tell_rest_of_denials();
         self.enforcement.unload()?;
+        self.chain.leave().map_err(BackendError::from)?;
         info!("unloaded: nothing is in force any more");
         Ok(())
     }

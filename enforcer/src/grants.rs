@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     time::{Duration, Instant},
 };
 
@@ -18,7 +19,7 @@ mod job;
 mod tests;
 
 pub use file::{FileError, load, save};
-pub use job::scopes;
+pub use job::{is_container, scopes};
 
 /// Most grants at a time (F7).
 pub const MAX_GRANTS: usize = 1024;
@@ -241,21 +242,19 @@ impl Grants {
         }
         policy
     }
+}
 
-    /// Whether there is room for the cgroups of a policy, grants included, all of them existing (F7).
-    pub fn check_depths(policy: &Policy) -> Result<(), LimitError> {
-        let depth = |path: &CgroupPath| path.as_str().split('/').filter(|part| !part.is_empty()).count();
-        let depths: BTreeSet<usize> = policy.cgroups().iter().map(depth).collect();
-        if let Some(found) = depths.last().copied()
-            && found > enforcer_ebpf::MAX_CGROUP_DEPTH as usize
-        {
-            return Err(LimitError::Depth { found });
-        }
-        if depths.len() > enforcer_ebpf::MAX_CGROUP_LEVELS as usize {
-            return Err(LimitError::Depths { found: depths.len() });
-        }
-        Ok(())
+/// Whether there is room for cgroups at these depths, all of them existing (F7).
+pub fn check_depths(depths: &BTreeSet<usize>) -> Result<(), LimitError> {
+    if let Some(found) = depths.last().copied()
+        && found > enforcer_ebpf::MAX_CGROUP_DEPTH as usize
+    {
+        return Err(LimitError::Depth { found });
     }
+    if depths.len() > enforcer_ebpf::MAX_CGROUP_LEVELS as usize {
+        return Err(LimitError::Depths { found: depths.len() });
+    }
+    Ok(())
 }
 
 impl Term {
@@ -265,6 +264,16 @@ impl Term {
         let end = self.expires?;
         let left = end.duration_since(wall.max(self.since));
         Some(Duration::try_from(left).unwrap_or_default())
+    }
+}
+
+impl fmt::Display for Grantee {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cgroup(cgroup) => write!(f, "anybody in {cgroup}"),
+            Self::User(uid) => write!(f, "user {}", uid.0),
+            Self::UserWithin(uid, cgroup) => write!(f, "user {} in {cgroup}", uid.0),
+        }
     }
 }
 

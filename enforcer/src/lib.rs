@@ -23,6 +23,7 @@ pub mod sweep;
 pub mod verify;
 
 pub mod grants;
+pub mod jobs;
 
 pub mod client;
 pub mod control;

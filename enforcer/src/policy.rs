@@ -17,7 +17,8 @@ mod parse;
 mod users;
 
 pub use build::{
-    Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, PolicyError, PolicyFault, Understood, Warning, WarningKind,
+    Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, PolicyError, PolicyFault, Understood,
+    Warning, WarningKind,
 };
 pub use listed::Listed;
 pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
@@ -229,6 +230,12 @@ impl Policy {
         self.targets.iter().find(|target| target.name == name)
     }
 
+    /// How deep the cgroups lie that principals name, whether they exist now or not.
+    #[must_use]
+    pub fn depths(&self) -> BTreeSet<usize> {
+        self.cgroups().iter().map(CgroupPath::depth).collect()
+    }
+
     /// The cgroups that principals name.
     #[must_use]
     pub fn cgroups(&self) -> BTreeSet<CgroupPath> {
@@ -360,6 +367,12 @@ impl Name {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// How many cgroups lie between it and the root of the hierarchy, itself counted.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.0.split('/').filter(|part| !part.is_empty()).count()
+    }
 }
 
 impl CgroupPath {
@@ -367,5 +380,11 @@ impl CgroupPath {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// How many cgroups lie between it and the root of the hierarchy, itself counted.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.0.split('/').filter(|part| !part.is_empty()).count()
     }
 }

@@ -9,7 +9,7 @@ pub mod delegated;
 pub mod detours;
 pub mod dials;
 pub mod doctor;
-pub mod dropin;
+
 pub mod endurance;
 pub mod escapes;
 pub mod failover;
@@ -21,6 +21,7 @@ pub mod hardship;
 pub mod impostors;
 pub mod input;
 pub mod jobs;
+pub mod jobs_chain;
 pub mod kernel;
 pub mod kernel_sockets;
 pub mod later;
@@ -116,7 +117,6 @@ pub fn all() -> Vec<Case> {
         detours::cases(),
         dials::cases(),
         doctor::cases(),
-        dropin::cases(),
         endurance::cases(),
         escapes::cases(),
         failover::cases(),
@@ -128,6 +128,7 @@ pub fn all() -> Vec<Case> {
         impostors::cases(),
         input::cases(),
         jobs::cases(),
+        jobs_chain::cases(),
         kernel::cases(),
         kernel_sockets::cases(),
         later::cases(),

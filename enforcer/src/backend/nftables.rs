@@ -4,10 +4,10 @@
 //! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is not touched.
 
 pub mod check;
-pub mod dropin;
 pub mod expression;
 mod foreign;
 pub mod image;
+pub mod jobs;
 pub mod netlink;
 pub mod nflog;
 pub mod others;
@@ -34,7 +34,6 @@ use crate::{
     ruleset::{Place, RuleSet, RuleTarget},
 };
 
-pub use dropin::Tables;
 pub use netlink::Changes;
 pub use nflog::{Denial, Denials, Logged};
 
@@ -56,14 +55,6 @@ pub enum NftablesError {
         "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: nft delete table inet {table}"
     )]
     Foreign {
-        /// The table.
-        table: String,
-    },
-    /// Somebody else has what we need in the table that we share.
-    #[error(
-        "nftables table inet {table} is used by another enforcer, or has chains named as ours that somebody else made (nft list table inet {table}); unload that one, or rename those"
-    )]
-    Shared {
         /// The table.
         table: String,
     },
@@ -102,17 +93,6 @@ pub struct Nftables {
     rules: Option<RuleSet>,
     /// Until the loop takes it.
     denials: Option<Denials>,
-    /// Whose part of a table that others share this is (B5); none for a table of our own.
-    shared: Option<Whose>,
-}
-
-/// Of which instance a part of the shared table is.
-#[derive(Clone, Debug)]
-struct Whose {
-    /// The instance's own table.
-    of: String,
-    /// The own table of the instance that this one goes on for, at another place: its part becomes ours.
-    before: Option<String>,
 }
 
 impl Nftables {
@@ -156,7 +136,6 @@ impl Nftables {
             held: None,
             rules: None,
             denials: denials.filter(|_| loader.log.is_some()),
-            shared: None,
         };
         this.read()?;
         Ok(this)
@@ -234,16 +213,10 @@ impl Nftables {
             table: &self.table,
             image: &image,
             found: before,
-            guest: self.guest(),
         };
         let sent = self.netlink.replace(change);
         sent.map_err(|Failed { step, error }| failed(&self.table, &step, error))?;
         self.confirm(image)
-    }
-
-    /// The chain of others' that the table is to have.
-    fn guest(&self) -> Option<&'static str> {
-        self.shared.as_ref().map(|_| dropin::JOBS)
     }
 
     /// Reads back what was sent (F3).
@@ -328,7 +301,7 @@ impl Nftables {
     }
 
     /// What the counters have counted.
-    fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
+    pub fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
         let found = self.netlink.counters(&self.table);
         let found = found.map_err(|error| failed(&self.table, "read the counters", error))?;
         Ok(found.into_iter().collect())
@@ -340,44 +313,23 @@ impl Nftables {
     }
 
     fn remove(&mut self) -> Result<(), NftablesError> {
-        if self.shared.is_some() {
-            return dropin::leave(&mut self.netlink, &self.table);
-        }
         let removed = self.netlink.remove(&self.table);
         removed.map_err(|Failed { step, error }| failed(&self.table, &step, error))
     }
 
     fn lower(&self, rules: &RuleSet, number: u64) -> Image {
-        let mut image = image::lower(rules, number, self.loader);
-        if let Some(Whose { of, .. }) = &self.shared {
-            dropin::honour(&mut image, of);
-        }
-        image
+        image::lower(rules, number, self.loader)
     }
 
-    /// What of the table is ours.
     fn dump(&mut self) -> Result<Option<Dump>, NftablesError> {
-        let found = dump(&mut self.netlink, &self.table)?;
-        Ok(if self.shared.is_some() {
-            found.and_then(dropin::own)
-        } else {
-            found
-        })
+        dump(&mut self.netlink, &self.table)
     }
 
     fn read(&mut self) -> Result<Option<Dump>, NftablesError> {
         let found = self.dump()?;
-        let is_ours = |dump: &Dump| match &self.shared {
-            Some(Whose { of, before }) => {
-                dropin::is_of(dump, of) || before.as_ref().is_some_and(|before| dropin::is_of(dump, before))
-            }
-            None => is_ours(dump),
-        };
         if self.held.is_none() && found.as_ref().is_some_and(|dump| !is_ours(dump)) {
-            let table = self.table.clone();
-            return Err(match self.shared {
-                Some(_) => NftablesError::Shared { table },
-                None => NftablesError::Foreign { table },
+            return Err(NftablesError::Foreign {
+                table: self.table.clone(),
             });
         }
         Ok(found)
@@ -396,8 +348,11 @@ struct Plan {
 pub struct Saved(Dump);
 
 /// The table for those who only read it; none where nothing of ours is there.
-fn open(netlink: &mut Netlink, table: &str) -> Result<Option<Reading>, NftablesError> {
-    Ok(dump(netlink, table)?.filter(is_ours).map(Reading))
+pub fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
+    let Some(mut netlink) = reach(table)? else {
+        return Ok(None);
+    };
+    Ok(dump(&mut netlink, table)?.filter(is_ours).map(Reading))
 }
 
 /// A way to ask `nf_tables`; none where the kernel has none, and so no table. That it may not be asked is an error: nothing is known then.
@@ -435,9 +390,12 @@ impl Reading {
     }
 }
 
-/// Removes the table if it is ours; false where there was none. Our part of the shared one is [`dropin::unload`]'s to remove.
-fn remove(netlink: &mut Netlink, table: &str) -> Result<bool, NftablesError> {
-    if !dump(netlink, table)?.as_ref().is_some_and(is_ours) {
+/// Removes the table if it is ours; false where there was none.
+pub fn unload(table: &str) -> Result<bool, NftablesError> {
+    let Some(mut netlink) = reach(table)? else {
+        return Ok(false);
+    };
+    if !dump(&mut netlink, table)?.as_ref().is_some_and(is_ours) {
         return Ok(false);
     }
     let removed = netlink.remove(table);

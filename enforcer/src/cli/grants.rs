@@ -107,14 +107,34 @@ fn unexpected() -> Result<Answer> {
 }
 
 pub(crate) fn render(report: &GrantsReport) -> String {
-    if report.grants.is_empty() {
-        return "nothing is granted\n".to_owned();
-    }
     let mut page = Page::default();
+    if report.grants.is_empty() {
+        page.line("nothing is granted");
+    } else {
+        granted(&mut page, report);
+    }
+    if !report.job_rules.is_empty() {
+        page.line("");
+        page.line("rules of jobs, in nftables chain inet bosh_agent monit_access_jobs (target monit)");
+        let rows = report.job_rules.iter().map(|rule| {
+            let to = if rule.user.is_none() && rule.cgroup.is_none() {
+                "nobody".to_owned()
+            } else {
+                whom(rule.user, rule.cgroup.as_deref())
+            };
+            let note = rule.ignored.as_ref().map(|why| format!("lets nobody in: {why}"));
+            [rule.handle.to_string(), to, note.unwrap_or_default()]
+        });
+        page.table(["handle", "to", ""], rows);
+    }
+    page.into_text()
+}
+
+fn granted(page: &mut Page, report: &GrantsReport) {
     let rows = report.grants.iter().map(|grant| {
         [
             grant.target.clone(),
-            whom(grant),
+            whom(grant.user, grant.cgroup.as_deref()),
             grant.since.clone(),
             grant.expires.clone().unwrap_or_else(|| "never".to_owned()),
             format!("{}[{}] uid {}", text::name(&grant.comm), grant.pid, grant.uid),
@@ -122,14 +142,13 @@ pub(crate) fn render(report: &GrantsReport) -> String {
         ]
     });
     page.table(["target", "to", "since", "expires", "asked by", ""], rows);
-    page.into_text()
 }
 
-fn whom(grant: &GrantStatus) -> String {
-    match (grant.user, &grant.cgroup) {
+fn whom(user: Option<u32>, cgroup: Option<&str>) -> String {
+    match (user, cgroup) {
         (Some(user), None) => format!("user {user}"),
         (Some(user), Some(cgroup)) => format!("user {user} in {cgroup}"),
-        (None, cgroup) => format!("anybody in {}", cgroup.as_deref().unwrap_or_default()),
+        (None, cgroup) => format!("anybody in {}", cgroup.unwrap_or_default()),
     }
 }
 

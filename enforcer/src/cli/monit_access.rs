@@ -4,6 +4,7 @@
 use std::{
     ffi::OsString,
     fs,
+    net::Ipv4Addr,
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
     thread,
@@ -16,14 +17,17 @@ use nix::unistd::{Pid, geteuid, getppid};
 
 use super::{Answer, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
 use crate::{
+    backend::nftables::jobs::{Accept, CHAIN, CgroupId, Destination, JobsChain, Subject, TABLE},
     config::Settings,
     control::{self, GrantRequest, Reply, Request, Selector},
+    daemon::Wanted,
+    grants,
     host::{self, hierarchy::Hierarchy},
+    jobs,
+    policy::{HostUsers, MONIT, MONIT_PORT, Uid},
     status::Status,
 };
 
-/// The target of jobs that ask for monit.
-const MONIT: &str = "monit";
 /// Names that ask for monit when the binary is called by them.
 const NAMES: [&str; 2] = ["enable-monit-access", "bosh-enable-monit-access"];
 /// How long a daemon that is being started again is waited for.
@@ -80,8 +84,10 @@ fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
         return Ok(());
     }
     let settings = place(config)?;
-    if !is_answered(&settings)? {
-        return Ok(());
+    match reached(&settings)? {
+        Reached::Daemon => {}
+        Reached::Nothing => return Ok(()),
+        Reached::Container => return write_to_chain(config, &settings, access),
     }
     if access.own_cgroup {
         move_caller(parent)?;
@@ -101,23 +107,33 @@ fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
     Ok(())
 }
 
-/// Whether there is a daemon to be asked; false where nothing protects monit. One that is being started again is waited for.
-fn is_answered(settings: &Settings) -> Result<bool> {
+/// Who can be asked to let somebody in.
+enum Reached {
+    /// The daemon.
+    Daemon,
+    /// Nobody, as nothing protects monit.
+    Nothing,
+    /// Nobody from within this container, which sees neither the daemon's socket nor its pins.
+    Container,
+}
+
+/// Finds who can be asked. A daemon that is being started again is waited for.
+fn reached(settings: &Settings) -> Result<Reached> {
     let (runtime, deadline) = (runtime()?, Instant::now() + RESTART);
     loop {
         let asked = runtime.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
         let error = match asked {
-            Ok(Reply::Status(status)) => return Ok(has_monit(&status)),
+            Ok(Reply::Status(status)) if has_monit(&status) => return Ok(Reached::Daemon),
+            Ok(Reply::Status(_)) => return Ok(Reached::Nothing),
             Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
             Err(error) if is_nobody(&error) => error,
             Err(error) => return Err(error.into()),
         };
+        if is_contained() {
+            return Ok(Reached::Container);
+        }
         if !has_monit(&status_from_pins(settings)?) {
-            ensure!(
-                !is_contained(),
-                "enforcer cannot be reached from within this container; on the host run enforcer grant {MONIT} --job JOB"
-            );
-            return Ok(false);
+            return Ok(Reached::Nothing);
         }
         if Instant::now() >= deadline {
             return Err(error.into());
@@ -134,7 +150,73 @@ fn has_monit(status: &Status) -> bool {
 fn is_contained() -> bool {
     let cgroups = host::read_lossy("/proc/self/cgroup").unwrap_or_default();
     let mut last = cgroups.lines().filter_map(|line| line.rsplit('/').next());
-    last.any(|name| name.starts_with("runc-bpm-") || name.starts_with("bpm-") || name.contains("-bpm-bpm-"))
+    last.any(grants::is_container)
+}
+
+/// Adds a rule to the chain that the daemon and the BOSH agent read (B5), as the agent's own helper does: `nf_tables` is reached without
+/// any file of the host's. For the container, or the user named.
+fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> Result<()> {
+    let on_host = "on the host run enforcer grant monit --job JOB, or call this from the job's pre-start";
+    let user = access
+        .user
+        .as_deref()
+        .map(|user| Uid::parse(user, &HostUsers))
+        .transpose()?;
+    let cgroup = if user.is_some() { None } else { Some(own_cgroup()?) };
+    let subject = Subject {
+        user: user.map(|uid| uid.0),
+        cgroup,
+    };
+    // The configuration may be hidden from here, too.
+    let configured = Wanted::load(config).ok();
+    let monit = configured.as_ref().and_then(|wanted| wanted.policy().target(MONIT));
+    let usual = Destination {
+        address: Some(Ipv4Addr::LOCALHOST.into()),
+        port: Some(MONIT_PORT.get()),
+    };
+    let to = monit.map_or_else(|| vec![usual], jobs::destinations);
+    let accepts: Vec<Accept> = to.into_iter().map(|to| Accept { subject, to }).collect();
+    let chain = JobsChain::open(&settings.nft_table)
+        .with_context(|| format!("ask nf_tables from within this container, which takes CAP_NET_ADMIN; {on_host}"))?;
+    let added = chain.map(|mut chain| chain.add_container(&accepts)).transpose();
+    let added = added.with_context(|| format!("add a rule to chain {CHAIN}; {on_host}"))?;
+    ensure!(
+        added == Some(true),
+        "enforcer cannot be reached from within this container, and there is no nftables chain inet {TABLE} {CHAIN}; {on_host}"
+    );
+    Ok(())
+}
+
+/// The cgroup that this process is in, as rules name it.
+fn own_cgroup() -> Result<CgroupId> {
+    let (found, below) = own_place()?;
+    let dir = found.mount.join(&below);
+    let id = host::directory_id(&dir).with_context(|| format!("look at {}", dir.display()))?;
+    let depth = found
+        .depth
+        .context("how deep this cgroup lies is not known from within its namespace")?;
+    let level = depth + u32::try_from(below.components().count())?;
+    Ok(CgroupId { id, level })
+}
+
+/// The cgroup v2 hierarchy, and where below its mount this process is.
+fn own_place() -> Result<(Hierarchy, PathBuf)> {
+    let found = Hierarchy::find().context("find the cgroup v2 hierarchy")?;
+    let found = found.context(
+        "cgroup v2 is not mounted here, so that only a user can be let in: enforcer grant monit --user USER",
+    )?;
+    let text = fs::read("/proc/self/cgroup").context("read /proc/self/cgroup")?;
+    let own = host::cgroup2_of(&text).context("this process is in no cgroup of version 2")?;
+    let own = Path::new(std::ffi::OsStr::from_bytes(own));
+    let below = own.strip_prefix(&found.shown).with_context(|| {
+        format!(
+            "cgroup {} is not below what is mounted on {}",
+            own.display(),
+            found.mount.display()
+        )
+    })?;
+    let below = below.to_path_buf();
+    Ok((found, below))
 }
 
 /// Moves whoever has called, and this process, into a cgroup of their own: what else is in theirs is not let in.
@@ -143,26 +225,17 @@ fn move_caller(caller: Pid) -> Result<()> {
         caller.as_raw() > 1 && getppid() == caller,
         "the caller has ended, or is the init of this system"
     );
-    let found = Hierarchy::find().context("find the cgroup v2 hierarchy")?;
-    let found = found.context(
-        "cgroup v2 is not mounted here, so that only a user can be let in: enforcer grant monit --user USER",
-    )?;
-    let text = fs::read("/proc/self/cgroup").context("read /proc/self/cgroup")?;
-    let own = host::cgroup2_of(&text).context("this process is in no cgroup of version 2")?;
-    let own = Path::new(std::ffi::OsStr::from_bytes(own));
-    let callers = fs::read(format!("/proc/{caller}/cgroup")).context("read the caller's cgroup")?;
-    ensure!(callers == text, "the caller is in another cgroup than this process");
+    let (found, below) = own_place()?;
+    let [callers, own] = [caller.to_string(), "self".to_owned()].map(|pid| fs::read(format!("/proc/{pid}/cgroup")));
+    let callers = callers.context("read the caller's cgroup")?;
+    ensure!(
+        callers == own.context("read /proc/self/cgroup")?,
+        "the caller is in another cgroup than this process"
+    );
     // Called twice, or below one that has called it: it is there already.
-    if own.components().any(|part| part.as_os_str() == OWN) {
+    if below.components().any(|part| part.as_os_str() == OWN) {
         return Ok(());
     }
-    let below = own.strip_prefix(&found.shown).with_context(|| {
-        format!(
-            "cgroup {} is not below what is mounted on {}",
-            own.display(),
-            found.mount.display()
-        )
-    })?;
     let dir = found.mount.join(below).join(OWN);
     match fs::create_dir(&dir) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {

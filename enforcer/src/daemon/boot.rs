@@ -31,8 +31,6 @@ pub(super) struct Left {
     pub(super) names: Known,
     /// The message bus (B2).
     pub(super) bus: Option<BTreeSet<Endpoint>>,
-    /// Its nftables table: of a part of the table that releases know, whose it is (B5).
-    pub(super) table: Option<String>,
     /// What the file holds; none where there is none, or none that can be used.
     pub(super) mark: Option<Mark>,
     /// Why it cannot be used.
@@ -44,7 +42,6 @@ impl Left {
         Self {
             names: Known::default(),
             bus: None,
-            table: None,
             mark: None,
             fault: None,
         }
@@ -79,7 +76,6 @@ impl Left {
         Self {
             names: good.names.clone(),
             bus: good.bus().cloned(),
-            table: Some(good.settings.nft_table.clone()),
             mark,
             fault: None,
         }
@@ -271,9 +267,14 @@ pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
 /// Removes what is in force at places that are old ones, once the rest is in force at the new ones.
 pub(super) fn leave(old: &Settings, new: &Settings) {
     let removed = [
-        (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map_err(|error| error.to_string())),
+        (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map(drop).map_err(|error| error.to_string())),
+        (old.nft_table != new.nft_table).then(|| {
+            nftables::unload(&old.nft_table)
+                .map(drop)
+                .map_err(|error| error.to_string())
+        }),
         (old.nft_table != new.nft_table)
-            .then(|| nftables::dropin::unload(&old.nft_table).map_err(|error| error.to_string())),
+            .then(|| nftables::jobs::forget(&old.nft_table).map_err(|error| error.to_string())),
     ];
     for error in removed.into_iter().flatten().filter_map(Result::err) {
         warn!("remove what was enforced at the places before: {error}");

@@ -56,7 +56,7 @@ impl Daemon {
 
     /// The denials of nftables, where it has just begun to log them.
     pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
-        let denials = self.enforcement.nftables().and_then(nftables::Tables::denials);
+        let denials = self.enforcement.nftables().and_then(nftables::Nftables::denials);
         denials.map(watched).transpose()
     }
 

@@ -27,6 +27,10 @@ pub(super) enum About {
     Denials,
     /// Having dials told.
     Dials,
+    /// Reading the chain that rules of jobs are in.
+    JobRules,
+    /// Writing there what was granted.
+    JobsChain,
     /// What must outlive this process is hidden from the host.
     Visibility,
 }
@@ -52,6 +56,8 @@ impl Faults {
             (None, About::Denials) => info!("denials are reported again"),
             (None, About::Dials) => info!("dials of unknown addresses have names looked up again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again, and is covered"),
+            (None, About::JobRules) => info!("rules of jobs are followed again"),
+            (None, About::JobsChain) => info!("what was granted of monit is written for the BOSH agent's rules again"),
             (None, About::Users) => info!("all users and groups that the configuration names exist"),
             (None, About::Host) => info!("what is local to this host is followed again"),
         }

@@ -12,7 +12,7 @@ use crate::{
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
     policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
-    ruleset::Writable,
+    ruleset::{Cgroup, Writable},
     text,
 };
 
@@ -144,7 +144,7 @@ impl Daemon {
         let changes: Vec<Change> = (keys.iter())
             .map(|key| grants.grant(key.clone(), term.clone()))
             .collect::<Result<_, _>>()?;
-        Grants::check_depths(&grants.add_to(&self.wanted.policy))?;
+        grants::check_depths(&grants.add_to(&self.wanted.policy).depths())?;
         let before = std::mem::replace(&mut self.grants, grants);
         if let Err(error) = self.put_in_force() {
             self.take_back(before);
@@ -241,7 +241,7 @@ impl Daemon {
             }
             return;
         }
-        self.policy = self.grants.add_to(&self.wanted.policy);
+        self.policy = self.completed(&self.wanted.policy);
         for ((key, term), action) in gone {
             self.tell(&key.event(action, now.wall, term.expires, None));
         }
@@ -264,10 +264,7 @@ impl Daemon {
                 user: key.to.user().map(|uid| uid.0),
                 cgroup: key.to.cgroup().map(ToString::to_string),
                 cgroup_exists: found.as_ref().map(|found| !matches!(found, Err(NoMatch::Missing))),
-                cgroup_writable: match &found {
-                    Some(Err(NoMatch::Writable(by))) => Some(by.to_string()),
-                    Some(Ok(_) | Err(NoMatch::Missing | NoMatch::Unplaced)) | None => None,
-                },
+                cgroup_writable: found.as_ref().and_then(writable),
                 active: target.is_some_and(|target| target.grants) && found != Some(Err(NoMatch::Unplaced)),
                 since: term.since.to_string(),
                 expires: term.expires.map(|end| end.to_string()),
@@ -280,6 +277,7 @@ impl Daemon {
             schema: "enforcer/grants/1".to_owned(),
             limit: MAX_GRANTS,
             grants: self.grants.iter().map(status).collect(),
+            job_rules: self.job_rules(),
         }
     }
 
@@ -338,10 +336,11 @@ impl Daemon {
 
     /// Makes the rule set from what is granted now, and puts it in force.
     fn put_in_force(&mut self) -> Result<(), DaemonError> {
-        self.policy = self.grants.add_to(&self.wanted.policy);
+        self.policy = self.completed(&self.wanted.policy);
         self.host = self.wanted.host(&self.policy, self.host.local.clone());
         self.apply_now()?;
         self.faults.set(About::RuleSet, None);
+        self.keep_chain();
         Ok(())
     }
 
@@ -396,6 +395,14 @@ impl Daemon {
                 mount: self.wanted.mount.clone(),
             },
         }
+    }
+}
+
+/// What of a cgroup is not root's.
+pub(super) fn writable(found: &Result<Cgroup, NoMatch>) -> Option<String> {
+    match found {
+        Err(NoMatch::Writable(by)) => Some(by.to_string()),
+        Ok(_) | Err(NoMatch::Missing | NoMatch::Unplaced) => None,
     }
 }
 

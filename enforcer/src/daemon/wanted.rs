@@ -13,9 +13,11 @@ use tracing::warn;
 
 use super::{DaemonError, boot::Left};
 use crate::{
+    backend::{BackendError, nftables},
     config::{Backend, Bosh, Config, Settings},
     grants::{self, Grants},
     host::{self, NoMatch},
+    jobs::JobRules,
     policy::{Account, CgroupPath, Endpoint, FileUsers, HostUsers, Listed, Policy, Uid, Understood, Users},
     resolve::Names,
     ruleset::{Host, Resolved, RuleSet, compile},
@@ -179,7 +181,10 @@ impl Wanted {
             .map_err(io::Error::other)
             .map_err(failed("read the grants"))?;
         grants.expire(crate::grants::Moment::now());
-        let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants);
+        let mut jobs = JobRules::default();
+        let chain = nftables::jobs::read(&self.config.settings.nft_table).map_err(BackendError::from)?;
+        jobs.take(chain, &self.mount);
+        let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants, &jobs);
         let mut names = Names::new(policy.dns);
         let now = Instant::now();
         names.set(policy.asked(), now);
@@ -261,15 +266,17 @@ pub(super) fn local(policy: &Policy) -> Result<BTreeSet<IpNet>, DaemonError> {
     }
 }
 
-/// What a configuration means with what is known besides: the message bus of a BOSH agent's settings, and what was granted. Pure.
+/// What a configuration means with what is known besides: the message bus of a BOSH agent's settings, what was granted, and what rules of
+/// jobs say. Pure.
 pub(crate) fn complete(
     config: &Config,
     mut policy: Policy,
     bus: Option<&BTreeSet<Endpoint>>,
     grants: &Grants,
+    jobs: &JobRules,
 ) -> Policy {
     take_bus(config, &mut policy, bus);
-    grants.add_to(&policy)
+    jobs.add_to(grants.add_to(&policy))
 }
 
 fn take_bus(config: &Config, policy: &mut Policy, bus: Option<&BTreeSet<Endpoint>>) -> bool {

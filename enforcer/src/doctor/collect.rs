@@ -23,6 +23,8 @@ use crate::{
         InForce,
         ebpf::sys::{self, Attached},
         nftables::{
+            self,
+            jobs::Jobs,
             netlink::Netlink,
             others::{self, ForeignRule},
         },
@@ -37,7 +39,8 @@ use crate::{
         self,
         hierarchy::{self, Hierarchy},
     },
-    policy::{Endpoint, HostUsers, Name, Policy, Protocol},
+    jobs::JobRules,
+    policy::{Endpoint, HostUsers, MONIT, Name, Policy, Protocol},
     resolve::{Known, LOOKUP_TIMEOUT, lookup},
     ruleset::{Host, Resolved, RuleSet, compile},
     state::{self, LastGood},
@@ -46,9 +49,6 @@ use crate::{
     text,
     visibility::Visibility,
 };
-
-/// The target that rules of the agent's are about, too.
-pub(super) const MONIT: &str = "monit";
 
 /// What was seen.
 #[derive(Clone, Debug, Default)]
@@ -94,6 +94,8 @@ pub(super) struct Seen {
     pub(super) outside: Vec<String>,
     /// Whether somebody was granted monit, there now or not.
     pub(super) grants_monit: bool,
+    /// The chain that rules of jobs are in (B5).
+    pub(super) jobs: Jobs,
     /// Ordering cycles of units through ours.
     pub(super) cycles: Vec<Cycle>,
     pub(super) unseen: Vec<Unseen>,
@@ -222,7 +224,13 @@ impl Seen {
             .unwrap_or_default();
         grants.expire(crate::grants::Moment::now());
         self.grants_monit = grants.iter().any(|(key, _)| key.target == MONIT);
-        let policy = complete(&config, policy, bus.as_ref(), &grants);
+        let chain = nftables::jobs::read(&self.settings.nft_table);
+        self.jobs = self.saw("rules of jobs", chain).unwrap_or_default();
+        let mut jobs = JobRules::default();
+        if let Ok(Some(mount)) = host::cgroup2_mount() {
+            jobs.take(self.jobs.clone(), &mount);
+        }
+        let policy = complete(&config, policy, bus.as_ref(), &grants, &jobs);
         let buses = buses::endpoints(&config, &policy);
         Some((policy, (left.map(|good| good.names).unwrap_or_default(), buses)))
     }

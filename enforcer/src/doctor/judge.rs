@@ -7,20 +7,23 @@ use std::{
 
 use super::{
     ChoiceReport, FeatureReport, Finding, HostReport, Report, Unseen, Weight,
-    collect::{MONIT, PlaceKind, PlaceMode, Seen},
+    collect::{PlaceKind, PlaceMode, Seen},
     image::{ImageSeen, judge_image},
     legacy::AGENT_CHAINS,
     order::Cycle,
 };
 use crate::{
     backend::{
-        nftables::others::{Nat, To},
+        nftables::{
+            jobs::{CgroupId, Subject},
+            others::{Nat, To},
+        },
         probe::{Choice, Fact, Facts, Feature, Need, Side, choose},
     },
     config::Backend,
     host::START,
-    policy::{Mode, Protocol, Uid},
-    ruleset::{self, RulePrincipal, RuleSet, is_single, owners},
+    policy::{MONIT, Mode, Protocol, Uid},
+    ruleset::{self, Cgroup, RulePrincipal, RuleSet, is_single, owners},
     text,
     visibility::{Kept, Visibility},
 };
@@ -794,9 +797,9 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
         .chains
         .iter()
         .filter(|(family, table, chain)| family == "inet" && AGENT_CHAINS.contains(&(table.as_str(), chain.as_str())));
-    // Both of the agent's let root alone through, and what is in monit_access_jobs.
     let agents_alone = agents.clone().all(|(_, table, _)| table == "bosh_agent");
-    let drops_monit = agents.clone().any(|(_, _, chain)| chain != "nats_access");
+    let has_chain = |name: &str| agents.clone().any(|(_, _, chain)| chain == name);
+    let (agents_monit, stemcells_monit) = (has_chain("monit_access"), has_chain("monit_output"));
     let mut all: Vec<String> = agents
         .map(|(family, table, chain)| format!("nft chain {family} {table} {chain}"))
         .collect();
@@ -814,8 +817,17 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
     if all.is_empty() {
         return None;
     }
-    let allows_others = seen.grants_monit || seen.rules.as_ref().is_some_and(allows_others_than_root);
-    let (weight, what) = match (drops_monit && allows_others, agents_alone && !by_iptables) {
+    // The agent's chain lets through what the jobs' chain accepts, so that what was granted is written there; stemcells' drop all but root.
+    let dropped = dropped_by_agent(seen);
+    let allows_others = seen.grants_monit || !not_root(seen).is_empty();
+    let drops = agents_monit && !dropped.is_empty() || stemcells_monit && allows_others;
+    all.extend(
+        dropped
+            .iter()
+            .filter(|_| agents_monit)
+            .map(|whom| format!("no rule of inet bosh_agent monit_access_jobs accepts {whom}")),
+    );
+    let (weight, what) = match (drops, agents_alone && !by_iptables) {
         (true, _) => (
             Weight::High,
             "rules of an earlier stemcell or of the BOSH agent's own firewall are in force besides ours and drop whom target monit allows besides root: a connection has to pass both",
@@ -838,12 +850,48 @@ fn old_rules(seen: &Seen) -> Option<Finding> {
     ))
 }
 
-/// Whether target `monit` has principals besides root.
-fn allows_others_than_root(rules: &RuleSet) -> bool {
-    let monit = rules.targets.iter().find(|target| target.name == MONIT);
+/// The principals of target `monit` besides root.
+fn not_root(seen: &Seen) -> Vec<&RulePrincipal> {
     let root = RulePrincipal::User {
         uid: Uid(0),
         cgroup: None,
     };
-    monit.is_some_and(|monit| monit.principals.iter().any(|principal| *principal != root))
+    let monit = seen
+        .rules
+        .iter()
+        .flat_map(|rules| &rules.targets)
+        .find(|target| target.name == MONIT);
+    let principals = monit.into_iter().flat_map(|monit| &monit.principals);
+    principals.filter(|principal| **principal != root).collect()
+}
+
+/// Whom the agent's own chain drops though target `monit` allows them: no rule of the jobs' chain accepts them (B5).
+fn dropped_by_agent(seen: &Seen) -> Vec<String> {
+    let accepted = |subject: Subject| {
+        let mut rules = seen.jobs.rules.iter().filter_map(|rule| rule.accepts.as_ref().ok());
+        rules.any(|accept| accept.subject == subject)
+    };
+    let id = |cgroup: &Cgroup| CgroupId {
+        id: cgroup.id,
+        level: cgroup.level,
+    };
+    let dropped = not_root(seen).into_iter().filter_map(|principal| match principal {
+        RulePrincipal::User { uid, cgroup } => {
+            let user = Some(uid.0);
+            let within = cgroup.as_ref().map(|(_, cgroup)| id(cgroup));
+            let by_rule = accepted(Subject { user, cgroup: within }) || accepted(Subject { user, cgroup: None });
+            let place = cgroup.as_ref().map(|(path, _)| format!(" in {path}"));
+            (!by_rule).then(|| format!("user {}{}", uid.0, place.unwrap_or_default()))
+        }
+        RulePrincipal::Anybody { cgroup: (path, cgroup) } => {
+            let subject = Subject {
+                user: None,
+                cgroup: Some(id(cgroup)),
+            };
+            (!accepted(subject)).then(|| format!("anybody in {path}"))
+        }
+        // No rule can accept them: their sockets have no user.
+        RulePrincipal::Kernel => Some("the kernel's own sockets".to_owned()),
+    });
+    dropped.collect()
 }

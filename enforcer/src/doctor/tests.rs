@@ -13,7 +13,10 @@ use super::{
 use crate::{
     backend::{
         ebpf::sys::Attached,
-        nftables::others::{ForeignRule, Nat, To},
+        nftables::{
+            jobs::{Accept, Destination, JobRule, Subject, Writer},
+            others::{ForeignRule, Nat, To},
+        },
         probe::{Fact, Facts, Feature},
     },
     config::Backend,
@@ -377,8 +380,19 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
         uid: Uid(1000),
         cgroup: None,
     };
-    let weight = |chains: &[(String, String, String)], principals: &[&RulePrincipal]| {
+    let weight = |chains: &[(String, String, String)], principals: &[&RulePrincipal], accepted: Option<u32>| {
         let mut seen = well();
+        seen.jobs.rules.extend(accepted.map(|user| JobRule {
+            handle: 1,
+            accepts: Ok(Accept {
+                subject: Subject {
+                    user: Some(user),
+                    cgroup: None,
+                },
+                to: Destination::default(),
+            }),
+            writer: Writer::Grants,
+        }));
         seen.chains = chains.to_vec();
         if let Some(rules) = &mut seen.rules {
             rules.targets.push(RuleTarget {
@@ -390,20 +404,25 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
     };
     let [monit, nats] = ["monit_access", "nats_access"].map(|name| chain("bosh_agent", name));
     let stemcells = chain("filter", "monit_output");
-    // Of who is granted nobody need be there now.
-    let mut seen = well();
-    seen.grants_monit = true;
-    seen.chains = vec![monit.clone()];
-    let found = judge::host(&seen).findings;
-    assert_eq!(found.first().map(|finding| finding.weight), Some(Weight::High));
-    for (chains, principals, expected) in [
-        (&[monit.clone(), nats.clone()][..], &[&root][..], Weight::Low),
-        (&[nats], &[&root, &job], Weight::Low),
-        (&[monit], &[&root, &job], Weight::High),
-        (slice::from_ref(&stemcells), &[&root], Weight::Medium),
-        (slice::from_ref(&stemcells), &[&job], Weight::High),
+    // Of who is granted nobody need be there now: the agent's chain lets through whoever is written to the jobs' chain then.
+    for (chain, expected) in [(&monit, Weight::Low), (&stemcells, Weight::High)] {
+        let mut seen = well();
+        seen.grants_monit = true;
+        seen.chains = vec![chain.clone()];
+        let found = judge::host(&seen).findings;
+        assert_eq!(found.first().map(|finding| finding.weight), Some(expected));
+    }
+    for (chains, principals, accepted, expected) in [
+        (&[monit.clone(), nats.clone()][..], &[&root][..], None, Weight::Low),
+        (&[nats], &[&root, &job], None, Weight::Low),
+        (slice::from_ref(&monit), &[&root, &job], None, Weight::High),
+        (slice::from_ref(&monit), &[&root, &job], Some(1001), Weight::High),
+        (slice::from_ref(&monit), &[&root, &job], Some(1000), Weight::Low),
+        (slice::from_ref(&stemcells), &[&root], None, Weight::Medium),
+        (slice::from_ref(&stemcells), &[&job], Some(1000), Weight::High),
     ] {
-        assert_eq!(weight(chains, principals), Some(expected), "{chains:?} {principals:?}");
+        let found = weight(chains, principals, accepted);
+        assert_eq!(found, Some(expected), "{chains:?} {principals:?} {accepted:?}");
     }
 }
 

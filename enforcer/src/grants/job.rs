@@ -32,9 +32,19 @@ pub fn scopes(job: &str) -> Result<Vec<CgroupPath>, CgroupPathError> {
 /// Whether a cgroup is such a scope.
 pub(super) fn is_scope(cgroup: &CgroupPath) -> bool {
     let name = cgroup.as_str().strip_prefix("/system.slice/");
-    let name = name.and_then(|name| name.strip_suffix(".scope"));
+    name.is_some_and(|name| !name.contains('/') && names_scope(name))
+}
+
+/// Whether the last part of a cgroup's path is that of a container of BPM's: a scope, or where systemd does not make it, what runc calls it.
+#[must_use]
+pub fn is_container(name: &str) -> bool {
+    names_scope(name) || name.starts_with("bpm-") || name.starts_with("runc-bpm-")
+}
+
+fn names_scope(name: &str) -> bool {
     let begins = |name: &str, begin: &str| name.strip_prefix(begin).is_some_and(|rest| rest.starts_with("-bpm-"));
-    name.is_some_and(|name| !name.contains('/') && BEGINNINGS.iter().any(|begin| begins(name, begin)))
+    let name = name.strip_suffix(".scope");
+    name.is_some_and(|name| BEGINNINGS.iter().any(|begin| begins(name, begin)))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 
 use super::{
-    Asker, Change, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term,
+    Asker, Change, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term, check_depths,
     file::{Fault, parse, text},
 };
 use crate::policy::{CgroupPath, Dns, Mode, Policy, Principal, Target, Uid};
@@ -210,17 +210,17 @@ fn limits_name_themselves() {
     let cgroups = |depths: std::ops::Range<usize>| depths.map(|depth| path(&"/x".repeat(depth)));
     let open = deep.targets.last_mut().expect("a target");
     open.principals = cgroups(1..9).map(|cgroup| Principal::Anybody { cgroup }).collect();
-    assert_eq!(Grants::check_depths(&deep), Ok(()));
+    assert_eq!(check_depths(&deep.depths()), Ok(()));
     let open = deep.targets.last_mut().expect("a target");
     open.principals.insert(Principal::Anybody {
         cgroup: path(&"/x".repeat(9)),
     });
-    assert_eq!(Grants::check_depths(&deep), Err(LimitError::Depths { found: 9 }));
+    assert_eq!(check_depths(&deep.depths()), Err(LimitError::Depths { found: 9 }));
     let open = deep.targets.last_mut().expect("a target");
     open.principals.insert(Principal::Anybody {
         cgroup: path(&"/x".repeat(255)),
     });
-    assert_eq!(Grants::check_depths(&deep), Err(LimitError::Depth { found: 255 }));
+    assert_eq!(check_depths(&deep.depths()), Err(LimitError::Depth { found: 255 }));
 }
 
 #[test]

@@ -62,32 +62,46 @@ pub fn is_root(dir: &Path) -> bool {
     fs::symlink_metadata(dir.join("cgroup.events")).is_err()
 }
 
-/// Most cgroups that are looked into for a process: a user to whom a subtree is delegated makes as many as he likes.
+/// Most cgroups that are looked into: a user to whom a subtree is delegated makes as many as he likes.
 const MOST: usize = 1 << 16;
+
+/// A cgroup's directory and all below it, with how deep each lies below it. Breadth first: whoever makes many of them makes them deep
+/// below. Ends after [`MOST`].
+pub(crate) fn walk(top: &Path) -> impl Iterator<Item = (PathBuf, u32)> + use<> {
+    let mut waiting = VecDeque::from([(top.to_path_buf(), 0)]);
+    std::iter::from_fn(move || {
+        let (dir, depth) = waiting.pop_front()?;
+        if waiting.len() < MOST {
+            // A cgroup that has just been removed is no fault.
+            let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+            let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            waiting.extend(children.map(|entry| (entry.path(), depth + 1)));
+        }
+        Some((dir, depth))
+    })
+    .take(MOST)
+}
+
+/// The path of a cgroup below a mount, as rules have it; none where its name is no text.
+pub(crate) fn path_below(mount: &Path, dir: &Path) -> Option<String> {
+    dir.strip_prefix(mount).ok()?.to_str().map(|below| format!("/{below}"))
+}
 
 /// The cgroup below a mount that lists a process's first thread, of which `/proc` may show nothing (proc(5), `hidepid=`); none where no
 /// cgroup does, or where that has no name that a rule can have. Where cgroups are threaded, `cgroup.procs` would name the domain's root.
 #[must_use]
 pub(crate) fn listing(mount: &Path, pid: u32) -> Option<String> {
     let pid = pid.to_string();
-    // Breadth first: whoever makes many of them makes them deep below.
-    let mut waiting = VecDeque::from([mount.to_path_buf()]);
-    for _ in 0..MOST {
-        let cgroup = waiting.pop_front()?;
+    let lists = |cgroup: &Path| {
         let members = fs::read_to_string(cgroup.join("cgroup.threads")).unwrap_or_default();
-        if members.lines().any(|member| member == pid) {
-            let below = cgroup.strip_prefix(mount).ok()?;
-            return below.to_str().map(|below| format!("/{below}"));
-        }
-        let entries = fs::read_dir(&cgroup).into_iter().flatten().flatten();
-        let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        waiting.extend(children.map(|entry| entry.path()));
-    }
-    None
+        members.lines().any(|member| member == pid)
+    };
+    let (found, _) = walk(mount).find(|(cgroup, _)| lists(cgroup))?;
+    path_below(mount, &found)
 }
 
 /// How deep below the true root a directory lies that paths of cgroups start from.
-pub(super) fn depth(mount: &Path) -> Option<u32> {
+pub(crate) fn depth(mount: &Path) -> Option<u32> {
     if is_root(mount) {
         return Some(0);
     }

@@ -1,8 +1,8 @@
 //! Whether a cgroup is a job's alone, or holds what supervises others as well (B4): whoever lets that in lets in all that it starts.
 
-use std::{collections::VecDeque, fs, path::Path};
+use std::{fs, path::Path};
 
-use super::read_lossy;
+use super::{hierarchy, read_lossy};
 
 /// Names of processes that start what is not theirs: BOSH's agent and monit, runit, systemd.
 const SUPERVISORS: [&str; 7] = [
@@ -32,9 +32,11 @@ pub fn supervisor(mount: &Path, cgroup: &str) -> Option<String> {
     if UNITS.contains(&last) {
         return Some(format!("everything that {last} starts"));
     }
-    let mut waiting = VecDeque::from([mount.join(cgroup.trim_start_matches('/'))]);
-    for _ in 0..MOST {
-        let dir = waiting.pop_front()?;
+    let dirs = hierarchy::walk(&mount.join(cgroup.trim_start_matches('/')));
+    for (number, (dir, _)) in dirs.enumerate() {
+        if number >= MOST {
+            return Some(format!("more than {MOST} cgroups"));
+        }
         // Of a threaded cgroup it cannot be read; its processes are those of an ancestor.
         let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
         for pid in members.lines().filter_map(|line| line.parse().ok()) {
@@ -42,11 +44,8 @@ pub fn supervisor(mount: &Path, cgroup: &str) -> Option<String> {
                 return Some(format!("{name} (pid {pid}) with everything that it starts"));
             }
         }
-        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        waiting.extend(children.map(|entry| entry.path()));
     }
-    Some(format!("more than {MOST} cgroups"))
+    None
 }
 
 /// The name of a process that supervises others: root's, and started by init or another of them. A job can have itself any name, and calls

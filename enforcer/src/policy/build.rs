@@ -21,8 +21,11 @@ pub const MAX_PRINCIPALS: usize = 1024;
 
 /// The target that a BOSH agent's message bus is (B1).
 pub const BUS: &str = "nats";
+/// The target that monit's API is (B1).
+pub const MONIT: &str = "monit";
 
-const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
+/// Where monit listens for its API (B1).
+pub const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
     Some(port) => port,
     None => NonZeroU16::MIN,
 };
@@ -230,7 +233,7 @@ fn bosh() -> [Target; 2] {
     };
     [
         Target {
-            name: "monit".to_owned(),
+            name: MONIT.to_owned(),
             endpoints: [monit].into(),
             principals: root(),
             grants: true,

@@ -49,7 +49,6 @@ pub fn cases() -> Vec<Case> {
         case("b4_grants_wait_for_their_target", reload),
         case("b4_only_root_grants_and_nothing_confuses_it", hostile),
         case("b4_grants_are_told", told),
-        case("b4_the_name_that_jobs_know", monit_access),
         case("b4_d9_a_revoked_grant_is_cut", revoked_is_cut),
         case("f7_more_grants_than_the_maximum", limit),
     ]);
@@ -732,34 +731,6 @@ fn told() -> Result<()> {
     let shown = job.world.enforcer(&["events"])?.demand(0)?.stdout;
     ensure!(shown.contains("revoked main for anybody in"), "{shown}");
     Ok(())
-}
-
-fn monit_access() -> Result<()> {
-    let job = Job::new("ebpf", "")?;
-    let here = job.world.here();
-    job.world.configure(&format!(
-        "[target.monit]\nendpoints = [\"tcp://{here}\"]\nallow = [\"root\"]\ngrants = true\n"
-    ))?;
-    let _daemon = job.world.daemon()?;
-    job.enforcer(&["enable-monit-access"])?.demand(0)?;
-    job.inside(NOBODY).reaches()?;
-    job.outside(NOBODY).is_refused()?;
-    for name in ["enable-monit-access", "bosh-enable-monit-access"] {
-        job.world.enforcer(&["revoke", "monit", "--all"])?.demand(0)?;
-        job.inside(NOBODY).is_refused()?;
-        let link = job.world.path(name);
-        symlink(binary("enforcer")?, &link)?;
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]);
-        command.arg(&job.cgroup).arg(&link).arg("--config");
-        ran(command.arg(job.world.path("enforcer.toml")))?.demand(0)?;
-        job.inside(NOBODY).reaches()?;
-        job.outside(NOBODY).is_refused()?;
-    }
-    let user = NOBODY.to_string();
-    job.world.enforcer(&["enable-monit-access", &user])?.demand(0)?;
-    job.outside(NOBODY).reaches()?;
-    job.outside(OTHER).is_refused()
 }
 
 fn revoked_is_cut() -> Result<()> {

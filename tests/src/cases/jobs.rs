@@ -647,7 +647,11 @@ fn wrappers() -> Result<()> {
     let called = with_vcap(&host, &vcap, &host.cgroup, "/var/vcap/bosh/bin/other")?.demand(0)?;
     ensure!(called.stdout.contains("monit-api-access"), "{called:?}");
     ensure!(host.grants()?.len() == 1, "{:?}", host.grants()?);
-    host.is_refused(&host.inside(NOBODY)?)
+    host.is_refused(&host.inside(NOBODY)?)?;
+    // By the name of a user, whoever calls.
+    host.enforcer(&["enable-monit-access", &NOBODY.to_string()])?
+        .demand(0)?;
+    host.outside(NOBODY)?.reaches()
 }
 
 fn dropped() -> Result<()> {

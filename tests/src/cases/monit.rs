@@ -43,7 +43,7 @@ pub fn cases() -> Vec<Case> {
 struct Monit {
     child: Child,
     world: World,
-    netns: Option<Netns>,
+    netns: Netns,
     job: PathBuf,
 }
 
@@ -56,15 +56,14 @@ impl Drop for Monit {
 }
 
 impl Monit {
-    fn new(backend: &str, bosh: bool) -> Result<Self> {
+    fn new(bosh: bool) -> Result<Self> {
         ensure!(
             Path::new("/usr/bin/monit").exists(),
             "monit is not installed; run cargo xtask setup"
         );
         let world = World::new()?;
-        // With nftables the table that BOSH knows is made (B5): of this world's namespace.
-        let alone = bosh || backend == "nftables";
-        let netns = alone.then(|| Netns::new(&world, "monit")).transpose()?;
+        // The chain that BOSH jobs know is made (B5): of this world's namespace.
+        let netns = Netns::new(&world, "monit")?;
         let at = Self::at(&world, bosh)?;
         for (name, user) in [("monitrc", 0), ("monitrc.user", NOBODY)] {
             let text = format!(
@@ -86,10 +85,7 @@ impl Monit {
         }
         let job = world.cgroup.join("child");
         fs::create_dir(&job)?;
-        let mut command = match &netns {
-            Some(netns) => netns.command(Path::new("monit")),
-            None => Command::new("monit"),
-        };
+        let mut command = netns.command(Path::new("monit"));
         command.arg("-c").arg(world.path("monitrc")).arg("-I");
         let child = command
             .stdin(Stdio::null())
@@ -111,10 +107,7 @@ impl Monit {
     }
 
     fn command(&self, program: &str) -> Command {
-        match &self.netns {
-            Some(netns) => netns.command(Path::new(program)),
-            None => Command::new(program),
-        }
+        self.netns.command(Path::new(program))
     }
 
     /// Runs a command in a cgroup.
@@ -179,7 +172,7 @@ impl Monit {
 }
 
 fn monit(backend: &str, bosh: bool) -> Result<()> {
-    let monit = Monit::new(backend, bosh)?;
+    let monit = Monit::new(bosh)?;
     let (outside, job) = (monit.world.cgroup.clone(), monit.job.clone());
     monit.answers(NOBODY, &outside)?;
     monit.answers(NOBODY, &job)?;

@@ -25,10 +25,14 @@ use std::{
 
 use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Rule as NlRule, Table, nftnl_sys as sys, set::Set as NlSet};
 
-use self::messages::{AnyKey, Counter, Steps, build, chain_message, make_chains, make_rules, make_sets};
+use self::messages::{AnyKey, Counter, build, make_chains, make_rules, make_sets};
 use super::image::{Chain, Image, chain::ABOUT};
 
-pub(super) use self::dumps::{copied, owned};
+pub(super) use self::{
+    dumps::{copied, owned},
+    expressions::Raw,
+    messages::{Steps, chain_message},
+};
 
 /// `linux/netfilter/nf_tables.h`.
 const NFT_OBJECT_COUNTER: u32 = 1;
@@ -82,9 +86,9 @@ impl Netlink {
     /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes afterwards, when
     /// no packet can be under way that began with it; counters that stay go on counting.
     pub fn replace(&mut self, change: Change<'_>) -> Result<(), Failed> {
-        match self.replace_all(&[change]) {
+        match self.replace_in_steps(change) {
             // Somebody has bent the table so that it cannot be changed piece by piece.
-            Err(failed) if change.guest.is_none() && failed.is_about_contents() => match change.found {
+            Err(failed) if failed.is_about_contents() => match change.found {
                 Some(found) => self.make_anew(change.table, change.image, &found.counts),
                 None => Err(failed),
             },
@@ -92,45 +96,29 @@ impl Netlink {
         }
     }
 
-    /// As [`Netlink::replace`], of tables that all come to be another at the same instant.
-    pub fn replace_all(&mut self, changes: &[Change<'_>]) -> Result<(), Failed> {
-        for change in changes {
-            let mut stale = change.parts(|wanted| wanted);
-            stale.counters.clear();
-            self.remove_parts(change.table, &stale)?;
-            self.lay_out(change)?;
-        }
-        self.switch(changes)?;
-        let old: Vec<_> = changes
-            .iter()
-            .map(|change| (change.table, change.parts(|wanted| !wanted)))
-            .collect();
-        if old.iter().any(|(_, parts)| !parts.is_empty()) {
+    fn replace_in_steps(&mut self, change: Change<'_>) -> Result<(), Failed> {
+        let mut stale = change.parts(|wanted| wanted);
+        stale.counters.clear();
+        self.remove_parts(change.table, &stale)?;
+        self.lay_out(change)?;
+        self.switch(change)?;
+        let old = change.parts(|wanted| !wanted);
+        if !old.is_empty() {
             wait_for_packets();
         }
-        old.iter()
-            .try_for_each(|(table, parts)| self.remove_parts(table, parts))
+        self.remove_parts(change.table, &old)
     }
 
     /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after it has switched
     /// rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty for a moment.
-    fn lay_out(&mut self, change: &Change<'_>) -> Result<(), Failed> {
-        let Change {
-            table,
-            image,
-            found,
-            guest,
-        } = *change;
+    fn lay_out(&mut self, change: Change<'_>) -> Result<(), Failed> {
+        let Change { table, image, found } = change;
         let none = BTreeMap::new();
         let counts = found.map_or(&none, |found| &found.counts);
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
-        if let Some(guest) = guest {
-            let chain = chain_message(&table, guest, None);
-            batch.add(&format!("make sure of chain {guest}"), &chain, MsgType::Add);
-        }
         make_chains(&mut batch, &table, image, |chain| chain.base.is_none());
         make_sets(&mut batch, &table, image, counts);
         make_rules(&mut batch, &table, image, |name, chain| {
@@ -140,27 +128,23 @@ impl Netlink {
     }
 
     /// Lets the base chains lead to what was laid out, in one transaction.
-    fn switch(&mut self, changes: &[Change<'_>]) -> Result<(), Failed> {
+    fn switch(&mut self, change: Change<'_>) -> Result<(), Failed> {
+        let Change { table, image, found } = change;
+        let name = text(table);
+        let table = Table::new(&name, ProtoFamily::Inet);
+        let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
+        let there = |name: &str| found.is_some_and(|found| found.image.chains.contains_key(name));
         let mut batch = Steps::new();
-        for Change {
-            table, image, found, ..
-        } in changes
+        for (name, _) in image
+            .chains
+            .iter()
+            .filter(|(name, chain)| front(name, chain) && there(name))
         {
-            let name = text(table);
-            let table = Table::new(&name, ProtoFamily::Inet);
-            let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
-            let there = |name: &str| found.is_some_and(|found| found.image.chains.contains_key(name));
-            for (name, _) in image
-                .chains
-                .iter()
-                .filter(|(name, chain)| front(name, chain) && there(name))
-            {
-                let chain = chain_message(&table, name, None);
-                batch.add(&format!("empty chain {name}"), &NlRule::new(&chain), MsgType::Del);
-            }
-            make_chains(&mut batch, &table, image, |chain| chain.base.is_some());
-            make_rules(&mut batch, &table, image, front);
+            let chain = chain_message(&table, name, None);
+            batch.add(&format!("empty chain {name}"), &NlRule::new(&chain), MsgType::Del);
         }
+        make_chains(&mut batch, &table, image, |chain| chain.base.is_some());
+        make_rules(&mut batch, &table, image, front);
         self.commit(batch)
     }
 
@@ -219,32 +203,6 @@ impl Netlink {
         self.commit(batch)
     }
 
-    /// Removes everything that a dump names, and with `last`, the names of chains without rules, the table too.
-    pub fn remove_contents(&mut self, table: &str, found: &Dump, last: Option<&[String]>) -> Result<(), Failed> {
-        let mut parts = Parts {
-            chains: found.image.chains.keys().cloned().collect(),
-            sets: found.image.sets.keys().cloned().collect(),
-            counters: found.image.counters.iter().cloned().collect(),
-        };
-        self.remove_parts(table, &parts)?;
-        let Some(last) = last else { return Ok(()) };
-        // A chain that somebody fills meanwhile is not removed, and the table stays with it.
-        parts = Parts {
-            chains: last.to_vec(),
-            sets: Vec::new(),
-            counters: Vec::new(),
-        };
-        let name = text(table);
-        let message = Table::new(&name, ProtoFamily::Inet);
-        let mut batch = Steps::new();
-        for name in &parts.chains {
-            let chain = chain_message(&message, name, None);
-            batch.add(&format!("remove chain {name}"), &chain, MsgType::Del);
-        }
-        self.commit(batch)?;
-        self.remove(table)
-    }
-
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is in force.
     pub fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
         let name = text(table);
@@ -256,7 +214,8 @@ impl Netlink {
         self.commit(batch)
     }
 
-    fn commit(&mut self, steps: Steps) -> Result<(), Failed> {
+    /// Sends a batch, which the kernel carries out whole or not at all.
+    pub(super) fn commit(&mut self, steps: Steps) -> Result<(), Failed> {
         let failed = |error| Failed {
             step: String::new(),
             error,
@@ -486,8 +445,6 @@ pub struct Change<'a> {
     pub image: &'a Image,
     /// What it holds; none where it is not there.
     pub found: Option<&'a Dump>,
-    /// A chain of others' in a table that is not ours alone: it is made if it is missing, and the table is never emptied.
-    pub guest: Option<&'a str>,
 }
 
 impl Change<'_> {
@@ -521,7 +478,7 @@ impl Parts {
 
 impl Failed {
     /// Whether the table's contents stand in the way, and not the kernel or our rights.
-    pub(in crate::backend::nftables) fn is_about_contents(&self) -> bool {
+    fn is_about_contents(&self) -> bool {
         let codes = [libc::EBUSY, libc::EEXIST, libc::ENOENT, libc::EOPNOTSUPP, libc::EINVAL];
         self.error.raw_os_error().is_some_and(|code| codes.contains(&code))
     }
@@ -543,7 +500,7 @@ fn wait_for_packets() {
 }
 
 /// Names are checked long before: none holds a zero.
-fn text(text: &str) -> CString {
+pub(super) fn text(text: &str) -> CString {
     CString::new(text).unwrap_or_default()
 }
 

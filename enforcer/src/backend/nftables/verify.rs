@@ -1,7 +1,7 @@
 //! Compares the whole table with what a rule set asks for. Changes nothing.
 
 use super::{
-    Nftables, NftablesError, Reading, dropin, failed,
+    Nftables, NftablesError, Reading, failed,
     image::{self, Image, Loader},
     netlink::{Dump, Netlink},
 };
@@ -21,9 +21,7 @@ impl Nftables {
 
 impl Reading {
     /// As [`Nftables::verify`], by who only reads.
-    ///
-    /// `shared` names the table whose part of the shared one this is (B5).
-    pub fn verify(&self, rules: &RuleSet, forward: Forward, shared: Option<&str>, comparison: &mut Comparison) -> u64 {
+    pub fn verify(&self, rules: &RuleSet, forward: Forward, comparison: &mut Comparison) -> u64 {
         let header = self.0.image.header();
         let generation = header.map_or(0, |header| header.generation);
         // What the loader was is told by the table itself, but for the expression that a kernel may lack.
@@ -33,13 +31,7 @@ impl Reading {
             log: header.and_then(|header| header.log),
             cgroups,
         };
-        let lower = |cgroups| {
-            let mut image = image::lower(rules, generation, loader(cgroups));
-            if let Some(of) = shared {
-                dropin::honour(&mut image, of);
-            }
-            image
-        };
+        let lower = |cgroups| image::lower(rules, generation, loader(cgroups));
         let without = lower(false);
         let wanted = if without == self.0.image && !knows_cgroups() {
             without

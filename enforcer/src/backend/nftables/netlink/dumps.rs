@@ -14,6 +14,17 @@ use crate::backend::nftables::{
     image::{Base, Chain, Element, Rule, Set, SetKind, Value},
 };
 
+/// A rule as read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::backend::nftables) struct Found {
+    /// The chain that it is in.
+    pub(in crate::backend::nftables) chain: String,
+    /// What the kernel calls it, for as long as it is there.
+    pub(in crate::backend::nftables) handle: u64,
+    /// What it says.
+    pub(in crate::backend::nftables) rule: Rule,
+}
+
 impl Netlink {
     /// The generation of all of `nf_tables`.
     pub fn generation(&mut self) -> io::Result<u32> {
@@ -69,7 +80,7 @@ impl Netlink {
             ..Dump::default()
         };
         dump.image.chains = self.chains(table)?;
-        for (chain, rule) in self.rules(table)? {
+        for Found { chain, rule, .. } in self.rules(table, None)? {
             dump.image.chains.entry(chain).or_default().rules.push(rule);
         }
         for (name, kind) in self.sets(table)? {
@@ -106,7 +117,7 @@ impl Netlink {
         Ok(found)
     }
 
-    fn chains(&mut self, table: &str) -> io::Result<BTreeMap<String, Chain>> {
+    pub(in crate::backend::nftables) fn chains(&mut self, table: &str) -> io::Result<BTreeMap<String, Chain>> {
         let mut found = BTreeMap::new();
         self.ask(
             libc::NFT_MSG_GETCHAIN,
@@ -137,14 +148,18 @@ impl Netlink {
         Ok(found)
     }
 
-    fn rules(&mut self, table: &str) -> io::Result<Vec<(String, Rule)>> {
+    /// The rules of a table, or of one chain of it.
+    pub(in crate::backend::nftables) fn rules(&mut self, table: &str, chain: Option<&str>) -> io::Result<Vec<Found>> {
         let mut found = Vec::new();
-        let name = text(table);
+        let (name, only) = (text(table), chain.map(text));
         let fill = |header| {
             // SAFETY: allocated, filled, written to a message of the largest size, freed.
             unsafe {
                 let object = sys::nftnl_rule_alloc();
                 sys::nftnl_rule_set_str(object, sys::NFTNL_RULE_TABLE as u16, name.as_ptr());
+                if let Some(only) = &only {
+                    sys::nftnl_rule_set_str(object, sys::NFTNL_RULE_CHAIN as u16, only.as_ptr());
+                }
                 sys::nftnl_rule_nlmsg_build_payload(header, object);
                 sys::nftnl_rule_free(object);
             }
@@ -156,12 +171,17 @@ impl Netlink {
                 if sys::nftnl_rule_nlmsg_parse(header, object) >= 0
                     && owned(sys::nftnl_rule_get_str(object, sys::NFTNL_RULE_TABLE as u16)) == table
                 {
-                    let chain = owned(sys::nftnl_rule_get_str(object, sys::NFTNL_RULE_CHAIN as u16));
-                    let rule = Rule {
-                        comment: comment(object),
-                        expressions: expressions(object),
-                    };
-                    found.push((chain, rule));
+                    let name = owned(sys::nftnl_rule_get_str(object, sys::NFTNL_RULE_CHAIN as u16));
+                    if chain.is_none_or(|chain| chain == name) {
+                        found.push(Found {
+                            chain: name,
+                            handle: sys::nftnl_rule_get_u64(object, sys::NFTNL_RULE_HANDLE as u16),
+                            rule: Rule {
+                                comment: comment(object),
+                                expressions: expressions(object),
+                            },
+                        });
+                    }
                 }
                 sys::nftnl_rule_free(object);
             }

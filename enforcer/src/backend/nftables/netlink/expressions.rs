@@ -9,11 +9,13 @@ use super::{
     dumps::{copied, owned},
     length_of, text,
 };
-use crate::backend::nftables::expression::{Expression, Verdict};
+use crate::backend::nftables::expression::{Expression, REGISTER, Verdict};
 
 /// `NFT_REJECT_TCP_RST` and `NFT_REJECT_ICMPX_UNREACH`.
 const TCP_RESET: u32 = 1;
 const ICMPX_UNREACHABLE: u32 = 2;
+/// `NFT_SOCKET_CGROUPV2`.
+const SOCKET_CGROUP2: u32 = 3;
 /// `NFT_REJECT_ICMPX_PORT_UNREACH` and `NFT_REJECT_ICMPX_ADMIN_PROHIBITED`.
 const ICMPX_PORT: u8 = 1;
 const ICMPX_PROHIBITED: u8 = 3;
@@ -29,7 +31,7 @@ pub(super) enum Attribute {
 }
 
 /// An expression of ours as libnftnl's.
-pub(super) struct Raw<'a>(pub(super) &'a Expression);
+pub(in crate::backend::nftables) struct Raw<'a>(pub(in crate::backend::nftables) &'a Expression);
 
 impl NlExpression for Raw<'_> {
     fn to_expr(&self, _: &NlRule<'_>) -> NonNull<sys::nftnl_expr> {
@@ -112,8 +114,7 @@ pub(super) fn attributes(expression: &Expression) -> (&'static CStr, Vec<(u32, A
         Expression::Cgroup { level } => (
             c"socket",
             vec![
-                // NFT_SOCKET_CGROUPV2
-                (sys::NFTNL_EXPR_SOCKET_KEY, U32(3)),
+                (sys::NFTNL_EXPR_SOCKET_KEY, U32(SOCKET_CGROUP2)),
                 (sys::NFTNL_EXPR_SOCKET_DREG, U32(1)),
                 (sys::NFTNL_EXPR_SOCKET_LEVEL, U32(*level)),
             ],
@@ -219,30 +220,48 @@ pub(super) unsafe fn expression_of(expression: *mut sys::nftnl_expr) -> Expressi
     };
     // SAFETY: as above.
     let has = |attribute: u32| unsafe { sys::nftnl_expr_is_set(expression, attribute as u16) };
+    // Ours work on the first register alone; what works on another means something else.
+    let in_place = |attribute: u32| number(attribute) == REGISTER;
     let name = word(sys::NFTNL_EXPR_NAME);
     let found = match name.as_str() {
-        "meta" => Some(Expression::Meta {
+        "meta" if has(sys::NFTNL_EXPR_META_DREG) => Some(Expression::Meta {
             key: number(sys::NFTNL_EXPR_META_KEY),
             register: number(sys::NFTNL_EXPR_META_DREG),
         }),
-        "payload" => Some(Expression::Payload {
+        "payload" if has(sys::NFTNL_EXPR_PAYLOAD_DREG) => Some(Expression::Payload {
             base: number(sys::NFTNL_EXPR_PAYLOAD_BASE),
             offset: number(sys::NFTNL_EXPR_PAYLOAD_OFFSET),
             length: number(sys::NFTNL_EXPR_PAYLOAD_LEN),
             register: number(sys::NFTNL_EXPR_PAYLOAD_DREG),
         }),
-        "bitwise" => Some(Expression::Mask(bytes(sys::NFTNL_EXPR_BITWISE_MASK))),
-        "cmp" => Some(Expression::Compare {
-            equal: number(sys::NFTNL_EXPR_CMP_OP) == 0,
-            value: bytes(sys::NFTNL_EXPR_CMP_DATA),
-        }),
-        "lookup" => Some(Expression::Lookup {
-            set: word(sys::NFTNL_EXPR_LOOKUP_SET),
-            value: has(sys::NFTNL_EXPR_LOOKUP_DREG).then(|| number(sys::NFTNL_EXPR_LOOKUP_DREG)),
-        }),
-        "socket" => Some(Expression::Cgroup {
-            level: number(sys::NFTNL_EXPR_SOCKET_LEVEL),
-        }),
+        "bitwise"
+            if in_place(sys::NFTNL_EXPR_BITWISE_SREG)
+                && in_place(sys::NFTNL_EXPR_BITWISE_DREG)
+                && number(sys::NFTNL_EXPR_BITWISE_OP) == 0
+                && bytes(sys::NFTNL_EXPR_BITWISE_XOR).iter().all(|byte| *byte == 0) =>
+        {
+            Some(Expression::Mask(bytes(sys::NFTNL_EXPR_BITWISE_MASK)))
+        }
+        "cmp" if in_place(sys::NFTNL_EXPR_CMP_SREG) && number(sys::NFTNL_EXPR_CMP_OP) <= 1 => {
+            Some(Expression::Compare {
+                equal: number(sys::NFTNL_EXPR_CMP_OP) == 0,
+                value: bytes(sys::NFTNL_EXPR_CMP_DATA),
+            })
+        }
+        "lookup"
+            if in_place(sys::NFTNL_EXPR_LOOKUP_SREG)
+                && !(has(sys::NFTNL_EXPR_LOOKUP_FLAGS) && number(sys::NFTNL_EXPR_LOOKUP_FLAGS) != 0) =>
+        {
+            Some(Expression::Lookup {
+                set: word(sys::NFTNL_EXPR_LOOKUP_SET),
+                value: has(sys::NFTNL_EXPR_LOOKUP_DREG).then(|| number(sys::NFTNL_EXPR_LOOKUP_DREG)),
+            })
+        }
+        "socket" if number(sys::NFTNL_EXPR_SOCKET_KEY) == SOCKET_CGROUP2 && in_place(sys::NFTNL_EXPR_SOCKET_DREG) => {
+            Some(Expression::Cgroup {
+                level: number(sys::NFTNL_EXPR_SOCKET_LEVEL),
+            })
+        }
         "objref" => Some(Expression::Count(word(sys::NFTNL_EXPR_OBJREF_IMM_NAME))),
         "limit" => Some(Expression::Limit {
             // SAFETY: as above.

@@ -20,20 +20,20 @@ use crate::backend::nftables::{
 pub(super) const INTERVAL_END: u32 = 1;
 
 /// A batch whose steps have names, for messages.
-pub(super) struct Steps {
+pub(in crate::backend::nftables) struct Steps {
     pub(super) batch: Batch,
     pub(super) names: BTreeMap<u32, String>,
 }
 
 impl Steps {
-    pub(super) fn new() -> Self {
+    pub(in crate::backend::nftables) fn new() -> Self {
         Self {
             batch: Batch::new(),
             names: BTreeMap::new(),
         }
     }
 
-    pub(super) fn add<T: NlMsg>(&mut self, name: &str, message: &T, kind: MsgType) {
+    pub(in crate::backend::nftables) fn add<T: NlMsg>(&mut self, name: &str, message: &T, kind: MsgType) {
         /// Tells the number that the batch gives a message.
         struct Numbered<'a, T> {
             message: &'a T,
@@ -108,7 +108,11 @@ pub(super) fn make_rules(batch: &mut Steps, table: &Table, image: &Image, wanted
     }
 }
 
-pub(super) fn chain_message<'t>(table: &'t Table, name: &str, base: Option<Base>) -> nftnl::Chain<'t> {
+pub(in crate::backend::nftables) fn chain_message<'t>(
+    table: &'t Table,
+    name: &str,
+    base: Option<Base>,
+) -> nftnl::Chain<'t> {
     let mut chain = nftnl::Chain::new(text(name), table);
     if let Some(Base {
         hook,

@@ -1,0 +1,542 @@
+//! The chain `inet bosh_agent monit_access_jobs` (B5): where BOSH jobs, the BOSH agent and enforcer say who may reach monit.
+//!
+//! The agent's own chain `monit_access` jumps there first, so that an `accept` there lets through it. We read what it accepts, and write
+//! what was granted as long as the agent's chain is there. Rules of others are never changed, nor is the chain ever flushed.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use nftnl::{MsgType, ProtoFamily, Rule as NlRule, Table};
+
+use super::{
+    NftablesError,
+    expression::{Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
+    failed,
+    netlink::{Failed, Netlink, Raw, Steps, chain_message, text},
+    reach,
+};
+
+/// The table that BOSH's agent and releases know.
+pub const TABLE: &str = "bosh_agent";
+/// The chain that rules of jobs are added to.
+pub const CHAIN: &str = "monit_access_jobs";
+/// The agent's own chain, which drops whom the jobs' chain does not accept.
+pub const AGENTS: &str = "monit_access";
+/// Comment of a rule that a job's container had us write, while it could not reach the daemon.
+const OF_CONTAINER: &str = "enforcer: a job's container";
+
+/// Whom a rule accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Subject {
+    /// The user to whom the socket belongs.
+    pub user: Option<u32>,
+    /// The cgroup below which the socket was made.
+    pub cgroup: Option<CgroupId>,
+}
+
+/// A cgroup as such rules name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CgroupId {
+    /// The inode number of its directory.
+    pub id: u64,
+    /// Its depth below the root.
+    pub level: u32,
+}
+
+/// Where a rule lets through to; what is absent may be anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Destination {
+    /// The address.
+    pub address: Option<IpAddr>,
+    /// The TCP port.
+    pub port: Option<u16>,
+}
+
+/// A rule of one of the known shapes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Accept {
+    /// Whom.
+    pub subject: Subject,
+    /// Where to.
+    pub to: Destination,
+}
+
+/// Why a rule is none of the known shapes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unknown {
+    /// It has something that is not understood, by its name in nft's own debug output.
+    Expression(String),
+    /// It compares otherwise than for equality, or with a value of another length.
+    Comparison,
+    /// It does not end with accept.
+    Verdict,
+    /// It is for another transport than TCP.
+    Transport,
+    /// It names the same thing twice.
+    Twice,
+    /// It names neither a user nor a cgroup.
+    Nobody,
+}
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Expression(name) => write!(f, "it has the expression {name}, which enforcer does not evaluate here"),
+            Self::Comparison => f.write_str("it compares by something else than equality"),
+            Self::Verdict => f.write_str("it does not end with accept"),
+            Self::Transport => f.write_str("it is for another protocol than TCP"),
+            Self::Twice => f.write_str("it compares the same thing twice"),
+            Self::Nobody => f.write_str("it names neither a user nor a cgroup"),
+        }
+    }
+}
+
+/// A rule of the chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobRule {
+    /// What the kernel calls it, as `nft -a` shows.
+    pub handle: u64,
+    /// What it accepts, or why that is not known.
+    pub accepts: Result<Accept, Unknown>,
+    /// Whose it is.
+    pub writer: Writer,
+}
+
+/// Who wrote a rule, by its comment: only root writes any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// This instance, for a grant.
+    Grants,
+    /// A job's container, with our help.
+    Container,
+    /// A job, the agent, or another instance.
+    Other,
+}
+
+/// The chain as read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Jobs {
+    /// Whether it is there.
+    pub exists: bool,
+    /// Whether the agent's own chain is there.
+    pub agents: bool,
+    /// In the chain's order.
+    pub rules: Vec<JobRule>,
+}
+
+/// The way to the chain.
+#[derive(Debug)]
+pub struct JobsChain {
+    netlink: Netlink,
+    /// The comment of our rules.
+    comment: String,
+}
+
+impl JobsChain {
+    /// Opens the way for the instance with this table of its own; none where the kernel has no `nf_tables`.
+    pub fn open(instance: &str) -> Result<Option<Self>, NftablesError> {
+        let comment = format!("enforcer: a grant of {instance}");
+        Ok(reach(TABLE)?.map(|netlink| Self { netlink, comment }))
+    }
+
+    /// The generation of all of `nf_tables`: while it is the same, so is the chain.
+    pub fn generation(&mut self) -> Result<u32, NftablesError> {
+        self.netlink
+            .generation()
+            .map_err(|error| failed(TABLE, "read the generation", error))
+    }
+
+    /// What is there now.
+    pub fn read(&mut self) -> Result<Jobs, NftablesError> {
+        let failed = |error| failed(TABLE, &format!("read chain {CHAIN}"), error);
+        let chains = self.netlink.chains(TABLE).map_err(failed)?;
+        let mut jobs = Jobs {
+            exists: chains.contains_key(CHAIN),
+            agents: chains.contains_key(AGENTS),
+            rules: Vec::new(),
+        };
+        if !jobs.exists {
+            return Ok(jobs);
+        }
+        let rules = self.netlink.rules(TABLE, Some(CHAIN)).map_err(failed)?;
+        jobs.rules.extend(rules.into_iter().map(|found| JobRule {
+            handle: found.handle,
+            accepts: decode(&found.rule.expressions),
+            writer: match found.rule.comment.as_str() {
+                OF_CONTAINER => Writer::Container,
+                comment if comment == self.comment => Writer::Grants,
+                _ => Writer::Other,
+            },
+        }));
+        Ok(jobs)
+    }
+
+    /// Makes the chain if it is missing, removes rules and adds others, in one transaction.
+    pub fn change(&mut self, remove: &[u64], add: &[Accept]) -> Result<(), NftablesError> {
+        let comment = self.comment.clone();
+        self.commit(remove, add, &comment)
+    }
+
+    /// Adds rules for a container that cannot reach the daemon, but for those that are there. False where there is no chain.
+    pub fn add_container(&mut self, accepts: &[Accept]) -> Result<bool, NftablesError> {
+        let found = self.read()?;
+        let is_there = |accept: &Accept| found.rules.iter().any(|rule| rule.accepts.as_ref() == Ok(accept));
+        let missing: Vec<Accept> = accepts.iter().filter(|accept| !is_there(accept)).copied().collect();
+        if found.exists && !missing.is_empty() {
+            self.commit(&[], &missing, OF_CONTAINER)?;
+        }
+        Ok(found.exists)
+    }
+
+    fn commit(&mut self, remove: &[u64], add: &[Accept], comment: &str) -> Result<(), NftablesError> {
+        let name = text(TABLE);
+        let table = Table::new(&name, ProtoFamily::Inet);
+        let chain = chain_message(&table, CHAIN, None);
+        let mut batch = Steps::new();
+        batch.add("make the table", &table, MsgType::Add);
+        batch.add(&format!("make chain {CHAIN}"), &chain, MsgType::Add);
+        for handle in remove {
+            let mut rule = NlRule::new(&chain);
+            rule.set_handle(*handle);
+            batch.add(&format!("remove rule {handle} of chain {CHAIN}"), &rule, MsgType::Del);
+        }
+        for accept in add {
+            let mut rule = NlRule::new(&chain);
+            // Shorter than libnftnl's limit, as names of tables are.
+            let _ = rule.set_comment(text(comment));
+            for expression in &encode(accept) {
+                rule.add_expr(&Raw(expression));
+            }
+            batch.add(&format!("add a rule to chain {CHAIN}"), &rule, MsgType::Add);
+        }
+        let sent = self.netlink.commit(batch);
+        sent.map_err(|Failed { step, error }| failed(TABLE, &step, error))
+    }
+
+    /// Removes our rules, and says what else is there.
+    fn forget(&mut self) -> Result<Jobs, NftablesError> {
+        let mut found = self.read()?;
+        let ours = found.rules.extract_if(.., |rule| rule.writer == Writer::Grants);
+        let ours: Vec<u64> = ours.map(|rule| rule.handle).collect();
+        if !ours.is_empty() {
+            self.change(&ours, &[])?;
+        }
+        Ok(found)
+    }
+
+    /// Removes our rules; the chain and the table too, where nothing else is in them. True where something of others stays.
+    pub fn leave(&mut self) -> Result<bool, NftablesError> {
+        let left = self.forget()?;
+        if !left.exists {
+            return Ok(false);
+        }
+        let error = |error| failed(TABLE, "read its chains", error);
+        let chains = self.netlink.chains(TABLE).map_err(error)?;
+        if !left.rules.is_empty() || chains.len() > 1 {
+            return Ok(true);
+        }
+        let name = text(TABLE);
+        let table = Table::new(&name, ProtoFamily::Inet);
+        let mut batch = Steps::new();
+        // A chain that somebody fills meanwhile is not removed, and the table stays with it.
+        batch.add(
+            &format!("remove chain {CHAIN}"),
+            &chain_message(&table, CHAIN, None),
+            MsgType::Del,
+        );
+        match self.netlink.commit(batch) {
+            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(true),
+            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+            done => done.map_err(|Failed { step, error }| failed(TABLE, &step, error))?,
+        }
+        let removed = self.netlink.remove(TABLE);
+        removed.map_err(|Failed { step, error }| failed(TABLE, &step, error))?;
+        Ok(false)
+    }
+}
+
+/// Removes what is ours, for an instance that does not run. True where something of others stays.
+pub fn leave(instance: &str) -> Result<bool, NftablesError> {
+    JobsChain::open(instance)?.map_or(Ok(false), |mut chain| chain.leave())
+}
+
+/// Removes the rules of an instance that goes on under another name.
+pub fn forget(instance: &str) -> Result<(), NftablesError> {
+    JobsChain::open(instance)?.map_or(Ok(()), |mut chain| chain.forget().map(drop))
+}
+
+/// What is in the chain, for those who only read; nothing where the kernel has no `nf_tables`.
+pub fn read(instance: &str) -> Result<Jobs, NftablesError> {
+    JobsChain::open(instance)?.map_or_else(|| Ok(Jobs::default()), |mut chain| chain.read())
+}
+
+/// What a rule accepts. Whatever narrows it and is not understood makes it unknown: it would let in more than it says.
+fn decode(expressions: &[Expression]) -> Result<Accept, Unknown> {
+    let Some((Expression::Verdict(Verdict::Accept), conditions)) = expressions.split_last() else {
+        return Err(Unknown::Verdict);
+    };
+    let (mut user, mut cgroup, mut address, mut port) = (None, None, None, None);
+    let (mut family, mut transport) = (None, None);
+    let mut rest = conditions.iter().filter(|expression| !is_harmless(expression));
+    while let Some(load) = rest.next() {
+        let value = match (load, rest.next()) {
+            (
+                Expression::Meta { register: REGISTER, .. }
+                | Expression::Payload { register: REGISTER, .. }
+                | Expression::Cgroup { .. },
+                Some(Expression::Compare { equal: true, value }),
+            ) => value.as_slice(),
+            (
+                Expression::Meta { .. } | Expression::Payload { .. } | Expression::Cgroup { .. },
+                Some(Expression::Compare { .. }),
+            ) => return Err(Unknown::Comparison),
+            (Expression::Meta { .. } | Expression::Payload { .. } | Expression::Cgroup { .. }, Some(other)) => {
+                return Err(Unknown::Expression(name(other)));
+            }
+            (other, _) => return Err(Unknown::Expression(name(other))),
+        };
+        match load {
+            Expression::Meta { key: meta::SKUID, .. } => once(&mut user, fixed(value).map(u32::from_ne_bytes))?,
+            Expression::Cgroup { level } => {
+                let id = fixed(value).map(u64::from_ne_bytes);
+                once(&mut cgroup, id.map(|id| CgroupId { id, level: *level }))?;
+            }
+            Expression::Meta { key: meta::NFPROTO, .. } => once(&mut family, fixed(value).map(|[family]| family))?,
+            Expression::Meta { key: meta::L4PROTO, .. }
+            | Expression::Payload {
+                base: base::NETWORK,
+                offset: 9,
+                length: 1,
+                ..
+            } => once(&mut transport, fixed(value).map(|[protocol]| protocol))?,
+            Expression::Payload {
+                base: base::NETWORK,
+                offset: 16,
+                length: 4,
+                ..
+            } => once(
+                &mut address,
+                fixed(value).map(|octets| Ipv4Addr::from_octets(octets).into()),
+            )?,
+            Expression::Payload {
+                base: base::NETWORK,
+                offset: 24,
+                length: 16,
+                ..
+            } => once(
+                &mut address,
+                fixed(value).map(|octets| Ipv6Addr::from_octets(octets).into()),
+            )?,
+            Expression::Payload {
+                base: base::TRANSPORT,
+                offset: 2,
+                length: 2,
+                ..
+            } => once(&mut port, fixed(value).map(u16::from_be_bytes))?,
+            other => return Err(Unknown::Expression(name(other))),
+        }
+    }
+    if transport.is_some_and(|protocol| protocol != TCP) {
+        return Err(Unknown::Transport);
+    }
+    let is_v4 = |address: &IpAddr| if address.is_ipv4() { IPV4 } else { IPV6 };
+    if let (Some(family), Some(address)) = (family, &address)
+        && family != is_v4(address)
+    {
+        return Err(Unknown::Comparison);
+    }
+    if (user, cgroup) == (None, None) {
+        return Err(Unknown::Nobody);
+    }
+    Ok(Accept {
+        subject: Subject { user, cgroup },
+        to: Destination { address, port },
+    })
+}
+
+/// Takes what is compared, once.
+fn once<T>(place: &mut Option<T>, value: Option<T>) -> Result<(), Unknown> {
+    let value = value.ok_or(Unknown::Comparison)?;
+    if place.replace(value).is_some() {
+        return Err(Unknown::Twice);
+    }
+    Ok(())
+}
+
+fn fixed<const LENGTH: usize>(value: &[u8]) -> Option<[u8; LENGTH]> {
+    value.try_into().ok()
+}
+
+/// Whether it narrows nothing.
+fn is_harmless(expression: &Expression) -> bool {
+    match expression {
+        Expression::Log { .. } | Expression::Count(_) => true,
+        Expression::Other(name) => name == "counter",
+        _ => false,
+    }
+}
+
+/// As nft's debug output names it.
+fn name(expression: &Expression) -> String {
+    let name = match expression {
+        Expression::Meta { .. } => "meta",
+        Expression::Payload { .. } => "payload",
+        Expression::Mask(_) => "bitwise",
+        Expression::Compare { .. } => "cmp",
+        Expression::Lookup { .. } => "lookup",
+        Expression::Cgroup { .. } => "socket",
+        Expression::Count(_) => "objref",
+        Expression::Limit { .. } => "limit",
+        Expression::Log { .. } => "log",
+        Expression::Reject { .. } | Expression::Prohibit => "reject",
+        Expression::Verdict(_) => "immediate",
+        Expression::Other(name) => name,
+    };
+    name.to_owned()
+}
+
+/// A rule in the agent's own shape.
+fn encode(accept: &Accept) -> Vec<Expression> {
+    let compare = |load, value| [load, Expression::Compare { equal: true, value }];
+    let meta = |key| Expression::Meta {
+        key,
+        register: REGISTER,
+    };
+    let payload = |base, offset, length| Expression::Payload {
+        base,
+        offset,
+        length,
+        register: REGISTER,
+    };
+    let mut all = Vec::new();
+    let Accept { subject, to } = accept;
+    if let Some(CgroupId { id, level }) = subject.cgroup {
+        all.extend(compare(Expression::Cgroup { level }, id.to_ne_bytes().to_vec()));
+    }
+    if let Some(user) = subject.user {
+        all.extend(compare(meta(meta::SKUID), user.to_ne_bytes().to_vec()));
+    }
+    match to.address {
+        Some(IpAddr::V4(address)) => {
+            all.extend(compare(meta(meta::NFPROTO), vec![IPV4]));
+            all.extend(compare(payload(base::NETWORK, 16, 4), address.octets().to_vec()));
+        }
+        Some(IpAddr::V6(address)) => {
+            all.extend(compare(meta(meta::NFPROTO), vec![IPV6]));
+            all.extend(compare(payload(base::NETWORK, 24, 16), address.octets().to_vec()));
+        }
+        None => {}
+    }
+    if let Some(port) = to.port {
+        all.extend(compare(meta(meta::L4PROTO), vec![TCP]));
+        all.extend(compare(payload(base::TRANSPORT, 2, 2), port.to_be_bytes().to_vec()));
+    }
+    all.push(Expression::Verdict(Verdict::Accept));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at_monit(user: Option<u32>, cgroup: Option<CgroupId>) -> Accept {
+        Accept {
+            subject: Subject { user, cgroup },
+            to: Destination {
+                address: Some(Ipv4Addr::LOCALHOST.into()),
+                port: Some(2822),
+            },
+        }
+    }
+
+    #[test]
+    fn b5_what_is_written_is_read() {
+        let cgroup = CgroupId { id: 4711, level: 2 };
+        for accept in [
+            at_monit(Some(1000), None),
+            at_monit(None, Some(cgroup)),
+            at_monit(Some(0), Some(cgroup)),
+            Accept {
+                to: Destination {
+                    address: Some(Ipv6Addr::LOCALHOST.into()),
+                    port: None,
+                },
+                ..at_monit(Some(1), None)
+            },
+            Accept {
+                to: Destination::default(),
+                ..at_monit(Some(1), None)
+            },
+        ] {
+            assert_eq!(decode(&encode(&accept)), Ok(accept));
+        }
+    }
+
+    #[test]
+    fn b5_what_narrows_a_rule_and_is_not_understood_makes_it_unknown() {
+        let known = encode(&at_monit(Some(1000), None));
+        let with = |index: usize, expressions: &[Expression]| {
+            let mut rule = known.clone();
+            rule.splice(index..index, expressions.iter().cloned());
+            decode(&rule)
+        };
+        let log = Expression::Log {
+            group: 0,
+            prefix: "job: ".to_owned(),
+        };
+        let counter = Expression::Other("counter".to_owned());
+        for index in 0..known.len() {
+            assert_eq!(
+                with(index, &[log.clone(), counter.clone()]),
+                Ok(at_monit(Some(1000), None)),
+                "{index}"
+            );
+            let limit = Expression::Limit { rate: 1, burst: 1 };
+            assert!(with(index, &[limit]).is_err(), "{index}");
+            assert!(with(index, &[Expression::Other("ct".to_owned())]).is_err(), "{index}");
+        }
+        assert_eq!(with(0, &known[..2]), Err(Unknown::Twice));
+        let skgid = Expression::Meta {
+            key: 11,
+            register: REGISTER,
+        };
+        let equals = |value: &[u8]| Expression::Compare {
+            equal: true,
+            value: value.to_vec(),
+        };
+        assert_eq!(
+            with(0, &[skgid, equals(&[0; 4])]),
+            Err(Unknown::Expression("meta".to_owned()))
+        );
+        let change = |index: usize, expression| {
+            let mut rule = known.clone();
+            if let Some(place) = rule.get_mut(index) {
+                *place = expression;
+            }
+            decode(&rule)
+        };
+        let differs = Expression::Compare {
+            equal: false,
+            value: 1000_u32.to_ne_bytes().to_vec(),
+        };
+        assert_eq!(change(1, differs), Err(Unknown::Comparison));
+        assert_eq!(change(1, equals(&[1, 2])), Err(Unknown::Comparison));
+        assert_eq!(change(3, equals(&[IPV6])), Err(Unknown::Comparison));
+        assert_eq!(change(7, equals(&[17])), Err(Unknown::Transport));
+        let last = known.len() - 1;
+        assert_eq!(
+            change(last, Expression::Verdict(Verdict::Return)),
+            Err(Unknown::Verdict)
+        );
+        assert_eq!(decode(&known[2..]), Err(Unknown::Nobody));
+        assert_eq!(decode(&known[last..]), Err(Unknown::Nobody));
+        assert_eq!(decode(&[]), Err(Unknown::Verdict));
+        let elsewhere = Expression::Meta {
+            key: meta::SKUID,
+            register: 2,
+        };
+        assert_eq!(change(0, elsewhere), Err(Unknown::Comparison));
+    }
+}
