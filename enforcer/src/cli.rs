@@ -22,9 +22,8 @@ use tokio::task::JoinSet;
 
 use crate::{
     backend::{self, InForce, nftables::jobs},
-    client,
     config::{self, Config, ConfigError, Settings},
-    control::{self, ControlError, Reply, Request},
+    control::{self, AskError, Reply, Request},
     daemon, host,
     policy::{Answers, Name},
     resolve::{Names, lookup},
@@ -303,12 +302,12 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
 }
 
 /// Whether no daemon was asked: then the kernel alone tells. That another user waits for such questions is worth a line.
-fn is_nobody(error: &ControlError) -> bool {
-    let is_impostor = matches!(error, ControlError::Impostor { .. });
+fn is_nobody(error: &AskError) -> bool {
+    let is_impostor = matches!(error, AskError::Impostor { .. });
     if is_impostor {
         complain("warning", &error.to_string());
     }
-    is_impostor || matches!(error, ControlError::NoDaemon { .. })
+    is_impostor || matches!(error, AskError::NoDaemon { .. })
 }
 
 /// What is in force, as the kernel alone tells.
@@ -357,8 +356,11 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
     let socket = place(config)?.socket;
-    let status = client::refresh_blocking(&socket, refresh.timeout.into())?;
-    print_one(&status, &refresh.json, Status::render)?;
+    let asked = runtime()?.block_on(control::ask(&socket, &Request::Refresh, refresh.timeout.into()))?;
+    let Reply::Status(status) = asked else {
+        bail!("the daemon answered something else than its status; is it another version?");
+    };
+    print_one(&*status, &refresh.json, Status::render)?;
     Ok(answer_of(&status))
 }
 

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use enforcer_client::Ask;
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -18,13 +19,17 @@ use tokio::{
 
 use crate::{
     events::{GrantEvent, Line},
-    host::{START, own_dir},
+    host::own_dir,
     status::Status,
     verify::Verification,
 };
 
 mod peer;
 
+pub use enforcer_client::{
+    AskError,
+    wire::{GrantRequest, Request, RevokeRequest, Selector},
+};
 pub use peer::{CgroupError, Peer};
 
 /// Longest request, in bytes.
@@ -33,88 +38,11 @@ const MAX_REQUEST: u64 = 32 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a caller for whom there is no place may take to hear so.
 const FULL_PATIENCE: Duration = Duration::from_millis(100);
-/// Between two tries to reach a daemon that is behind.
-const RETRY: Duration = Duration::from_millis(50);
 /// Between two lines of the log that say that nobody can be accepted.
 const QUIET: Duration = Duration::from_mins(1);
 /// Callers served at once, and how many of them may be followers of events, who stay.
 const MAX_CALLERS: usize = 32;
 const MAX_FOLLOWERS: usize = 16;
-
-/// What can be asked.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Request {
-    /// What is in force.
-    Status,
-    /// Look all names up now; answered when the kernel holds the result.
-    Refresh,
-    /// The last denials, and with `follow` those to come.
-    Events {
-        /// Go on until the caller hangs up.
-        #[serde(default)]
-        follow: bool,
-    },
-    /// Let somebody in to a target.
-    Grant(GrantRequest),
-    /// End what was granted.
-    Revoke(RevokeRequest),
-    /// What is granted.
-    Grants,
-    /// Compare all that the kernel holds with what is wanted.
-    Verify,
-    /// Remove everything from the kernel and end.
-    Unload,
-}
-
-/// Let somebody in to a target; answered when the kernel holds it and the disk keeps it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GrantRequest {
-    /// The target's name.
-    pub target: String,
-    /// Who.
-    #[serde(default)]
-    pub to: Selector,
-    /// The job whose container is let in instead, where the caller's own cgroup holds more than a job.
-    #[serde(default)]
-    pub otherwise: Option<String>,
-    /// How long; for good where absent.
-    #[serde(default)]
-    pub seconds: Option<u64>,
-}
-
-/// End what was granted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RevokeRequest {
-    /// The target's name.
-    pub target: String,
-    /// Who.
-    #[serde(default)]
-    pub to: Selector,
-    /// Everybody, whatever `to` says.
-    #[serde(default)]
-    pub all: bool,
-}
-
-/// Who is meant: the caller's own cgroup where all are absent.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Selector {
-    /// A user's name or UID; anywhere, unless a cgroup or a process is given too.
-    #[serde(default)]
-    pub user: Option<String>,
-    /// A cgroup's path from the root of the hierarchy.
-    #[serde(default)]
-    pub cgroup: Option<String>,
-    /// A BOSH job, whose BPM container's cgroup is meant.
-    #[serde(default)]
-    pub job: Option<String>,
-    /// A process, whose cgroup is meant.
-    #[serde(default)]
-    pub pid: Option<u32>,
-}
 
 /// `enforcer grants --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,56 +163,6 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
-    /// No daemon answers.
-    #[error("no daemon answers on {}: {error}; {START}", path.display())]
-    NoDaemon {
-        /// The socket.
-        path: PathBuf,
-        /// Why not.
-        error: io::Error,
-    },
-    /// It is not root's.
-    #[error("{} is user {uid}'s, not root's: what answers there is no enforcer and was asked nothing; {START}, which takes its place", path.display())]
-    Impostor {
-        /// The socket.
-        path: PathBuf,
-        /// The user who has its directory, or who listens.
-        uid: u32,
-    },
-    /// The daemon took too long.
-    #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match **request {
-        Request::Refresh => "it may still be looking names up: give it longer with --timeout",
-        Request::Status
-        | Request::Events { .. }
-        | Request::Grant(_)
-        | Request::Revoke(_)
-        | Request::Grants
-        | Request::Verify
-        | Request::Unload => "its log may say why: restart it if this stays",
-    })]
-    TimedOut {
-        /// The socket.
-        path: PathBuf,
-        /// How long it was waited for.
-        patience: Duration,
-        /// What was asked.
-        request: Box<Request>,
-    },
-    /// The daemon ended before it answered.
-    #[error("the daemon on {} hung up without an answer; its log may say why", path.display())]
-    HungUp {
-        /// The socket.
-        path: PathBuf,
-    },
-    /// The daemon said something else than an answer.
-    #[error("the daemon on {} did not answer as asked; is it another version?", path.display())]
-    Protocol {
-        /// The socket.
-        path: PathBuf,
-    },
-    /// The daemon refused or failed.
-    #[error("{0}")]
-    Refused(Box<str>),
 }
 
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).
@@ -326,17 +204,11 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 }
 
 /// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
-pub async fn nobody_listens(path: &Path) -> Result<(), ControlError> {
-    if lies_in_ours(path).is_err() {
-        return Ok(());
+pub fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+    if enforcer_client::ask::is_served(path) {
+        return Err(ControlError::Busy { path: path.into() });
     }
-    match UnixStream::connect(path).await {
-        Ok(stream) if is_roots(&stream, path).is_err() => Ok(()),
-        Ok(_) => Err(ControlError::Busy { path: path.into() }),
-        // One that is too busy to accept.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ControlError::Busy { path: path.into() }),
-        Err(_) => Ok(()),
-    }
+    Ok(())
 }
 
 /// Accepts callers for ever and hands their requests to the loop.
@@ -374,18 +246,8 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
 }
 
 /// Asks the daemon and returns its one answer.
-pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, ControlError> {
-    let answer = async {
-        let line = call(path, request).await?.next_line().await;
-        let line = line
-            .ok()
-            .flatten()
-            .ok_or_else(|| ControlError::HungUp { path: path.into() })?;
-        parse(&line)
-            .ok_or_else(|| ControlError::Protocol { path: path.into() })
-            .and_then(refused)
-    };
-    within(patience, path, request, answer).await
+pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, AskError> {
+    Ask::new(path, request, patience).answer().await
 }
 
 /// Asks the daemon and hands on each answer until it ends or `each` says so.
@@ -393,103 +255,14 @@ pub async fn ask_many(
     path: &Path,
     request: &Request,
     mut each: impl FnMut(Reply) -> io::Result<()>,
-) -> Result<(), ControlError> {
-    let mut lines = within(PATIENCE, path, request, call(path, request)).await?;
-    while let Ok(Some(line)) = lines.next_line().await {
-        let reply = parse(&line).ok_or_else(|| ControlError::Protocol { path: path.into() })?;
-        if each(refused(reply)?).is_err() {
+) -> Result<(), AskError> {
+    let mut answers = Ask::new(path, request, PATIENCE).answers().await?;
+    while let Some(reply) = answers.next().await? {
+        if each(reply).is_err() {
             break;
         }
     }
     Ok(())
-}
-
-async fn within<T>(
-    patience: Duration,
-    path: &Path,
-    request: &Request,
-    work: impl Future<Output = Result<T, ControlError>>,
-) -> Result<T, ControlError> {
-    timeout(patience, work).await.unwrap_or_else(|_| {
-        Err(ControlError::TimedOut {
-            path: path.into(),
-            patience,
-            request: Box::new(request.clone()),
-        })
-    })
-}
-
-type Lines = tokio::io::Lines<BufReader<UnixStream>>;
-
-#[allow(clippy::wildcard_enum_match_arm, reason = "any other cause is told as it is")]
-async fn call(path: &Path, request: &Request) -> Result<Lines, ControlError> {
-    let failed = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::BrokenPipe => {
-            ControlError::NoDaemon {
-                path: path.into(),
-                error,
-            }
-        }
-        _ => ControlError::Io {
-            action: "connect to",
-            path: path.into(),
-            error,
-        },
-    };
-    lies_in_ours(path)?;
-    let mut stream = loop {
-        match UnixStream::connect(path).await {
-            // The daemon is behind with accepting (connect(2), `EAGAIN`).
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(RETRY).await,
-            connected => break connected.map_err(failed)?,
-        }
-    };
-    is_roots(&stream, path)?;
-    let mut line = serde_json::to_string(request).map_err(|error| failed(error.into()))?;
-    line.push('\n');
-    stream.write_all(line.as_bytes()).await.map_err(failed)?;
-    Ok(BufReader::new(stream).lines())
-}
-
-/// Fails where the directory is another user's, who could answer there (F6).
-fn lies_in_ours(path: &Path) -> Result<(), ControlError> {
-    match path.parent().and_then(own_dir::foreign) {
-        Some(uid) => Err(ControlError::Impostor { path: path.into(), uid }),
-        None => Ok(()),
-    }
-}
-
-/// Fails where another user's process listens (unix(7), `SO_PEERCRED`).
-fn is_roots(stream: &UnixStream, path: &Path) -> Result<(), ControlError> {
-    let peer = stream.peer_cred().map_err(|error| ControlError::Io {
-        action: "ask who listens on",
-        path: path.into(),
-        error,
-    })?;
-    if peer.uid() == 0 {
-        return Ok(());
-    }
-    Err(ControlError::Impostor {
-        path: path.into(),
-        uid: peer.uid(),
-    })
-}
-
-fn parse(line: &str) -> Option<Reply> {
-    serde_json::from_str(line).ok()
-}
-
-fn refused(reply: Reply) -> Result<Reply, ControlError> {
-    match reply {
-        Reply::Error(error) => Err(ControlError::Refused(error.into())),
-        Reply::Status(_)
-        | Reply::Event(_)
-        | Reply::Grant(_)
-        | Reply::Revoked(_)
-        | Reply::Grants(_)
-        | Reply::Verification(_)
-        | Reply::Done => Ok(reply),
-    }
 }
 
 async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Arc<Semaphore>) -> io::Result<()> {

@@ -164,12 +164,12 @@ struct Waiting {
 /// Puts a configuration in force once, looking every name up, and returns what is then in force.
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = Wanted::load(path)?;
-    control::nobody_listens(&wanted.config.settings.socket).await?;
+    control::nobody_listens(&wanted.config.settings.socket)?;
     let (left, good) = Left::claim(&wanted.config.settings.state_dir);
     let wanted = boot::has_not_gone(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
-        control::nobody_listens(&good.settings.socket).await?;
+        control::nobody_listens(&good.settings.socket)?;
     }
     let mut daemon = Daemon::start(wanted, false, left)?;
     daemon.take_whole_bus().await;

@@ -14,6 +14,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(crate) use enforcer_client::ask::START;
+pub use enforcer_client::ask::remedy;
 use ipnet::IpNet;
 
 use self::hierarchy::Hierarchy;
@@ -23,9 +25,6 @@ pub use self::{
     residents::supervisor,
 };
 use crate::{policy::CgroupPath, ruleset::Host};
-
-/// What to do where no daemon runs.
-pub(crate) const START: &str = "start the daemon (systemctl start enforcer, or sv start enforcer)";
 
 /// A file of which others chose a part: bytes that are no text neither hide the rest nor fail it.
 pub(crate) fn read_lossy(path: impl AsRef<Path>) -> io::Result<String> {
@@ -79,16 +78,6 @@ pub fn ancestors(mount: Option<&Path>, path: &CgroupPath) -> io::Result<Vec<u64>
 #[must_use]
 pub fn directory_id(cgroup: &Path) -> Option<u64> {
     fs::metadata(cgroup).ok().map(|meta| meta.ino())
-}
-
-/// What to do about an error of the operating system, to end its message with.
-#[must_use]
-pub fn remedy(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::PermissionDenied {
-        "; run as root"
-    } else {
-        ""
-    }
 }
 
 /// The parent of every cgroup below a mount, by id; the mount's own is itself.

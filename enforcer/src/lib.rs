@@ -25,12 +25,9 @@ pub mod verify;
 pub mod grants;
 pub mod jobs;
 
-pub mod client;
 pub mod control;
 pub mod daemon;
 
 pub mod doctor;
 
 pub mod cli;
-
-pub use client::{DEFAULT_SOCKET, refresh, refresh_blocking};

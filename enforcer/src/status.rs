@@ -1,5 +1,6 @@
 //! What is in force and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
 
+pub use enforcer_client::State;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -59,20 +60,6 @@ pub struct Status {
 
 /// The backend where nothing is in force.
 const NOTHING: &str = "none";
-
-/// The state in a word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// All as asked for.
-    Enforcing,
-    /// All as asked for, and nothing is refused.
-    Audit,
-    /// Enforced, but not all as asked for.
-    Degraded,
-    /// Nothing is in force.
-    Off,
-}
 
 /// The daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

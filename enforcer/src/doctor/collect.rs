@@ -32,7 +32,7 @@ use crate::{
     },
     bosh,
     config::{Backend, Config, Settings},
-    control::{self, ControlError, Reply, Request},
+    control::{self, AskError, Reply, Request},
     daemon::complete,
     grants,
     host::{
@@ -249,7 +249,7 @@ impl Seen {
     async fn ask_daemon(&mut self) {
         match control::ask(&self.settings.socket, &Request::Status, Duration::from_secs(5)).await {
             Ok(Reply::Status(status)) => self.daemon = Some(*status),
-            Err(ControlError::NoDaemon { .. }) => {}
+            Err(AskError::NoDaemon { .. }) => {}
             Ok(_) => drop(self.saw::<(), _>("the daemon", Err("it answered something else than its status"))),
             Err(error) => drop(self.saw::<(), _>("the daemon", Err(error))),
         }

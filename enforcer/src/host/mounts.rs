@@ -29,8 +29,6 @@ pub struct Mount {
     peers: Option<u32>,
     /// Its type.
     pub kind: String,
-    /// The user who mounted it, by its word (`user_id=` of FUSE, Documentation/filesystems/fuse.rst).
-    user: Option<u32>,
 }
 
 /// What another process finds at a path of ours.
@@ -79,12 +77,6 @@ impl Mounts {
         self.reached(&mount.point).is_some_and(|reached| reached.id == mount.id)
     }
 
-    /// The user who has mounted what is on an absolute path without links, where its file system says so.
-    #[must_use]
-    pub fn user_of(&self, path: &Path) -> Option<u32> {
-        self.reached(path).filter(|mount| mount.point == path)?.user
-    }
-
     /// The mount that an absolute path without links ends in. Goes as the kernel does, from the root on across each mount point on the
     /// way, so that a mount that a later one hides is not taken for it.
     fn reached(&self, path: &Path) -> Option<&Mount> {
@@ -130,10 +122,6 @@ impl From<MountInfo> for Mount {
             root: unescape(&info.root),
             point: unescape(&info.mount_point.to_string_lossy()),
             peers,
-            user: info
-                .super_options
-                .get("user_id")
-                .and_then(|uid| uid.as_ref()?.parse().ok()),
             kind: info.fs_type,
         }
     }

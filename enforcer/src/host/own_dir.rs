@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use enforcer_client::trust;
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, RenameFlags, renameat2},
@@ -15,8 +16,6 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use tracing::warn;
-
-use super::mounts::Mounts;
 
 /// The user whose files and directories are trusted.
 const ROOT: u32 = 0;
@@ -72,7 +71,7 @@ pub fn reclaim(dir: &Path) -> io::Result<()> {
 
 /// What lies at a path that is ours: none where there is nothing, or something of another user's. A link is followed only if it is root's.
 pub fn metadata(path: &Path) -> io::Result<Option<Metadata>> {
-    if foreign(path).is_some() {
+    if is_anothers(path) {
         return Ok(None);
     }
     match fs::metadata(path) {
@@ -82,21 +81,14 @@ pub fn metadata(path: &Path) -> io::Result<Option<Metadata>> {
     }
 }
 
-/// The user, other than root, who owns what lies at a path of ours.
-#[must_use]
-pub fn foreign(path: &Path) -> Option<u32> {
-    mounted_by(path).or_else(|| {
-        let meta = fs::symlink_metadata(path).ok()?;
-        is_foreign(path, &meta).then_some(meta.uid())
-    })
+/// Whether what lies at a path of ours is another user's.
+fn is_anothers(path: &Path) -> bool {
+    mounted_by(path).is_some() || fs::symlink_metadata(path).is_ok_and(|meta| is_foreign(path, &meta))
 }
 
-/// The user, other than root, who has mounted a file system of their own there, as fusermount lets users do: what it shows, owners too,
-/// is that user's word.
+/// The user, other than root, who has mounted a file system of their own there: what it shows, owners too, is that user's word.
 fn mounted_by(dir: &Path) -> Option<u32> {
-    let (parent, name) = (dir.parent()?, dir.file_name()?);
-    let real = fs::canonicalize(parent).ok()?.join(name);
-    Mounts::own().ok()?.user_of(&real).filter(|uid| *uid != ROOT)
+    trust::mounted_by(dir).filter(|uid| *uid != ROOT)
 }
 
 /// Another user's. Of a bpffs a directory with something of root's in it is ours with a changed owner: moving that away could end

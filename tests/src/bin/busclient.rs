@@ -69,7 +69,7 @@ async fn run(cli: Cli) -> Result<()> {
 }
 
 async fn refresh(socket: PathBuf) {
-    match enforcer::refresh(&socket, PATIENCE * 5).await {
+    match enforcer_client::refresh(&socket, PATIENCE * 5).await {
         Ok(_) => println!("refreshed"),
         Err(error) => println!("failed {error}"),
     }
