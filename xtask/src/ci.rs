@@ -1,11 +1,12 @@
-//! What CI checks before the tests: format, lints with warnings denied, and that setup installs every program that the sources run.
+//! What CI checks before the tests: format, lints with warnings denied, that the client library needs nothing but Rust, and that setup
+//! installs every program that the sources run.
 
 use anyhow::Result;
 
 use crate::{
     progress::build,
     run::{cargo, shown},
-    setup,
+    setup, stock,
 };
 
 /// Checks all that.
@@ -17,6 +18,7 @@ pub(crate) fn run() -> Result<()> {
         "ci: check lints (a few minutes when nothing is built yet)",
         cargo().args(["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"]),
     )?;
+    stock::run()?;
     let programs = ["test", "--package", "xtask", "--lib"];
     build(
         "ci: build what finds the programs",

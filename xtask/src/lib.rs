@@ -12,6 +12,7 @@ mod progress;
 mod root;
 mod run;
 mod setup;
+mod stock;
 mod suites;
 mod vm;
 
@@ -58,7 +59,7 @@ enum Task {
     /// each under QEMU with the binary and the suite in an initramfs, and tells what passed where, in target/vm/matrix.md and junit.xml too.
     /// `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of that name; `--keep` then gives a shell there.
     Vm(vm::Options),
-    /// Check format, lints and that setup installs every program that is run, as CI does before the tests
+    /// Check format, lints, that the client library needs nothing but Rust, and that setup installs every program that is run, as CI does before the tests
     Ci,
     /// Run commands as a new user would: in a minimal system, in a clean clone of HEAD (as root)
     ///

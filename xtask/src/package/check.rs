@@ -15,7 +15,7 @@ const GLIBC: (u32, u32) = (2, 35);
 /// the daemon would not see those of the host; that Landlock confines its writing the tool does not know.
 const EXPOSURE: &str = "37";
 /// Files and modes, man pages apart. Directories are not listed.
-const FILES: [(&str, &str); 22] = [
+const FILES: [(&str, &str); 23] = [
     ("644", "/etc/enforcer/enforcer.toml"),
     ("755", "/etc/sv/enforcer/check"),
     ("755", "/etc/sv/enforcer/finish"),
@@ -29,6 +29,7 @@ const FILES: [(&str, &str); 22] = [
     ("755", "/usr/sbin/enforcer"),
     ("644", "/usr/share/bash-completion/completions/enforcer"),
     ("644", "/usr/share/doc/enforcer/README.md"),
+    ("644", "/usr/share/doc/enforcer/agent.md"),
     ("644", "/usr/share/doc/enforcer/architecture.md"),
     ("644", "/usr/share/doc/enforcer/copyright"),
     ("644", "/usr/share/doc/enforcer/guarantees.md"),
