@@ -123,7 +123,7 @@ const VERIFICATION: &str = r#"{"schema":"S","identical":false,"against":"daemon"
 "differences":[{"object":"map","kind":"changed","entry":"e","wanted":"w","found":"f"},{"object":"link","kind":"extra","entry":"e","wanted":null,"found":"f"}]}"#;
 
 const GRANTS: &str = r#"{"schema":"S","limit":9,"grants":[{"target":"monit","user":null,"cgroup":"/a","cgroup_exists":true,"cgroup_writable":"/a is of user 7",
-"active":true,"since":"T","expires":"T","pid":7,"uid":0,"comm":"sh"}]}"#;
+"active":true,"since":"T","expires":"T","pid":7,"uid":0,"comm":"sh"}],"job_rules":[{"handle":7,"user":7,"cgroup":"/a","ignored":"/a is of user 7"}]}"#;
 
 const EVENT: &str = r#"{"schema":"S","time":"T","verdict":"deny","backend":"ebpf","pid":7,"tid":7,"comm":"sh","kernel_thread":false,"task_uid":7,"socket_uid":8,
 "cgroup_id":1,"netns_cookie":1,"source":null,"protocol":"tcp","dialled":"10.0.0.1:1","judged":"10.0.0.1:2","target":"bus","generation":3}"#;

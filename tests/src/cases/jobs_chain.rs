@@ -121,16 +121,6 @@ impl Host {
         self.netns.nft(&rule).map(drop)
     }
 
-    /// Waits until an attempt gets through, and fails where the daemon takes longer than it promises.
-    fn comes_in(&self, what: &str, attack: &Attack) -> Result<()> {
-        let started = std::time::Instant::now();
-        until(what, || Ok(attack.run()?.errno.is_none()))?;
-        // 100 ms, and what an attempt takes here.
-        let (took, limit) = (started.elapsed(), at_this_load(Duration::from_millis(500))?);
-        ensure!(took <= limit, "{what}: {took:?}, more than {limit:?}");
-        Ok(())
-    }
-
     fn goes_out(&self, what: &str, attack: &Attack) -> Result<()> {
         // With both backends the packet is refused first.
         let refusal = if self.backend == "nftables" {
@@ -199,6 +189,16 @@ impl Host {
     }
 }
 
+/// Waits until an attempt gets through, and fails where the daemon takes longer than it promises.
+fn comes_in(what: &str, attack: &Attack) -> Result<()> {
+    let started = std::time::Instant::now();
+    until(what, || Ok(attack.run()?.errno.is_none()))?;
+    // 100 ms, and what an attempt takes here.
+    let (took, limit) = (started.elapsed(), at_this_load(Duration::from_millis(500))?);
+    ensure!(took <= limit, "{what}: {took:?}, more than {limit:?}");
+    Ok(())
+}
+
 fn let_in(backend: &'static str) -> Result<()> {
     let host = Host::new(backend)?;
     let daemon = host.daemon()?;
@@ -207,7 +207,7 @@ fn let_in(backend: &'static str) -> Result<()> {
     host.is_refused(&nobody)?;
     host.is_refused(&host.other(NOBODY)?)?;
     host.rule(&format!("meta skuid {NOBODY}"))?;
-    host.comes_in("a user's rule counts", &nobody)?;
+    comes_in("a user's rule counts", &nobody)?;
     host.monit(0)?.reaches()?;
     host.is_refused(&other)?;
     host.is_refused(&host.other(NOBODY)?)?;
@@ -218,7 +218,7 @@ fn let_in(backend: &'static str) -> Result<()> {
         "add rule {CHAIN} {matches} ip daddr 127.0.0.1 tcp dport {port} log prefix \"job: \" counter accept"
     ))?;
     let inside = host.monit(OTHER)?.in_cgroup(&dir);
-    host.comes_in("a cgroup's rule counts", &inside)?;
+    comes_in("a cgroup's rule counts", &inside)?;
     host.is_refused(&other)?;
     let rules = host.job_rules()?;
     let path = format!("/{}", dir.strip_prefix(cgroup_mount()?)?.display());
@@ -396,7 +396,7 @@ fn other_shapes() -> Result<()> {
     ensure!(log.matches("lets nobody in to monit").count() == rules.len(), "{log}");
     // Beside them one of the known shape counts.
     host.rule(&user)?;
-    host.comes_in("a rule of the known shape", &nobody)?;
+    comes_in("a rule of the known shape", &nobody)?;
     host.enforcer(&["status"]).map(drop)
 }
 
@@ -415,7 +415,7 @@ fn nothing_else() -> Result<()> {
         }
         host.netns
             .nft(&format!("add rule {CHAIN} meta skuid {NOBODY} accept"))?;
-        host.comes_in("a rule for all destinations", &host.monit(NOBODY)?)?;
+        comes_in("a rule for all destinations", &host.monit(NOBODY)?)?;
         for address in [[127, 0, 0, 2], [127, 0, 0, 3]] {
             host.is_refused(&host.at(NOBODY, address)?)?;
             host.at(0, address)?.reaches()?;
@@ -459,7 +459,7 @@ fn not_wanted() -> Result<()> {
     daemon.reload()?;
     host.is_refused(&nobody)?;
     host.rule(&format!("meta skuid {NOBODY}"))?;
-    host.comes_in("a job's rule", &nobody)?;
+    comes_in("a job's rule", &nobody)?;
     host.configure(false, "")?;
     daemon.reload()?;
     host.is_refused(&nobody)?;
@@ -482,7 +482,7 @@ fn under_fire() -> Result<()> {
     let host = Host::new("nftables")?;
     let daemon = host.daemon()?;
     host.rule("meta skuid 1")?;
-    host.comes_in("a job's rule", &host.monit(1)?)?;
+    comes_in("a job's rule", &host.monit(1)?)?;
     let fire = host.world.path("fire");
     fs::write(&fire, "")?;
     let denied = host.monit(NOBODY)?.hammer(&fire)?;
@@ -508,7 +508,7 @@ fn taken_away() -> Result<()> {
     for harm in ["delete table inet bosh_agent", "flush table inet bosh_agent"] {
         host.is_refused(&nobody)?;
         host.rule(&format!("meta skuid {NOBODY}"))?;
-        host.comes_in("a job's rule", &nobody)?;
+        comes_in("a job's rule", &nobody)?;
         host.netns.nft(harm)?;
         host.goes_out("it went with the chain", &nobody)?;
         until("the chain is back", || Ok(host.tables()?.contains("bosh_agent")))?;
@@ -523,7 +523,7 @@ fn gone() -> Result<()> {
     let (dir, matches) = host.job("child")?;
     host.rule(&matches)?;
     let inside = host.monit(NOBODY)?.in_cgroup(&dir);
-    host.comes_in("a cgroup's rule", &inside)?;
+    comes_in("a cgroup's rule", &inside)?;
     // Made again it is another cgroup, for which the agent's chain has no rule either.
     fs::remove_dir(&dir)?;
     fs::create_dir(&dir)?;
@@ -555,7 +555,7 @@ fn thousands() -> Result<()> {
     let text: String = (100_000..104_000).map(rule).collect();
     fs::write(&file, text)?;
     host.netns.nft(&format!("include \"{}\"", file.display()))?;
-    host.comes_in("the first of thousands", &host.monit(100_000)?)?;
+    comes_in("the first of thousands", &host.monit(100_000)?)?;
     host.monit(101_023)?.reaches()?;
     host.is_refused(&host.monit(101_024)?)?;
     host.is_refused(&host.monit(NOBODY)?)?;
@@ -578,7 +578,7 @@ fn bad_configuration() -> Result<()> {
         let daemon = host.daemon()?;
         host.rule(&format!("meta skuid {NOBODY}"))?;
         let nobody = host.monit(NOBODY)?;
-        host.comes_in("a job's rule", &nobody)?;
+        comes_in("a job's rule", &nobody)?;
         until("what is active is kept", || {
             Ok(host.world.path("state/last-good.json").exists())
         })?;
@@ -593,7 +593,7 @@ fn bad_configuration() -> Result<()> {
         host.flush()?;
         host.goes_out("its rule is gone", &nobody)?;
         host.rule(&format!("meta skuid {OTHER}"))?;
-        host.comes_in("another rule", &host.monit(OTHER)?)?;
+        comes_in("another rule", &host.monit(OTHER)?)?;
     }
     Ok(())
 }
@@ -638,11 +638,11 @@ fn two_instances() -> Result<()> {
     let nobody = host.monit(NOBODY)?;
     host.is_refused(&nobody)?;
     host.rule(&format!("meta skuid {NOBODY}"))?;
-    host.comes_in("both follow a job's rule", &nobody)?;
+    comes_in("both follow a job's rule", &nobody)?;
     // Each has its own grants, and what one writes the other reads.
     host.agent_starts()?;
     host.enforcer(&["grant", "monit", "--user", &OTHER.to_string()])?;
-    host.comes_in("one's grant is a rule for the other", &host.monit(OTHER)?)?;
+    comes_in("one's grant is a rule for the other", &host.monit(OTHER)?)?;
     host.netns.enforcer(&second, &["unload"])?.demand(0)?;
     host.monit(OTHER)?.reaches()?;
     nobody.reaches()?;

@@ -75,7 +75,7 @@ const SCHEMAS: [(&str, &str); 11] = [
     (
         "enforcer/grants/1",
         "limit grants grants.target grants.user grants.cgroup grants.cgroup_exists grants.cgroup_writable grants.active grants.since \
-         grants.expires grants.pid grants.uid grants.comm",
+         grants.expires grants.pid grants.uid grants.comm job_rules",
     ),
     (
         "enforcer/config/1",

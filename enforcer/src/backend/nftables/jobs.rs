@@ -281,61 +281,30 @@ fn decode(expressions: &[Expression]) -> Result<Accept, Unknown> {
     let (mut family, mut transport) = (None, None);
     let mut rest = conditions.iter().filter(|expression| !is_harmless(expression));
     while let Some(load) = rest.next() {
-        let value = match (load, rest.next()) {
-            (
-                Expression::Meta { register: REGISTER, .. }
-                | Expression::Payload { register: REGISTER, .. }
-                | Expression::Cgroup { .. },
-                Some(Expression::Compare { equal: true, value }),
-            ) => value.as_slice(),
-            (
-                Expression::Meta { .. } | Expression::Payload { .. } | Expression::Cgroup { .. },
-                Some(Expression::Compare { .. }),
-            ) => return Err(Unknown::Comparison),
-            (Expression::Meta { .. } | Expression::Payload { .. } | Expression::Cgroup { .. }, Some(other)) => {
-                return Err(Unknown::Expression(name(other)));
-            }
-            (other, _) => return Err(Unknown::Expression(name(other))),
+        let unknown = |expression| Unknown::Expression(name(expression));
+        let field = Field::of(load).ok_or_else(|| unknown(load))?;
+        let value = match rest.next() {
+            Some(Expression::Compare { equal: true, value }) => value.as_slice(),
+            Some(Expression::Compare { equal: false, .. }) => return Err(Unknown::Comparison),
+            other => return Err(unknown(other.unwrap_or(load))),
         };
-        match load {
-            Expression::Meta { key: meta::SKUID, .. } => once(&mut user, fixed(value).map(u32::from_ne_bytes))?,
-            Expression::Cgroup { level } => {
+        match field {
+            Field::User => once(&mut user, fixed(value).map(u32::from_ne_bytes))?,
+            Field::Cgroup { level } => {
                 let id = fixed(value).map(u64::from_ne_bytes);
-                once(&mut cgroup, id.map(|id| CgroupId { id, level: *level }))?;
+                once(&mut cgroup, id.map(|id| CgroupId { id, level }))?;
             }
-            Expression::Meta { key: meta::NFPROTO, .. } => once(&mut family, fixed(value).map(|[family]| family))?,
-            Expression::Meta { key: meta::L4PROTO, .. }
-            | Expression::Payload {
-                base: base::NETWORK,
-                offset: 9,
-                length: 1,
-                ..
-            } => once(&mut transport, fixed(value).map(|[protocol]| protocol))?,
-            Expression::Payload {
-                base: base::NETWORK,
-                offset: 16,
-                length: 4,
-                ..
-            } => once(
+            Field::Family => once(&mut family, fixed(value).map(|[family]| family))?,
+            Field::Transport => once(&mut transport, fixed(value).map(|[protocol]| protocol))?,
+            Field::Address4 => once(
                 &mut address,
                 fixed(value).map(|octets| Ipv4Addr::from_octets(octets).into()),
             )?,
-            Expression::Payload {
-                base: base::NETWORK,
-                offset: 24,
-                length: 16,
-                ..
-            } => once(
+            Field::Address6 => once(
                 &mut address,
                 fixed(value).map(|octets| Ipv6Addr::from_octets(octets).into()),
             )?,
-            Expression::Payload {
-                base: base::TRANSPORT,
-                offset: 2,
-                length: 2,
-                ..
-            } => once(&mut port, fixed(value).map(u16::from_be_bytes))?,
-            other => return Err(Unknown::Expression(name(other))),
+            Field::Port => once(&mut port, fixed(value).map(u16::from_be_bytes))?,
         }
     }
     if transport.is_some_and(|protocol| protocol != TCP) {
@@ -356,6 +325,54 @@ fn decode(expressions: &[Expression]) -> Result<Accept, Unknown> {
     })
 }
 
+/// What a rule of the known shapes compares.
+enum Field {
+    User,
+    Cgroup { level: u32 },
+    Family,
+    Transport,
+    Address4,
+    Address6,
+    Port,
+}
+
+impl Field {
+    /// What is loaded for a comparison; none where no rule of the known shapes has that.
+    fn of(load: &Expression) -> Option<Self> {
+        if let Expression::Cgroup { level } = load {
+            return Some(Self::Cgroup { level: *level });
+        }
+        if let Expression::Meta {
+            key,
+            register: REGISTER,
+        } = load
+        {
+            return match *key {
+                meta::SKUID => Some(Self::User),
+                meta::NFPROTO => Some(Self::Family),
+                meta::L4PROTO => Some(Self::Transport),
+                _ => None,
+            };
+        }
+        let Expression::Payload {
+            base,
+            offset,
+            length,
+            register: REGISTER,
+        } = load
+        else {
+            return None;
+        };
+        match (*base, *offset, *length) {
+            (base::NETWORK, 9, 1) => Some(Self::Transport),
+            (base::NETWORK, 16, 4) => Some(Self::Address4),
+            (base::NETWORK, 24, 16) => Some(Self::Address6),
+            (base::TRANSPORT, 2, 2) => Some(Self::Port),
+            _ => None,
+        }
+    }
+}
+
 /// Takes what is compared, once.
 fn once<T>(place: &mut Option<T>, value: Option<T>) -> Result<(), Unknown> {
     let value = value.ok_or(Unknown::Comparison)?;
@@ -374,7 +391,16 @@ fn is_harmless(expression: &Expression) -> bool {
     match expression {
         Expression::Log { .. } | Expression::Count(_) => true,
         Expression::Other(name) => name == "counter",
-        _ => false,
+        Expression::Meta { .. }
+        | Expression::Payload { .. }
+        | Expression::Mask(_)
+        | Expression::Compare { .. }
+        | Expression::Lookup { .. }
+        | Expression::Cgroup { .. }
+        | Expression::Limit { .. }
+        | Expression::Reject { .. }
+        | Expression::Prohibit
+        | Expression::Verdict(_) => false,
     }
 }
 
@@ -497,7 +523,7 @@ mod tests {
             assert!(with(index, &[limit]).is_err(), "{index}");
             assert!(with(index, &[Expression::Other("ct".to_owned())]).is_err(), "{index}");
         }
-        assert_eq!(with(0, &known[..2]), Err(Unknown::Twice));
+        assert_eq!(with(0, known.get(..2).unwrap_or_default()), Err(Unknown::Twice));
         let skgid = Expression::Meta {
             key: 11,
             register: REGISTER,
@@ -530,13 +556,13 @@ mod tests {
             change(last, Expression::Verdict(Verdict::Return)),
             Err(Unknown::Verdict)
         );
-        assert_eq!(decode(&known[2..]), Err(Unknown::Nobody));
-        assert_eq!(decode(&known[last..]), Err(Unknown::Nobody));
+        assert_eq!(decode(known.get(2..).unwrap_or_default()), Err(Unknown::Nobody));
+        assert_eq!(decode(known.get(last..).unwrap_or_default()), Err(Unknown::Nobody));
         assert_eq!(decode(&[]), Err(Unknown::Verdict));
         let elsewhere = Expression::Meta {
             key: meta::SKUID,
             register: 2,
         };
-        assert_eq!(change(0, elsewhere), Err(Unknown::Comparison));
+        assert_eq!(change(0, elsewhere), Err(Unknown::Expression("meta".to_owned())));
     }
 }
