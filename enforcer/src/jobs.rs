@@ -8,6 +8,8 @@ use std::{
     path::Path,
 };
 
+use enforcer_ebpf::NO_UID;
+
 use crate::{
     backend::nftables::jobs::{Accept, CgroupId, Destination, JobRule, Jobs, Subject, Unknown, Writer},
     grants::{self, Grantee, Grants, LimitError, MAX_GRANTS},
@@ -24,6 +26,8 @@ pub struct JobRules {
     paths: BTreeMap<CgroupId, CgroupPath>,
     /// Those of them that are there still: a cgroup made again under the same path has another id.
     there: BTreeSet<CgroupId>,
+    /// Whether the hierarchy is seen, so that what is not there has gone.
+    sees: bool,
     /// Counts changes of whom they let in.
     revision: u64,
 }
@@ -39,6 +43,8 @@ pub enum Ignored {
     Gone,
     /// It means every process of the host.
     Everybody,
+    /// Its user is the number that no user can have.
+    Nobody,
     /// There are [`MAX_GRANTS`] before it (F7).
     TooMany,
     /// Its cgroup lies too deep, or at one depth too many (F7).
@@ -52,6 +58,7 @@ impl fmt::Display for Ignored {
             Self::Elsewhere => f.write_str("it is not for an endpoint of target monit"),
             Self::Gone => f.write_str("no cgroup has that id at that level; the cgroup has gone"),
             Self::Everybody => f.write_str("it is for every process of the host"),
+            Self::Nobody => f.write_str("no user can have its number"),
             Self::TooMany => write!(
                 f,
                 "{MAX_GRANTS} rules before it let somebody in, which is the most; remove some of them"
@@ -67,10 +74,11 @@ pub type Effect<'a> = (&'a JobRule, Result<Grantee, Ignored>);
 impl JobRules {
     /// Takes the chain as it is now, and looks up the cgroups that are new in it below a mount.
     pub fn take(&mut self, chain: Jobs, mount: &Path) {
-        if chain == self.chain {
+        let is_same = chain.exists == self.chain.exists && chain.rules == self.chain.rules;
+        self.chain = chain;
+        if is_same {
             return;
         }
-        self.chain = chain;
         let named: BTreeSet<CgroupId> = self.of_others().filter_map(cgroup_of).collect();
         self.paths.retain(|id, _| named.contains(id));
         let missing: BTreeSet<CgroupId> = named.into_iter().filter(|id| !self.paths.contains_key(id)).collect();
@@ -83,6 +91,7 @@ impl JobRules {
 
     /// Looks whether the cgroups are still there.
     pub fn look(&mut self, mount: &Path) {
+        self.sees = mount.join("cgroup.procs").exists();
         let id = |path: &CgroupPath| host::directory_id(&mount.join(path.as_str().trim_start_matches('/')));
         let there = self.paths.iter().filter(|(cgroup, path)| id(path) == Some(cgroup.id));
         let there: BTreeSet<CgroupId> = there.map(|(cgroup, _)| *cgroup).collect();
@@ -157,6 +166,9 @@ impl JobRules {
             return Err(Ignored::Elsewhere);
         }
         let Subject { user, cgroup } = accept.subject;
+        if user == Some(NO_UID) {
+            return Err(Ignored::Nobody);
+        }
         let cgroup = cgroup.map(|id| {
             let there = self.there.contains(&id).then(|| self.paths.get(&id)).flatten();
             there.cloned().ok_or(Ignored::Gone)
@@ -181,7 +193,7 @@ impl JobRules {
                 !is_wanted || !rule.accepts.as_ref().is_ok_and(|accept| found.insert(*accept))
             }
             // Its container has ended; the next one has another id.
-            Writer::Container => cgroup_of(rule).is_none_or(|id| !self.there.contains(&id)),
+            Writer::Container => self.sees && cgroup_of(rule).is_some_and(|id| !self.there.contains(&id)),
             Writer::Other => false,
         });
         let stale = stale.map(|rule| rule.handle).collect();

@@ -7,7 +7,7 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{About, Daemon, grants::writable};
+use super::{About, Daemon, Wanted, grants::writable};
 use crate::{
     backend::nftables::{
         NftablesError,
@@ -21,6 +21,8 @@ use crate::{
     ruleset::Host,
 };
 
+/// How often a change is tried while others change the chain too.
+const TRIES: usize = 3;
 /// Rules that are logged one by one, of those that are others after a change.
 const LOGGED: usize = 16;
 
@@ -33,10 +35,22 @@ pub(super) struct Chain {
     /// The generation of `nf_tables` at which it was read.
     seen: Option<u32>,
     pub(super) rules: JobRules,
+    /// Revision of the rules that the policy has been made with.
+    taken: u64,
     /// What was logged of each rule, by its handle.
     logged: BTreeMap<u64, Result<Grantee, Ignored>>,
-    /// Whether nothing of ours is there any more.
-    left: bool,
+    held: Held,
+}
+
+/// Whether something of ours is there.
+#[derive(Clone, Copy, Debug)]
+enum Held {
+    /// What an earlier process left, perhaps.
+    Unknown,
+    /// The chain is there for this process.
+    Ours,
+    /// Nothing.
+    Nothing,
 }
 
 impl Chain {
@@ -46,8 +60,9 @@ impl Chain {
             way: None,
             seen: None,
             rules: JobRules::default(),
+            taken: 0,
             logged: BTreeMap::new(),
-            left: false,
+            held: Held::Unknown,
         }
     }
 
@@ -68,42 +83,63 @@ impl Chain {
         }
         let seen = self.seen;
         let Some(way) = self.way()? else { return Ok(()) };
-        let generation = Some(way.generation()?);
-        if generation != seen {
+        if seen != Some(way.generation()?) {
             let found = way.read()?;
+            self.seen = Some(found.generation);
             self.rules.take(found, mount);
-            self.seen = generation;
         }
         self.rules.look(mount);
         Ok(())
     }
 
     /// Has the chain there with what was granted in it, where monit may be granted; else nothing of ours.
-    fn keep(&mut self, policy: &Policy, grants: &Grants, host: &Host) -> Result<(), NftablesError> {
+    fn keep(&mut self, policy: &Policy, mount: &Path, grants: &Grants, host: &Host) -> Result<(), NftablesError> {
         if !may_be_granted(policy) {
-            if !self.left
-                && let Some(way) = self.way()?
-            {
-                way.leave()?;
+            return self.let_go();
+        }
+        self.held = Held::Ours;
+        let mut result = Ok(());
+        // Somebody may change the chain meanwhile.
+        for _ in 0..TRIES {
+            let chain = self.rules.chain();
+            let granted = if chain.agents {
+                jobs::rules_of(grants, policy, host)
+            } else {
+                BTreeSet::new()
+            };
+            let (remove, add) = self.rules.changes(&granted);
+            if chain.exists && remove.is_empty() && add.is_empty() {
+                return Ok(());
             }
-            self.left = true;
-            return Ok(());
+            let exists = chain.exists;
+            self.seen = None;
+            let Some(way) = self.way()? else { return Ok(()) };
+            result = way.change(&remove, &add);
+            // Before Linux 5.13 nf_tables knows no cgroups: what can be written is. A transaction without a change would wake us again.
+            let mut users = add;
+            users.retain(|accept| accept.subject.cgroup.is_none());
+            if result.is_err() && (!exists || !remove.is_empty() || !users.is_empty()) {
+                let _ = way.change(&remove, &users);
+            }
+            self.look(policy, mount)?;
+            if result.is_ok() {
+                break;
+            }
         }
-        self.left = false;
-        let chain = self.rules.chain();
-        let granted = if chain.agents {
-            jobs::rules_of(grants, policy, host)
-        } else {
-            BTreeSet::new()
-        };
-        let exists = chain.exists;
-        let (remove, add) = self.rules.changes(&granted);
-        if exists && remove.is_empty() && add.is_empty() {
-            return Ok(());
+        result
+    }
+
+    /// Removes what is ours: all of it where this process has had it, else, as it may be that the agent makes its table just now, rules alone.
+    fn let_go(&mut self) -> Result<(), NftablesError> {
+        let held = self.held;
+        let Some(way) = self.way()? else { return Ok(()) };
+        match held {
+            Held::Ours => drop(way.leave()?),
+            Held::Unknown => drop(way.forget()?),
+            Held::Nothing => {}
         }
-        // Read again, whatever comes of it.
-        self.seen = None;
-        self.way()?.map_or(Ok(()), |way| way.change(&remove, &add))
+        self.held = Held::Nothing;
+        Ok(())
     }
 
     /// Logs each rule of which something else comes than before.
@@ -144,11 +180,12 @@ impl Daemon {
 
     /// Takes the rules of jobs as they are now.
     pub(super) fn look_at_jobs(&mut self) {
-        let before = self.chain.rules.revision();
         let looked = self.chain.look(&self.wanted.policy, &self.wanted.mount);
         let fault = |error| format!("{error}; rules of jobs count as they were read last");
         self.faults.set(About::JobRules, looked.err().map(fault));
-        if self.chain.rules.revision() != before {
+        let revision = self.chain.rules.revision();
+        if revision != self.chain.taken {
+            self.chain.taken = revision;
             self.policy = self.completed(&self.wanted.policy);
             self.chain.log(&self.wanted.policy);
         }
@@ -156,7 +193,8 @@ impl Daemon {
 
     /// Sees to it that the chain is there, and says what was granted.
     pub(super) fn keep_chain(&mut self) {
-        let kept = self.chain.keep(&self.wanted.policy, &self.grants, &self.host);
+        let Wanted { policy, mount, .. } = &self.wanted;
+        let kept = self.chain.keep(policy, mount, &self.grants, &self.host);
         let fault =
             |error| format!("{error}; where the BOSH agent's own rules are active, they drop whom monit is granted to");
         self.faults.set(About::JobsChain, kept.err().map(fault));

@@ -58,6 +58,8 @@ fn rules(accepts: impl IntoIterator<Item = Result<Accept, Unknown>>) -> Jobs {
     Jobs {
         exists: true,
         agents: true,
+        is_alone: false,
+        generation: 1,
         rules: (1..).zip(accepts).map(rule).collect(),
     }
 }
@@ -95,6 +97,8 @@ fn b5_a_cgroup_is_found_by_id_and_level() {
         let found = effects(mount, rules([Ok(accept(None, Some(cgroup)))]), &monit());
         assert_eq!(found, [expected], "{cgroup:?}");
     }
+    let nobody = effects(mount, rules([Ok(accept(Some(u32::MAX), None))]), &monit());
+    assert_eq!(nobody, [Err(Ignored::Nobody)]);
     let within = effects(mount, rules([Ok(accept(Some(7), Some(id(mount, job, 2))))]), &monit());
     assert_eq!(within, [Ok(Grantee::UserWithin(Uid(7), path(&format!("/{job}"))))]);
 }
@@ -237,7 +241,15 @@ fn b5_what_was_granted_is_written_once_and_removed_with_its_grant() {
     ]) {
         rule.writer = writer;
     }
+    let mount = tempfile::tempdir().expect("a directory");
     let mut rules = JobRules::default();
-    rules.take(chain, Path::new("/nowhere"));
+    rules.take(chain, mount.path());
+    assert_eq!(
+        rules.changes(&wanted),
+        (vec![3, 4], vec![cgroup]),
+        "no hierarchy is seen"
+    );
+    fs::write(mount.path().join("cgroup.procs"), "").expect("a file");
+    rules.look(mount.path());
     assert_eq!(rules.changes(&wanted), (vec![3, 4, 5], vec![cgroup]));
 }

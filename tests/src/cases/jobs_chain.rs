@@ -80,7 +80,7 @@ impl Host {
         let (backend, port) = (self.backend, self.world.port);
         self.world.configure(&format!(
             "backend = \"{backend}\"\n\
-             [target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\nallow = [\"root\"]\ngrants = {grants}\n\
+             [target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\", \"tcp://[::1]:{port}\"]\nallow = [\"root\"]\ngrants = {grants}\n\
              [target.other]\nendpoints = [\"tcp://127.0.0.2:{port}\"{more}]\nallow = [\"root\"]\n"
         ))
     }
@@ -313,7 +313,11 @@ fn beside_the_agent(backend: &'static str) -> Result<()> {
     inside.reaches()?;
     let daemon = host.daemon()?;
     inside.reaches()?;
-    ensure!(host.chain()?.matches("comment").count() == 1, "{}", host.chain()?);
+    ensure!(
+        host.chain()?.matches("comment").count() == 2,
+        "a rule an endpoint: {}",
+        host.chain()?
+    );
     // Without the agent's chain nothing needs it there.
     host.netns.nft("delete chain inet bosh_agent monit_access")?;
     until("our rule is removed", || Ok(!host.chain()?.contains("comment")))?;
@@ -618,7 +622,7 @@ fn another_table() -> Result<()> {
         }
         let chain = host.chain()?;
         ensure!(
-            chain.matches("comment").count() == 1 && chain.contains(&format!("{new}\"")),
+            chain.matches("comment").count() == 2 && chain.contains(&format!("{new}\"")),
             "{chain}"
         );
         host.monit(1)?.reaches()?;

@@ -14,7 +14,7 @@ use super::{
     NftablesError,
     expression::{Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
     failed,
-    netlink::{Failed, Netlink, Raw, Steps, chain_message, text},
+    netlink::{Failed, Found, Netlink, Raw, Steps, chain_message, text},
     reach,
 };
 
@@ -122,8 +122,12 @@ pub struct Jobs {
     pub exists: bool,
     /// Whether the agent's own chain is there.
     pub agents: bool,
+    /// Whether no other chain is in the table.
+    pub is_alone: bool,
     /// In the chain's order.
     pub rules: Vec<JobRule>,
+    /// The generation of all of `nf_tables` at which it was read.
+    pub generation: u32,
 }
 
 /// The way to the chain.
@@ -150,18 +154,18 @@ impl JobsChain {
 
     /// What is there now.
     pub fn read(&mut self) -> Result<Jobs, NftablesError> {
-        let failed = |error| failed(TABLE, &format!("read chain {CHAIN}"), error);
-        let chains = self.netlink.chains(TABLE).map_err(failed)?;
-        let mut jobs = Jobs {
-            exists: chains.contains_key(CHAIN),
-            agents: chains.contains_key(AGENTS),
-            rules: Vec::new(),
-        };
-        if !jobs.exists {
-            return Ok(jobs);
-        }
-        let rules = self.netlink.rules(TABLE, Some(CHAIN)).map_err(failed)?;
-        jobs.rules.extend(rules.into_iter().map(|found| JobRule {
+        let found = self.netlink.at_one_generation(|netlink| {
+            let chains = netlink.chains(TABLE)?;
+            let rules = if chains.contains_key(CHAIN) {
+                netlink.rules(TABLE, Some(CHAIN))?
+            } else {
+                Vec::new()
+            };
+            Ok((chains, rules))
+        });
+        let ((chains, rules), generation) =
+            found.map_err(|error| failed(TABLE, &format!("read chain {CHAIN}"), error))?;
+        let rule = |found: Found| JobRule {
             handle: found.handle,
             accepts: decode(&found.rule.expressions),
             writer: match found.rule.comment.as_str() {
@@ -169,8 +173,14 @@ impl JobsChain {
                 comment if comment == self.comment => Writer::Grants,
                 _ => Writer::Other,
             },
-        }));
-        Ok(jobs)
+        };
+        Ok(Jobs {
+            exists: chains.contains_key(CHAIN),
+            agents: chains.contains_key(AGENTS),
+            is_alone: chains.keys().all(|name| name == CHAIN),
+            rules: rules.into_iter().map(rule).collect(),
+            generation,
+        })
     }
 
     /// Makes the chain if it is missing, removes rules and adds others, in one transaction.
@@ -216,7 +226,7 @@ impl JobsChain {
     }
 
     /// Removes our rules, and says what else is there.
-    fn forget(&mut self) -> Result<Jobs, NftablesError> {
+    pub fn forget(&mut self) -> Result<Jobs, NftablesError> {
         let mut found = self.read()?;
         let ours = found.rules.extract_if(.., |rule| rule.writer == Writer::Grants);
         let ours: Vec<u64> = ours.map(|rule| rule.handle).collect();
@@ -229,13 +239,8 @@ impl JobsChain {
     /// Removes our rules; the chain and the table too, where nothing else is in them. True where something of others stays.
     pub fn leave(&mut self) -> Result<bool, NftablesError> {
         let left = self.forget()?;
-        if !left.exists {
-            return Ok(false);
-        }
-        let error = |error| failed(TABLE, "read its chains", error);
-        let chains = self.netlink.chains(TABLE).map_err(error)?;
-        if !left.rules.is_empty() || chains.len() > 1 {
-            return Ok(true);
+        if !left.exists || !left.rules.is_empty() || !left.is_alone {
+            return Ok(left.exists);
         }
         let name = text(TABLE);
         let table = Table::new(&name, ProtoFamily::Inet);

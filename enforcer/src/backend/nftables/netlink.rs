@@ -29,7 +29,7 @@ use self::messages::{AnyKey, Counter, build, make_chains, make_rules, make_sets}
 use super::image::{Chain, Image, chain::ABOUT};
 
 pub(super) use self::{
-    dumps::{copied, owned},
+    dumps::{Found, copied, owned},
     expressions::Raw,
     messages::{Steps, chain_message},
 };

@@ -47,28 +47,35 @@ impl Netlink {
         found.ok_or_else(|| io::Error::other("nf_tables did not tell its generation"))
     }
 
-    /// Reads a table back; none if there is none. Read at one generation, or again.
+    /// Reads a table back; none if there is none.
     pub fn read(&mut self, table: &str) -> io::Result<Option<Dump>> {
+        let (mut found, generation) = self.at_one_generation(|netlink| netlink.read_once(table))?;
+        if let Some(dump) = &mut found {
+            dump.generation = generation;
+        }
+        Ok(found)
+    }
+
+    /// Reads with several requests until all of them were answered at one generation, which is returned too.
+    pub(in crate::backend::nftables) fn at_one_generation<T>(
+        &mut self,
+        read: impl Fn(&mut Self) -> io::Result<T>,
+    ) -> io::Result<(T, u32)> {
         for _ in 0..100 {
             let before = self.generation()?;
-            match self.read_once(table) {
+            match read(self) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Gone between two requests: look again.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.generation()? != before => {}
                 found => {
-                    let mut found = found?;
+                    let found = found?;
                     if self.generation()? == before {
-                        if let Some(dump) = &mut found {
-                            dump.generation = before;
-                        }
-                        return Ok(found);
+                        return Ok((found, before));
                     }
                 }
             }
         }
-        Err(io::Error::other(
-            "nf_tables changed again and again while the table was read",
-        ))
+        Err(io::Error::other("nf_tables changed again and again while it was read"))
     }
 
     fn read_once(&mut self, table: &str) -> io::Result<Option<Dump>> {
