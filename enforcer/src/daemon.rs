@@ -499,6 +499,7 @@ impl Daemon {
     }
 
     fn ready(&mut self) -> Result<(), DaemonError> {
+        self.keep_chain();
         self.look_at_visibility();
         let observed = self.enforcement.observe()?;
         if let Some(kernel) = self.enforcement.kernel() {

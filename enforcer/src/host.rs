@@ -37,6 +37,12 @@ pub(crate) fn task_name(pid: u32) -> String {
     name.strip_suffix('\n').unwrap_or(&name).to_owned()
 }
 
+/// A field of what `/proc/PID/status` says (proc(5)).
+pub(crate) fn status_field<'s>(status: &'s str, name: &str) -> Option<&'s str> {
+    let mut fields = status.lines().filter_map(|line| line.split_once(':'));
+    fields.find_map(|(found, value)| (found == name).then(|| value.trim()))
+}
+
 /// Where the cgroup v2 hierarchy is mounted (F9).
 pub fn cgroup2_mount() -> io::Result<Option<PathBuf>> {
     Ok(Hierarchy::find()?.map(|found| found.mount))

@@ -280,9 +280,7 @@ fn ancestors(parent: Pid) -> Vec<Process> {
                 .collect(),
         });
         let status = host::read_lossy(format!("/proc/{at}/status")).unwrap_or_default();
-        pid = status
-            .lines()
-            .find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+        pid = host::status_field(&status, "PPid").and_then(|parent| parent.parse().ok());
     }
     all
 }

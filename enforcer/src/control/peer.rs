@@ -148,7 +148,7 @@ impl Peer {
     /// The cgroup of a process to which it gave a number.
     pub fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
         let status = host::read_lossy(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        let numbers = host::status_field(&status, "NSpid");
         if status.is_empty() && lives(self.pid) {
             return Err(CgroupError::Hidden { pid: self.pid });
         }

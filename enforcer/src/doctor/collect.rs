@@ -555,9 +555,9 @@ pub(super) fn powers(status: &str) -> Option<(u32, Vec<&'static str>)> {
         (21, "CAP_SYS_ADMIN"),
         (39, "CAP_BPF"),
     ];
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-    let uid = field("Uid:")?.split_whitespace().next()?.parse().ok()?;
-    let effective = u64::from_str_radix(field("CapEff:")?, 16).ok()?;
+    let uid = host::status_field(status, "Uid")?.split_whitespace().next()?;
+    let uid = uid.parse().ok()?;
+    let effective = u64::from_str_radix(host::status_field(status, "CapEff")?, 16).ok()?;
     let held: Vec<_> = POWERS
         .into_iter()
         .filter(|(bit, _)| effective >> bit & 1 == 1)

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use super::{hierarchy, read_lossy};
+use super::{hierarchy, read_lossy, status_field};
 
 /// Names of processes that start what is not theirs: BOSH's agent and monit, runit, systemd.
 const SUPERVISORS: [&str; 7] = [
@@ -67,14 +67,10 @@ struct Process {
 impl Process {
     fn read(pid: u32) -> Option<Self> {
         let status = read_lossy(format!("/proc/{pid}/status")).ok()?;
-        let field = |name: &str| {
-            status
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        };
+        let field = |name| status_field(&status, name);
         Some(Self {
-            name: field("Name")?.trim().to_owned(),
-            parent: field("PPid")?.trim().parse().ok()?,
+            name: field("Name")?.to_owned(),
+            parent: field("PPid")?.parse().ok()?,
             uid: field("Uid")?.split_whitespace().next()?.parse().ok()?,
         })
     }
