@@ -472,7 +472,7 @@ pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11
     // What one half meets keeps nothing of the other in force.
     let nftables = nftables::unload(&settings.nft_table);
-    let jobs = nftables::jobs::leave(&settings.nft_table);
+    let jobs = nftables::jobs::leave(settings);
     let ebpf = ebpf::unload(&settings.pin_dir)?;
     jobs?;
     Ok(nftables? || ebpf)

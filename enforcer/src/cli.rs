@@ -387,14 +387,27 @@ fn unload(config: &Path) -> Result<Answer> {
 
 /// B5: the rules that jobs and the BOSH agent have in their table are theirs.
 fn tell_what_stays(settings: &Settings) -> Result<Answer> {
-    let chain = jobs::read(&settings.nft_table).unwrap_or_default();
-    if !chain.exists {
-        return Ok(Answer::Yes);
+    let chain = jobs::read(settings).unwrap_or_default();
+    let ours = chain
+        .rules
+        .iter()
+        .filter(|rule| rule.writer == jobs::Writer::Grants)
+        .count();
+    match (chain.exists, ours) {
+        (false, _) => Ok(Answer::Yes),
+        (true, 0) => print(&format!(
+            "nftables table inet {} stays, with the rules of others in it; ours are removed\n",
+            jobs::TABLE
+        )),
+        (true, ours) => {
+            print(&format!(
+                "nftables table inet {} stays, and {ours} rules of ours in its chain {} could not be removed: they let in whom monit was granted to; run this again, or remove them with nft\n",
+                jobs::TABLE,
+                jobs::CHAIN
+            ))?;
+            Ok(Answer::No)
+        }
     }
-    print(&format!(
-        "nftables table inet {} stays, with the rules of others in it; ours are removed\n",
-        jobs::TABLE
-    ))
 }
 
 /// `enforcer config show --json`.

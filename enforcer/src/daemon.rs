@@ -52,7 +52,7 @@ use self::{
     users::UserLookups,
 };
 use crate::{
-    backend::{BackendError, Enforcement, Start, nftables},
+    backend::{Enforcement, Start, nftables},
     bosh::Watch,
     config::ConfigError,
     control::{self, Call, Reply, Request},
@@ -74,6 +74,8 @@ pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
 const TICK: Duration = Duration::from_secs(1);
 /// How long word of local routes is left to gather once some was taken: they may come by thousands.
 const GATHER: Duration = Duration::from_millis(100);
+/// How long changes of `nf_tables` are left to gather once one was looked at.
+const CALM: Duration = Duration::from_millis(20);
 /// How often what is local is listed without such word. Some routes go without any, with what they depended on.
 const LIST_AGAIN: Duration = Duration::from_mins(1);
 
@@ -177,6 +179,8 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     while let Some(joined) = daemon.lookups.join_next_with_id().await {
         daemon.answered(joined);
     }
+    // Lookups take their time.
+    daemon.take_host();
     daemon.apply_now()?;
     daemon.keep_chain();
     daemon.enforcement.retire(&daemon.wanted.config.settings);
@@ -229,7 +233,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut watch = daemon.watch(None);
     let mut ready = false;
     let (mut again, mut missed) = (false, false);
-    let (mut rest, mut gather) = (None, None);
+    let (mut rest, mut gather, mut calm) = (None, None, None);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -270,10 +274,12 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
                 gather = Some(Instant::now() + GATHER);
             }
             () = tokio::time::sleep_until(gather.unwrap_or(due).into()), if gather.is_some() => gather = None,
-            Some(Ok(mut guard)) = ready_to_read(changes.as_ref()) => {
+            () = tokio::time::sleep_until(calm.unwrap_or(due).into()), if calm.is_some() => calm = None,
+            Some(Ok(mut guard)) = ready_to_read(changes.as_ref()), if calm.is_none() => {
                 guard.get_inner().drain();
                 guard.clear_ready();
                 daemon.look_at_host();
+                calm = Some(Instant::now() + CALM);
             }
             Some(Ok(mut guard)) = ready_to_take(denials.as_mut()), if rest.is_none() => {
                 let all = daemon.take_events(guard.get_inner_mut());
@@ -339,8 +345,8 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         faults.set(About::Users, wanted.fault()); // F8
-        let mut chain = Chain::new(&settings.nft_table);
-        if let Err(error) = chain.look(&wanted.policy, &wanted.mount) {
+        let mut chain = Chain::new();
+        if let Err(error) = chain.look(&wanted) {
             warn!("{error}; rules of jobs let nobody in until they can be read");
         }
         let policy = chain.rules.add_to(grants.add_to(&wanted.policy));
@@ -407,7 +413,7 @@ impl Daemon {
             host: self.host.clone(),
             resolved,
             grants: self.grants.revision(),
-            jobs: self.chain.rules.revision(),
+            jobs: self.chain.taken,
         });
         self.kept.changed();
         if self.stays {
@@ -467,7 +473,7 @@ impl Daemon {
             applied.host == self.host
                 && applied.resolved == resolved
                 && applied.grants == self.grants.revision()
-                && applied.jobs == self.chain.rules.revision()
+                && applied.jobs == self.chain.taken
         });
         let restored = self.enforcement.restored();
         let kept = match &self.applied {
@@ -585,7 +591,7 @@ impl Daemon {
         }
         self.read_bus(wanted.config.bus_dir());
         wanted.take_bus(self.bus.as_ref());
-        if let Err(error) = self.chain.look(&wanted.policy, &wanted.mount) {
+        if let Err(error) = self.chain.look(&wanted) {
             warn!("{error}; rules of jobs count as they were read last");
         }
         let policy = self.completed(&wanted.policy);
@@ -594,6 +600,7 @@ impl Daemon {
         names.configure(wanted.policy.dns);
         names.set(wanted.policy.asked(), Instant::now());
         let names = std::mem::replace(&mut self.names, names);
+        let taken = std::mem::replace(&mut self.chain.taken, self.chain.rules.revision());
         let before = (
             std::mem::replace(&mut self.wanted, wanted),
             std::mem::replace(&mut self.policy, policy),
@@ -611,6 +618,7 @@ impl Daemon {
         if let Err(error) = extended.and_then(|()| self.apply_now()) {
             self.frozen = frozen;
             (self.wanted, self.policy, self.host, self.names) = before;
+            self.chain.taken = taken;
             // Goes back to what was needed before.
             self.enforcement.retire(&self.wanted.config.settings);
             return Err(error);
@@ -663,11 +671,16 @@ impl Daemon {
     /// Cgroups and rules of jobs come and go; links may be taken away.
     fn look_at_host(&mut self) {
         self.end_expired();
+        self.take_host();
+        self.apply_or_keep();
+        self.keep_chain();
+    }
+
+    /// Takes cgroups and rules of jobs as they are now.
+    fn take_host(&mut self) {
         self.look_at_jobs();
         let local = std::mem::take(&mut self.host.local);
         self.host = self.wanted.host(&self.policy, local);
-        self.apply_or_keep();
-        self.keep_chain();
     }
 
     /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
@@ -722,7 +735,10 @@ impl Daemon {
     fn unload(mut self) -> Result<(), DaemonError> {
         self.tell_rest_of_denials();
         self.enforcement.unload()?;
-        self.chain.leave().map_err(BackendError::from)?;
+        // Nothing is enforced any more: what stays there only lets in.
+        if let Err(error) = self.chain.leave(self.wanted.settings()) {
+            warn!("{error}; rules that were written there for grants stay");
+        }
         info!("unloaded: nothing is in force any more");
         Ok(())
     }

@@ -91,7 +91,8 @@ impl JobRules {
 
     /// Looks whether the cgroups are still there.
     pub fn look(&mut self, mount: &Path) {
-        self.sees = mount.join("cgroup.procs").exists();
+        // A part of it, or a namespace's own root, says nothing of what lies elsewhere.
+        self.sees = hierarchy::depth(mount) == Some(0) && mount.join("cgroup.procs").exists();
         let id = |path: &CgroupPath| host::directory_id(&mount.join(path.as_str().trim_start_matches('/')));
         let there = self.paths.iter().filter(|(cgroup, path)| id(path) == Some(cgroup.id));
         let there: BTreeSet<CgroupId> = there.map(|(cgroup, _)| *cgroup).collect();

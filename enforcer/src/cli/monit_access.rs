@@ -176,7 +176,7 @@ fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> R
     };
     let to = monit.map_or_else(|| vec![usual], jobs::destinations);
     let accepts: Vec<Accept> = to.into_iter().map(|to| Accept { subject, to }).collect();
-    let chain = JobsChain::open(&settings.nft_table)
+    let chain = JobsChain::open(settings)
         .with_context(|| format!("ask nf_tables from within this container, which takes CAP_NET_ADMIN; {on_host}"))?;
     let added = chain.map(|mut chain| chain.add_container(&accepts)).transpose();
     let added = added.with_context(|| format!("add a rule to chain {CHAIN}; {on_host}"))?;

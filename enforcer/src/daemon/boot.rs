@@ -273,8 +273,8 @@ pub(super) fn leave(old: &Settings, new: &Settings) {
                 .map(drop)
                 .map_err(|error| error.to_string())
         }),
-        (old.nft_table != new.nft_table)
-            .then(|| nftables::jobs::forget(&old.nft_table).map_err(|error| error.to_string())),
+        (nftables::jobs::comment(old) != nftables::jobs::comment(new))
+            .then(|| nftables::jobs::forget(old).map_err(|error| error.to_string())),
     ];
     for error in removed.into_iter().flatten().filter_map(Result::err) {
         warn!("remove what was enforced at the places before: {error}");

@@ -116,7 +116,7 @@ impl Daemon {
         self.read_bus(dir.as_deref());
         let changed = self.wanted.take_bus(self.bus.as_ref());
         if changed {
-            self.policy = self.completed(&self.wanted.policy);
+            self.complete();
             self.names.set(self.wanted.policy.asked(), Instant::now());
             self.names.restore(&self.known_before, Instant::now());
         }

@@ -11,7 +11,7 @@ use crate::{
     events::{GrantEvent, Line},
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
-    policy::{CgroupPath, CgroupPathError, HostUsers, Uid, UserError},
+    policy::{CgroupPath, CgroupPathError, HostUsers, MONIT, Uid, UserError},
     ruleset::{Cgroup, Writable},
     text,
 };
@@ -66,6 +66,8 @@ pub(super) enum GrantError {
     NotInForce(DaemonError),
     #[error("{0}; nothing was granted, as a restart would lose it")]
     NotKept(FileError),
+    #[error("granted, but {0}")]
+    NotWritten(String),
     #[error("{0}; the grant is revoked, but the rule set before stays in force until this is mended")]
     StillInForce(DaemonError),
     #[error("{0}; the grant is revoked, but would return with a restart before this is mended")]
@@ -180,7 +182,11 @@ impl Daemon {
             // Of the names that a container may have, the first speaks for all.
             told.get_or_insert(event);
         }
-        told.ok_or(GrantError::Process(CgroupError::Invisible))
+        // Ours let them in, the agent's rules do not: whoever asked is not to find that out by a time-out.
+        match self.faults.of(About::JobsChain).filter(|_| asked.target == MONIT) {
+            Some(fault) => Err(GrantError::NotWritten(fault.to_owned())),
+            None => told.ok_or(GrantError::Process(CgroupError::Invisible)),
+        }
     }
 
     /// The file first: a restart in between must not bring back what was revoked.
@@ -241,7 +247,7 @@ impl Daemon {
             }
             return;
         }
-        self.policy = self.completed(&self.wanted.policy);
+        self.complete();
         for ((key, term), action) in gone {
             self.tell(&key.event(action, now.wall, term.expires, None));
         }
@@ -336,7 +342,7 @@ impl Daemon {
 
     /// Makes the rule set from what is granted now, and puts it in force.
     fn put_in_force(&mut self) -> Result<(), DaemonError> {
-        self.policy = self.completed(&self.wanted.policy);
+        self.complete();
         self.host = self.wanted.host(&self.policy, self.host.local.clone());
         self.apply_now()?;
         self.faults.set(About::RuleSet, None);

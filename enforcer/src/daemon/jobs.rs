@@ -2,17 +2,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::Path,
+    time::{Duration, Instant},
 };
 
 use tracing::{info, warn};
 
-use super::{About, Daemon, Wanted, grants::writable};
+use super::{About, Daemon, Drift, Wanted, grants::writable};
 use crate::{
     backend::nftables::{
         NftablesError,
-        jobs::{CHAIN, Jobs, JobsChain},
+        jobs::{Accept, CHAIN, Jobs, JobsChain, TABLE},
     },
+    config::Settings,
     control::JobRuleStatus,
     grants::{Grantee, Grants},
     host,
@@ -26,24 +27,44 @@ const TRIES: usize = 3;
 /// Rules that are logged one by one, of those that are others after a change.
 const LOGGED: usize = 16;
 
+/// How long a kernel that has no `nf_tables` is not asked again: each time it looks for a module.
+const MISSING: Duration = Duration::from_mins(1);
+
+/// Why the chain does not say what was granted.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ChainError {
+    /// It cannot be read or written.
+    #[error(transparent)]
+    Nftables(#[from] NftablesError),
+    /// What is written does not stay.
+    #[error(
+        "another process keeps removing what was granted from nftables chain inet {TABLE} {CHAIN}; it is written again after a while"
+    )]
+    Undone,
+}
+
 /// The chain, and what it said last.
 #[derive(Debug)]
 pub(super) struct Chain {
-    /// The name of this instance's own table, by which its rules are known.
-    instance: String,
     way: Option<JobsChain>,
+    /// When the kernel had no `nf_tables`.
+    missing: Option<Instant>,
     /// The generation of `nf_tables` at which it was read.
     seen: Option<u32>,
     pub(super) rules: JobRules,
     /// Revision of the rules that the policy has been made with.
-    taken: u64,
+    pub(super) taken: u64,
     /// What was logged of each rule, by its handle.
     logged: BTreeMap<u64, Result<Grantee, Ignored>>,
     held: Held,
+    /// What of ours was written last.
+    written: Option<BTreeSet<Accept>>,
+    /// How often that had to be written again.
+    drift: Drift,
 }
 
 /// Whether something of ours is there.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Held {
     /// What an earlier process left, perhaps.
     Unknown,
@@ -54,48 +75,53 @@ enum Held {
 }
 
 impl Chain {
-    pub(super) fn new(instance: &str) -> Self {
+    pub(super) fn new() -> Self {
         Self {
-            instance: instance.to_owned(),
             way: None,
+            missing: None,
             seen: None,
             rules: JobRules::default(),
             taken: 0,
             logged: BTreeMap::new(),
             held: Held::Unknown,
+            written: None,
+            drift: Drift::default(),
         }
     }
 
     /// The way there; none where the kernel has no `nf_tables`.
-    fn way(&mut self) -> Result<Option<&mut JobsChain>, NftablesError> {
-        if self.way.is_none() {
-            self.way = JobsChain::open(&self.instance)?;
+    fn way(&mut self, settings: &Settings) -> Result<Option<&mut JobsChain>, NftablesError> {
+        if self.way.is_none() && self.missing.is_none_or(|missing| missing.elapsed() >= MISSING) {
+            self.way = JobsChain::open(settings)?;
+            self.missing = self.way.is_none().then(Instant::now);
         }
         Ok(self.way.as_mut())
     }
 
     /// Reads what rules of jobs say, where they may be others than before, and looks which of their cgroups are there.
-    pub(super) fn look(&mut self, policy: &Policy, mount: &Path) -> Result<(), NftablesError> {
-        if !may_be_granted(policy) {
+    pub(super) fn look(&mut self, wanted: &Wanted) -> Result<(), NftablesError> {
+        if !may_be_granted(&wanted.policy) {
             self.seen = None;
-            self.rules.take(Jobs::default(), mount);
+            self.rules.take(Jobs::default(), &wanted.mount);
             return Ok(());
         }
         let seen = self.seen;
-        let Some(way) = self.way()? else { return Ok(()) };
+        let Some(way) = self.way(wanted.settings())? else {
+            return Ok(());
+        };
         if seen != Some(way.generation()?) {
             let found = way.read()?;
             self.seen = Some(found.generation);
-            self.rules.take(found, mount);
+            self.rules.take(found, &wanted.mount);
         }
-        self.rules.look(mount);
+        self.rules.look(&wanted.mount);
         Ok(())
     }
 
     /// Has the chain there with what was granted in it, where monit may be granted; else nothing of ours.
-    fn keep(&mut self, policy: &Policy, mount: &Path, grants: &Grants, host: &Host) -> Result<(), NftablesError> {
-        if !may_be_granted(policy) {
-            return self.let_go();
+    fn keep(&mut self, wanted: &Wanted, grants: &Grants, host: &Host) -> Result<(), ChainError> {
+        if !may_be_granted(&wanted.policy) {
+            return Ok(self.let_go(wanted.settings())?);
         }
         self.held = Held::Ours;
         let mut result = Ok(());
@@ -103,17 +129,25 @@ impl Chain {
         for _ in 0..TRIES {
             let chain = self.rules.chain();
             let granted = if chain.agents {
-                jobs::rules_of(grants, policy, host)
+                jobs::rules_of(grants, &wanted.policy, host)
             } else {
                 BTreeSet::new()
             };
             let (remove, add) = self.rules.changes(&granted);
             if chain.exists && remove.is_empty() && add.is_empty() {
+                self.written = Some(granted);
                 return Ok(());
             }
             let exists = chain.exists;
+            let is_undone = self.written.as_ref() == Some(&granted) && (!exists || !add.is_empty());
+            // As with rules of our own, who fights us is not fought without pause (F5).
+            if is_undone && self.drift.rests(Instant::now()) {
+                return Err(ChainError::Undone);
+            }
             self.seen = None;
-            let Some(way) = self.way()? else { return Ok(()) };
+            let Some(way) = self.way(wanted.settings())? else {
+                return Ok(());
+            };
             result = way.change(&remove, &add);
             // Before Linux 5.13 nf_tables knows no cgroups: what can be written is. A transaction without a change would wake us again.
             let mut users = add;
@@ -121,24 +155,31 @@ impl Chain {
             if result.is_err() && (!exists || !remove.is_empty() || !users.is_empty()) {
                 let _ = way.change(&remove, &users);
             }
-            self.look(policy, mount)?;
+            self.look(wanted)?;
             if result.is_ok() {
+                if is_undone {
+                    self.drift.happened(Instant::now());
+                }
+                self.written = Some(granted);
                 break;
             }
         }
-        result
+        Ok(result?)
     }
 
     /// Removes what is ours: all of it where this process has had it, else, as it may be that the agent makes its table just now, rules alone.
-    fn let_go(&mut self) -> Result<(), NftablesError> {
+    fn let_go(&mut self, settings: &Settings) -> Result<(), NftablesError> {
         let held = self.held;
-        let Some(way) = self.way()? else { return Ok(()) };
-        match held {
-            Held::Ours => drop(way.leave()?),
-            Held::Unknown => drop(way.forget()?),
-            Held::Nothing => {}
+        if held == Held::Nothing {
+            return Ok(());
         }
-        self.held = Held::Nothing;
+        if let Some(way) = self.way(settings)? {
+            match held {
+                Held::Ours => drop(way.leave()?),
+                Held::Unknown | Held::Nothing => drop(way.forget()?),
+            }
+        }
+        (self.held, self.written) = (Held::Nothing, None);
         Ok(())
     }
 
@@ -163,8 +204,8 @@ impl Chain {
     }
 
     /// Removes what is ours.
-    pub(super) fn leave(&mut self) -> Result<(), NftablesError> {
-        self.way()?.map_or(Ok(()), |way| way.leave().map(drop))
+    pub(super) fn leave(&mut self, settings: &Settings) -> Result<(), NftablesError> {
+        self.way(settings)?.map_or(Ok(()), |way| way.leave().map(drop))
     }
 }
 
@@ -178,23 +219,27 @@ impl Daemon {
         self.chain.rules.add_to(self.grants.add_to(policy))
     }
 
+    /// Makes the policy anew from what the configuration, grants and rules of jobs say now.
+    pub(super) fn complete(&mut self) {
+        self.policy = self.completed(&self.wanted.policy);
+        self.chain.taken = self.chain.rules.revision();
+        // Grants take room from rules of jobs.
+        self.chain.log(&self.grants.add_to(&self.wanted.policy));
+    }
+
     /// Takes the rules of jobs as they are now.
     pub(super) fn look_at_jobs(&mut self) {
-        let looked = self.chain.look(&self.wanted.policy, &self.wanted.mount);
+        let looked = self.chain.look(&self.wanted);
         let fault = |error| format!("{error}; rules of jobs count as they were read last");
         self.faults.set(About::JobRules, looked.err().map(fault));
-        let revision = self.chain.rules.revision();
-        if revision != self.chain.taken {
-            self.chain.taken = revision;
-            self.policy = self.completed(&self.wanted.policy);
-            self.chain.log(&self.wanted.policy);
+        if self.chain.rules.revision() != self.chain.taken {
+            self.complete();
         }
     }
 
     /// Sees to it that the chain is there, and says what was granted.
     pub(super) fn keep_chain(&mut self) {
-        let Wanted { policy, mount, .. } = &self.wanted;
-        let kept = self.chain.keep(policy, mount, &self.grants, &self.host);
+        let kept = self.chain.keep(&self.wanted, &self.grants, &self.host);
         let fault =
             |error| format!("{error}; where the BOSH agent's own rules are active, they drop whom monit is granted to");
         self.faults.set(About::JobsChain, kept.err().map(fault));
@@ -208,7 +253,8 @@ impl Daemon {
             cgroup: grantee.and_then(Grantee::cgroup).map(ToString::to_string),
             ignored,
         };
-        let effects = self.chain.rules.effects(&self.wanted.policy).into_iter();
+        let granted = self.grants.add_to(&self.wanted.policy);
+        let effects = self.chain.rules.effects(&granted).into_iter();
         let all = effects.map(|(rule, effect)| match effect {
             Ok(grantee) => {
                 let found = grantee.cgroup().map(|cgroup| host::cgroup(&self.wanted.mount, cgroup));

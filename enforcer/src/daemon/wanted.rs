@@ -182,7 +182,7 @@ impl Wanted {
             .map_err(failed("read the grants"))?;
         grants.expire(crate::grants::Moment::now());
         let mut jobs = JobRules::default();
-        let chain = nftables::jobs::read(&self.config.settings.nft_table).map_err(BackendError::from)?;
+        let chain = nftables::jobs::read(&self.config.settings).map_err(BackendError::from)?;
         jobs.take(chain, &self.mount);
         let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants, &jobs);
         let mut names = Names::new(policy.dns);

@@ -224,7 +224,7 @@ impl Seen {
             .unwrap_or_default();
         grants.expire(crate::grants::Moment::now());
         self.grants_monit = grants.iter().any(|(key, _)| key.target == MONIT);
-        let chain = nftables::jobs::read(&self.settings.nft_table);
+        let chain = nftables::jobs::read(&self.settings);
         self.jobs = self.saw("rules of jobs", chain).unwrap_or_default();
         let mut jobs = JobRules::default();
         if let Ok(Some(mount)) = host::cgroup2_mount() {

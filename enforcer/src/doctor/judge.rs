@@ -15,7 +15,7 @@ use super::{
 use crate::{
     backend::{
         nftables::{
-            jobs::{CgroupId, Subject},
+            jobs::{CgroupId, Destination, Subject},
             others::{Nat, To},
         },
         probe::{Choice, Fact, Facts, Feature, Need, Side, choose},
@@ -867,9 +867,20 @@ fn not_root(seen: &Seen) -> Vec<&RulePrincipal> {
 
 /// Whom the agent's own chain drops though target `monit` allows them: no rule of the jobs' chain accepts them (B5).
 fn dropped_by_agent(seen: &Seen) -> Vec<String> {
+    let leads_there = |to: &Destination| {
+        let monit = |rules: &RuleSet| rules.targets.iter().position(|target| target.name == MONIT);
+        let places = seen.rules.iter().flat_map(|rules| {
+            let bit = monit(rules).map_or(0, |index| 1_u64 << index);
+            rules.places.iter().filter(move |(_, owners)| owners & bit != 0)
+        });
+        places.into_iter().any(|(place, _)| {
+            to.port.is_none_or(|port| port == place.port)
+                && to.address.is_none_or(|address| place.net.contains(&address))
+        })
+    };
     let accepted = |subject: Subject| {
         let mut rules = seen.jobs.rules.iter().filter_map(|rule| rule.accepts.as_ref().ok());
-        rules.any(|accept| accept.subject == subject)
+        rules.any(|accept| accept.subject == subject && leads_there(&accept.to))
     };
     let id = |cgroup: &Cgroup| CgroupId {
         id: cgroup.id,
@@ -879,7 +890,10 @@ fn dropped_by_agent(seen: &Seen) -> Vec<String> {
         RulePrincipal::User { uid, cgroup } => {
             let user = Some(uid.0);
             let within = cgroup.as_ref().map(|(_, cgroup)| id(cgroup));
-            let by_rule = accepted(Subject { user, cgroup: within }) || accepted(Subject { user, cgroup: None });
+            let by_rule = [(user, within), (user, None), (None, within)];
+            let by_rule = by_rule
+                .into_iter()
+                .any(|(user, cgroup)| accepted(Subject { user, cgroup }));
             let place = cgroup.as_ref().map(|(path, _)| format!(" in {path}"));
             (!by_rule).then(|| format!("user {}{}", uid.0, place.unwrap_or_default()))
         }

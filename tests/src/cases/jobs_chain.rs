@@ -367,6 +367,8 @@ fn other_shapes() -> Result<()> {
         (format!("meta skuid 1-70000 {to} accept"), "expression"),
         (format!("{user} meta skgid 1 {to} accept"), "expression meta"),
         (format!("{user} {to} limit rate 1/second accept"), "expression limit"),
+        (format!("{user} {to} limit name \"slow\" accept"), "expression objref"),
+        (format!("{user} {to} quota name \"little\" accept"), "expression objref"),
         (format!("{user} {to} ct state new accept"), "expression ct"),
         (format!("{user} ip saddr 127.0.0.9 {to} accept"), "expression payload"),
         (
@@ -387,6 +389,8 @@ fn other_shapes() -> Result<()> {
             "has gone",
         ),
     ];
+    host.netns.nft("add limit inet bosh_agent slow { rate 1/hour }")?;
+    host.netns.nft("add quota inet bosh_agent little { over 1 bytes }")?;
     for (number, (rule, _)) in rules.iter().enumerate() {
         host.netns.nft(&format!("add rule {CHAIN} {rule}"))?;
         until("it is told", || Ok(host.job_rules()?.len() == number + 1))?;
@@ -451,7 +455,19 @@ fn agents_table() -> Result<()> {
     daemon.kill()?;
     let _daemon = host.daemon()?;
     host.monit(NOBODY)?.reaches()?;
+    // One that is switched off stays so.
+    host.netns.nft("add table inet bosh_agent { flags dormant; }")?;
+    host.enforcer(&["grant", "monit", "--user", &OTHER.to_string()])?;
+    host.monit(OTHER)?.reaches()?;
+    ensure!(
+        now()?.contains("flags dormant") && now()?.contains("comment"),
+        "{}",
+        now()?
+    );
+    host.enforcer(&["revoke", "monit", "--all"])?;
+    host.is_refused(&host.monit(OTHER)?)?;
     host.enforcer(&["unload"])?;
+    host.netns.nft("add table inet bosh_agent")?;
     ensure!(now()? == before, "{before} became {}", now()?);
     Ok(())
 }
@@ -482,6 +498,15 @@ fn not_wanted() -> Result<()> {
     host.configure(false, "")?;
     daemon.reload()?;
     ensure!(!host.tables()?.contains("bosh_agent"), "{}", host.tables()?);
+    // What others have in that table keeps it there.
+    host.configure(true, "")?;
+    daemon.reload()?;
+    host.netns
+        .nft("add set inet bosh_agent theirs { type ipv4_addr; elements = { 192.0.2.1 }; }")?;
+    host.configure(false, "")?;
+    daemon.reload()?;
+    let left = host.netns.nft("list table inet bosh_agent")?;
+    ensure!(left.contains("192.0.2.1"), "{left}");
     Ok(())
 }
 
@@ -594,12 +619,13 @@ fn bad_configuration() -> Result<()> {
         let toml = host.world.path("enforcer.toml");
         let good = fs::read_to_string(&toml)?;
         fs::write(&toml, format!("{good}bogus = 1\n"))?;
-        let _daemon = host.daemon()?;
+        let daemon = host.daemon()?;
         nobody.reaches()?;
         host.is_refused(&host.monit(OTHER)?)?;
         // Followed all the same.
         host.flush()?;
-        host.goes_out("its rule is gone", &nobody)?;
+        host.goes_out("its rule is gone", &nobody)
+            .with_context(|| format!("{backend}: {}", daemon.log()))?;
         host.rule(&format!("meta skuid {OTHER}"))?;
         comes_in("another rule", &host.monit(OTHER)?)?;
     }
@@ -626,7 +652,7 @@ fn another_table() -> Result<()> {
         }
         let chain = host.chain()?;
         ensure!(
-            chain.matches("comment").count() == 2 && chain.contains(&format!("{new}\"")),
+            chain.matches("comment").count() == 2 && chain.contains(&format!("{new} (")),
             "{chain}"
         );
         host.monit(1)?.reaches()?;

@@ -6,6 +6,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::unix::ffi::OsStrExt as _,
 };
 
 use nftnl::{MsgType, ProtoFamily, Rule as NlRule, Table};
@@ -14,9 +15,10 @@ use super::{
     NftablesError,
     expression::{Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
     failed,
-    netlink::{Failed, Found, Netlink, Raw, Steps, chain_message, text},
+    netlink::{Failed, Found, IfEmpty, Netlink, Raw, Steps, chain_message, text},
     reach,
 };
+use crate::config::Settings;
 
 /// The table that BOSH's agent and releases know.
 pub const TABLE: &str = "bosh_agent";
@@ -139,9 +141,9 @@ pub struct JobsChain {
 }
 
 impl JobsChain {
-    /// Opens the way for the instance with this table of its own; none where the kernel has no `nf_tables`.
-    pub fn open(instance: &str) -> Result<Option<Self>, NftablesError> {
-        let comment = format!("enforcer: a grant of {instance}");
+    /// Opens the way for the instance with these settings; none where the kernel has no `nf_tables`.
+    pub fn open(settings: &Settings) -> Result<Option<Self>, NftablesError> {
+        let comment = comment(settings);
         Ok(reach(TABLE)?.map(|netlink| Self { netlink, comment }))
     }
 
@@ -201,11 +203,16 @@ impl JobsChain {
     }
 
     fn commit(&mut self, remove: &[u64], add: &[Accept], comment: &str) -> Result<(), NftablesError> {
+        let found = self.netlink.table(TABLE);
+        let found = found.map_err(|error| failed(TABLE, "look for it", error))?;
         let name = text(TABLE);
         let table = Table::new(&name, ProtoFamily::Inet);
         let chain = chain_message(&table, CHAIN, None);
         let mut batch = Steps::new();
-        batch.add("make the table", &table, MsgType::Add);
+        // Made again, one that somebody has made dormant would be woken.
+        if found.is_none() {
+            batch.add("make the table", &table, MsgType::Add);
+        }
         batch.add(&format!("make chain {CHAIN}"), &chain, MsgType::Add);
         for handle in remove {
             let mut rule = NlRule::new(&chain);
@@ -244,37 +251,41 @@ impl JobsChain {
         }
         let name = text(TABLE);
         let table = Table::new(&name, ProtoFamily::Inet);
+        let chain = chain_message(&table, CHAIN, None);
         let mut batch = Steps::new();
-        // A chain that somebody fills meanwhile is not removed, and the table stays with it.
-        batch.add(
-            &format!("remove chain {CHAIN}"),
-            &chain_message(&table, CHAIN, None),
-            MsgType::Del,
-        );
+        // Whoever puts something there meanwhile keeps all of it.
+        batch.add(&format!("remove chain {CHAIN}"), &IfEmpty(&chain), MsgType::Del);
+        batch.add("remove the table", &IfEmpty(&table), MsgType::Del);
         match self.netlink.commit(batch) {
-            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(true),
-            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
-            done => done.map_err(|Failed { step, error }| failed(TABLE, &step, error))?,
+            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
+            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            done => done
+                .map(|()| false)
+                .map_err(|Failed { step, error }| failed(TABLE, &step, error)),
         }
-        let removed = self.netlink.remove(TABLE);
-        removed.map_err(|Failed { step, error }| failed(TABLE, &step, error))?;
-        Ok(false)
     }
 }
 
+/// The comment of an instance's rules. No two that run have one state directory (F11).
+#[must_use]
+pub fn comment(settings: &Settings) -> String {
+    let place = crc32fast::hash(settings.state_dir.as_os_str().as_bytes());
+    format!("enforcer: a grant of {} ({place:08x})", settings.nft_table)
+}
+
 /// Removes what is ours, for an instance that does not run. True where something of others stays.
-pub fn leave(instance: &str) -> Result<bool, NftablesError> {
-    JobsChain::open(instance)?.map_or(Ok(false), |mut chain| chain.leave())
+pub fn leave(settings: &Settings) -> Result<bool, NftablesError> {
+    JobsChain::open(settings)?.map_or(Ok(false), |mut chain| chain.leave())
 }
 
 /// Removes the rules of an instance that goes on under another name.
-pub fn forget(instance: &str) -> Result<(), NftablesError> {
-    JobsChain::open(instance)?.map_or(Ok(()), |mut chain| chain.forget().map(drop))
+pub fn forget(settings: &Settings) -> Result<(), NftablesError> {
+    JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.forget().map(drop))
 }
 
 /// What is in the chain, for those who only read; nothing where the kernel has no `nf_tables`.
-pub fn read(instance: &str) -> Result<Jobs, NftablesError> {
-    JobsChain::open(instance)?.map_or_else(|| Ok(Jobs::default()), |mut chain| chain.read())
+pub fn read(settings: &Settings) -> Result<Jobs, NftablesError> {
+    JobsChain::open(settings)?.map_or_else(|| Ok(Jobs::default()), |mut chain| chain.read())
 }
 
 /// What a rule accepts. Whatever narrows it and is not understood makes it unknown: it would let in more than it says.

@@ -31,7 +31,7 @@ use super::image::{Chain, Image, chain::ABOUT};
 pub(super) use self::{
     dumps::{Found, copied, owned},
     expressions::Raw,
-    messages::{Steps, chain_message},
+    messages::{IfEmpty, Steps, chain_message},
 };
 
 /// `linux/netfilter/nf_tables.h`.

@@ -100,7 +100,8 @@ impl Netlink {
         Ok(Some(dump))
     }
 
-    fn table(&mut self, table: &str) -> io::Result<Option<bool>> {
+    /// Whether a table is there, and if so, whether it is dormant.
+    pub(in crate::backend::nftables) fn table(&mut self, table: &str) -> io::Result<Option<bool>> {
         let mut found = None;
         self.ask(
             libc::NFT_MSG_GETTABLE,

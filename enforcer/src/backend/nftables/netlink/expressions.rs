@@ -262,7 +262,13 @@ pub(super) unsafe fn expression_of(expression: *mut sys::nftnl_expr) -> Expressi
                 level: number(sys::NFTNL_EXPR_SOCKET_LEVEL),
             })
         }
-        "objref" => Some(Expression::Count(word(sys::NFTNL_EXPR_OBJREF_IMM_NAME))),
+        // A limit or a quota narrows a rule, and may be named so, too.
+        "objref"
+            if has(sys::NFTNL_EXPR_OBJREF_IMM_TYPE)
+                && number(sys::NFTNL_EXPR_OBJREF_IMM_TYPE) == NFT_OBJECT_COUNTER =>
+        {
+            Some(Expression::Count(word(sys::NFTNL_EXPR_OBJREF_IMM_NAME)))
+        }
         "limit" => Some(Expression::Limit {
             // SAFETY: as above.
             rate: unsafe { sys::nftnl_expr_get_u64(expression, sys::NFTNL_EXPR_LIMIT_RATE as u16) },

@@ -56,6 +56,20 @@ impl Steps {
     }
 }
 
+/// Removes a thing only where nothing is in it and nothing refers to it: without `NLM_F_NONREC` the kernel removes what is in it, too.
+pub(in crate::backend::nftables) struct IfEmpty<'a, T>(pub(in crate::backend::nftables) &'a T);
+
+// SAFETY: hands on to the message's own implementation, which writes a netlink header first.
+unsafe impl<T: NlMsg> NlMsg for IfEmpty<'_, T> {
+    unsafe fn write(&self, buffer: *mut c_void, sequence: u32, kind: MsgType) {
+        // SAFETY: as promised by our caller; the header is at the buffer's start, which is aligned for it.
+        unsafe {
+            self.0.write(buffer, sequence, kind);
+            (*buffer.cast::<libc::nlmsghdr>()).nlmsg_flags |= libc::NLM_F_NONREC as u16;
+        }
+    }
+}
+
 /// Everything inside the table, in an order in which each thing knows what it refers to.
 pub(super) fn build(batch: &mut Steps, table: &Table, image: &Image, counts: &BTreeMap<String, u64>) {
     make_chains(batch, table, image, |_| true);
