@@ -3,6 +3,7 @@
 pub mod absent;
 pub mod boot;
 pub mod bosh;
+pub mod bpm;
 pub mod containers;
 pub mod decision;
 pub mod delegated;
@@ -111,6 +112,7 @@ pub fn all() -> Vec<Case> {
         absent::cases(),
         boot::cases(),
         bosh::cases(),
+        bpm::cases(),
         containers::cases(),
         decision::cases(),
         delegated::cases(),

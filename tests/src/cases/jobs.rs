@@ -49,24 +49,32 @@ pub fn cases() -> Vec<Case> {
     all.into_iter().map(|case| case.on(EBPF)).collect()
 }
 
-const HELPER: &str = concat!(
+pub(super) const HELPER: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/../enforcer/packaging/monit-access-helper.sh"
 );
 
 /// A host with monit, in a network namespace of its own, and a job's cgroup; its jobs find `enforcer` on their path, and the helpers
 /// beside it.
-struct Host {
-    world: World,
-    netns: Netns,
+pub(super) struct Host {
+    pub(super) world: World,
+    pub(super) netns: Netns,
     _listener: Listener,
-    cgroup: PathBuf,
+    pub(super) cgroup: PathBuf,
+    /// Where eBPF is attached.
+    judged: PathBuf,
     backend: &'static str,
 }
 
 impl Host {
     fn new(backend: &'static str, more: &str) -> Result<Self> {
         let world = World::new()?;
+        let judged = world.cgroup.clone();
+        Self::of(world, judged, backend, more)
+    }
+
+    /// A host whose jobs may be elsewhere than below the world's cgroup.
+    pub(super) fn of(world: World, judged: PathBuf, backend: &'static str, more: &str) -> Result<Self> {
         let netns = Netns::new(&world, "home")?;
         let listener = Listener::start(Some(&netns.file()), world.port, &[])?;
         let cgroup = world.cgroup.join("child");
@@ -76,6 +84,7 @@ impl Host {
             netns,
             _listener: listener,
             cgroup,
+            judged,
             backend,
         };
         host.inside(NOBODY)?.reaches()?;
@@ -96,29 +105,30 @@ impl Host {
 
     fn configure(&self, more: &str, of_target: &str) -> Result<()> {
         let (backend, port) = (self.backend, self.world.port);
-        self.world.configure(&format!(
+        let text = format!(
             "backend = \"{backend}\"\n{more}\n[target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\nallow = [\"root\"]\n{of_target}\n"
-        ))
+        );
+        self.world.configure_on(&self.judged, &text)
     }
 
-    fn daemon(&self) -> Result<Daemon> {
+    pub(super) fn daemon(&self) -> Result<Daemon> {
         self.world.daemon_with(&mut self.netns.command(&binary("enforcer")?))
     }
 
-    fn enforcer(&self, arguments: &[&str]) -> Result<Ran> {
+    pub(super) fn enforcer(&self, arguments: &[&str]) -> Result<Ran> {
         self.netns.enforcer(&self.world, arguments)
     }
 
-    fn outside(&self, user: u32) -> Result<Attack> {
+    pub(super) fn outside(&self, user: u32) -> Result<Attack> {
         let attack = self.world.attack(user).to(([127, 0, 0, 1], self.world.port).into());
         attack.in_netns(&self.netns)
     }
 
-    fn inside(&self, user: u32) -> Result<Attack> {
+    pub(super) fn inside(&self, user: u32) -> Result<Attack> {
         Ok(self.outside(user)?.in_cgroup(&self.cgroup))
     }
 
-    fn is_refused(&self, attack: &Attack) -> Result<()> {
+    pub(super) fn is_refused(&self, attack: &Attack) -> Result<()> {
         if self.backend == "nftables" {
             attack.is_reset()
         } else {
@@ -126,18 +136,18 @@ impl Host {
         }
     }
 
-    fn grants(&self) -> Result<Vec<Value>> {
+    pub(super) fn grants(&self) -> Result<Vec<Value>> {
         let text = self.enforcer(&["grants", "--json"])?.demand(0)?.stdout;
         let report: Value = serde_json::from_str(&text)?;
         Ok(report["grants"].as_array().cloned().unwrap_or_default())
     }
 
-    fn bin(&self) -> PathBuf {
+    pub(super) fn bin(&self) -> PathBuf {
         self.world.path("bin")
     }
 
     /// Runs a script of bash in a cgroup.
-    fn script(&self, cgroup: &Path, text: &str) -> Result<Ran> {
+    pub(super) fn script(&self, cgroup: &Path, text: &str) -> Result<Ran> {
         ran(&mut self.bash(cgroup, text))
     }
 
@@ -186,7 +196,7 @@ impl Host {
         Ok(called)
     }
 
-    fn revoke_all(&self) -> Result<()> {
+    pub(super) fn revoke_all(&self) -> Result<()> {
         self.enforcer(&["revoke", "monit", "--all"]).map(drop)
     }
 
@@ -205,7 +215,7 @@ impl Drop for Host {
     }
 }
 
-fn write_script(path: &Path, text: &str) -> Result<()> {
+pub(super) fn write_script(path: &Path, text: &str) -> Result<()> {
     // Aside and renamed: what is open for writing cannot be run.
     let aside = path.with_extension("new");
     fs::write(&aside, text)?;
@@ -402,10 +412,10 @@ fn net_cls() -> Result<()> {
 }
 
 /// A process by the name of one that supervises others, started by init.
-struct Supervisor(Pid);
+pub(super) struct Supervisor(Pid);
 
 impl Supervisor {
-    fn start(host: &Host, name: &str, cgroup: &Path) -> Result<Self> {
+    pub(super) fn start(host: &Host, name: &str, cgroup: &Path) -> Result<Self> {
         let program = host.world.path(name);
         if !program.exists() {
             symlink("/bin/sleep", &program)?;
@@ -485,7 +495,7 @@ fn supervisors() -> Result<()> {
 }
 
 /// Runs a script with files of BOSH's in a `/var/vcap` of its own, which holds a copy of a directory.
-fn with_vcap(host: &Host, vcap: &Path, cgroup: &Path, text: &str) -> Result<Ran> {
+pub(super) fn with_vcap(host: &Host, vcap: &Path, cgroup: &Path, text: &str) -> Result<Ran> {
     let text = format!(
         "exec unshare --mount bash -c 'set -e; mount -t tmpfs tmpfs /mnt; mkdir /mnt/local; mount --rbind /var/local /mnt/local; \
          cp -r {} /mnt/vcap; mount --move /mnt /var; {text}'",

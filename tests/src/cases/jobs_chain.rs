@@ -15,7 +15,7 @@ use crate::world::{Attack, Daemon, Listener, NOBODY, Netns, World, at_this_load,
 
 /// Another user who may nothing.
 const OTHER: u32 = 33;
-const CHAIN: &str = "inet bosh_agent monit_access_jobs";
+pub(super) const CHAIN: &str = "inet bosh_agent monit_access_jobs";
 const BACKENDS: [&str; 3] = ["ebpf", "nftables", "both"];
 
 /// All cases of this file.
@@ -69,11 +69,7 @@ impl Host {
             _listener: listener,
             backend,
         };
-        // Where the agent's rules drop a packet: 3 s until it is given up.
-        host.netns.set("ipv4/tcp_syn_retries", "1")?;
-        if Path::new("/proc/sys/net/ipv4/tcp_syn_linear_timeouts").exists() {
-            host.netns.set("ipv4/tcp_syn_linear_timeouts", "0")?;
-        }
+        give_up_soon(&host.netns)?;
         host.monit(NOBODY)?.reaches()?;
         host.other(NOBODY)?.reaches()?;
         host.configure(true, "")?;
@@ -163,33 +159,16 @@ impl Host {
         Ok(report["job_rules"].as_array().cloned().unwrap_or_default())
     }
 
-    /// The table as the BOSH agent writes it.
     fn agent_starts(&self) -> Result<()> {
-        let port = self.world.port;
-        for command in [
-            "add table inet bosh_agent".to_owned(),
-            format!("add chain {CHAIN}"),
-            "add chain inet bosh_agent monit_access { type filter hook output priority -1; policy accept; }".to_owned(),
-            "flush chain inet bosh_agent monit_access".to_owned(),
-            "add rule inet bosh_agent monit_access ct state established,related accept".to_owned(),
-            "add rule inet bosh_agent monit_access jump monit_access_jobs".to_owned(),
-            format!("add rule inet bosh_agent monit_access meta skuid 0 ip daddr 127.0.0.1 tcp dport {port} accept"),
-            format!("add rule inet bosh_agent monit_access ip daddr 127.0.0.1 tcp dport {port} drop"),
-            "add chain inet bosh_agent nats_access { type filter hook output priority -1; policy accept; }".to_owned(),
-        ] {
-            self.netns.nft(&command)?;
-        }
-        Ok(())
+        agent_starts(&self.netns, self.world.port)
     }
 
-    /// A job's cgroup, and how rules name it: nft looks for its path below /sys/fs/cgroup.
+    /// A job's cgroup, and how rules name it.
     fn job(&self, name: &str) -> Result<(std::path::PathBuf, String)> {
         let dir = self.world.cgroup.join(name);
         fs::create_dir(&dir)?;
-        let path = dir.strip_prefix(cgroup_mount()?)?;
-        let level = path.components().count();
-        let shown = dir.strip_prefix("/sys/fs/cgroup")?.display().to_string();
-        Ok((dir, format!("socket cgroupv2 level {level} \"{shown}\"")))
+        let matches = sockets_of(&dir)?;
+        Ok((dir, matches))
     }
 }
 
@@ -198,6 +177,40 @@ fn comes_in(what: &str, attack: &Attack) -> Result<Duration> {
     let started = Instant::now();
     until(what, || Ok(attack.run()?.errno.is_none()))?;
     Ok(started.elapsed())
+}
+
+/// Where the agent's rules drop a packet: 3 s until it is given up.
+pub(super) fn give_up_soon(netns: &Netns) -> Result<()> {
+    netns.set("ipv4/tcp_syn_retries", "1")?;
+    if Path::new("/proc/sys/net/ipv4/tcp_syn_linear_timeouts").exists() {
+        netns.set("ipv4/tcp_syn_linear_timeouts", "0")?;
+    }
+    Ok(())
+}
+
+/// The table as the BOSH agent writes it.
+pub(super) fn agent_starts(netns: &Netns, port: u16) -> Result<()> {
+    for command in [
+        "add table inet bosh_agent".to_owned(),
+        format!("add chain {CHAIN}"),
+        "add chain inet bosh_agent monit_access { type filter hook output priority -1; policy accept; }".to_owned(),
+        "flush chain inet bosh_agent monit_access".to_owned(),
+        "add rule inet bosh_agent monit_access ct state established,related accept".to_owned(),
+        "add rule inet bosh_agent monit_access jump monit_access_jobs".to_owned(),
+        format!("add rule inet bosh_agent monit_access meta skuid 0 ip daddr 127.0.0.1 tcp dport {port} accept"),
+        format!("add rule inet bosh_agent monit_access ip daddr 127.0.0.1 tcp dport {port} drop"),
+        "add chain inet bosh_agent nats_access { type filter hook output priority -1; policy accept; }".to_owned(),
+    ] {
+        netns.nft(&command)?;
+    }
+    Ok(())
+}
+
+/// What a cgroup's sockets match: nft looks for its path below /sys/fs/cgroup.
+pub(super) fn sockets_of(dir: &Path) -> Result<String> {
+    let level = dir.strip_prefix(cgroup_mount()?)?.components().count();
+    let shown = dir.strip_prefix("/sys/fs/cgroup")?.display().to_string();
+    Ok(format!("socket cgroupv2 level {level} \"{shown}\""))
 }
 
 fn let_in(backend: &'static str) -> Result<()> {

@@ -56,6 +56,7 @@ pub(crate) const BASE: &[Package] = &[
     runs("nats-server", &["nats-server"]),
     runs("nftables", &["nft"]),
     runs("pkg-config", &["pkg-config"]),
+    runs("runc", &["runc"]),
 ];
 
 /// For virtual machines: to emulate, to unpack and build kernels, to fill guests.
