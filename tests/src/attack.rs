@@ -170,6 +170,9 @@ pub struct Attempt {
     /// Connect again and again until this file is gone; print how often it `connected`, was `refused`, and met an `other` error
     #[arg(long)]
     pub hammer_while: Option<PathBuf>,
+    /// Milliseconds between two calls of `--hammer-while`
+    #[arg(long, default_value_t = 0)]
+    pub pause: u64,
     /// Connect so often and print the median of the calls in nanoseconds, whatever comes of them
     #[arg(long)]
     pub rounds: Option<usize>,
@@ -265,23 +268,35 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken.
+/// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken. The slowest that came about
+/// is told: a packet that was dropped is sent again after a second, and may get through then.
 fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
     let (mut connected, mut refused, mut reset, mut other) = (0_u64, 0_u64, 0_u64, 0_u64);
+    let mut slowest = Duration::ZERO;
     let forms = [attempt.destination, mapped(attempt.destination)];
     while file.exists() {
         for to in forms.iter().cycle().take(64) {
             let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
             socket.set_linger(Some(Duration::ZERO))?;
+            std::thread::sleep(Duration::from_millis(attempt.pause));
+            let started = Instant::now();
             match socket.connect(&SockAddr::from(*to)) {
-                Ok(()) => connected += 1,
+                Ok(()) => {
+                    connected += 1;
+                    slowest = slowest.max(started.elapsed());
+                }
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => refused += 1,
                 Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => reset += 1,
-                Err(_) => other += 1,
+                Err(_) => {
+                    other += 1;
+                    // Perhaps after seconds without an answer.
+                    break;
+                }
             }
         }
     }
-    println!("connected {connected} refused {refused} reset {reset} other {other}");
+    let slowest = slowest.as_millis();
+    println!("connected {connected} refused {refused} reset {reset} other {other} slowest {slowest}");
     Ok(())
 }
 

@@ -27,6 +27,7 @@ pub mod kernel_sockets;
 pub mod later;
 pub mod lies;
 pub mod limits;
+pub mod migration;
 pub mod missing;
 pub mod monit;
 pub mod names;
@@ -134,6 +135,7 @@ pub fn all() -> Vec<Case> {
         later::cases(),
         lies::cases(),
         limits::cases(),
+        migration::cases(),
         missing::cases(),
         monit::cases(),
         names::cases(),

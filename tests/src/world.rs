@@ -868,6 +868,8 @@ pub struct Blows {
     pub reset: u64,
     /// Any other error.
     pub other: u64,
+    /// Length of the slowest call that reached the listener.
+    pub slowest: Duration,
 }
 
 impl Hammer {
@@ -891,11 +893,14 @@ impl Hammer {
                 reset,
                 "other",
                 other,
+                "slowest",
+                slowest,
             ] => Ok(Blows {
                 connected: connected.parse()?,
                 refused: refused.parse()?,
                 reset: reset.parse()?,
                 other: other.parse()?,
+                slowest: Duration::from_millis(slowest.parse()?),
             }),
             _ => bail!("the hammer said {text:?}"),
         }

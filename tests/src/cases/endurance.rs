@@ -74,6 +74,7 @@ fn under_fire() -> Result<()> {
             refused: sum.refused + blows.refused,
             reset: sum.reset + blows.reset,
             other: sum.other + blows.other,
+            slowest: sum.slowest.max(blows.slowest),
         };
     }
     let good = allowed.finish()?;
