@@ -868,8 +868,8 @@ pub struct Blows {
     pub reset: u64,
     /// Any other error.
     pub other: u64,
-    /// Length of the slowest call that reached the listener.
-    pub slowest: Duration,
+    /// Of those that reached the listener: only after their first packet had been dropped.
+    pub late: u64,
 }
 
 impl Hammer {
@@ -893,14 +893,14 @@ impl Hammer {
                 reset,
                 "other",
                 other,
-                "slowest",
-                slowest,
+                "late",
+                late,
             ] => Ok(Blows {
                 connected: connected.parse()?,
                 refused: refused.parse()?,
                 reset: reset.parse()?,
                 other: other.parse()?,
-                slowest: Duration::from_millis(slowest.parse()?),
+                late: late.parse()?,
             }),
             _ => bail!("the hammer said {text:?}"),
         }
