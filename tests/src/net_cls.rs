@@ -82,10 +82,10 @@ impl NetCls {
         Ok(Some(this))
     }
 
-    /// The namespace, as nsenter takes it.
+    /// A process in its mount namespace.
     #[must_use]
-    pub fn mount_namespace(&self) -> String {
-        format!("--mount=/proc/{}/ns/mnt", self.holder.id())
+    pub fn holder(&self) -> u32 {
+        self.holder.id()
     }
 }
 
@@ -93,7 +93,8 @@ impl Drop for NetCls {
     fn drop(&mut self) {
         let group = self.place.join("monit-api-access");
         let mut remove = Command::new("nsenter");
-        remove.args([&self.mount_namespace(), "--", "rmdir"]).arg(group);
+        remove.arg(format!("--mount=/proc/{}/ns/mnt", self.holder()));
+        remove.args(["--", "rmdir"]).arg(group);
         let _ = until("the group is empty", || Ok(ran(&mut remove)?.code == 0));
         let _ = self.holder.kill();
         let _ = self.holder.wait();

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     backend::EBPF,
     net_cls::{CLASSID, NetCls},
-    world::{Attack, Blows, Daemon, Hammer, Listener, NOBODY, Netns, Ran, World, binary, cgroup_mount, ran},
+    world::{Attack, Blows, Daemon, Hammer, Listener, NOBODY, Netns, Ran, World, binary, cgroup_mount, ran, until},
 };
 
 /// All cases of this file.
@@ -128,12 +128,10 @@ impl Host {
         let Some(net_cls) = &self.net_cls else {
             return Ok(attack);
         };
-        let (net, mount) = (
-            format!("--net={}", self.netns.file().display()),
-            net_cls.mount_namespace(),
-        );
         let enter = "echo $$ > \"$1/monit-api-access/tasks\"; shift; exec \"$@\"";
         let place = net_cls.place.display().to_string();
+        let net = format!("--net={}", self.netns.file().display());
+        let mount = format!("--mount=/proc/{}/ns/mnt", net_cls.holder());
         let words = ["nsenter", &net, &mount, "--", "sh", "-c", enter, "sh", &place];
         Ok(attack.program(&words, binary("attack")?))
     }
@@ -184,7 +182,8 @@ impl Host {
         if let Some(net_cls) = &self.net_cls {
             command = Command::new("nsenter");
             command.arg(format!("--net={}", self.netns.file().display()));
-            command.args([&net_cls.mount_namespace(), "--", "bash"]);
+            command.arg(format!("--mount=/proc/{}/ns/mnt", net_cls.holder()));
+            command.args(["--", "bash"]);
         }
         let path = std::env::var("PATH").unwrap_or_default();
         command.args(["-c", &format!("set -euo pipefail; {text}")]);
@@ -252,6 +251,8 @@ impl Host {
                 ensure!(key == true, "{agent_json}");
                 self.new_job()?.reaches()?;
                 allowed.push(("the job that was granted", self.new_job()?.hammer(&fire)?));
+                let processes = self.new.join("cgroup.procs");
+                until("it runs", || Ok(!fs::read_to_string(&processes)?.is_empty()))?;
             }
         }
         let after = old_rules(self)?;
