@@ -10,7 +10,9 @@ mod subject;
 
 use std::{
     io::{self, Read as _},
+    mem::MaybeUninit,
     net::SocketAddr,
+    os::fd::AsRawFd as _,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -170,6 +172,9 @@ pub struct Attempt {
     /// Connect again and again until this file is gone; print how often it `connected`, was `refused`, and met an `other` error
     #[arg(long)]
     pub hammer_while: Option<PathBuf>,
+    /// Milliseconds between two calls of `--hammer-while`
+    #[arg(long, default_value_t = 0)]
+    pub pause: u64,
     /// Connect so often and print the median of the calls in nanoseconds, whatever comes of them
     #[arg(long)]
     pub rounds: Option<usize>,
@@ -265,24 +270,56 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken.
+/// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken. Told apart are
+/// those whose first packet was dropped: it is sent again after a second, and may get through then.
 fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
     let (mut connected, mut refused, mut reset, mut other) = (0_u64, 0_u64, 0_u64, 0_u64);
+    let mut late = 0_u64;
     let forms = [attempt.destination, mapped(attempt.destination)];
     while file.exists() {
         for to in forms.iter().cycle().take(64) {
             let socket = Socket::new(Domain::for_address(*to), Type::STREAM, None)?;
             socket.set_linger(Some(Duration::ZERO))?;
+            std::thread::sleep(Duration::from_millis(attempt.pause));
             match socket.connect(&SockAddr::from(*to)) {
-                Ok(()) => connected += 1,
+                Ok(()) => {
+                    connected += 1;
+                    late += u64::from(was_sent_again(&socket)?);
+                }
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => refused += 1,
                 Err(error) if error.raw_os_error() == Some(libc::ECONNREFUSED) => reset += 1,
-                Err(_) => other += 1,
+                Err(_) => {
+                    other += 1;
+                    // Perhaps after seconds without an answer.
+                    break;
+                }
             }
         }
     }
-    println!("connected {connected} refused {refused} reset {reset} other {other}");
+    println!("connected {connected} refused {refused} reset {reset} other {other} late {late}");
     Ok(())
+}
+
+/// Whether anything that a TCP socket sent had to be sent again.
+fn was_sent_again(socket: &Socket) -> io::Result<bool> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).map_err(io::Error::other)?;
+    // SAFETY: both places are valid for the call, which writes no more than `length`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all zeros is a value of it, and so is what the kernel writes over them.
+    let info = unsafe { info.assume_init() };
+    Ok(info.tcpi_total_retrans > 0)
 }
 
 /// Times how long a destination is open, from the first call on.

@@ -28,6 +28,7 @@ pub mod kernel_sockets;
 pub mod later;
 pub mod lies;
 pub mod limits;
+pub mod migration;
 pub mod missing;
 pub mod monit;
 pub mod names;
@@ -136,6 +137,7 @@ pub fn all() -> Vec<Case> {
         later::cases(),
         lies::cases(),
         limits::cases(),
+        migration::cases(),
         missing::cases(),
         monit::cases(),
         names::cases(),

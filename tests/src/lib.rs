@@ -13,5 +13,6 @@ pub mod foreign;
 pub mod guest;
 pub mod kernel;
 pub mod machine;
+pub mod net_cls;
 pub mod record;
 pub mod world;

@@ -868,6 +868,8 @@ pub struct Blows {
     pub reset: u64,
     /// Any other error.
     pub other: u64,
+    /// Of those that reached the listener: only after their first packet had been dropped.
+    pub late: u64,
 }
 
 impl Hammer {
@@ -891,11 +893,14 @@ impl Hammer {
                 reset,
                 "other",
                 other,
+                "late",
+                late,
             ] => Ok(Blows {
                 connected: connected.parse()?,
                 refused: refused.parse()?,
                 reset: reset.parse()?,
                 other: other.parse()?,
+                late: late.parse()?,
             }),
             _ => bail!("the hammer said {text:?}"),
         }

@@ -74,6 +74,7 @@ fn under_fire() -> Result<()> {
             refused: sum.refused + blows.refused,
             reset: sum.reset + blows.reset,
             other: sum.other + blows.other,
+            late: sum.late + blows.late,
         };
     }
     let good = allowed.finish()?;

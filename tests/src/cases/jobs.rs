@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::{PermissionsExt as _, chown, symlink},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::PoisonError,
     thread,
     time::{Duration, Instant},
 };
@@ -22,6 +23,7 @@ use serde_json::Value;
 use super::{Case, case, grants::path_of};
 use crate::{
     backend::EBPF,
+    net_cls,
     world::{Attack, Daemon, Listener, NOBODY, Netns, Ran, World, at_this_load, binary, cgroup_mount, ran, until},
 };
 
@@ -38,7 +40,7 @@ pub fn cases() -> Vec<Case> {
     all.extend([
         case("b4_permit_moves_the_shell_that_calls_and_no_other", subshell),
         case("f6_the_monit_helper_enters_no_users_cgroup", users_cgroup),
-        case("b4_permit_passes_rules_of_earlier_stemcells_too", net_cls),
+        case("b4_permit_passes_rules_of_earlier_stemcells_too", by_net_cls),
         case("b4_what_holds_a_supervisor_is_not_granted", supervisors),
         case("b4_a_pre_start_is_granted_its_jobs_container", pre_start),
         case("b4_a_jobs_container_is_granted_before_it_runs", before_it_runs),
@@ -347,38 +349,15 @@ fn users_cgroup() -> Result<()> {
     host.is_refused(&host.outside(NOBODY)?.in_cgroup(&trap))
 }
 
-/// Where the host has the controller mounted that rules of jammy's match by.
-fn mounted_net_cls() -> Result<Option<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    Ok(mounts.lines().find_map(|line| {
-        let words: Vec<&str> = line.split(' ').collect();
-        let is_it = words.get(2) == Some(&"cgroup") && words.get(3)?.split(',').any(|option| option == "net_cls");
-        is_it.then_some(PathBuf::from(*words.get(1)?))
-    }))
-}
-
-/// Ends a hierarchy that only a mount namespace had, which has gone. It stays, without a mount, if a group of it was still being released
-/// then; so it is mounted once more, where no other case sees it.
-fn end_net_cls(place: &Path) -> Result<()> {
-    until("the hierarchy is gone", || {
-        if !fs::read_to_string("/proc/self/cgroup")?.contains(":net_cls:") {
-            return Ok(true);
-        }
-        let again = "mount -t cgroup -o net_cls none \"$1\"; sleep 0.1";
-        let mut command = Command::new("unshare");
-        ran(command.args(["--mount", "sh", "-c", again, "sh"]).arg(place))?;
-        Ok(false)
-    })
-}
-
 /// Rules of jammy's let through by cgroup v1: a helper that replaces theirs must do what theirs did, or who asks is cut off while both guard.
-fn net_cls() -> Result<()> {
+fn by_net_cls() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     if !fs::read_to_string("/proc/cgroups")?.contains("\nnet_cls\t") {
         println!("    this kernel has no net_cls: no stemcell's rules can match by it");
         return Ok(());
     }
-    let mounted = mounted_net_cls()?;
+    let _alone = net_cls::ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mounted = net_cls::mounted()?;
     let _daemon = host.daemon()?;
     let helper = host.bin().join("helper.sh").display().to_string();
     let own = host.world.path("net_cls");
@@ -395,7 +374,7 @@ fn net_cls() -> Result<()> {
     );
     let called = host.script(&host.cgroup, &text);
     if mounted.is_none() {
-        end_net_cls(&own)?;
+        net_cls::end(&own)?;
     }
     let called = called?.demand(0)?;
     ensure!(called.stderr.is_empty(), "{called:?}");
