@@ -625,8 +625,9 @@ fn bad_configuration() -> Result<()> {
         host.rule(&format!("meta skuid {NOBODY}"))?;
         let nobody = host.monit(NOBODY)?;
         comes_in("a job's rule", &nobody)?;
-        until("what is active is kept", || {
-            Ok(host.world.path("state/last-good.json").exists())
+        until("what is active is kept, and what was before removed", || {
+            let is_kept = host.world.path("state/last-good.json").exists();
+            Ok(is_kept && host.netns.enforcer(&host.world, &["verify"])?.code == 0)
         })?;
         daemon.kill()?;
         let toml = host.world.path("enforcer.toml");
