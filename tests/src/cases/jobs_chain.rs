@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::{Case, case};
 use crate::backend::EBPF;
+use crate::kernel::CGROUP_NEEDS;
 use crate::world::{Attack, Daemon, Listener, NOBODY, Netns, World, at_this_load, binary, cgroup_mount, until};
 
 /// Another user who may nothing.
@@ -24,20 +25,21 @@ pub fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
     for backend in BACKENDS {
         all.extend([
-            case(&format!("b5_rules_of_jobs_let_in_{backend}"), move || let_in(backend)),
+            case(&format!("b5_rules_of_jobs_let_in_{backend}"), move || let_in(backend)).needs(CGROUP_NEEDS),
             case(&format!("b5_a_grant_passes_the_agents_rules_{backend}"), move || {
                 beside_the_agent(backend)
-            }),
+            })
+            .needs(CGROUP_NEEDS),
         ]);
     }
     all.extend([
-        case("b5_rules_of_other_shapes_let_nobody_in", other_shapes),
+        case("b5_rules_of_other_shapes_let_nobody_in", other_shapes).needs(CGROUP_NEEDS),
         case("b5_rules_of_jobs_open_nothing_else", nothing_else),
         case("b5_the_agents_own_rules_are_left_alone", agents_table),
         case("b5_the_chain_is_there_only_where_monit_may_be_granted", not_wanted),
         case("b5_f2_rules_and_grants_change_under_fire", under_fire),
         case("b5_f5_a_chain_taken_away_comes_back", taken_away),
-        case("b5_a_rule_ends_with_its_cgroup", gone),
+        case("b5_a_rule_ends_with_its_cgroup", gone).needs(CGROUP_NEEDS),
         case("b5_f4_thousands_of_rules_cost_only_themselves", thousands),
         case(
             "b5_f4_a_bad_configuration_at_boot_keeps_rules_of_jobs",

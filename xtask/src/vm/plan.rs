@@ -101,7 +101,11 @@ pub(super) const SUITES: [Suite; 7] = [
     Suite {
         name: "users",
         backend: "ebpf",
-        cases: &["d3_everybody_of_one_rule_set", "principal_within_cgroup"],
+        cases: &[
+            "d3_everybody_of_one_rule_set",
+            "principal_within_cgroup",
+            "b5_rules_of_jobs_open_nothing_else",
+        ],
         layouts: &["unified"],
         needs: BPF,
     },
