@@ -51,6 +51,15 @@ pub enum To {
 
 /// Every rule of every table of this network namespace.
 pub fn rules(netlink: &mut Netlink) -> io::Result<Vec<ForeignRule>> {
+    netlink.at_one_generation(rules_once).map(|(rules, _)| rules)
+}
+
+/// Every chain of every table: family, table, chain.
+pub fn chains(netlink: &mut Netlink) -> io::Result<Vec<(String, String, String)>> {
+    netlink.at_one_generation(chains_once).map(|(chains, _)| chains)
+}
+
+fn rules_once(netlink: &mut Netlink) -> io::Result<Vec<ForeignRule>> {
     let mut found = Vec::new();
     // NFPROTO_UNSPEC: of all families.
     netlink.ask_of(
@@ -72,8 +81,7 @@ pub fn rules(netlink: &mut Netlink) -> io::Result<Vec<ForeignRule>> {
     Ok(found)
 }
 
-/// Every chain of every table: family, table, chain.
-pub fn chains(netlink: &mut Netlink) -> io::Result<Vec<(String, String, String)>> {
+fn chains_once(netlink: &mut Netlink) -> io::Result<Vec<(String, String, String)>> {
     let mut found = Vec::new();
     netlink.ask_of(
         0,
