@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
@@ -62,6 +62,7 @@ pub struct World {
 impl World {
     /// Makes a world.
     pub fn new() -> Result<Self> {
+        was_shared();
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{MARK}_{}_{number}", machine::number());
         let dir = tempfile::Builder::new().prefix(&name).tempdir()?;
@@ -280,8 +281,10 @@ impl Drop for World {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(self.pins());
         let _ = ran(Command::new("nft").args(["delete", "table", "inet", &self.name]));
-        // The part of a case that failed before it unloaded.
-        if shared_table().contains(&format!("inet {}\"", self.name)) {
+        // Of a case that did not unload, or failed before it did. A daemon that needs it makes it again.
+        let shared = shared_table();
+        let is_bare = shared.split_whitespace().collect::<String>() == "tableinetbosh_agent{chainmonit_access_jobs{}}";
+        if !was_shared() && (is_bare || shared.contains(&format!("of {} (", self.name))) {
             let _ = ran(Command::new("nft").args(["delete", "table", "inet", SHARED_TABLE]));
         }
         // A case that fails leaves what it made below.
@@ -343,14 +346,20 @@ pub fn leftovers() -> Result<Vec<String>> {
     let tables = ran(Command::new("nft").args(["list", "tables"]))?.stdout;
     let ours = tables.lines().filter(|table| table.contains(&mark));
     left.extend(ours.map(str::to_owned));
-    if shared_table().contains(&mark) {
-        left.push(format!("our part of table inet {SHARED_TABLE}"));
+    if shared_table().contains(&mark) || !was_shared() && !shared_table().is_empty() {
+        left.push(format!("table inet {SHARED_TABLE}"));
     }
     Ok(left)
 }
 
 /// The table that the BOSH agent and enforcer have in common (B5), and what is in it; nothing where it is not there.
 const SHARED_TABLE: &str = "bosh_agent";
+
+/// Whether this host's own network namespace had it before the first world.
+fn was_shared() -> bool {
+    static BEFORE: OnceLock<bool> = OnceLock::new();
+    *BEFORE.get_or_init(|| !shared_table().is_empty())
+}
 
 fn shared_table() -> String {
     ran(Command::new("nft").args(["list", "table", "inet", SHARED_TABLE]))
