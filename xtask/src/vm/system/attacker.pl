@@ -6,7 +6,7 @@
 use strict;
 use warnings;
 use IO::Handle;
-use POSIX qw(setuid setgid EISCONN EINPROGRESS EPERM ECONNREFUSED);
+use POSIX qw(setuid setgid EINTR EISCONN EINPROGRESS EPERM ECONNREFUSED);
 use Socket qw(:DEFAULT inet_pton pack_sockaddr_in6 IPPROTO_TCP TCP_NODELAY);
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC sleep);
 
@@ -37,6 +37,8 @@ sub attempt {
     return 'open' if connect($socket, $place);
     return 'denied' if $! == EPERM;
     return 'refused' if $! == ECONNREFUSED;
+    # By a signal, as when the system reboots around it: nothing was tried to its end.
+    return attempt(@_) if $! == EINTR;
     return "other: $!";
 }
 
