@@ -68,7 +68,8 @@ impl Monit {
         for (name, user) in [("monitrc", 0), ("monitrc.user", NOBODY)] {
             let text = format!(
                 "set daemon 60\nset pidfile {dir}/pid\nset statefile {dir}/state.monit\nset idfile {dir}/id\n\
-                 set httpd port {} and use address {}\n  allow admin:letmein\n",
+                 set httpd port {} and use address {}\n  allow admin:letmein\n\
+                 check process job with pidfile {dir}/job.pid\n  mode passive\n  start program = \"/bin/bash {dir}/start\"\n",
                 at.port(),
                 at.ip(),
                 dir = world.path("").display(),
@@ -85,8 +86,12 @@ impl Monit {
         }
         let job = world.cgroup.join("child");
         fs::create_dir(&job)?;
-        let mut command = netns.command(Path::new("monit"));
-        command.arg("-c").arg(world.path("monitrc")).arg("-I");
+        // In a cgroup of its own, below which what it starts makes more.
+        let own = world.cgroup.join("monit");
+        fs::create_dir(&own)?;
+        let mut command = netns.command(Path::new("sh"));
+        command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]);
+        command.arg(own).args(["monit", "-I", "-c"]).arg(world.path("monitrc"));
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -219,6 +224,20 @@ fn monit(backend: &str, bosh: bool) -> Result<()> {
     let ran = monit.inside(&job, &["bash", "-c", &script])?.demand(0)?;
     ensure!(ran.stdout.contains("uptime"), "{ran:?}");
     monit.is_kept_from(NOBODY, &job)?;
+    // The same as a start script of monit's own.
+    let said = monit.world.path("said");
+    fs::write(
+        monit.world.path("start"),
+        format!("exec > {} 2>&1; {script}", said.display()),
+    )?;
+    let rc = monit.world.path("monitrc").display().to_string();
+    monit
+        .inside(&outside, &["monit", "-c", &rc, "start", "job"])?
+        .demand(0)?;
+    until("a job that monit starts is let in", || {
+        Ok(fs::read_to_string(&said).unwrap_or_default().contains("uptime"))
+    })?;
+    monit.is_kept_from(NOBODY, &outside)?;
     monit.is_kept_from(NOBODY, &outside)?;
     let listed = monit.enforcer(&outside, &["grants"])?.demand(0)?.stdout;
     ensure!(listed.contains("/child/monit-api-access"), "{listed}");
