@@ -158,7 +158,7 @@ impl Host {
     fn here(&self, line: &str) -> String {
         let mut text = line.replace("2822", &self.world.port.to_string());
         let net_cls = self.net_cls.as_ref().map(|net_cls| net_cls.place.clone());
-        for (theirs, ours) in [
+        let places = [
             ("/etc/enforcer/enforcer.toml", self.world.path("enforcer.toml")),
             ("/etc/enforcer", self.world.path("etc-enforcer")),
             ("/usr/share/enforcer/monit-access-helper.sh", HELPER.into()),
@@ -171,8 +171,14 @@ impl Host {
             ("/var/vcap/", self.file("var/vcap/")),
             ("/etc/network/", self.file("etc/network/")),
             ("/etc/systemd/", self.file("etc/systemd/")),
-        ] {
-            text = text.replace(theirs, &ours.display().to_string());
+        ];
+        // By way of marks: what stands for one place may lie below another one, as this checkout below /root.
+        let mark = |number: usize| format!("\u{1}{number}\u{1}");
+        for (number, (theirs, _)) in places.iter().enumerate() {
+            text = text.replace(theirs, &mark(number));
+        }
+        for (number, (_, ours)) in places.iter().enumerate() {
+            text = text.replace(&mark(number), &ours.display().to_string());
         }
         text
     }
