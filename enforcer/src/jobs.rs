@@ -11,11 +11,11 @@ use std::{
 use enforcer_ebpf::NO_UID;
 
 use crate::{
-    backend::nftables::jobs::{Accept, CgroupId, Destination, JobRule, Jobs, Subject, Unknown, Writer},
+    backend::nftables::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
     grants::{self, Grantee, Grants, LimitError, MAX_GRANTS},
     host::{self, hierarchy},
     policy::{self, CgroupPath, Endpoint, MONIT, Policy, Protocol, Target, Uid},
-    ruleset::Host,
+    ruleset::{Cgroup, Host},
 };
 
 /// What the chain holds, and which cgroups its rules mean.
@@ -23,9 +23,9 @@ use crate::{
 pub struct JobRules {
     chain: Jobs,
     /// The cgroups that rules name by id, as far as they were found.
-    paths: BTreeMap<CgroupId, CgroupPath>,
+    paths: BTreeMap<Cgroup, CgroupPath>,
     /// Those of them that are there still: a cgroup made again under the same path has another id.
-    there: BTreeSet<CgroupId>,
+    there: BTreeSet<Cgroup>,
     /// Whether the hierarchy is seen, so that what is not there has gone.
     sees: bool,
     /// Counts changes of whom they let in.
@@ -72,21 +72,24 @@ impl fmt::Display for Ignored {
 pub type Effect<'a> = (&'a JobRule, Result<Grantee, Ignored>);
 
 impl JobRules {
-    /// Takes the chain as it is now, and looks up the cgroups that are new in it below a mount.
+    /// Takes the chain as it is now: looks up the cgroups that are new in it below a mount, and whether all are still there.
     pub fn take(&mut self, chain: Jobs, mount: &Path) {
         let is_same = chain.exists == self.chain.exists && chain.rules == self.chain.rules;
         self.chain = chain;
-        if is_same {
-            return;
+        if !is_same {
+            self.find_new(mount);
+            self.revision += 1;
         }
-        let named: BTreeSet<CgroupId> = self.of_others().filter_map(cgroup_of).collect();
+        self.look(mount);
+    }
+
+    fn find_new(&mut self, mount: &Path) {
+        let named: BTreeSet<Cgroup> = self.of_others().filter_map(cgroup_of).collect();
         self.paths.retain(|id, _| named.contains(id));
-        let missing: BTreeSet<CgroupId> = named.into_iter().filter(|id| !self.paths.contains_key(id)).collect();
+        let missing: BTreeSet<Cgroup> = named.into_iter().filter(|id| !self.paths.contains_key(id)).collect();
         if !missing.is_empty() {
             self.paths.extend(find(mount, &missing));
         }
-        self.revision += 1;
-        self.look(mount);
     }
 
     /// Looks whether the cgroups are still there.
@@ -95,7 +98,7 @@ impl JobRules {
         self.sees = hierarchy::depth(mount) == Some(0) && mount.join("cgroup.procs").exists();
         let id = |path: &CgroupPath| host::directory_id(&mount.join(path.as_str().trim_start_matches('/')));
         let there = self.paths.iter().filter(|(cgroup, path)| id(path) == Some(cgroup.id));
-        let there: BTreeSet<CgroupId> = there.map(|(cgroup, _)| *cgroup).collect();
+        let there: BTreeSet<Cgroup> = there.map(|(cgroup, _)| *cgroup).collect();
         if there != self.there {
             self.there = there;
             self.revision += 1;
@@ -188,11 +191,11 @@ impl JobRules {
     pub fn changes(&self, wanted: &BTreeSet<Accept>) -> (Vec<u64>, Vec<Accept>) {
         let mut found = BTreeSet::new();
         let stale = self.chain.rules.iter().filter(|rule| match rule.writer {
-            Writer::Grants => {
-                let is_wanted = rule.accepts.as_ref().is_ok_and(|accept| wanted.contains(accept));
-                // Once is enough.
-                !is_wanted || !rule.accepts.as_ref().is_ok_and(|accept| found.insert(*accept))
-            }
+            // Once is enough.
+            Writer::Grants => !rule
+                .accepts
+                .as_ref()
+                .is_ok_and(|accept| wanted.contains(accept) && found.insert(*accept)),
             // Its container has ended; the next one has another id.
             Writer::Container => self.sees && cgroup_of(rule).is_some_and(|id| !self.there.contains(&id)),
             Writer::Other => false,
@@ -215,14 +218,9 @@ pub fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSet<Accep
     let to = destinations(monit);
     let granted = grants.iter().filter(|(key, _)| key.target == MONIT);
     let subjects = granted.filter_map(|(key, _)| {
-        let cgroup = key.to.cgroup().map(|path| host.cgroups.get(path));
-        let cgroup = match cgroup {
-            // It has no id now.
-            Some(None) => return None,
-            Some(Some(found)) => Some(CgroupId {
-                id: found.id,
-                level: found.level,
-            }),
+        let cgroup = match key.to.cgroup() {
+            // One that is not there has no id now.
+            Some(path) => Some(*host.cgroups.get(path)?),
             None => None,
         };
         let user = key.to.user().map(|uid| uid.0);
@@ -264,19 +262,19 @@ fn leads_to(to: &Destination, endpoint: &Endpoint) -> bool {
         && to.address.is_none_or(is_there)
 }
 
-fn cgroup_of(rule: &JobRule) -> Option<CgroupId> {
+fn cgroup_of(rule: &JobRule) -> Option<Cgroup> {
     rule.accepts.as_ref().ok()?.subject.cgroup
 }
 
 /// The paths of cgroups below a mount; of those that are not found, nothing.
-fn find(mount: &Path, wanted: &BTreeSet<CgroupId>) -> BTreeMap<CgroupId, CgroupPath> {
+fn find(mount: &Path, wanted: &BTreeSet<Cgroup>) -> BTreeMap<Cgroup, CgroupPath> {
     let Some(top) = hierarchy::depth(mount) else {
         return BTreeMap::new();
     };
     let deepest = wanted.iter().map(|cgroup| cgroup.level).max().unwrap_or_default();
     let mut found = BTreeMap::new();
     for (dir, below) in hierarchy::walk(mount).take_while(|(_, below)| top + below <= deepest) {
-        let cgroup = host::directory_id(&dir).map(|id| CgroupId { id, level: top + below });
+        let cgroup = host::directory_id(&dir).map(|id| Cgroup { id, level: top + below });
         if let Some(cgroup) = cgroup.filter(|cgroup| wanted.contains(cgroup))
             && let Some(path) = hierarchy::path_below(mount, &dir)
             && let Ok(path) = CgroupPath::parse(&path)

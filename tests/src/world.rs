@@ -881,6 +881,16 @@ pub struct Blows {
     pub late: u64,
 }
 
+impl std::ops::AddAssign for Blows {
+    fn add_assign(&mut self, other: Self) {
+        self.connected += other.connected;
+        self.refused += other.refused;
+        self.reset += other.reset;
+        self.other += other.other;
+        self.late += other.late;
+    }
+}
+
 impl Hammer {
     /// Waits for its end, once the file is gone.
     pub fn finish(mut self) -> Result<Blows> {

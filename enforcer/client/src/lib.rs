@@ -2,7 +2,7 @@
 //!
 //! Builds with stable Rust alone: no BPF, no C library, no build script of its own. Without the feature `tokio` it needs no runtime.
 //!
-//! The daemon runs as root, and so does whoever asks it. Nothing is sent to anybody else who listens on the socket. Here a thread
+//! The daemon runs as root, and so does its caller. Nothing is sent to another user's process that listens on the socket. Here a thread
 //! stands for the daemon:
 //!
 //! ```
@@ -56,7 +56,7 @@ struct Refreshed {
     status: Status,
 }
 
-/// Asks the daemon on `socket` to look all names up now, and returns when the kernel holds the result: whoever connects then is
+/// Asks the daemon on `socket` to look all names up now, and returns when the kernel holds the result: a client that connects then is
 /// checked against the addresses that a resolver answers now (B3). Root only. Inside a runtime it blocks a thread of it.
 ///
 /// A name that could not be looked up is no error: the status is then [`State::Degraded`], its causes say why, and the addresses

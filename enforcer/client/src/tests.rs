@@ -45,7 +45,7 @@ impl Daemon {
         }
     }
 
-    /// Answers whoever asks, and hangs up.
+    /// Answers each caller, and hangs up.
     fn answering(answer: fn(UnixStream)) -> Self {
         let daemon = Self::new();
         let listener = daemon.listener.try_clone().expect("the same listener");

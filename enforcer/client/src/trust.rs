@@ -19,7 +19,7 @@ use nix::{
 pub(crate) fn foreign_directory(socket: &Path, trusted: u32) -> Option<u32> {
     let socket = std::path::absolute(socket).ok()?;
     let dir = socket.parent()?;
-    // A mount first: what it shows, owners too, is the word of whoever mounted it.
+    // A mount first: what it shows, owners too, is the word of the user who mounted it.
     let owner = || fs::symlink_metadata(dir).ok().map(|meta| meta.uid());
     let is_foreign = |uid: &u32| *uid != trusted;
     mounted_by(dir)

@@ -1,7 +1,7 @@
 //! What goes over the control socket: one line of JSON in, lines of JSON out.
 //!
 //! [`Request`] is all that can be asked. Of the answers only what a caller of [`refresh_blocking`](crate::refresh_blocking) needs is
-//! here: whoever asks for more brings a type for it.
+//! here: a caller that asks for more brings a type for it.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +19,7 @@ pub enum Request {
         #[serde(default)]
         follow: bool,
     },
-    /// Allow somebody a target.
+    /// Let a user, or all in a cgroup, reach a target.
     Grant(GrantRequest),
     /// End what was granted.
     Revoke(RevokeRequest),
@@ -31,7 +31,7 @@ pub enum Request {
     Unload,
 }
 
-/// Allow somebody a target; answered when the kernel holds it and the disk keeps it.
+/// Let a user, or all in a cgroup, reach a target; answered when the kernel holds it and the disk keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GrantRequest {

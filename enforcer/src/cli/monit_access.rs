@@ -17,7 +17,7 @@ use nix::unistd::{Pid, geteuid, getppid};
 
 use super::{Answer, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
 use crate::{
-    backend::nftables::jobs::{Accept, CHAIN, CgroupId, Destination, JobsChain, Subject, TABLE},
+    backend::nftables::jobs::{Accept, CHAIN, Destination, JobsChain, Subject, TABLE},
     config::Settings,
     control::{self, GrantRequest, Reply, Request, Selector},
     daemon::Wanted,
@@ -25,6 +25,7 @@ use crate::{
     host::{self, hierarchy::Hierarchy},
     jobs,
     policy::{HostUsers, MONIT, MONIT_PORT, Uid},
+    ruleset::Cgroup,
     status::Status,
 };
 
@@ -188,7 +189,7 @@ fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> R
 }
 
 /// The cgroup that this process is in, as rules name it.
-fn own_cgroup() -> Result<CgroupId> {
+fn own_cgroup() -> Result<Cgroup> {
     let (found, below) = own_place()?;
     let dir = found.mount.join(&below);
     let id = host::directory_id(&dir).with_context(|| format!("look at {}", dir.display()))?;
@@ -196,7 +197,7 @@ fn own_cgroup() -> Result<CgroupId> {
         .depth
         .context("how deep this cgroup lies is not known from within its namespace")?;
     let level = depth + u32::try_from(below.components().count())?;
-    Ok(CgroupId { id, level })
+    Ok(Cgroup { id, level })
 }
 
 /// The cgroup v2 hierarchy, and where below its mount this process is.

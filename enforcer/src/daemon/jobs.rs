@@ -26,7 +26,6 @@ use crate::{
 const TRIES: usize = 3;
 /// Rules that are logged one by one, of those that are others after a change.
 const LOGGED: usize = 16;
-
 /// How long a kernel that has no `nf_tables` is not asked again: each time it looks for a module.
 const MISSING: Duration = Duration::from_mins(1);
 
@@ -102,19 +101,22 @@ impl Chain {
     pub(super) fn look(&mut self, wanted: &Wanted) -> Result<(), NftablesError> {
         if !may_be_granted(&wanted.policy) {
             self.seen = None;
-            self.rules.take(Jobs::default(), &wanted.mount);
+            if self.rules.chain().exists {
+                self.rules.take(Jobs::default(), &wanted.mount);
+            }
             return Ok(());
         }
         let seen = self.seen;
         let Some(way) = self.way(wanted.settings())? else {
             return Ok(());
         };
-        if seen != Some(way.generation()?) {
+        if seen == Some(way.generation()?) {
+            self.rules.look(&wanted.mount);
+        } else {
             let found = way.read()?;
             self.seen = Some(found.generation);
             self.rules.take(found, &wanted.mount);
         }
-        self.rules.look(&wanted.mount);
         Ok(())
     }
 
@@ -175,7 +177,7 @@ impl Chain {
         }
         if let Some(way) = self.way(settings)? {
             match held {
-                Held::Ours => drop(way.leave()?),
+                Held::Ours => way.leave()?,
                 Held::Unknown | Held::Nothing => drop(way.forget()?),
             }
         }
@@ -205,7 +207,7 @@ impl Chain {
 
     /// Removes what is ours.
     pub(super) fn leave(&mut self, settings: &Settings) -> Result<(), NftablesError> {
-        self.way(settings)?.map_or(Ok(()), |way| way.leave().map(drop))
+        self.way(settings)?.map_or(Ok(()), JobsChain::leave)
     }
 }
 
@@ -221,10 +223,11 @@ impl Daemon {
 
     /// Makes the policy anew from what the configuration, grants and rules of jobs say now.
     pub(super) fn complete(&mut self) {
-        self.policy = self.completed(&self.wanted.policy);
-        self.chain.taken = self.chain.rules.revision();
         // Grants take room from rules of jobs.
-        self.chain.log(&self.grants.add_to(&self.wanted.policy));
+        let granted = self.grants.add_to(&self.wanted.policy);
+        self.chain.log(&granted);
+        self.policy = self.chain.rules.add_to(granted);
+        self.chain.taken = self.chain.rules.revision();
     }
 
     /// Takes the rules of jobs as they are now.

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     backend::{
         nftables::{
-            jobs::{CgroupId, Destination, Subject},
+            jobs::{Destination, Subject},
             others::{Nat, To},
         },
         probe::{Choice, Fact, Facts, Feature, Need, Side, choose},
@@ -23,7 +23,7 @@ use crate::{
     config::Backend,
     host::START,
     policy::{MONIT, Mode, Protocol, Uid},
-    ruleset::{self, Cgroup, RulePrincipal, RuleSet, is_single, owners},
+    ruleset::{self, RulePrincipal, RuleSet, is_single, owners},
     text,
     visibility::{Kept, Visibility},
 };
@@ -882,14 +882,10 @@ fn dropped_by_agent(seen: &Seen) -> Vec<String> {
         let mut rules = seen.jobs.rules.iter().filter_map(|rule| rule.accepts.as_ref().ok());
         rules.any(|accept| accept.subject == subject && leads_there(&accept.to))
     };
-    let id = |cgroup: &Cgroup| CgroupId {
-        id: cgroup.id,
-        level: cgroup.level,
-    };
     let dropped = not_root(seen).into_iter().filter_map(|principal| match principal {
         RulePrincipal::User { uid, cgroup } => {
             let user = Some(uid.0);
-            let within = cgroup.as_ref().map(|(_, cgroup)| id(cgroup));
+            let within = cgroup.as_ref().map(|(_, cgroup)| *cgroup);
             let by_rule = [(user, within), (user, None), (None, within)];
             let by_rule = by_rule
                 .into_iter()
@@ -900,7 +896,7 @@ fn dropped_by_agent(seen: &Seen) -> Vec<String> {
         RulePrincipal::Anybody { cgroup: (path, cgroup) } => {
             let subject = Subject {
                 user: None,
-                cgroup: Some(id(cgroup)),
+                cgroup: Some(*cgroup),
             };
             (!accepted(subject)).then(|| format!("anybody in {path}"))
         }

@@ -6,10 +6,11 @@ use std::{collections::BTreeSet, fs, net::Ipv4Addr, path::Path};
 
 use super::{Ignored, JobRules, rules_of};
 use crate::{
-    backend::nftables::jobs::{Accept, CgroupId, Destination, JobRule, Jobs, Subject, Unknown, Writer},
+    backend::nftables::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
     grants::{Asker, Grantee, Grants, Key, MAX_GRANTS, Term},
     host,
     policy::{CgroupPath, Dns, Endpoint, MONIT, Mode, Policy, Target, Uid},
+    ruleset::Cgroup,
 };
 
 fn path(text: &str) -> CgroupPath {
@@ -39,7 +40,7 @@ fn monit() -> Policy {
     policy(&["tcp://127.0.0.1:2822"], true)
 }
 
-fn accept(user: Option<u32>, cgroup: Option<CgroupId>) -> Accept {
+fn accept(user: Option<u32>, cgroup: Option<Cgroup>) -> Accept {
     Accept {
         subject: Subject { user, cgroup },
         to: Destination {
@@ -71,9 +72,9 @@ fn effects(mount: &Path, jobs: Jobs, policy: &Policy) -> Vec<Result<Grantee, Ign
     rules.effects(policy).into_iter().map(|(_, effect)| effect).collect()
 }
 
-fn id(mount: &Path, path: &str, level: u32) -> CgroupId {
+fn id(mount: &Path, path: &str, level: u32) -> Cgroup {
     let id = host::directory_id(&mount.join(path)).expect("a directory");
-    CgroupId { id, level }
+    Cgroup { id, level }
 }
 
 #[test]
@@ -91,7 +92,7 @@ fn b5_a_cgroup_is_found_by_id_and_level() {
         (id(mount, job, 1), Err(Ignored::Gone)),
         (id(mount, job, 3), Err(Ignored::Gone)),
         (id(mount, "", 0), Err(Ignored::Everybody)),
-        (CgroupId { id: 1, level: 2 }, Err(Ignored::Gone)),
+        (Cgroup { id: 1, level: 2 }, Err(Ignored::Gone)),
     ];
     for (cgroup, expected) in cases {
         let found = effects(mount, rules([Ok(accept(None, Some(cgroup)))]), &monit());
@@ -223,10 +224,9 @@ fn b5_what_was_granted_is_written_once_and_removed_with_its_grant() {
         grants.grant(key, term).expect("room");
     }
     let mut host = crate::ruleset::Host::default();
-    host.cgroups
-        .insert(path("/there"), crate::ruleset::Cgroup { id: 9, level: 1 });
+    host.cgroups.insert(path("/there"), Cgroup { id: 9, level: 1 });
     let wanted = rules_of(&grants, &monit(), &host);
-    let there = CgroupId { id: 9, level: 1 };
+    let there = Cgroup { id: 9, level: 1 };
     let [user, cgroup] = [accept(Some(1000), None), accept(None, Some(there))];
     assert_eq!(wanted, BTreeSet::from([user, cgroup]));
     assert!(rules_of(&grants, &policy(&["tcp://127.0.0.1:2822"], false), &host).is_empty());

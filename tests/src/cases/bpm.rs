@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::{
     Case, case,
     jobs::{HELPER, Host},
-    jobs_chain::{CHAIN, agent_starts, give_up_soon},
+    jobs_chain::{self, CHAIN, agent_starts, give_up_soon},
     with_each,
 };
 use crate::{
@@ -260,10 +260,9 @@ impl Drop for Container<'_> {
 }
 
 fn comes_in(attack: &Attack) -> Result<()> {
-    let started = Instant::now();
-    until("it is let in", || Ok(attack.run()?.errno.is_none()))?;
+    let took = jobs_chain::comes_in("it is let in", attack)?;
     // 100 ms until the daemon has read the rule, and what starting an attempt takes.
-    let (took, limit) = (started.elapsed(), at_this_load(Duration::from_secs(1))?);
+    let limit = at_this_load(Duration::from_secs(1))?;
     ensure!(took <= limit, "{attack:?}: let in after {took:?}, more than {limit:?}");
     Ok(())
 }

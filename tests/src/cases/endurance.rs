@@ -68,14 +68,7 @@ fn under_fire() -> Result<()> {
     fs::remove_file(&fire)?;
     let mut sum = Blows::default();
     for hammer in denied {
-        let blows = hammer.finish()?;
-        sum = Blows {
-            connected: sum.connected + blows.connected,
-            refused: sum.refused + blows.refused,
-            reset: sum.reset + blows.reset,
-            other: sum.other + blows.other,
-            late: sum.late + blows.late,
-        };
+        sum += hammer.finish()?;
     }
     let good = allowed.finish()?;
     println!("    denied user: {sum:?}; allowed user: {good:?}");

@@ -175,7 +175,7 @@ impl Host {
 }
 
 /// Waits until an attempt gets through; how long that took.
-fn comes_in(what: &str, attack: &Attack) -> Result<Duration> {
+pub(super) fn comes_in(what: &str, attack: &Attack) -> Result<Duration> {
     let started = Instant::now();
     until(what, || Ok(attack.run()?.errno.is_none()))?;
     Ok(started.elapsed())

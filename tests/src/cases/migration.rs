@@ -266,11 +266,7 @@ impl Host {
         fs::remove_file(&fire)?;
         let mut sum = Blows::default();
         for hammer in denied {
-            let blows = hammer.finish()?;
-            sum.connected += blows.connected;
-            sum.refused += blows.refused;
-            sum.reset += blows.reset;
-            sum.other += blows.other;
+            sum += hammer.finish()?;
         }
         println!("    {steps} commands; whoever may not: {sum:?}");
         let refused = sum.refused + sum.reset;

@@ -415,7 +415,8 @@ pub fn beyond_loopback(family: u8) -> Vec<Expression> {
 }
 
 /// Only packets of a family whose destination begins with these bytes, or with others.
-fn address(family: u8, equal_to: bool, begins: Vec<u8>) -> Vec<Expression> {
+#[must_use]
+pub fn address(family: u8, equal_to: bool, begins: Vec<u8>) -> Vec<Expression> {
     let mut all = equal(meta::NFPROTO, vec![family]);
     all.extend([
         Expression::Payload {
@@ -456,14 +457,25 @@ pub fn user_in(set: &str) -> Vec<Expression> {
 #[must_use]
 pub fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
     let mut all = equal(meta::SKUID, uid.to_ne_bytes().to_vec());
-    all.extend([
-        Expression::Cgroup { level },
-        Expression::Compare {
-            equal: true,
-            value: cgroup.to_ne_bytes().to_vec(),
-        },
-    ]);
+    all.extend(below(level, cgroup));
     all
+}
+
+/// Only packets of sockets that were made below a cgroup.
+#[must_use]
+pub fn below(level: u32, cgroup: u64) -> [Expression; 2] {
+    let value = cgroup.to_ne_bytes().to_vec();
+    [Expression::Cgroup { level }, Expression::Compare { equal: true, value }]
+}
+
+/// Only packets to a port.
+#[must_use]
+pub fn to_port(port: u16) -> [Expression; 2] {
+    let value = port.to_be_bytes().to_vec();
+    [
+        payload(base::TRANSPORT, 2, 2, REGISTER),
+        Expression::Compare { equal: true, value },
+    ]
 }
 
 /// Only packets of sockets that have a file and were made below one of the cgroups, all of one depth, in a set.
@@ -493,7 +505,9 @@ pub fn goto(chain: &str) -> Expression {
     Expression::Verdict(Verdict::Goto(chain.to_owned()))
 }
 
-fn equal(key: u32, value: Vec<u8>) -> Vec<Expression> {
+/// Only packets of which a property is this.
+#[must_use]
+pub fn equal(key: u32, value: Vec<u8>) -> Vec<Expression> {
     compare(key, true, value)
 }
 

@@ -13,12 +13,12 @@ use nftnl::{MsgType, ProtoFamily, Rule as NlRule, Table};
 
 use super::{
     NftablesError,
-    expression::{Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
+    expression::{self as is, Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
     failed,
     netlink::{Failed, Found, IfEmpty, Netlink, Raw, Steps, chain_message, text},
     reach,
 };
-use crate::config::Settings;
+use crate::{config::Settings, ruleset::Cgroup};
 
 /// The table that BOSH's agent and releases know.
 pub const TABLE: &str = "bosh_agent";
@@ -35,16 +35,7 @@ pub struct Subject {
     /// The user to whom the socket belongs.
     pub user: Option<u32>,
     /// The cgroup below which the socket was made.
-    pub cgroup: Option<CgroupId>,
-}
-
-/// A cgroup as such rules name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CgroupId {
-    /// The inode number of its directory.
-    pub id: u64,
-    /// Its depth below the root.
-    pub level: u32,
+    pub cgroup: Option<Cgroup>,
 }
 
 /// Where a rule lets through to; what is absent may be anything.
@@ -243,11 +234,11 @@ impl JobsChain {
         Ok(found)
     }
 
-    /// Removes our rules; the chain and the table too, where nothing else is in them. True where something of others stays.
-    pub fn leave(&mut self) -> Result<bool, NftablesError> {
+    /// Removes our rules; the chain and the table too, where nothing else is in them.
+    pub fn leave(&mut self) -> Result<(), NftablesError> {
         let left = self.forget()?;
         if !left.exists || !left.rules.is_empty() || !left.is_alone {
-            return Ok(left.exists);
+            return Ok(());
         }
         let name = text(TABLE);
         let table = Table::new(&name, ProtoFamily::Inet);
@@ -257,11 +248,9 @@ impl JobsChain {
         batch.add(&format!("remove chain {CHAIN}"), &IfEmpty(&chain), MsgType::Del);
         batch.add("remove the table", &IfEmpty(&table), MsgType::Del);
         match self.netlink.commit(batch) {
-            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
-            Err(Failed { error, .. }) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-            done => done
-                .map(|()| false)
-                .map_err(|Failed { step, error }| failed(TABLE, &step, error)),
+            // It is in use now, or has gone.
+            Err(Failed { error, .. }) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT)) => Ok(()),
+            done => done.map_err(|Failed { step, error }| failed(TABLE, &step, error)),
         }
     }
 }
@@ -273,9 +262,9 @@ pub fn comment(settings: &Settings) -> String {
     format!("enforcer: a grant of {} ({place:08x})", settings.nft_table)
 }
 
-/// Removes what is ours, for an instance that does not run. True where something of others stays.
-pub fn leave(settings: &Settings) -> Result<bool, NftablesError> {
-    JobsChain::open(settings)?.map_or(Ok(false), |mut chain| chain.leave())
+/// Removes what is ours, for an instance that does not run.
+pub fn leave(settings: &Settings) -> Result<(), NftablesError> {
+    JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.leave())
 }
 
 /// Removes the rules of an instance that goes on under another name.
@@ -308,7 +297,7 @@ fn decode(expressions: &[Expression]) -> Result<Accept, Unknown> {
             Field::User => once(&mut user, fixed(value).map(u32::from_ne_bytes))?,
             Field::Cgroup { level } => {
                 let id = fixed(value).map(u64::from_ne_bytes);
-                once(&mut cgroup, id.map(|id| CgroupId { id, level }))?;
+                once(&mut cgroup, id.map(|id| Cgroup { id, level }))?;
             }
             Field::Family => once(&mut family, fixed(value).map(|[family]| family))?,
             Field::Transport => once(&mut transport, fixed(value).map(|[protocol]| protocol))?,
@@ -441,39 +430,22 @@ fn name(expression: &Expression) -> String {
 
 /// A rule in the agent's own shape.
 fn encode(accept: &Accept) -> Vec<Expression> {
-    let compare = |load, value| [load, Expression::Compare { equal: true, value }];
-    let meta = |key| Expression::Meta {
-        key,
-        register: REGISTER,
-    };
-    let payload = |base, offset, length| Expression::Payload {
-        base,
-        offset,
-        length,
-        register: REGISTER,
-    };
-    let mut all = Vec::new();
     let Accept { subject, to } = accept;
-    if let Some(CgroupId { id, level }) = subject.cgroup {
-        all.extend(compare(Expression::Cgroup { level }, id.to_ne_bytes().to_vec()));
+    let mut all = Vec::new();
+    if let Some(Cgroup { id, level }) = subject.cgroup {
+        all.extend(is::below(level, id));
     }
     if let Some(user) = subject.user {
-        all.extend(compare(meta(meta::SKUID), user.to_ne_bytes().to_vec()));
+        all.extend(is::equal(meta::SKUID, user.to_ne_bytes().to_vec()));
     }
     match to.address {
-        Some(IpAddr::V4(address)) => {
-            all.extend(compare(meta(meta::NFPROTO), vec![IPV4]));
-            all.extend(compare(payload(base::NETWORK, 16, 4), address.octets().to_vec()));
-        }
-        Some(IpAddr::V6(address)) => {
-            all.extend(compare(meta(meta::NFPROTO), vec![IPV6]));
-            all.extend(compare(payload(base::NETWORK, 24, 16), address.octets().to_vec()));
-        }
+        Some(IpAddr::V4(address)) => all.extend(is::address(IPV4, true, address.octets().to_vec())),
+        Some(IpAddr::V6(address)) => all.extend(is::address(IPV6, true, address.octets().to_vec())),
         None => {}
     }
     if let Some(port) = to.port {
-        all.extend(compare(meta(meta::L4PROTO), vec![TCP]));
-        all.extend(compare(payload(base::TRANSPORT, 2, 2), port.to_be_bytes().to_vec()));
+        all.extend(is::transport(TCP));
+        all.extend(is::to_port(port));
     }
     all.push(Expression::Verdict(Verdict::Accept));
     all
@@ -483,7 +455,7 @@ fn encode(accept: &Accept) -> Vec<Expression> {
 mod tests {
     use super::*;
 
-    fn at_monit(user: Option<u32>, cgroup: Option<CgroupId>) -> Accept {
+    fn at_monit(user: Option<u32>, cgroup: Option<Cgroup>) -> Accept {
         Accept {
             subject: Subject { user, cgroup },
             to: Destination {
@@ -495,7 +467,7 @@ mod tests {
 
     #[test]
     fn b5_what_is_written_is_read() {
-        let cgroup = CgroupId { id: 4711, level: 2 };
+        let cgroup = Cgroup { id: 4711, level: 2 };
         for accept in [
             at_monit(Some(1000), None),
             at_monit(None, Some(cgroup)),
