@@ -25,6 +25,7 @@ use crate::{
     config::{self, Config, ConfigError, Settings},
     control::{self, AskError, Reply, Request},
     daemon, host,
+    inputs::HostConfig,
     policy::{Answers, Name},
     resolve::{Names, lookup},
     status::{Context, State, Status, status},
@@ -455,7 +456,7 @@ async fn unprotected(path: &Path, asked: BTreeMap<Name, Answers>) -> Vec<String>
 }
 
 fn check_config(path: &Path, json: &Json) -> Result<Answer> {
-    let wanted = daemon::Wanted::load(path)?;
+    let wanted = HostConfig::load(path)?;
     let checked = Checked {
         schema: "enforcer/config-check/1",
         path: path.display().to_string(),

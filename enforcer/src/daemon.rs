@@ -10,20 +10,21 @@ mod drift;
 mod error;
 mod faults;
 mod grants;
+mod guard;
 mod jobs;
 mod journal;
 mod keep;
 mod lookups;
 mod recent;
 mod report;
+mod rounds;
 mod sources;
 mod tally;
 mod trace;
 mod users;
-mod wanted;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::HashMap,
     io,
     path::Path,
     time::{Duration, Instant},
@@ -37,16 +38,18 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use self::{
-    boot::{Left, Pending},
+    boot::Pending,
     bus::Unfinished,
     denials::{rest_after, send_events},
     dials::Dials,
     drift::Drift,
     faults::{About, Faults},
+    guard::{Applied, Guard},
     jobs::Chain,
     journal::Journal,
     keep::Kept,
     recent::{KEPT_EVENTS, Origin, Recent},
+    rounds::Rounds,
     sources::{Ends, changed, readable, ready_to_read, ready_to_take},
     tally::Tally,
     users::UserLookups,
@@ -57,18 +60,17 @@ use crate::{
     config::ConfigError,
     control::{self, Call, Reply, Request},
     events::{Line, Lost},
-    grants::Grants,
     host::LocalChanges,
-    policy::{Endpoint, Name, Policy},
-    resolve::{Known, Looked, Names},
-    ruleset::{Host, Resolved, RuleSet},
+    inputs::{HostConfig, InputError, Inputs, SavedRun},
+    jobs::JobRules,
+    policy::Name,
+    resolve::Looked,
     status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
     verify::Verification,
 };
 
-pub(crate) use self::wanted::complete;
-pub use self::{boot::apply_last_good, error::DaemonError, wanted::Wanted};
+pub use self::{boot::apply_last_good, error::DaemonError};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -84,35 +86,27 @@ const LOGGED_OF_SWEEP: usize = 16;
 
 /// What runs.
 struct Daemon {
-    wanted: Wanted,
-    /// What it means, with what was granted.
-    policy: Policy,
-    grants: Grants,
+    /// What rules are made from.
+    inputs: Inputs,
     chain: Chain,
-    /// The file does not hold them as they are.
+    /// The file does not hold the grants as they are.
     grants_unsaved: bool,
     enforcement: Enforcement,
     /// Whether this process goes on after its first rule set.
     stays: bool,
     /// Why it is not known whether the host sees what this process keeps.
     visibility_unknown: Option<String>,
-    names: Names,
-    host: Host,
     /// When what is local was listed last.
     listed: Instant,
     lookups: JoinSet<Looked>,
     user_lookups: UserLookups,
     /// The name and round of each look-up under way.
     under_way: HashMap<task::Id, (Name, u64)>,
-    /// Counts refresh requests: only look-ups begun after one answer it (B3).
-    round: u64,
-    /// The newest round of each name that was answered.
-    answered_rounds: BTreeMap<Name, u64>,
-    /// Refresh requests that wait for look-ups begun after them.
-    waiting: Vec<Waiting>,
+    /// Whose answers count, and who waits for them.
+    rounds: Rounds<mpsc::Sender<Reply>>,
     /// How much the kernel programs tell.
     log_level: u8,
-    drift: Drift,
+    guard: Guard,
     recent: Recent,
     followers: broadcast::Sender<Line>,
     journal: Journal,
@@ -123,51 +117,23 @@ struct Daemon {
     flood: Option<Instant>,
     /// Denials that nftables has logged and this process was too slow to take.
     lost_logged: u64,
-    /// Names whose first answer readiness waits for.
-    unanswered: BTreeSet<Name>,
     dials: Dials,
-    applied: Option<Applied>,
     faults: Faults,
-    /// The message bus as far as it is known (B2).
-    bus: Option<BTreeSet<Endpoint>>,
     /// Settings of the agent's that are being written.
     unfinished: Option<Unfinished>,
-    /// What was known of names before this process, for those that come late.
-    known_before: Known,
     kept: Kept,
     /// A configuration that was refused at the start.
     pending: Option<Pending>,
-    /// Whether what is in force is newer than all that this process knows, so that it stays until a configuration is taken (F1).
-    frozen: bool,
-    /// Whether that is only so until names are looked up, as what the last run knew of them is lost.
-    forgetful: bool,
     /// What is to be swept by (D9), and what came of it.
     sweeps: Jobs,
     existing: Option<ExistingStatus>,
 }
 
-/// What the rule set in force was made from, besides the policy.
-struct Applied {
-    generation: u64,
-    host: Host,
-    resolved: Resolved,
-    /// Revision of the grants.
-    grants: u64,
-    /// Revision of the rules of jobs.
-    jobs: u64,
-}
-
-struct Waiting {
-    round: u64,
-    names: BTreeSet<Name>,
-    replies: mpsc::Sender<Reply>,
-}
-
 /// Puts a configuration in force once, looking every name up, and returns what is then in force.
 pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
-    let wanted = Wanted::load(path)?;
+    let wanted = HostConfig::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket)?;
-    let (left, good) = Left::claim(&wanted.config.settings.state_dir);
+    let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
     let wanted = boot::has_not_gone(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
@@ -183,9 +149,9 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     daemon.take_host();
     daemon.apply_now()?;
     daemon.keep_chain();
-    daemon.enforcement.retire(&daemon.wanted.config.settings);
+    daemon.enforcement.retire(daemon.inputs.settings());
     if let Some(good) = moved {
-        boot::leave(&good.settings, &daemon.wanted.config.settings);
+        boot::leave(&good.settings, daemon.inputs.settings());
     }
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
@@ -212,7 +178,7 @@ pub enum End {
 pub async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
-    let socket = daemon.wanted.config.settings.socket.clone();
+    let socket = daemon.inputs.settings().socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
     let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
     let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
@@ -228,7 +194,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let (reports, mut swept) = mpsc::channel(1);
     tokio::spawn(sweep::run(daemon.sweeps.clone(), reports));
 
-    daemon.enforcement.retire(&daemon.wanted.config.settings);
+    daemon.enforcement.retire(daemon.inputs.settings());
     daemon.look_up_due(Instant::now());
     let mut watch = daemon.watch(None);
     let mut ready = false;
@@ -237,7 +203,7 @@ pub async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        if !ready && daemon.unanswered.is_empty() && !daemon.is_unsettled() {
+        if !ready && daemon.rounds.has_first_answers() && !daemon.is_unsettled() {
             ready = true;
             daemon.keep_now().await;
             daemon.ready()?;
@@ -325,15 +291,11 @@ async fn tell(result: &Result<(), DaemonError>, replies: &mpsc::Sender<Reply>) {
 }
 
 impl Daemon {
-    fn start(mut wanted: Wanted, stays: bool, left: Left) -> Result<Self, DaemonError> {
+    fn start(wanted: HostConfig, stays: bool, left: SavedRun) -> Result<Self, DaemonError> {
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
-        wanted.take_bus(left.bus.as_ref());
-        let settings = &wanted.config.settings;
-        let mut names = Names::new(wanted.policy.dns);
-        names.set(wanted.policy.asked(), Instant::now());
-        names.restore(&left.names, Instant::now());
+        let settings = wanted.settings();
         let level = trace::level();
         let enforcement = Enforcement::take_over(Start {
             settings,
@@ -346,11 +308,11 @@ impl Daemon {
         faults.set(About::Grants, fault); // F4
         faults.set(About::Users, wanted.fault()); // F8
         let mut chain = Chain::new();
-        if let Err(error) = chain.look(&wanted) {
+        let mut jobs = JobRules::default();
+        if let Err(error) = chain.look(&wanted, &mut jobs) {
             warn!("{error}; rules of jobs let nobody in until they can be read");
         }
-        let policy = chain.rules.add_to(grants.add_to(&wanted.policy));
-        let host = wanted.host(&policy, wanted::local(&policy)?);
+        let inputs = Inputs::new(wanted, &left, grants, jobs, Instant::now())?;
         let fault = left.fault.map(|error| {
             format!(
                 "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
@@ -358,26 +320,19 @@ impl Daemon {
         });
         faults.set(About::State, fault.clone()); // F4
         Ok(Self {
-            unanswered: wanted.policy.names(),
-            wanted,
-            policy,
-            grants,
+            rounds: Rounds::new(inputs.policy().names()),
+            inputs,
             chain,
             grants_unsaved: false,
             enforcement,
             stays,
             visibility_unknown: None,
             log_level: level,
-            drift: Drift::default(),
-            names,
-            host,
+            guard: Guard::default(),
             listed: Instant::now(),
             lookups: JoinSet::new(),
             user_lookups: UserLookups::new(),
             under_way: HashMap::new(),
-            round: 0,
-            answered_rounds: BTreeMap::new(),
-            waiting: Vec::new(),
             recent: Recent::default(),
             followers: broadcast::channel(KEPT_EVENTS).0,
             journal: Journal::default(),
@@ -386,35 +341,32 @@ impl Daemon {
             flood: None,
             lost_logged: 0,
             dials: Dials::default(),
-            applied: None,
             faults,
-            bus: left.bus,
             unfinished: None,
-            known_before: left.names,
             kept: Kept::new(left.mark, fault.is_some()),
             pending: None,
-            frozen: false,
-            forgetful: false,
             sweeps: Jobs::default(),
             existing: None,
         })
     }
 
-    /// Compiles what is wanted now and puts it in force.
+    /// Makes active what is desired now.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
-        if self.frozen {
-            return Err(DaemonError::Frozen);
-        }
-        let resolved = self.names.resolved(Instant::now());
-        let rules = self.rules(&resolved)?;
-        let generation = self.enforcement.apply(&rules)?;
-        self.applied = Some(Applied {
-            generation,
-            host: self.host.clone(),
-            resolved,
-            grants: self.grants.revision(),
-            jobs: self.chain.taken,
-        });
+        let applied = self.guard.apply(&mut self.enforcement, &self.inputs, Instant::now())?;
+        Ok(self.applied(applied))
+    }
+
+    /// Makes active what other inputs come to, or leaves everything as it is. Returns the inputs before.
+    fn commit(&mut self, inputs: Inputs) -> Result<Inputs, DaemonError> {
+        let applied = self.guard.apply(&mut self.enforcement, &inputs, Instant::now())?;
+        let before = std::mem::replace(&mut self.inputs, inputs);
+        self.applied(applied);
+        Ok(before)
+    }
+
+    /// What follows once other rules are active.
+    fn applied(&mut self, applied: Applied) -> u64 {
+        let Applied { generation, rules } = applied;
         self.kept.changed();
         if self.stays {
             self.follow_dials();
@@ -422,17 +374,17 @@ impl Daemon {
         self.sweeps.set(Job {
             generation,
             rules,
-            action: self.wanted.config.settings.existing,
+            action: self.inputs.settings().existing,
             cgroup: self
                 .enforcement
                 .nftables()
                 .is_none()
-                .then(|| self.wanted.cgroup.clone())
+                .then(|| self.inputs.config.cgroup.clone())
                 .flatten(),
-            mount: self.wanted.mount.clone(),
-            local: self.host.local.clone(),
+            mount: self.inputs.config.mount.clone(),
+            local: self.inputs.host.local.clone(),
         });
-        Ok(generation)
+        generation
     }
 
     /// Takes what a sweep found and did.
@@ -461,46 +413,26 @@ impl Daemon {
         self.existing = Some(report.existing);
     }
 
-    /// Sees to it that what is wanted is in force; a failure leaves in force what is (F4).
+    /// Sees to it that what is desired is active; a failure leaves active what is (F4).
     fn apply_or_keep(&mut self) {
+        let again = self.faults.of(About::RuleSet).is_some();
         let now = Instant::now();
-        self.remember();
-        if self.frozen || self.drift.rests(now) {
+        let Some(found) = self.guard.reconcile(&mut self.enforcement, &self.inputs, again, now) else {
             return;
-        }
-        let resolved = self.names.resolved(now);
-        let unchanged = self.applied.as_ref().is_some_and(|applied| {
-            applied.host == self.host
-                && applied.resolved == resolved
-                && applied.grants == self.grants.revision()
-                && applied.jobs == self.chain.taken
-        });
-        let restored = self.enforcement.restored();
-        let kept = match &self.applied {
-            Some(applied) if unchanged && self.faults.of(About::RuleSet).is_none() => {
-                self.enforcement.keep(applied.generation).map_err(DaemonError::from)
-            }
-            Some(_) | None => Ok(None),
         };
-        if self.enforcement.restored() != restored {
-            self.drift.happened(now);
-            if kept.is_ok() {
+        if found.drifted {
+            if found.applied.is_ok() {
                 warn!("somebody removed or changed rules of ours; they are in force again");
             } else {
                 warn!("somebody removed or changed rules of ours");
             }
         }
-        let fault = match kept {
-            Ok(Some(generation)) => {
-                if let Some(applied) = &mut self.applied {
-                    applied.generation = generation;
-                }
-                None
-            }
-            Ok(None) => self.apply_now().err(),
-            Err(error) => Some(error),
-        };
-        let fault = fault.map(|error| format!("{error}; the rule set before stays in force"));
+        let applied = found
+            .applied
+            .map(|applied| applied.map(|applied| self.applied(applied)));
+        let fault = applied
+            .err()
+            .map(|error| format!("{error}; the rule set before stays in force"));
         self.faults.set(About::RuleSet, fault);
     }
 
@@ -516,7 +448,7 @@ impl Daemon {
             observed.generation,
             observed.endpoints,
             observed.targets.len(),
-            self.wanted.cgroup_shown()
+            self.inputs.config.cgroup_shown()
         );
         sd_notify::notify(&[sd_notify::NotifyState::Ready]).map_err(|error| DaemonError::Io {
             action: "notify the service manager",
@@ -540,11 +472,12 @@ impl Daemon {
 
     /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the defaults (F4).
     fn take_configuration(&mut self) -> Result<(), DaemonError> {
-        let path = &self.wanted.path;
-        if self.wanted.from_file && !path.exists() {
-            return Err(ConfigError::Missing { path: path.clone() }.into());
+        let path = &self.inputs.config.path;
+        if self.inputs.config.from_file && !path.exists() {
+            return Err(InputError::from(ConfigError::Missing { path: path.clone() }).into());
         }
-        Wanted::load_knowing(path, &self.wanted.users).and_then(|wanted| self.change_to(wanted))
+        let config = HostConfig::load_knowing(path, &self.inputs.config.users)?;
+        self.change_to(config)
     }
 
     fn reload(&mut self) {
@@ -564,10 +497,10 @@ impl Daemon {
     }
 
     /// Keys that hold for the whole run and are others in another configuration.
-    fn fixed_keys(&self, wanted: &Wanted) -> Vec<&'static str> {
-        let (old, new) = (&self.wanted.config.settings, &wanted.config.settings);
+    fn fixed_keys(&self, wanted: &HostConfig) -> Vec<&'static str> {
+        let (old, new) = (self.inputs.settings(), wanted.settings());
         let fixed = [
-            ("cgroup", self.wanted.cgroup != wanted.cgroup),
+            ("cgroup", self.inputs.config.cgroup != wanted.cgroup),
             ("pin_dir", old.pin_dir != new.pin_dir),
             ("state_dir", old.state_dir != new.state_dir),
             ("socket", old.socket != new.socket),
@@ -578,72 +511,68 @@ impl Daemon {
     }
 
     /// Puts another configuration in force, or keeps this one whole.
-    fn change_to(&mut self, mut wanted: Wanted) -> Result<(), DaemonError> {
-        let keys = self.fixed_keys(&wanted);
+    fn change_to(&mut self, config: HostConfig) -> Result<(), DaemonError> {
+        let keys = self.fixed_keys(&config);
         if !keys.is_empty() {
             return Err(DaemonError::FixedKeys {
-                path: wanted.path,
+                path: config.path,
                 keys,
             });
         }
-        for warning in &wanted.warnings {
+        for warning in &config.warnings {
             warn!("{warning}");
         }
-        self.read_bus(wanted.config.bus_dir());
-        wanted.take_bus(self.bus.as_ref());
-        if let Err(error) = self.chain.look(&wanted) {
+        self.read_bus(config.config.bus_dir());
+        let mut inputs = self.inputs.clone();
+        if let Err(error) = self.chain.look(&config, &mut inputs.jobs) {
             warn!("{error}; rules of jobs count as they were read last");
         }
-        let policy = self.completed(&wanted.policy);
-        let host = wanted.host(&policy, wanted::local(&policy)?);
-        let mut names = self.names.clone();
-        names.configure(wanted.policy.dns);
-        names.set(wanted.policy.asked(), Instant::now());
-        let names = std::mem::replace(&mut self.names, names);
-        let taken = std::mem::replace(&mut self.chain.taken, self.chain.rules.revision());
-        let before = (
-            std::mem::replace(&mut self.wanted, wanted),
-            std::mem::replace(&mut self.policy, policy),
-            std::mem::replace(&mut self.host, host),
-            names,
-        );
+        inputs.set_config(config, Instant::now());
+        inputs.host.local = inputs.local()?;
+        inputs.look_at_cgroups();
         let start = Start {
-            settings: &self.wanted.config.settings,
-            cgroup: self.wanted.cgroup.as_deref(),
+            settings: inputs.settings(),
+            cgroup: inputs.config.cgroup.as_deref(),
             daemon: true,
             log_level: self.log_level,
         };
-        let extended = self.enforcement.extend(start).map_err(DaemonError::from);
-        let frozen = std::mem::take(&mut self.frozen);
-        if let Err(error) = extended.and_then(|()| self.apply_now()) {
-            self.frozen = frozen;
-            (self.wanted, self.policy, self.host, self.names) = before;
-            self.chain.taken = taken;
-            // Goes back to what was needed before.
-            self.enforcement.retire(&self.wanted.config.settings);
-            return Err(error);
+        let (guard, store) = (&mut self.guard, &mut self.enforcement);
+        let extended = store.extend(start).map_err(DaemonError::from);
+        match extended.and_then(|()| guard.apply_configured(store, &inputs, Instant::now())) {
+            Ok(applied) => {
+                self.inputs = inputs;
+                self.applied(applied);
+            }
+            Err(error) => {
+                self.chain.unread();
+                // Goes back to what was needed before.
+                self.enforcement.retire(self.inputs.settings());
+                return Err(error);
+            }
         }
-        self.enforcement.retire(&self.wanted.config.settings);
+        self.enforcement.retire(self.inputs.settings());
         self.keep_chain();
         self.look_at_visibility();
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
-        self.faults.set(About::Users, self.wanted.fault());
+        self.faults.set(About::Users, self.inputs.config.fault());
         self.pending = None;
-        self.forgetful = false;
-        self.forget_gone_names();
+        self.rounds.retain(&self.inputs.policy().names());
         self.look_up_due(Instant::now());
         self.answer_waiting();
         Ok(())
     }
 
-    /// What is no longer a name keeps nobody waiting.
-    fn forget_gone_names(&mut self) {
-        let names = self.wanted.policy.names();
-        self.unanswered.retain(|name| names.contains(name));
-        for waiting in &mut self.waiting {
-            waiting.names.retain(|name| names.contains(name));
+    /// Has the policy follow what it is made of. True if the message bus is another one.
+    fn settle(&mut self) -> bool {
+        let settled = self.inputs.settle(Instant::now());
+        if settled.policy {
+            self.chain.log(&self.inputs);
         }
+        if settled.bus {
+            self.rounds.retain(&self.inputs.policy().names());
+        }
+        settled.bus
     }
 
     /// Word of local routes, from now on.
@@ -657,9 +586,9 @@ impl Daemon {
     /// Local routes come and go.
     fn look_at_routes(&mut self) {
         self.listed = Instant::now();
-        let fault = match wanted::local(&self.policy) {
+        let fault = match self.inputs.local() {
             Ok(local) => {
-                self.host.local = local;
+                self.inputs.host.local = local;
                 None
             }
             Err(error) => Some(format!("{error}; what comes and goes is not followed")),
@@ -674,13 +603,14 @@ impl Daemon {
         self.take_host();
         self.apply_or_keep();
         self.keep_chain();
+        self.answer_waiting();
     }
 
     /// Takes cgroups and rules of jobs as they are now.
     fn take_host(&mut self) {
         self.look_at_jobs();
-        let local = std::mem::take(&mut self.host.local);
-        self.host = self.wanted.host(&self.policy, local);
+        self.settle();
+        self.inputs.look_at_cgroups();
     }
 
     /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
@@ -689,14 +619,10 @@ impl Daemon {
         match request {
             Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
             Request::Refresh => {
-                let names = self.wanted.policy.names();
-                self.round += 1;
+                let names = self.inputs.config.policy.names();
+                self.rounds.next();
                 self.look_up_all();
-                self.waiting.push(Waiting {
-                    round: self.round,
-                    names,
-                    replies,
-                });
+                self.rounds.wait(names, replies);
                 self.answer_waiting();
             }
             Request::Events { follow } => {
@@ -721,14 +647,8 @@ impl Daemon {
 
     /// Compares all that the kernel holds with what is wanted now.
     fn verify(&mut self) -> Result<Verification, DaemonError> {
-        let resolved = self.names.resolved(Instant::now());
-        let rules = self.rules(&resolved)?;
-        Ok(self.enforcement.verify(&rules)?)
-    }
-
-    /// What is wanted now, with these addresses.
-    fn rules(&self, resolved: &Resolved) -> Result<RuleSet, DaemonError> {
-        self.wanted.rules(&self.policy, resolved, &self.host)
+        let desired = self.inputs.desired(Instant::now())?;
+        Ok(self.enforcement.verify(&desired.rules)?)
     }
 
     /// Ends, with everything of ours removed.
@@ -736,7 +656,7 @@ impl Daemon {
         self.tell_rest_of_denials();
         self.enforcement.unload()?;
         // Nothing is enforced any more: what stays there only lets in.
-        if let Err(error) = self.chain.leave(self.wanted.settings()) {
+        if let Err(error) = self.chain.leave(self.inputs.settings()) {
             warn!("{error}; rules that were written there for grants stay");
         }
         info!("unloaded: nothing is in force any more");

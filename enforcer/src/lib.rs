@@ -25,6 +25,8 @@ pub mod verify;
 pub mod grants;
 pub mod jobs;
 
+pub mod inputs;
+
 pub mod control;
 pub mod daemon;
 

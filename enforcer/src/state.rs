@@ -3,7 +3,6 @@
 //! Whole or not at all: written aside, synced, renamed; a checksum over its content tells whatever a power cut left.
 
 mod content;
-mod early;
 #[cfg(test)]
 mod tests;
 
@@ -112,7 +111,7 @@ impl Mark {
     }
 }
 
-/// Reads the last rule set known good; none where there is none yet. What versions before that kept is [`load_early`]'s.
+/// Reads the last rule set known good; none where there is none yet.
 pub fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
     load_of(ROOT, dir)
 }
@@ -124,19 +123,6 @@ fn load_of(owner: u32, dir: &Path) -> Result<Option<(LastGood, Mark)>, StateErro
         return Ok(None);
     };
     parse(&bytes, &path).map(Some)
-}
-
-/// The addresses in the file of an earlier version, where there is no newer one.
-#[must_use]
-pub fn load_early(dir: &Path) -> crate::resolve::Known {
-    load_early_of(ROOT, dir)
-}
-
-/// As [`load_early`], from a file of `owner`'s.
-fn load_early_of(owner: u32, dir: &Path) -> crate::resolve::Known {
-    let path = dir.join(early::FILE);
-    let bytes = read(owner, dir, &path).ok().flatten();
-    bytes.and_then(|bytes| early::parse(&bytes)).unwrap_or_default()
 }
 
 /// Removes what another user has put where the directory belongs (F6).
@@ -152,7 +138,7 @@ fn made(dir: &Path) -> impl Fn(io::Error) -> StateError {
     }
 }
 
-/// Keeps a rule set, whole or not at all. What an earlier version kept goes.
+/// Keeps a rule set, whole or not at all.
 pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
     own_dir::make_all(dir).map_err(made(dir))?;
     save_as(ROOT, dir, record)
@@ -174,7 +160,6 @@ fn save_as(owner: u32, dir: &Path, record: &Record) -> Result<(), StateError> {
     };
     let text = serde_json::to_vec(&envelope).map_err(|error| failed("write", &path)(error.into()))?;
     replace(dir, FILE, &text).map_err(|(action, path, error)| StateError::Io { action, path, error })?;
-    let _ = fs::remove_file(dir.join(early::FILE));
     Ok(())
 }
 

@@ -20,9 +20,9 @@ use crate::{
     backend::nftables::jobs::{Accept, CHAIN, Destination, JobsChain, Subject, TABLE},
     config::Settings,
     control::{self, GrantRequest, Reply, Request, Selector},
-    daemon::Wanted,
     grants,
     host::{self, hierarchy::Hierarchy},
+    inputs::HostConfig,
     jobs,
     policy::{HostUsers, MONIT, MONIT_PORT, Uid},
     ruleset::Cgroup,
@@ -169,7 +169,7 @@ fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> R
         cgroup,
     };
     // The configuration may be hidden from here, too.
-    let configured = Wanted::load(config).ok();
+    let configured = HostConfig::load(config).ok();
     let monit = configured.as_ref().and_then(|wanted| wanted.policy().target(MONIT));
     let usual = Destination {
         address: Some(Ipv4Addr::LOCALHOST.into()),

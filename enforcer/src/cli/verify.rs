@@ -1,6 +1,9 @@
 //! `enforcer verify`: whether the kernel holds exactly what is wanted.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, bail};
 
@@ -8,7 +11,7 @@ use super::{Answer, Json, is_nobody, place, print_one, runtime};
 use crate::{
     backend::InForce,
     control::{self, Reply, Request},
-    daemon,
+    inputs::{HostConfig, Inputs},
     verify::{Comparison, Verification},
 };
 
@@ -33,16 +36,18 @@ pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
 
 /// Against the configuration and the addresses known last.
 fn from_outside(config: &Path) -> Result<Verification> {
-    let wanted = daemon::Wanted::load(config)?;
-    let (rules, cgroup) = wanted.rules_known_last()?;
-    if let Some(in_force) = InForce::open(wanted.settings())? {
-        return Ok(in_force.verify(&rules, wanted.settings(), cgroup)?);
+    let inputs = Inputs::from_disk(HostConfig::load(config)?)?;
+    let rules = inputs.desired(Instant::now())?.rules;
+    let cgroup = inputs.config.cgroup_id()?;
+    let settings = inputs.settings();
+    if let Some(in_force) = InForce::open(settings)? {
+        return Ok(in_force.verify(&rules, settings, cgroup)?);
     }
     let mut comparison = Comparison::default();
     let what = format!(
         "{} targets, backend = {:?}",
-        wanted.policy().targets.len(),
-        wanted.settings().backend.to_string()
+        inputs.policy().targets.len(),
+        settings.backend.to_string()
     );
     comparison.words("backend", "in force", &what, "nothing");
     Ok(comparison.finish("configuration", "none", 0))

@@ -1,7 +1,6 @@
 //! The start: the last rule set known good first (F4), then the configuration; whichever can be put in force.
 
 use std::{
-    collections::BTreeSet,
     path::Path,
     time::{Duration, Instant},
 };
@@ -9,78 +8,21 @@ use std::{
 use tokio::net::UnixListener;
 use tracing::{info, warn};
 
-use super::{About, Daemon, DaemonError, Wanted, capabilities, confine};
+use super::{About, Daemon, DaemonError, capabilities, confine, guard::Hold};
 use crate::{
     backend::{InForce, ebpf, nftables},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
     host,
-    policy::{BUS, Destination, Endpoint, Target},
-    resolve::Known,
-    state::{self, LastGood, Mark, StateError},
+    inputs::{HostConfig, InputError, SavedRun},
+    policy::{BUS, Target},
+    state::{self, LastGood, Mark},
     status::Status,
 };
 
 /// Between two tries of a configuration that was refused at the start, at first and at last.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_mins(1);
-
-/// What an earlier run left on disk.
-pub(super) struct Left {
-    /// Names, to be protected before any look-up (N7).
-    pub(super) names: Known,
-    /// The message bus (B2).
-    pub(super) bus: Option<BTreeSet<Endpoint>>,
-    /// What the file holds; none where there is none, or none that can be used.
-    pub(super) mark: Option<Mark>,
-    /// Why it cannot be used.
-    pub(super) fault: Option<StateError>,
-}
-
-impl Left {
-    pub(super) fn nothing() -> Self {
-        Self {
-            names: Known::default(),
-            bus: None,
-            mark: None,
-            fault: None,
-        }
-    }
-
-    /// As [`Left::load`], for the process that is going to write there: what another user has put in its place is removed first.
-    pub(super) fn claim(dir: &Path) -> (Self, Option<LastGood>) {
-        if let Err(error) = state::reclaim(dir) {
-            warn!("{error}");
-        }
-        Self::load(dir)
-    }
-
-    /// What is in a state directory, and the rule set itself.
-    pub(super) fn load(dir: &Path) -> (Self, Option<LastGood>) {
-        let (good, fault) = match state::load(dir) {
-            Ok(good) => (good, None),
-            Err(error) => (None, Some(error)),
-        };
-        let Some((good, mark)) = good else {
-            let left = Self {
-                names: state::load_early(dir),
-                fault,
-                ..Self::nothing()
-            };
-            return (left, None);
-        };
-        (Self::of(&good, Some(mark)), Some(good))
-    }
-
-    fn of(good: &LastGood, mark: Option<Mark>) -> Self {
-        Self {
-            names: good.names.clone(),
-            bus: good.bus().cloned(),
-            mark,
-            fault: None,
-        }
-    }
-}
 
 /// A configuration that was refused at the start: it is tried again until it is taken.
 pub(super) struct Pending {
@@ -126,19 +68,19 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
     let (daemon, listener) = enforce(path)?;
     // Nothing that follows, lookups above all, runs with more.
     capabilities::reduce()?;
-    confine::to(&daemon.wanted.config.settings);
+    confine::to(daemon.inputs.settings());
     Ok((daemon, listener))
 }
 
 fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     if path != Path::new(config::DEFAULT_PATH) && !path.exists() {
         // Whose instance it is cannot be told.
-        return Err(ConfigError::Missing { path: path.into() }.into());
+        return Err(InputError::from(ConfigError::Missing { path: path.into() }).into());
     }
     let (left, good) = match config::state_dir(path) {
-        Some(dir) => Left::claim(&dir),
+        Some(dir) => SavedRun::claim(&dir),
         // The file is refused below.
-        None => (Left::nothing(), None),
+        None => (SavedRun::nothing(), None),
     };
     let mut early = None;
     if let Some(good) = &good {
@@ -153,7 +95,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
             Err(error) => warn!("the last rule set known good cannot be put in force: {error}"),
         }
     }
-    let wanted = Wanted::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
+    let wanted = HostConfig::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
     let (Some((run, listener)), Some(good)) = (early, good) else {
         let wanted = wanted?;
         let listener = control::listen(&wanted.config.settings.socket)?;
@@ -170,13 +112,14 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
         Ok(wanted) => run.move_to(wanted, &good)?,
         Err(error) => {
             let mut daemon = run.daemon;
-            daemon.wanted.from_file |= matches!(error, DaemonError::Config(ConfigError::Gone { .. }));
-            daemon.refuse(&error)?;
+            daemon.inputs.config.from_file |= matches!(error, InputError::Config(ConfigError::Gone { .. }));
+            daemon.refuse(&error.into())?;
             daemon
         }
     };
-    daemon.unanswered = daemon.wanted.policy.names();
-    let socket = &daemon.wanted.config.settings.socket;
+    let names = daemon.inputs.policy().names();
+    daemon.rounds.await_first(names);
+    let socket = &daemon.inputs.settings().socket;
     let listener = match listener.filter(|_| *socket == good.settings.socket) {
         Some(listener) => listener,
         None => control::listen(socket)?,
@@ -188,7 +131,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
 }
 
 /// F4: a file that named targets which were in force last, and has gone, is a mistake, not the wish for the defaults (B1).
-pub(super) fn has_not_gone(wanted: Wanted, good: Option<&LastGood>) -> Result<Wanted, DaemonError> {
+pub(super) fn has_not_gone(wanted: HostConfig, good: Option<&LastGood>) -> Result<HostConfig, InputError> {
     let named_still = |target: &Target| {
         let now = wanted.policy.target(&target.name);
         now.is_some_and(|now| target.name == BUS || target.endpoints.is_subset(&now.endpoints))
@@ -210,8 +153,8 @@ pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     let Some((good, mark)) = good.flatten() else {
         return Ok(None);
     };
-    let wanted = Wanted::of(path, &good)?;
-    let mut daemon = Daemon::start(wanted, false, Left::of(&good, Some(mark)))?;
+    let wanted = HostConfig::of(path, &good)?;
+    let mut daemon = Daemon::start(wanted, false, SavedRun::of(&good, Some(mark)))?;
     daemon.apply_where_nothing_is()?;
     let mut status = daemon.status();
     status.daemon = crate::status::DaemonStatus {
@@ -229,8 +172,8 @@ struct LastRun {
 impl LastRun {
     /// Sees to it that something is in force: what is, else the last rule set known good.
     fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
-        let wanted = Wanted::of(path, good)?;
-        let mut daemon = Daemon::start(wanted, true, Left::of(good, mark))?;
+        let wanted = HostConfig::of(path, good)?;
+        let mut daemon = Daemon::start(wanted, true, SavedRun::of(good, mark))?;
         if let Some(generation) = daemon.apply_where_nothing_is()? {
             info!("the last rule set known good is in force, generation {generation}");
         }
@@ -238,13 +181,13 @@ impl LastRun {
     }
 
     /// Goes on at other places, which the configuration names; where that fails, at the old ones.
-    fn move_to(self, wanted: Wanted, good: &LastGood) -> Result<Daemon, DaemonError> {
+    fn move_to(self, wanted: HostConfig, good: &LastGood) -> Result<Daemon, DaemonError> {
         let Self { daemon } = self;
-        let (path, mark) = (daemon.wanted.path.clone(), daemon.kept.mark());
+        let (path, mark) = (daemon.inputs.config.path.clone(), daemon.kept.mark());
         // Lets go of the pins' lock; what is in force stays.
         drop(daemon);
         let new = wanted.config.settings.clone();
-        let (left, _) = Left::load(&new.state_dir);
+        let (left, _) = SavedRun::load(&new.state_dir);
         match Daemon::begin(wanted, left) {
             Ok(daemon) => {
                 leave(&good.settings, &new);
@@ -291,12 +234,11 @@ impl Daemon {
     }
 
     /// Starts, and puts a configuration in force.
-    fn begin(wanted: Wanted, left: Left) -> Result<Self, DaemonError> {
+    fn begin(wanted: HostConfig, left: SavedRun) -> Result<Self, DaemonError> {
         let mut daemon = Self::start(wanted, true, left)?;
         daemon.take_bus();
         if daemon.would_forget()? {
-            daemon.frozen = true;
-            daemon.forgetful = true;
+            daemon.guard.hold = Hold::UntilResolved;
             let fault = "what was in force last is not kept any more, and names of it have not been looked up yet; \
                          what is in force stays until they have been";
             daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
@@ -309,7 +251,7 @@ impl Daemon {
     /// Whether the kernel guards addresses that only the last run knew: those of names that are not looked up yet, and of a message
     /// bus that is not known (F1). Without what it kept they would be open until then.
     fn would_forget(&mut self) -> Result<bool, DaemonError> {
-        let unknown: Vec<&str> = self.targets_unknown().collect();
+        let unknown: Vec<&str> = self.inputs.targets_unknown(Instant::now()).collect();
         if self.kept.mark().is_some() || unknown.is_empty() {
             return Ok(false);
         }
@@ -322,45 +264,18 @@ impl Daemon {
                 .any(|target| target.endpoints > 0 && unknown.contains(&target.name)))
     }
 
-    /// Targets of whose endpoints some are not known.
-    fn targets_unknown(&self) -> impl Iterator<Item = &str> {
-        let resolved = self.names.resolved(Instant::now());
-        let bus_is_unknown = self.bus.is_none() && self.wanted.config.bus_dir().is_some();
-        let unknown = move |target: &&Target| {
-            (target.name == BUS && bus_is_unknown)
-                || target.endpoints.iter().any(|endpoint| match &endpoint.destination {
-                    Destination::Name(name) => !resolved.contains_key(name),
-                    Destination::Address(_) | Destination::Prefix(_) | Destination::Local => false,
-                })
-        };
-        self.wanted
-            .policy
-            .targets
-            .iter()
-            .filter(unknown)
-            .map(|target| target.name.as_str())
-    }
-
-    /// Goes on once nothing is unknown that the kernel may guard.
-    pub(super) fn remember(&mut self) {
-        if self.forgetful && self.targets_unknown().next().is_none() {
-            self.forgetful = false;
-            self.frozen = false;
-        }
-    }
-
     /// Stays with the last rule set known good, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
-        if self.applied.is_none() {
+        if !self.guard.is_active() {
             // Something was in force before this start: it is taken over if it is what is known of it, whoever put it there, else left
             // alone (F1).
             if self.is_in_force()? {
                 self.apply_now()?;
             } else {
-                self.frozen = true;
+                self.guard.hold = Hold::UntilConfigured;
             }
         }
-        self.pending = Some(Pending::new(&self.wanted.path));
+        self.pending = Some(Pending::new(&self.inputs.config.path));
         self.refused(error);
         Ok(())
     }
@@ -368,18 +283,18 @@ impl Daemon {
     /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to log to. Which programs
     /// its links run takes `CAP_SYS_ADMIN` to tell, and they are replaced by ours.
     fn is_in_force(&self) -> Result<bool, DaemonError> {
-        let settings = &self.wanted.config.settings;
+        let settings = &self.inputs.settings();
         let Some(in_force) = InForce::open(settings)? else {
             return Ok(false);
         };
-        let rules = self.rules(&self.names.resolved(Instant::now()))?;
-        let cgroup = self.wanted.cgroup.as_deref().and_then(host::directory_id);
+        let rules = self.inputs.desired(Instant::now())?.rules;
+        let cgroup = self.inputs.config.cgroup.as_deref().and_then(host::directory_id);
         let found = in_force.verify(&rules, settings, cgroup.unwrap_or_default())?;
         Ok(found.counts.keys().all(|object| object == "link"))
     }
 
     fn refused(&mut self, error: &DaemonError) {
-        let stays = if self.frozen {
+        let stays = if self.guard.holds() {
             "what was in force before the start stays, and names are not followed until this is mended"
         } else {
             "the last rule set known good is in force instead"
@@ -390,7 +305,7 @@ impl Daemon {
 
     /// Tries a configuration again that was refused at the start, if it is time. True if it was taken.
     pub(super) fn retry(&mut self) -> bool {
-        let path = self.wanted.path.clone();
+        let path = self.inputs.config.path.clone();
         let due = (self.pending.as_mut()).is_some_and(|pending| pending.is_due(&path, Instant::now()));
         if !due {
             return false;

@@ -31,10 +31,10 @@ impl Unfinished {
 impl Daemon {
     /// Watches the settings that the configuration names, if it does: as before, where they are the same.
     pub(super) fn watch(&self, before: Option<Watch>) -> Option<Watch> {
-        if before.as_ref().map(Watch::dir) == self.wanted.config.bus_dir() {
+        if before.as_ref().map(Watch::dir) == self.inputs.config.config.bus_dir() {
             return before;
         }
-        let (watch, errors) = Watch::start(self.wanted.config.bus_dir()?);
+        let (watch, errors) = Watch::start(self.inputs.config.config.bus_dir()?);
         for error in errors {
             warn!(
                 "watch {}: {error}; it is looked at once a second",
@@ -52,8 +52,8 @@ impl Daemon {
             return;
         };
         let read = bosh::read(dir);
-        if let Some(Bus { endpoints, files }) = read.after(self.bus.as_ref())
-            && self.bus.as_ref() != Some(&endpoints)
+        if let Some(Bus { endpoints, files }) = read.after(self.inputs.bus.as_ref())
+            && self.inputs.bus.as_ref() != Some(&endpoints)
         {
             let list: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
             let list = if list.is_empty() {
@@ -63,9 +63,9 @@ impl Daemon {
             };
             let files: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
             info!("message bus, by {}: {list}", files.join(" and "));
-            self.bus = Some(endpoints);
+            self.inputs.bus = Some(endpoints);
         }
-        let fault = read.fault().map(|fault| match (&self.bus, read.is_missing()) {
+        let fault = read.fault().map(|fault| match (&self.inputs.bus, read.is_missing()) {
             (None, _) => format!("message bus not known yet: {fault}; target nats protects nothing until it is"),
             (Some(_), true) => format!("message bus not known yet: {fault}; the last one known stays protected"),
             (Some(_), false) => format!("message bus: {fault}; what is known of it stays protected"),
@@ -81,7 +81,7 @@ impl Daemon {
         match self.unfinished {
             Some(Unfinished { reported: false, .. }) => {
                 // Known or not, that is no news; where nothing is known, `status` does not hide it.
-                if self.bus.is_none() && self.faults.of(About::Bus).is_none() {
+                if self.inputs.bus.is_none() && self.faults.of(About::Bus).is_none() {
                     self.faults.put(About::Bus, fault);
                 }
             }
@@ -97,8 +97,9 @@ impl Daemon {
             .unfinished
             .is_some_and(|unfinished| !unfinished.reported && unfinished.is_overdue());
         let changed = watch.as_deref_mut().is_some_and(Watch::look);
-        if changed || overdue || self.misses_bus() {
-            self.settings_changed();
+        if (changed || overdue) && self.take_bus() {
+            self.look_up_due(Instant::now());
+            self.answer_waiting();
         }
         if let Some(watch) = watch {
             watch.look_again(self.is_unsettled().then_some(bosh::AGAIN));
@@ -112,15 +113,9 @@ impl Daemon {
 
     /// Takes the settings as they are now. True if the policy is another one by them.
     pub(super) fn take_bus(&mut self) -> bool {
-        let dir = self.wanted.config.bus_dir().map(Path::to_path_buf);
+        let dir = self.inputs.config.config.bus_dir().map(Path::to_path_buf);
         self.read_bus(dir.as_deref());
-        let changed = self.wanted.take_bus(self.bus.as_ref());
-        if changed {
-            self.complete();
-            self.names.set(self.wanted.policy.asked(), Instant::now());
-            self.names.restore(&self.known_before, Instant::now());
-        }
-        changed
+        self.settle()
     }
 
     /// As [`Daemon::take_bus`], once what is being written has been.
@@ -130,20 +125,5 @@ impl Daemon {
             tokio::time::sleep(bosh::AGAIN).await;
             self.take_bus();
         }
-    }
-
-    /// As [`Daemon::take_bus`], and puts in force what follows.
-    pub(super) fn settings_changed(&mut self) {
-        if self.take_bus() {
-            self.applied = None;
-            self.forget_gone_names();
-            self.look_up_due(Instant::now());
-            self.answer_waiting();
-        }
-    }
-
-    /// Whether the policy has another bus than the one known, as after a change that was given up half-way.
-    pub(super) fn misses_bus(&self) -> bool {
-        self.wanted.config.bus_dir().is_some() && self.bus.is_some() && self.wanted.policy.bus() != self.bus.as_ref()
     }
 }

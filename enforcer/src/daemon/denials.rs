@@ -165,7 +165,7 @@ impl Daemon {
 
     /// What the kernel has counted of each target; none where it cannot be read, which others report.
     fn counted(&mut self) -> Option<Counts> {
-        let targets = self.policy.targets.iter().map(|target| target.name.clone());
+        let targets = self.inputs.policy().targets.iter().map(|target| target.name.clone());
         self.enforcement.denied(targets.collect()).ok()
     }
 

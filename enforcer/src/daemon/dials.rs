@@ -199,7 +199,7 @@ impl Port {
 impl Daemon {
     /// Takes the ports of the names in force, and has the kernel tell the next dial of each that waits for one.
     pub(super) fn follow_dials(&mut self) {
-        self.dials.set(self.policy.names_by_port(), Instant::now());
+        self.dials.set(self.inputs.policy().names_by_port(), Instant::now());
         let open: Vec<u16> = self.dials.open().collect();
         let opened = open.into_iter().try_for_each(|port| self.set_gate(port, true));
         self.gates_set(opened);
@@ -214,8 +214,8 @@ impl Daemon {
     }
 
     pub(super) fn dialled(&mut self, dial: Dial) {
-        let longest = self.wanted.policy.dns.min_refresh;
-        let names = self.dials.dialled(dial, self.round + 1, Instant::now(), longest);
+        let longest = self.inputs.config.policy.dns.min_refresh;
+        let names = self.dials.dialled(dial, self.rounds.now() + 1, Instant::now(), longest);
         match names {
             Some(names) => self.look_up_dialled(names, dial.to.port()),
             // Told by a gate that nobody waits at: of a port that is one of names no longer, or that nftables told before.
@@ -234,7 +234,7 @@ impl Daemon {
             let knocked = kernel.map_or(Ok(false), |kernel| kernel.take_knock(port));
             let names = self
                 .dials
-                .wake(port, *knocked.as_ref().unwrap_or(&false), self.round + 1, now);
+                .wake(port, *knocked.as_ref().unwrap_or(&false), self.rounds.now() + 1, now);
             let set = knocked.map_err(DaemonError::from).and_then(|_| match names {
                 Some(names) => {
                     self.look_up_dialled(names, port);
@@ -247,13 +247,13 @@ impl Daemon {
     }
 
     pub(super) fn dial_answered(&mut self, name: &Name, round: u64, news: bool) {
-        let longest = self.wanted.policy.dns.min_refresh;
+        let longest = self.inputs.config.policy.dns.min_refresh;
         self.dials.answered(name, round, news, Instant::now(), longest);
     }
 
     fn look_up_dialled(&mut self, names: BTreeSet<Name>, port: u16) {
         debug!("somebody dials port {port}, and no endpoint: its names are looked up");
-        self.round += 1;
+        self.rounds.next();
         for name in names {
             self.look_up(name);
         }

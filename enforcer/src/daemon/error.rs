@@ -2,28 +2,14 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{
-    backend::BackendError, config::ConfigError, control::ControlError, host, policy::PolicyError,
-    ruleset::CompileError, state::StateError,
-};
+use crate::{backend::BackendError, control::ControlError, host, inputs::InputError, state::StateError};
 
 /// Why the daemon cannot start, or an attempt to put a configuration in force failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// The configuration file.
+    /// What rules are made from.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// What it says.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
-    /// A limit.
-    #[error("{}: {error}", path.display())]
-    Compile {
-        /// The configuration file.
-        path: PathBuf,
-        /// Which limit.
-        error: CompileError,
-    },
+    Input(#[from] InputError),
     /// The kernel.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -46,11 +32,6 @@ pub enum DaemonError {
         /// Which keys.
         keys: Vec<&'static str>,
     },
-    /// No cgroup v2 at all.
-    #[error(
-        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`"
-    )]
-    NoCgroup2,
     /// Something of the operating system.
     #[error("{action}: {error}{}", host::remedy(error))]
     Io {

@@ -1,6 +1,9 @@
 //! Grants asked for, ended and kept (B4): what each changes in the kernel and on disk, in which order.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use jiff::{SignedDuration, Timestamp};
 use tracing::{info, warn};
@@ -11,6 +14,7 @@ use crate::{
     events::{GrantEvent, Line},
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
+    inputs::Inputs,
     policy::{CgroupPath, CgroupPathError, HostUsers, MONIT, Uid, UserError},
     ruleset::{Cgroup, Writable},
     text,
@@ -117,13 +121,13 @@ impl Daemon {
 
     /// Answered only when the kernel holds it, and a restart would too.
     fn grant(&mut self, asked: &GrantRequest, peer: &Peer) -> Result<GrantEvent, GrantError> {
-        let Some(target) = self.wanted.policy.target(&asked.target) else {
+        let Some(target) = self.inputs.config.policy.target(&asked.target) else {
             return Err(self.unknown(&asked.target));
         };
         if !target.grants {
             return Err(GrantError::NotGrantable {
                 target: asked.target.clone(),
-                path: self.wanted.path.clone(),
+                path: self.inputs.config.path.clone(),
             });
         }
         let (whom, own) = self.whom(asked, peer)?;
@@ -142,25 +146,21 @@ impl Daemon {
             own,
         };
         let expires = term.expires;
-        let mut grants = self.grants.clone();
+        let mut inputs = self.inputs.clone();
         let changes: Vec<Change> = (keys.iter())
-            .map(|key| grants.grant(key.clone(), term.clone()))
+            .map(|key| inputs.grants.grant(key.clone(), term.clone()))
             .collect::<Result<_, _>>()?;
-        grants::check_depths(&grants.add_to(&self.wanted.policy).depths())?;
-        let before = std::mem::replace(&mut self.grants, grants);
-        if let Err(error) = self.put_in_force() {
-            self.take_back(before);
-            return Err(GrantError::NotInForce(error));
-        }
+        grants::check_depths(&inputs.granted().depths())?;
+        let before = self.put_in_force(inputs).map_err(GrantError::NotInForce)?;
         // The cgroup may have gone since it was looked for; a job's container need not be there yet.
         let gone = keys.iter().find_map(|key| {
             let cgroup = key.to.cgroup()?;
-            let is_missed = !self.host.cgroups.contains_key(cgroup)
-                && (!key.to.may_come() || self.host.writable.contains_key(cgroup));
+            let is_missed = !self.inputs.host.cgroups.contains_key(cgroup)
+                && (!key.to.may_come() || self.inputs.host.writable.contains_key(cgroup));
             is_missed.then_some(cgroup)
         });
         if let Some(cgroup) = gone {
-            let error = self.no_match(cgroup, self.host.writable.get(cgroup).cloned());
+            let error = self.no_match(cgroup, self.inputs.host.writable.get(cgroup).cloned());
             self.take_back(before);
             return Err(error);
         }
@@ -192,21 +192,23 @@ impl Daemon {
     /// The file first: a restart in between must not bring back what was revoked.
     fn revoke(&mut self, asked: &RevokeRequest, peer: &Peer) -> Result<Vec<GrantEvent>, GrantError> {
         let of_target = |grants: &Grants| grants.iter().any(|(key, _)| key.target == asked.target);
-        if self.wanted.policy.target(&asked.target).is_none() && !of_target(&self.grants) {
+        if self.inputs.config.policy.target(&asked.target).is_none() && !of_target(&self.inputs.grants) {
             return Err(self.unknown(&asked.target));
         }
         let gone = if asked.all {
-            self.grants.revoke(&asked.target, None)
+            self.inputs.grants.revoke(&asked.target, None)
         } else {
             let meant = grantees(&asked.to, peer)?;
-            let each = meant.iter().map(|to| self.grants.revoke(&asked.target, Some(to)));
+            let each = meant
+                .iter()
+                .map(|to| self.inputs.grants.revoke(&asked.target, Some(to)));
             each.flatten().collect()
         };
         if gone.is_empty() {
             return Ok(Vec::new());
         }
         let kept = self.keep_grants();
-        let in_force = self.put_in_force();
+        let in_force = self.put_in_force(self.inputs.clone());
         let (by, now) = (asker(peer), Timestamp::now());
         let events: Vec<_> = gone
             .iter()
@@ -228,18 +230,23 @@ impl Daemon {
     /// be made anew.
     pub(super) fn end_expired(&mut self) {
         let now = Moment::now();
-        let expired = self.grants.expire(now).into_iter().map(|ended| (ended, "expired"));
+        let expired = self
+            .inputs
+            .grants
+            .expire(now)
+            .into_iter()
+            .map(|ended| (ended, "expired"));
         let mut gone: Vec<_> = expired.collect();
-        let (host, policy) = (&self.host, &self.wanted.policy);
+        let (host, policy) = (&self.inputs.host, &self.inputs.config.policy);
         // Where the hierarchy itself is not seen nothing is known to be gone.
-        let sees = || self.wanted.mount.join("cgroup.procs").exists();
+        let sees = || self.inputs.config.mount.join("cgroup.procs").exists();
         let is_gone = |key: &Key| {
             let target = policy.target(&key.target);
             let is_there = |cgroup| host.cgroups.contains_key(cgroup) || host.writable.contains_key(cgroup);
             let is_missed = key.to.cgroup().is_some_and(|cgroup| !is_there(cgroup));
             is_missed && target.is_some_and(|target| target.grants) && sees()
         };
-        let dropped = self.grants.forget(is_gone, now.monotonic, policy.dns.retain);
+        let dropped = self.inputs.grants.forget(is_gone, now.monotonic, policy.dns.retain);
         gone.extend(dropped.into_iter().map(|ended| (ended, "dropped")));
         if gone.is_empty() {
             if self.grants_unsaved {
@@ -247,7 +254,7 @@ impl Daemon {
             }
             return;
         }
-        self.complete();
+        self.settle();
         for ((key, term), action) in gone {
             self.tell(&key.event(action, now.wall, term.expires, None));
         }
@@ -256,15 +263,18 @@ impl Daemon {
 
     /// How long until a grant ends, as the clocks go now; a jump of the wall clock is noticed at the next tick.
     pub(super) fn until_expiry(&self) -> Duration {
-        let left = self.grants.until_expiry(Moment::now());
+        let left = self.inputs.grants.until_expiry(Moment::now());
         left.unwrap_or(LONG).min(LONG)
     }
 
     /// `enforcer grants`.
     pub(super) fn grants_report(&self) -> GrantsReport {
         let status = |(key, term): (&Key, &Term)| {
-            let target = self.wanted.policy.target(&key.target);
-            let found = key.to.cgroup().map(|cgroup| host::cgroup(&self.wanted.mount, cgroup));
+            let target = self.inputs.config.policy.target(&key.target);
+            let found = key
+                .to
+                .cgroup()
+                .map(|cgroup| host::cgroup(&self.inputs.config.mount, cgroup));
             GrantStatus {
                 target: key.target.clone(),
                 user: key.to.user().map(|uid| uid.0),
@@ -282,7 +292,7 @@ impl Daemon {
         GrantsReport {
             schema: "enforcer/grants/1".to_owned(),
             limit: MAX_GRANTS,
-            grants: self.grants.iter().map(status).collect(),
+            grants: self.inputs.grants.iter().map(status).collect(),
             job_rules: self.job_rules(),
         }
     }
@@ -313,21 +323,22 @@ impl Daemon {
         if let Grantee::Cgroup(cgroup) = to {
             // By where they really lie: the configuration may name the judged one through a link.
             let real = |path: &std::path::Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-            let granted = real(&self.wanted.mount.join(cgroup.as_str().trim_start_matches('/')));
+            let granted = real(&self.inputs.config.mount.join(cgroup.as_str().trim_start_matches('/')));
             let judged = self
-                .wanted
+                .inputs
+                .config
                 .cgroup
                 .as_deref()
-                .map_or_else(|| real(&self.wanted.mount), real);
+                .map_or_else(|| real(&self.inputs.config.mount), real);
             if judged.starts_with(&granted) {
                 return Err(GrantError::Everybody { cgroup: cgroup.clone() });
             }
-            if let Some(what) = host::supervisor(&self.wanted.mount, cgroup.as_str()) {
+            if let Some(what) = host::supervisor(&self.inputs.config.mount, cgroup.as_str()) {
                 let cgroup = cgroup.clone();
                 return Err(GrantError::Shared { cgroup, what });
             }
         }
-        match host::cgroup(&self.wanted.mount, cgroup) {
+        match host::cgroup(&self.inputs.config.mount, cgroup) {
             Ok(_) => {}
             Err(NoMatch::Unplaced) => return Err(GrantError::Unplaced { cgroup: cgroup.clone() }),
             Err(NoMatch::Missing) if to.may_come() => {}
@@ -340,24 +351,21 @@ impl Daemon {
         Ok(())
     }
 
-    /// Makes the rule set from what is granted now, and puts it in force.
-    fn put_in_force(&mut self) -> Result<(), DaemonError> {
-        self.complete();
-        self.host = self.wanted.host(&self.policy, self.host.local.clone());
-        self.apply_now()?;
+    /// Makes active what inputs with other grants come to. Returns the inputs before.
+    fn put_in_force(&mut self, mut inputs: Inputs) -> Result<Inputs, DaemonError> {
+        inputs.settle(Instant::now());
+        inputs.look_at_cgroups();
+        let before = self.commit(inputs)?;
+        self.chain.log(&self.inputs);
         self.faults.set(About::RuleSet, None);
         self.keep_chain();
-        Ok(())
+        Ok(before)
     }
 
-    /// Goes back to what was granted before; what cannot be put in force now is tried at each tick.
-    fn take_back(&mut self, before: Grants) {
-        let now = self.grants.revision();
-        self.grants = before;
-        if self.grants.revision() == now {
-            return;
-        }
-        if let Err(error) = self.put_in_force() {
+    /// Goes back to what was granted before; what cannot be made active now is tried at each tick.
+    fn take_back(&mut self, before: Inputs) {
+        if let Err(error) = self.put_in_force(before.clone()) {
+            self.inputs = before;
             let fault = format!("{error}; a grant that was taken back stays in force until this is mended");
             self.faults.set(About::RuleSet, Some(fault));
         }
@@ -365,7 +373,7 @@ impl Daemon {
 
     /// Writes the file. What failed is tried again at each tick.
     fn keep_grants(&mut self) -> Result<(), FileError> {
-        let saved = grants::save(&self.wanted.config.settings.state_dir, &self.grants);
+        let saved = grants::save(&self.inputs.settings().state_dir, &self.inputs.grants);
         let fault = |error: &FileError| format!("{error}; grants made or revoked since are lost with a restart");
         self.faults.set(About::Grants, saved.as_ref().err().map(fault));
         self.grants_unsaved = saved.is_err();
@@ -379,7 +387,8 @@ impl Daemon {
 
     fn unknown(&self, target: &str) -> GrantError {
         let known: Vec<&str> = self
-            .wanted
+            .inputs
+            .config
             .policy
             .targets
             .iter()
@@ -398,7 +407,7 @@ impl Daemon {
             Some(by) => GrantError::Writable { cgroup, by },
             None => GrantError::NoCgroup {
                 cgroup,
-                mount: self.wanted.mount.clone(),
+                mount: self.inputs.config.mount.clone(),
             },
         }
     }

@@ -7,7 +7,7 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{About, Daemon, Drift, Wanted, grants::writable};
+use super::{About, Daemon, Drift, grants::writable};
 use crate::{
     backend::nftables::{
         NftablesError,
@@ -15,11 +15,11 @@ use crate::{
     },
     config::Settings,
     control::JobRuleStatus,
-    grants::{Grantee, Grants},
+    grants::Grantee,
     host,
+    inputs::{HostConfig, Inputs},
     jobs::{self, Ignored, JobRules},
     policy::{MONIT, Policy},
-    ruleset::Host,
 };
 
 /// How often a change is tried while others change the chain too.
@@ -50,9 +50,6 @@ pub(super) struct Chain {
     missing: Option<Instant>,
     /// The generation of `nf_tables` at which it was read.
     seen: Option<u32>,
-    pub(super) rules: JobRules,
-    /// Revision of the rules that the policy has been made with.
-    pub(super) taken: u64,
     /// What was logged of each rule, by its handle.
     logged: BTreeMap<u64, Result<Grantee, Ignored>>,
     held: Held,
@@ -79,8 +76,6 @@ impl Chain {
             way: None,
             missing: None,
             seen: None,
-            rules: JobRules::default(),
-            taken: 0,
             logged: BTreeMap::new(),
             held: Held::Unknown,
             written: None,
@@ -98,44 +93,51 @@ impl Chain {
     }
 
     /// Reads what rules of jobs say, where they may be others than before, and looks which of their cgroups are there.
-    pub(super) fn look(&mut self, wanted: &Wanted) -> Result<(), NftablesError> {
-        if !may_be_granted(&wanted.policy) {
+    pub(super) fn look(&mut self, config: &HostConfig, rules: &mut JobRules) -> Result<(), NftablesError> {
+        if !may_be_granted(&config.policy) {
             self.seen = None;
-            if self.rules.chain().exists {
-                self.rules.take(Jobs::default(), &wanted.mount);
+            if rules.chain().exists {
+                rules.take(Jobs::default(), &config.mount);
             }
             return Ok(());
         }
         let seen = self.seen;
-        let Some(way) = self.way(wanted.settings())? else {
+        let Some(way) = self.way(config.settings())? else {
             return Ok(());
         };
         if seen == Some(way.generation()?) {
-            self.rules.look(&wanted.mount);
+            rules.look(&config.mount);
         } else {
             let found = way.read()?;
             self.seen = Some(found.generation);
-            self.rules.take(found, &wanted.mount);
+            rules.take(found, &config.mount);
         }
         Ok(())
     }
 
     /// Has the chain there with what was granted in it, where monit may be granted; else nothing of ours.
-    fn keep(&mut self, wanted: &Wanted, grants: &Grants, host: &Host) -> Result<(), ChainError> {
-        if !may_be_granted(&wanted.policy) {
-            return Ok(self.let_go(wanted.settings())?);
+    fn keep(&mut self, inputs: &mut Inputs) -> Result<(), ChainError> {
+        let Inputs {
+            config,
+            grants,
+            jobs: rules,
+            host,
+            ..
+        } = inputs;
+        if !may_be_granted(&config.policy) {
+            return Ok(self.let_go(config.settings())?);
         }
         self.held = Held::Ours;
         let mut result = Ok(());
         // Somebody may change the chain meanwhile.
         for _ in 0..TRIES {
-            let chain = self.rules.chain();
+            let chain = rules.chain();
             let granted = if chain.agents {
-                jobs::rules_of(grants, &wanted.policy, host)
+                jobs::rules_of(grants, &config.policy, host)
             } else {
                 BTreeSet::new()
             };
-            let (remove, add) = self.rules.changes(&granted);
+            let (remove, add) = rules.changes(&granted);
             if chain.exists && remove.is_empty() && add.is_empty() {
                 self.written = Some(granted);
                 return Ok(());
@@ -147,7 +149,7 @@ impl Chain {
                 return Err(ChainError::Undone);
             }
             self.seen = None;
-            let Some(way) = self.way(wanted.settings())? else {
+            let Some(way) = self.way(config.settings())? else {
                 return Ok(());
             };
             result = way.change(&remove, &add);
@@ -157,7 +159,7 @@ impl Chain {
             if result.is_err() && (!exists || !remove.is_empty() || !users.is_empty()) {
                 let _ = way.change(&remove, &users);
             }
-            self.look(wanted)?;
+            self.look(config, rules)?;
             if result.is_ok() {
                 if is_undone {
                     self.drift.happened(Instant::now());
@@ -186,8 +188,9 @@ impl Chain {
     }
 
     /// Logs each rule of which something else comes than before.
-    fn log(&mut self, policy: &Policy) {
-        let effects = self.rules.effects(policy).into_iter();
+    pub(super) fn log(&mut self, inputs: &Inputs) {
+        let granted = inputs.granted();
+        let effects = inputs.jobs.effects(&granted).into_iter();
         let now: BTreeMap<_, _> = effects.map(|(rule, effect)| (rule.handle, effect)).collect();
         let news = now
             .iter()
@@ -205,6 +208,11 @@ impl Chain {
         self.logged = now;
     }
 
+    /// Has the chain read again: what was read last is not what is known.
+    pub(super) fn unread(&mut self) {
+        self.seen = None;
+    }
+
     /// Removes what is ours.
     pub(super) fn leave(&mut self, settings: &Settings) -> Result<(), NftablesError> {
         self.way(settings)?.map_or(Ok(()), JobsChain::leave)
@@ -216,33 +224,17 @@ fn may_be_granted(policy: &Policy) -> bool {
 }
 
 impl Daemon {
-    /// What a policy means with what was granted, and what rules of jobs say.
-    pub(super) fn completed(&self, policy: &Policy) -> Policy {
-        self.chain.rules.add_to(self.grants.add_to(policy))
-    }
-
-    /// Makes the policy anew from what the configuration, grants and rules of jobs say now.
-    pub(super) fn complete(&mut self) {
-        // Grants take room from rules of jobs.
-        let granted = self.grants.add_to(&self.wanted.policy);
-        self.chain.log(&granted);
-        self.policy = self.chain.rules.add_to(granted);
-        self.chain.taken = self.chain.rules.revision();
-    }
-
     /// Takes the rules of jobs as they are now.
     pub(super) fn look_at_jobs(&mut self) {
-        let looked = self.chain.look(&self.wanted);
+        let Inputs { config, jobs, .. } = &mut self.inputs;
+        let looked = self.chain.look(config, jobs);
         let fault = |error| format!("{error}; rules of jobs count as they were read last");
         self.faults.set(About::JobRules, looked.err().map(fault));
-        if self.chain.rules.revision() != self.chain.taken {
-            self.complete();
-        }
     }
 
     /// Sees to it that the chain is there, and says what was granted.
     pub(super) fn keep_chain(&mut self) {
-        let kept = self.chain.keep(&self.wanted, &self.grants, &self.host);
+        let kept = self.chain.keep(&mut self.inputs);
         let fault =
             |error| format!("{error}; where the BOSH agent's own rules are active, they drop whom monit is granted to");
         self.faults.set(About::JobsChain, kept.err().map(fault));
@@ -256,11 +248,13 @@ impl Daemon {
             cgroup: grantee.and_then(Grantee::cgroup).map(ToString::to_string),
             ignored,
         };
-        let granted = self.grants.add_to(&self.wanted.policy);
-        let effects = self.chain.rules.effects(&granted).into_iter();
+        let granted = self.inputs.granted();
+        let effects = self.inputs.jobs.effects(&granted).into_iter();
         let all = effects.map(|(rule, effect)| match effect {
             Ok(grantee) => {
-                let found = grantee.cgroup().map(|cgroup| host::cgroup(&self.wanted.mount, cgroup));
+                let found = grantee
+                    .cgroup()
+                    .map(|cgroup| host::cgroup(&self.inputs.config.mount, cgroup));
                 let ignored = found.as_ref().and_then(writable);
                 status(rule.handle, Some(&grantee), ignored)
             }

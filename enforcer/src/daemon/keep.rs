@@ -87,7 +87,7 @@ impl Kept {
 impl Daemon {
     /// What was kept may have been removed.
     pub(super) fn look_at_kept(&mut self) {
-        let path = self.wanted.config.settings.state_dir.join(state::FILE);
+        let path = self.inputs.settings().state_dir.join(state::FILE);
         let gone = || {
             path.symlink_metadata()
                 .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
@@ -120,7 +120,7 @@ impl Daemon {
             self.reloaded(reloaded);
             return;
         };
-        let dir = self.wanted.config.settings.state_dir.clone();
+        let dir = self.inputs.settings().state_dir.clone();
         let save = move || {
             let saved = state::save(&dir, &record).map_err(|error| error.to_string());
             saved.map(|()| record.mark)
@@ -155,22 +155,22 @@ impl Daemon {
     /// What is to be written; nothing where the file holds it, or what is active is not to be kept.
     fn record_to_keep(&mut self) -> Option<Record> {
         self.kept.due.take()?;
-        if self.applied.is_none() || self.faults.of(About::RuleSet).is_some() {
+        if !self.guard.is_active() || self.faults.of(About::RuleSet).is_some() {
             // What is desired is not active.
             self.kept.due = Some(Instant::now() + RETRY);
             return None;
         }
-        let names = self.names.known(Instant::now());
+        let names = self.inputs.names.known(Instant::now());
         // Not replaced by something that knows less.
-        if self.kept.damaged && names.is_empty() && !self.wanted.policy.names().is_empty() {
+        if self.kept.damaged && names.is_empty() && !self.inputs.config.policy.names().is_empty() {
             return None;
         }
         let record = Record::new(&LastGoodRef {
-            settings: &self.wanted.config.settings,
-            policy: &self.wanted.policy,
-            listed: &self.wanted.listed,
+            settings: self.inputs.settings(),
+            policy: &self.inputs.config.policy,
+            listed: &self.inputs.config.listed,
             names: &names,
-            bosh: self.wanted.config.bus_dir(),
+            bosh: self.inputs.config.config.bus_dir(),
         });
         match record {
             Ok(record) if self.kept.mark != Some(record.mark) => Some(record),
@@ -199,7 +199,7 @@ impl Daemon {
 
     fn reloaded(&self, reloaded: bool) {
         if reloaded {
-            info!("reloaded {}", self.wanted.path.display());
+            info!("reloaded {}", self.inputs.config.path.display());
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use tokio::task;
 use tracing::{error, info, warn};
 
-use super::{About, Daemon, Waiting};
+use super::{About, Daemon, guard::Hold};
 use crate::{
     control::Reply,
     policy::Name,
@@ -14,31 +14,36 @@ use crate::{
 
 impl Daemon {
     pub(super) fn look_up_all(&mut self) {
-        for name in self.wanted.policy.names() {
+        for name in self.inputs.config.policy.names() {
             self.look_up(name);
         }
     }
 
     /// When a name is to be looked up next, or a dial may have that done again.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.names.next_due().into_iter().chain(self.dials.next_due()).min()
+        self.inputs
+            .names
+            .next_due()
+            .into_iter()
+            .chain(self.dials.next_due())
+            .min()
     }
 
     pub(super) fn look_up_due(&mut self, now: Instant) {
         self.wake_dials(now);
-        for name in self.names.due(now) {
+        for name in self.inputs.names.due(now) {
             self.look_up(name);
         }
         self.apply_or_keep(); // Retained addresses expire (N4).
     }
 
     pub(super) fn look_up(&mut self, name: Name) {
-        self.names.begin(&name);
+        self.inputs.names.begin(&name);
         let asked = name.clone();
         let task = self
             .lookups
             .spawn(async move { lookup_early(&asked, LOOKUP_TIMEOUT).await });
-        self.under_way.insert(task.id(), (name, self.round));
+        self.under_way.insert(task.id(), (name, self.rounds.now()));
     }
 
     /// Takes the answer to a look-up, unless a later one was answered before it.
@@ -65,22 +70,19 @@ impl Daemon {
             let task = self.lookups.spawn(async move { rest.await.into() });
             self.under_way.insert(task.id(), (name.clone(), round));
             // What the kernel guards, and nobody else remembers, may be of the family that is awaited (F1).
-            if self.forgetful {
+            if self.guard.hold == Hold::UntilResolved {
                 return;
             }
         }
-        self.unanswered.remove(&name);
-        let newest = self.answered_rounds.entry(name.clone()).or_default();
-        if round < *newest {
+        if !self.rounds.answered(&name, round) {
             return;
         }
-        *newest = round;
         self.kept.changed();
         let now = Instant::now();
         let notes = if whole {
-            self.names.answered(now, &name, answer)
+            self.inputs.names.answered(now, &name, answer)
         } else {
-            self.names.answered_in_part(now, &name, &answer)
+            self.inputs.names.answered_in_part(now, &name, &answer)
         };
         let news = notes.iter().any(|note| matches!(note, Note::Changed(..)));
         self.dial_answered(&name, round, news);
@@ -91,21 +93,14 @@ impl Daemon {
                 info!("{note}");
             }
         }
-        for waiting in self.waiting.iter_mut().filter(|waiting| waiting.round <= round) {
-            waiting.names.remove(&name);
-        }
     }
 
     pub(super) fn answer_waiting(&mut self) {
-        let (done, waiting) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|one| one.names.is_empty());
-        self.waiting = waiting;
-        let done: Vec<Waiting> = done;
+        let done = self.rounds.done();
         if !done.is_empty() {
             let reply = self.applied_reply();
-            for one in done {
-                let _ = one.replies.try_send(reply.clone());
+            for replies in done {
+                let _ = replies.try_send(reply.clone());
             }
         }
     }

@@ -15,8 +15,8 @@ impl Daemon {
     /// Looks whether what must outlive this process lies where the host sees it (F1).
     pub(super) fn look_at_visibility(&mut self) {
         let ebpf = self.enforcement.kernel().is_some();
-        let ebpf_on = self.wanted.cgroup.as_deref().filter(|_| ebpf);
-        let found = Visibility::of(&self.wanted.config.settings, ebpf_on, self.stays);
+        let ebpf_on = self.inputs.config.cgroup.as_deref().filter(|_| ebpf);
+        let found = Visibility::of(self.inputs.settings(), ebpf_on, self.stays);
         self.faults.set(About::Visibility, found.fault());
         if self.visibility_unknown != found.unknown {
             if let Some(why) = &found.unknown {
@@ -41,23 +41,23 @@ impl Daemon {
 
     fn status_of(&self, observed: &Result<Observed, BackendError>) -> Status {
         let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
-        for (path, by) in &self.host.writable {
+        for (path, by) in &self.inputs.host.writable {
             causes.push(format!(
                 "cgroup {path} matches nobody: {by}, who could let in whom he likes; make it root's, or name a cgroup that is"
             ));
         }
-        for path in self.wanted.policy.cgroups() {
-            if !self.host.cgroups.contains_key(&path) && !self.host.writable.contains_key(&path) {
+        for path in self.inputs.config.policy.cgroups() {
+            if !self.inputs.host.cgroups.contains_key(&path) && !self.inputs.host.writable.contains_key(&path) {
                 let just_made = || {
                     format!("cgroup {path} has just been made; its principals match nobody until the rule set has it")
                 };
-                causes.push(self.wanted.why_nobody(&path).unwrap_or_else(just_made));
+                causes.push(self.inputs.config.why_nobody(&path).unwrap_or_else(just_made));
             }
         }
-        if self.enforcement.ignores_cgroups() && !self.wanted.policy.cgroups().is_empty() {
+        if self.enforcement.ignores_cgroups() && !self.inputs.config.policy.cgroups().is_empty() {
             causes.push("this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a cgroup match nobody".to_owned());
         }
-        if self.drift.is_recent(Instant::now()) {
+        if self.guard.drift.is_recent(Instant::now()) {
             causes.push(format!(
                 "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft monitor, bpftool)",
                 self.enforcement.restored(),
@@ -67,11 +67,11 @@ impl Daemon {
         if let Err(error) = observed {
             causes.push(error.to_string());
         }
-        let names = self.names.report();
-        let settings = &self.wanted.config.settings;
+        let names = self.inputs.names.report();
+        let settings = &self.inputs.settings();
         let context = Context {
             daemon: Some(std::process::id()),
-            cgroup: self.wanted.cgroup_shown(),
+            cgroup: self.inputs.config.cgroup_shown(),
             pin_dir: settings.pin_dir.display().to_string(),
             nft_table: settings.nft_table.clone(),
             backend: self.enforcement.name().to_owned(),

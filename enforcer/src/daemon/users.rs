@@ -62,7 +62,7 @@ fn seen() -> Seen {
 impl Daemon {
     /// Begins to look users up, if it is time.
     pub(super) fn look_at_users(&mut self) {
-        let names: Vec<Account> = self.wanted.users.keys().cloned().collect();
+        let names: Vec<Account> = self.inputs.config.users.keys().cloned().collect();
         if names.is_empty() || !self.user_lookups.under_way.is_empty() {
             return;
         }
@@ -82,12 +82,11 @@ impl Daemon {
 
     /// A name that means another number now is a change of rules.
     pub(super) fn users_found(&mut self, found: &Found) {
-        let mut wanted = match self.wanted.with_users(found) {
+        let wanted = match self.inputs.config.with_users(found) {
             Ok(wanted) => wanted,
             Err(error) => return error!("look up the configuration's users again: {error}"),
         };
-        wanted.take_bus(self.bus.as_ref());
-        if wanted.users == self.wanted.users {
+        if wanted.users == self.inputs.config.users {
             return;
         }
         let words = |uids: Option<&Option<BTreeSet<Uid>>>| {
@@ -96,7 +95,7 @@ impl Daemon {
             uids.map_or_else(|| "nobody".to_owned(), |uids| format!("uid {}", list(uids)))
         };
         for (account, uids) in &wanted.users {
-            let before = self.wanted.users.get(account);
+            let before = self.inputs.config.users.get(account);
             if before != Some(uids) {
                 info!("{account} is {} now, and was {}", words(Some(uids)), words(before));
             }

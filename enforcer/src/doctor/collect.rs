@@ -33,12 +33,12 @@ use crate::{
     bosh,
     config::{Backend, Config, Settings},
     control::{self, AskError, Reply, Request},
-    daemon::complete,
     grants,
     host::{
         self,
         hierarchy::{self, Hierarchy},
     },
+    inputs::complete,
     jobs::JobRules,
     policy::{Endpoint, HostUsers, MONIT, Name, Policy, Protocol},
     resolve::{Known, LOOKUP_TIMEOUT, lookup},

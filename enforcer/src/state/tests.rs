@@ -8,7 +8,7 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{FILE, LastGood, LastGoodRef, Record, StateError, load_early_of, load_of, parse, save_as};
+use super::{FILE, LastGood, LastGoodRef, Record, StateError, load_of, parse, save_as};
 use crate::{
     config::{Config, Settings},
     policy::{HostUsers, Policy, Understood},
@@ -198,23 +198,6 @@ fn n4_a_file_without_times_is_read_without_them() -> Test {
         known.answered.clear();
     }
     assert_eq!(loaded, expected);
-    Ok(())
-}
-
-#[test]
-fn the_file_of_an_earlier_version_is_read_once() -> Test {
-    let dir = tempfile::tempdir()?;
-    let early = dir.path().join("names.json");
-    fs::write(
-        &early,
-        r#"{"schema":"enforcer/names/1","names":{"nats.example":["10.9.0.1"]}}"#,
-    )?;
-    let known = load_early_of(me(), dir.path());
-    assert_eq!(known.len(), 1);
-    save_as(me(), dir.path(), &record(&good()?)?)?;
-    assert!(!early.exists() && load_early_of(me(), dir.path()).is_empty());
-    fs::write(&early, "not JSON")?;
-    assert!(load_early_of(me(), dir.path()).is_empty());
     Ok(())
 }
 

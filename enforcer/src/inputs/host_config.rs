@@ -5,22 +5,15 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
-    time::Instant,
 };
 
-use ipnet::IpNet;
 use tracing::warn;
 
-use super::{DaemonError, boot::Left};
+use super::InputError;
 use crate::{
-    backend::{BackendError, nftables},
     config::{Backend, Bosh, Config, Settings},
-    grants::{self, Grants},
     host::{self, NoMatch},
-    jobs::JobRules,
-    policy::{Account, CgroupPath, Endpoint, FileUsers, HostUsers, Listed, Policy, Uid, Understood, Users},
-    resolve::Names,
-    ruleset::{Host, Resolved, RuleSet, compile},
+    policy::{Account, CgroupPath, FileUsers, HostUsers, Listed, Policy, Uid, Understood, Users},
     state::LastGood,
 };
 
@@ -28,28 +21,28 @@ use crate::{
 const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 
 /// A configuration that was read, understood and found possible on this host.
-#[derive(Debug)]
-pub struct Wanted {
-    pub(super) path: PathBuf,
+#[derive(Clone, Debug)]
+pub struct HostConfig {
+    pub(crate) path: PathBuf,
     /// Whether that file was there, so that the defaults are not what was asked for (B1).
-    pub(super) from_file: bool,
-    pub(super) config: Config,
-    pub(super) policy: Policy,
+    pub(crate) from_file: bool,
+    pub(crate) config: Config,
+    pub(crate) policy: Policy,
     /// The cgroup to attach to; none where no cgroup v2 is mounted and nothing needs one.
-    pub(super) cgroup: Option<PathBuf>,
+    pub(crate) cgroup: Option<PathBuf>,
     /// Where cgroup paths of principals start.
-    pub(super) mount: PathBuf,
-    pub(super) warnings: Vec<String>,
+    pub(crate) mount: PathBuf,
+    pub(crate) warnings: Vec<String>,
     /// The users and groups that its targets list.
-    pub(super) listed: Vec<Listed>,
+    pub(crate) listed: Vec<Listed>,
     /// The users and groups that it names, as looked up; none for one that does not exist.
-    pub(super) users: KnownUsers,
+    pub(crate) users: KnownUsers,
     /// Why principals match nobody (F8).
-    pub(super) absent: Vec<String>,
+    pub(crate) absent: Vec<String>,
 }
 
 /// The UIDs of users and of groups' members, as looked up.
-pub(super) type KnownUsers = BTreeMap<Account, Option<BTreeSet<Uid>>>;
+pub(crate) type KnownUsers = BTreeMap<Account, Option<BTreeSet<Uid>>>;
 
 /// Users as known before, for those that cannot be looked up now: a name service that fails changes nothing (F4).
 struct Remembered<'a> {
@@ -69,19 +62,19 @@ impl Users for Remembered<'_> {
     }
 }
 
-impl Wanted {
+impl HostConfig {
     /// Reads a configuration file.
-    pub fn load(path: &Path) -> Result<Self, DaemonError> {
+    pub fn load(path: &Path) -> Result<Self, InputError> {
         Self::load_knowing(path, &BTreeMap::new())
     }
 
-    /// As [`Wanted::load`], with users as they were known before.
-    pub(super) fn load_knowing(path: &Path, before: &KnownUsers) -> Result<Self, DaemonError> {
+    /// As [`HostConfig::load`], with users as they were known before.
+    pub(crate) fn load_knowing(path: &Path, before: &KnownUsers) -> Result<Self, InputError> {
         Self::understand(Config::load(path)?, &HostUsers, before)
     }
 
     /// The same configuration, with its users looked up again (N9).
-    pub(super) fn with_users(&self, users: &dyn Users) -> Result<Self, DaemonError> {
+    pub(crate) fn with_users(&self, users: &dyn Users) -> Result<Self, InputError> {
         let again = Self::understand(self.config.clone(), users, &self.users)?;
         Ok(Self {
             from_file: self.from_file,
@@ -90,7 +83,7 @@ impl Wanted {
         })
     }
 
-    fn understand(config: Config, users: &dyn Users, before: &KnownUsers) -> Result<Self, DaemonError> {
+    fn understand(config: Config, users: &dyn Users, before: &KnownUsers) -> Result<Self, InputError> {
         let users = Remembered {
             users,
             before,
@@ -118,13 +111,13 @@ impl Wanted {
     }
 
     /// Why it asks for less than it says, if it does.
-    pub(super) fn fault(&self) -> Option<String> {
+    pub(crate) fn fault(&self) -> Option<String> {
         (!self.absent.is_empty()).then(|| self.absent.join("; "))
     }
 
     /// What was active last. Names of users and groups mean whom the host's files name now (N9); nothing else is asked, as early at boot
     /// that might hang.
-    pub(super) fn of(path: &Path, good: &LastGood) -> Result<Self, DaemonError> {
+    pub(crate) fn of(path: &Path, good: &LastGood) -> Result<Self, InputError> {
         let (mut policy, mut listed) = (good.policy.clone(), good.listed.clone());
         match FileUsers::below(Path::new("/")) {
             Ok(files) => {
@@ -157,8 +150,16 @@ impl Wanted {
         })
     }
 
+    /// The id of the cgroup to attach to; 0 where no program is attached anywhere.
+    pub(crate) fn cgroup_id(&self) -> Result<u64, InputError> {
+        match &self.cgroup {
+            Some(cgroup) => host::directory_id(cgroup).ok_or(InputError::NoCgroup2),
+            None => Ok(0),
+        }
+    }
+
     /// The cgroup to attach to, to be shown.
-    pub(super) fn cgroup_shown(&self) -> String {
+    pub(crate) fn cgroup_shown(&self) -> String {
         let shown = self.cgroup.as_ref().map(|cgroup| cgroup.display().to_string());
         shown.unwrap_or_else(|| "no cgroup".to_owned())
     }
@@ -167,54 +168,6 @@ impl Wanted {
     #[must_use]
     pub fn policy(&self) -> &Policy {
         &self.policy
-    }
-
-    /// The rules that it asks for by the addresses known last, and the id of the cgroup to be judged: for those who look from outside.
-    pub fn rules_known_last(&self) -> Result<(RuleSet, u64), DaemonError> {
-        let failed = |action| move |error| DaemonError::Io { action, error };
-        let dir = &self.config.settings.state_dir;
-        let (left, _) = Left::load(dir);
-        if let Some(fault) = left.fault {
-            return Err(failed("read what was in force last")(io::Error::other(fault)));
-        }
-        let mut grants = grants::load(dir)
-            .map_err(io::Error::other)
-            .map_err(failed("read the grants"))?;
-        grants.expire(crate::grants::Moment::now());
-        let mut jobs = JobRules::default();
-        let chain = nftables::jobs::read(&self.config.settings).map_err(BackendError::from)?;
-        jobs.take(chain, &self.mount);
-        let policy = complete(&self.config, self.policy.clone(), left.bus.as_ref(), &grants, &jobs);
-        let mut names = Names::new(policy.dns);
-        let now = Instant::now();
-        names.set(policy.asked(), now);
-        names.restore(&left.names, now);
-        let rules = self.rules(&policy, &names.resolved(now), &self.host(&policy, local(&policy)?))?;
-        let cgroup = match &self.cgroup {
-            Some(cgroup) => host::directory_id(cgroup).ok_or(DaemonError::NoCgroup2)?,
-            // No program is attached anywhere then.
-            None => 0,
-        };
-        Ok((rules, cgroup))
-    }
-
-    /// Takes the message bus as far as it is known, where the configuration leaves it to the agent's settings (B2). True if
-    /// the policy is another one by it.
-    pub(super) fn take_bus(&mut self, bus: Option<&BTreeSet<Endpoint>>) -> bool {
-        take_bus(&self.config, &mut self.policy, bus)
-    }
-
-    /// This host as a policy needs it known.
-    pub(super) fn host(&self, policy: &Policy, local: BTreeSet<IpNet>) -> Host {
-        host::with_cgroups(local, Some(&self.mount), &policy.cgroups())
-    }
-
-    /// The rules that its policy, completed, comes to.
-    pub(super) fn rules(&self, policy: &Policy, resolved: &Resolved, host: &Host) -> Result<RuleSet, DaemonError> {
-        compile(policy, resolved, host).map_err(|error| DaemonError::Compile {
-            path: self.path.clone(),
-            error,
-        })
     }
 
     /// How and where it is enforced.
@@ -230,7 +183,7 @@ impl Wanted {
     }
 
     /// Why principals of a cgroup match nobody now, though it is nobody else's.
-    pub(super) fn why_nobody(&self, cgroup: &CgroupPath) -> Option<String> {
+    pub(crate) fn why_nobody(&self, cgroup: &CgroupPath) -> Option<String> {
         let mount = self.mount.display();
         match host::cgroup(&self.mount, cgroup) {
             Err(NoMatch::Missing) => Some(format!(
@@ -254,39 +207,9 @@ impl Wanted {
     }
 }
 
-/// What is local to this host. Where no endpoint asks for that it is of use to sweeps alone, which can do without (D9).
-pub(super) fn local(policy: &Policy) -> Result<BTreeSet<IpNet>, DaemonError> {
-    match host::local() {
-        Ok(local) => Ok(local),
-        Err(_) if !policy.names_this_host() => Ok(BTreeSet::new()),
-        Err(error) => Err(DaemonError::Io {
-            action: "list what is local to this host",
-            error,
-        }),
-    }
-}
-
-/// What a configuration means with what is known besides: the message bus of a BOSH agent's settings, what was granted, and what rules of
-/// jobs say. Pure.
-pub(crate) fn complete(
-    config: &Config,
-    mut policy: Policy,
-    bus: Option<&BTreeSet<Endpoint>>,
-    grants: &Grants,
-    jobs: &JobRules,
-) -> Policy {
-    take_bus(config, &mut policy, bus);
-    jobs.add_to(grants.add_to(&policy))
-}
-
-fn take_bus(config: &Config, policy: &mut Policy, bus: Option<&BTreeSet<Endpoint>>) -> bool {
-    let bus = bus.filter(|_| config.bus_dir().is_some());
-    bus.is_some_and(|bus| policy.set_bus(bus))
-}
-
 /// The cgroup to attach to, if something needs or has one, and where paths of cgroups start.
-fn cgroups(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, PathBuf), DaemonError> {
-    let mount = host::cgroup2_mount().map_err(|error| DaemonError::Io {
+fn cgroups(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, PathBuf), InputError> {
+    let mount = host::cgroup2_mount().map_err(|error| InputError::Io {
         action: "read /proc/self/mountinfo",
         error,
     })?;
@@ -296,7 +219,7 @@ fn cgroups(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, Pat
         Backend::Nftables | Backend::Auto => !policy.cgroups().is_empty(),
     };
     if cgroup.is_none() && needs_one {
-        return Err(DaemonError::NoCgroup2);
+        return Err(InputError::NoCgroup2);
     }
     let mount = mount.or_else(|| cgroup.clone()).unwrap_or_else(|| USUAL_MOUNT.into());
     Ok((cgroup, mount))

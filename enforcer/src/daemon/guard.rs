@@ -1,0 +1,171 @@
+//! Has the kernel hold what is desired: makes it active, repairs it with pauses (F5), and leaves alone what it must not replace (F1).
+//! Of what enforces it knows no more than [`Store`]; time is passed in.
+
+use std::{sync::Arc, time::Instant};
+
+use super::{DaemonError, Drift};
+use crate::{
+    backend::{BackendError, Enforcement},
+    inputs::{Desired, Inputs},
+    policy::Policy,
+    ruleset::{Host, Resolved, RuleSet},
+};
+
+/// What enforces.
+pub(super) trait Store {
+    /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
+    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError>;
+    /// Sees to it that this generation is active whole (F5). Returns the number that it has then; none if another one is active.
+    fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
+    /// How often something that others took or changed was put back.
+    fn restored(&self) -> u64;
+}
+
+impl Store for Enforcement {
+    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+        self.apply(rules)
+    }
+
+    fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
+        self.keep(generation)
+    }
+
+    fn restored(&self) -> u64 {
+        self.restored()
+    }
+}
+
+/// Why what is active is left as it is: it is newer than all that this process knows (F1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// It is not.
+    #[default]
+    No,
+    /// Until names are looked up and the message bus is known: what the last run knew of them is lost.
+    UntilResolved,
+    /// Until a configuration is taken.
+    UntilConfigured,
+}
+
+/// Knows what this process made active, and what it leaves alone.
+#[derive(Debug, Default)]
+pub(super) struct Guard {
+    active: Option<Active>,
+    pub(super) hold: Hold,
+    pub(super) drift: Drift,
+}
+
+/// What is active, and what it was made from.
+#[derive(Debug)]
+struct Active {
+    generation: u64,
+    policy: Arc<Policy>,
+    host: Host,
+    resolved: Resolved,
+}
+
+/// Rules that have just been made active.
+#[derive(Debug)]
+pub(super) struct Applied {
+    pub(super) generation: u64,
+    pub(super) rules: RuleSet,
+}
+
+/// What [`Guard::reconcile`] came to.
+#[derive(Debug)]
+pub(super) struct Reconciled {
+    /// The rules made active, where others were before.
+    pub(super) applied: Result<Option<Applied>, DaemonError>,
+    /// Whether others had removed or changed something.
+    pub(super) drifted: bool,
+}
+
+impl Guard {
+    /// Whether this process has made anything active.
+    pub(super) fn is_active(&self) -> bool {
+        self.active.is_some()
+    }
+
+    /// Whether what is active stays as it is.
+    pub(super) fn holds(&self) -> bool {
+        self.hold != Hold::No
+    }
+
+    /// Makes active what inputs come to.
+    pub(super) fn apply(
+        &mut self,
+        store: &mut impl Store,
+        inputs: &Inputs,
+        now: Instant,
+    ) -> Result<Applied, DaemonError> {
+        if self.holds() {
+            return Err(DaemonError::Frozen);
+        }
+        let Desired { resolved, rules } = inputs.desired(now)?;
+        let generation = store.apply(&rules)?;
+        self.active = Some(Active {
+            generation,
+            policy: Arc::clone(inputs.policy()),
+            host: inputs.host.clone(),
+            resolved,
+        });
+        Ok(Applied { generation, rules })
+    }
+
+    /// Makes active what another configuration comes to, whatever is held: it is what was waited for.
+    pub(super) fn apply_configured(
+        &mut self,
+        store: &mut impl Store,
+        inputs: &Inputs,
+        now: Instant,
+    ) -> Result<Applied, DaemonError> {
+        let hold = std::mem::take(&mut self.hold);
+        self.apply(store, inputs, now).inspect_err(|_| self.hold = hold)
+    }
+
+    /// Sees to it that what inputs come to is active; `again` where that failed last. Nothing is done while something is held or, after a
+    /// fight with others, for a pause.
+    pub(super) fn reconcile(
+        &mut self,
+        store: &mut impl Store,
+        inputs: &Inputs,
+        again: bool,
+        now: Instant,
+    ) -> Option<Reconciled> {
+        if self.hold == Hold::UntilResolved && inputs.targets_unknown(now).next().is_none() {
+            self.hold = Hold::No;
+        }
+        if self.holds() || self.drift.rests(now) {
+            return None;
+        }
+        let restored = store.restored();
+        let kept = match &mut self.active {
+            Some(active) if !again && active.is_of(inputs, now) => store.keep(active.generation).map(|kept| {
+                active.generation = kept.unwrap_or(active.generation);
+                kept.is_some()
+            }),
+            Some(_) | None => Ok(false),
+        };
+        let drifted = store.restored() != restored;
+        if drifted {
+            self.drift.happened(now);
+        }
+        let applied = match kept {
+            Ok(true) => Ok(None),
+            Ok(false) => self.apply(store, inputs, now).map(Some),
+            Err(error) => Err(error.into()),
+        };
+        Some(Reconciled { applied, drifted })
+    }
+}
+
+impl Active {
+    fn is_of(&self, inputs: &Inputs, now: Instant) -> bool {
+        Arc::ptr_eq(&self.policy, inputs.policy())
+            && self.host == inputs.host
+            && self.resolved == inputs.names.resolved(now)
+    }
+}
+
+#[cfg(test)]
+mod tests;

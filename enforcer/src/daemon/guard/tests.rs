@@ -1,0 +1,295 @@
+use std::{fs, io, path::Path, time::Duration};
+
+use super::*;
+use crate::{
+    grants::{Asker, Grantee, Grants, Key, Term},
+    inputs::{HostConfig, SavedRun},
+    jobs::JobRules,
+    policy::Uid,
+};
+
+type Test = Result<(), Box<dyn std::error::Error>>;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A store that remembers what it was asked, and fails when it is told to.
+#[derive(Default)]
+struct Fake {
+    generation: u64,
+    applied: Vec<RuleSet>,
+    kept: Vec<u64>,
+    refuses: bool,
+    /// What others do to it before it is looked at next.
+    drift: Option<Drifted>,
+    restored: u64,
+}
+
+enum Drifted {
+    /// They remove a part, which can be put back.
+    Part,
+    /// They make another generation active.
+    Replaced,
+}
+
+impl Fake {
+    fn refusal() -> BackendError {
+        BackendError::Io {
+            action: "apply",
+            object: "fake".into(),
+            error: io::ErrorKind::OutOfMemory.into(),
+        }
+    }
+}
+
+impl Store for Fake {
+    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+        if self.refuses {
+            return Err(Self::refusal());
+        }
+        self.applied.push(rules.clone());
+        self.generation += 1;
+        Ok(self.generation)
+    }
+
+    fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
+        self.kept.push(generation);
+        match self.drift.take() {
+            None => Ok(Some(generation)),
+            Some(Drifted::Replaced) => Ok(None),
+            Some(Drifted::Part) => {
+                self.restored += 1;
+                if self.refuses {
+                    return Err(Self::refusal());
+                }
+                self.generation += 1;
+                Ok(Some(self.generation))
+            }
+        }
+    }
+
+    fn restored(&self) -> u64 {
+        self.restored
+    }
+}
+
+fn inputs(dir: &Path, endpoints: &str) -> Result<Inputs, Box<dyn std::error::Error>> {
+    let path = dir.join("enforcer.toml");
+    let text =
+        format!("backend = \"nftables\"\n[target.t]\nendpoints = [{endpoints}]\nallow = [\"root\"]\ngrants = true\n");
+    fs::write(&path, text)?;
+    let config = HostConfig::load(&path)?;
+    let (saved, _) = SavedRun::load(dir);
+    Ok(Inputs::new(
+        config,
+        &saved,
+        Grants::default(),
+        JobRules::default(),
+        Instant::now(),
+    )?)
+}
+
+fn grant(inputs: &mut Inputs, uid: u32, now: Instant) -> Test {
+    let key = Key {
+        target: "t".to_owned(),
+        to: Grantee::User(Uid(uid)),
+    };
+    let term = Term {
+        since: jiff::Timestamp::UNIX_EPOCH,
+        expires: None,
+        by: Asker {
+            pid: 1,
+            uid: 0,
+            comm: "test".to_owned(),
+        },
+        own: false,
+    };
+    inputs.grants.grant(key, term)?;
+    assert!(inputs.settle(now).policy);
+    Ok(())
+}
+
+/// A guard of one target that is active.
+struct Scene {
+    dir: tempfile::TempDir,
+    store: Fake,
+    guard: Guard,
+    inputs: Inputs,
+    now: Instant,
+}
+
+impl Scene {
+    fn new() -> Result<Self, Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        let mut scene = Self {
+            inputs: inputs(dir.path(), "\"tcp://192.0.2.1:4222\"")?,
+            dir,
+            store: Fake::default(),
+            guard: Guard::default(),
+            now: Instant::now(),
+        };
+        assert!(
+            scene
+                .step(false)
+                .is_some_and(|found| matches!(found.applied, Ok(Some(_))) && !found.drifted)
+        );
+        Ok(scene)
+    }
+
+    /// A second later.
+    fn step(&mut self, again: bool) -> Option<Reconciled> {
+        self.now += SECOND;
+        self.guard.reconcile(&mut self.store, &self.inputs, again, self.now)
+    }
+}
+
+#[test]
+fn what_has_not_changed_is_kept_and_what_has_is_applied() -> Test {
+    let mut scene = Scene::new()?;
+    let found = scene.step(false).ok_or("it rests")?;
+    assert!(matches!(found.applied, Ok(None)));
+    assert_eq!(
+        (scene.store.applied.len(), scene.store.kept.as_slice()),
+        (1, [1].as_slice())
+    );
+    grant(&mut scene.inputs, 7, scene.now)?;
+    let applied = scene.step(false).ok_or("it rests")?.applied?.ok_or("it is kept")?;
+    assert_eq!(applied.generation, 2);
+    assert_ne!(scene.store.applied.first(), scene.store.applied.last());
+    assert!(matches!(scene.step(false).ok_or("it rests")?.applied, Ok(None)));
+    Ok(())
+}
+
+#[test]
+fn a_refused_change_leaves_active_what_is_and_is_tried_again() -> Test {
+    let mut scene = Scene::new()?;
+    grant(&mut scene.inputs, 7, scene.now)?;
+    scene.store.refuses = true;
+    assert!(scene.step(false).ok_or("it rests")?.applied.is_err());
+    assert!(scene.step(true).ok_or("it rests")?.applied.is_err());
+    scene.store.refuses = false;
+    assert_eq!(
+        scene
+            .step(true)
+            .ok_or("it rests")?
+            .applied?
+            .ok_or("it is kept")?
+            .generation,
+        2
+    );
+    Ok(())
+}
+
+#[test]
+fn inputs_that_return_after_a_refusal_are_what_is_active() -> Test {
+    let mut scene = Scene::new()?;
+    let before = scene.inputs.clone();
+    grant(&mut scene.inputs, 7, scene.now)?;
+    scene.store.refuses = true;
+    assert!(scene.guard.apply(&mut scene.store, &scene.inputs, scene.now).is_err());
+    scene.inputs = before;
+    scene.store.refuses = false;
+    assert!(
+        matches!(scene.step(false).ok_or("it rests")?.applied, Ok(None)),
+        "nothing is to be applied"
+    );
+    Ok(())
+}
+
+#[test]
+fn inputs_that_return_after_they_were_replaced_are_applied() -> Test {
+    let mut scene = Scene::new()?;
+    let before = scene.inputs.clone();
+    grant(&mut scene.inputs, 7, scene.now)?;
+    scene.guard.apply(&mut scene.store, &scene.inputs, scene.now)?;
+    // Another grant has the revision that the one taken back had.
+    scene.inputs = before;
+    grant(&mut scene.inputs, 8, scene.now)?;
+    assert!(matches!(scene.step(false).ok_or("it rests")?.applied, Ok(Some(_))));
+    assert_eq!(
+        scene.store.applied.last(),
+        Some(&scene.inputs.desired(scene.now)?.rules)
+    );
+    Ok(())
+}
+
+#[test]
+fn what_others_take_is_put_back_at_once_but_not_for_ever() -> Test {
+    let mut scene = Scene::new()?;
+    for _ in 0..5 {
+        scene.store.drift = Some(Drifted::Part);
+        let found = scene.step(false).ok_or("it rests")?;
+        assert!(found.drifted && matches!(found.applied, Ok(None)));
+    }
+    assert!(
+        scene
+            .guard
+            .reconcile(&mut scene.store, &scene.inputs, false, scene.now)
+            .is_none(),
+        "it pauses"
+    );
+    assert!(scene.step(false).is_some());
+    Ok(())
+}
+
+#[test]
+fn another_generation_is_replaced() -> Test {
+    let mut scene = Scene::new()?;
+    scene.store.drift = Some(Drifted::Replaced);
+    let found = scene.step(false).ok_or("it rests")?;
+    assert_eq!(found.applied?.ok_or("it is kept")?.generation, 2);
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_put_back_is_said_and_made_anew() -> Test {
+    let mut scene = Scene::new()?;
+    scene.store.drift = Some(Drifted::Part);
+    scene.store.refuses = true;
+    let found = scene.step(false).ok_or("it rests")?;
+    assert!(found.drifted && found.applied.is_err());
+    scene.store.refuses = false;
+    assert!(matches!(scene.step(true).ok_or("it rests")?.applied, Ok(Some(_))));
+    Ok(())
+}
+
+#[test]
+fn what_is_held_until_a_configuration_is_taken_stays() -> Test {
+    let mut scene = Scene::new()?;
+    scene.guard.hold = Hold::UntilConfigured;
+    grant(&mut scene.inputs, 7, scene.now)?;
+    assert!(scene.step(true).is_none());
+    assert!(matches!(
+        scene.guard.apply(&mut scene.store, &scene.inputs, scene.now),
+        Err(DaemonError::Frozen)
+    ));
+    scene.store.refuses = true;
+    assert!(
+        scene
+            .guard
+            .apply_configured(&mut scene.store, &scene.inputs, scene.now)
+            .is_err()
+    );
+    assert!(scene.guard.holds(), "a refused configuration lets nothing go");
+    scene.store.refuses = false;
+    scene
+        .guard
+        .apply_configured(&mut scene.store, &scene.inputs, scene.now)?;
+    assert!(!scene.guard.holds());
+    Ok(())
+}
+
+#[test]
+fn what_is_held_until_names_are_known_goes_on_by_itself() -> Test {
+    let mut scene = Scene::new()?;
+    scene.inputs = inputs(scene.dir.path(), "\"tcp://bus.example:4222\"")?;
+    scene.guard.hold = Hold::UntilResolved;
+    assert!(scene.step(false).is_none());
+    let name = scene.inputs.policy().names().into_iter().next().ok_or("no name")?;
+    let addresses = ["192.0.2.7".parse()?].into();
+    scene
+        .inputs
+        .names
+        .answered(scene.now, &name, crate::resolve::Answer::Hosts(addresses));
+    assert!(matches!(scene.step(false).ok_or("it rests")?.applied, Ok(Some(_))));
+    Ok(())
+}

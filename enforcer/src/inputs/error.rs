@@ -1,0 +1,40 @@
+//! Why a configuration comes to no rules on this host.
+
+use std::{io, path::PathBuf};
+
+use crate::{backend::BackendError, config::ConfigError, host, policy::PolicyError, ruleset::CompileError};
+
+/// Why a configuration comes to no rules on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum InputError {
+    /// The configuration file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What it says.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A limit.
+    #[error("{}: {error}", path.display())]
+    Compile {
+        /// The configuration file.
+        path: PathBuf,
+        /// Which limit.
+        error: CompileError,
+    },
+    /// Rules of jobs, in the kernel.
+    #[error(transparent)]
+    Jobs(#[from] BackendError),
+    /// No cgroup v2 at all.
+    #[error(
+        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`"
+    )]
+    NoCgroup2,
+    /// Something of the operating system.
+    #[error("{action}: {error}{}", host::remedy(error))]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        error: io::Error,
+    },
+}
