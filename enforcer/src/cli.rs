@@ -365,10 +365,13 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
     Ok(answer_of(&status))
 }
 
+/// What reads or removes thousands of entries waits for the kernel, and on a busy host for the disk, too.
+const PATIENCE_FOR_WORK: Duration = Duration::from_secs(30);
+
 fn unload(config: &Path) -> Result<Answer> {
     // Nothing may be said to be gone that lies elsewhere.
     let settings = &place_or(config, false)?;
-    match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, Duration::from_secs(5))) {
+    match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, PATIENCE_FOR_WORK)) {
         Ok(_) => {
             print("unloaded: nothing is in force any more; the daemon has ended\n")?;
             tell_what_stays(settings)

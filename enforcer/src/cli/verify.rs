@@ -1,13 +1,10 @@
 //! `enforcer verify`: whether the kernel holds exactly what is wanted.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{path::Path, time::Instant};
 
 use anyhow::{Result, bail};
 
-use super::{Answer, Json, is_nobody, place, print_one, runtime};
+use super::{Answer, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime};
 use crate::{
     backend::InForce,
     control::{self, Reply, Request},
@@ -15,12 +12,9 @@ use crate::{
     verify::{Comparison, Verification},
 };
 
-/// Reading a hundred thousand entries takes the daemon a while.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
     let socket = place(config)?.socket;
-    let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE)) {
+    let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE_FOR_WORK)) {
         Ok(Reply::Verification(verification)) => *verification,
         Ok(_) => bail!("the daemon answered something else than a comparison; is it another version?"),
         Err(error) if is_nobody(&error) => from_outside(config)?,
