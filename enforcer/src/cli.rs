@@ -509,3 +509,25 @@ fn print(page: &str) -> Result<Answer> {
         Ok(()) | Err(_) => Ok(Answer::Yes),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_of_config_check_is_as_it_was() -> serde_json::Result<()> {
+        let checked = Checked {
+            schema: "enforcer/config-check/1",
+            path: "P".to_owned(),
+            targets: 1,
+            warnings: vec!["W".to_owned()],
+            absent: vec!["A".to_owned()],
+            unprotected: vec!["U".to_owned()],
+        };
+        assert_eq!(
+            serde_json::to_string(&checked)?,
+            r#"{"schema":"enforcer/config-check/1","path":"P","targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"]}"#
+        );
+        Ok(())
+    }
+}

@@ -4,6 +4,9 @@
 
 mod text;
 
+#[cfg(test)]
+mod wire;
+
 pub mod bosh;
 pub mod config;
 pub mod policy;

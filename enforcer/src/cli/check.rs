@@ -195,3 +195,34 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
     }
     Ok((protocol, addresses.into_iter().collect(), port))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_json_is_as_it_was() -> serde_json::Result<()> {
+        for verdict in ["allow", "deny", "would-deny"] {
+            let report = CheckReport {
+                schema: "enforcer/check/1",
+                verdict,
+                judged: true,
+                destination: "tcp 127.0.0.1:1".to_owned(),
+                generation: 3,
+                targets: vec![CheckTarget {
+                    name: "main".to_owned(),
+                    admits: false,
+                    reason: "R".to_owned(),
+                }],
+                reason: "S".to_owned(),
+            };
+            assert_eq!(
+                serde_json::to_string(&report)?,
+                format!(
+                    r#"{{"schema":"enforcer/check/1","verdict":"{verdict}","judged":true,"destination":"tcp 127.0.0.1:1","generation":3,"targets":[{{"name":"main","admits":false,"reason":"R"}}],"reason":"S"}}"#
+                )
+            );
+        }
+        Ok(())
+    }
+}
