@@ -55,16 +55,14 @@ use crate::{
     backend::{Enforcement, Start, nftables},
     bosh::Watch,
     config::ConfigError,
-    control::{self, Call, Reply, Request},
-    events::{Line, Lost},
+    control::{self, Call},
     grants::Grants,
     host::LocalChanges,
     policy::{Endpoint, Name, Policy},
     resolve::{Known, Looked, Names},
     ruleset::{Host, Resolved, RuleSet},
-    status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
-    verify::Verification,
+    wire::{ExistingStatus, Line, Lost, Reply, Request, Status, Verification},
 };
 
 pub(crate) use self::wanted::complete;
@@ -192,7 +190,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     }
     daemon.keep_now().await;
     let mut status = daemon.status();
-    status.daemon = crate::status::DaemonStatus {
+    status.daemon = crate::wire::DaemonStatus {
         running: false,
         pid: None,
     };

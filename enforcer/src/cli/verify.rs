@@ -7,9 +7,9 @@ use anyhow::{Result, bail};
 use super::{Answer, Json, is_nobody, place, print_one, runtime};
 use crate::{
     backend::InForce,
-    control::{self, Reply, Request},
-    daemon,
-    verify::{Comparison, Verification},
+    control, daemon,
+    verify::Comparison,
+    wire::{ActiveBackend, Against, Object, Reply, Request, Verification},
 };
 
 /// Reading a hundred thousand entries takes the daemon a while.
@@ -44,6 +44,6 @@ fn from_outside(config: &Path) -> Result<Verification> {
         wanted.policy().targets.len(),
         wanted.settings().backend.to_string()
     );
-    comparison.words("backend", "in force", &what, "nothing");
-    Ok(comparison.finish("configuration", "none", 0))
+    comparison.words(&Object::Backend, "in force", &what, "nothing");
+    Ok(comparison.finish(Against::Configuration, ActiveBackend::None, 0))
 }

@@ -18,7 +18,7 @@ use crate::{
     policy::{BUS, Destination, Endpoint, Target},
     resolve::Known,
     state::{self, LastGood, Mark, StateError},
-    status::Status,
+    wire::{Object, Status},
 };
 
 /// Between two tries of a configuration that was refused at the start, at first and at last.
@@ -214,7 +214,7 @@ pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     let mut daemon = Daemon::start(wanted, false, Left::of(&good, Some(mark)))?;
     daemon.apply_where_nothing_is()?;
     let mut status = daemon.status();
-    status.daemon = crate::status::DaemonStatus {
+    status.daemon = crate::wire::DaemonStatus {
         running: false,
         pid: None,
     };
@@ -375,7 +375,7 @@ impl Daemon {
         let rules = self.rules(&self.names.resolved(Instant::now()))?;
         let cgroup = self.wanted.cgroup.as_deref().and_then(host::directory_id);
         let found = in_force.verify(&rules, settings, cgroup.unwrap_or_default())?;
-        Ok(found.counts.keys().all(|object| object == "link"))
+        Ok(found.counts.keys().all(|object| *object == Object::Link))
     }
 
     fn refused(&mut self, error: &DaemonError) {

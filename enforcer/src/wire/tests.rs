@@ -2,19 +2,22 @@
 
 use std::net::SocketAddr;
 
-use enforcer_ebpf::{EventRecord, NO_UID, TCP, TargetName, UDP, Verdict};
+use enforcer_ebpf::{EventRecord, NO_UID, TCP, TargetName, UDP};
 use jiff::Timestamp;
 use serde::{Serialize, de::DeserializeOwned};
 
+use super::{
+    check::{CheckReport, CheckTarget, ConfigCheck},
+    doctor::{ChoiceReport, FeatureReport, FeatureState, Finding, HostReport, Report, Side, Unseen, Weight},
+    *,
+};
 use crate::{
     backend::{Observed, ObservedTarget, SocketUsers, nftables::Denial},
-    control::{GrantStatus, GrantsReport, JobRuleStatus, Reply},
-    doctor::{ChoiceReport, FeatureReport, Finding, HostReport, Report, Unseen, Weight},
-    events::{self, Existing, GrantEvent, Line, Lost},
+    events,
     grants::{Asker, Grantee, Key},
-    policy::{CgroupPath, Protocol, Uid},
-    status::{Context, DialStatus, ExistingStatus, NameStatus, Status, status},
-    verify::{Comparison, Verification},
+    policy::{CgroupPath, Uid},
+    status::{Context, status},
+    verify::Comparison,
 };
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -75,7 +78,7 @@ fn denials(made: &mut Made) -> Result {
         task: *b"a\x1bsh\0\0\0\0\0\0\0\0\0\0\0\0",
         port: 2822_u16.to_be(),
         protocol: TCP,
-        verdict: Verdict::Deny as u8,
+        verdict: enforcer_ebpf::Verdict::Deny as u8,
         family: 4,
         kernel_thread: 0,
         zero: 0,
@@ -86,7 +89,7 @@ fn denials(made: &mut Made) -> Result {
         judged: [0x2001_0db8_u32.to_be(), 0, 0, 1_u32.to_be()],
         socket_uid: NO_UID,
         protocol: UDP,
-        verdict: Verdict::WouldDeny as u8,
+        verdict: enforcer_ebpf::Verdict::WouldDeny as u8,
         family: 6,
         kernel_thread: 1,
         ..record
@@ -112,7 +115,7 @@ fn denials(made: &mut Made) -> Result {
     made.sent(&Line::Lost(Lost::new(9)))
 }
 
-fn existing(verdict: &str, action: &str, state: &str) -> Result<Existing> {
+fn existing(verdict: &str, action: &str, state: &str) -> Result<ExistingEvent> {
     // Made by sweeps, whose own test holds what they write.
     let text = format!(
         r#"{{"schema":"enforcer/existing/1","time":"T","verdict":"{verdict}","action":"{action}","reason":null,"protocol":"tcp",
@@ -134,20 +137,20 @@ fn grants(made: &mut Made) -> Result {
     let cgroup = CgroupPath::parse("/a")?;
     let (now, end) = (Timestamp::from_second(1_000_000)?, Timestamp::from_second(1_000_060)?);
     let event = |to: Grantee, action, by| key(to).event(action, now, Some(end), by);
-    let granted = event(Grantee::User(Uid(7)), "granted", Some(&by));
+    let granted = event(Grantee::User(Uid(7)), GrantAction::Granted, Some(&by));
     let renewed = GrantEvent {
         expires_before: Some("never".to_owned()),
-        ..event(Grantee::Cgroup(cgroup.clone()), "renewed", Some(&by))
+        ..event(Grantee::Cgroup(cgroup.clone()), GrantAction::Renewed, Some(&by))
     };
     let within = Grantee::UserWithin(Uid(7), cgroup);
-    let revoked = event(within.clone(), "revoked", Some(&by));
+    let revoked = event(within.clone(), GrantAction::Revoked, Some(&by));
     made.sent(&Reply::Grant(Box::new(granted)))?;
     made.sent(&Reply::Revoked(vec![revoked]))?;
     made.sent(&Line::Grant(renewed))?;
-    made.sent(&Line::Grant(event(within.clone(), "expired", None)))?;
-    made.sent(&Line::Grant(event(within, "dropped", None)))?;
+    made.sent(&Line::Grant(event(within.clone(), GrantAction::Expired, None)))?;
+    made.sent(&Line::Grant(event(within, GrantAction::Dropped, None)))?;
     made.sent(&Reply::Grants(GrantsReport {
-        schema: "enforcer/grants/1".to_owned(),
+        schema: Schema::Grants,
         limit: 1024,
         grants: vec![GrantStatus {
             target: "monit".to_owned(),
@@ -172,12 +175,12 @@ fn grants(made: &mut Made) -> Result {
 }
 
 fn statuses(made: &mut Made) -> Result {
-    let context = |backend: &str| Context {
+    let context = |backend| Context {
         daemon: Some(8),
         cgroup: "/c".to_owned(),
         pin_dir: "/p".to_owned(),
         nft_table: "t".to_owned(),
-        backend: backend.to_owned(),
+        backend,
         ..Context::default()
     };
     let observed = Observed {
@@ -197,7 +200,7 @@ fn statuses(made: &mut Made) -> Result {
         lost: 4,
         ..Observed::default()
     };
-    made.sent(&status(None, context("ebpf")))?;
+    made.sent(&status(None, context(ActiveBackend::Ebpf)))?;
     let full = Context {
         backend_reason: Some("R".to_owned()),
         restored: 1,
@@ -217,7 +220,7 @@ fn statuses(made: &mut Made) -> Result {
         }],
         lost: 5,
         existing: Some(ExistingStatus {
-            action: crate::config::Existing::Cut.to_string(),
+            action: Existing::Cut,
             time: "T".to_owned(),
             generation: 3,
             found: 8,
@@ -233,13 +236,13 @@ fn statuses(made: &mut Made) -> Result {
                 existing("deny", "reported", "closing")?,
             ],
         }),
-        ..context("both")
+        ..context(ActiveBackend::Both)
     };
     made.sent(&Reply::Status(Box::new(status(Some(&observed), full))))?;
     for (backend, audit, socket_users) in [
-        ("ebpf", false, SocketUsers::Tcp),
-        ("ebpf", true, SocketUsers::None),
-        ("nftables", false, SocketUsers::All),
+        (ActiveBackend::Ebpf, false, SocketUsers::Tcp),
+        (ActiveBackend::Ebpf, true, SocketUsers::None),
+        (ActiveBackend::Nftables, false, SocketUsers::All),
     ] {
         let observed = Observed {
             audit,
@@ -259,34 +262,34 @@ fn statuses(made: &mut Made) -> Result {
 fn verifications(made: &mut Made) -> Result {
     let mut comparison = Comparison::default();
     for object in [
-        "pinned map",
-        "pin",
-        "pin directory",
-        "nft table",
-        "nft sets",
-        "nft set judge_a",
-        "nft counters",
-        "nft chains",
-        "nft chain judge",
-        "maps endpoints and prefixes",
-        "map targets",
-        "map principals (kind, user, cgroup)",
-        "map ports",
-        "map nat64",
-        "map generations, users at hand",
-        "map generations",
-        "map active",
-        "link",
-        "backend",
+        Object::PinnedMap,
+        Object::Pin,
+        Object::PinDirectory,
+        Object::Table,
+        Object::Sets,
+        Object::Set("judge_a".to_owned()),
+        Object::Counters,
+        Object::Chains,
+        Object::Chain("judge".to_owned()),
+        Object::EndpointMaps,
+        Object::TargetsMap,
+        Object::PrincipalsMap,
+        Object::PortsMap,
+        Object::Nat64Map,
+        Object::InlineUsers,
+        Object::GenerationsMap,
+        Object::ActiveMap,
+        Object::Link,
+        Object::Backend,
     ] {
-        comparison.words(object, "e", "w", "f");
+        comparison.words(&object, "e", "w", "f");
     }
-    comparison.names("pin directory", ["a"], ["b"]);
-    let verification: Verification = comparison.finish("daemon", "both", 3);
+    comparison.names(&Object::PinDirectory, ["a"], ["b"]);
+    let verification: Verification = comparison.finish(Against::Daemon, ActiveBackend::Both, 3);
     made.sent(&Reply::Verification(Box::new(verification)))?;
-    made.sent(&Comparison::default().finish("configuration", "none", 0))?;
-    made.sent(&Comparison::default().finish("daemon", "ebpf", 0))?;
-    made.sent(&Comparison::default().finish("daemon", "nftables", 0))?;
+    made.sent(&Comparison::default().finish(Against::Configuration, ActiveBackend::None, 0))?;
+    made.sent(&Comparison::default().finish(Against::Daemon, ActiveBackend::Ebpf, 0))?;
+    made.sent(&Comparison::default().finish(Against::Daemon, ActiveBackend::Nftables, 0))?;
     made.sent(&Reply::Done)?;
     made.sent(&Reply::Error("E".to_owned()))
 }
@@ -308,24 +311,24 @@ fn doctor(made: &mut Made) -> Result {
         items: vec!["I".to_owned()],
         remedy: "R".to_owned(),
     };
-    let report = |backend: Option<&str>, in_force: Option<&str>| Report {
-        schema: "enforcer/doctor/1",
+    let report = |backend, in_force| Report {
+        schema: Schema::Doctor,
         host: HostReport {
             root: None,
             kernel: "6.8".to_owned(),
             config: "C".to_owned(),
             cgroup: Some("/c".to_owned()),
             daemon: Some(8),
-            in_force: in_force.map(str::to_owned),
+            in_force,
         },
         features: vec![
-            feature("ebpf", true, "supported"),
-            feature("nftables", false, "missing"),
-            feature("either", false, "inconclusive"),
+            feature(Side::Ebpf, true, FeatureState::Supported),
+            feature(Side::Nftables, false, FeatureState::Missing),
+            feature(Side::Either, false, FeatureState::Inconclusive),
         ],
         choice: ChoiceReport {
-            wanted: "auto".to_owned(),
-            backend: backend.map(str::to_owned),
+            wanted: Backend::Auto,
+            backend,
             why: "W".to_owned(),
         },
         findings: vec![finding(Weight::High), finding(Weight::Medium), finding(Weight::Low)],
@@ -336,11 +339,62 @@ fn doctor(made: &mut Made) -> Result {
     };
     for (backend, in_force) in [
         (None, None),
-        (Some("ebpf"), Some("both")),
-        (Some("nftables"), Some("ebpf")),
-        (Some("both"), Some("nftables")),
+        (Some(Backend::Ebpf), Some(ActiveBackend::Both)),
+        (Some(Backend::Nftables), Some(ActiveBackend::Ebpf)),
+        (Some(Backend::Both), Some(ActiveBackend::Nftables)),
     ] {
         made.written(&report(backend, in_force))?;
     }
     Ok(())
+}
+
+#[test]
+fn the_json_of_check_is_as_it_was() -> Result {
+    for verdict in [Verdict::Allow, Verdict::Deny, Verdict::WouldDeny] {
+        let report = CheckReport {
+            schema: Schema::Check,
+            verdict,
+            judged: true,
+            destination: "tcp 127.0.0.1:1".to_owned(),
+            generation: 3,
+            targets: vec![CheckTarget {
+                name: "main".to_owned(),
+                admits: false,
+                reason: "R".to_owned(),
+            }],
+            reason: "S".to_owned(),
+        };
+        assert_eq!(
+            serde_json::to_string(&report)?,
+            format!(
+                r#"{{"schema":"enforcer/check/1","verdict":"{verdict}","judged":true,"destination":"tcp 127.0.0.1:1","generation":3,"targets":[{{"name":"main","admits":false,"reason":"R"}}],"reason":"S"}}"#
+            )
+        );
+    }
+    let checked = ConfigCheck {
+        schema: Schema::ConfigCheck,
+        path: "P".to_owned(),
+        targets: 1,
+        warnings: vec!["W".to_owned()],
+        absent: vec!["A".to_owned()],
+        unprotected: vec!["U".to_owned()],
+    };
+    assert_eq!(
+        serde_json::to_string(&checked)?,
+        r#"{"schema":"enforcer/config-check/1","path":"P","targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"]}"#
+    );
+    Ok(())
+}
+
+#[test]
+fn objects_are_in_the_order_of_their_names_and_read_back() {
+    let named = |object: &Object| Object::try_from(object.to_string());
+    let mut all: Vec<Object> = Object::NAMES.into_iter().map(|(object, _)| object).collect();
+    all.extend(["a", "z"].map(|name| Object::Chain(name.to_owned())));
+    all.extend(["a", "z"].map(|name| Object::Set(name.to_owned())));
+    all.sort_unstable();
+    let names: Vec<String> = all.iter().map(ToString::to_string).collect();
+    assert!(names.is_sorted(), "{names:?}");
+    assert!(all.iter().all(|object| named(object).as_ref() == Ok(object)));
+    assert!(Object::try_from("map".to_owned()).is_err());
 }

@@ -9,7 +9,8 @@ use crate::{
     config::Existing,
     policy::{Mode, Protocol, Uid},
     ruleset::RuleSet,
-    sweep::{Connection, Found, State},
+    sweep::{Connection, Found},
+    wire::SocketState,
 };
 
 #[test]
@@ -46,7 +47,7 @@ fn found(number: u64) -> Found {
     Found {
         connection: Connection {
             protocol: Protocol::Tcp,
-            state: State::Established,
+            state: SocketState::Established,
             local: SocketAddr::from(([10, 0, 0, 1], 40_000)),
             remote: SocketAddr::from(([10, 0, 0, 5], 4222)),
             interface: 0,
@@ -92,7 +93,7 @@ fn what_is_told_of_each_is_as_it_was() -> serde_json::Result<()> {
     };
     let nothing = |_: &mut Found| {};
     assert_eq!(
-        one(State::SynReceived, Fate::Stays, |found| {
+        one(SocketState::SynReceived, Fate::Stays, |found| {
             found.connection.protocol = Protocol::Udp;
             found.connection.cgroup = Some(9);
             found.verdict = Verdict::WouldDeny;
@@ -101,19 +102,19 @@ fn what_is_told_of_each_is_as_it_was() -> serde_json::Result<()> {
         r#"{"schema":"enforcer/existing/1","time":"T","verdict":"would-deny","action":"reported","reason":null,"protocol":"udp","state":"syn-received","local":"10.0.0.1:40000","remote":"10.0.0.5:4222","uid":null,"cgroup_id":9,"target":"","generation":3}"#
     );
     for (state, fate, word, action, reason) in [
-        (State::Established, Fate::Stays, "established", "reported", "null"),
-        (State::SynSent, Fate::Cut, "syn-sent", "cut", "null"),
+        (SocketState::Established, Fate::Stays, "established", "reported", "null"),
+        (SocketState::SynSent, Fate::Cut, "syn-sent", "cut", "null"),
         (
-            State::FinWait1,
+            SocketState::FinWait1,
             Fate::Kept("R".to_owned()),
             "fin-wait-1",
             "kept",
             "\"R\"",
         ),
-        (State::FinWait2, Fate::Stays, "fin-wait-2", "reported", "null"),
-        (State::CloseWait, Fate::Stays, "close-wait", "reported", "null"),
-        (State::LastAck, Fate::Stays, "last-ack", "reported", "null"),
-        (State::Closing, Fate::Stays, "closing", "reported", "null"),
+        (SocketState::FinWait2, Fate::Stays, "fin-wait-2", "reported", "null"),
+        (SocketState::CloseWait, Fate::Stays, "close-wait", "reported", "null"),
+        (SocketState::LastAck, Fate::Stays, "last-ack", "reported", "null"),
+        (SocketState::Closing, Fate::Stays, "closing", "reported", "null"),
     ] {
         assert_eq!(
             one(state, fate, nothing)?,
