@@ -3,6 +3,7 @@
 pub mod ebpf;
 pub mod nftables;
 pub mod probe;
+pub mod third_party;
 mod writer;
 
 use std::{
@@ -11,17 +12,18 @@ use std::{
     path::Path,
 };
 
-use enforcer_ebpf::{DialRecord, Verdict};
+use enforcer_ebpf::{DialRecord, EventRecord, Verdict};
 use tracing::warn;
 
 use crate::{
     config::{Backend, Settings},
     ruleset::{Attempt, RuleSet},
-    verify::{Comparison, Verification},
+    verify::Comparison,
+    wire::{ActiveBackend, Against, Object, Verification},
 };
 
-pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, SocketUsers};
-pub use nftables::Nftables;
+pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, Ring, SocketUsers};
+pub use nftables::{Changes, Denial, Denials, Logged, Nftables, NftablesError, jobs};
 
 use probe::{Fact, Works};
 use writer::Writer;
@@ -269,7 +271,7 @@ impl Enforcement {
         if let Some(kernel) = &self.ebpf {
             number = kernel.verify(rules, &mut comparison)?;
         }
-        Ok(comparison.finish("daemon", self.name(), number))
+        Ok(comparison.finish(Against::Daemon, self.backend(), number))
     }
 
     /// What the kernel holds now, read from it.
@@ -311,10 +313,10 @@ impl Enforcement {
         Ok(counts)
     }
 
-    /// `ebpf`, `nftables` or `both`.
+    /// What enforces.
     #[must_use]
-    pub fn name(&self) -> &'static str {
-        name(self.ebpf.is_some(), self.nftables.is_some())
+    pub fn backend(&self) -> ActiveBackend {
+        ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
     /// Why `auto` took nftables, if it did.
@@ -335,6 +337,37 @@ impl Enforcement {
         self.restored
     }
 
+    /// The denials of the kernel programs as they come, where these are in use. Each call opens another consumer of the same buffer: keep
+    /// one.
+    pub fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
+        self.ebpf.as_ref().map(Kernel::events).transpose()
+    }
+
+    /// Denials that the ring buffer of the kernel programs had no room for.
+    pub fn lost(&self) -> Result<u64, BackendError> {
+        self.ebpf.as_ref().map_or(Ok(0), Kernel::lost)
+    }
+
+    /// The denials and dials that nftables logs, once.
+    pub fn logged(&mut self) -> Option<Denials> {
+        self.nftables.as_mut().and_then(Nftables::denials)
+    }
+
+    /// The dials that open gates tell of (N8). As [`Enforcement::events`].
+    pub fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
+        self.ebpf.as_ref().map(Kernel::dials).transpose()
+    }
+
+    /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).
+    pub fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+        self.ebpf.as_ref().map_or(Ok(()), |kernel| kernel.set_gate(port, open))
+    }
+
+    /// Whether others dialled a port after the one that was told.
+    pub fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+        self.ebpf.as_ref().map_or(Ok(false), |kernel| kernel.take_knock(port))
+    }
+
     /// The nftables half.
     pub fn nftables(&mut self) -> Option<&mut Nftables> {
         self.nftables.as_mut()
@@ -351,14 +384,6 @@ impl Enforcement {
             nftables.unload()?;
         }
         self.ebpf.map_or(Ok(()), Kernel::unload)
-    }
-}
-
-fn name(ebpf: bool, nftables: bool) -> &'static str {
-    match (ebpf, nftables) {
-        (true, true) => "both",
-        (false, true) => "nftables",
-        (true | false, false) => "ebpf",
     }
 }
 
@@ -421,10 +446,10 @@ impl InForce {
     pub fn verify(&self, rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<Verification, BackendError> {
         let mut comparison = Comparison::default();
         let wanted = match settings.backend {
-            Backend::Auto => self.name().to_owned(),
+            Backend::Auto => self.backend().to_string(),
             Backend::Ebpf | Backend::Nftables | Backend::Both => settings.backend.to_string(),
         };
-        comparison.words("backend", "in force", &wanted, self.name());
+        comparison.words(&Object::Backend, "in force", &wanted, &self.backend().to_string());
         let mut number = 0;
         if let Some(reading) = &self.nftables {
             number = reading.verify(rules, settings.forward, &mut comparison);
@@ -432,19 +457,13 @@ impl InForce {
         if let Some(pinned) = &self.ebpf {
             number = pinned.verify(rules, cgroup, &mut comparison)?;
         }
-        Ok(comparison.finish("configuration", self.name(), number))
+        Ok(comparison.finish(Against::Configuration, self.backend(), number))
     }
 
-    /// `ebpf`, `nftables` or `both`.
+    /// What enforces.
     #[must_use]
-    pub fn name(&self) -> &'static str {
-        name(self.ebpf.is_some(), self.nftables.is_some())
-    }
-
-    /// Whether eBPF enforces, alone or with nftables.
-    #[must_use]
-    pub fn uses_ebpf(&self) -> bool {
-        self.ebpf.is_some()
+    pub fn backend(&self) -> ActiveBackend {
+        ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
     /// The verdict of what is in force: a denial of either half is one.

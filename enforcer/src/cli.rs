@@ -21,16 +21,17 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::{
-    backend::{self, InForce, nftables::jobs},
+    backend::{self, InForce, jobs},
     config::{self, Config, ConfigError, Settings},
-    control::{self, AskError, Reply, Request},
+    control::{self, AskError},
     daemon, host,
     inputs::HostConfig,
     policy::{Answers, Name},
     resolve::{Names, lookup},
-    status::{Context, State, Status, status},
+    status::{Context, status},
     text::{self, Log},
     visibility::Visibility,
+    wire::{ActiveBackend, Reply, Request, Schema, State, Status, check::ConfigCheck},
 };
 
 /// Lets only chosen local users open connections to this host's sensitive endpoints.
@@ -222,7 +223,7 @@ fn run(cli: &Cli) -> Result<Answer> {
             let config = Config::load(config)?;
             print_one(
                 &Shown {
-                    schema: "enforcer/config/1",
+                    schema: Schema::Config,
                     config: &config,
                 },
                 json,
@@ -323,14 +324,14 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         .map(|in_force| in_force.observe(host::directory_id(&cgroup)))
         .transpose()?;
     let hidden = in_force.as_ref().and_then(|in_force| {
-        let ebpf_on = in_force.uses_ebpf().then_some(cgroup.as_path());
+        let ebpf_on = in_force.backend().has_ebpf().then_some(cgroup.as_path());
         Visibility::of(settings, ebpf_on, false).fault()
     });
     let context = Context {
         cgroup: cgroup.display().to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
         nft_table: settings.nft_table.clone(),
-        backend: in_force.as_ref().map_or("ebpf", InForce::name).to_owned(),
+        backend: in_force.as_ref().map_or(ActiveBackend::Ebpf, InForce::backend),
         unread: unread.is_some(),
         causes: unread.iter().map(ToString::to_string).chain(hidden).collect(),
         ..Context::default()
@@ -417,22 +418,9 @@ fn tell_what_stays(settings: &Settings) -> Result<Answer> {
 /// `enforcer config show --json`.
 #[derive(Serialize)]
 struct Shown<'a> {
-    schema: &'static str,
+    schema: Schema,
     #[serde(flatten)]
     config: &'a Config,
-}
-
-/// `enforcer config check --json`, of a good one.
-#[derive(Serialize)]
-struct Checked {
-    schema: &'static str,
-    path: String,
-    targets: usize,
-    warnings: Vec<String>,
-    /// What does not exist on this host yet, and matches nobody until it does.
-    absent: Vec<String>,
-    /// Names that will not be protected as it is.
-    unprotected: Vec<String>,
 }
 
 /// How long `config check` waits for DNS: where that is away, it says nothing of names.
@@ -460,8 +448,8 @@ async fn unprotected(path: &Path, asked: BTreeMap<Name, Answers>) -> Vec<String>
 
 fn check_config(path: &Path, json: &Json) -> Result<Answer> {
     let wanted = HostConfig::load(path)?;
-    let checked = Checked {
-        schema: "enforcer/config-check/1",
+    let checked = ConfigCheck {
+        schema: Schema::ConfigCheck,
         path: path.display().to_string(),
         targets: wanted.policy().targets.len(),
         warnings: wanted.warnings().to_vec(),
@@ -470,7 +458,7 @@ fn check_config(path: &Path, json: &Json) -> Result<Answer> {
     };
     let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
     print_one(&checked, json, |checked| {
-        let Checked {
+        let ConfigCheck {
             path,
             targets,
             warnings,

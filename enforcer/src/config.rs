@@ -18,6 +18,7 @@ mod show;
 #[cfg(test)]
 mod tests;
 
+pub use crate::wire::{Backend, Existing};
 pub use error::{ConfigError, ConfigFault};
 
 /// Where the configuration is unless told otherwise.
@@ -88,19 +89,6 @@ pub struct Settings {
     pub nft_table: String,
 }
 
-/// What enforces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Backend {
-    /// What a probe finds.
-    Auto,
-    /// eBPF at `connect`, or nothing.
-    Ebpf,
-    /// nftables where packets leave, are forwarded and arrive, or nothing.
-    Nftables,
-    /// Both together, or nothing.
-    Both,
-}
-
 /// What becomes of connections to an endpoint that this host forwards: their users cannot be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Forward {
@@ -112,15 +100,6 @@ pub enum Forward {
 
 /// Longest name of a table (F7).
 pub const MAX_TABLE_NAME: usize = 64;
-
-/// What becomes of connections that are older than the rules that would refuse them (D9).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Existing {
-    /// They are reported, and stay.
-    Report,
-    /// They are reported and destroyed.
-    Cut,
-}
 
 /// A section `[target.NAME]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -306,31 +285,11 @@ impl Default for Settings {
     }
 }
 
-impl fmt::Display for Backend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Ebpf => "ebpf",
-            Self::Nftables => "nftables",
-            Self::Both => "both",
-        })
-    }
-}
-
 impl fmt::Display for Forward {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Refuse => "refuse",
             Self::Allow => "allow",
-        })
-    }
-}
-
-impl fmt::Display for Existing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Report => "report",
-            Self::Cut => "cut",
         })
     }
 }

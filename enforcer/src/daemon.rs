@@ -58,16 +58,14 @@ use crate::{
     backend::{Enforcement, Start, nftables},
     bosh::Watch,
     config::ConfigError,
-    control::{self, Call, Reply, Request},
-    events::{Line, Lost},
+    control::{self, Call},
     host::LocalChanges,
     inputs::{HostConfig, InputError, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
     resolve::Looked,
-    status::{ExistingStatus, Status},
     sweep::{self, Job, Jobs},
-    verify::Verification,
+    wire::{ExistingStatus, Line, Lost, Reply, Request, Status, Verification},
 };
 
 pub use self::{boot::apply_last_good, error::DaemonError};
@@ -158,7 +156,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     }
     daemon.keep_now().await;
     let mut status = daemon.status();
-    status.daemon = crate::status::DaemonStatus {
+    status.daemon = crate::wire::DaemonStatus {
         running: false,
         pid: None,
     };

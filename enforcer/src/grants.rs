@@ -9,8 +9,8 @@ use std::{
 use jiff::Timestamp;
 
 use crate::{
-    events::{GrantEvent, rfc3339},
     policy::{CgroupPath, Policy, Principal, Uid},
+    wire::{GrantAction, GrantEvent, Schema, rfc3339},
 };
 
 mod file;
@@ -322,11 +322,17 @@ impl Grantee {
 impl Key {
     /// As events tell that something was done about it at a time; `by` where somebody asked.
     #[must_use]
-    pub fn event(&self, action: &str, time: Timestamp, expires: Option<Timestamp>, by: Option<&Asker>) -> GrantEvent {
+    pub fn event(
+        &self,
+        action: GrantAction,
+        time: Timestamp,
+        expires: Option<Timestamp>,
+        by: Option<&Asker>,
+    ) -> GrantEvent {
         GrantEvent {
-            schema: "enforcer/grant/1".to_owned(),
+            schema: Schema::Grant,
             time: rfc3339(time.into()),
-            action: action.to_owned(),
+            action,
             target: self.target.clone(),
             user: self.to.user().map(|uid| uid.0),
             cgroup: self.to.cgroup().map(ToString::to_string),

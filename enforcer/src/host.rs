@@ -6,6 +6,7 @@ mod local;
 pub mod mounts;
 pub mod own_dir;
 mod residents;
+pub(crate) mod sock_diag;
 
 use std::{
     collections::{BTreeSet, HashMap},

@@ -11,7 +11,7 @@ use std::{
 use enforcer_ebpf::NO_UID;
 
 use crate::{
-    backend::nftables::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
+    backend::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
     grants::{self, Grantee, Grants, LimitError, MAX_GRANTS},
     host::{self, hierarchy},
     policy::{self, CgroupPath, Endpoint, MONIT, Policy, Protocol, Target, Uid},

@@ -3,6 +3,7 @@
 //! In reading order: what is asked for, what it means, what it resolves to, the rules, the kernel, what is seen, the loop.
 
 mod text;
+pub mod wire;
 
 pub mod bosh;
 pub mod config;

@@ -16,6 +16,7 @@ mod nat64;
 mod parse;
 mod users;
 
+pub use crate::wire::{Mode, Protocol};
 pub use build::{
     Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, PolicyError, PolicyFault, Understood,
     Warning, WarningKind,
@@ -29,15 +30,6 @@ pub use users::{Account, FileUsers, HostUsers, UserError, Users};
 /// A user of the initial user namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Uid(pub u32);
-
-/// A transport protocol that can be judged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Protocol {
-    /// TCP, whatever opens it: MPTCP and fast open too.
-    Tcp,
-    /// UDP, at `connect` and at `sendmsg`.
-    Udp,
-}
 
 /// A DNS name, lower case, without a trailing dot.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -113,15 +105,6 @@ pub enum Answers {
     Routable,
     /// Link-local addresses too.
     LinkLocal,
-}
-
-/// What a verdict against an attempt does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// Refuse what is denied.
-    Enforce,
-    /// Judge, count and report; refuse nothing.
-    Audit,
 }
 
 /// What protects a name that never resolved (N5).
@@ -289,15 +272,6 @@ impl fmt::Display for Uid {
     }
 }
 
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-        })
-    }
-}
-
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -334,15 +308,6 @@ impl fmt::Display for Principal {
             Self::Anybody { cgroup } => write!(f, "anybody in {cgroup}"),
             Self::Kernel => f.write_str("kernel"),
         }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Enforce => "enforce",
-            Self::Audit => "audit",
-        })
     }
 }
 

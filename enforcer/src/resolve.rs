@@ -18,7 +18,7 @@ pub use self::lookup::{LOOKUP_TIMEOUT, Looked, lookup, lookup_early};
 use crate::{
     policy::{Answers, Dns, Name, canonical},
     ruleset::Resolved,
-    status::NameStatus,
+    wire::NameStatus,
 };
 
 /// Most current addresses of a name, and most retained ones (N4).

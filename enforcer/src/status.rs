@@ -1,139 +1,15 @@
 //! What is in force and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
 
-pub use enforcer_client::State;
-use serde::{Deserialize, Serialize};
-
 use crate::{
-    backend::{Observed, SocketUsers},
-    events,
+    backend::{Observed, ObservedTarget, SocketUsers},
     host::START,
     resolve::MAX_ADDRESSES,
     text::Page,
+    wire::{
+        ActiveBackend, DaemonStatus, DialStatus, Existing, ExistingStatus, Mode, NameStatus, Schema, State, Status,
+        SubjectKind, TargetStatus, Verdict,
+    },
 };
-
-/// `enforcer status --json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Status {
-    /// `enforcer/status/1`.
-    pub schema: String,
-    /// The state in a word.
-    pub state: State,
-    /// Why it is degraded, or off.
-    pub causes: Vec<String>,
-    /// `ebpf`, `nftables` or `both`; `none` where nothing is in force.
-    pub backend: String,
-    /// Why `auto` took nftables, if it did.
-    pub backend_reason: Option<String>,
-    /// `task+socket` where both users of an attempt are checked, `task+tcp-socket` where the kernel shows no other socket's owner
-    /// (`lockdown=confidentiality`), `task` where the kernel has no BTF, `file` with nftables
-    /// alone: the user by whom the socket was opened (D3).
-    pub subject: String,
-    /// `enforce` or `audit`.
-    pub mode: String,
-    /// Number of the rule set in force, 0 for none.
-    pub generation: u64,
-    /// The daemon.
-    pub daemon: DaemonStatus,
-    /// The cgroup whose tasks are judged.
-    pub cgroup: String,
-    /// Where the pins lie.
-    pub pin_dir: String,
-    /// The nftables table, of family inet.
-    pub nft_table: String,
-    /// How often something that others removed or changed was put back (F5).
-    pub restored: u64,
-    /// Endpoints in force.
-    pub endpoints: u64,
-    /// The targets in force.
-    pub targets: Vec<TargetStatus>,
-    /// The names looked up; only the daemon knows them.
-    pub names: Vec<NameStatus>,
-    /// Ports of names that were dialled at other addresses (N8); only the daemon knows them.
-    #[serde(default)]
-    pub dials: Vec<DialStatus>,
-    /// Denials that nobody could be told of.
-    pub events_lost: u64,
-    /// Connections older than the rules; only the daemon knows them.
-    #[serde(default)]
-    pub existing: Option<ExistingStatus>,
-}
-
-/// The backend where nothing is in force.
-const NOTHING: &str = "none";
-
-/// The daemon.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DaemonStatus {
-    /// Whether it answers.
-    pub running: bool,
-    /// Its process id.
-    pub pid: Option<u32>,
-}
-
-/// A target.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TargetStatus {
-    /// Its name.
-    pub name: String,
-    /// Its endpoints.
-    pub endpoints: u64,
-    /// Its principals.
-    pub allow: Vec<String>,
-    /// Attempts it admitted.
-    pub allowed: u64,
-    /// Attempts it refused.
-    pub denied: u64,
-    /// Attempts it would have refused, in audit mode.
-    pub would_deny: u64,
-}
-
-/// A name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NameStatus {
-    /// The name.
-    pub name: String,
-    /// The addresses that are protected for it.
-    pub addresses: Vec<String>,
-    /// Whether the last look-up failed (N3).
-    pub stale: bool,
-    /// Why.
-    pub cause: Option<String>,
-    /// How many addresses of its last answer are not protected, as it has more than a name may have (N4).
-    #[serde(default)]
-    pub cut: usize,
-}
-
-/// Dials of a port of names, at addresses that were no endpoints then: each has the names looked up, or soon after (N8).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DialStatus {
-    /// The port.
-    pub port: u16,
-    /// How often dials had its names looked up since the daemon started.
-    pub lookups: u64,
-    /// The address that was dialled last, as far as it was told.
-    pub last: String,
-    /// Who dialled it, where that is known.
-    pub uid: Option<u32>,
-    /// When, RFC 3339, UTC.
-    pub time: String,
-}
-
-/// Connections older than the rules that would refuse them, as of the last sweep (D9).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExistingStatus {
-    /// `report` or `cut`.
-    pub action: String,
-    /// When was swept, RFC 3339, UTC.
-    pub time: String,
-    /// By which rule set.
-    pub generation: u64,
-    /// How many there are, cut ones not among them.
-    pub found: u64,
-    /// How many were cut since the daemon started.
-    pub cut: u64,
-    /// The first of those there are.
-    pub connections: Vec<events::Existing>,
-}
 
 /// What only the one who asks knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -147,7 +23,7 @@ pub struct Context {
     /// The table asked for.
     pub nft_table: String,
     /// What enforces.
-    pub backend: String,
+    pub backend: ActiveBackend,
     /// Why it and no other.
     pub backend_reason: Option<String>,
     /// How often something was put back.
@@ -206,32 +82,30 @@ pub fn status(observed: Option<&Observed>, context: Context) -> Status {
         .map(|observed| observed.targets.iter().map(target).collect())
         .unwrap_or_default();
     Status {
-        schema: "enforcer/status/1".to_owned(),
+        schema: Schema::Status,
         state,
         causes,
         subject: match observed {
-            _ if context.backend == "nftables" => "file",
+            _ if context.backend == ActiveBackend::Nftables => SubjectKind::File,
             Some(observed) => match observed.socket_users {
-                SocketUsers::None => "task",
-                SocketUsers::Tcp => "task+tcp-socket",
-                SocketUsers::All => "task+socket",
+                SocketUsers::None => SubjectKind::Task,
+                SocketUsers::Tcp => SubjectKind::TaskAndTcpSocket,
+                SocketUsers::All => SubjectKind::TaskAndSocket,
             },
-            None => "task+socket",
-        }
-        .to_owned(),
+            None => SubjectKind::TaskAndSocket,
+        },
         mode: if on.is_some_and(|observed| observed.audit) {
-            "audit"
+            Mode::Audit
         } else {
-            "enforce"
-        }
-        .to_owned(),
+            Mode::Enforce
+        },
         generation: on.map_or(0, |observed| observed.generation),
         daemon: DaemonStatus {
             running: context.daemon.is_some(),
             pid: context.daemon,
         },
         backend: if on.is_none() && !context.unread {
-            NOTHING.to_owned()
+            ActiveBackend::None
         } else {
             context.backend
         },
@@ -265,7 +139,7 @@ impl Status {
         for cause in &self.causes {
             line("", &format!("! {cause}"));
         }
-        if self.state == State::Degraded && self.mode == "audit" {
+        if self.state == State::Degraded && self.mode == Mode::Audit {
             line("mode", "audit: nothing is refused");
         }
         if self.generation != 0 {
@@ -274,25 +148,27 @@ impl Status {
                 &format!("generation {}, {} endpoints", self.generation, self.endpoints),
             );
         }
-        let subject = match self.subject.as_str() {
-            "task" => "the connecting task's user only (this kernel has no BTF)",
-            "file" => "the user who opened the socket",
-            _ => "the connecting task's user and the socket's owner",
+        let subject = match self.subject {
+            SubjectKind::Task => "the connecting task's user only (this kernel has no BTF)",
+            SubjectKind::File => "the user who opened the socket",
+            SubjectKind::TaskAndSocket | SubjectKind::TaskAndTcpSocket => {
+                "the connecting task's user and the socket's owner"
+            }
         };
-        if self.backend != NOTHING {
+        if self.backend != ActiveBackend::None {
             line("backend", &format!("{}, checks {subject}", self.backend));
         }
         if let Some(reason) = &self.backend_reason {
             line("", reason);
         }
-        if self.backend != "nftables" {
+        if self.backend != ActiveBackend::Nftables {
             line("cgroup", &self.cgroup);
             line("pins", &self.pin_dir);
         }
-        if self.backend != "ebpf" {
+        if self.backend != ActiveBackend::Ebpf {
             line("table", &format!("inet {}", self.nft_table));
         }
-        if self.backend == "nftables" {
+        if self.backend == ActiveBackend::Nftables {
             line(
                 "covers",
                 "this network namespace, and what it forwards; no other's own connections",
@@ -389,14 +265,14 @@ impl ExistingStatus {
             1 => "1 connection older than these rules is against them".to_owned(),
             found => format!("{found} connections older than these rules are against them"),
         };
-        match (self.action.as_str(), self.cut) {
-            ("report", 0) => match self.cuttable() {
+        match (self.action, self.cut) {
+            (Existing::Report, 0) => match self.cuttable() {
                 0 => now,
                 all if all == self.found => format!("{now}; existing = \"cut\" would cut them"),
                 some => format!("{now}; existing = \"cut\" would cut {some} of those below"),
             },
-            (_, 0) => now,
-            (_, cut) => format!("{now}; {cut} cut since the daemon started"),
+            (Existing::Cut, 0) => now,
+            (Existing::Report | Existing::Cut, cut) => format!("{now}; {cut} cut since the daemon started"),
         }
     }
 
@@ -405,7 +281,7 @@ impl ExistingStatus {
         let cuttable = self
             .connections
             .iter()
-            .filter(|one| one.verdict == "deny" && one.reason.is_none());
+            .filter(|one| one.verdict == Verdict::Deny && one.reason.is_none());
         u64::try_from(cuttable.count()).unwrap_or(u64::MAX)
     }
 
@@ -416,7 +292,7 @@ impl ExistingStatus {
                 one.remote.clone(),
                 one.uid.map_or_else(|| "kernel".to_owned(), |uid| uid.to_string()),
                 one.target.clone(),
-                one.state.clone(),
+                one.state.to_string(),
                 one.reason.clone().unwrap_or_default(),
             ]
         });
@@ -429,7 +305,7 @@ impl ExistingStatus {
     }
 }
 
-fn target(observed: &crate::backend::ObservedTarget) -> TargetStatus {
+fn target(observed: &ObservedTarget) -> TargetStatus {
     TargetStatus {
         name: observed.name.clone(),
         endpoints: observed.endpoints,
@@ -443,15 +319,16 @@ fn target(observed: &crate::backend::ObservedTarget) -> TargetStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::{ExistingAction, ExistingEvent, Protocol, SocketState};
 
     #[test]
     fn the_text_says_no_more_than_is_so() {
         let context = Context {
-            backend: "ebpf".to_owned(),
+            backend: ActiveBackend::Ebpf,
             ..Context::default()
         };
         let mut off = status(None, context);
-        assert!(off.state == State::Off && off.backend == "none", "{off:?}");
+        assert!(off.state == State::Off && off.backend == ActiveBackend::None, "{off:?}");
         let text = off.render();
         assert!(
             !text.contains("backend ") && text.contains("start the daemon"),
@@ -459,7 +336,7 @@ mod tests {
         );
         off.state = State::Degraded;
         assert!(!off.render().contains("audit"), "{}", off.render());
-        off.mode = "audit".to_owned();
+        off.mode = Mode::Audit;
         assert!(
             off.render().contains("mode        audit: nothing is refused"),
             "{}",
@@ -480,9 +357,13 @@ mod tests {
             lost: 0,
             faults: Vec::new(),
         };
-        for (backend, says) in [("nftables", true), ("ebpf", false), ("both", false)] {
+        for (backend, says) in [
+            (ActiveBackend::Nftables, true),
+            (ActiveBackend::Ebpf, false),
+            (ActiveBackend::Both, false),
+        ] {
             let context = Context {
-                backend: backend.to_owned(),
+                backend,
                 ..Context::default()
             };
             let text = status(Some(&observed), context).render();
@@ -492,14 +373,14 @@ mod tests {
 
     #[test]
     fn no_more_is_promised_than_a_cut_would_do() {
-        let one = |verdict: &str, reason: Option<&str>| events::Existing {
-            schema: String::new(),
+        let one = |verdict, reason: Option<&str>| ExistingEvent {
+            schema: Schema::Existing,
             time: String::new(),
-            verdict: verdict.to_owned(),
-            action: "reported".to_owned(),
+            verdict,
+            action: ExistingAction::Reported,
             reason: reason.map(str::to_owned),
-            protocol: "tcp".to_owned(),
-            state: String::new(),
+            protocol: Protocol::Tcp,
+            state: SocketState::Established,
             local: String::new(),
             remote: String::new(),
             uid: Some(1),
@@ -507,9 +388,9 @@ mod tests {
             target: String::new(),
             generation: 1,
         };
-        let sum = |connections: Vec<events::Existing>| {
+        let sum = |connections: Vec<ExistingEvent>| {
             let existing = ExistingStatus {
-                action: "report".to_owned(),
+                action: Existing::Report,
                 time: String::new(),
                 generation: 1,
                 found: connections.len() as u64,
@@ -518,12 +399,15 @@ mod tests {
             };
             existing.sum()
         };
-        assert!(sum(vec![one("deny", None), one("deny", None)]).ends_with("would cut them"));
+        assert!(sum(vec![one(Verdict::Deny, None), one(Verdict::Deny, None)]).ends_with("would cut them"));
         assert!(
-            sum(vec![one("deny", None), one("deny", Some("it may be accepted"))])
-                .ends_with("would cut 1 of those below")
+            sum(vec![
+                one(Verdict::Deny, None),
+                one(Verdict::Deny, Some("it may be accepted"))
+            ])
+            .ends_with("would cut 1 of those below")
         );
-        assert!(sum(vec![one("deny", Some("it may be accepted"))]).ends_with("against them"));
-        assert!(sum(vec![one("would-deny", None)]).ends_with("against them"));
+        assert!(sum(vec![one(Verdict::Deny, Some("it may be accepted"))]).ends_with("against them"));
+        assert!(sum(vec![one(Verdict::WouldDeny, None)]).ends_with("against them"));
     }
 }

@@ -1,5 +1,5 @@
 //! Connections older than the rules that would refuse them (D9): which they are, and which of them may be cut. Pure; the
-//! facts come from `sweep/diag.rs`, the effects are in `sweep/rounds.rs`.
+//! facts come from `host/sock_diag.rs`, the effects are in `sweep/rounds.rs`.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -13,61 +13,15 @@ use ipnet::IpNet;
 use crate::{
     policy::{Protocol, Uid, canonical},
     ruleset::{self, RuleSet, Subject, owners, weigh},
+    wire::SocketState,
 };
 
-mod diag;
 mod rounds;
 #[cfg(test)]
 mod tests;
 
-pub use diag::{listening, probe};
-pub use rounds::{Job, Jobs, Report, once, run};
-
-/// A socket with a remote end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Connection {
-    /// Transport.
-    pub protocol: Protocol,
-    /// How far it is.
-    pub state: State,
-    /// Our end, as the kernel has it: IPv4-mapped for such sockets.
-    pub local: SocketAddr,
-    /// The other end, likewise.
-    pub remote: SocketAddr,
-    /// Index of the device that the socket is bound to, or 0.
-    pub interface: u32,
-    /// Owner of the socket; 0 may also be a socket of the kernel's, or before Linux 6.17 one that nobody holds.
-    pub uid: Uid,
-    /// Whether a file or the kernel holds it. Not held: closed with something left to do, or not yet accepted.
-    pub held: bool,
-    /// cgroup v2 id of where the socket was made; since Linux 5.9.
-    pub cgroup: Option<u64>,
-    /// Number of the socket, never given to another.
-    pub cookie: [u8; 8],
-}
-
-/// How far a connection is (`include/net/tcp_states.h`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names are RFC 9293's")]
-pub enum State {
-    Established,
-    SynSent,
-    SynReceived,
-    FinWait1,
-    FinWait2,
-    CloseWait,
-    LastAck,
-    Closing,
-}
-
-/// A socket that waits for others: listening, or bound UDP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listener {
-    /// Transport.
-    pub protocol: Protocol,
-    /// Its address, perhaps unspecified, and port.
-    pub at: SocketAddr,
-}
+pub use crate::host::sock_diag::{Connection, Listener};
+pub use rounds::{Job, Jobs, Report, listening, once, run};
 
 /// The cgroups of this host, as far as they matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -219,11 +173,11 @@ fn subjects(connection: &Connection) -> Option<(Option<Uid>, bool)> {
         return Some((Some(uid), uid == Uid(0)));
     }
     match connection.state {
-        State::Established | State::SynSent | State::CloseWait => Some((None, true)),
+        SocketState::Established | SocketState::SynSent | SocketState::CloseWait => Some((None, true)),
         // Half-open and never accepted: dialled elsewhere.
-        State::SynReceived => None,
+        SocketState::SynReceived => None,
         // Closed; the rest is on its way. Before Linux 6.17 the kernel calls everybody's root's.
-        State::FinWait1 | State::FinWait2 | State::LastAck | State::Closing => {
+        SocketState::FinWait1 | SocketState::FinWait2 | SocketState::LastAck | SocketState::Closing => {
             (uid != Uid(0)).then_some((Some(uid), false))
         }
     }
@@ -257,37 +211,6 @@ impl Cgroups {
             at = *self.parents.get(&at)?;
         }
         Some(all)
-    }
-}
-
-impl State {
-    fn read(number: u8) -> Option<Self> {
-        Some(match number {
-            1 => Self::Established,
-            2 => Self::SynSent,
-            3 => Self::SynReceived,
-            4 => Self::FinWait1,
-            5 => Self::FinWait2,
-            8 => Self::CloseWait,
-            9 => Self::LastAck,
-            11 => Self::Closing,
-            _ => return None,
-        })
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Established => "established",
-            Self::SynSent => "syn-sent",
-            Self::SynReceived => "syn-received",
-            Self::FinWait1 => "fin-wait-1",
-            Self::FinWait2 => "fin-wait-2",
-            Self::CloseWait => "close-wait",
-            Self::LastAck => "last-ack",
-            Self::Closing => "closing",
-        })
     }
 }
 

@@ -5,66 +5,20 @@ use std::{
     fmt,
 };
 
-use serde::{Deserialize, Serialize};
-
-use crate::{host::START, text::Page};
+use crate::{
+    host::START,
+    text::Page,
+    wire::{ActiveBackend, Against, Difference, DifferenceKind, Object, Schema, Verification},
+};
 
 /// Most differences that are listed; all are counted.
 const MAX_LISTED: usize = 256;
-
-/// `enforcer verify --json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Verification {
-    /// `enforcer/verify/1`.
-    pub schema: String,
-    /// Whether the kernel holds exactly what is wanted.
-    pub identical: bool,
-    /// `daemon`: against what it wants now; `configuration`: against the file and the addresses known last.
-    pub against: String,
-    /// `ebpf`, `nftables` or `both`: what was looked at.
-    pub backend: String,
-    /// Number of the rule set in force, 0 for none.
-    pub generation: u64,
-    /// Entries compared.
-    pub compared: u64,
-    /// How many differences of each object.
-    pub counts: BTreeMap<String, u64>,
-    /// The first of the differences.
-    pub differences: Vec<Difference>,
-}
-
-/// Something in which the kernel differs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Difference {
-    /// A map, link, pin, chain, set, …
-    pub object: String,
-    /// How.
-    pub kind: Kind,
-    /// Which entry.
-    pub entry: String,
-    /// As wanted; null for what is extra.
-    pub wanted: Option<String>,
-    /// As found; null for what is missing.
-    pub found: Option<String>,
-}
-
-/// How something differs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// Wanted, and not there.
-    Missing,
-    /// There, and not wanted.
-    Extra,
-    /// There, but not as wanted.
-    Changed,
-}
 
 /// Differences as they are found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Comparison {
     compared: u64,
-    counts: BTreeMap<String, u64>,
+    counts: BTreeMap<Object, u64>,
     differences: Vec<Difference>,
 }
 
@@ -72,7 +26,7 @@ impl Comparison {
     /// Compares two sets of entries of an object.
     pub fn entries<K: Ord + fmt::Debug, V: PartialEq + fmt::Debug>(
         &mut self,
-        object: &str,
+        object: &Object,
         wanted: impl IntoIterator<Item = (K, V)>,
         found: impl IntoIterator<Item = (K, V)>,
     ) {
@@ -95,7 +49,7 @@ impl Comparison {
     /// Compares one entry.
     pub fn one<V: PartialEq + fmt::Debug>(
         &mut self,
-        object: &str,
+        object: &Object,
         entry: impl FnOnce() -> String,
         wanted: Option<&V>,
         found: Option<&V>,
@@ -104,15 +58,15 @@ impl Comparison {
         let kind = match (wanted, found) {
             (Some(wanted), Some(found)) if wanted == found => return,
             (None, None) => return,
-            (Some(_), Some(_)) => Kind::Changed,
-            (Some(_), None) => Kind::Missing,
-            (None, Some(_)) => Kind::Extra,
+            (Some(_), Some(_)) => DifferenceKind::Changed,
+            (Some(_), None) => DifferenceKind::Missing,
+            (None, Some(_)) => DifferenceKind::Extra,
         };
         let shown = |value: Option<&V>| value.map(|value| format!("{value:?}"));
-        *self.counts.entry(object.to_owned()).or_default() += 1;
+        *self.counts.entry(object.clone()).or_default() += 1;
         if self.differences.len() < MAX_LISTED {
             self.differences.push(Difference {
-                object: object.to_owned(),
+                object: object.clone(),
                 kind,
                 entry: entry(),
                 wanted: shown(wanted),
@@ -122,14 +76,14 @@ impl Comparison {
     }
 
     /// Compares what is told in words.
-    pub fn words(&mut self, object: &str, entry: &str, wanted: &str, found: &str) {
+    pub fn words(&mut self, object: &Object, entry: &str, wanted: &str, found: &str) {
         self.one(object, || entry.to_owned(), Some(&Words(wanted)), Some(&Words(found)));
     }
 
     /// What names are there against those that should be.
     pub fn names<'a>(
         &mut self,
-        object: &str,
+        object: &Object,
         wanted: impl IntoIterator<Item = &'a str>,
         found: impl IntoIterator<Item = &'a str>,
     ) {
@@ -147,12 +101,12 @@ impl Comparison {
 
     /// The whole answer.
     #[must_use]
-    pub fn finish(self, against: &str, backend: &str, generation: u64) -> Verification {
+    pub fn finish(self, against: Against, backend: ActiveBackend, generation: u64) -> Verification {
         Verification {
-            schema: "enforcer/verify/1".to_owned(),
+            schema: Schema::Verify,
             identical: self.counts.is_empty(),
-            against: against.to_owned(),
-            backend: backend.to_owned(),
+            against,
+            backend,
             generation,
             compared: self.compared,
             counts: self.counts,
@@ -176,12 +130,12 @@ impl Verification {
     #[must_use]
     pub fn render(&self) -> String {
         let mut page = Page::default();
-        let against = match self.against.as_str() {
-            "daemon" => "what the daemon wants now",
-            _ => "the configuration and the addresses known last; no daemon answers",
+        let against = match self.against {
+            Against::Daemon => "what the daemon wants now",
+            Against::Configuration => "the configuration and the addresses known last; no daemon answers",
         };
         let total: u64 = self.counts.values().sum();
-        if self.backend == "none" {
+        if self.backend == ActiveBackend::None {
             let wanted = self.differences.first().and_then(|one| one.wanted.as_deref());
             page.line(format_args!(
                 "nothing is in force; wanted: {}",
@@ -203,12 +157,10 @@ impl Verification {
         }
         page.line(format_args!("compared with {against}"));
         for difference in &self.differences {
-            let kind = match difference.kind {
-                Kind::Missing => "missing",
-                Kind::Extra => "extra",
-                Kind::Changed => "changed",
-            };
-            page.line(format_args!("  {kind:<8}{}: {}", difference.object, difference.entry));
+            let Difference {
+                kind, object, entry, ..
+            } = difference;
+            page.line(format_args!("  {kind:<8}{object}: {entry}"));
             match (&difference.wanted, &difference.found) {
                 (Some(wanted), Some(found)) => {
                     page.line(format_args!("          wanted {wanted}"));
@@ -225,7 +177,7 @@ impl Verification {
             page.line(format_args!("  … and {} more", total - listed));
         }
         if !self.identical {
-            let remedy = if self.against == "daemon" {
+            let remedy = if self.against == Against::Daemon {
                 "the daemon restores this within seconds; find out who changed it (nft monitor, bpftool, the audit log)"
                     .to_owned()
             } else {
@@ -244,8 +196,12 @@ mod tests {
     #[test]
     fn every_difference_is_counted_and_the_first_are_listed() {
         let mut comparison = Comparison::default();
-        comparison.entries("map", [(1, 'a'), (2, 'b'), (3, 'c')], [(2, 'b'), (3, 'x'), (4, 'd')]);
-        let found = comparison.clone().finish("daemon", "ebpf", 7);
+        comparison.entries(
+            &Object::PortsMap,
+            [(1, 'a'), (2, 'b'), (3, 'c')],
+            [(2, 'b'), (3, 'x'), (4, 'd')],
+        );
+        let found = comparison.clone().finish(Against::Daemon, ActiveBackend::Ebpf, 7);
         assert!(!found.identical);
         assert_eq!(found.compared, 4);
         let kinds: Vec<_> = found
@@ -253,19 +209,26 @@ mod tests {
             .iter()
             .map(|one| (one.kind, one.entry.as_str()))
             .collect();
-        assert_eq!(kinds, [(Kind::Missing, "1"), (Kind::Changed, "3"), (Kind::Extra, "4")]);
-        comparison.entries("more", (0..1000).map(|key| (key, ())), []);
-        let found = comparison.finish("configuration", "ebpf", 7);
-        assert_eq!(found.counts.get("more"), Some(&1000));
+        assert_eq!(
+            kinds,
+            [
+                (DifferenceKind::Missing, "1"),
+                (DifferenceKind::Changed, "3"),
+                (DifferenceKind::Extra, "4")
+            ]
+        );
+        comparison.entries(&Object::Counters, (0..1000).map(|key| (key, ())), []);
+        let found = comparison.finish(Against::Configuration, ActiveBackend::Ebpf, 7);
+        assert_eq!(found.counts.get(&Object::Counters), Some(&1000));
         assert_eq!(found.differences.len(), MAX_LISTED);
         let text = found.render();
         assert!(text.contains("and 747 more") && text.contains("do: "), "{text}");
 
         let mut same = Comparison::default();
-        same.entries("map", [(1, 'a')], [(1, 'a')]);
-        same.words("link", "connect4", "attached", "attached");
-        same.names("pin", ["a"], ["a"]);
-        let same = same.finish("daemon", "both", 3);
+        same.entries(&Object::PortsMap, [(1, 'a')], [(1, 'a')]);
+        same.words(&Object::Link, "connect4", "attached", "attached");
+        same.names(&Object::PinDirectory, ["a"], ["a"]);
+        let same = same.finish(Against::Daemon, ActiveBackend::Both, 3);
         assert!(same.identical && same.compared == 3, "{same:?}");
         assert!(same.render().starts_with("identical: 3 entries"));
     }

@@ -5,7 +5,7 @@
 pub mod btf;
 mod error;
 pub mod image;
-mod links;
+pub(super) mod links;
 #[cfg(test)]
 mod loops;
 pub mod maps;
@@ -407,6 +407,11 @@ impl<R> AsRawFd for Ring<R> {
     fn as_raw_fd(&self) -> RawFd {
         self.ring.as_raw_fd()
     }
+}
+
+/// Whether this kernel has BPF, and lets us use it.
+pub(super) fn has_bpf() -> bool {
+    sys::wait_for_programs().is_ok()
 }
 
 /// Removes all of ours from the kernel; false where there was nothing. Fails while another process writes it.

@@ -7,8 +7,13 @@ use std::{fmt, path::Path};
 
 use serde::Serialize;
 
-use super::BackendError;
-use crate::config::Backend;
+use super::{BackendError, ebpf};
+use crate::{
+    config::Backend,
+    host::sock_diag,
+    policy::Protocol,
+    wire::doctor::{FeatureState, Side},
+};
 
 mod bpf;
 mod nft;
@@ -67,17 +72,6 @@ pub enum Need {
     Must,
     /// It works, and this is then so.
     May(&'static str),
-}
-
-/// What asks for a feature.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// The eBPF backend.
-    Ebpf,
-    /// The nftables backend.
-    Nftables,
-    /// Either.
-    Either,
 }
 
 /// A feature described.
@@ -229,9 +223,10 @@ pub async fn probe(place: Place<'_>) -> Facts {
     let mut facts = Facts::default();
     bpf::probe(place, &mut facts);
     nft::probe(&mut facts);
-    for (feature, found) in crate::sweep::probe().await {
-        facts.set(feature, found);
-    }
+    let listed = sock_diag::listeners(Protocol::Tcp, false, |_| {}).await;
+    facts.set(Feature::SockDiag, Fact::from_errno(listed));
+    let destroyed = sock_diag::try_to_destroy().await;
+    facts.set(Feature::SockDestroy, Fact::from_errno(destroyed));
     capabilities(&mut facts);
     facts.0.sort_by_key(|(feature, _)| *feature);
     facts
@@ -370,8 +365,8 @@ impl Fact {
 
     /// By what a start met: what the kernel cannot do is missing, any other failure is somebody's to mend.
     pub(crate) fn from_backend(error: &BackendError) -> Self {
-        let why = error.without_hint().into();
-        if error.is_inability() {
+        let why = error.cause();
+        if error.is_inability(|| ebpf::has_bpf()) {
             Self::Missing { why }
         } else {
             Self::Inconclusive(why)
@@ -387,13 +382,13 @@ impl Fact {
         }
     }
 
-    /// In a word.
+    /// Without its reason.
     #[must_use]
-    pub const fn word(&self) -> &'static str {
+    pub const fn state(&self) -> FeatureState {
         match self {
-            Self::Supported => "supported",
-            Self::Missing { .. } => "missing",
-            Self::Inconclusive(_) => "inconclusive",
+            Self::Supported => FeatureState::Supported,
+            Self::Missing { .. } => FeatureState::Missing,
+            Self::Inconclusive(_) => FeatureState::Inconclusive,
         }
     }
 }

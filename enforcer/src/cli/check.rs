@@ -5,7 +5,6 @@ use std::{net::IpAddr, path::Path};
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
-use serde::Serialize;
 
 use super::{Answer, Json, print_one, runtime};
 use crate::{
@@ -16,6 +15,10 @@ use crate::{
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
     text::Page,
+    wire::{
+        self, Schema,
+        check::{CheckReport, CheckTarget},
+    },
 };
 
 #[derive(Debug, Args)]
@@ -40,25 +43,6 @@ pub(super) struct Check {
     foreign_netns: bool,
     #[command(flatten)]
     json: Json,
-}
-
-/// `enforcer check --json`, one line an address.
-#[derive(Serialize)]
-struct CheckReport {
-    schema: &'static str,
-    verdict: &'static str,
-    judged: bool,
-    destination: String,
-    generation: u64,
-    targets: Vec<CheckTarget>,
-    reason: String,
-}
-
-#[derive(Serialize)]
-struct CheckTarget {
-    name: String,
-    admits: bool,
-    reason: String,
 }
 
 pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
@@ -100,7 +84,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
             subject: subject.clone(),
         };
         let report = judge(&pinned, &attempt)?;
-        if report.verdict != "allow" {
+        if report.verdict != wire::Verdict::Allow {
             answer = Answer::No;
         }
         print_one(&report, &check.json, CheckReport::render)?;
@@ -148,19 +132,16 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
         .filter(|target| !target.admits)
         .map(|target| target.name.as_str())
         .collect();
-    let (verdict, reason) = match checked.verdict {
-        Verdict::Unjudged => ("allow", "not an endpoint of any target".to_owned()),
-        Verdict::Allow => ("allow", format!("every target that owns the endpoint admits {who}")),
-        Verdict::Deny => ("deny", format!("refused by {}", refusing.join(", "))),
-        Verdict::WouldDeny => (
-            "would-deny",
-            format!("audit mode lets it pass; {} would refuse", refusing.join(", ")),
-        ),
+    let reason = match checked.verdict {
+        Verdict::Unjudged => "not an endpoint of any target".to_owned(),
+        Verdict::Allow => format!("every target that owns the endpoint admits {who}"),
+        Verdict::Deny => format!("refused by {}", refusing.join(", ")),
+        Verdict::WouldDeny => format!("audit mode lets it pass; {} would refuse", refusing.join(", ")),
     };
     let canonical = std::net::SocketAddr::new(attempt.address.to_canonical(), attempt.port);
     Ok(CheckReport {
-        schema: "enforcer/check/1",
-        verdict,
+        schema: Schema::Check,
+        verdict: checked.verdict.into(),
         judged: checked.verdict != Verdict::Unjudged,
         destination: format!("{} {canonical}", attempt.protocol),
         generation: checked.generation,

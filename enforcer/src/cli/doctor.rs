@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
 use super::{Answer, Json, print_one, runtime};
-use crate::doctor;
+use crate::{doctor, wire::doctor::Report};
 
 #[derive(Debug, Args)]
 pub(super) struct Doctor {
@@ -27,7 +27,7 @@ pub(super) fn run(config: &Path, arguments: &Doctor) -> Result<Answer> {
         );
         runtime()?.block_on(doctor::host(config))
     };
-    print_one(&report, &arguments.json, doctor::Report::render)?;
+    print_one(&report, &arguments.json, Report::render)?;
     Ok(match report.code() {
         0 => Answer::Yes,
         1 => Answer::No,

@@ -7,8 +7,9 @@ use clap::Args;
 
 use super::{Answer, Json, as_line, place, print, print_one, runtime};
 use crate::{
-    control::{self, GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector},
+    control,
     text::{self, Page},
+    wire::{GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector},
 };
 
 /// How long the daemon may take: it answers when the kernel and the disk hold it.

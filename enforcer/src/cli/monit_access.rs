@@ -17,16 +17,15 @@ use nix::unistd::{Pid, geteuid, getppid};
 
 use super::{Answer, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
 use crate::{
-    backend::nftables::jobs::{Accept, CHAIN, Destination, JobsChain, Subject, TABLE},
+    backend::jobs::{Accept, CHAIN, Destination, JobsChain, Subject, TABLE},
     config::Settings,
-    control::{self, GrantRequest, Reply, Request, Selector},
-    grants,
+    control, grants,
     host::{self, hierarchy::Hierarchy},
     inputs::HostConfig,
     jobs,
     policy::{HostUsers, MONIT, MONIT_PORT, Uid},
     ruleset::Cgroup,
-    status::Status,
+    wire::{GrantRequest, Reply, Request, Selector, Status},
 };
 
 /// Names that ask for monit when the binary is called by them.

@@ -7,9 +7,10 @@ use anyhow::{Result, bail};
 use super::{Answer, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime};
 use crate::{
     backend::InForce,
-    control::{self, Reply, Request},
+    control,
     inputs::{HostConfig, Inputs},
-    verify::{Comparison, Verification},
+    verify::Comparison,
+    wire::{ActiveBackend, Against, Object, Reply, Request, Verification},
 };
 
 pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
@@ -43,6 +44,6 @@ fn from_outside(config: &Path) -> Result<Verification> {
         inputs.policy().targets.len(),
         settings.backend.to_string()
     );
-    comparison.words("backend", "in force", &what, "nothing");
-    Ok(comparison.finish("configuration", "none", 0))
+    comparison.words(&Object::Backend, "in force", &what, "nothing");
+    Ok(comparison.finish(Against::Configuration, ActiveBackend::None, 0))
 }

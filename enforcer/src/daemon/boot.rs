@@ -17,7 +17,7 @@ use crate::{
     inputs::{HostConfig, InputError, SavedRun},
     policy::{BUS, Target},
     state::{self, LastGood, Mark},
-    status::Status,
+    wire::{Object, Status},
 };
 
 /// Between two tries of a configuration that was refused at the start, at first and at last.
@@ -157,7 +157,7 @@ pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     let mut daemon = Daemon::start(wanted, false, SavedRun::of(&good, Some(mark)))?;
     daemon.apply_where_nothing_is()?;
     let mut status = daemon.status();
-    status.daemon = crate::status::DaemonStatus {
+    status.daemon = crate::wire::DaemonStatus {
         running: false,
         pid: None,
     };
@@ -290,7 +290,7 @@ impl Daemon {
         let rules = self.inputs.desired(Instant::now())?.rules;
         let cgroup = self.inputs.config.cgroup.as_deref().and_then(host::directory_id);
         let found = in_force.verify(&rules, settings, cgroup.unwrap_or_default())?;
-        Ok(found.counts.keys().all(|object| object == "link"))
+        Ok(found.counts.keys().all(|object| *object == Object::Link))
     }
 
     fn refused(&mut self, error: &DaemonError) {

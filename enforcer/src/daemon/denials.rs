@@ -15,12 +15,9 @@ use tracing::info;
 
 use super::{About, Daemon, DaemonError, sources::readable, tally::Counts};
 use crate::{
-    backend::{
-        ebpf::Ring,
-        nftables::{self, Logged},
-    },
-    control::Reply,
-    events::{self, Event, Line, Lost},
+    backend::{Denials, Logged, Ring},
+    events,
+    wire::{Event, Line, Lost, Reply},
 };
 
 /// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that follows, a flood
@@ -36,28 +33,24 @@ impl Daemon {
     /// The ring buffer of the kernel programs, where they are in force.
     pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Ring<EventRecord>>>, DaemonError> {
         self.begin_to_count();
-        let Some(kernel) = self.enforcement.kernel() else {
+        let Some(source) = self.enforcement.events()? else {
             return Ok(None);
         };
-        let source = watched(kernel.events()?)?;
+        let source = watched(source)?;
         // Pinned, it counts on from what was told before this process.
-        let lost = kernel.lost()?;
+        let lost = self.enforcement.lost()?;
         self.lost = Some(self.lost.map_or(lost, |told| told.min(lost)));
         Ok(Some(source))
     }
 
     /// The dials that the kernel programs tell of, where they are in force (N8).
     pub(super) fn dials(&mut self) -> Result<Option<AsyncFd<Ring<DialRecord>>>, DaemonError> {
-        let Some(kernel) = self.enforcement.kernel() else {
-            return Ok(None);
-        };
-        Ok(Some(watched(kernel.dials()?)?))
+        self.enforcement.dials()?.map(watched).transpose()
     }
 
     /// The denials of nftables, where it has just begun to log them.
-    pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<nftables::Denials>>, DaemonError> {
-        let denials = self.enforcement.nftables().and_then(nftables::Nftables::denials);
-        denials.map(watched).transpose()
+    pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<Denials>>, DaemonError> {
+        self.enforcement.logged().map(watched).transpose()
     }
 
     /// Opens anew where denials come from, as another configuration may have brought another backend. False where that has to be tried
@@ -66,7 +59,7 @@ impl Daemon {
         &mut self,
         denials: &mut Option<AsyncFd<Ring<EventRecord>>>,
         dials: &mut Option<AsyncFd<Ring<DialRecord>>>,
-        logged: &mut Option<AsyncFd<nftables::Denials>>,
+        logged: &mut Option<AsyncFd<Denials>>,
     ) -> bool {
         let opened = self.denials().and_then(|fresh| {
             *denials = fresh;
@@ -83,7 +76,7 @@ impl Daemon {
     }
 
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.
-    pub(super) fn take_logged(&mut self, source: &mut nftables::Denials) -> bool {
+    pub(super) fn take_logged(&mut self, source: &mut Denials) -> bool {
         let all = helping(|| {
             match source.take()? {
                 Logged::Denial(denial) => self.denied(events::read_logged(&denial, SystemTime::now())),
@@ -117,8 +110,7 @@ impl Daemon {
     }
 
     fn tell_lost(&mut self) {
-        let lost = self.enforcement.kernel().and_then(|kernel| kernel.lost().ok());
-        if let (Some(lost), Some(told)) = (lost, self.lost)
+        if let (Ok(lost), Some(told)) = (self.enforcement.lost(), self.lost)
             && lost > told
         {
             self.publish(Line::Lost(Lost::new(lost - told)));

@@ -12,10 +12,9 @@ use tracing::debug;
 
 use super::{About, Daemon, DaemonError};
 use crate::{
-    backend::{Dial, ebpf::Ring},
-    events,
+    backend::{Dial, Ring},
     policy::Name,
-    status::DialStatus,
+    wire::{DialStatus, rfc3339},
 };
 
 /// Rest after the first lookup; doubled while lookups bring nothing new and dials go on.
@@ -177,7 +176,7 @@ impl Dials {
             lookups: port.lookups,
             last: dial.to.ip().to_string(),
             uid: dial.user,
-            time: events::rfc3339(time),
+            time: rfc3339(time),
         })
         .collect()
     }
@@ -230,8 +229,7 @@ impl Daemon {
     /// Ends the rests that are over.
     pub(super) fn wake_dials(&mut self, now: Instant) {
         for port in self.dials.rested(now) {
-            let kernel = self.enforcement.kernel();
-            let knocked = kernel.map_or(Ok(false), |kernel| kernel.take_knock(port));
+            let knocked = self.enforcement.take_knock(port);
             let names = self
                 .dials
                 .wake(port, *knocked.as_ref().unwrap_or(&false), self.rounds.now() + 1, now);
@@ -260,10 +258,7 @@ impl Daemon {
     }
 
     fn set_gate(&mut self, port: u16, open: bool) -> Result<(), DaemonError> {
-        match self.enforcement.kernel() {
-            Some(kernel) => Ok(kernel.set_gate(port, open)?),
-            None => Ok(()),
-        }
+        Ok(self.enforcement.set_gate(port, open)?)
     }
 
     fn gates_set(&mut self, set: Result<(), DaemonError>) {

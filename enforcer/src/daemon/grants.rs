@@ -10,14 +10,16 @@ use tracing::{info, warn};
 
 use super::{About, Daemon, DaemonError};
 use crate::{
-    control::{CgroupError, GrantRequest, GrantStatus, GrantsReport, Peer, Reply, RevokeRequest, Selector},
-    events::{GrantEvent, Line},
+    control::{CgroupError, Peer},
     grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
     inputs::Inputs,
     policy::{CgroupPath, CgroupPathError, HostUsers, MONIT, Uid, UserError},
     ruleset::{Cgroup, Writable},
     text,
+    wire::{
+        GrantAction, GrantEvent, GrantRequest, GrantStatus, GrantsReport, Line, Reply, RevokeRequest, Schema, Selector,
+    },
 };
 
 /// Longest time that a grant with an end may have (F7).
@@ -88,11 +90,11 @@ impl Daemon {
         let moment = Moment::now();
         let now = moment.wall;
         for (key, _) in granted.expire(moment) {
-            info!("{}", key.event("expired", now, None, None));
+            info!("{}", key.event(GrantAction::Expired, now, None, None));
         }
         if !stays {
             for (key, _) in granted.without_end() {
-                let event = key.event("left out", now, None, None);
+                let event = key.event(GrantAction::LeftOut, now, None, None);
                 warn!("{event}: nobody stays to end it; use enforcer run");
             }
         }
@@ -171,8 +173,8 @@ impl Daemon {
         let mut told = None;
         for (key, change) in keys.iter().zip(changes) {
             let (action, was) = match change {
-                Change::New => ("granted", None),
-                Change::Renewed { expired } => ("renewed", Some(expired)),
+                Change::New => (GrantAction::Granted, None),
+                Change::Renewed { expired } => (GrantAction::Renewed, Some(expired)),
             };
             let event = GrantEvent {
                 expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
@@ -212,7 +214,7 @@ impl Daemon {
         let (by, now) = (asker(peer), Timestamp::now());
         let events: Vec<_> = gone
             .iter()
-            .map(|(key, term)| key.event("revoked", now, term.expires, Some(&by)))
+            .map(|(key, term)| key.event(GrantAction::Revoked, now, term.expires, Some(&by)))
             .collect();
         for event in &events {
             self.tell(event);
@@ -235,7 +237,7 @@ impl Daemon {
             .grants
             .expire(now)
             .into_iter()
-            .map(|ended| (ended, "expired"));
+            .map(|ended| (ended, GrantAction::Expired));
         let mut gone: Vec<_> = expired.collect();
         let (host, policy) = (&self.inputs.host, &self.inputs.config.policy);
         // Where the hierarchy itself is not seen nothing is known to be gone.
@@ -247,7 +249,7 @@ impl Daemon {
             is_missed && target.is_some_and(|target| target.grants) && sees()
         };
         let dropped = self.inputs.grants.forget(is_gone, now.monotonic, policy.dns.retain);
-        gone.extend(dropped.into_iter().map(|ended| (ended, "dropped")));
+        gone.extend(dropped.into_iter().map(|ended| (ended, GrantAction::Dropped)));
         if gone.is_empty() {
             if self.grants_unsaved {
                 let _ = self.keep_grants();
@@ -290,7 +292,7 @@ impl Daemon {
             }
         };
         GrantsReport {
-            schema: "enforcer/grants/1".to_owned(),
+            schema: Schema::Grants,
             limit: MAX_GRANTS,
             grants: self.inputs.grants.iter().map(status).collect(),
             job_rules: self.job_rules(),

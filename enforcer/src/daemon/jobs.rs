@@ -9,17 +9,17 @@ use tracing::{info, warn};
 
 use super::{About, Daemon, Drift, grants::writable};
 use crate::{
-    backend::nftables::{
+    backend::{
         NftablesError,
         jobs::{Accept, CHAIN, Jobs, JobsChain, TABLE},
     },
     config::Settings,
-    control::JobRuleStatus,
     grants::Grantee,
     host,
     inputs::{HostConfig, Inputs},
     jobs::{self, Ignored, JobRules},
     policy::{MONIT, Policy},
+    wire::JobRuleStatus,
 };
 
 /// How often a change is tried while others change the chain too.

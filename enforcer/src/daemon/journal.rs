@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{events::Event, text};
+use crate::{
+    text,
+    wire::{ActiveBackend, Event, Protocol, Verdict},
+};
 
 /// Between two lines of one kind.
 const PERIOD: Duration = Duration::from_mins(1);
@@ -31,9 +34,9 @@ pub(super) enum Caller {
 /// What one caller was refused.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Kind {
-    verdict: String,
+    verdict: Verdict,
     target: String,
-    protocol: String,
+    protocol: Protocol,
     endpoint: String,
     /// The socket's owner, where that is another user than the task's.
     owner: Option<u32>,
@@ -196,17 +199,20 @@ impl Kind {
             .socket_uid
             .filter(|owner| event.task_uid.is_some_and(|uid| uid != *owner));
         Self {
-            verdict: event.verdict.clone(),
+            verdict: event.verdict,
             target: event.target.clone(),
-            protocol: event.protocol.clone(),
+            protocol: event.protocol,
             endpoint: event.judged.clone(),
             owner: owner.filter(|_| !event.kernel_thread),
-            at_least: event.backend == "nftables",
+            at_least: event.backend == ActiveBackend::Nftables,
         }
     }
 
     fn line(&self, caller: Caller, count: u64, seen: &Seen) -> String {
-        let refused = if self.verdict == "deny" { "denied" } else { "would deny" };
+        let refused = match self.verdict {
+            Verdict::Deny => "denied",
+            Verdict::Allow | Verdict::WouldDeny => "would deny",
+        };
         let at_least = if self.at_least && count > 1 { "at least " } else { "" };
         let attempts = if count == 1 { "attempt" } else { "attempts" };
         let mut line = format!(
@@ -231,13 +237,14 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::Schema;
 
     fn event(uid: Option<u32>, port: u16, comm: Option<&str>) -> Event {
         Event {
-            schema: String::new(),
+            schema: Schema::Event,
             time: String::new(),
-            verdict: "deny".to_owned(),
-            backend: String::new(),
+            verdict: Verdict::Deny,
+            backend: ActiveBackend::Ebpf,
             pid: None,
             tid: None,
             comm: comm.map(str::to_owned),
@@ -247,7 +254,7 @@ mod tests {
             cgroup_id: None,
             netns_cookie: None,
             source: None,
-            protocol: "tcp".to_owned(),
+            protocol: Protocol::Tcp,
             dialled: String::new(),
             judged: format!("127.0.0.1:{port}"),
             target: "monit".to_owned(),
@@ -293,7 +300,7 @@ mod tests {
         };
         assert!(told(&other).ends_with("by uid 7 with a socket of uid 8 (a)"));
         let audit = Event {
-            verdict: "would-deny".to_owned(),
+            verdict: Verdict::WouldDeny,
             kernel_thread: true,
             ..event(Some(0), 1, Some("kworker"))
         };
@@ -331,7 +338,7 @@ mod tests {
     fn what_is_logged_in_part_is_the_least_there_was() {
         let (mut journal, start) = (Journal::default(), Instant::now());
         let logged = Event {
-            backend: "nftables".to_owned(),
+            backend: ActiveBackend::Nftables,
             ..event(Some(7), 1, None)
         };
         let first = "denied 1 attempt on monit (tcp 127.0.0.1:1) by uid 7";

@@ -7,9 +7,9 @@ use tracing::{error, info, warn};
 
 use super::{About, Daemon, guard::Hold};
 use crate::{
-    control::Reply,
     policy::Name,
     resolve::{Answer, LOOKUP_TIMEOUT, Looked, Note, Outcome, lookup_early},
+    wire::Reply,
 };
 
 impl Daemon {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::journal::Caller;
-use crate::events::Line;
+use crate::wire::Line;
 
 /// How many are kept.
 pub(super) const KEPT_EVENTS: usize = 1024;
@@ -74,11 +74,11 @@ impl Origin {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::Lost;
+    use crate::wire::Lost;
 
     fn event(uid: u32, port: usize) -> Line {
         let text = format!(
-            r#"{{"schema":"","time":"","verdict":"deny","backend":"ebpf","pid":1,"tid":1,"comm":"a","kernel_thread":false,
+            r#"{{"schema":"enforcer/event/1","time":"","verdict":"deny","backend":"ebpf","pid":1,"tid":1,"comm":"a","kernel_thread":false,
             "task_uid":{uid},"socket_uid":{uid},"cgroup_id":1,"netns_cookie":1,"source":null,"protocol":"tcp","dialled":"{port}",
             "judged":"","target":"","generation":1}}"#
         );
@@ -87,7 +87,7 @@ mod tests {
 
     fn existing(uid: u32, port: usize) -> Line {
         let text = format!(
-            r#"{{"schema":"","time":"","verdict":"deny","action":"reported","reason":null,"protocol":"tcp","state":"","local":"{port}",
+            r#"{{"schema":"enforcer/existing/1","time":"","verdict":"deny","action":"reported","reason":null,"protocol":"tcp","state":"established","local":"{port}",
             "remote":"","uid":{uid},"cgroup_id":null,"target":"","generation":1}}"#
         );
         serde_json::from_str(&text).unwrap_or(Line::Lost(Lost::new(0)))

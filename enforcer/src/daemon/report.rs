@@ -7,14 +7,15 @@ use tracing::warn;
 use super::{About, Daemon, Drift};
 use crate::{
     backend::{BackendError, Observed},
-    status::{Context, Status, status},
+    status::{Context, status},
     visibility::Visibility,
+    wire::Status,
 };
 
 impl Daemon {
     /// Looks whether what must outlive this process lies where the host sees it (F1).
     pub(super) fn look_at_visibility(&mut self) {
-        let ebpf = self.enforcement.kernel().is_some();
+        let ebpf = self.enforcement.backend().has_ebpf();
         let ebpf_on = self.inputs.config.cgroup.as_deref().filter(|_| ebpf);
         let found = Visibility::of(self.inputs.settings(), ebpf_on, self.stays);
         self.faults.set(About::Visibility, found.fault());
@@ -74,7 +75,7 @@ impl Daemon {
             cgroup: self.inputs.config.cgroup_shown(),
             pin_dir: settings.pin_dir.display().to_string(),
             nft_table: settings.nft_table.clone(),
-            backend: self.enforcement.name().to_owned(),
+            backend: self.enforcement.backend(),
             backend_reason: self.enforcement.reason().map(str::to_owned),
             restored: self.enforcement.restored(),
             names,

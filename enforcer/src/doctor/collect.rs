@@ -2,9 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
-    io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,7 +11,6 @@ use std::{
 use futures_util::stream::TryStreamExt as _;
 
 use super::{
-    Unseen,
     buses::{self, Member},
     legacy::{self, LegacyRule},
     links,
@@ -21,18 +19,13 @@ use super::{
 use crate::{
     backend::{
         InForce,
-        ebpf::sys::{self, Attached},
-        nftables::{
-            self,
-            jobs::Jobs,
-            netlink::Netlink,
-            others::{self, ForeignRule},
-        },
+        jobs::{self, Jobs},
         probe::{Facts, Place, probe},
+        third_party::{self, Attached, ForeignRule},
     },
     bosh,
     config::{Backend, Config, Settings},
-    control::{self, AskError, Reply, Request},
+    control::{self, AskError},
     grants,
     host::{
         self,
@@ -44,10 +37,10 @@ use crate::{
     resolve::{Known, LOOKUP_TIMEOUT, lookup},
     ruleset::{Host, Resolved, RuleSet, compile},
     state::{self, LastGood},
-    status::Status,
     sweep::{self, Listener},
     text,
     visibility::Visibility,
+    wire::{ActiveBackend, Reply, Request, Status, doctor::Unseen},
 };
 
 /// What was seen.
@@ -65,7 +58,7 @@ pub(super) struct Seen {
     pub(super) rules: Option<RuleSet>,
     pub(super) host: Host,
     pub(super) daemon: Option<Status>,
-    pub(super) in_force: Option<String>,
+    pub(super) in_force: Option<ActiveBackend>,
     /// Names that could not be resolved, and why.
     pub(super) unresolved: Vec<(String, String)>,
     /// Servers of a message bus that are no endpoints, as those say that are.
@@ -224,7 +217,7 @@ impl Seen {
             .unwrap_or_default();
         grants.expire(crate::grants::Moment::now());
         self.grants_monit = grants.iter().any(|(key, _)| key.target == MONIT);
-        let chain = nftables::jobs::read(&self.settings);
+        let chain = jobs::read(&self.settings);
         self.jobs = self.saw("rules of jobs", chain).unwrap_or_default();
         let mut jobs = JobRules::default();
         if let Ok(Some(mount)) = host::cgroup2_mount() {
@@ -258,7 +251,7 @@ impl Seen {
                 if let Some(unread) = unread {
                     self.saw::<(), _>("what is in force", Err(unread));
                 }
-                in_force.map(|in_force| in_force.name().to_owned())
+                in_force.map(|in_force| in_force.backend())
             }
             Err(error) => self.saw("what is in force", Err(error)),
         };
@@ -296,8 +289,8 @@ impl Seen {
 
     /// The cgroup, where eBPF enforces or is to.
     fn ebpf_on(&self) -> Option<&Path> {
-        let enforces = match self.in_force.as_deref() {
-            Some(backend) => backend != "nftables",
+        let enforces = match self.in_force {
+            Some(backend) => backend.has_ebpf(),
             None => self.settings.backend != Backend::Nftables,
         };
         // Pins that do not exist yet, where no bpffs does, are the feature's matter.
@@ -349,19 +342,10 @@ impl Seen {
     }
 
     async fn look_at_network(&mut self) {
-        match Netlink::open() {
-            Ok(mut netlink) => {
-                let rules = others::rules(&mut netlink);
-                let chains = others::chains(&mut netlink);
-                // Without nf_tables there are none; that it is missing is told already.
-                let none = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL));
-                if !rules.as_ref().is_err_and(none) {
-                    self.foreign = self.saw("nftables rules of others", rules).unwrap_or_default();
-                    self.chains = self.saw("nftables chains of others", chains).unwrap_or_default();
-                }
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {}
-            Err(error) => drop(self.saw::<(), _>("nftables rules of others", Err(error))),
+        // Without nf_tables there are none; that it is missing is told already.
+        if let Some((rules, chains)) = third_party::tables() {
+            self.foreign = self.saw("nftables rules of others", rules).unwrap_or_default();
+            self.chains = self.saw("nftables chains of others", chains).unwrap_or_default();
         }
         self.legacy = self.saw("rules of iptables", legacy::rules()).unwrap_or_default();
         self.source_route = interfaces("/proc/sys/net/ipv4/conf", "accept_source_route", By::Both);
@@ -382,7 +366,6 @@ impl Seen {
     /// Programs on the judged cgroup, and on those above it, whose programs run later.
     fn look_at_programs(&mut self) {
         let Some(judged) = self.cgroup.clone() else { return };
-        let hooks = [("connect4", 10), ("connect6", 11), ("sendmsg4", 14), ("sendmsg6", 15)];
         let mut ancestors: Vec<PathBuf> = Vec::new();
         let is_cgroup = |path: &Path| {
             nix::sys::statfs::statfs(path)
@@ -393,23 +376,11 @@ impl Seen {
             ancestors.push(path.into());
             at = path.parent();
         }
-        for (hook, attach_type) in hooks {
-            let ours = sys::open_pin(&self.settings.pin_dir.join(hook))
-                .and_then(|link| sys::link_info(link.as_fd()))
-                .map(|info| info.program)
-                .ok();
+        for hook in third_party::hooks() {
+            let ours = third_party::our_program(&self.settings.pin_dir, hook);
             for (depth, path) in ancestors.iter().enumerate() {
-                let found = File::open(path).and_then(|cgroup| sys::attached(cgroup.as_fd(), attach_type));
                 let what = format!("programs of {hook} on {}", path.display());
-                // A kernel without them has none.
-                let Some(found) = (if found
-                    .as_ref()
-                    .is_err_and(|error| error.raw_os_error() == Some(libc::ENOSYS))
-                {
-                    None
-                } else {
-                    self.saw(&what, found)
-                }) else {
+                let Some(found) = self.saw(&what, third_party::programs(path, hook)) else {
                     continue;
                 };
                 let position = found.iter().position(|one| Some(one.id) == ours);

@@ -8,7 +8,6 @@ use std::{
 };
 
 use super::{
-    Finding, Unseen, Weight,
     judge::finding,
     legacy::{AGENT_FILES, is_ours},
 };
@@ -16,6 +15,7 @@ use crate::{
     backend::probe::{Fact, Facts, Feature},
     config::{Config, Settings},
     policy::{FileUsers, Policy},
+    wire::doctor::{Finding, Unseen, Weight},
 };
 
 /// What was seen of an image.

@@ -6,7 +6,6 @@ use std::{
 };
 
 use super::{
-    ChoiceReport, FeatureReport, Finding, HostReport, Report, Unseen, Weight,
     collect::{PlaceKind, PlaceMode, Seen},
     image::{ImageSeen, judge_image},
     legacy::AGENT_CHAINS,
@@ -14,18 +13,19 @@ use super::{
 };
 use crate::{
     backend::{
-        nftables::{
-            jobs::{Destination, Subject},
-            others::{Nat, To},
-        },
-        probe::{Choice, Fact, Facts, Feature, Need, Side, choose},
+        jobs::{Destination, Subject},
+        probe::{Choice, Fact, Facts, Feature, Need, choose},
+        third_party::{Nat, To},
     },
-    config::Backend,
     host::START,
     policy::{MONIT, Mode, Protocol, Uid},
     ruleset::{self, RulePrincipal, RuleSet, is_single, owners},
     text,
     visibility::{Kept, Visibility},
+    wire::{
+        ActiveBackend, Backend, Schema,
+        doctor::{ChoiceReport, FeatureReport, Finding, HostReport, Report, Side, Unseen, Weight},
+    },
 };
 
 /// Most places that a finding lists.
@@ -67,7 +67,7 @@ pub(super) fn host(seen: &Seen) -> Report {
             config: seen.config.display().to_string(),
             cgroup: seen.cgroup.as_ref().map(|path| path.display().to_string()),
             daemon: seen.daemon.as_ref().and_then(|status| status.daemon.pid),
-            in_force: seen.in_force.clone(),
+            in_force: seen.in_force,
         },
         &seen.facts,
         seen.settings.backend,
@@ -123,24 +123,20 @@ fn report(
         FeatureReport {
             id: id_of(feature),
             title: about.title.to_owned(),
-            of: match about.side {
-                Side::Ebpf => "ebpf",
-                Side::Nftables => "nftables",
-                Side::Either => "either",
-            },
+            of: about.side,
             required: about.need == Need::Must,
-            state: fact.word(),
+            state: fact.state(),
             why,
             since: about.since.to_owned(),
         }
     });
     Report {
-        schema: "enforcer/doctor/1",
+        schema: Schema::Doctor,
         host,
         features: features.collect(),
         choice: ChoiceReport {
-            wanted: wanted.to_string(),
-            backend: choice.backend.map(|backend| backend.to_string()),
+            wanted,
+            backend: choice.backend,
             why: choice.reason,
         },
         findings,
@@ -186,29 +182,16 @@ struct Enforces {
 
 impl Enforces {
     fn of(seen: &Seen, choice: &Choice) -> Self {
-        let now = match seen.in_force.as_deref() {
-            Some("ebpf") => Some(Backend::Ebpf),
-            Some("nftables") => Some(Backend::Nftables),
-            Some("both") => Some(Backend::Both),
-            Some(_) | None => choice.backend,
+        let would = match choice.backend {
+            Some(Backend::Ebpf | Backend::Auto) => ActiveBackend::Ebpf,
+            Some(Backend::Nftables) => ActiveBackend::Nftables,
+            Some(Backend::Both) => ActiveBackend::Both,
+            None => ActiveBackend::None,
         };
-        match now {
-            Some(Backend::Ebpf | Backend::Auto) => Self {
-                ebpf: true,
-                nftables: false,
-            },
-            Some(Backend::Nftables) => Self {
-                ebpf: false,
-                nftables: true,
-            },
-            Some(Backend::Both) => Self {
-                ebpf: true,
-                nftables: true,
-            },
-            None => Self {
-                ebpf: false,
-                nftables: false,
-            },
+        let now = seen.in_force.unwrap_or(would);
+        Self {
+            ebpf: now.has_ebpf(),
+            nftables: now.has_nftables(),
         }
     }
 }
@@ -277,7 +260,7 @@ fn own_state(seen: &Seen, choice: &Choice, findings: &mut Vec<Finding>) {
         Some(_) => {}
     }
     let audits = seen.rules.as_ref().is_some_and(|rules| rules.mode == Mode::Audit);
-    if audits || seen.daemon.as_ref().is_some_and(|status| status.mode == "audit") {
+    if audits || seen.daemon.as_ref().is_some_and(|status| status.mode == Mode::Audit) {
         findings.push(finding(
             "audit-mode",
             Weight::Medium,

@@ -3,7 +3,7 @@
 use std::{ffi::OsStr, fs, path::Path, process::Command};
 
 use crate::{
-    backend::nftables::others::{Nat, To},
+    backend::third_party::{Nat, To},
     host,
 };
 

@@ -1,7 +1,9 @@
 //! A report as a person reads it, at three in the morning perhaps.
 
-use super::{Report, Weight};
-use crate::text::{self, Page};
+use crate::{
+    text::{self, Page},
+    wire::doctor::{FeatureState, Report, Side, Weight},
+};
 
 /// Text is broken before this column, so that it stays readable in a narrow terminal.
 const WIDTH: usize = 110;
@@ -30,7 +32,8 @@ impl Report {
         line("config", &host.config);
         if host.root.is_none() {
             line("cgroup", host.cgroup.as_deref().unwrap_or("no cgroup v2 is mounted"));
-            line("in force", host.in_force.as_deref().unwrap_or("nothing"));
+            let in_force = host.in_force.map(|backend| backend.to_string());
+            line("in force", in_force.as_deref().unwrap_or("nothing"));
             let daemon = host
                 .daemon
                 .map_or_else(|| "does not answer".to_owned(), |pid| format!("pid {pid}"));
@@ -41,11 +44,18 @@ impl Report {
     fn render_features(&self, page: &mut Page) {
         page.line("");
         page.line("BACKENDS");
-        for (of, name) in [("ebpf", "ebpf"), ("nftables", "nftables"), ("either", "any")] {
+        for (of, name) in [
+            (Side::Ebpf, "ebpf"),
+            (Side::Nftables, "nftables"),
+            (Side::Either, "any"),
+        ] {
             let all: Vec<_> = self.features.iter().filter(|feature| feature.of == of).collect();
-            let there = all.iter().filter(|feature| feature.state == "supported").count();
+            let there = all
+                .iter()
+                .filter(|feature| feature.state == FeatureState::Supported)
+                .count();
             page.line(format_args!("  {name:<10}{there} of {} features", all.len()));
-            for feature in all.iter().filter(|feature| feature.state != "supported") {
+            for feature in all.iter().filter(|feature| feature.state != FeatureState::Supported) {
                 let mark = if feature.required { "✗" } else { "-" };
                 let why = feature.why.as_deref().unwrap_or_default();
                 let line = format!("{} {}: {why} [{}]", feature.title, feature.state, feature.since);
@@ -56,10 +66,11 @@ impl Report {
 
     fn render_choice(&self, page: &mut Page) {
         let choice = &self.choice;
-        let backend = choice.backend.as_deref().unwrap_or("nothing");
+        let backend = choice.backend.map(|backend| backend.to_string());
+        let backend = backend.as_deref().unwrap_or("nothing");
         page.line("");
         page.line("CHOICE");
-        page.line(format_args!("  {backend} (backend = {:?})", choice.wanted));
+        page.line(format_args!("  {backend} (backend = \"{}\")", choice.wanted));
         wrapped(page, "  ", "  ", &choice.why);
     }
 

@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, net::IpAddr, slice};
 
 use super::{
-    Weight,
     buses::Member,
     collect::{Capable, PlaceKind, PlaceMode, Program, Seen, powers},
     image::{self, ImageSeen, judge_image},
@@ -12,18 +11,16 @@ use super::{
 };
 use crate::{
     backend::{
-        ebpf::sys::Attached,
-        nftables::{
-            jobs::{Accept, Destination, JobRule, Subject, Writer},
-            others::{ForeignRule, Nat, To},
-        },
+        jobs::{Accept, Destination, JobRule, Subject, Writer},
         probe::{Fact, Facts, Feature},
+        third_party::{Attached, ForeignRule, Nat, To},
     },
     config::Backend,
     policy::{Mode, Protocol, Uid},
     ruleset::{Place, RulePrincipal, RuleSet, RuleTarget},
     status::{Context, status},
     sweep::Listener,
+    wire::{ActiveBackend, doctor::Weight},
 };
 
 /// A host where all is well: ebpf in force, a daemon, monit on 127.0.0.1:2822.
@@ -46,7 +43,7 @@ fn well() -> Seen {
             nat64: Vec::new(),
             named_ports: BTreeSet::new(),
         }),
-        in_force: Some("ebpf".to_owned()),
+        in_force: Some(ActiveBackend::Ebpf),
         daemon: Some(status(
             None,
             Context {
@@ -122,7 +119,7 @@ fn translation_is_found_where_it_leads_onto_an_endpoint_and_ebpf_is_alone() {
     check(|seen| seen.foreign.push(nat(To::Unknown, None)), &["nat-unknown"]);
     let both = |seen: &mut Seen| {
         seen.foreign.push(nat(monit, Some(2822)));
-        seen.in_force = Some("both".to_owned());
+        seen.in_force = Some(ActiveBackend::Both);
     };
     check(both, &[]);
     let text =
@@ -207,7 +204,7 @@ fn programs_are_weighed_by_their_order() {
     );
     let nft = |seen: &mut Seen| {
         seen.programs.push(program(false, true, true));
-        seen.in_force = Some("nftables".to_owned());
+        seen.in_force = Some(ActiveBackend::Nftables);
     };
     check(nft, &[]);
 }
@@ -251,16 +248,16 @@ fn each_other_fact_is_found() {
         |seen| seen.segment_routing.push("eth0".to_owned()),
         &["segment-routing"],
     );
-    let passing = |backend: &'static str| {
+    let passing = |backend| {
         move |seen: &mut Seen| {
             seen.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
-            seen.in_force = Some(backend.to_owned());
+            seen.in_force = Some(backend);
         }
     };
-    check(passing("nftables"), &["past-ip-hooks"]);
-    check(passing("both"), &[]);
-    check(passing("ebpf"), &[]);
-    let endpoint = |protocol, net: &'static str, backend: &'static str| {
+    check(passing(ActiveBackend::Nftables), &["past-ip-hooks"]);
+    check(passing(ActiveBackend::Both), &[]);
+    check(passing(ActiveBackend::Ebpf), &[]);
+    let endpoint = |protocol, net: &'static str, backend| {
         move |seen: &mut Seen| {
             let net = net.parse().map(|net| Place {
                 protocol,
@@ -269,32 +266,32 @@ fn each_other_fact_is_found() {
             });
             let places = seen.rules.iter_mut().map(|rules| &mut rules.places);
             places.for_each(|places| places.extend(net.iter().map(|place| (*place, 1))));
-            seen.in_force = Some(backend.to_owned());
+            seen.in_force = Some(backend);
         }
     };
     check(
-        endpoint(Protocol::Udp, "2001:db8::5/128", "ebpf"),
+        endpoint(Protocol::Udp, "2001:db8::5/128", ActiveBackend::Ebpf),
         &["udp-routing-header"],
     );
-    check(endpoint(Protocol::Udp, "2001:db8::5/128", "both"), &[]);
-    check(endpoint(Protocol::Udp, "10.0.0.5/32", "ebpf"), &[]);
-    check(endpoint(Protocol::Tcp, "2001:db8::5/128", "ebpf"), &[]);
-    let localnet = |net: &'static str, backend: &'static str| {
+    check(endpoint(Protocol::Udp, "2001:db8::5/128", ActiveBackend::Both), &[]);
+    check(endpoint(Protocol::Udp, "10.0.0.5/32", ActiveBackend::Ebpf), &[]);
+    check(endpoint(Protocol::Tcp, "2001:db8::5/128", ActiveBackend::Ebpf), &[]);
+    let localnet = |net: &'static str, backend| {
         move |seen: &mut Seen| {
             seen.route_localnet.push("eth0".to_owned());
             endpoint(Protocol::Tcp, net, backend)(seen);
         }
     };
-    check(localnet("127.0.0.1/32", "ebpf"), &["route-localnet"]);
-    check(localnet("0.0.0.0/0", "ebpf"), &["route-localnet"]);
-    check(localnet("127.0.0.1/32", "both"), &[]);
-    check(localnet("127.0.0.1/32", "nftables"), &[]);
+    check(localnet("127.0.0.1/32", ActiveBackend::Ebpf), &["route-localnet"]);
+    check(localnet("0.0.0.0/0", ActiveBackend::Ebpf), &["route-localnet"]);
+    check(localnet("127.0.0.1/32", ActiveBackend::Both), &[]);
+    check(localnet("127.0.0.1/32", ActiveBackend::Nftables), &[]);
     let namespaces = |seen: &mut Seen| drop(seen.namespaces.insert(1, "runc".to_owned()));
     check(namespaces, &["other-network-namespaces"]);
     check(
         |seen| {
             namespaces(seen);
-            seen.in_force = Some("both".to_owned());
+            seen.in_force = Some(ActiveBackend::Both);
         },
         &[],
     );
@@ -473,12 +470,12 @@ fn an_image_is_judged_by_its_options_and_modules() {
     };
     let (facts, findings) = judge_image(&whole);
     assert!(findings.is_empty(), "{findings:?}");
-    assert_eq!(judge::image(&whole).choice.backend.as_deref(), Some("ebpf"));
+    assert_eq!(judge::image(&whole).choice.backend, Some(Backend::Ebpf));
     assert_eq!(facts.works().nftables, Fact::Supported);
 
     let mut without = whole.clone();
     without.options.remove("CGROUP_BPF");
-    assert_eq!(judge::image(&without).choice.backend.as_deref(), Some("nftables"));
+    assert_eq!(judge::image(&without).choice.backend, Some(Backend::Nftables));
     without.modules.remove("nft_reject_inet");
     let report = judge::image(&without);
     assert_eq!(report.choice.backend, None);

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, net::Ipv4Addr, path::Path};
 
 use super::{Ignored, JobRules, rules_of};
 use crate::{
-    backend::nftables::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
+    backend::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
     grants::{Asker, Grantee, Grants, Key, MAX_GRANTS, Term},
     host,
     policy::{CgroupPath, Dns, Endpoint, MONIT, Mode, Policy, Target, Uid},

@@ -15,10 +15,13 @@ use enforcer_ebpf::Verdict;
 use tokio::sync::{Notify, mpsc};
 use tracing::debug;
 
-use super::{
-    Cgroups, Connection, Doubt, Found, Listener, SweepError, diag, judge, principal_cgroups, without_accepted,
+use super::{Cgroups, Connection, Doubt, Found, Listener, SweepError, judge, principal_cgroups, without_accepted};
+use crate::{
+    host::{self, sock_diag},
+    policy::Protocol,
+    ruleset::RuleSet,
+    wire::{Existing, ExistingAction, ExistingEvent, ExistingStatus, Schema, rfc3339},
 };
-use crate::{config::Existing, events, host, policy::Protocol, ruleset::RuleSet, status::ExistingStatus};
 
 /// A call that was judged just before the rules changed may become a connection just after they were swept.
 const RECHECK: Duration = Duration::from_secs(1);
@@ -66,7 +69,7 @@ pub struct Report {
     /// For `status`.
     pub existing: ExistingStatus,
     /// What was not reported before.
-    pub news: Vec<events::Existing>,
+    pub news: Vec<ExistingEvent>,
     /// How many more there would have been.
     pub lost: u64,
     /// Why not all is known or done.
@@ -177,7 +180,7 @@ impl Rounds {
         let started = Instant::now();
         let protocols = protocols(&job.rules);
         for (protocol, v6) in protocols {
-            let listed = diag::connections(protocol, v6, |connection| {
+            let listed = sock_diag::connections(protocol, v6, |connection| {
                 seen += 1;
                 if let Some(one) = judge(&job.rules, &cgroups, &connection) {
                     if found.len() < MAX_FOUND {
@@ -187,7 +190,8 @@ impl Rounds {
                     }
                 }
             });
-            listed.await.unwrap_or_else(&mut note);
+            let listed = listed.await.map_err(|error| SweepError::List { protocol, v6, error });
+            listed.unwrap_or_else(&mut note);
         }
         debug!(
             "swept {seen} connections by generation {} in {:?}: {} against it",
@@ -227,13 +231,19 @@ impl Rounds {
             // D9: an allowed user's connection is never cut.
             (Existing::Cut, Verdict::Deny, Some(doubt), _) => Some(Fate::Kept(doubt.to_string())),
             (Existing::Cut, Verdict::Deny, None, Some(unable)) => Some(Fate::Kept(unable.clone())),
-            (Existing::Cut, Verdict::Deny, None, None) => match diag::cut(&found.connection).await {
+            (Existing::Cut, Verdict::Deny, None, None) => match sock_diag::destroy(&found.connection).await {
                 Ok(true) => {
                     self.cut += 1;
                     Some(Fate::Cut)
                 }
                 Ok(false) => None,
                 Err(error) => {
+                    let Connection { protocol, remote, .. } = found.connection;
+                    let error = SweepError::Cut {
+                        protocol,
+                        remote,
+                        error,
+                    };
                     let text = error.to_string();
                     *unable = Some(text.clone());
                     note(error);
@@ -244,7 +254,7 @@ impl Rounds {
     }
 
     fn report(&mut self, job: &Job, judged: &[(Found, Fate)], more: u64, fault: Option<String>) -> Report {
-        let time = events::rfc3339(SystemTime::now());
+        let time = rfc3339(SystemTime::now());
         let mut known = HashSet::new();
         let mut connections = Vec::new();
         let mut news = Vec::new();
@@ -272,7 +282,7 @@ impl Rounds {
         self.known = known;
         Report {
             existing: ExistingStatus {
-                action: job.action.to_string(),
+                action: job.action,
                 time,
                 generation: job.generation,
                 found: stay,
@@ -286,7 +296,7 @@ impl Rounds {
     }
 }
 
-fn event(job: &Job, found: &Found, fate: &Fate, time: &str) -> events::Existing {
+fn event(job: &Job, found: &Found, fate: &Fate, time: &str) -> ExistingEvent {
     let Connection {
         protocol,
         state,
@@ -296,23 +306,21 @@ fn event(job: &Job, found: &Found, fate: &Fate, time: &str) -> events::Existing 
         ..
     } = &found.connection;
     let (action, reason) = match fate {
-        Fate::Stays => ("reported", found.doubt.map(|doubt: Doubt| doubt.to_string())),
-        Fate::Cut => ("cut", None),
-        Fate::Kept(reason) => ("kept", Some(reason.clone())),
+        Fate::Stays => (
+            ExistingAction::Reported,
+            found.doubt.map(|doubt: Doubt| doubt.to_string()),
+        ),
+        Fate::Cut => (ExistingAction::Cut, None),
+        Fate::Kept(reason) => (ExistingAction::Kept, Some(reason.clone())),
     };
-    events::Existing {
-        schema: "enforcer/existing/1".to_owned(),
+    ExistingEvent {
+        schema: Schema::Existing,
         time: time.to_owned(),
-        verdict: if found.verdict == Verdict::WouldDeny {
-            "would-deny"
-        } else {
-            "deny"
-        }
-        .to_owned(),
-        action: action.to_owned(),
+        verdict: found.verdict.into(),
+        action,
         reason,
-        protocol: protocol.to_string(),
-        state: state.to_string(),
+        protocol: *protocol,
+        state: *state,
         local: std::net::SocketAddr::new(local.ip().to_canonical(), local.port()).to_string(),
         remote: std::net::SocketAddr::new(remote.ip().to_canonical(), remote.port()).to_string(),
         uid: found.user.map(|uid| uid.0),
@@ -348,14 +356,25 @@ async fn listeners(found: &[Found], note: &mut impl FnMut(SweepError)) -> Vec<Li
         .into_iter()
         .flat_map(|protocol| [(protocol, false), (protocol, true)])
     {
-        let listed = diag::listeners(protocol, v6, |listener| {
+        let listed = sock_diag::listeners(protocol, v6, |listener| {
             if ports.contains(&listener.at.port()) && !listeners.contains(&listener) {
                 listeners.push(listener);
             }
         });
-        listed.await.unwrap_or_else(&mut *note);
+        let listed = listed.await.map_err(|error| SweepError::List { protocol, v6, error });
+        listed.unwrap_or_else(&mut *note);
     }
     listeners
+}
+
+/// Every socket of a protocol that waits for others, in this network namespace.
+pub async fn listening(protocol: Protocol) -> Result<Vec<Listener>, SweepError> {
+    let mut all = Vec::new();
+    for v6 in [false, true] {
+        let listed = sock_diag::listeners(protocol, v6, |listener| all.push(listener)).await;
+        listed.map_err(|error| SweepError::List { protocol, v6, error })?;
+    }
+    Ok(all)
 }
 
 /// The cgroups, where they matter: where not all is judged, or a principal names one.

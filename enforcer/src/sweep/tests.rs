@@ -6,10 +6,11 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use proptest::prelude::*;
 
-use super::{Cgroups, Connection, Doubt, Listener, State, judge, without_accepted};
+use super::{Cgroups, Connection, Doubt, Listener, judge, without_accepted};
 use crate::{
     policy::{CgroupPath, Mode, Protocol, Uid},
     ruleset::{Attempt, Cgroup, Place, RulePrincipal, RuleSet, RuleTarget, Subject, explain, owners},
+    wire::SocketState,
 };
 
 fn user(uid: u32) -> RulePrincipal {
@@ -53,7 +54,7 @@ fn at(text: &str) -> SocketAddr {
 fn connection(uid: u32, remote: &str) -> Connection {
     Connection {
         protocol: Protocol::Tcp,
-        state: State::Established,
+        state: SocketState::Established,
         local: at("10.0.0.1:40000"),
         remote: at(remote),
         interface: 0,
@@ -110,7 +111,7 @@ fn what_may_be_the_kernels_is_not_refused_where_the_kernel_may() {
     check("root's or the kernel's", kernel(), &all, &root, "allowed");
     check("a user's", kernel(), &all, &connection(9, "10.0.0.5:4222"), "a user's");
     check("root's, refused", vec![user(9)], &all, &root, "a user's");
-    for state in [State::Established, State::SynSent, State::CloseWait] {
+    for state in [SocketState::Established, SocketState::SynSent, SocketState::CloseWait] {
         let unheld = Connection {
             held: false,
             state,
@@ -119,7 +120,12 @@ fn what_may_be_the_kernels_is_not_refused_where_the_kernel_may() {
         check("held by nobody", kernel(), &all, &unheld, "allowed");
         check("held by nobody", vec![user(0)], &all, &unheld, "the kernel's");
     }
-    for state in [State::FinWait1, State::FinWait2, State::LastAck, State::Closing] {
+    for state in [
+        SocketState::FinWait1,
+        SocketState::FinWait2,
+        SocketState::LastAck,
+        SocketState::Closing,
+    ] {
         let closed = Connection {
             held: false,
             state,
@@ -137,7 +143,7 @@ fn what_may_be_the_kernels_is_not_refused_where_the_kernel_may() {
     }
     let half = Connection {
         held: false,
-        state: State::SynReceived,
+        state: SocketState::SynReceived,
         ..root
     };
     check("called from elsewhere", vec![user(9)], &all, &half, "allowed");

@@ -5,11 +5,7 @@ use std::sync::LazyLock;
 use unicode_general_category::{GeneralCategory, get_general_category};
 
 use super::*;
-use crate::{
-    events::{self, Event},
-    status::Status,
-    verify::Verification,
-};
+use crate::wire::{Event, Line, Status, Verification};
 
 /// Control, format and separator characters, by Unicode's table and not by ours.
 fn steers(c: char) -> bool {
@@ -108,22 +104,22 @@ fn every_string_of_a_report_stays_within_its_line() -> Result<(), Box<dyn std::e
     check(VERIFICATION, Verification::render)?;
     check(GRANTS, crate::cli::grants::render)?;
     check::<Event>(EVENT, |event| {
-        line(&events::Line::Event(event.clone()).to_string()).into_owned()
+        line(&Line::Event(event.clone()).to_string()).into_owned()
     })
 }
 
-const STATUS: &str = r#"{"schema":"S","state":"degraded","causes":["C"],"backend":"both","backend_reason":"R","subject":"task+socket","mode":"enforce",
+const STATUS: &str = r#"{"schema":"enforcer/status/1","state":"degraded","causes":["C"],"backend":"both","backend_reason":"R","subject":"task+socket","mode":"enforce",
 "generation":3,"daemon":{"running":true,"pid":7},"cgroup":"/c","pin_dir":"/p","nft_table":"t","restored":1,"endpoints":2,
 "targets":[{"name":"bus","endpoints":2,"allow":["root","user 7 in /x"],"allowed":1,"denied":2,"would_deny":0}],
 "names":[{"name":"nats.example","addresses":["10.0.0.1"],"stale":true,"cause":"no answer"}],"events_lost":3,
-"existing":{"action":"report","time":"T","generation":3,"found":2,"cut":0,"connections":[{"schema":"S","time":"T","verdict":"deny",
+"existing":{"action":"report","time":"T","generation":3,"found":2,"cut":0,"connections":[{"schema":"enforcer/existing/1","time":"T","verdict":"deny",
 "action":"reported","reason":"R","protocol":"tcp","state":"established","local":"L","remote":"R","uid":7,"cgroup_id":1,"target":"bus","generation":3}]}}"#;
 
-const VERIFICATION: &str = r#"{"schema":"S","identical":false,"against":"daemon","backend":"both","generation":3,"compared":9,"counts":{"map":2},
-"differences":[{"object":"map","kind":"changed","entry":"e","wanted":"w","found":"f"},{"object":"link","kind":"extra","entry":"e","wanted":null,"found":"f"}]}"#;
+const VERIFICATION: &str = r#"{"schema":"enforcer/verify/1","identical":false,"against":"daemon","backend":"both","generation":3,"compared":9,"counts":{"map ports":2},
+"differences":[{"object":"nft set s","kind":"changed","entry":"e","wanted":"w","found":"f"},{"object":"link","kind":"extra","entry":"e","wanted":null,"found":"f"}]}"#;
 
-const GRANTS: &str = r#"{"schema":"S","limit":9,"grants":[{"target":"monit","user":null,"cgroup":"/a","cgroup_exists":true,"cgroup_writable":"/a is of user 7",
+const GRANTS: &str = r#"{"schema":"enforcer/grants/1","limit":9,"grants":[{"target":"monit","user":null,"cgroup":"/a","cgroup_exists":true,"cgroup_writable":"/a is of user 7",
 "active":true,"since":"T","expires":"T","pid":7,"uid":0,"comm":"sh"}],"job_rules":[{"handle":7,"user":7,"cgroup":"/a","ignored":"/a is of user 7"}]}"#;
 
-const EVENT: &str = r#"{"schema":"S","time":"T","verdict":"deny","backend":"ebpf","pid":7,"tid":7,"comm":"sh","kernel_thread":false,"task_uid":7,"socket_uid":8,
+const EVENT: &str = r#"{"schema":"enforcer/event/1","time":"T","verdict":"deny","backend":"ebpf","pid":7,"tid":7,"comm":"sh","kernel_thread":false,"task_uid":7,"socket_uid":8,
 "cgroup_id":1,"netns_cookie":1,"source":null,"protocol":"tcp","dialled":"10.0.0.1:1","judged":"10.0.0.1:2","target":"bus","generation":3}"#;

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, net::SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::CommandFactory as _;
-use enforcer::{cli::Cli, events::Lost};
+use enforcer::{cli::Cli, wire::Lost};
 use serde_json::Value;
 
 use super::{

@@ -1,9 +1,9 @@
 //! Why the kernel does not hold what was asked for, and what to do about it.
 
-use std::{io, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
 use crate::{
-    backend::writer::Holder,
+    backend::{nftables::NftablesError, writer::Holder},
     host::{START, remedy},
 };
 
@@ -11,7 +11,6 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// A file operation.
-    #[error("{action} {}: {error}{}", object.display(), remedy(error))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -21,7 +20,6 @@ pub enum BackendError {
         error: io::Error,
     },
     /// Somebody else could write where our pins lie (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}; it must be a directory of root's with mode 0700: remove it, or name another pin_dir", path.display())]
     Untrusted {
         /// The directory.
         path: PathBuf,
@@ -31,21 +29,16 @@ pub enum BackendError {
         mode: u32,
     },
     /// Pins can lie on a bpffs only.
-    #[error("pin_dir {} is not on a bpffs; mount one there (mount -t bpf bpf DIRECTORY), or name a pin_dir directly below /sys/fs/bpf", path.display())]
     NotBpffs {
         /// The directory.
         path: PathBuf,
     },
     /// A bpffs that is missing must not be mounted where it would not last (F1).
-    #[error(
-        "no bpffs is mounted on /sys/fs/bpf, and {why}; mount it on the host (mount -t bpf bpf /sys/fs/bpf), then start enforcer again"
-    )]
     PrivateMounts {
         /// What is wrong with mounting it here.
         why: String,
     },
     /// Another process writes (F11).
-    #[error("{} is in use by another enforcer{}; if that is the daemon, reload it (SIGHUP), or stop it first; else try again once it has ended", path.display(), by(holder.as_ref()))]
     Busy {
         /// What it has locked.
         path: PathBuf,
@@ -53,19 +46,16 @@ pub enum BackendError {
         holder: Option<Holder>,
     },
     /// A pin is not the map that its name says, or is missing among others.
-    #[error("{} is missing, or is no map of this version of enforcer; what is in force stays: restart the daemon, which takes over without a gap, or run enforcer unload", path.display())]
     Damaged {
         /// The pin.
         path: PathBuf,
     },
     /// The programs in force read maps of another layout.
-    #[error("another version of enforcer (map layout {layout}) enforces; to take over with this one, {START}")]
     OtherVersion {
         /// Which layout.
         layout: String,
     },
     /// A map operation.
-    #[error("{action} map {map}: {error}{}", remedy(error))]
     Map {
         /// What was tried.
         action: &'static str,
@@ -75,13 +65,11 @@ pub enum BackendError {
         error: io::Error,
     },
     /// The kernel holds something else than was written (F3).
-    #[error("map {map} does not hold what was written to it; reload enforcer; if it stays, run enforcer verify")]
     ReadBack {
         /// Which map.
         map: &'static str,
     },
     /// The cgroup to attach to.
-    #[error("open cgroup {}: {error}; name a directory of the cgroup v2 hierarchy with `cgroup`", path.display())]
     Cgroup {
         /// Its path.
         path: PathBuf,
@@ -89,12 +77,8 @@ pub enum BackendError {
         error: io::Error,
     },
     /// There is none to attach to.
-    #[error("no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup)")]
     NoCgroup2,
     /// The programs do not load.
-    #[error(
-        "load {program}: {source}; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)"
-    )]
     Load {
         /// Which one.
         program: &'static str,
@@ -102,7 +86,6 @@ pub enum BackendError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A program does not attach.
-    #[error("attach {hook} to {}: {error}{}", cgroup.display(), attach_hint(error))]
     Attach {
         /// Which hook.
         hook: &'static str,
@@ -112,10 +95,8 @@ pub enum BackendError {
         error: io::Error,
     },
     /// The nftables half or backend.
-    #[error(transparent)]
-    Nftables(#[from] crate::backend::nftables::NftablesError),
+    Nftables(NftablesError),
     /// One half of two.
-    #[error("the {name} half of backend = \"both\": {error}; the rule set before stays in force on both")]
     Half {
         /// Which one.
         name: &'static str,
@@ -123,7 +104,6 @@ pub enum BackendError {
         error: Box<BackendError>,
     },
     /// No backend works here.
-    #[error("no backend works here; ebpf: {ebpf}; nftables: {nftables}")]
     Neither {
         /// Why ebpf does not.
         ebpf: Box<str>,
@@ -132,7 +112,82 @@ pub enum BackendError {
     },
 }
 
+impl From<NftablesError> for BackendError {
+    fn from(error: NftablesError) -> Self {
+        Self::Nftables(error)
+    }
+}
+
+impl fmt::Display for BackendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.cause())?;
+        f.write_str(match self {
+            Self::Io { error, .. } | Self::Map { error, .. } => remedy(error),
+            Self::Untrusted { .. } => {
+                "; it must be a directory of root's with mode 0700: remove it, or name another pin_dir"
+            }
+            Self::NotBpffs { .. } => {
+                "; mount one there (mount -t bpf bpf DIRECTORY), or name a pin_dir directly below /sys/fs/bpf"
+            }
+            Self::PrivateMounts { .. } => {
+                "; mount it on the host (mount -t bpf bpf /sys/fs/bpf), then start enforcer again"
+            }
+            Self::Busy { .. } => {
+                "; if that is the daemon, reload it (SIGHUP), or stop it first; else try again once it has ended"
+            }
+            Self::Damaged { .. } => {
+                "; what is in force stays: restart the daemon, which takes over without a gap, or run enforcer unload"
+            }
+            Self::OtherVersion { .. } => return write!(f, "; to take over with this one, {START}"),
+            Self::ReadBack { .. } => "; reload enforcer; if it stays, run enforcer verify",
+            Self::Cgroup { .. } => "; name a directory of the cgroup v2 hierarchy with `cgroup`",
+            Self::NoCgroup2 => "; mount one (mount -t cgroup2 none /sys/fs/cgroup)",
+            Self::Load { .. } => {
+                "; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)"
+            }
+            Self::Attach { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => {
+                " (another program there or above forbids sharing the cgroup: list them with `bpftool cgroup show`, and have its owner attach with BPF_F_ALLOW_MULTI; or CAP_NET_ADMIN is missing)"
+            }
+            Self::Half { .. } => "; the rule set before stays in force on both",
+            Self::Attach { .. } | Self::Nftables(_) | Self::Neither { .. } => "",
+        })
+    }
+}
+
 impl BackendError {
+    /// What happened, without what to do about it.
+    #[must_use]
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Io { action, object, error } => format!("{action} {}: {error}", object.display()),
+            Self::Untrusted { path, uid, mode } => {
+                format!("{} is owned by uid {uid} with mode {mode:04o}", path.display())
+            }
+            Self::NotBpffs { path } => format!("pin_dir {} is not on a bpffs", path.display()),
+            Self::PrivateMounts { why } => format!("no bpffs is mounted on /sys/fs/bpf, and {why}"),
+            Self::Busy { path, holder } => {
+                let by = holder.as_ref().map(|holder| format!(", {holder}")).unwrap_or_default();
+                format!("{} is in use by another enforcer{by}", path.display())
+            }
+            Self::Damaged { path } => {
+                format!(
+                    "{} is missing, or is no map of this version of enforcer",
+                    path.display()
+                )
+            }
+            Self::OtherVersion { layout } => format!("another version of enforcer (map layout {layout}) enforces"),
+            Self::Map { action, map, error } => format!("{action} map {map}: {error}"),
+            Self::ReadBack { map } => format!("map {map} does not hold what was written to it"),
+            Self::Cgroup { path, error } => format!("open cgroup {}: {error}", path.display()),
+            Self::NoCgroup2 => "no cgroup v2 hierarchy is mounted".to_owned(),
+            Self::Load { program, source } => format!("load {program}: {source}"),
+            Self::Attach { hook, cgroup, error } => format!("attach {hook} to {}: {error}", cgroup.display()),
+            Self::Nftables(error) => error.to_string(),
+            Self::Half { name, error } => format!("the {name} half of backend = \"both\": {error}"),
+            Self::Neither { ebpf, nftables } => format!("no backend works here; ebpf: {ebpf}; nftables: {nftables}"),
+        }
+    }
+
     /// Whether another process enforces there.
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -141,12 +196,13 @@ impl BackendError {
     }
 
     /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that needs mending.
+    /// That it has BPF at all is asked only where that decides.
     #[must_use]
-    pub fn is_inability(&self) -> bool {
+    pub fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
         match self {
             Self::NoCgroup2 | Self::PrivateMounts { .. } | Self::Load { .. } | Self::Attach { .. } => true,
             // Without BPF there is no bpffs either; with it, a wrong place is the configuration's fault.
-            Self::Io { .. } | Self::NotBpffs { .. } => super::sys::wait_for_programs().is_err(),
+            Self::Io { .. } | Self::NotBpffs { .. } => !has_bpf(),
             Self::Map { error, .. } => error.raw_os_error() == Some(libc::EPERM),
             Self::Untrusted { .. }
             | Self::Busy { .. }
@@ -158,24 +214,5 @@ impl BackendError {
             | Self::Half { .. }
             | Self::Neither { .. } => false,
         }
-    }
-
-    /// The message up to its advice.
-    #[must_use]
-    pub fn without_hint(&self) -> Box<str> {
-        let text = self.to_string();
-        text.split("; ").next().unwrap_or_default().into()
-    }
-}
-
-fn by(holder: Option<&Holder>) -> String {
-    holder.map_or_else(String::new, |holder| format!(", {holder}"))
-}
-
-fn attach_hint(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::PermissionDenied {
-        " (another program there or above forbids sharing the cgroup: list them with `bpftool cgroup show`, and have its owner attach with BPF_F_ALLOW_MULTI; or CAP_NET_ADMIN is missing)"
-    } else {
-        ""
     }
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::host::directory_id;
 
 /// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
-pub(super) const HOOKS: [Hook; 4] = [
+pub(in crate::backend) const HOOKS: [Hook; 4] = [
     Hook {
         name: "connect4",
         attach_type: 10,
@@ -40,9 +40,9 @@ pub(super) const HOOKS: [Hook; 4] = [
 ];
 
 /// Where a program runs.
-pub(super) struct Hook {
-    pub(super) name: &'static str,
-    pub(super) attach_type: u32,
+pub(in crate::backend) struct Hook {
+    pub(in crate::backend) name: &'static str,
+    pub(in crate::backend) attach_type: u32,
     /// Attached only while some target asks for UDP.
     pub(super) udp_only: bool,
 }

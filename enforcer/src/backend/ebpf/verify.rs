@@ -17,7 +17,7 @@ use super::{
     pins::Pins,
     sys,
 };
-use crate::{ruleset::RuleSet, verify::Comparison};
+use crate::{ruleset::RuleSet, verify::Comparison, wire::Object};
 
 impl Kernel {
     /// Compares with a rule set; the number is that of the rule set found in force.
@@ -97,9 +97,14 @@ fn compare(
     } else {
         "none is"
     };
-    comparison.words("map active", "rule set", "a rule set is in force", on);
+    comparison.words(&Object::ActiveMap, "rule set", "a rule set is in force", on);
     if let Some(wanted) = wanted.number {
-        comparison.words("map generations", "number", &wanted.to_string(), &number.to_string());
+        comparison.words(
+            &Object::GenerationsMap,
+            "number",
+            &wanted.to_string(),
+            &number.to_string(),
+        );
     }
     let want = &wanted.image;
     if found == *want {
@@ -119,7 +124,7 @@ fn compare(
             },
             Err(error) => format!("cannot be opened: {error}"),
         };
-        comparison.words("link", hook.name, OURS, &found);
+        comparison.words(&Object::Link, hook.name, OURS, &found);
     }
     modes(pins, want.has_udp(), comparison)?;
     Ok(number)
@@ -133,7 +138,7 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
         ("netns", want.netns, found.netns),
     ] {
         comparison.words(
-            "map generations",
+            &Object::GenerationsMap,
             entry,
             &format!("{wanted:#x}"),
             &format!("{found:#x}"),
@@ -141,9 +146,9 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
     }
     let ports =
         |image: &Image| -> Vec<(u16, ())> { image.ports.iter().map(|port| (u16::from_be(*port), ())).collect() };
-    comparison.entries("map ports", ports(want), ports(found));
+    comparison.entries(&Object::PortsMap, ports(want), ports(found));
     comparison.words(
-        "map nat64",
+        &Object::Nat64Map,
         "prefixes",
         &format!("{:x?}", want.nat64),
         &format!("{:x?}", found.nat64),
@@ -168,30 +173,26 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
             .map(|(key, owners)| (key, targets(owners, want)))
             .collect()
     };
-    comparison.entries("maps endpoints and prefixes", endpoints(want), endpoints(found));
+    comparison.entries(&Object::EndpointMaps, endpoints(want), endpoints(found));
     let principals = |image: &Image| -> Vec<_> {
         let all = image.principals.iter();
         all.map(|(key, owners)| ((key.kind, key.uid, key.cgroup, key.zero), targets(*owners, want)))
             .collect()
     };
-    comparison.entries(
-        "map principals (kind, user, cgroup)",
-        principals(want),
-        principals(found),
-    );
+    comparison.entries(&Object::PrincipalsMap, principals(want), principals(found));
     let at_hand = |image: &Image| -> Vec<_> {
         let few = image.few.users.iter().zip(image.few.admitting);
         (0_u32..)
             .zip(few.map(|(user, admitting)| (*user, targets(admitting, want))))
             .collect()
     };
-    comparison.entries("map generations, users at hand", at_hand(want), at_hand(found));
+    comparison.entries(&Object::InlineUsers, at_hand(want), at_hand(found));
     let names = |image: &Image| -> Vec<(u32, String)> {
         (0..)
             .zip(image.names.iter().map(|name| name.as_str().to_owned()))
             .collect()
     };
-    comparison.entries("map targets", names(want), names(found));
+    comparison.entries(&Object::TargetsMap, names(want), names(found));
 }
 
 const OURS: &str = "attached, runs our program";
@@ -202,7 +203,7 @@ fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), Back
     let mut wanted = vec![maps.as_str()];
     wanted.extend(HOOKS.iter().filter(|hook| udp || !hook.udp_only).map(|hook| hook.name));
     let names = pins.list()?;
-    comparison.names("pin directory", wanted, names.iter().map(String::as_str));
+    comparison.names(&Object::PinDirectory, wanted, names.iter().map(String::as_str));
     let below = |dir: &str| -> Vec<String> {
         let entries = fs::read_dir(pins.path(dir)).into_iter().flatten().flatten();
         entries
@@ -220,7 +221,7 @@ fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), Back
         };
         let mode = if meta.is_dir() { "0700" } else { "0600" };
         comparison.words(
-            "pin",
+            &Object::Pin,
             &path.display().to_string(),
             &format!("user 0, mode {mode}"),
             &format!("user {}, mode {:04o}", meta.uid(), meta.mode() & 0o7777),
@@ -244,7 +245,7 @@ fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) -> Result<
     for (name, id) in names.into_iter().zip(maps.ids()?.into_iter().chain([maps.nat64_id()?])) {
         let found = sys::open_pin(&pins.path(&dir).join(name)).and_then(|map| sys::map_id(map.as_fd()));
         let found = found.map_or_else(|error| error.to_string(), |id| format!("map {id}"));
-        comparison.words("pinned map", name, &format!("map {id}"), &found);
+        comparison.words(&Object::PinnedMap, name, &format!("map {id}"), &found);
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use super::{
     image::{self, Image, Loader},
     netlink::{Dump, Netlink},
 };
-use crate::{config::Forward, ruleset::RuleSet, verify::Comparison};
+use crate::{config::Forward, ruleset::RuleSet, verify::Comparison, wire::Object};
 
 impl Nftables {
     /// Compares with a rule set; the number is that of the rule set found in force.
@@ -62,16 +62,16 @@ fn knows_cgroups() -> bool {
 
 fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
     let state = if found.dormant { "dormant" } else { "active" };
-    comparison.words("nft table", "state", "active", state);
+    comparison.words(&Object::Table, "state", "active", state);
     let image = &found.image;
     comparison.names(
-        "nft chains",
+        &Object::Chains,
         wanted.chains.keys().map(String::as_str),
         image.chains.keys().map(String::as_str),
     );
     for (name, chain) in &wanted.chains {
         let Some(found) = image.chains.get(name) else { continue };
-        let object = format!("nft chain {name}");
+        let object = Object::Chain(name.clone());
         comparison.one(&object, || "hook".to_owned(), chain.base.as_ref(), found.base.as_ref());
         for index in 0..chain.rules.len().max(found.rules.len()) {
             comparison.one(
@@ -83,13 +83,13 @@ fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
         }
     }
     comparison.names(
-        "nft sets",
+        &Object::Sets,
         wanted.sets.keys().map(String::as_str),
         image.sets.keys().map(String::as_str),
     );
     for (name, set) in &wanted.sets {
         let Some(found) = image.sets.get(name) else { continue };
-        let object = format!("nft set {name}");
+        let object = Object::Set(name.clone());
         comparison.one(&object, || "kind".to_owned(), Some(&set.kind), Some(&found.kind));
         let elements = |set: &image::Set| -> Vec<_> {
             let all = set.elements.iter();
@@ -99,7 +99,7 @@ fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
         comparison.entries(&object, elements(set), elements(found));
     }
     comparison.names(
-        "nft counters",
+        &Object::Counters,
         wanted.counters.iter().map(String::as_str),
         image.counters.iter().map(String::as_str),
     );

@@ -15,10 +15,9 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket, protocols::NETLINK_SOCK_DIAG};
 
-use super::{Connection, Listener, State, SweepError};
 use crate::{
-    backend::probe::{Fact, Feature},
     policy::{Protocol, Uid},
+    wire::SocketState,
 };
 
 /// The kernel fills at most so much at once (`max_recvmsg_len` in `net/netlink/af_netlink.c`), some hundred sockets.
@@ -27,43 +26,71 @@ const CHUNK: usize = 32 << 10;
 /// The socket's cgroup v2 id, 8 bytes; since Linux 5.9 (`include/uapi/linux/inet_diag.h`).
 const INET_DIAG_CGROUP_ID: u16 = 21;
 
+/// A socket with a remote end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Transport.
+    pub protocol: Protocol,
+    /// How far it is.
+    pub state: SocketState,
+    /// Our end, as the kernel has it: IPv4-mapped for such sockets.
+    pub local: SocketAddr,
+    /// The other end, likewise.
+    pub remote: SocketAddr,
+    /// Index of the device that the socket is bound to, or 0.
+    pub interface: u32,
+    /// Owner of the socket; 0 may also be a socket of the kernel's, or before Linux 6.17 one that nobody holds.
+    pub uid: Uid,
+    /// Whether a file or the kernel holds it. Not held: closed with something left to do, or not yet accepted.
+    pub held: bool,
+    /// cgroup v2 id of where the socket was made; since Linux 5.9.
+    pub cgroup: Option<u64>,
+    /// Number of the socket, never given to another.
+    pub cookie: [u8; 8],
+}
+
+/// A socket that waits for others: listening, or bound UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Transport.
+    pub protocol: Protocol,
+    /// Its address, perhaps unspecified, and port.
+    pub at: SocketAddr,
+}
+
 /// Hands every connected socket of a protocol and address family to `each`, some hundred between two turns of the loop.
-pub(super) async fn connections(
-    protocol: Protocol,
-    v6: bool,
-    mut each: impl FnMut(Connection),
-) -> Result<(), SweepError> {
+pub(crate) async fn connections(protocol: Protocol, v6: bool, mut each: impl FnMut(Connection)) -> io::Result<()> {
     // TIME-WAIT belongs to nobody, LISTEN has no remote end, CLOSE is no connection.
     let states = match protocol {
         Protocol::Tcp => StateFlags::all() - StateFlags::TIME_WAIT - StateFlags::LISTEN - StateFlags::CLOSE,
         Protocol::Udp => StateFlags::ESTABLISHED,
     };
-    let dumped = dump(protocol, v6, states, |response| {
+    let each = |response| {
         if let Some(connection) = connection(protocol, response) {
             each(connection);
         }
-    });
-    dumped.await.map_err(|error| SweepError::List { protocol, v6, error })
+    };
+    dump(protocol, v6, states, each).await
 }
 
 /// Hands every socket that waits for others to `each`: listening, for UDP bound and not connected.
-pub(super) async fn listeners(protocol: Protocol, v6: bool, mut each: impl FnMut(Listener)) -> Result<(), SweepError> {
+pub(crate) async fn listeners(protocol: Protocol, v6: bool, mut each: impl FnMut(Listener)) -> io::Result<()> {
     let states = match protocol {
         Protocol::Tcp => StateFlags::LISTEN,
         Protocol::Udp => StateFlags::CLOSE,
     };
-    let dumped = dump(protocol, v6, states, |response| {
+    let each = |response: InetResponse| {
         let id = &response.header.socket_id;
         each(Listener {
             protocol,
             at: SocketAddr::new(id.source_address, id.source_port),
         });
-    });
-    dumped.await.map_err(|error| SweepError::List { protocol, v6, error })
+    };
+    dump(protocol, v6, states, each).await
 }
 
 /// Destroys a connection; false if it had ended by itself. The cookie sees to it that it is this one.
-pub(super) async fn cut(connection: &Connection) -> Result<bool, SweepError> {
+pub(crate) async fn destroy(connection: &Connection) -> io::Result<bool> {
     let Connection {
         protocol,
         local,
@@ -88,33 +115,16 @@ pub(super) async fn cut(connection: &Connection) -> Result<bool, SweepError> {
     match ask(destroy, NLM_F_REQUEST | NLM_F_ACK, |_| {}).await {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-        Err(error) => Err(SweepError::Cut {
-            protocol,
-            remote,
-            error,
-        }),
+        Err(error) => Err(error),
     }
 }
 
-/// Every socket of a protocol that waits for others, in this network namespace.
-pub async fn listening(protocol: Protocol) -> Result<Vec<Listener>, SweepError> {
-    let mut all = Vec::new();
-    for v6 in [false, true] {
-        listeners(protocol, v6, |listener| all.push(listener)).await?;
-    }
-    Ok(all)
-}
-
-/// Whether the kernel lists and destroys sockets. What is asked to be destroyed is no socket: nobody has its number.
-pub async fn probe() -> [(Feature, Fact); 2] {
-    let error = |error| match error {
-        SweepError::List { error, .. } | SweepError::Cut { error, .. } | SweepError::Cgroups { error, .. } => error,
-    };
-    let listed = listeners(Protocol::Tcp, false, |_| {}).await.map_err(error);
+/// Whether the kernel destroys sockets. What is asked to be destroyed is none: nobody has its number.
+pub(crate) async fn try_to_destroy() -> io::Result<()> {
     let nowhere = SocketAddr::from(([192, 0, 2, 1], 1));
     let none = Connection {
         protocol: Protocol::Tcp,
-        state: State::Established,
+        state: SocketState::Established,
         local: nowhere,
         remote: nowhere,
         interface: 0,
@@ -123,11 +133,7 @@ pub async fn probe() -> [(Feature, Fact); 2] {
         cgroup: None,
         cookie: [0xee; 8],
     };
-    let destroyed = cut(&none).await.map(drop).map_err(error);
-    [
-        (Feature::SockDiag, Fact::from_errno(listed)),
-        (Feature::SockDestroy, Fact::from_errno(destroyed)),
-    ]
+    destroy(&none).await.map(drop)
 }
 
 fn family(v6: bool) -> u8 {
@@ -226,7 +232,7 @@ fn connection(protocol: Protocol, response: InetResponse) -> Option<Connection> 
     });
     Some(Connection {
         protocol,
-        state: State::read(header.state)?,
+        state: read_state(header.state)?,
         local: place(id.source_address, id.source_port),
         remote: place(id.destination_address, id.destination_port),
         interface: id.interface_id,
@@ -234,5 +240,20 @@ fn connection(protocol: Protocol, response: InetResponse) -> Option<Connection> 
         held: header.inode != 0,
         cgroup,
         cookie: id.cookie,
+    })
+}
+
+/// How far a connection is (`include/net/tcp_states.h`); none for what is none.
+fn read_state(number: u8) -> Option<SocketState> {
+    Some(match number {
+        1 => SocketState::Established,
+        2 => SocketState::SynSent,
+        3 => SocketState::SynReceived,
+        4 => SocketState::FinWait1,
+        5 => SocketState::FinWait2,
+        8 => SocketState::CloseWait,
+        9 => SocketState::LastAck,
+        11 => SocketState::Closing,
+        _ => return None,
     })
 }

@@ -1,0 +1,51 @@
+//! What other processes have in the kernel beside ours: programs on a cgroup, rules and chains of nftables. Only read, for `doctor`.
+
+use std::{fs::File, io, os::fd::AsFd as _, path::Path};
+
+use super::{
+    ebpf::{links::HOOKS, sys},
+    nftables::{netlink::Netlink, others},
+};
+
+pub use super::{
+    ebpf::sys::Attached,
+    nftables::others::{ForeignRule, Nat, To},
+};
+
+/// Family, table and name of a chain.
+pub type Chain = (String, String, String);
+
+/// The names of the hooks that our programs are on.
+pub fn hooks() -> impl Iterator<Item = &'static str> {
+    HOOKS.iter().map(|hook| hook.name)
+}
+
+/// The id of the program that the pinned link of a hook runs, if there is one.
+#[must_use]
+pub fn our_program(pin_dir: &Path, hook: &str) -> Option<u32> {
+    let link = sys::open_pin(&pin_dir.join(hook)).ok()?;
+    sys::link_info(link.as_fd()).ok().map(|info| info.program)
+}
+
+/// The programs on a cgroup itself at a hook, ours among them, in the order in which they run; none where the kernel has no BPF.
+pub fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
+    let Some(hook) = HOOKS.iter().find(|known| known.name == hook) else {
+        return Ok(Vec::new());
+    };
+    match File::open(cgroup).and_then(|cgroup| sys::attached(cgroup.as_fd(), hook.attach_type)) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(Vec::new()),
+        found => found,
+    }
+}
+
+/// Every rule and every chain of every table of this network namespace; none where the kernel has no `nf_tables`.
+pub fn tables() -> Option<(io::Result<Vec<ForeignRule>>, io::Result<Vec<Chain>>)> {
+    let mut netlink = match Netlink::open() {
+        Ok(netlink) => netlink,
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return None,
+        Err(error) => return Some((Err(error), Ok(Vec::new()))),
+    };
+    let (rules, chains) = (others::rules(&mut netlink), others::chains(&mut netlink));
+    let is_missing = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL));
+    (!rules.as_ref().is_err_and(is_missing)).then_some((rules, chains))
+}

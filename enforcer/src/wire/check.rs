@@ -1,0 +1,52 @@
+//! The verdict on an attempt, and what is wrong with a configuration.
+
+use serde::Serialize;
+
+use super::{Schema, Verdict};
+
+/// `enforcer check --json`, one line an address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CheckReport {
+    /// `enforcer/check/1`.
+    pub schema: Schema,
+    /// What becomes of it.
+    pub verdict: Verdict,
+    /// Whether a target has the destination.
+    pub judged: bool,
+    /// Protocol, address and port.
+    pub destination: String,
+    /// Number of the rule set that decided.
+    pub generation: u64,
+    /// The targets that have it.
+    pub targets: Vec<CheckTarget>,
+    /// Why.
+    pub reason: String,
+}
+
+/// A target of an attempt's destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CheckTarget {
+    /// Its name.
+    pub name: String,
+    /// Whether it allows the attempt.
+    pub admits: bool,
+    /// Why.
+    pub reason: String,
+}
+
+/// `enforcer config check --json`, of a good one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConfigCheck {
+    /// `enforcer/config-check/1`.
+    pub schema: Schema,
+    /// The file.
+    pub path: String,
+    /// How many targets it has.
+    pub targets: usize,
+    /// What is odd.
+    pub warnings: Vec<String>,
+    /// What does not exist on this host yet, and matches nobody until it does.
+    pub absent: Vec<String>,
+    /// Names that will not be protected as it is.
+    pub unprotected: Vec<String>,
+}

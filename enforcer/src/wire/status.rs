@@ -1,0 +1,138 @@
+//! What is active, and whether it is as desired.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ActiveBackend, Existing, ExistingEvent, Mode, Schema, State};
+
+/// `enforcer status --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// `enforcer/status/1`.
+    pub schema: Schema,
+    /// The state in a word.
+    pub state: State,
+    /// Why it is degraded, or off.
+    pub causes: Vec<String>,
+    /// What enforces.
+    pub backend: ActiveBackend,
+    /// Why `auto` took nftables, if it did.
+    pub backend_reason: Option<String>,
+    /// Whose user is checked (D3).
+    pub subject: SubjectKind,
+    /// Whether anything is refused.
+    pub mode: Mode,
+    /// Number of the rule set in force, 0 for none.
+    pub generation: u64,
+    /// The daemon.
+    pub daemon: DaemonStatus,
+    /// The cgroup whose tasks are judged.
+    pub cgroup: String,
+    /// Where the pins lie.
+    pub pin_dir: String,
+    /// The nftables table, of family inet.
+    pub nft_table: String,
+    /// How often something that others removed or changed was put back (F5).
+    pub restored: u64,
+    /// Endpoints in force.
+    pub endpoints: u64,
+    /// The targets in force.
+    pub targets: Vec<TargetStatus>,
+    /// The names looked up; only the daemon knows them.
+    pub names: Vec<NameStatus>,
+    /// Ports of names that were dialled at other addresses (N8); only the daemon knows them.
+    #[serde(default)]
+    pub dials: Vec<DialStatus>,
+    /// Denials that nobody could be told of.
+    pub events_lost: u64,
+    /// Connections older than the rules; only the daemon knows them.
+    #[serde(default)]
+    pub existing: Option<ExistingStatus>,
+}
+
+/// The daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Whether it answers.
+    pub running: bool,
+    /// Its process id.
+    pub pid: Option<u32>,
+}
+
+/// A target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetStatus {
+    /// Its name.
+    pub name: String,
+    /// Its endpoints.
+    pub endpoints: u64,
+    /// Its principals.
+    pub allow: Vec<String>,
+    /// Attempts it admitted.
+    pub allowed: u64,
+    /// Attempts it refused.
+    pub denied: u64,
+    /// Attempts it would have refused, in audit mode.
+    pub would_deny: u64,
+}
+
+/// A name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NameStatus {
+    /// The name.
+    pub name: String,
+    /// The addresses that are protected for it.
+    pub addresses: Vec<String>,
+    /// Whether the last look-up failed (N3).
+    pub stale: bool,
+    /// Why.
+    pub cause: Option<String>,
+    /// How many addresses of its last answer are not protected, as it has more than a name may have (N4).
+    #[serde(default)]
+    pub cut: usize,
+}
+
+/// Dials of a port of names, at addresses that were no endpoints then: each has the names looked up, or soon after (N8).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DialStatus {
+    /// The port.
+    pub port: u16,
+    /// How often dials had its names looked up since the daemon started.
+    pub lookups: u64,
+    /// The address that was dialled last, as far as it was told.
+    pub last: String,
+    /// Who dialled it, where that is known.
+    pub uid: Option<u32>,
+    /// When, RFC 3339, UTC.
+    pub time: String,
+}
+
+/// Connections older than the rules that would refuse them, as of the last sweep (D9).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExistingStatus {
+    /// What becomes of them.
+    pub action: Existing,
+    /// When was swept, RFC 3339, UTC.
+    pub time: String,
+    /// By which rule set.
+    pub generation: u64,
+    /// How many there are, cut ones not among them.
+    pub found: u64,
+    /// How many were cut since the daemon started.
+    pub cut: u64,
+    /// The first of those there are.
+    pub connections: Vec<ExistingEvent>,
+}
+
+words! {
+    /// Whose user is checked (D3).
+    SubjectKind {
+        /// Both the connecting task's and the socket's owner.
+        TaskAndSocket = "task+socket",
+        /// Both, where the socket is of TCP: of others the kernel shows no owner (`lockdown=confidentiality`).
+        TaskAndTcpSocket = "task+tcp-socket",
+        /// The connecting task's alone, as the kernel has no BTF.
+        Task = "task",
+        /// The user by whom the socket was opened: nftables alone.
+        File = "file",
+    }
+}
