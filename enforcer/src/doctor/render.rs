@@ -30,7 +30,7 @@ impl Report {
         line("config", &host.config);
         if host.root.is_none() {
             line("cgroup", host.cgroup.as_deref().unwrap_or("no cgroup v2 is mounted"));
-            line("in force", host.in_force.as_deref().unwrap_or("nothing"));
+            line("active", host.in_force.as_deref().unwrap_or("nothing"));
             let daemon = host
                 .daemon
                 .map_or_else(|| "does not answer".to_owned(), |pid| format!("pid {pid}"));

@@ -7,6 +7,8 @@ use std::{
     process::Command,
 };
 
+use super::{Weight, findings::Findings};
+
 /// The package's units.
 const OURS: [&str; 2] = ["enforcer-early.service", "enforcer.service"];
 /// Where systemd runs (man 3 `sd_booted`).
@@ -28,7 +30,7 @@ struct Unit {
 }
 
 /// The shortest through each of our units; none where systemd does not run.
-pub(super) fn cycles() -> Result<Vec<Cycle>, String> {
+pub(super) fn collect() -> Result<Vec<Cycle>, String> {
     if !Path::new(BOOTED).is_dir() {
         return Ok(Vec::new());
     }
@@ -47,6 +49,31 @@ pub(super) fn cycles() -> Result<Vec<Cycle>, String> {
         return Err(format!("systemctl show ({}): {}", output.status, said.trim()));
     }
     Ok(find(&parse(&String::from_utf8_lossy(&output.stdout))))
+}
+
+pub(super) fn findings(cycles: &[Cycle], findings: &mut Findings) {
+    let shown = |cycle: &Cycle| {
+        let units: Vec<&str> = cycle
+            .units
+            .iter()
+            .chain(cycle.units.first())
+            .map(String::as_str)
+            .collect();
+        let drop_ins = cycle.drop_ins.join(", ");
+        let see = if drop_ins.is_empty() {
+            String::new()
+        } else {
+            format!(" (see {drop_ins})")
+        };
+        format!("{}{see}", units.join(" after "))
+    };
+    findings.each(
+        "ordering-cycle",
+        Weight::High,
+        "systemd units form an ordering cycle with enforcer's: at boot systemd breaks it by not starting one of them, which may be enforcer",
+        cycles.iter().map(shown),
+        "remove one of these After= or Before=; enforcer.service is to start before network-online.target and what needs that",
+    );
 }
 
 /// Reads blocks of properties, one a unit.
