@@ -35,8 +35,8 @@ const LONGEST: u64 = 64 << 10;
 pub(super) struct Member {
     /// Which one.
     pub(super) by: SocketAddr,
-    /// Its address, or a name that no endpoint has.
-    pub(super) host: Result<IpAddr, String>,
+    /// Its address or name.
+    pub(super) host: String,
     pub(super) port: u16,
 }
 
@@ -83,13 +83,13 @@ pub(super) async fn members(buses: &BTreeSet<Endpoint>, names: &Resolved, rules:
         found.extend(urls.iter().filter_map(|url| member(server, url)));
     }
     let is_endpoint = |address: &IpAddr, port| owners(rules, Protocol::Tcp, *address, port) != 0;
-    let is_known = |member: &Member| match &member.host {
-        Ok(address) => is_endpoint(address, member.port),
-        // Of a name that no endpoint has, nothing is known.
-        Err(host) => {
-            let addresses = Name::parse(host).ok().and_then(|name| names.get(&name));
-            addresses.is_some_and(|all| !all.is_empty() && all.iter().all(|address| is_endpoint(address, member.port)))
-        }
+    // Of a name that no endpoint has, nothing is known.
+    let is_known = |Member { host, port, .. }: &Member| match host.parse::<IpAddr>() {
+        Ok(address) => is_endpoint(&address, *port),
+        Err(_) => Name::parse(host)
+            .ok()
+            .and_then(|name| names.get(&name))
+            .is_some_and(|all| !all.is_empty() && all.iter().all(|address| is_endpoint(address, *port))),
     };
     found.into_iter().filter(|member| !is_known(member)).collect()
 }
@@ -108,9 +108,9 @@ fn root_may(rules: &RuleSet, server: SocketAddr) -> bool {
 
 pub(super) fn findings(members: &[Member], findings: &mut Findings) {
     let items = members.iter().map(|Member { by, host, port }| {
-        let server = match host {
-            Ok(address) => SocketAddr::new(*address, *port).to_string(),
-            Err(name) => format!("{}:{port}", text::name(name)),
+        let server = match host.parse() {
+            Ok(address) => SocketAddr::new(address, *port).to_string(),
+            Err(_) => format!("{}:{port}", text::name(host)),
         };
         format!("{server}, announced by {by}")
     });
@@ -137,15 +137,14 @@ fn read(line: &str) -> Option<Vec<String>> {
 
 /// Of `10.0.0.12:4222`, `[2001:db8::12]:4222` or `host:4222`.
 fn member(by: SocketAddr, url: &str) -> Option<Member> {
-    if let Ok(address) = url.parse::<SocketAddr>() {
-        let host = Ok(address.ip().to_canonical());
-        let port = address.port();
-        return Some(Member { by, host, port });
-    }
     let (host, port) = url.rsplit_once(':')?;
-    let host = Err(host.to_owned());
-    let port = port.parse().ok()?;
-    Some(Member { by, host, port })
+    let host = host.trim_matches(['[', ']']);
+    let address = host.parse::<IpAddr>().map(|address| address.to_canonical());
+    Some(Member {
+        by,
+        host: address.map_or_else(|_| host.to_owned(), |address| address.to_string()),
+        port: port.parse().ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -161,19 +160,9 @@ mod tests {
             .flatten()
             .filter_map(|url| member(by, &url))
             .collect();
-        let member = |host: Result<&str, &str>, port| Member {
-            by,
-            host: host.map_err(str::to_owned).map(|text| text.parse().unwrap_or(by.ip())),
-            port,
-        };
-        assert_eq!(
-            members,
-            [
-                member(Ok("10.0.0.12"), 4222),
-                member(Ok("2001:db8::12"), 4223),
-                member(Err("bus-1"), 4222)
-            ]
-        );
+        let found = members.iter().map(|member| (member.host.as_str(), member.port));
+        let expected = [("10.0.0.12", 4222), ("2001:db8::12", 4223), ("bus-1", 4222)];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
         for other in [
             "",
             "INFO",

@@ -46,7 +46,7 @@ pub(super) struct Image {
 }
 
 /// Options of a kernel's configuration that a feature takes, each with its module where it can be one.
-const OPTIONS: [(Feature, &str, &str); 19] = [
+pub(super) const OPTIONS: [(Feature, &str, &str); 19] = [
     (Feature::BpfSyscall, "BPF_SYSCALL", ""),
     (Feature::CgroupSockAddr, "CGROUPS", ""),
     (Feature::CgroupSockAddr, "CGROUP_BPF", ""),

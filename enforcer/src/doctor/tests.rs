@@ -80,13 +80,24 @@ fn check(change: impl FnOnce(&mut Seen), found: &[&str]) {
     assert_eq!(ids(seen.clone()), found, "{seen:#?}");
 }
 
-fn nat(to: To, port: Option<u16>) -> ForeignRule {
+/// The same where a backend is active.
+fn check_with(backend: Backend, change: impl FnOnce(&mut Seen), found: &[&str]) {
+    check(
+        |seen| {
+            change(seen);
+            seen.instance.active = Some(backend);
+        },
+        found,
+    );
+}
+
+fn rule(table: &str, nat: Option<Nat>, matches: &[&str]) -> ForeignRule {
     ForeignRule {
         family: "ip".to_owned(),
-        table: "nat".to_owned(),
+        table: table.to_owned(),
         chain: "output".to_owned(),
-        nat: Some(Nat { to, port }),
-        matches: Vec::new(),
+        nat,
+        matches: matches.iter().map(|name| (*name).to_owned()).collect(),
     }
 }
 
@@ -119,45 +130,39 @@ fn nothing_is_found_where_all_is_well() {
 
 #[test]
 fn translation_is_found_where_it_leads_onto_an_endpoint_and_ebpf_is_alone() {
+    let nat = |to, port| move |seen: &mut Seen| seen.firewall.rules.push(rule("nat", Some(Nat { to, port }), &[]));
     let monit = To::Address(IpAddr::from([127, 0, 0, 1]));
     let elsewhere = To::Address(IpAddr::from([10, 0, 0, 1]));
-    check(
-        |seen| seen.firewall.rules.push(nat(monit, Some(2822))),
-        &["nat-onto-endpoint"],
-    );
-    check(
-        |seen| seen.firewall.rules.push(nat(monit, None)),
-        &["nat-onto-endpoint"],
-    );
-    check(
-        |seen| seen.firewall.rules.push(nat(To::Here, Some(2822))),
-        &["nat-onto-endpoint"],
-    );
-    check(|seen| seen.firewall.rules.push(nat(monit, Some(80))), &[]);
-    check(|seen| seen.firewall.rules.push(nat(elsewhere, Some(2822))), &[]);
-    check(
-        |seen| seen.firewall.rules.push(nat(To::Unknown, None)),
-        &["nat-unknown"],
-    );
-    let both = |seen: &mut Seen| {
-        seen.firewall.rules.push(nat(monit, Some(2822)));
-        seen.instance.active = Some(Backend::Both);
-    };
-    check(both, &[]);
-    let text =
-        "*nat\n:OUTPUT ACCEPT\n-A OUTPUT -d 10.0.0.9/32 -p tcp -j DNAT --to-destination 127.0.0.1:2822\nCOMMIT\n";
-    check(
-        |seen| seen.firewall.legacy = firewall::parse(text),
-        &["nat-onto-endpoint"],
-    );
+    check(nat(monit, Some(2822)), &["nat-onto-endpoint"]);
+    check(nat(monit, None), &["nat-onto-endpoint"]);
+    check(nat(To::Here, Some(2822)), &["nat-onto-endpoint"]);
+    check(nat(monit, Some(80)), &[]);
+    check(nat(elsewhere, Some(2822)), &[]);
+    check(nat(To::Unknown, None), &["nat-unknown"]);
+    check_with(Backend::Both, nat(monit, Some(2822)), &[]);
+    for (legacy, found) in [
+        ("DNAT --to-destination 127.0.0.1:2822", &["nat-onto-endpoint"][..]),
+        ("DNAT --to-destination 127.0.0.1", &["nat-onto-endpoint"]),
+        ("DNAT --to-destination 127.0.0.1:80", &[]),
+        ("DNAT --to-destination 10.0.0.1-10.0.0.9", &["nat-unknown"]),
+        ("REDIRECT --to-ports 2822", &["nat-onto-endpoint"]),
+        ("ACCEPT", &[]),
+    ] {
+        let text = format!("*nat\n:OUTPUT ACCEPT\n-A OUTPUT -d 10.0.0.9/32 -p tcp -j {legacy}\nCOMMIT\n");
+        check(|seen| seen.firewall.legacy = firewall::parse(&text), found);
+    }
 }
 
 #[test]
 fn servers_that_are_no_endpoints_are_named() {
     let by = ([10, 0, 0, 11], 4222).into();
     let mut seen = well();
-    seen.instance.members = [Ok([10, 0, 0, 12].into()), Err("bus-1".to_owned())]
-        .map(|host| Member { by, host, port: 4222 })
+    seen.instance.members = ["10.0.0.12", "bus-1"]
+        .map(|host| Member {
+            by,
+            host: host.to_owned(),
+            port: 4222,
+        })
         .into();
     assert_eq!(ids(seen.clone()), ["bus-members"]);
     let items = seen.report().findings.pop().map(|finding| finding.items);
@@ -189,17 +194,12 @@ fn ordering_cycles_are_named_with_what_was_added() {
 
 #[test]
 fn a_listener_is_found_where_it_is_reached_beside_the_endpoint() {
-    check(|seen| seen.network.listeners.push(listener("127.0.0.1:2822")), &[]);
-    check(
-        |seen| seen.network.listeners.push(listener("[::]:2822")),
-        &["listener-beyond-endpoint"],
-    );
-    check(
-        |seen| seen.network.listeners.push(listener("[::1]:2822")),
-        &["listener-beyond-endpoint"],
-    );
-    check(|seen| seen.network.listeners.push(listener("0.0.0.0:2822")), &[]);
-    check(|seen| seen.network.listeners.push(listener("[::]:80")), &[]);
+    let listens = |at| move |seen: &mut Seen| seen.network.listeners.push(listener(at));
+    check(listens("127.0.0.1:2822"), &[]);
+    check(listens("[::]:2822"), &["listener-beyond-endpoint"]);
+    check(listens("[::1]:2822"), &["listener-beyond-endpoint"]);
+    check(listens("0.0.0.0:2822"), &[]);
+    check(listens("[::]:80"), &[]);
     let routable = |seen: &mut Seen| {
         seen.instance.host.local.insert(IpAddr::from([10, 0, 0, 5]).into());
         seen.network.listeners.push(listener("0.0.0.0:2822"));
@@ -211,11 +211,7 @@ fn a_listener_is_found_where_it_is_reached_beside_the_endpoint() {
 fn programs_are_weighed_by_their_order() {
     check(|seen| seen.programs.push(program(true)), &["program-after"]);
     check(|seen| seen.programs.push(program(false)), &["program-before"]);
-    let nft = |seen: &mut Seen| {
-        seen.programs.push(program(true));
-        seen.instance.active = Some(Backend::Nftables);
-    };
-    check(nft, &[]);
+    check_with(Backend::Nftables, |seen| seen.programs.push(program(true)), &[]);
 }
 
 #[test]
@@ -248,147 +244,88 @@ fn modes_that_let_others_in_are_found() {
 
 #[test]
 fn each_other_fact_is_found() {
-    check(
-        |seen| seen.instance.fault = Some("line 3".to_owned()),
-        &["configuration"],
-    );
+    let fault = Some("line 3".to_owned());
+    check(|seen| seen.instance.fault = fault, &["configuration"]);
     check(|seen| seen.instance.active = None, &["nothing-in-force"]);
     check(|seen| seen.instance.daemon = None, &["no-daemon"]);
-    check(
-        |seen| seen.network.source_route.push("eth0".to_owned()),
-        &["source-route"],
-    );
-    check(
-        |seen| seen.network.segment_routing.push("eth0".to_owned()),
-        &["segment-routing"],
-    );
-    let passing = |backend: Backend| {
-        move |seen: &mut Seen| {
-            seen.namespaces.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
-            seen.instance.active = Some(backend);
-        }
+    let unresolved = ("bus.test".to_owned(), "no answer".to_owned());
+    check(|seen| seen.instance.unresolved.push(unresolved), &["name-unresolved"]);
+    let lacks = |feature| {
+        let why = "old".to_owned();
+        move |seen: &mut Seen| seen.features.set(feature, Fact::Missing { why })
     };
-    check(passing(Backend::Nftables), &["past-ip-hooks"]);
-    check(passing(Backend::Both), &[]);
-    check(passing(Backend::Ebpf), &[]);
-    let endpoint = |protocol, net: &'static str, backend: Backend| {
-        move |seen: &mut Seen| {
-            let net = net.parse().map(|net| Place {
-                protocol,
-                port: 53,
-                net,
-            });
-            let places = seen.instance.rules.iter_mut().map(|rules| &mut rules.places);
-            places.for_each(|places| places.extend(net.iter().map(|place| (*place, 1))));
-            seen.instance.active = Some(backend);
-        }
-    };
-    check(
-        endpoint(Protocol::Udp, "2001:db8::5/128", Backend::Ebpf),
-        &["udp-routing-header"],
-    );
-    check(endpoint(Protocol::Udp, "2001:db8::5/128", Backend::Both), &[]);
-    check(endpoint(Protocol::Udp, "10.0.0.5/32", Backend::Ebpf), &[]);
-    check(endpoint(Protocol::Tcp, "2001:db8::5/128", Backend::Ebpf), &[]);
-    let localnet = |net: &'static str, backend: Backend| {
-        move |seen: &mut Seen| {
-            seen.network.route_localnet.push("eth0".to_owned());
-            endpoint(Protocol::Tcp, net, backend)(seen);
-        }
-    };
-    check(localnet("127.0.0.1/32", Backend::Ebpf), &["route-localnet"]);
-    check(localnet("0.0.0.0/0", Backend::Ebpf), &["route-localnet"]);
-    check(localnet("127.0.0.1/32", Backend::Both), &[]);
-    check(localnet("127.0.0.1/32", Backend::Nftables), &[]);
-    let namespaces = |seen: &mut Seen| seen.namespaces.others.push("runc".to_owned());
-    check(namespaces, &["other-network-namespaces"]);
-    check(
-        |seen| {
-            namespaces(seen);
-            seen.instance.active = Some(Backend::Both);
-        },
-        &[],
-    );
-    check(
-        |seen| {
-            seen.instance
-                .unresolved
-                .push(("bus.test".to_owned(), "no answer".to_owned()))
-        },
-        &["name-unresolved"],
-    );
-    check(
-        |seen| {
-            seen.features.set(
-                Feature::SocketOwner,
-                Fact::Missing {
-                    why: "no BTF".to_owned(),
-                },
-            );
-        },
-        &["feature-missing"],
-    );
-    check(
-        |seen| {
-            seen.features
-                .set(Feature::RingBuffer, Fact::Missing { why: "old".to_owned() });
-        },
-        &[],
-    );
+    check(lacks(Feature::SocketOwner), &["feature-missing"]);
+    check(lacks(Feature::RingBuffer), &[]);
     let none = |seen: &mut Seen| {
         seen.instance.settings.backend = Backend::Ebpf;
-        seen.features
-            .set(Feature::RingBuffer, Fact::Missing { why: "old".to_owned() });
+        lacks(Feature::RingBuffer)(seen);
     };
     check(none, &["no-backend"]);
 }
 
 #[test]
-fn rules_of_earlier_stemcells_are_named() {
-    for (table, chain) in old_rules::CHAINS {
-        check(
-            |seen| {
-                seen.firewall
-                    .chains
-                    .push(("inet".to_owned(), table.to_owned(), chain.to_owned()));
-            },
-            &["old-stemcell-rules"],
-        );
-    }
-    check(
-        |seen| {
-            seen.firewall
-                .chains
-                .push(("inet".to_owned(), "filter".to_owned(), "output".to_owned()));
-        },
-        &[],
-    );
-    let text = "*mangle\n-A POSTROUTING -d 127.0.0.1/32 -p tcp -m tcp --dport 2822 -m cgroup ! --cgroup 2958295041 -j DROP\nCOMMIT\n";
-    check(
-        |seen| seen.firewall.legacy = firewall::parse(text),
-        &["old-stemcell-rules"],
-    );
-    let by_cgroup = ForeignRule {
-        family: "ip".to_owned(),
-        table: "mangle".to_owned(),
-        chain: "POSTROUTING".to_owned(),
-        nat: None,
-        matches: vec!["cgroup".to_owned()],
+fn ways_past_one_backend_are_found_where_it_is_alone() {
+    let eth0 = || "eth0".to_owned();
+    check(|seen| seen.network.source_route.push(eth0()), &["source-route"]);
+    check(|seen| seen.network.segment_routing.push(eth0()), &["segment-routing"]);
+    let passing = |seen: &mut Seen| seen.namespaces.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
+    check_with(Backend::Nftables, passing, &["past-ip-hooks"]);
+    check_with(Backend::Both, passing, &[]);
+    check_with(Backend::Ebpf, passing, &[]);
+    let namespaces = |seen: &mut Seen| seen.namespaces.others.push("runc".to_owned());
+    check_with(Backend::Ebpf, namespaces, &["other-network-namespaces"]);
+    check_with(Backend::Both, namespaces, &[]);
+    let endpoint = |protocol, net: &'static str| {
+        move |seen: &mut Seen| {
+            let net = net.parse().map(|net| (protocol, 53, net));
+            let place = net.map(|(protocol, port, net)| Place { protocol, port, net });
+            let rules = seen.instance.rules.iter_mut();
+            rules.for_each(|rules| rules.places.extend(place.iter().map(|place| (*place, 1))));
+        }
     };
-    check(|seen| seen.firewall.rules.push(by_cgroup), &["old-stemcell-rules"]);
+    let udp6 = || endpoint(Protocol::Udp, "2001:db8::5/128");
+    check_with(Backend::Ebpf, udp6(), &["udp-routing-header"]);
+    check_with(Backend::Both, udp6(), &[]);
+    check_with(Backend::Ebpf, endpoint(Protocol::Udp, "10.0.0.5/32"), &[]);
+    check_with(Backend::Ebpf, endpoint(Protocol::Tcp, "2001:db8::5/128"), &[]);
+    let localnet = |net| {
+        move |seen: &mut Seen| {
+            seen.network.route_localnet.push("eth0".to_owned());
+            endpoint(Protocol::Tcp, net)(seen);
+        }
+    };
+    check_with(Backend::Ebpf, localnet("127.0.0.1/32"), &["route-localnet"]);
+    check_with(Backend::Ebpf, localnet("0.0.0.0/0"), &["route-localnet"]);
+    check_with(Backend::Both, localnet("127.0.0.1/32"), &[]);
+    check_with(Backend::Nftables, localnet("127.0.0.1/32"), &[]);
+}
+
+fn chain(table: &str, chain: &str) -> (String, String, String) {
+    ("inet".to_owned(), table.to_owned(), chain.to_owned())
+}
+
+#[test]
+fn rules_of_earlier_stemcells_are_named() {
+    let found = &["old-stemcell-rules"];
+    for (table, name) in old_rules::CHAINS {
+        check(|seen| seen.firewall.chains.push(chain(table, name)), found);
+    }
+    check(|seen| seen.firewall.chains.push(chain("filter", "output")), &[]);
+    let text = "*mangle\n-A POSTROUTING -d 127.0.0.1/32 -p tcp -m tcp --dport 2822 -m cgroup ! --cgroup 2958295041 -j DROP\nCOMMIT\n";
+    check(|seen| seen.firewall.legacy = firewall::parse(text), found);
+    check(
+        |seen| seen.firewall.rules.push(rule("mangle", None, &["cgroup"])),
+        found,
+    );
+    check(|seen| seen.firewall.rules.push(rule("mangle", None, &["tcp"])), &[]);
 }
 
 #[test]
 fn rules_of_the_agent_weigh_by_whom_they_drop() {
-    let chain = |table: &str, chain: &str| ("inet".to_owned(), table.to_owned(), chain.to_owned());
-    let root = RulePrincipal::User {
-        uid: Uid(0),
+    let [root, job] = [0, 1000].map(|uid| RulePrincipal::User {
+        uid: Uid(uid),
         cgroup: None,
-    };
-    let job = RulePrincipal::User {
-        uid: Uid(1000),
-        cgroup: None,
-    };
+    });
     let weight = |chains: &[(String, String, String)], principals: &[&RulePrincipal], accepted: Option<u32>| {
         let mut seen = well();
         seen.instance.jobs.rules.extend(accepted.map(|user| JobRule {
@@ -413,7 +350,7 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
     };
     let [monit, nats] = ["monit_access", "nats_access"].map(|name| chain("bosh_agent", name));
     let stemcells = chain("filter", "monit_output");
-    // Of who is granted nobody need be there now: the agent's chain lets through whoever is written to the jobs' chain then.
+    // Of who is granted nobody need be there now: the agent's chain accepts whom the jobs' chain accepts then.
     for (chain, expected) in [(&monit, Weight::Low), (&stemcells, Weight::High)] {
         let mut seen = well();
         seen.instance.grants_monit = true;
@@ -465,20 +402,17 @@ fn f6_a_name_in_a_finding_steers_no_terminal() {
 
 #[test]
 fn an_image_is_evaluated_by_its_options_and_modules() {
-    let all = "BPF_SYSCALL CGROUPS CGROUP_BPF INET DEBUG_INFO_BTF NF_TABLES_INET NF_TABLES_IPV4 NF_TABLES_IPV6 INET_DIAG_DESTROY";
-    let modules = "NF_TABLES NFT_REJECT NFT_REJECT_INET NFT_LIMIT NFT_LOG NETFILTER_NETLINK_LOG NFT_SOCKET INET_DIAG INET_TCP_DIAG";
     let mut text = String::from("# CONFIG_SOMETHING is not set\n");
-    for (names, value) in [(all, 'y'), (modules, 'm')] {
-        for name in names.split(' ') {
-            text.push_str(&format!("CONFIG_{name}={value}\n"));
-        }
+    let mut dep = String::from("kernel/a/other.ko.xz: kernel/b.ko\n");
+    for (_, option, module) in image::OPTIONS {
+        let value = if module.is_empty() { 'y' } else { 'm' };
+        text.push_str(&format!("CONFIG_{option}={value}\n"));
+        dep.push_str(&format!("kernel/{module}.ko.zst:\n"));
     }
-    let dep = "kernel/a/nf_tables.ko.xz: kernel/b.ko\nkernel/nft_reject.ko:\nkernel/nft_reject_inet.ko:\nkernel/nft_limit.ko.zst:\n\
-        kernel/nft_log.ko:\nkernel/nfnetlink_log.ko:\nkernel/nft_socket.ko:\nkernel/inet_diag.ko:\nkernel/tcp_diag.ko:\n";
     let whole = Image {
         release: Some("6.1.0".to_owned()),
         options: image::options(&text),
-        modules: image::modules(dep).collect(),
+        modules: image::modules(&dep).collect(),
         ..Image::default()
     };
     let report = whole.clone().report();
@@ -493,16 +427,12 @@ fn an_image_is_evaluated_by_its_options_and_modules() {
     assert_eq!(report.choice.backend, None);
     let ids: Vec<_> = report.findings.iter().map(|finding| finding.id).collect();
     assert_eq!(ids, ["no-backend", "kernel-options"]);
-    let items = report
-        .findings
-        .last()
-        .map(|finding| finding.items.join("\n"))
-        .unwrap_or_default();
-    assert!(
-        items.contains("CONFIG_CGROUP_BPF") && items.contains("CONFIG_NFT_REJECT_INET"),
-        "{items}"
-    );
-
+    let items = report.findings.into_iter().flat_map(|finding| finding.items);
+    let expected = [
+        "CONFIG_CGROUP_BPF is not set: programs at connect",
+        "module nft_reject_inet (CONFIG_NFT_REJECT_INET) is not there: nft reject",
+    ];
+    assert_eq!(items.collect::<Vec<_>>(), expected);
     assert_eq!(Image::default().report().choice.backend, None);
 }
 
