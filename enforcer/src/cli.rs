@@ -88,9 +88,9 @@ enum Command {
     EnableMonitAccess(monit_access::MonitAccess),
     /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
     Unload,
-    /// Tell what this host can do, what would enforce here and why, and what weakens protection, with what to do about each
+    /// Diagnose this host: kernel features, the backend that would be used, weaknesses and how to fix them
     ///
-    /// Exit codes: 0 nothing weakens it; 1 something does; 2 nothing was found, but something could not be looked at.
+    /// Exit codes: 0 no weaknesses; 1 weaknesses; 2 none found, but something could not be checked.
     Doctor(doctor::Doctor),
     /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
     ///

@@ -250,7 +250,7 @@ pub fn destinations(target: &Target) -> Vec<Destination> {
 
 /// Whether a rule lets through to an endpoint of monit. To no more than a part of a prefix or of this host is enough: a rule names an
 /// address.
-fn leads_to(to: &Destination, endpoint: &Endpoint) -> bool {
+pub(crate) fn leads_to(to: &Destination, endpoint: &Endpoint) -> bool {
     let is_there = |address: IpAddr| match &endpoint.destination {
         policy::Destination::Address(own) => *own == address,
         policy::Destination::Prefix(net) => net.contains(&address),

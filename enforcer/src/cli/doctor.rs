@@ -1,4 +1,4 @@
-//! `enforcer doctor`: what this host or an image can do, and what weakens protection there.
+//! `enforcer doctor`: diagnoses this host or an image.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use crate::{doctor, wire::doctor::Report};
 
 #[derive(Debug, Args)]
 pub(super) struct Doctor {
-    /// Look at an unpacked image, a stemcell say, instead of this host; nothing of it is run
+    /// Check an unpacked image, such as a stemcell, instead of this host, without running anything of it
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
     #[command(flatten)]
@@ -19,11 +19,11 @@ pub(super) struct Doctor {
 
 pub(super) fn run(config: &Path, arguments: &Doctor) -> Result<Answer> {
     let report = if let Some(root) = &arguments.root {
-        doctor::image(root, config).with_context(|| format!("look at the image {}", root.display()))?
+        doctor::image(root, config).with_context(|| format!("check the image {}", root.display()))?
     } else {
         ensure!(
             nix::unistd::geteuid().is_root(),
-            "only root can see what is in force and try what the kernel can do; run as root"
+            "only root can see what is active and try what the kernel supports; run as root"
         );
         runtime()?.block_on(doctor::host(config))
     };

@@ -1,5 +1,5 @@
-//! What a NATS server says of itself to whoever connects: an INFO line that names the other servers of its cluster, to which clients go
-//! when it is away (docs.nats.io, "Client Protocol": `connect_urls`).
+//! Servers of a message bus that are not endpoints: a NATS server greets whoever connects with an INFO line that names the other servers of
+//! its cluster, to which clients go when it is down (docs.nats.io, "Client Protocol": `connect_urls`).
 
 use std::{
     collections::BTreeSet,
@@ -15,10 +15,13 @@ use tokio::{
     time::timeout,
 };
 
+use super::findings::Findings;
 use crate::{
     config::Config,
-    policy::{BUS, Destination, Endpoint, Name, Policy, Protocol, is_bus_url},
-    ruleset::{Resolved, RulePrincipal, RuleSet, owners},
+    policy::{BUS, Destination, Endpoint, Name, Policy, Protocol, Uid, is_bus_url},
+    ruleset::{Resolved, RuleSet, Subject, owners, weigh},
+    text,
+    wire::doctor::Weight,
 };
 
 /// How long a server may take: it speaks first.
@@ -28,13 +31,13 @@ const MOST: usize = 256;
 /// Longest INFO line that is read; of a cluster of hundreds of servers it is a few KiB.
 const LONGEST: u64 = 64 << 10;
 
-/// A server that another one names, as it names it.
+/// A server that another one announces.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Member {
-    /// Who names it.
+    /// Which one.
     pub(super) by: SocketAddr,
-    /// Its address, or a name that no endpoint has.
-    pub(super) host: Result<IpAddr, String>,
+    /// Its address or name.
+    pub(super) host: String,
     pub(super) port: u16,
 }
 
@@ -76,31 +79,49 @@ pub(super) async fn members(buses: &BTreeSet<Endpoint>, names: &Resolved, rules:
     }
     let mut found = BTreeSet::new();
     while let Some(answer) = asked.join_next().await {
-        // One that is away says nothing of others.
+        // One that is down announces nothing.
         let Ok((server, Ok(Some(urls)))) = answer else { continue };
         found.extend(urls.iter().filter_map(|url| member(server, url)));
     }
     let is_endpoint = |address: &IpAddr, port| owners(rules, Protocol::Tcp, *address, port) != 0;
-    let is_known = |member: &Member| match &member.host {
-        Ok(address) => is_endpoint(address, member.port),
-        // Of a name that no endpoint has, nothing is known.
-        Err(host) => {
-            let addresses = Name::parse(host).ok().and_then(|name| names.get(&name));
-            addresses.is_some_and(|all| !all.is_empty() && all.iter().all(|address| is_endpoint(address, member.port)))
-        }
+    // Of a name that no endpoint has, nothing is known.
+    let is_known = |Member { host, port, .. }: &Member| match host.parse::<IpAddr>() {
+        Ok(address) => is_endpoint(&address, *port),
+        Err(_) => Name::parse(host)
+            .ok()
+            .and_then(|name| names.get(&name))
+            .is_some_and(|all| !all.is_empty() && all.iter().all(|address| is_endpoint(address, *port))),
     };
     found.into_iter().filter(|member| !is_known(member)).collect()
 }
 
-/// Whether every target that has a server as an endpoint allows root, whatever its cgroup.
+/// Whether root may connect to a server, whatever its cgroup.
 fn root_may(rules: &RuleSet, server: SocketAddr) -> bool {
+    let root = Subject {
+        task: Uid(0),
+        socket: Some(Uid(0)),
+        kernel_thread: false,
+        cgroups: Vec::new(),
+    };
     let owners = owners(rules, Protocol::Tcp, server.ip(), server.port());
-    let of_server = rules.targets.iter().enumerate();
-    let mut of_server = of_server.filter(|(index, _)| owners >> index & 1 == 1);
-    of_server.all(|(_, target)| {
-        let mut principals = target.principals.iter();
-        principals.any(|principal| matches!(principal, RulePrincipal::User { uid, cgroup: None } if uid.0 == 0))
-    })
+    weigh(rules, owners, &root).owners.iter().all(|(_, admits)| *admits)
+}
+
+pub(super) fn findings(members: &[Member], findings: &mut Findings) {
+    let items = members.iter().map(|Member { by, host, port }| {
+        let server = match host.parse() {
+            Ok(address) => SocketAddr::new(address, *port).to_string(),
+            Err(_) => format!("{}:{port}", text::name(host)),
+        };
+        format!("{server}, announced by {by}")
+    });
+    findings.each(
+        "bus-members",
+        Weight::Medium,
+        "a message bus announces servers of its cluster that are not endpoints: who is denied at the one can connect to the others",
+        items,
+        "add them to the endpoints, or a name or prefix that covers all servers; or set client_advertise and no_advertise in the servers to what clients are to use",
+    );
 }
 
 async fn urls(server: SocketAddr) -> Option<Vec<String>> {
@@ -117,15 +138,14 @@ fn read(line: &str) -> Option<Vec<String>> {
 
 /// Of `10.0.0.12:4222`, `[2001:db8::12]:4222` or `host:4222`.
 fn member(by: SocketAddr, url: &str) -> Option<Member> {
-    if let Ok(address) = url.parse::<SocketAddr>() {
-        let host = Ok(address.ip().to_canonical());
-        let port = address.port();
-        return Some(Member { by, host, port });
-    }
     let (host, port) = url.rsplit_once(':')?;
-    let host = Err(host.to_owned());
-    let port = port.parse().ok()?;
-    Some(Member { by, host, port })
+    let host = host.trim_matches(['[', ']']);
+    let address = host.parse::<IpAddr>().map(|address| address.to_canonical());
+    Some(Member {
+        by,
+        host: address.map_or_else(|_| host.to_owned(), |address| address.to_string()),
+        port: port.parse().ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -141,19 +161,9 @@ mod tests {
             .flatten()
             .filter_map(|url| member(by, &url))
             .collect();
-        let member = |host: Result<&str, &str>, port| Member {
-            by,
-            host: host.map_err(str::to_owned).map(|text| text.parse().unwrap_or(by.ip())),
-            port,
-        };
-        assert_eq!(
-            members,
-            [
-                member(Ok("10.0.0.12"), 4222),
-                member(Ok("2001:db8::12"), 4223),
-                member(Err("bus-1"), 4222)
-            ]
-        );
+        let found = members.iter().map(|member| (member.host.as_str(), member.port));
+        let expected = [("10.0.0.12", 4222), ("2001:db8::12", 4223), ("bus-1", 4222)];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
         for other in [
             "",
             "INFO",

@@ -8,23 +8,27 @@ use std::{
 };
 
 use super::{
-    judge::finding,
-    legacy::{AGENT_FILES, is_ours},
+    findings::{Findings, Gaps},
+    instance::{Read, of_configuration},
+    old_rules,
 };
 use crate::{
     backend::probe::{Fact, Facts, Feature},
-    config::{Config, Settings},
-    policy::{FileUsers, Policy},
-    wire::doctor::{Finding, Unseen, Weight},
+    config::Settings,
+    policy::FileUsers,
+    wire::doctor::{
+        HostReport, Report,
+        Weight::{High, Medium},
+    },
 };
 
 /// What was seen of an image.
 #[derive(Clone, Debug, Default)]
-pub(super) struct ImageSeen {
+pub(super) struct Image {
     pub(super) root: PathBuf,
     pub(super) config: PathBuf,
     pub(super) settings: Settings,
-    /// Why the configuration means nothing.
+    /// Why the configuration is invalid.
     pub(super) fault: Option<String>,
     /// Principals whose users do not exist there.
     pub(super) absent: Vec<String>,
@@ -34,256 +38,198 @@ pub(super) struct ImageSeen {
     pub(super) options: BTreeMap<String, char>,
     /// Its modules, built in ones too, by name.
     pub(super) modules: BTreeSet<String>,
-    /// Files of ours that are missing, in words.
+    /// Files of ours that are missing.
     pub(super) missing: Vec<String>,
     /// Files of ours that others can write.
     pub(super) writable: Vec<String>,
     /// Pieces of earlier firewalls.
     pub(super) old: Vec<String>,
-    pub(super) unseen: Vec<Unseen>,
+    pub(super) gaps: Gaps,
 }
 
-/// Options of a kernel's configuration that a feature takes.
-struct Option_ {
-    feature: Feature,
-    options: &'static [&'static str],
-    /// The module where it is one, and neither option nor built in list names it.
-    module: Option<&'static str>,
-    why: &'static str,
-}
-
-const OPTIONS: [Option_; 16] = [
-    option(Feature::BpfSyscall, &["BPF_SYSCALL"], None, "bpf(2) itself"),
-    option(
-        Feature::CgroupSockAddr,
-        &["CGROUPS", "CGROUP_BPF", "INET"],
-        None,
-        "programs at connect",
-    ),
-    option(
-        Feature::SocketOwner,
-        &["DEBUG_INFO_BTF"],
-        None,
-        "where the socket's owner lies",
-    ),
-    option(Feature::NfTables, &["NF_TABLES"], Some("nf_tables"), "nf_tables"),
-    option(
-        Feature::NfTables,
-        &["NF_TABLES_INET"],
-        None,
-        "tables for IPv4 and IPv6 together",
-    ),
-    option(
-        Feature::NftForward,
-        &["NF_TABLES_IPV4", "NF_TABLES_IPV6"],
-        None,
-        "its hooks",
-    ),
-    option(
-        Feature::NftReject,
-        &["NFT_REJECT"],
-        Some("nft_reject"),
-        "answers to what is refused",
-    ),
-    option(
-        Feature::NftReject,
-        &["NFT_REJECT_INET"],
-        Some("nft_reject_inet"),
-        "answers to what is refused",
-    ),
-    option(
-        Feature::NftLimit,
-        &["NFT_LIMIT"],
-        Some("nft_limit"),
-        "a bound for what is logged",
-    ),
-    option(
-        Feature::NftLog,
-        &["NFT_LOG"],
-        Some("nft_log"),
-        "denials told one by one",
-    ),
-    option(
-        Feature::NftLog,
-        &["NETFILTER_NETLINK_LOG"],
-        Some("nfnetlink_log"),
-        "denials told one by one",
-    ),
-    option(
-        Feature::NftSocketCgroup,
-        &["NFT_SOCKET"],
-        Some("nft_socket"),
-        "the cgroup of a socket",
-    ),
-    option(
-        Feature::SockDiag,
-        &["INET_DIAG"],
-        Some("inet_diag"),
-        "the list of connections",
-    ),
-    option(
-        Feature::SockDiag,
-        &["INET_TCP_DIAG"],
-        Some("tcp_diag"),
-        "the list of TCP connections",
-    ),
-    option(Feature::SockDestroy, &["INET_DIAG_DESTROY"], None, "existing = \"cut\""),
-    option(Feature::Bpffs, &["BPF_SYSCALL"], None, "a bpffs for pins"),
+/// Options of a kernel's configuration that a feature takes, each with its module where it can be one.
+pub(super) const OPTIONS: [(Feature, &str, &str); 19] = [
+    (Feature::BpfSyscall, "BPF_SYSCALL", ""),
+    (Feature::CgroupSockAddr, "CGROUPS", ""),
+    (Feature::CgroupSockAddr, "CGROUP_BPF", ""),
+    (Feature::CgroupSockAddr, "INET", ""),
+    (Feature::Bpffs, "BPF_SYSCALL", ""),
+    (Feature::SocketOwner, "DEBUG_INFO_BTF", ""),
+    (Feature::NfTables, "NF_TABLES", "nf_tables"),
+    (Feature::NfTables, "NF_TABLES_INET", ""),
+    (Feature::NftForward, "NF_TABLES_IPV4", ""),
+    (Feature::NftForward, "NF_TABLES_IPV6", ""),
+    (Feature::NftReject, "NFT_REJECT", "nft_reject"),
+    (Feature::NftReject, "NFT_REJECT_INET", "nft_reject_inet"),
+    (Feature::NftLimit, "NFT_LIMIT", "nft_limit"),
+    (Feature::NftLog, "NFT_LOG", "nft_log"),
+    (Feature::NftLog, "NETFILTER_NETLINK_LOG", "nfnetlink_log"),
+    (Feature::NftSocketCgroup, "NFT_SOCKET", "nft_socket"),
+    (Feature::SockDiag, "INET_DIAG", "inet_diag"),
+    (Feature::SockDiag, "INET_TCP_DIAG", "tcp_diag"),
+    (Feature::SockDestroy, "INET_DIAG_DESTROY", ""),
 ];
 
-const fn option(
-    feature: Feature,
-    options: &'static [&'static str],
-    module: Option<&'static str>,
-    why: &'static str,
-) -> Option_ {
-    Option_ {
-        feature,
-        options,
-        module,
-        why,
-    }
-}
-
-/// Files that come with enforcer: one of each line is enough.
-const FILES: [(&str, &[&str]); 4] = [
-    (
-        "the binary",
-        &[
-            "usr/sbin/enforcer",
-            "usr/bin/enforcer",
-            "sbin/enforcer",
-            "usr/local/sbin/enforcer",
-            "usr/local/bin/enforcer",
-        ],
-    ),
-    (
-        "the unit",
-        &[
-            "usr/lib/systemd/system/enforcer.service",
-            "lib/systemd/system/enforcer.service",
-            "etc/systemd/system/enforcer.service",
-        ],
-    ),
-    (
-        "the unit switched on",
-        &[
-            "etc/systemd/system/multi-user.target.wants/enforcer.service",
-            "etc/systemd/system/sysinit.target.wants/enforcer.service",
-            "etc/systemd/system/basic.target.wants/enforcer.service",
-            "etc/systemd/system/network-pre.target.wants/enforcer.service",
-        ],
-    ),
-    (
-        "the man page of the command",
-        &[
-            "usr/share/man/man8/enforcer.8.gz",
-            "usr/share/man/man8/enforcer.8",
-            "usr/share/man/man1/enforcer.1.gz",
-            "usr/share/man/man1/enforcer.1",
-        ],
-    ),
+/// What the package brings without which nothing is enforced: the program and its units.
+pub(super) const FILES: [&str; 3] = [
+    "usr/sbin/enforcer",
+    "usr/lib/systemd/system/enforcer-early.service",
+    "usr/lib/systemd/system/enforcer.service",
+];
+/// Links by which the units are switched on.
+pub(super) const LINKS: [&str; 2] = [
+    "etc/systemd/system/sysinit.target.wants/enforcer-early.service",
+    "etc/systemd/system/multi-user.target.wants/enforcer.service",
 ];
 
-/// Looks at an image below `root`; `config` is the file's path in it.
-pub(super) fn collect(root: &Path, config: &Path) -> io::Result<ImageSeen> {
-    fs::read_dir(root)?;
-    let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
-    let mut seen = ImageSeen {
-        root: root.into(),
-        config: inside(config),
-        ..ImageSeen::default()
-    };
-    seen.read_config();
-    seen.read_kernel();
-    for (what, places) in FILES {
-        // A link may lead to where only the image itself is the root.
-        if !places.iter().any(|place| root.join(place).symlink_metadata().is_ok()) {
-            seen.missing.push(format!("{what}: none of {}", places.join(", ")));
-        }
-    }
-    let binaries = FILES.iter().take(2).flat_map(|(_, places)| places.iter());
-    let mut ours: Vec<PathBuf> = binaries.map(|place| root.join(place)).collect();
-    ours.extend([seen.config.clone(), inside(&seen.settings.state_dir)]);
-    ours.extend(seen.config.parent().map(Path::to_path_buf));
-    for path in ours {
-        // Unpacked by another user than root, an image tells nothing of owners.
-        if let Ok(meta) = fs::metadata(&path)
-            && meta.mode() & 0o022 != 0
-        {
-            let mode = meta.mode() & 0o7777;
-            seen.writable.push(format!("{} has mode {mode:04o}", path.display()));
-        }
-    }
-    for (path, what) in AGENT_FILES {
-        let there = root.join(path);
-        if there.symlink_metadata().is_ok() && !is_ours(&there) {
-            seen.old.push(format!("/{path}: {what}"));
-        }
-    }
-    Ok(seen)
-}
-
-impl ImageSeen {
-    fn read_config(&mut self) {
-        let users = FileUsers::below(&self.root).unwrap_or_default();
-        let read = Config::load(&self.config).map_err(|error| error.to_string());
-        let read = read.and_then(|config| {
-            self.settings = config.settings.clone();
-            Policy::from_config(&config, &users).map_err(|error| error.to_string())
+impl Image {
+    /// Looks at an image below `root`; `config` is the file's path in it.
+    pub(super) fn collect(root: &Path, config: &Path) -> io::Result<Self> {
+        fs::read_dir(root)?;
+        let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+        let config = inside(config);
+        let Read {
+            settings,
+            absent,
+            policy,
+        } = Read::of(&config, &FileUsers::below(root).unwrap_or_default());
+        let ours = FILES.map(|path| root.join(path)).into_iter();
+        let ours = ours.chain([config.clone(), inside(&settings.state_dir)]);
+        let ours = ours.chain(config.parent().map(Path::to_path_buf));
+        let writable = ours.filter_map(|path| {
+            // Unpacked by another user than root, an image shows nothing of owners.
+            let mode = fs::metadata(&path).ok()?.mode() & 0o7777;
+            (mode & 0o022 != 0).then(|| format!("{} has mode {mode:04o}", path.display()))
         });
-        match read {
-            Ok(read) => self.absent = read.absent.iter().map(ToString::to_string).collect(),
-            Err(fault) => self.fault = Some(fault),
-        }
+        // A link may lead to where only the image itself is the root.
+        let missing = FILES.into_iter().chain(LINKS);
+        let missing = missing.filter(|path| root.join(path).symlink_metadata().is_err());
+        let mut this = Self {
+            root: root.into(),
+            fault: policy.err(),
+            absent,
+            missing: missing.map(|path| format!("/{path}")).collect(),
+            writable: writable.collect(),
+            old: old_rules::files(root),
+            config,
+            settings,
+            ..Self::default()
+        };
+        this.read_kernel();
+        Ok(this)
     }
 
     /// The newest kernel's configuration and modules.
     fn read_kernel(&mut self) {
-        let modules_of = |name: &str| {
-            let places = ["lib/modules", "usr/lib/modules"].map(|dir| self.root.join(dir).join(name));
-            places.into_iter().find(|dir| dir.is_dir())
-        };
-        let mut configs: Vec<(String, PathBuf)> = Vec::new();
-        for entry in fs::read_dir(self.root.join("boot")).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if let Some(release) = name.strip_prefix("config-") {
-                configs.push((release.to_owned(), entry.path()));
-            }
-        }
-        for dir in ["lib/modules", "usr/lib/modules"] {
-            for entry in fs::read_dir(self.root.join(dir)).into_iter().flatten().flatten() {
-                let config = entry.path().join("config");
-                if config.is_file() {
-                    configs.push((entry.file_name().to_string_lossy().into_owned(), config));
-                }
-            }
-        }
-        configs.sort_by_key(|(release, _)| version(release));
-        let Some((release, config)) = configs.pop() else {
-            self.unseen.push(Unseen {
-                what: "the kernel's configuration".to_owned(),
-                why: format!(
-                    "there is neither boot/config-* nor lib/modules/*/config below {}",
-                    self.root.display()
-                ),
-            });
-            return;
+        let entries = |dir: &str| fs::read_dir(self.root.join(dir)).into_iter().flatten().flatten();
+        let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+        let of_boot = entries("boot").filter_map(|entry| {
+            let release = name(&entry).strip_prefix("config-")?.to_owned();
+            Some((release, entry.path()))
+        });
+        let of_modules = ["lib/modules", "usr/lib/modules"].into_iter().flat_map(entries);
+        let of_modules = of_modules.map(|entry| (name(&entry), entry.path().join("config")));
+        let configs = of_boot.chain(of_modules).filter(|(_, config)| config.is_file());
+        let Some((release, config)) = configs.max_by_key(|(release, _)| version(release)) else {
+            let why = "there is neither boot/config-* nor lib/modules/*/config below ";
+            let why = format!("{why}{}", self.root.display());
+            return self.gaps.add("the kernel's configuration", why);
         };
         self.options = options(&fs::read_to_string(&config).unwrap_or_default());
-        match modules_of(&release) {
-            Some(dir) => {
-                for list in ["modules.builtin", "modules.dep"] {
-                    self.modules
-                        .extend(modules(&fs::read_to_string(dir.join(list)).unwrap_or_default()));
-                }
-            }
-            None => self.unseen.push(Unseen {
-                what: format!("modules of {release}"),
-                why: "there is no lib/modules of that name".to_owned(),
-            }),
+        let dirs = ["lib/modules", "usr/lib/modules"].map(|dir| self.root.join(dir).join(&release));
+        if let Some(dir) = dirs.iter().find(|dir| dir.is_dir()) {
+            let lists = ["modules.builtin", "modules.dep"].map(|list| fs::read_to_string(dir.join(list)));
+            self.modules = lists.iter().flatten().flat_map(|list| modules(list)).collect();
+        } else {
+            let what = format!("modules of {release}");
+            self.gaps.add(&what, "there is no lib/modules of that name");
         }
         self.release = Some(release);
+    }
+
+    pub(super) fn report(self) -> Report {
+        let missing = self.missing_options();
+        let facts = self.facts(&missing);
+        let options = missing.iter().flat_map(|(feature, missing)| {
+            let title = feature.about().title;
+            missing.iter().map(move |option| format!("{option}: {title}"))
+        });
+        let mut findings = Findings::default();
+        of_configuration(self.fault.as_deref(), &self.absent, &mut findings);
+        findings.each(
+            "kernel-options",
+            Medium,
+            "the kernel is built without options, or the image lacks modules, that enforcer uses",
+            options,
+            "use a kernel with them, or add the package with its modules (linux-modules-extra, say)",
+        );
+        findings.each(
+            "files-missing",
+            High,
+            "parts of enforcer are missing from the image",
+            self.missing,
+            "install the package, and switch its units on (systemctl --root=DIR enable enforcer-early enforcer)",
+        );
+        findings.each(
+            "files-writable",
+            High,
+            "other users than root can write files of enforcer",
+            self.writable,
+            "chmod go-w them",
+        );
+        findings.each(
+            "old-stemcell-rules",
+            Medium,
+            "the image installs rules of an earlier firewall, or tools that rely on them",
+            self.old,
+            "remove them where enforcer guards the same endpoints",
+        );
+        let host = HostReport {
+            root: Some(self.root.display().to_string()),
+            kernel: self.release.unwrap_or_else(|| "none found".to_owned()),
+            config: self.config.display().to_string(),
+            ..HostReport::default()
+        };
+        findings.report(host, &facts, self.settings.backend, self.gaps)
+    }
+
+    /// What each feature lacks; nothing where no kernel was found.
+    fn missing_options(&self) -> BTreeMap<Feature, Vec<String>> {
+        let mut all: BTreeMap<Feature, Vec<String>> = BTreeMap::new();
+        for (feature, option, module) in OPTIONS.into_iter().filter(|_| self.release.is_some()) {
+            let missing = match self.options.get(option) {
+                Some('y') => None,
+                // A module must be in the image, where its list could be read.
+                Some(_) if self.modules.is_empty() || self.modules.contains(module) => None,
+                Some(_) => Some(format!("module {module} (CONFIG_{option}) is not there")),
+                None => Some(format!("CONFIG_{option} is not set")),
+            };
+            all.entry(feature).or_default().extend(missing);
+        }
+        all
+    }
+
+    fn facts(&self, missing: &BTreeMap<Feature, Vec<String>>) -> Facts {
+        let mut facts = Facts::default();
+        for (feature, missing) in missing {
+            let why = missing.join(", ");
+            let is_there = missing.is_empty();
+            facts.set(
+                *feature,
+                if is_there {
+                    Fact::Supported
+                } else {
+                    Fact::Missing { why }
+                },
+            );
+        }
+        if self.release.is_none() {
+            for feature in [Feature::BpfSyscall, Feature::NfTables] {
+                let why = "no configuration of a kernel was found".to_owned();
+                facts.set(feature, Fact::Inconclusive(why));
+            }
+        }
+        facts
     }
 }
 
@@ -313,89 +259,4 @@ pub(super) fn modules(text: &str) -> impl Iterator<Item = String> {
         let name = file.split(".ko").next()?;
         (!name.is_empty()).then(|| name.replace('-', "_"))
     })
-}
-
-/// What an image can do, and what is wrong with it. Pure.
-pub(super) fn judge_image(seen: &ImageSeen) -> (Facts, Vec<Finding>) {
-    let mut facts = Facts::default();
-    let mut options = Vec::new();
-    if seen.release.is_some() {
-        for option in &OPTIONS {
-            let missing: Vec<&str> = (option.options.iter().copied())
-                .filter(|name| !has(seen, name, option.module))
-                .collect();
-            let before = facts.of(option.feature);
-            let known = facts.iter().any(|(feature, _)| feature == option.feature);
-            if missing.is_empty() {
-                if !known || before == Fact::Supported {
-                    facts.set(option.feature, Fact::Supported);
-                }
-                continue;
-            }
-            let names: Vec<String> = missing.iter().map(|name| format!("CONFIG_{name}")).collect();
-            let why = format!("{} is not set", names.join(", "));
-            options.push(format!("{why}: {}", option.why));
-            facts.set(option.feature, Fact::Missing { why });
-        }
-    } else {
-        for feature in [Feature::BpfSyscall, Feature::NfTables] {
-            facts.set(
-                feature,
-                Fact::Inconclusive("no configuration of a kernel was found".to_owned()),
-            );
-        }
-    }
-    let mut findings = Vec::new();
-    let mut add = |id, weight, what: &str, items: &[String], remedy: &str| {
-        if !items.is_empty() {
-            findings.push(finding(id, weight, what, items.iter().cloned(), remedy));
-        }
-    };
-    options.sort_unstable();
-    options.dedup();
-    add(
-        "kernel-options",
-        Weight::Medium,
-        "the kernel was built without options, or the image lacks modules, that enforcer can use",
-        &options,
-        "take a kernel with them, or add the package with its modules (linux-modules-extra, say)",
-    );
-    add(
-        "configuration",
-        Weight::High,
-        "the configuration cannot be put in force; enforcer will not start",
-        &seen.fault.iter().cloned().collect::<Vec<_>>(),
-        "put one there that enforcer config check finds good",
-    );
-    add(
-        "files-missing",
-        Weight::High,
-        "parts of enforcer are not in the image",
-        &seen.missing,
-        "install the package, and switch its unit on (systemctl --root=DIR enable enforcer)",
-    );
-    add(
-        "files-writable",
-        Weight::High,
-        "others can write files of enforcer's",
-        &seen.writable,
-        "chmod go-w them",
-    );
-    add(
-        "old-stemcell-rules",
-        Weight::Medium,
-        "the image puts rules of an earlier firewall in force, or has tools that rely on them",
-        &seen.old,
-        "remove them where enforcer guards the same endpoints",
-    );
-    (facts, findings)
-}
-
-fn has(seen: &ImageSeen, option: &str, module: Option<&str>) -> bool {
-    match seen.options.get(option) {
-        Some('y') => true,
-        // A module must be in the image, where its list could be read.
-        Some(_) => module.is_none_or(|module| seen.modules.is_empty() || seen.modules.contains(module)),
-        None => false,
-    }
 }

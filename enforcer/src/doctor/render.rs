@@ -33,7 +33,7 @@ impl Report {
         if host.root.is_none() {
             line("cgroup", host.cgroup.as_deref().unwrap_or("no cgroup v2 is mounted"));
             let in_force = host.in_force.map(|backend| backend.to_string());
-            line("in force", in_force.as_deref().unwrap_or("nothing"));
+            line("active", in_force.as_deref().unwrap_or("nothing"));
             let daemon = host
                 .daemon
                 .map_or_else(|| "does not answer".to_owned(), |pid| format!("pid {pid}"));

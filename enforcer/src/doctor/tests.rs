@@ -1,13 +1,17 @@
-//! Judging as data: what was seen, and what is found.
+//! Evaluation as data: what was seen, and what is found.
 
 use std::{collections::BTreeSet, net::IpAddr, slice};
 
 use super::{
+    Seen,
     buses::Member,
-    collect::{Capable, PlaceKind, PlaceMode, Program, Seen, powers},
-    image::{self, ImageSeen, judge_image},
-    judge, legacy,
-    order::Cycle,
+    cycles::Cycle,
+    files::{Kind, Owned},
+    firewall,
+    image::{self, Image},
+    instance::Instance,
+    old_rules,
+    programs::Program,
 };
 use crate::{
     backend::{
@@ -16,26 +20,25 @@ use crate::{
         third_party::{Attached, ForeignRule, Nat, To},
     },
     config::Backend,
-    policy::{Mode, Protocol, Uid},
+    policy::{Endpoint, Mode, Protocol, Uid},
     ruleset::{Place, RulePrincipal, RuleSet, RuleTarget},
     status::{Context, status},
     sweep::Listener,
     wire::{ActiveBackend, doctor::Weight},
 };
 
-/// A host where all is well: ebpf in force, a daemon, monit on 127.0.0.1:2822.
+/// A host where all is well: ebpf is active, a daemon, monit on 127.0.0.1:2822.
 fn well() -> Seen {
-    let mut facts = Facts::default();
+    let mut features = Facts::default();
     for feature in Feature::ALL {
-        facts.set(feature, Fact::Supported);
+        features.set(feature, Fact::Supported);
     }
     let place = Place {
         protocol: Protocol::Tcp,
         port: 2822,
         net: IpAddr::from([127, 0, 0, 1]).into(),
     };
-    Seen {
-        facts,
+    let instance = Instance {
         rules: Some(RuleSet {
             mode: Mode::Enforce,
             targets: Vec::new(),
@@ -43,7 +46,11 @@ fn well() -> Seen {
             nat64: Vec::new(),
             named_ports: BTreeSet::new(),
         }),
-        in_force: Some(ActiveBackend::Ebpf),
+        monit: Endpoint::parse_all("tcp://127.0.0.1:2822")
+            .into_iter()
+            .flatten()
+            .collect(),
+        active: Some(ActiveBackend::Ebpf),
         daemon: Some(status(
             None,
             Context {
@@ -52,27 +59,43 @@ fn well() -> Seen {
                 ..Context::default()
             },
         )),
+        ..Instance::default()
+    };
+    Seen {
+        features,
+        instance,
         ..Seen::default()
     }
 }
 
-fn ids(seen: &Seen) -> Vec<&'static str> {
-    judge::host(seen).findings.iter().map(|finding| finding.id).collect()
+fn ids(seen: Seen) -> Vec<&'static str> {
+    seen.report().findings.iter().map(|finding| finding.id).collect()
 }
 
 fn check(change: impl FnOnce(&mut Seen), found: &[&str]) {
     let mut seen = well();
     change(&mut seen);
-    assert_eq!(ids(&seen), found, "{seen:#?}");
+    assert_eq!(ids(seen.clone()), found, "{seen:#?}");
 }
 
-fn nat(to: To, port: Option<u16>) -> ForeignRule {
+/// The same where a backend is active.
+fn check_with(backend: ActiveBackend, change: impl FnOnce(&mut Seen), found: &[&str]) {
+    check(
+        |seen| {
+            change(seen);
+            seen.instance.active = Some(backend);
+        },
+        found,
+    );
+}
+
+fn rule(table: &str, nat: Option<Nat>, matches: &[&str]) -> ForeignRule {
     ForeignRule {
         family: "ip".to_owned(),
-        table: "nat".to_owned(),
+        table: table.to_owned(),
         chain: "output".to_owned(),
-        nat: Some(Nat { to, port }),
-        matches: Vec::new(),
+        nat,
+        matches: matches.iter().map(|name| (*name).to_owned()).collect(),
     }
 }
 
@@ -83,17 +106,16 @@ fn listener(at: &str) -> Listener {
     }
 }
 
-fn program(above: bool, after: bool, rewrites: bool) -> Program {
+fn program(after: bool) -> Program {
     Program {
         hook: "connect4",
         cgroup: "/sys/fs/cgroup".into(),
-        above,
         after,
         attached: Attached {
             id: 7,
             preorder: false,
             name: "theirs".to_owned(),
-            rewrites,
+            rewrites: false,
         },
     }
 }
@@ -101,48 +123,52 @@ fn program(above: bool, after: bool, rewrites: bool) -> Program {
 #[test]
 fn nothing_is_found_where_all_is_well() {
     check(|_| {}, &[]);
-    assert_eq!(judge::host(&well()).code(), 0);
+    assert_eq!(well().report().code(), 0);
 }
 
 #[test]
 fn translation_is_found_where_it_leads_onto_an_endpoint_and_ebpf_is_alone() {
+    let nat = |to, port| move |seen: &mut Seen| seen.firewall.rules.push(rule("nat", Some(Nat { to, port }), &[]));
     let monit = To::Address(IpAddr::from([127, 0, 0, 1]));
     let elsewhere = To::Address(IpAddr::from([10, 0, 0, 1]));
-    check(|seen| seen.foreign.push(nat(monit, Some(2822))), &["nat-onto-endpoint"]);
-    check(|seen| seen.foreign.push(nat(monit, None)), &["nat-onto-endpoint"]);
-    check(
-        |seen| seen.foreign.push(nat(To::Here, Some(2822))),
-        &["nat-onto-endpoint"],
-    );
-    check(|seen| seen.foreign.push(nat(monit, Some(80))), &[]);
-    check(|seen| seen.foreign.push(nat(elsewhere, Some(2822))), &[]);
-    check(|seen| seen.foreign.push(nat(To::Unknown, None)), &["nat-unknown"]);
-    let both = |seen: &mut Seen| {
-        seen.foreign.push(nat(monit, Some(2822)));
-        seen.in_force = Some(ActiveBackend::Both);
-    };
-    check(both, &[]);
-    let text =
-        "*nat\n:OUTPUT ACCEPT\n-A OUTPUT -d 10.0.0.9/32 -p tcp -j DNAT --to-destination 127.0.0.1:2822\nCOMMIT\n";
-    check(|seen| seen.legacy = legacy::parse(text), &["nat-onto-endpoint"]);
+    check(nat(monit, Some(2822)), &["nat-onto-endpoint"]);
+    check(nat(monit, None), &["nat-onto-endpoint"]);
+    check(nat(To::Here, Some(2822)), &["nat-onto-endpoint"]);
+    check(nat(monit, Some(80)), &[]);
+    check(nat(elsewhere, Some(2822)), &[]);
+    check(nat(To::Unknown, None), &["nat-unknown"]);
+    check_with(ActiveBackend::Both, nat(monit, Some(2822)), &[]);
+    for (legacy, found) in [
+        ("DNAT --to-destination 127.0.0.1:2822", &["nat-onto-endpoint"][..]),
+        ("DNAT --to-destination 127.0.0.1", &["nat-onto-endpoint"]),
+        ("DNAT --to-destination 127.0.0.1:80", &[]),
+        ("DNAT --to-destination 10.0.0.1-10.0.0.9", &["nat-unknown"]),
+        ("REDIRECT --to-ports 2822", &["nat-onto-endpoint"]),
+        ("ACCEPT", &[]),
+    ] {
+        let text = format!("*nat\n:OUTPUT ACCEPT\n-A OUTPUT -d 10.0.0.9/32 -p tcp -j {legacy}\nCOMMIT\n");
+        check(|seen| seen.firewall.legacy = firewall::parse(&text), found);
+    }
 }
 
 #[test]
 fn servers_that_are_no_endpoints_are_named() {
     let by = ([10, 0, 0, 11], 4222).into();
-    let seen = Seen {
-        members: [Ok([10, 0, 0, 12].into()), Err("bus-1".to_owned())]
-            .map(|host| Member { by, host, port: 4222 })
-            .into(),
-        ..well()
-    };
-    assert_eq!(ids(&seen), ["bus-members"]);
-    let said = judge::host(&seen).findings.pop().map(|finding| finding.items);
+    let mut seen = well();
+    seen.instance.members = ["10.0.0.12", "bus-1"]
+        .map(|host| Member {
+            by,
+            host: host.to_owned(),
+            port: 4222,
+        })
+        .into();
+    assert_eq!(ids(seen.clone()), ["bus-members"]);
+    let items = seen.report().findings.pop().map(|finding| finding.items);
     let expected = [
-        "10.0.0.12:4222, as 10.0.0.11:4222 says",
-        "bus-1:4222, as 10.0.0.11:4222 says",
+        "10.0.0.12:4222, announced by 10.0.0.11:4222",
+        "bus-1:4222, announced by 10.0.0.11:4222",
     ];
-    assert_eq!(said, Some(expected.map(str::to_owned).into()));
+    assert_eq!(items, Some(expected.map(str::to_owned).into()));
 }
 
 #[test]
@@ -155,231 +181,152 @@ fn ordering_cycles_are_named_with_what_was_added() {
         cycles: vec![cycle(&[]), cycle(&["/etc/systemd/system/enforcer.service.d/x.conf"])],
         ..well()
     };
-    assert_eq!(ids(&seen), ["ordering-cycle"]);
-    let said = judge::host(&seen).findings.pop().map(|finding| finding.items);
+    assert_eq!(ids(seen.clone()), ["ordering-cycle"]);
+    let items = seen.report().findings.pop().map(|finding| finding.items);
     let expected = [
         "enforcer.service after network-online.target after enforcer.service",
         "enforcer.service after network-online.target after enforcer.service (see /etc/systemd/system/enforcer.service.d/x.conf)",
     ];
-    assert_eq!(said, Some(expected.map(str::to_owned).into()));
+    assert_eq!(items, Some(expected.map(str::to_owned).into()));
 }
 
 #[test]
 fn a_listener_is_found_where_it_is_reached_beside_the_endpoint() {
-    check(|seen| seen.listeners.push(listener("127.0.0.1:2822")), &[]);
-    check(
-        |seen| seen.listeners.push(listener("[::]:2822")),
-        &["listener-beyond-endpoint"],
-    );
-    check(
-        |seen| seen.listeners.push(listener("[::1]:2822")),
-        &["listener-beyond-endpoint"],
-    );
-    check(|seen| seen.listeners.push(listener("0.0.0.0:2822")), &[]);
-    check(|seen| seen.listeners.push(listener("[::]:80")), &[]);
+    let listens = |at| move |seen: &mut Seen| seen.network.listeners.push(listener(at));
+    check(listens("127.0.0.1:2822"), &[]);
+    check(listens("[::]:2822"), &["listener-beyond-endpoint"]);
+    check(listens("[::1]:2822"), &["listener-beyond-endpoint"]);
+    check(listens("0.0.0.0:2822"), &[]);
+    check(listens("[::]:80"), &[]);
     let routable = |seen: &mut Seen| {
-        seen.host.local.insert(IpAddr::from([10, 0, 0, 5]).into());
-        seen.listeners.push(listener("0.0.0.0:2822"));
+        seen.instance.host.local.insert(IpAddr::from([10, 0, 0, 5]).into());
+        seen.network.listeners.push(listener("0.0.0.0:2822"));
     };
     check(routable, &["listener-beyond-endpoint"]);
 }
 
 #[test]
 fn programs_are_weighed_by_their_order() {
-    check(
-        |seen| seen.programs.push(program(false, true, true)),
-        &["program-rewrites-after"],
-    );
-    check(
-        |seen| seen.programs.push(program(true, true, false)),
-        &["program-after"],
-    );
-    check(
-        |seen| seen.programs.push(program(false, false, true)),
-        &["program-rewrites-before"],
-    );
-    check(
-        |seen| seen.programs.push(program(false, false, false)),
-        &["program-before"],
-    );
-    let nft = |seen: &mut Seen| {
-        seen.programs.push(program(false, true, true));
-        seen.in_force = Some(ActiveBackend::Nftables);
-    };
-    check(nft, &[]);
+    check(|seen| seen.programs.push(program(true)), &["program-after"]);
+    check(|seen| seen.programs.push(program(false)), &["program-before"]);
+    check_with(ActiveBackend::Nftables, |seen| seen.programs.push(program(true)), &[]);
 }
 
 #[test]
 fn modes_that_let_others_in_are_found() {
-    let place = |kind, uid, mode| PlaceMode {
+    let place = |kind, uid, mode| Owned {
         kind,
         path: "/somewhere".into(),
         uid,
         mode,
     };
     for (kind, uid, mode, found) in [
-        (PlaceKind::Bpffs, 0, 0o700, None),
-        (PlaceKind::Bpffs, 0, 0o1777, Some("bpffs-shared")),
-        (PlaceKind::Bpffs, 0, 0o777, Some("bpffs-open")),
-        (PlaceKind::PinDir, 0, 0o700, None),
-        (PlaceKind::PinDir, 0, 0o755, Some("pins-open")),
-        (PlaceKind::Pin, 0, 0o600, None),
-        (PlaceKind::Pin, 0, 0o666, Some("pins-open")),
-        (PlaceKind::Pin, 1000, 0o600, Some("pins-open")),
-        (PlaceKind::StateDir, 0, 0o755, None),
-        (PlaceKind::StateDir, 0, 0o777, Some("state-open")),
-        (PlaceKind::SocketDir, 0, 0o755, None),
-        (PlaceKind::SocketDir, 7, 0o755, Some("socket-open")),
-        (PlaceKind::Socket, 0, 0o600, None),
-        (PlaceKind::Socket, 0, 0o666, Some("socket-open")),
+        (Kind::Bpffs, 0, 0o700, None),
+        (Kind::Bpffs, 0, 0o1777, Some("bpffs-shared")),
+        (Kind::Bpffs, 0, 0o777, Some("bpffs-open")),
+        (Kind::Pins, 0, 0o700, None),
+        (Kind::Pins, 0, 0o755, Some("pins-open")),
+        (Kind::Pins, 0, 0o600, None),
+        (Kind::Pins, 0, 0o666, Some("pins-open")),
+        (Kind::Pins, 1000, 0o600, Some("pins-open")),
+        (Kind::State, 0, 0o755, None),
+        (Kind::State, 0, 0o777, Some("state-open")),
+        (Kind::SocketDir, 0, 0o755, None),
+        (Kind::SocketDir, 7, 0o755, Some("socket-open")),
+        (Kind::Socket, 0, 0o600, None),
+        (Kind::Socket, 0, 0o666, Some("socket-open")),
     ] {
-        check(|seen| seen.places.push(place(kind, uid, mode)), found.as_slice());
+        check(|seen| seen.files.owned.push(place(kind, uid, mode)), found.as_slice());
     }
 }
 
 #[test]
 fn each_other_fact_is_found() {
-    check(|seen| seen.fault = Some("line 3".to_owned()), &["configuration"]);
-    check(|seen| seen.in_force = None, &["nothing-in-force"]);
-    check(|seen| seen.daemon = None, &["no-daemon"]);
-    check(|seen| seen.mptcp = 1, &["mptcp-add-addr"]);
-    check(|seen| seen.source_route.push("eth0".to_owned()), &["source-route"]);
-    check(
-        |seen| seen.segment_routing.push("eth0".to_owned()),
-        &["segment-routing"],
-    );
-    let passing = |backend| {
-        move |seen: &mut Seen| {
-            seen.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
-            seen.in_force = Some(backend);
-        }
+    let fault = Some("line 3".to_owned());
+    check(|seen| seen.instance.fault = fault, &["configuration"]);
+    check(|seen| seen.instance.active = None, &["nothing-in-force"]);
+    check(|seen| seen.instance.daemon = None, &["no-daemon"]);
+    let unresolved = ("bus.test".to_owned(), "no answer".to_owned());
+    check(|seen| seen.instance.unresolved.push(unresolved), &["name-unresolved"]);
+    let lacks = |feature| {
+        let why = "old".to_owned();
+        move |seen: &mut Seen| seen.features.set(feature, Fact::Missing { why })
     };
-    check(passing(ActiveBackend::Nftables), &["past-ip-hooks"]);
-    check(passing(ActiveBackend::Both), &[]);
-    check(passing(ActiveBackend::Ebpf), &[]);
-    let endpoint = |protocol, net: &'static str, backend| {
-        move |seen: &mut Seen| {
-            let net = net.parse().map(|net| Place {
-                protocol,
-                port: 53,
-                net,
-            });
-            let places = seen.rules.iter_mut().map(|rules| &mut rules.places);
-            places.for_each(|places| places.extend(net.iter().map(|place| (*place, 1))));
-            seen.in_force = Some(backend);
-        }
-    };
-    check(
-        endpoint(Protocol::Udp, "2001:db8::5/128", ActiveBackend::Ebpf),
-        &["udp-routing-header"],
-    );
-    check(endpoint(Protocol::Udp, "2001:db8::5/128", ActiveBackend::Both), &[]);
-    check(endpoint(Protocol::Udp, "10.0.0.5/32", ActiveBackend::Ebpf), &[]);
-    check(endpoint(Protocol::Tcp, "2001:db8::5/128", ActiveBackend::Ebpf), &[]);
-    let localnet = |net: &'static str, backend| {
-        move |seen: &mut Seen| {
-            seen.route_localnet.push("eth0".to_owned());
-            endpoint(Protocol::Tcp, net, backend)(seen);
-        }
-    };
-    check(localnet("127.0.0.1/32", ActiveBackend::Ebpf), &["route-localnet"]);
-    check(localnet("0.0.0.0/0", ActiveBackend::Ebpf), &["route-localnet"]);
-    check(localnet("127.0.0.1/32", ActiveBackend::Both), &[]);
-    check(localnet("127.0.0.1/32", ActiveBackend::Nftables), &[]);
-    let namespaces = |seen: &mut Seen| drop(seen.namespaces.insert(1, "runc".to_owned()));
-    check(namespaces, &["other-network-namespaces"]);
-    check(
-        |seen| {
-            namespaces(seen);
-            seen.in_force = Some(ActiveBackend::Both);
-        },
-        &[],
-    );
-    check(
-        |seen| seen.unresolved.push(("bus.test".to_owned(), "no answer".to_owned())),
-        &["name-unresolved"],
-    );
-    check(
-        |seen| {
-            seen.facts.set(
-                Feature::SocketOwner,
-                Fact::Missing {
-                    why: "no BTF".to_owned(),
-                },
-            );
-        },
-        &["feature-missing"],
-    );
-    check(
-        |seen| {
-            seen.facts
-                .set(Feature::RingBuffer, Fact::Missing { why: "old".to_owned() });
-        },
-        &[],
-    );
+    check(lacks(Feature::SocketOwner), &["feature-missing"]);
+    check(lacks(Feature::RingBuffer), &[]);
     let none = |seen: &mut Seen| {
-        seen.settings.backend = Backend::Ebpf;
-        seen.facts
-            .set(Feature::RingBuffer, Fact::Missing { why: "old".to_owned() });
+        seen.instance.settings.backend = Backend::Ebpf;
+        lacks(Feature::RingBuffer)(seen);
     };
     check(none, &["no-backend"]);
-    check(
-        |seen| {
-            seen.capable.push(Capable {
-                pid: 9,
-                uid: 33,
-                name: "ping".to_owned(),
-                capabilities: vec!["CAP_NET_RAW"],
-            });
-        },
-        &["capable-processes"],
-    );
+}
+
+#[test]
+fn ways_past_one_backend_are_found_where_it_is_alone() {
+    let eth0 = || "eth0".to_owned();
+    check(|seen| seen.network.source_route.push(eth0()), &["source-route"]);
+    check(|seen| seen.network.segment_routing.push(eth0()), &["segment-routing"]);
+    let passing = |seen: &mut Seen| seen.namespaces.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
+    check_with(ActiveBackend::Nftables, passing, &["past-ip-hooks"]);
+    check_with(ActiveBackend::Both, passing, &[]);
+    check_with(ActiveBackend::Ebpf, passing, &[]);
+    let namespaces = |seen: &mut Seen| seen.namespaces.others.push("runc".to_owned());
+    check_with(ActiveBackend::Ebpf, namespaces, &["other-network-namespaces"]);
+    check_with(ActiveBackend::Both, namespaces, &[]);
+    let endpoint = |protocol, net: &'static str| {
+        move |seen: &mut Seen| {
+            let net = net.parse().map(|net| (protocol, 53, net));
+            let place = net.map(|(protocol, port, net)| Place { protocol, port, net });
+            let rules = seen.instance.rules.iter_mut();
+            rules.for_each(|rules| rules.places.extend(place.iter().map(|place| (*place, 1))));
+        }
+    };
+    let udp6 = || endpoint(Protocol::Udp, "2001:db8::5/128");
+    check_with(ActiveBackend::Ebpf, udp6(), &["udp-routing-header"]);
+    check_with(ActiveBackend::Both, udp6(), &[]);
+    check_with(ActiveBackend::Ebpf, endpoint(Protocol::Udp, "10.0.0.5/32"), &[]);
+    check_with(ActiveBackend::Ebpf, endpoint(Protocol::Tcp, "2001:db8::5/128"), &[]);
+    let localnet = |net| {
+        move |seen: &mut Seen| {
+            seen.network.route_localnet.push("eth0".to_owned());
+            endpoint(Protocol::Tcp, net)(seen);
+        }
+    };
+    check_with(ActiveBackend::Ebpf, localnet("127.0.0.1/32"), &["route-localnet"]);
+    check_with(ActiveBackend::Ebpf, localnet("0.0.0.0/0"), &["route-localnet"]);
+    check_with(ActiveBackend::Both, localnet("127.0.0.1/32"), &[]);
+    check_with(ActiveBackend::Nftables, localnet("127.0.0.1/32"), &[]);
+}
+
+fn chain(table: &str, chain: &str) -> (String, String, String) {
+    ("inet".to_owned(), table.to_owned(), chain.to_owned())
 }
 
 #[test]
 fn rules_of_earlier_stemcells_are_named() {
-    for (table, chain) in legacy::AGENT_CHAINS {
-        check(
-            |seen| {
-                seen.chains
-                    .push(("inet".to_owned(), table.to_owned(), chain.to_owned()));
-            },
-            &["old-stemcell-rules"],
-        );
+    let found = &["old-stemcell-rules"];
+    for (table, name) in old_rules::CHAINS {
+        check(|seen| seen.firewall.chains.push(chain(table, name)), found);
     }
-    check(
-        |seen| {
-            seen.chains
-                .push(("inet".to_owned(), "filter".to_owned(), "output".to_owned()));
-        },
-        &[],
-    );
+    check(|seen| seen.firewall.chains.push(chain("filter", "output")), &[]);
     let text = "*mangle\n-A POSTROUTING -d 127.0.0.1/32 -p tcp -m tcp --dport 2822 -m cgroup ! --cgroup 2958295041 -j DROP\nCOMMIT\n";
-    check(|seen| seen.legacy = legacy::parse(text), &["old-stemcell-rules"]);
-    let by_cgroup = ForeignRule {
-        family: "ip".to_owned(),
-        table: "mangle".to_owned(),
-        chain: "POSTROUTING".to_owned(),
-        nat: None,
-        matches: vec!["cgroup".to_owned()],
-    };
-    check(|seen| seen.foreign.push(by_cgroup), &["old-stemcell-rules"]);
+    check(|seen| seen.firewall.legacy = firewall::parse(text), found);
+    check(
+        |seen| seen.firewall.rules.push(rule("mangle", None, &["cgroup"])),
+        found,
+    );
+    check(|seen| seen.firewall.rules.push(rule("mangle", None, &["tcp"])), &[]);
 }
 
 #[test]
 fn rules_of_the_agent_weigh_by_whom_they_drop() {
-    let chain = |table: &str, chain: &str| ("inet".to_owned(), table.to_owned(), chain.to_owned());
-    let root = RulePrincipal::User {
-        uid: Uid(0),
+    let [root, job] = [0, 1000].map(|uid| RulePrincipal::User {
+        uid: Uid(uid),
         cgroup: None,
-    };
-    let job = RulePrincipal::User {
-        uid: Uid(1000),
-        cgroup: None,
-    };
+    });
     let weight = |chains: &[(String, String, String)], principals: &[&RulePrincipal], accepted: Option<u32>| {
         let mut seen = well();
-        seen.jobs.rules.extend(accepted.map(|user| JobRule {
+        seen.instance.jobs.rules.extend(accepted.map(|user| JobRule {
             handle: 1,
             accepts: Ok(Accept {
                 subject: Subject {
@@ -390,23 +337,23 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
             }),
             writer: Writer::Grants,
         }));
-        seen.chains = chains.to_vec();
-        if let Some(rules) = &mut seen.rules {
+        seen.firewall.chains = chains.to_vec();
+        if let Some(rules) = &mut seen.instance.rules {
             rules.targets.push(RuleTarget {
                 name: "monit".to_owned(),
                 principals: principals.iter().map(|principal| (*principal).clone()).collect(),
             });
         }
-        judge::host(&seen).findings.first().map(|finding| finding.weight)
+        seen.report().findings.first().map(|finding| finding.weight)
     };
     let [monit, nats] = ["monit_access", "nats_access"].map(|name| chain("bosh_agent", name));
     let stemcells = chain("filter", "monit_output");
-    // Of who is granted nobody need be there now: the agent's chain lets through whoever is written to the jobs' chain then.
+    // Of who is granted nobody need be there now: the agent's chain accepts whom the jobs' chain accepts then.
     for (chain, expected) in [(&monit, Weight::Low), (&stemcells, Weight::High)] {
         let mut seen = well();
-        seen.grants_monit = true;
-        seen.chains = vec![chain.clone()];
-        let found = judge::host(&seen).findings;
+        seen.instance.grants_monit = true;
+        seen.firewall.chains = vec![chain.clone()];
+        let found = seen.report().findings;
         assert_eq!(found.first().map(|finding| finding.weight), Some(expected));
     }
     for (chains, principals, accepted, expected) in [
@@ -426,12 +373,12 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
 #[test]
 fn the_worst_comes_first_and_the_text_says_what_to_do() {
     let mut seen = well();
-    seen.listeners.push(listener("[::]:2822"));
-    seen.mptcp = 2;
-    seen.programs.push(program(false, false, false));
-    let report = judge::host(&seen);
+    seen.network.listeners.push(listener("[::]:2822"));
+    seen.network.source_route.push("eth0".to_owned());
+    seen.programs.push(program(false));
+    let report = seen.report();
     let weights: Vec<_> = report.findings.iter().map(|finding| finding.weight).collect();
-    assert_eq!(weights, [Weight::High, Weight::Medium, Weight::Low]);
+    assert_eq!(weights, [Weight::High, Weight::Medium, Weight::Medium]);
     assert_eq!(report.code(), 1);
     let text = report.render();
     assert_eq!(text.matches("do: ").count(), 3, "{text}");
@@ -442,54 +389,82 @@ fn the_worst_comes_first_and_the_text_says_what_to_do() {
 }
 
 #[test]
-fn powers_are_those_of_users_who_are_not_root() {
-    let status = |uid, capabilities| format!("Name:\tx\nUid:\t{uid}\t{uid}\nCapEff:\t{capabilities}\n");
-    assert_eq!(powers(&status(33, "0000000000002000")), Some((33, vec!["CAP_NET_RAW"])));
-    assert_eq!(powers(&status(33, "0000000000000001")), None);
-    assert_eq!(powers(&status(0, "000001ffffffffff")), None);
-    assert_eq!(powers("nonsense"), None);
+fn f6_a_name_in_a_finding_steers_no_terminal() {
+    let mut seen = well();
+    seen.namespaces.others.push("\u{1b}[2J\u{202e}\nx (pid 7)".to_owned());
+    let text = seen.report().render();
+    assert!(text.contains("x (pid 7)"), "{text}");
+    assert!(!text.contains(['\u{1b}', '\u{202e}']), "{text}");
+    assert!(!text.lines().any(|line| line.starts_with('x')), "{text}");
 }
 
 #[test]
-fn an_image_is_judged_by_its_options_and_modules() {
-    let all = "BPF_SYSCALL CGROUPS CGROUP_BPF INET DEBUG_INFO_BTF NF_TABLES_INET NF_TABLES_IPV4 NF_TABLES_IPV6 INET_DIAG_DESTROY";
-    let modules = "NF_TABLES NFT_REJECT NFT_REJECT_INET NFT_LIMIT NFT_LOG NETFILTER_NETLINK_LOG NFT_SOCKET INET_DIAG INET_TCP_DIAG";
+fn an_image_is_evaluated_by_its_options_and_modules() {
     let mut text = String::from("# CONFIG_SOMETHING is not set\n");
-    for (names, value) in [(all, 'y'), (modules, 'm')] {
-        for name in names.split(' ') {
-            text.push_str(&format!("CONFIG_{name}={value}\n"));
-        }
+    let mut dep = String::from("kernel/a/other.ko.xz: kernel/b.ko\n");
+    for (_, option, module) in image::OPTIONS {
+        let value = if module.is_empty() { 'y' } else { 'm' };
+        text.push_str(&format!("CONFIG_{option}={value}\n"));
+        dep.push_str(&format!("kernel/{module}.ko.zst:\n"));
     }
-    let dep = "kernel/a/nf_tables.ko.xz: kernel/b.ko\nkernel/nft_reject.ko:\nkernel/nft_reject_inet.ko:\nkernel/nft_limit.ko.zst:\n\
-        kernel/nft_log.ko:\nkernel/nfnetlink_log.ko:\nkernel/nft_socket.ko:\nkernel/inet_diag.ko:\nkernel/tcp_diag.ko:\n";
-    let whole = ImageSeen {
+    let whole = Image {
         release: Some("6.1.0".to_owned()),
         options: image::options(&text),
-        modules: image::modules(dep).collect(),
-        ..ImageSeen::default()
+        modules: image::modules(&dep).collect(),
+        ..Image::default()
     };
-    let (facts, findings) = judge_image(&whole);
-    assert!(findings.is_empty(), "{findings:?}");
-    assert_eq!(judge::image(&whole).choice.backend, Some(Backend::Ebpf));
-    assert_eq!(facts.works().nftables, Fact::Supported);
+    let report = whole.clone().report();
+    assert_eq!(report.findings, []);
+    assert_eq!(report.choice.backend, Some(Backend::Ebpf));
 
     let mut without = whole.clone();
     without.options.remove("CGROUP_BPF");
-    assert_eq!(judge::image(&without).choice.backend, Some(Backend::Nftables));
+    assert_eq!(without.clone().report().choice.backend, Some(Backend::Nftables));
     without.modules.remove("nft_reject_inet");
-    let report = judge::image(&without);
+    let report = without.report();
     assert_eq!(report.choice.backend, None);
     let ids: Vec<_> = report.findings.iter().map(|finding| finding.id).collect();
     assert_eq!(ids, ["no-backend", "kernel-options"]);
-    let items = report
-        .findings
-        .last()
-        .map(|finding| finding.items.join("\n"))
-        .unwrap_or_default();
-    assert!(
-        items.contains("CONFIG_CGROUP_BPF") && items.contains("CONFIG_NFT_REJECT_INET"),
-        "{items}"
-    );
+    let items = report.findings.into_iter().flat_map(|finding| finding.items);
+    let expected = [
+        "CONFIG_CGROUP_BPF is not set: programs at connect",
+        "module nft_reject_inet (CONFIG_NFT_REJECT_INET) is not there: nft reject",
+    ];
+    assert_eq!(items.collect::<Vec<_>>(), expected);
+    assert_eq!(Image::default().report().choice.backend, None);
+}
 
-    assert_eq!(judge::image(&ImageSeen::default()).choice.backend, None);
+/// What `doctor --root` demands is what the package brings: the list that cargo-deb reads, and the units with their targets.
+#[test]
+fn an_image_needs_what_the_package_brings() {
+    let manifest: toml::Table = include_str!("../../Cargo.toml").parse().unwrap_or_default();
+    let deb = &manifest["package"]["metadata"]["deb"];
+    let list = |value: &toml::Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
+    let text = |value: &toml::Value| value.as_str().unwrap_or_default().to_owned();
+    let (mut files, mut links) = (Vec::new(), Vec::new());
+    for asset in list(deb, "assets") {
+        let (source, target) = (text(&asset[0]), text(&asset[1]));
+        let name = source.rsplit('/').next().filter(|_| target.ends_with('/'));
+        files.push(target.clone() + name.unwrap_or_default());
+    }
+    let units = [
+        include_str!("../../packaging/systemd/enforcer-early.service"),
+        include_str!("../../packaging/systemd/enforcer.service"),
+    ];
+    for (unit, content) in list(deb, "systemd-units").iter().zip(units) {
+        let name = text(&unit["unit-name"]);
+        files.push(format!("usr/lib/systemd/system/{name}.service"));
+        let target = content.lines().find_map(|line| line.strip_prefix("WantedBy="));
+        links.push(format!(
+            "etc/systemd/system/{}.wants/{name}.service",
+            target.unwrap_or_default()
+        ));
+    }
+    assert_eq!(links, image::LINKS);
+    for file in image::FILES {
+        assert!(
+            files.iter().any(|packaged| packaged == file),
+            "{file} is not in {files:?}"
+        );
+    }
 }

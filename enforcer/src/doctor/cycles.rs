@@ -7,6 +7,9 @@ use std::{
     process::Command,
 };
 
+use super::findings::Findings;
+use crate::wire::doctor::Weight;
+
 /// The package's units.
 const OURS: [&str; 2] = ["enforcer-early.service", "enforcer.service"];
 /// Where systemd runs (man 3 `sd_booted`).
@@ -28,7 +31,7 @@ struct Unit {
 }
 
 /// The shortest through each of our units; none where systemd does not run.
-pub(super) fn cycles() -> Result<Vec<Cycle>, String> {
+pub(super) fn collect() -> Result<Vec<Cycle>, String> {
     if !Path::new(BOOTED).is_dir() {
         return Ok(Vec::new());
     }
@@ -47,6 +50,31 @@ pub(super) fn cycles() -> Result<Vec<Cycle>, String> {
         return Err(format!("systemctl show ({}): {}", output.status, said.trim()));
     }
     Ok(find(&parse(&String::from_utf8_lossy(&output.stdout))))
+}
+
+pub(super) fn findings(cycles: &[Cycle], findings: &mut Findings) {
+    let shown = |cycle: &Cycle| {
+        let units: Vec<&str> = cycle
+            .units
+            .iter()
+            .chain(cycle.units.first())
+            .map(String::as_str)
+            .collect();
+        let drop_ins = cycle.drop_ins.join(", ");
+        let see = if drop_ins.is_empty() {
+            String::new()
+        } else {
+            format!(" (see {drop_ins})")
+        };
+        format!("{}{see}", units.join(" after "))
+    };
+    findings.each(
+        "ordering-cycle",
+        Weight::High,
+        "systemd units form an ordering cycle with enforcer's: at boot systemd breaks it by not starting one of them, which may be enforcer",
+        cycles.iter().map(shown),
+        "remove one of these After= or Before=; enforcer.service is to start before network-online.target and what needs that",
+    );
 }
 
 /// Reads blocks of properties, one a unit.
@@ -117,88 +145,58 @@ fn shortest(units: &BTreeMap<String, Unit>, start: &str) -> Option<Vec<String>> 
 mod tests {
     use super::*;
 
-    fn unit(id: &str, after: &str, drop_ins: &str) -> String {
-        format!("Id={id}\nAfter={after}\nLoadState=loaded\nDropInPaths={drop_ins}\n\n")
-    }
+    const ONLINE: &str = "network-online.target: enforcer.service network.target";
 
-    fn found(units: &[String]) -> Vec<(String, usize)> {
-        let cycles = find(&parse(&units.concat()));
-        let shown = cycles
-            .into_iter()
-            .map(|cycle| (cycle.units.join(" "), cycle.drop_ins.len()));
-        shown.collect()
+    /// Units with what they come after, as drop-ins may have changed it; and the cycles that are found.
+    fn check(early: &str, daemon: &str, others: &[&str], expected: &[&str]) {
+        let early = format!("enforcer-early.service: {early}");
+        let daemon = format!("enforcer.service: enforcer-early.service network.target {daemon}");
+        let units = [early.as_str(), &daemon, "network.target: network-pre.target"];
+        let shown = |unit: &str| {
+            let (id, after) = unit.split_once(": ").unwrap_or_default();
+            format!("Id={id}\nAfter={after}\nLoadState=loaded\nDropInPaths=\n\n")
+        };
+        let mut text: String = units.iter().chain(others).map(|unit| shown(unit)).collect();
+        // What is not there is not started.
+        text.push_str("Id=agent.service\nAfter=enforcer.service\nLoadState=not-found\n\n");
+        let cycles = find(&parse(&text)).into_iter().map(|cycle| cycle.units.join(" "));
+        assert_eq!(cycles.collect::<Vec<_>>(), expected);
     }
 
     #[test]
     fn a_cycle_is_found_however_long_it_is() {
-        let early = unit("enforcer-early.service", "systemd-remount-fs.service -.mount", "");
-        let daemon = |more: &str, drop_in: &str| {
-            let after = format!("enforcer-early.service network.target {more}");
-            unit("enforcer.service", &after, drop_in)
-        };
-        let network = unit("network.target", "network-pre.target", "");
-        let online = unit("network-online.target", "enforcer.service network.target", "");
-        let shipped = [early.clone(), daemon("", ""), network.clone(), online.clone()];
-        assert_eq!(found(&shipped), []);
-        // A drop-in.
-        let drop_in = "/etc/systemd/system/enforcer.service.d/online.conf";
-        let direct = [
-            early.clone(),
-            daemon("network-online.target", drop_in),
-            network.clone(),
-            online.clone(),
-        ];
-        assert_eq!(
-            found(&direct),
-            [("enforcer.service network-online.target".to_owned(), 1)]
-        );
+        check("-.mount", "", &[ONLINE], &[]);
+        let direct = "enforcer.service network-online.target";
+        check("", "network-online.target", &[ONLINE], &[direct]);
         // Users by a name service that waits for the network.
-        let by_users = [
-            early.clone(),
-            daemon("nss-user-lookup.target", ""),
-            network.clone(),
-            online.clone(),
-            unit("nss-user-lookup.target", "winbind.service", ""),
-            unit("winbind.service", "network-online.target", ""),
-        ];
-        assert_eq!(
-            found(&by_users),
-            [(
-                "enforcer.service nss-user-lookup.target winbind.service network-online.target".to_owned(),
-                0
-            )]
-        );
-        // The state on a network mount, which both wait for.
-        let by_mount = [
-            unit("enforcer-early.service", "var-lib-enforcer.mount", ""),
-            daemon("var-lib-enforcer.mount", ""),
-            network.clone(),
-            online.clone(),
-            unit("var-lib-enforcer.mount", "network-online.target", ""),
-        ];
-        assert_eq!(
-            found(&by_mount),
-            [
-                (
-                    "enforcer-early.service var-lib-enforcer.mount network-online.target enforcer.service".to_owned(),
-                    0
-                ),
-                (
-                    "enforcer.service var-lib-enforcer.mount network-online.target".to_owned(),
-                    0
-                )
-            ]
-        );
-        // What is not there is not started, and a cycle of others is theirs.
-        let gone = "Id=agent.service\nAfter=enforcer.service\nLoadState=not-found\n\n".to_owned();
         let others = [
-            early,
-            daemon("agent.service a.service", ""),
-            network,
-            gone,
-            unit("a.service", "b.service", ""),
-            unit("b.service", "a.service", ""),
+            ONLINE,
+            "nss-user-lookup.target: winbind.service",
+            "winbind.service: network-online.target",
         ];
-        assert_eq!(found(&others), []);
+        let by_users = "enforcer.service nss-user-lookup.target winbind.service network-online.target";
+        check("", "nss-user-lookup.target", &others, &[by_users]);
+        // The state on a network mount, which both wait for.
+        let state = "var-lib-enforcer.mount";
+        let by_mount = [
+            "enforcer-early.service var-lib-enforcer.mount network-online.target enforcer.service",
+            "enforcer.service var-lib-enforcer.mount network-online.target",
+        ];
+        let mount = "var-lib-enforcer.mount: network-online.target";
+        check(state, state, &[ONLINE, mount], &by_mount);
+        // A cycle of others is theirs.
+        let others = ["a.service: b.service", "b.service: a.service"];
+        check("", "agent.service a.service", &others, &[]);
+    }
+
+    #[test]
+    fn drop_ins_are_named() {
+        let text =
+            "Id=enforcer.service\nAfter=enforcer.service\nLoadState=loaded\nDropInPaths=/etc/x.conf /etc/y.conf\n";
+        let drop_ins: Vec<_> = find(&parse(text))
+            .into_iter()
+            .flat_map(|cycle| cycle.drop_ins)
+            .collect();
+        assert_eq!(drop_ins, ["/etc/x.conf", "/etc/y.conf"]);
     }
 }

@@ -1,0 +1,83 @@
+//! Third-party BPF programs at the hooks of ours: on the same cgroup, and on those above it.
+
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+use super::findings::{Findings, Gaps};
+use crate::{
+    backend::third_party::{self, Attached},
+    wire::{
+        ActiveBackend,
+        doctor::Weight::{High, Medium},
+    },
+};
+
+/// A program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Program {
+    pub(super) hook: &'static str,
+    pub(super) cgroup: PathBuf,
+    /// Whether it runs when ours has decided.
+    pub(super) after: bool,
+    pub(super) attached: Attached,
+}
+
+pub(super) fn collect(cgroup: Option<&Path>, pin_dir: &Path, gaps: &mut Gaps) -> Vec<Program> {
+    let is_cgroup = |path: &&Path| statfs(*path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    let ancestors = cgroup.into_iter().flat_map(Path::ancestors).take_while(is_cgroup);
+    let ancestors: Vec<&Path> = ancestors.collect();
+    let mut programs = Vec::new();
+    for hook in third_party::hooks() {
+        let ours = third_party::our_program(pin_dir, hook);
+        for (depth, path) in ancestors.iter().enumerate() {
+            let what = format!("programs of {hook} on {}", path.display());
+            let found = gaps.saw(&what, third_party::programs(path, hook)).unwrap_or_default();
+            let position = found.iter().position(|one| Some(one.id) == ours);
+            // Those of ancestors run later. Before ours are all that were attached earlier, and those that ask for it
+            // (`BPF_F_PREORDER`).
+            let runs_after = |index| depth > 0 || position.is_some_and(|ours| index > ours);
+            let others = found.into_iter().enumerate();
+            let others = others.filter(|(index, _)| depth > 0 || position != Some(*index));
+            programs.extend(others.map(|(index, attached)| Program {
+                hook,
+                cgroup: path.to_path_buf(),
+                after: !attached.preorder && runs_after(index),
+                attached,
+            }));
+        }
+    }
+    programs
+}
+
+/// What such a program does the kernel does not say. It may write the destination, or another verdict (`bpf_set_retval`).
+pub(super) fn findings(programs: &[Program], enforces: ActiveBackend, findings: &mut Findings) {
+    if !enforces.has_ebpf() {
+        return;
+    }
+    let shown = |one: &Program| {
+        let Attached { id, name, preorder, .. } = &one.attached;
+        let name = if name.is_empty() { "without a name" } else { name };
+        let order = if *preorder { " (BPF_F_PREORDER)" } else { "" };
+        format!(
+            "{} on {}: program {name}, id {id}{order}",
+            one.hook,
+            one.cgroup.display()
+        )
+    };
+    let of = |after| programs.iter().filter(move |one| one.after == after).map(shown);
+    findings.each(
+        "program-after",
+        High,
+        "third-party BPF programs run after enforcer's: they can undo a denial, or redirect an allowed connection to a protected endpoint",
+        of(true),
+        "find the owner (bpftool prog show id ID, bpftool cgroup show); attach it before enforcer or to a cgroup below, or set backend = \"both\", which evaluates the packets that result",
+    );
+    findings.each(
+        "program-before",
+        Medium,
+        "third-party BPF programs run before enforcer's: they can deny what is allowed, or redirect connections to an endpoint so that enforcer evaluates another destination",
+        of(false),
+        "check what it does (bpftool prog dump xlated id ID): where it redirects an endpoint, add the address behind it to the endpoints",
+    );
+}
