@@ -23,7 +23,7 @@ use crate::{
 };
 
 pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, Ring, SocketUsers};
-pub use nftables::{Changes, Denial, Denials, Logged, Nftables, NftablesError, jobs};
+pub use nftables::{Denial, Denials, Logged, Nftables, NftablesError, jobs};
 
 use probe::{Fact, Works};
 use writer::Writer;

@@ -89,6 +89,7 @@ pub struct About {
 
 impl Feature {
     /// All, as they are shown.
+    #[cfg(test)]
     pub const ALL: [Self; 26] = [
         Self::BpfSyscall,
         Self::CgroupSockAddr,
