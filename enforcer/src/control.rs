@@ -23,8 +23,8 @@ use crate::{
 
 mod peer;
 
-pub use enforcer_client::AskError;
-pub use peer::{CgroupError, Peer};
+pub(crate) use enforcer_client::AskError;
+pub(crate) use peer::{CgroupError, Peer};
 
 /// Longest request, in bytes.
 const MAX_REQUEST: u64 = 32 << 10;
@@ -40,7 +40,7 @@ const MAX_FOLLOWERS: usize = 16;
 
 /// A request on its way to the daemon's loop, and the way back.
 #[derive(Debug)]
-pub struct Call {
+pub(crate) struct Call {
     /// What is asked.
     pub request: Request,
     /// By whom.
@@ -51,7 +51,7 @@ pub struct Call {
 
 /// Why the control socket does not work.
 #[derive(Debug, thiserror::Error)]
-pub enum ControlError {
+pub(crate) enum ControlError {
     /// A file operation.
     #[error("{action} {}: {error}{}", path.display(), crate::host::remedy(error))]
     Io {
@@ -81,7 +81,7 @@ pub enum ControlError {
 }
 
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).
-pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
+pub(crate) fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     let failed = |action| {
         move |error| ControlError::Io {
             action,
@@ -119,7 +119,7 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 }
 
 /// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
-pub fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+pub(crate) fn nobody_listens(path: &Path) -> Result<(), ControlError> {
     if enforcer_client::ask::is_served(path) {
         return Err(ControlError::Busy { path: path.into() });
     }
@@ -127,7 +127,7 @@ pub fn nobody_listens(path: &Path) -> Result<(), ControlError> {
 }
 
 /// Accepts callers for ever and hands their requests to the loop.
-pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
+pub(crate) async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
     let places = Arc::new(Semaphore::new(MAX_CALLERS));
     let followers = Arc::new(Semaphore::new(MAX_FOLLOWERS));
     let mut logged: Option<Instant> = None;
@@ -161,12 +161,12 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
 }
 
 /// Asks the daemon and returns its one answer.
-pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, AskError> {
+pub(crate) async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, AskError> {
     Ask::new(path, request, patience).answer().await
 }
 
 /// Asks the daemon and hands on each answer until it ends or `each` says so.
-pub async fn ask_many(
+pub(crate) async fn ask_many(
     path: &Path,
     request: &Request,
     mut each: impl FnMut(Reply) -> io::Result<()>,

@@ -18,12 +18,12 @@ mod render;
 mod tests;
 
 /// Looks at this host.
-pub async fn host(config: &Path) -> Report {
+pub(crate) async fn host(config: &Path) -> Report {
     judge::host(&collect::host(config).await)
 }
 
 /// Looks at an unpacked image, of which nothing is run.
-pub fn image(root: &Path, config: &Path) -> std::io::Result<Report> {
+pub(crate) fn image(root: &Path, config: &Path) -> std::io::Result<Report> {
     Ok(judge::image(&image::collect(root, config)?))
 }
 

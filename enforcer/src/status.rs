@@ -13,7 +13,7 @@ use crate::{
 
 /// What only the one who asks knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Context {
+pub(crate) struct Context {
     /// Process id of the daemon, if there is one.
     pub daemon: Option<u32>,
     /// The cgroup asked for.
@@ -44,7 +44,7 @@ pub struct Context {
 
 /// Puts both together.
 #[must_use]
-pub fn status(observed: Option<&Observed>, context: Context) -> Status {
+pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     let mut causes = context.causes;
     for name in context.names.iter().filter(|name| name.stale) {
         let why = name.cause.as_deref().unwrap_or("the last look-up failed");

@@ -20,12 +20,12 @@ mod rounds;
 #[cfg(test)]
 mod tests;
 
-pub use crate::host::sock_diag::{Connection, Listener};
-pub use rounds::{Job, Jobs, Report, listening, once, run};
+pub(crate) use crate::host::sock_diag::{Connection, Listener};
+pub(crate) use rounds::{Job, Jobs, Report, listening, once, run};
 
 /// The cgroups of this host, as far as they matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cgroups {
+pub(crate) struct Cgroups {
     /// The cgroup below which sockets are judged; none means all are.
     pub judged: Option<u64>,
     /// The parent of each cgroup, by id. Empty where neither `judged` nor a principal asks.
@@ -34,7 +34,7 @@ pub struct Cgroups {
 
 /// A connection that the rules would refuse.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub(crate) struct Found {
     /// It.
     pub connection: Connection,
     /// Whose it is: none for the kernel.
@@ -49,7 +49,7 @@ pub struct Found {
 
 /// Why a connection may be allowed after all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doubt {
+pub(crate) enum Doubt {
     /// Its cgroup decides, and is not known.
     Cgroup,
     /// It may be the accepted end.
@@ -58,7 +58,7 @@ pub enum Doubt {
 
 /// Why connections are not known or not cut. Never a reason to stop enforcing (F4).
 #[derive(Debug, thiserror::Error)]
-pub enum SweepError {
+pub(crate) enum SweepError {
     /// The kernel does not list.
     #[error("list {protocol} connections over {} by sock_diag: {error}; those older than the rules are not known: {}", version(*v6), list_remedy(*protocol, error))]
     List {
@@ -91,7 +91,7 @@ pub enum SweepError {
 
 /// Whether the rules would refuse a connection, had it to be opened now.
 #[must_use]
-pub fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Option<Found> {
+pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Option<Found> {
     let Connection { protocol, remote, .. } = *connection;
     let owners = owners(rules, protocol, remote.ip(), remote.port());
     if owners == 0 {
@@ -139,7 +139,7 @@ pub fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Opt
 /// Looks again at what was found, now that it is known who listens; `local` is what this host delivers to itself. What nobody holds and
 /// somebody accepts is left out: it was never dialled here.
 #[must_use]
-pub fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
+pub(crate) fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
     let mut kept = found;
     kept.retain_mut(|one| {
         let accepted = accepted(&one.connection, listeners, local);

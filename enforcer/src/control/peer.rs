@@ -23,7 +23,7 @@ use crate::{
 
 /// A caller, as the kernel remembers it from its `connect` (unix(7), `SO_PEERCRED`).
 #[derive(Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its process in our PID namespace; 0 where that cannot see it.
     pub pid: u32,
     /// Its user.
@@ -43,7 +43,7 @@ enum Process {
 
 /// Why the cgroup of a process is not known.
 #[derive(Debug, thiserror::Error)]
-pub enum CgroupError {
+pub(crate) enum CgroupError {
     /// A container's, seen from another one.
     #[error(
         "the calling process is not visible in the daemon's PID namespace; name the cgroup with --cgroup, as the host has it"
@@ -109,7 +109,7 @@ pub enum CgroupError {
 
 impl Peer {
     /// Asks the kernel.
-    pub fn of(stream: &UnixStream) -> io::Result<Self> {
+    pub(crate) fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
         let process = Process::from(getsockopt(stream, sockopt::PeerPidfd));
         let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok());
@@ -122,12 +122,12 @@ impl Peer {
 
     /// Its name, which it chooses itself.
     #[must_use]
-    pub fn comm(&self) -> String {
+    pub(crate) fn comm(&self) -> String {
         host::task_name(self.pid)
     }
 
     /// The cgroup that it is in now.
-    pub fn cgroup(&self) -> Result<CgroupPath, CgroupError> {
+    pub(crate) fn cgroup(&self) -> Result<CgroupPath, CgroupError> {
         if self.pid == 0 {
             return Err(CgroupError::Invisible);
         }
@@ -146,7 +146,7 @@ impl Peer {
     }
 
     /// The cgroup of a process to which it gave a number.
-    pub fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
+    pub(crate) fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
         let status = host::read_lossy(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let numbers = host::status_field(&status, "NSpid");
         if status.is_empty() && lives(self.pid) {

@@ -9,7 +9,7 @@ use crate::{
 
 /// Why the daemon cannot start, or an attempt to put a configuration in force failed.
 #[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
+pub(crate) enum DaemonError {
     /// The configuration file.
     #[error(transparent)]
     Config(#[from] ConfigError),

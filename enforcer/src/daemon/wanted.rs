@@ -29,7 +29,7 @@ const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 
 /// A configuration that was read, understood and found possible on this host.
 #[derive(Debug)]
-pub struct Wanted {
+pub(crate) struct Wanted {
     pub(super) path: PathBuf,
     /// Whether that file was there, so that the defaults are not what was asked for (B1).
     pub(super) from_file: bool,
@@ -71,7 +71,7 @@ impl Users for Remembered<'_> {
 
 impl Wanted {
     /// Reads a configuration file.
-    pub fn load(path: &Path) -> Result<Self, DaemonError> {
+    pub(crate) fn load(path: &Path) -> Result<Self, DaemonError> {
         Self::load_knowing(path, &BTreeMap::new())
     }
 
@@ -165,12 +165,12 @@ impl Wanted {
 
     /// What it means.
     #[must_use]
-    pub fn policy(&self) -> &Policy {
+    pub(crate) fn policy(&self) -> &Policy {
         &self.policy
     }
 
     /// The rules that it asks for by the addresses known last, and the id of the cgroup to be judged: for those who look from outside.
-    pub fn rules_known_last(&self) -> Result<(RuleSet, u64), DaemonError> {
+    pub(crate) fn rules_known_last(&self) -> Result<(RuleSet, u64), DaemonError> {
         let failed = |action| move |error| DaemonError::Io { action, error };
         let dir = &self.config.settings.state_dir;
         let (left, _) = Left::load(dir);
@@ -219,13 +219,13 @@ impl Wanted {
 
     /// How and where it is enforced.
     #[must_use]
-    pub fn settings(&self) -> &Settings {
+    pub(crate) fn settings(&self) -> &Settings {
         &self.config.settings
     }
 
     /// What is allowed, but probably not meant.
     #[must_use]
-    pub fn warnings(&self) -> &[String] {
+    pub(crate) fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
@@ -246,7 +246,7 @@ impl Wanted {
 
     /// What does not exist on this host yet, and matches nobody until it does: users, and cgroups.
     #[must_use]
-    pub fn absent(&self) -> Vec<String> {
+    pub(crate) fn absent(&self) -> Vec<String> {
         let cgroups = self.policy.cgroups();
         let cgroups = cgroups.iter().filter_map(|cgroup| self.why_nobody(cgroup));
         let cgroups = cgroups.map(|why| format!("{}: {why}", self.path.display()));

@@ -28,7 +28,7 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 
 /// A socket with a remote end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Connection {
+pub(crate) struct Connection {
     /// Transport.
     pub protocol: Protocol,
     /// How far it is.
@@ -51,7 +51,7 @@ pub struct Connection {
 
 /// A socket that waits for others: listening, or bound UDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listener {
+pub(crate) struct Listener {
     /// Transport.
     pub protocol: Protocol,
     /// Its address, perhaps unspecified, and port.

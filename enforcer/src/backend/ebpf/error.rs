@@ -9,7 +9,7 @@ use crate::{
 
 /// Why the kernel does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
-pub enum BackendError {
+pub(crate) enum BackendError {
     /// A file operation.
     Io {
         /// What was tried.
@@ -157,7 +157,7 @@ impl fmt::Display for BackendError {
 impl BackendError {
     /// What happened, without what to do about it.
     #[must_use]
-    pub fn cause(&self) -> String {
+    pub(crate) fn cause(&self) -> String {
         match self {
             Self::Io { action, object, error } => format!("{action} {}: {error}", object.display()),
             Self::Untrusted { path, uid, mode } => {
@@ -190,7 +190,7 @@ impl BackendError {
 
     /// Whether another process enforces there.
     #[must_use]
-    pub fn is_busy(&self) -> bool {
+    pub(crate) fn is_busy(&self) -> bool {
         let half = |error: &Self| matches!(error, Self::Busy { .. });
         half(self) || matches!(self, Self::Half { error, .. } if half(error))
     }
@@ -198,7 +198,7 @@ impl BackendError {
     /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that needs mending.
     /// That it has BPF at all is asked only where that decides.
     #[must_use]
-    pub fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
         match self {
             Self::NoCgroup2 | Self::PrivateMounts { .. } | Self::Load { .. } | Self::Attach { .. } => true,
             // Without BPF there is no bpffs either; with it, a wrong place is the configuration's fault.
