@@ -41,9 +41,7 @@ const MAX_FOLLOWERS: usize = 16;
 /// A request on its way to the daemon's loop, and the way back.
 #[derive(Debug)]
 pub(crate) struct Call {
-    /// What is asked.
     pub request: Request,
-    /// By whom.
     pub peer: Peer,
     /// Where the answer goes: replies, then closed.
     pub replies: mpsc::Sender<Reply>,
@@ -55,29 +53,16 @@ pub(crate) enum ControlError {
     /// A file operation.
     #[error("{action} {}: {error}{}", path.display(), crate::host::remedy(error))]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// On what.
         path: PathBuf,
-        /// Why not.
         error: io::Error,
     },
     /// Somebody else could replace the socket (F6).
     #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be root's and writable by nobody else", path.display())]
-    Untrusted {
-        /// The directory.
-        path: PathBuf,
-        /// Its owner.
-        uid: u32,
-        /// Its mode.
-        mode: u32,
-    },
+    Untrusted { path: PathBuf, uid: u32, mode: u32 },
     /// Another daemon answers there.
     #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another socket", path.display())]
-    Busy {
-        /// The socket.
-        path: PathBuf,
-    },
+    Busy { path: PathBuf },
 }
 
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).

@@ -16,11 +16,8 @@ use crate::{
 pub(crate) struct Context {
     /// Process id of the daemon, if there is one.
     pub daemon: Option<u32>,
-    /// The cgroup asked for.
     pub cgroup: String,
-    /// The pin directory asked for.
     pub pin_dir: String,
-    /// The table asked for.
     pub nft_table: String,
     /// What enforces.
     pub backend: ActiveBackend,
@@ -28,15 +25,12 @@ pub(crate) struct Context {
     pub backend_reason: Option<String>,
     /// How often something was put back.
     pub restored: u64,
-    /// The names.
     pub names: Vec<NameStatus>,
-    /// The dials.
     pub dials: Vec<DialStatus>,
     /// What else is wrong.
     pub causes: Vec<String>,
     /// Denials that were lost on their way to the daemon, besides those that the kernel programs count.
     pub lost: u64,
-    /// The last sweep.
     pub existing: Option<ExistingStatus>,
     /// Whether something is in force that cannot be read; a cause says what.
     pub unread: bool,

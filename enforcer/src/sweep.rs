@@ -35,7 +35,6 @@ pub(crate) struct Cgroups {
 /// A connection that the rules would refuse.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
-    /// It.
     pub connection: Connection,
     /// Whose it is: none for the kernel.
     pub user: Option<Uid>,
@@ -62,31 +61,20 @@ pub(crate) enum SweepError {
     /// The kernel does not list.
     #[error("list {protocol} connections over {} by sock_diag: {error}; those older than the rules are not known: {}", version(*v6), list_remedy(*protocol, error))]
     List {
-        /// Which.
         protocol: Protocol,
-        /// Over IPv6.
         v6: bool,
-        /// Why not.
         error: io::Error,
     },
     /// The kernel does not cut.
     #[error("cut a {protocol} connection to {remote}: {error}; it stays: {}", cut_remedy(error))]
     Cut {
-        /// Transport.
         protocol: Protocol,
-        /// To where.
         remote: SocketAddr,
-        /// Why not.
         error: io::Error,
     },
     /// The cgroups are not known.
     #[error("list the cgroups below {mount}: {error}; connections that a cgroup decides on are reported, not cut")]
-    Cgroups {
-        /// Where.
-        mount: String,
-        /// Why not.
-        error: io::Error,
-    },
+    Cgroups { mount: String, error: io::Error },
 }
 
 /// Whether the rules would refuse a connection, had it to be opened now.

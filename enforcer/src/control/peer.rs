@@ -26,7 +26,6 @@ use crate::{
 pub(crate) struct Peer {
     /// Its process in our PID namespace; 0 where that cannot see it.
     pub pid: u32,
-    /// Its user.
     pub uid: u32,
     process: Process,
 }
@@ -53,56 +52,31 @@ pub(crate) enum CgroupError {
     #[error(
         "the caller runs in a PID namespace of its own, where --pid {pid} means another process than here; name the cgroup with --cgroup, as the host has it"
     )]
-    Namespace {
-        /// The number given.
-        pid: u32,
-    },
+    Namespace { pid: u32 },
     /// It has ended.
     #[error("process {pid} does not exist any more; name a process that runs, or the cgroup with --cgroup")]
-    Gone {
-        /// Its number.
-        pid: u32,
-    },
+    Gone { pid: u32 },
     /// `/proc` shows others to root with `CAP_SYS_PTRACE` alone, or to a group (proc(5), `hidepid=`).
     #[error(
         "/proc hides process {pid} from the daemon (hidepid=); name the cgroup with --cgroup, or mount /proc with gid=0 or without hidepid="
     )]
-    Hidden {
-        /// Its number.
-        pid: u32,
-    },
+    Hidden { pid: u32 },
     /// It cannot be read.
     #[error("read /proc/{pid}/cgroup: {error}; name the cgroup with --cgroup")]
-    Proc {
-        /// The process.
-        pid: u32,
-        /// Why not.
-        error: io::Error,
-    },
+    Proc { pid: u32, error: io::Error },
     /// No line `0::`.
     #[error("process {pid} is in no cgroup of version 2; name one with --cgroup")]
-    NoCgroup2 {
-        /// The process.
-        pid: u32,
-    },
+    NoCgroup2 { pid: u32 },
     /// Not below the mount.
     #[error(
         "process {pid} is in cgroup {cgroup}, which lies outside of what is mounted here; run enforcer on the host, not in a cgroup namespace"
     )]
-    Outside {
-        /// The process.
-        pid: u32,
-        /// Its cgroup.
-        cgroup: String,
-    },
+    Outside { pid: u32, cgroup: String },
     /// A path that no rule can name.
     #[error("process {pid} is in cgroup {cgroup:?}: {error}")]
     Path {
-        /// The process.
         pid: u32,
-        /// Its cgroup.
         cgroup: String,
-        /// What is wrong with it.
         error: CgroupPathError,
     },
 }

@@ -29,9 +29,7 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 /// A socket with a remote end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Connection {
-    /// Transport.
     pub protocol: Protocol,
-    /// How far it is.
     pub state: SocketState,
     /// Our end, as the kernel has it: IPv4-mapped for such sockets.
     pub local: SocketAddr,
@@ -52,7 +50,6 @@ pub(crate) struct Connection {
 /// A socket that waits for others: listening, or bound UDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Listener {
-    /// Transport.
     pub protocol: Protocol,
     /// Its address, perhaps unspecified, and port.
     pub at: SocketAddr,

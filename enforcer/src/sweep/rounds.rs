@@ -39,9 +39,7 @@ const MAX_EVENTS: usize = 1024;
 /// A rule set put in force, and what else sweeping by it needs.
 #[derive(Debug)]
 pub(crate) struct Job {
-    /// Its number.
     pub generation: u64,
-    /// It.
     pub rules: RuleSet,
     /// Report, or cut too.
     pub action: Existing,

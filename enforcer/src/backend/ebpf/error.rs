@@ -12,27 +12,14 @@ use crate::{
 pub(crate) enum BackendError {
     /// A file operation.
     Io {
-        /// What was tried.
         action: &'static str,
-        /// On what.
         object: PathBuf,
-        /// Why not.
         error: io::Error,
     },
     /// Somebody else could write where our pins lie (F6).
-    Untrusted {
-        /// The directory.
-        path: PathBuf,
-        /// Its owner.
-        uid: u32,
-        /// Its mode.
-        mode: u32,
-    },
+    Untrusted { path: PathBuf, uid: u32, mode: u32 },
     /// Pins can lie on a bpffs only.
-    NotBpffs {
-        /// The directory.
-        path: PathBuf,
-    },
+    NotBpffs { path: PathBuf },
     /// A bpffs that is missing must not be mounted where it would not last (F1).
     PrivateMounts {
         /// What is wrong with mounting it here.
@@ -46,68 +33,42 @@ pub(crate) enum BackendError {
         holder: Option<Holder>,
     },
     /// A pin is not the map that its name says, or is missing among others.
-    Damaged {
-        /// The pin.
-        path: PathBuf,
-    },
+    Damaged { path: PathBuf },
     /// The programs in force read maps of another layout.
-    OtherVersion {
-        /// Which layout.
-        layout: String,
-    },
+    OtherVersion { layout: String },
     /// A map operation.
     Map {
-        /// What was tried.
         action: &'static str,
-        /// On which map.
         map: &'static str,
-        /// Why not.
         error: io::Error,
     },
     /// The kernel holds something else than was written (F3).
-    ReadBack {
-        /// Which map.
-        map: &'static str,
-    },
+    ReadBack { map: &'static str },
     /// The cgroup to attach to.
-    Cgroup {
-        /// Its path.
-        path: PathBuf,
-        /// Why not.
-        error: io::Error,
-    },
+    Cgroup { path: PathBuf, error: io::Error },
     /// There is none to attach to.
     NoCgroup2,
     /// The programs do not load.
     Load {
-        /// Which one.
         program: &'static str,
-        /// Why not.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A program does not attach.
     Attach {
-        /// Which hook.
         hook: &'static str,
-        /// To what.
         cgroup: PathBuf,
-        /// Why not.
         error: io::Error,
     },
     /// The nftables half or backend.
     Nftables(NftablesError),
     /// One half of two.
     Half {
-        /// Which one.
         name: &'static str,
-        /// Why not.
         error: Box<BackendError>,
     },
     /// No backend works here.
     Neither {
-        /// Why ebpf does not.
         ebpf: Box<str>,
-        /// Why nftables does not.
         nftables: Box<BackendError>,
     },
 }
