@@ -1,9 +1,9 @@
 //! What carries a rule set in the kernel: eBPF, nftables, or both as one. Taken over at the start; then applied, kept, observed, verified; unloaded.
 
-pub mod ebpf;
-pub mod nftables;
-pub mod probe;
-pub mod third_party;
+pub(crate) mod ebpf;
+pub(crate) mod nftables;
+pub(crate) mod probe;
+pub(crate) mod third_party;
 mod writer;
 
 use std::{
@@ -22,15 +22,15 @@ use crate::{
     wire::{ActiveBackend, Against, Object, Verification},
 };
 
-pub use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, Ring, SocketUsers};
-pub use nftables::{Changes, Denial, Denials, Logged, Nftables, NftablesError, jobs};
+pub(crate) use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, Ring, SocketUsers};
+pub(crate) use nftables::{Denial, Denials, Logged, Nftables, NftablesError, jobs};
 
 use probe::{Fact, Works};
 use writer::Writer;
 
 /// What is in force in the kernel, for the process that writes it.
 #[derive(Debug)]
-pub struct Enforcement {
+pub(crate) struct Enforcement {
     ebpf: Option<Kernel>,
     nftables: Option<Nftables>,
     /// Why `auto` took what it took, if that is not the first choice.
@@ -43,7 +43,7 @@ pub struct Enforcement {
 
 /// A dial of a port of names, at an address that is no endpoint (N8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Dial {
+pub(crate) struct Dial {
     /// Destination; of what nftables logged, after NAT.
     pub to: SocketAddr,
     /// The user; none for what is forwarded, and for the kernel's own sockets.
@@ -63,7 +63,7 @@ impl From<DialRecord> for Dial {
 
 /// Where a backend attaches, and how.
 #[derive(Clone, Copy, Debug)]
-pub struct Start<'a> {
+pub(crate) struct Start<'a> {
     /// What the configuration says.
     pub settings: &'a Settings,
     /// The cgroup to attach to; none where no cgroup v2 is mounted.
@@ -88,7 +88,7 @@ impl Start<'_> {
 
 impl Enforcement {
     /// Takes over what is there, or makes it. Nothing is judged differently before the first [`Enforcement::apply`].
-    pub fn take_over(start: Start<'_>) -> Result<Self, BackendError> {
+    pub(crate) fn take_over(start: Start<'_>) -> Result<Self, BackendError> {
         let mut this = Self {
             ebpf: None,
             nftables: None,
@@ -101,7 +101,7 @@ impl Enforcement {
     }
 
     /// Adds what another choice of backend needs; what it no longer needs stays until [`Enforcement::retire`].
-    pub fn extend(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+    pub(crate) fn extend(&mut self, start: Start<'_>) -> Result<(), BackendError> {
         let half = |name| {
             move |error| BackendError::Half {
                 name,
@@ -167,7 +167,7 @@ impl Enforcement {
     }
 
     /// Removes what the choice no longer needs, once the rest is in force: no gap. Also what an earlier process left.
-    pub fn retire(&mut self, settings: &Settings) {
+    pub(crate) fn retire(&mut self, settings: &Settings) {
         let (ebpf, nftables) = match settings.backend {
             Backend::Ebpf => (true, false),
             Backend::Nftables => (false, true),
@@ -198,7 +198,7 @@ impl Enforcement {
     }
 
     /// Puts a rule set in force on all halves or on none (F2). Returns its generation number.
-    pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+    pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
         let both = self.ebpf.is_some() && self.nftables.is_some();
         let half = |name, error: BackendError| {
             if both {
@@ -235,7 +235,7 @@ impl Enforcement {
     /// Sees to it that the generation put in force last, of this number, is so whole, putting back what others took or changed (F5): the
     /// number in force then, another one where rules or entries were written anew; with both backends eBPF's. None if another
     /// generation was put in force last.
-    pub fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+    pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         let mut kept = number;
         if let Some(nftables) = &mut self.nftables
             && !nftables.is_whole()?
@@ -255,14 +255,14 @@ impl Enforcement {
     }
 
     /// Begins to wait for what the next [`Enforcement::apply`] would have to wait for.
-    pub fn begin_to_settle(&mut self) {
+    pub(crate) fn begin_to_settle(&mut self) {
         if let Some(kernel) = &mut self.ebpf {
             kernel.begin_to_settle();
         }
     }
 
     /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
-    pub fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
+    pub(crate) fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
         let mut comparison = Comparison::default();
         let mut number = 0;
         if let Some(nftables) = &mut self.nftables {
@@ -275,12 +275,12 @@ impl Enforcement {
     }
 
     /// What the kernel holds now, read from it.
-    pub fn observe(&mut self) -> Result<Observed, BackendError> {
+    pub(crate) fn observe(&mut self) -> Result<Observed, BackendError> {
         self.observed(false)
     }
 
     /// As [`Enforcement::observe`], but for entries of large maps: those as read back when they were written.
-    pub fn observe_quickly(&mut self) -> Result<Observed, BackendError> {
+    pub(crate) fn observe_quickly(&mut self) -> Result<Observed, BackendError> {
         self.observed(true)
     }
 
@@ -292,7 +292,7 @@ impl Enforcement {
 
     /// What the kernel has counted as denied, or as to be denied in audit mode, of each of these targets, and nothing else: reading
     /// large sets takes long.
-    pub fn denied(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
+    pub(crate) fn denied(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(true)).transpose()?;
         let mut counts: BTreeMap<String, u64> = targets.into_iter().map(|target| (target, 0)).collect();
         for target in ebpf.into_iter().flat_map(|observed| observed.targets) {
@@ -315,71 +315,71 @@ impl Enforcement {
 
     /// What enforces.
     #[must_use]
-    pub fn backend(&self) -> ActiveBackend {
+    pub(crate) fn backend(&self) -> ActiveBackend {
         ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
     /// Why `auto` took nftables, if it did.
     #[must_use]
-    pub fn reason(&self) -> Option<&str> {
+    pub(crate) fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
 
     /// Whether principals with a cgroup match nobody, as this kernel's nftables cannot tell a socket's cgroup.
     #[must_use]
-    pub fn ignores_cgroups(&self) -> bool {
+    pub(crate) fn ignores_cgroups(&self) -> bool {
         self.nftables.as_ref().is_some_and(|nftables| !nftables.knows_cgroups())
     }
 
     /// How often something that others removed or changed was put back (F5).
     #[must_use]
-    pub fn restored(&self) -> u64 {
+    pub(crate) fn restored(&self) -> u64 {
         self.restored
     }
 
     /// The denials of the kernel programs as they come, where these are in use. Each call opens another consumer of the same buffer: keep
     /// one.
-    pub fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
+    pub(crate) fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
         self.ebpf.as_ref().map(Kernel::events).transpose()
     }
 
     /// Denials that the ring buffer of the kernel programs had no room for.
-    pub fn lost(&self) -> Result<u64, BackendError> {
+    pub(crate) fn lost(&self) -> Result<u64, BackendError> {
         self.ebpf.as_ref().map_or(Ok(0), Kernel::lost)
     }
 
     /// The denials and dials that nftables logs, once.
-    pub fn logged(&mut self) -> Option<Denials> {
+    pub(crate) fn logged(&mut self) -> Option<Denials> {
         self.nftables.as_mut().and_then(Nftables::denials)
     }
 
     /// The dials that open gates tell of (N8). As [`Enforcement::events`].
-    pub fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
+    pub(crate) fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
         self.ebpf.as_ref().map(Kernel::dials).transpose()
     }
 
     /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).
-    pub fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+    pub(crate) fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
         self.ebpf.as_ref().map_or(Ok(()), |kernel| kernel.set_gate(port, open))
     }
 
     /// Whether others dialled a port after the one that was told.
-    pub fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+    pub(crate) fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
         self.ebpf.as_ref().map_or(Ok(false), |kernel| kernel.take_knock(port))
     }
 
     /// The nftables half.
-    pub fn nftables(&mut self) -> Option<&mut Nftables> {
+    pub(crate) fn nftables(&mut self) -> Option<&mut Nftables> {
         self.nftables.as_mut()
     }
 
     /// The eBPF half.
-    pub fn kernel(&mut self) -> Option<&mut Kernel> {
+    pub(crate) fn kernel(&mut self) -> Option<&mut Kernel> {
         self.ebpf.as_mut()
     }
 
     /// Removes all of ours from the kernel.
-    pub fn unload(self) -> Result<(), BackendError> {
+    pub(crate) fn unload(self) -> Result<(), BackendError> {
         if let Some(nftables) = self.nftables {
             nftables.unload()?;
         }
@@ -409,14 +409,14 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
 
 /// What is in force, for those who only read it.
 #[derive(Debug)]
-pub struct InForce {
+pub(crate) struct InForce {
     ebpf: Option<Pinned>,
     nftables: Option<nftables::Reading>,
 }
 
 impl InForce {
     /// Reads what is in force; none where nothing is.
-    pub fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
+    pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
         match Self::open_as_far_as_possible(settings)? {
             (_, Some(unread)) => Err(unread),
             (in_force, None) => Ok(in_force),
@@ -424,7 +424,9 @@ impl InForce {
     }
 
     /// Reads what is in force, and tells why part of it cannot be read: another version's, or damaged.
-    pub fn open_as_far_as_possible(settings: &Settings) -> Result<(Option<Self>, Option<BackendError>), BackendError> {
+    pub(crate) fn open_as_far_as_possible(
+        settings: &Settings,
+    ) -> Result<(Option<Self>, Option<BackendError>), BackendError> {
         let (ebpf, unread) = match Pinned::open(&settings.pin_dir) {
             Ok(ebpf) => (ebpf, None),
             Err(error @ (BackendError::OtherVersion { .. } | BackendError::Damaged { .. })) => (None, Some(error)),
@@ -436,14 +438,19 @@ impl InForce {
     }
 
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
-    pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
+    pub(crate) fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
         let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
     /// Compares all that the kernel holds with what a rule set asks for; the cgroup is the id of the one to be judged.
-    pub fn verify(&self, rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<Verification, BackendError> {
+    pub(crate) fn verify(
+        &self,
+        rules: &RuleSet,
+        settings: &Settings,
+        cgroup: u64,
+    ) -> Result<Verification, BackendError> {
         let mut comparison = Comparison::default();
         let wanted = match settings.backend {
             Backend::Auto => self.backend().to_string(),
@@ -462,12 +469,12 @@ impl InForce {
 
     /// What enforces.
     #[must_use]
-    pub fn backend(&self) -> ActiveBackend {
+    pub(crate) fn backend(&self) -> ActiveBackend {
         ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
     /// The verdict of what is in force: a denial of either half is one.
-    pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
+    pub(crate) fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
         let nftables = self
             .nftables
@@ -487,7 +494,7 @@ impl InForce {
 }
 
 /// Removes all of ours from the kernel; false where there was nothing.
-pub fn unload(settings: &Settings) -> Result<bool, BackendError> {
+pub(crate) fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11
     // What one half meets keeps nothing of the other in force.
     let nftables = nftables::unload(&settings.nft_table);

@@ -23,8 +23,8 @@ use crate::{
 
 mod peer;
 
-pub use enforcer_client::AskError;
-pub use peer::{CgroupError, Peer};
+pub(crate) use enforcer_client::AskError;
+pub(crate) use peer::{CgroupError, Peer};
 
 /// Longest request, in bytes.
 const MAX_REQUEST: u64 = 32 << 10;
@@ -40,10 +40,8 @@ const MAX_FOLLOWERS: usize = 16;
 
 /// A request on its way to the daemon's loop, and the way back.
 #[derive(Debug)]
-pub struct Call {
-    /// What is asked.
+pub(crate) struct Call {
     pub request: Request,
-    /// By whom.
     pub peer: Peer,
     /// Where the answer goes: replies, then closed.
     pub replies: mpsc::Sender<Reply>,
@@ -51,37 +49,24 @@ pub struct Call {
 
 /// Why the control socket does not work.
 #[derive(Debug, thiserror::Error)]
-pub enum ControlError {
+pub(crate) enum ControlError {
     /// A file operation.
     #[error("{action} {}: {error}{}", path.display(), crate::host::remedy(error))]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// On what.
         path: PathBuf,
-        /// Why not.
         error: io::Error,
     },
     /// Somebody else could replace the socket (F6).
     #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be root's and writable by nobody else", path.display())]
-    Untrusted {
-        /// The directory.
-        path: PathBuf,
-        /// Its owner.
-        uid: u32,
-        /// Its mode.
-        mode: u32,
-    },
+    Untrusted { path: PathBuf, uid: u32, mode: u32 },
     /// Another daemon answers there.
     #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another socket", path.display())]
-    Busy {
-        /// The socket.
-        path: PathBuf,
-    },
+    Busy { path: PathBuf },
 }
 
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).
-pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
+pub(crate) fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     let failed = |action| {
         move |error| ControlError::Io {
             action,
@@ -119,7 +104,7 @@ pub fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 }
 
 /// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
-pub fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+pub(crate) fn nobody_listens(path: &Path) -> Result<(), ControlError> {
     if enforcer_client::ask::is_served(path) {
         return Err(ControlError::Busy { path: path.into() });
     }
@@ -127,7 +112,7 @@ pub fn nobody_listens(path: &Path) -> Result<(), ControlError> {
 }
 
 /// Accepts callers for ever and hands their requests to the loop.
-pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
+pub(crate) async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
     let places = Arc::new(Semaphore::new(MAX_CALLERS));
     let followers = Arc::new(Semaphore::new(MAX_FOLLOWERS));
     let mut logged: Option<Instant> = None;
@@ -161,12 +146,12 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
 }
 
 /// Asks the daemon and returns its one answer.
-pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, AskError> {
+pub(crate) async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<Reply, AskError> {
     Ask::new(path, request, patience).answer().await
 }
 
 /// Asks the daemon and hands on each answer until it ends or `each` says so.
-pub async fn ask_many(
+pub(crate) async fn ask_many(
     path: &Path,
     request: &Request,
     mut each: impl FnMut(Reply) -> io::Result<()>,

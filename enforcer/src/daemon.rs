@@ -68,7 +68,7 @@ use crate::{
     wire::{ExistingStatus, Line, Lost, Reply, Request, Status, Verification},
 };
 
-pub use self::{boot::apply_last_good, error::DaemonError};
+pub(crate) use self::{boot::apply_last_good, error::DaemonError};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -128,7 +128,7 @@ struct Daemon {
 }
 
 /// Puts a configuration in force once, looking every name up, and returns what is then in force.
-pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
+pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = HostConfig::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket)?;
     let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
@@ -165,7 +165,7 @@ pub async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 
 /// Why a daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     /// It was told to stop: what is in force stays (F1).
     Stopped,
     /// It was told to unload: nothing is in force, and nobody is to start it again by himself.
@@ -173,7 +173,7 @@ pub enum End {
 }
 
 /// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1), or until it is to unload.
-pub async fn run(path: &Path) -> Result<End, DaemonError> {
+pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no look-up is in force before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
     let socket = daemon.inputs.settings().socket.clone();

@@ -107,12 +107,12 @@ impl Seen {
 }
 
 /// Looks at this host.
-pub async fn host(config: &Path) -> Report {
+pub(crate) async fn host(config: &Path) -> Report {
     Seen::collect(config).await.report()
 }
 
 /// Looks at an unpacked image, of which nothing is run.
-pub fn image(root: &Path, config: &Path) -> std::io::Result<Report> {
+pub(crate) fn image(root: &Path, config: &Path) -> std::io::Result<Report> {
     Ok(image::Image::collect(root, config)?.report())
 }
 

@@ -14,7 +14,7 @@ use enforcer_ebpf::{Address, EventRecord, NO_UID, UDP, is_v4};
 
 /// Reads a record; `boot` is the time at which `CLOCK_BOOTTIME` was zero.
 #[must_use]
-pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
+pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Event {
     let port = u16::from_be(record.port);
     let dialled = match record.family {
         4 => IpAddr::V4(Ipv4Addr::from(u32::from_be(first(record.dialled)))),
@@ -63,7 +63,7 @@ pub fn read(record: &EventRecord, boot: SystemTime) -> Event {
 
 /// Reads a denial of nftables, logged just before `now`.
 #[must_use]
-pub fn read_logged(denial: &Denial, now: SystemTime) -> Event {
+pub(crate) fn read_logged(denial: &Denial, now: SystemTime) -> Event {
     Event {
         schema: Schema::Event,
         time: rfc3339(now),
@@ -91,7 +91,7 @@ pub fn read_logged(denial: &Denial, now: SystemTime) -> Event {
 }
 
 /// The time at which `CLOCK_BOOTTIME` was zero, by the wall clock of now.
-pub fn boot_time() -> std::io::Result<SystemTime> {
+pub(crate) fn boot_time() -> std::io::Result<SystemTime> {
     let since = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
     Ok(SystemTime::now() - Duration::from(since))
 }

@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, io, sync::Arc, time::Instant};
 use ipnet::IpNet;
 
 pub(crate) use self::saved::SavedRun;
-pub use self::{error::InputError, host_config::HostConfig};
+pub(crate) use self::{error::InputError, host_config::HostConfig};
 use crate::{
     backend::{BackendError, nftables},
     config::{Config, Settings},

@@ -20,7 +20,7 @@ use crate::{
 
 /// What the chain holds, and which cgroups its rules mean.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct JobRules {
+pub(crate) struct JobRules {
     chain: Jobs,
     /// The cgroups that rules name by id, as far as they were found.
     paths: BTreeMap<Cgroup, CgroupPath>,
@@ -34,7 +34,7 @@ pub struct JobRules {
 
 /// Why a rule lets nobody in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ignored {
+pub(crate) enum Ignored {
     /// It is of no known shape.
     Unknown(Unknown),
     /// It is for something else than an endpoint of monit.
@@ -69,11 +69,11 @@ impl fmt::Display for Ignored {
 }
 
 /// A rule and what becomes of it: whom it lets in, or why nobody.
-pub type Effect<'a> = (&'a JobRule, Result<Grantee, Ignored>);
+pub(crate) type Effect<'a> = (&'a JobRule, Result<Grantee, Ignored>);
 
 impl JobRules {
     /// Takes the chain as it is now: looks up the cgroups that are new in it below a mount, and whether all are still there.
-    pub fn take(&mut self, chain: Jobs, mount: &Path) {
+    pub(crate) fn take(&mut self, chain: Jobs, mount: &Path) {
         let is_same = chain.exists == self.chain.exists && chain.rules == self.chain.rules;
         self.chain = chain;
         if !is_same {
@@ -93,7 +93,7 @@ impl JobRules {
     }
 
     /// Looks whether the cgroups are still there.
-    pub fn look(&mut self, mount: &Path) {
+    pub(crate) fn look(&mut self, mount: &Path) {
         // A part of it, or a namespace's own root, says nothing of what lies elsewhere.
         self.sees = hierarchy::depth(mount) == Some(0) && mount.join("cgroup.procs").exists();
         let id = |path: &CgroupPath| host::directory_id(&mount.join(path.as_str().trim_start_matches('/')));
@@ -107,19 +107,19 @@ impl JobRules {
 
     /// What the chain holds.
     #[must_use]
-    pub fn chain(&self) -> &Jobs {
+    pub(crate) fn chain(&self) -> &Jobs {
         &self.chain
     }
 
     /// Changes whenever whom they let in may have.
     #[must_use]
-    pub fn revision(&self) -> u64 {
+    pub(crate) fn revision(&self) -> u64 {
         self.revision
     }
 
     /// The policy with whom the rules of jobs let in to monit, where that may be granted.
     #[must_use]
-    pub fn add_to(&self, mut policy: Policy) -> Policy {
+    pub(crate) fn add_to(&self, mut policy: Policy) -> Policy {
         let effects = self.effects(&policy);
         let let_in: Vec<_> = effects
             .into_iter()
@@ -133,7 +133,7 @@ impl JobRules {
 
     /// Each rule that is not ours, with what becomes of it.
     #[must_use]
-    pub fn effects(&self, policy: &Policy) -> Vec<Effect<'_>> {
+    pub(crate) fn effects(&self, policy: &Policy) -> Vec<Effect<'_>> {
         let Some(monit) = policy.target(MONIT).filter(|monit| monit.grants) else {
             return Vec::new();
         };
@@ -188,7 +188,7 @@ impl JobRules {
 
     /// What to remove from the chain, by handle, and what to add to it, so that it says what was granted.
     #[must_use]
-    pub fn changes(&self, wanted: &BTreeSet<Accept>) -> (Vec<u64>, Vec<Accept>) {
+    pub(crate) fn changes(&self, wanted: &BTreeSet<Accept>) -> (Vec<u64>, Vec<Accept>) {
         let mut found = BTreeSet::new();
         let stale = self.chain.rules.iter().filter(|rule| match rule.writer {
             // Once is enough.
@@ -211,7 +211,7 @@ impl JobRules {
 
 /// What was granted of monit as rules of the chain: where the agent's own chain is, which drops whomever none of them accepts.
 #[must_use]
-pub fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSet<Accept> {
+pub(crate) fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSet<Accept> {
     let Some(monit) = policy.target(MONIT).filter(|monit| monit.grants) else {
         return BTreeSet::new();
     };
@@ -233,7 +233,7 @@ pub fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSet<Accep
 
 /// A target's endpoints as such rules name them: of whatever is no single address, the port.
 #[must_use]
-pub fn destinations(target: &Target) -> Vec<Destination> {
+pub(crate) fn destinations(target: &Target) -> Vec<Destination> {
     let endpoints = target
         .endpoints
         .iter()

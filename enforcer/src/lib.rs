@@ -1,36 +1,36 @@
 //! Lets only chosen local users open connections to a host's sensitive endpoints.
 //!
-//! In reading order: what is asked for, what it means, what it resolves to, the rules, the kernel, what is seen, the loop.
+//! Ground floor first: a room imports only from those before it. Public is what the program, the suites and the package's pages use.
 
 mod text;
 pub mod wire;
 
-pub mod bosh;
-pub mod config;
 pub mod policy;
-
-pub mod host;
-pub mod resolve;
-pub mod state;
-pub mod visibility;
-
 pub mod ruleset;
 
-pub mod backend;
+pub mod config;
 
-pub mod events;
-pub mod status;
-pub mod sweep;
-pub mod verify;
+pub mod bosh;
+pub mod host;
+mod resolve;
+
+mod state;
+mod visibility;
 
 pub mod grants;
-pub mod jobs;
+mod verify;
 
-pub mod inputs;
+mod backend;
+mod jobs;
 
-pub mod control;
-pub mod daemon;
+mod inputs;
 
-pub mod doctor;
+mod events;
+mod status;
+mod sweep;
+
+mod control;
+mod daemon;
+mod doctor;
 
 pub mod cli;

@@ -1,7 +1,7 @@
 //! Names to addresses: when to look up, what to keep, what to refuse, as a pure state machine. The clock is passed in.
 
 mod addresses;
-pub mod lookup;
+pub(crate) mod lookup;
 mod resolv_conf;
 mod runtime;
 
@@ -14,7 +14,7 @@ use std::{
 };
 
 use self::addresses::Addresses;
-pub use self::lookup::{LOOKUP_TIMEOUT, Looked, lookup, lookup_early};
+pub(crate) use self::lookup::{LOOKUP_TIMEOUT, Looked, lookup, lookup_early};
 use crate::{
     policy::{Answers, Dns, Name, canonical},
     ruleset::Resolved,
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Most current addresses of a name, and most retained ones (N4).
-pub const MAX_ADDRESSES: usize = 256;
+pub(crate) const MAX_ADDRESSES: usize = 256;
 /// First wait after a failure, and how often it is used before it doubles (N2).
 const RETRY: Duration = Duration::from_secs(5);
 const QUICK_RETRIES: u32 = 10;
@@ -31,7 +31,7 @@ const MAX_RETRY: Duration = Duration::from_mins(2);
 
 /// What a look-up brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// The hosts file names it; DNS was not asked.
     Hosts(BTreeSet<IpAddr>),
     /// DNS was asked, each family on its own (N1).
@@ -46,7 +46,7 @@ pub enum Answer {
 impl Answer {
     /// All addresses, and why there is none where that is so.
     #[must_use]
-    pub fn into_addresses(self) -> (BTreeSet<IpAddr>, String) {
+    pub(crate) fn into_addresses(self) -> (BTreeSet<IpAddr>, String) {
         let (a, aaaa) = match self {
             Self::Hosts(addresses) => return (addresses, String::new()),
             Self::Dns { a, aaaa } => (a, aaaa),
@@ -71,7 +71,7 @@ impl Answer {
 
 /// What DNS says of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// Addresses, and how long they may be kept.
     Found {
         /// At least one.
@@ -91,7 +91,7 @@ pub enum Outcome {
 
 /// Something an operator should read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Note {
+pub(crate) enum Note {
     /// The name went stale, or its cause changed.
     Stale(Name, String),
     /// The name is answered again.
@@ -105,11 +105,11 @@ pub enum Note {
 }
 
 /// What is known of each name, without times: what a restart can take over (N7).
-pub type Known = BTreeMap<Name, KnownName>;
+pub(crate) type Known = BTreeMap<Name, KnownName>;
 
 /// What is known of a name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct KnownName {
+pub(crate) struct KnownName {
     /// The last positive answers.
     pub current: BTreeSet<IpAddr>,
     /// Addresses that have left the answers and are still protected (N4).
@@ -120,7 +120,7 @@ pub struct KnownName {
 
 /// All names and what is known of them.
 #[derive(Clone, Debug)]
-pub struct Names {
+pub(crate) struct Names {
     dns: Dns,
     states: BTreeMap<Name, State>,
     /// A number in 0..1.
@@ -152,7 +152,7 @@ struct Usable {
 impl Names {
     /// No names yet.
     #[must_use]
-    pub fn new(dns: Dns) -> Self {
+    pub(crate) fn new(dns: Dns) -> Self {
         Self {
             dns,
             states: BTreeMap::new(),
@@ -161,12 +161,12 @@ impl Names {
     }
 
     /// Takes other settings; what is known stays.
-    pub fn configure(&mut self, dns: Dns) {
+    pub(crate) fn configure(&mut self, dns: Dns) {
         self.dns = dns;
     }
 
     /// Takes another set of names; those that stay keep what is known of them, new ones are due at once.
-    pub fn set(&mut self, names: BTreeMap<Name, Answers>, now: Instant) {
+    pub(crate) fn set(&mut self, names: BTreeMap<Name, Answers>, now: Instant) {
         self.states.retain(|name, _| names.contains_key(name));
         for (name, accepted) in names {
             let state = self.states.entry(name).or_insert_with(|| State {
@@ -189,7 +189,7 @@ impl Names {
 
     /// Takes what was known before this process (N7) of names of which nothing is known yet: what was current is until a newer positive answer (N3), however long DNS
     /// is away; what had left is retained from now on, as nobody knows how long ago that was (N4).
-    pub fn restore(&mut self, known: &Known, now: Instant) {
+    pub(crate) fn restore(&mut self, known: &Known, now: Instant) {
         for (name, known) in known {
             if let Some(state) = self.states.get_mut(name).filter(|state| state.addresses.is_empty()) {
                 state.addresses.restore(known, now, self.dns.retain);
@@ -199,7 +199,7 @@ impl Names {
 
     /// Whether DNS has answered nothing but link-local addresses, which its targets do not take (N6).
     #[must_use]
-    pub fn needs_link_local(accepted: Answers, answer: &Answer) -> bool {
+    pub(crate) fn needs_link_local(accepted: Answers, answer: &Answer) -> bool {
         let Answer::Dns { a, aaaa } = answer else { return false };
         let found = [a, aaaa].into_iter().filter_map(|outcome| match outcome {
             Outcome::Found { addresses, .. } => Some(addresses),
@@ -211,7 +211,7 @@ impl Names {
 
     /// What is known now, for [`Names::restore`].
     #[must_use]
-    pub fn known(&self, now: Instant) -> Known {
+    pub(crate) fn known(&self, now: Instant) -> Known {
         let known = |state: &State| state.addresses.known(now, self.dns.retain);
         let all = self.states.iter().map(|(name, state)| (name.clone(), known(state)));
         all.filter(|(_, known)| !(known.current.is_empty() && known.left.is_empty()))
@@ -220,7 +220,7 @@ impl Names {
 
     /// When the next look-up is due, or the next address has been retained long enough.
     #[must_use]
-    pub fn next_due(&self) -> Option<Instant> {
+    pub(crate) fn next_due(&self) -> Option<Instant> {
         let lookups = self
             .states
             .values()
@@ -235,7 +235,7 @@ impl Names {
     }
 
     /// The names to look up now. Addresses that were retained long enough are let go (N4).
-    pub fn due(&mut self, now: Instant) -> Vec<Name> {
+    pub(crate) fn due(&mut self, now: Instant) -> Vec<Name> {
         for state in self.states.values_mut() {
             state.addresses.expire(now, self.dns.retain);
         }
@@ -247,14 +247,14 @@ impl Names {
     }
 
     /// Takes note that a look-up has begun; false if one is under way already.
-    pub fn begin(&mut self, name: &Name) -> bool {
+    pub(crate) fn begin(&mut self, name: &Name) -> bool {
         self.states
             .get_mut(name)
             .is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
     }
 
     /// Takes what one family says while the other is awaited: what is wrong is said of the whole answer, as are the times.
-    pub fn answered_in_part(&mut self, now: Instant, name: &Name, answer: &Answer) -> Vec<Note> {
+    pub(crate) fn answered_in_part(&mut self, now: Instant, name: &Name, answer: &Answer) -> Vec<Note> {
         let most = self.dns.max_refresh;
         let (Some(state), Answer::Dns { a, aaaa }) = (self.states.get_mut(name), answer) else {
             return Vec::new();
@@ -274,7 +274,7 @@ impl Names {
     }
 
     /// Takes an answer: only a newer positive one changes anything (N3).
-    pub fn answered(&mut self, now: Instant, name: &Name, answer: Answer) -> Vec<Note> {
+    pub(crate) fn answered(&mut self, now: Instant, name: &Name, answer: Answer) -> Vec<Note> {
         let Some(state) = self.states.get_mut(name) else {
             return Vec::new();
         };
@@ -326,7 +326,7 @@ impl Names {
 
     /// The addresses to protect now.
     #[must_use]
-    pub fn resolved(&self, now: Instant) -> Resolved {
+    pub(crate) fn resolved(&self, now: Instant) -> Resolved {
         let kept = |state: &State| state.addresses.all_at(now, self.dns.retain);
         let all = self.states.iter().map(|(name, state)| (name.clone(), kept(state)));
         all.filter(|(_, addresses)| !addresses.is_empty()).collect()
@@ -334,7 +334,7 @@ impl Names {
 
     /// What is known of each name.
     #[must_use]
-    pub fn report(&self) -> Vec<NameStatus> {
+    pub(crate) fn report(&self) -> Vec<NameStatus> {
         let report = |(name, state): (&Name, &State)| NameStatus {
             name: name.to_string(),
             addresses: state.addresses.all().iter().map(ToString::to_string).collect(),
@@ -452,7 +452,7 @@ fn random_bits() -> u32 {
 impl Note {
     /// Whether something is wrong.
     #[must_use]
-    pub fn is_fault(&self) -> bool {
+    pub(crate) fn is_fault(&self) -> bool {
         match self {
             Self::Stale(..) | Self::Refused(..) | Self::TooMany(..) => true,
             Self::Fresh(_) | Self::Changed(..) => false,

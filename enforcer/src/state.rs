@@ -16,11 +16,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-pub use self::content::{LastGood, LastGoodRef};
+pub(crate) use self::content::{LastGood, LastGoodRef};
 use crate::host::own_dir;
 
 /// The file, in `state_dir`.
-pub const FILE: &str = "last-good.json";
+pub(crate) const FILE: &str = "last-good.json";
 const SCHEMA: &str = "enforcer/last-good/1";
 /// Most bytes of it (F7): room for the most endpoints, and an end to what is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
@@ -29,7 +29,7 @@ const ROOT: u32 = 0;
 
 /// Why the state cannot be read or kept.
 #[derive(Debug, thiserror::Error)]
-pub enum StateError {
+pub(crate) enum StateError {
     /// A file operation.
     #[error("{action} {}: {error}; free space there, or mount it writable", path.display())]
     Io {
@@ -78,14 +78,14 @@ struct Envelope<C> {
 
 /// What tells one content from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark {
+pub(crate) struct Mark {
     length: usize,
     crc: u32,
 }
 
 /// Content ready to be written.
 #[derive(Debug)]
-pub struct Record {
+pub(crate) struct Record {
     text: Box<RawValue>,
     /// What tells it from others.
     pub mark: Mark,
@@ -93,7 +93,7 @@ pub struct Record {
 
 impl Record {
     /// The content of a rule set that is in force.
-    pub fn new(good: &LastGoodRef<'_>) -> io::Result<Self> {
+    pub(crate) fn new(good: &LastGoodRef<'_>) -> io::Result<Self> {
         let text = serde_json::value::to_raw_value(&content::Content::from(good))?;
         Ok(Self {
             mark: Mark::of(text.get()),
@@ -112,7 +112,7 @@ impl Mark {
 }
 
 /// Reads the last rule set known good; none where there is none yet.
-pub fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
+pub(crate) fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
     load_of(ROOT, dir)
 }
 
@@ -126,7 +126,7 @@ fn load_of(owner: u32, dir: &Path) -> Result<Option<(LastGood, Mark)>, StateErro
 }
 
 /// Removes what another user has put where the directory belongs (F6).
-pub fn reclaim(dir: &Path) -> Result<(), StateError> {
+pub(crate) fn reclaim(dir: &Path) -> Result<(), StateError> {
     own_dir::reclaim(dir).map_err(made(dir))
 }
 
@@ -139,7 +139,7 @@ fn made(dir: &Path) -> impl Fn(io::Error) -> StateError {
 }
 
 /// Keeps a rule set, whole or not at all.
-pub fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
+pub(crate) fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
     own_dir::make_all(dir).map_err(made(dir))?;
     save_as(ROOT, dir, record)
 }

@@ -13,14 +13,11 @@ use crate::{
 
 /// What only the one who asks knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Context {
+pub(crate) struct Context {
     /// Process id of the daemon, if there is one.
     pub daemon: Option<u32>,
-    /// The cgroup asked for.
     pub cgroup: String,
-    /// The pin directory asked for.
     pub pin_dir: String,
-    /// The table asked for.
     pub nft_table: String,
     /// What enforces.
     pub backend: ActiveBackend,
@@ -28,15 +25,12 @@ pub struct Context {
     pub backend_reason: Option<String>,
     /// How often something was put back.
     pub restored: u64,
-    /// The names.
     pub names: Vec<NameStatus>,
-    /// The dials.
     pub dials: Vec<DialStatus>,
     /// What else is wrong.
     pub causes: Vec<String>,
     /// Denials that were lost on their way to the daemon, besides those that the kernel programs count.
     pub lost: u64,
-    /// The last sweep.
     pub existing: Option<ExistingStatus>,
     /// Whether something is in force that cannot be read; a cause says what.
     pub unread: bool,
@@ -44,7 +38,7 @@ pub struct Context {
 
 /// Puts both together.
 #[must_use]
-pub fn status(observed: Option<&Observed>, context: Context) -> Status {
+pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     let mut causes = context.causes;
     for name in context.names.iter().filter(|name| name.stale) {
         let why = name.cause.as_deref().unwrap_or("the last look-up failed");

@@ -20,12 +20,12 @@ mod rounds;
 #[cfg(test)]
 mod tests;
 
-pub use crate::host::sock_diag::{Connection, Listener};
-pub use rounds::{Job, Jobs, Report, listening, once, run};
+pub(crate) use crate::host::sock_diag::{Connection, Listener};
+pub(crate) use rounds::{Job, Jobs, Report, listening, once, run};
 
 /// The cgroups of this host, as far as they matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cgroups {
+pub(crate) struct Cgroups {
     /// The cgroup below which sockets are judged; none means all are.
     pub judged: Option<u64>,
     /// The parent of each cgroup, by id. Empty where neither `judged` nor a principal asks.
@@ -34,8 +34,7 @@ pub struct Cgroups {
 
 /// A connection that the rules would refuse.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
-    /// It.
+pub(crate) struct Found {
     pub connection: Connection,
     /// Whose it is: none for the kernel.
     pub user: Option<Uid>,
@@ -49,7 +48,7 @@ pub struct Found {
 
 /// Why a connection may be allowed after all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doubt {
+pub(crate) enum Doubt {
     /// Its cgroup decides, and is not known.
     Cgroup,
     /// It may be the accepted end.
@@ -58,40 +57,29 @@ pub enum Doubt {
 
 /// Why connections are not known or not cut. Never a reason to stop enforcing (F4).
 #[derive(Debug, thiserror::Error)]
-pub enum SweepError {
+pub(crate) enum SweepError {
     /// The kernel does not list.
     #[error("list {protocol} connections over {} by sock_diag: {error}; those older than the rules are not known: {}", version(*v6), list_remedy(*protocol, error))]
     List {
-        /// Which.
         protocol: Protocol,
-        /// Over IPv6.
         v6: bool,
-        /// Why not.
         error: io::Error,
     },
     /// The kernel does not cut.
     #[error("cut a {protocol} connection to {remote}: {error}; it stays: {}", cut_remedy(error))]
     Cut {
-        /// Transport.
         protocol: Protocol,
-        /// To where.
         remote: SocketAddr,
-        /// Why not.
         error: io::Error,
     },
     /// The cgroups are not known.
     #[error("list the cgroups below {mount}: {error}; connections that a cgroup decides on are reported, not cut")]
-    Cgroups {
-        /// Where.
-        mount: String,
-        /// Why not.
-        error: io::Error,
-    },
+    Cgroups { mount: String, error: io::Error },
 }
 
 /// Whether the rules would refuse a connection, had it to be opened now.
 #[must_use]
-pub fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Option<Found> {
+pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Option<Found> {
     let Connection { protocol, remote, .. } = *connection;
     let owners = owners(rules, protocol, remote.ip(), remote.port());
     if owners == 0 {
@@ -139,7 +127,7 @@ pub fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Opt
 /// Looks again at what was found, now that it is known who listens; `local` is what this host delivers to itself. What nobody holds and
 /// somebody accepts is left out: it was never dialled here.
 #[must_use]
-pub fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
+pub(crate) fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
     let mut kept = found;
     kept.retain_mut(|one| {
         let accepted = accepted(&one.connection, listeners, local);

@@ -16,7 +16,7 @@ const MAX_LISTED: usize = 256;
 
 /// Differences as they are found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Comparison {
+pub(crate) struct Comparison {
     compared: u64,
     counts: BTreeMap<Object, u64>,
     differences: Vec<Difference>,
@@ -24,7 +24,7 @@ pub struct Comparison {
 
 impl Comparison {
     /// Compares two sets of entries of an object.
-    pub fn entries<K: Ord + fmt::Debug, V: PartialEq + fmt::Debug>(
+    pub(crate) fn entries<K: Ord + fmt::Debug, V: PartialEq + fmt::Debug>(
         &mut self,
         object: &Object,
         wanted: impl IntoIterator<Item = (K, V)>,
@@ -42,12 +42,12 @@ impl Comparison {
     }
 
     /// Counts entries that are known to be as wanted.
-    pub fn same(&mut self, entries: usize) {
+    pub(crate) fn same(&mut self, entries: usize) {
         self.compared += u64::try_from(entries).unwrap_or(u64::MAX);
     }
 
     /// Compares one entry.
-    pub fn one<V: PartialEq + fmt::Debug>(
+    pub(crate) fn one<V: PartialEq + fmt::Debug>(
         &mut self,
         object: &Object,
         entry: impl FnOnce() -> String,
@@ -76,12 +76,12 @@ impl Comparison {
     }
 
     /// Compares what is told in words.
-    pub fn words(&mut self, object: &Object, entry: &str, wanted: &str, found: &str) {
+    pub(crate) fn words(&mut self, object: &Object, entry: &str, wanted: &str, found: &str) {
         self.one(object, || entry.to_owned(), Some(&Words(wanted)), Some(&Words(found)));
     }
 
     /// What names are there against those that should be.
-    pub fn names<'a>(
+    pub(crate) fn names<'a>(
         &mut self,
         object: &Object,
         wanted: impl IntoIterator<Item = &'a str>,
@@ -101,7 +101,7 @@ impl Comparison {
 
     /// The whole answer.
     #[must_use]
-    pub fn finish(self, against: Against, backend: ActiveBackend, generation: u64) -> Verification {
+    pub(crate) fn finish(self, against: Against, backend: ActiveBackend, generation: u64) -> Verification {
         Verification {
             schema: Schema::Verify,
             identical: self.counts.is_empty(),

@@ -16,7 +16,7 @@ use crate::{
 
 /// What must outlive the process, or be found by another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
+pub(crate) enum Kept {
     /// Pins, which keep links and maps.
     Pins,
     /// Saved rules, names and grants.
@@ -29,7 +29,7 @@ pub enum Kept {
 
 /// What the host does not have where this process has it. Its text is for people: what is so, what comes of it, what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hidden {
+pub(crate) struct Hidden {
     /// What it is.
     pub kept: Kept,
     /// Where it is.
@@ -38,7 +38,7 @@ pub struct Hidden {
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Visibility {
+pub(crate) struct Visibility {
     /// What the host does not see.
     pub hidden: Vec<Hidden>,
     /// Why it could not be determined, if so.
@@ -50,7 +50,7 @@ pub struct Visibility {
 impl Visibility {
     /// Looks at what an instance keeps: pins and the cgroup where it enforces with eBPF, the socket where a daemon runs.
     #[must_use]
-    pub fn of(settings: &Settings, ebpf_on: Option<&Path>, daemon: bool) -> Self {
+    pub(crate) fn of(settings: &Settings, ebpf_on: Option<&Path>, daemon: bool) -> Self {
         let mut all = vec![(Kept::State, settings.state_dir.as_path())];
         if daemon {
             all.push((Kept::Socket, &settings.socket));
@@ -78,7 +78,7 @@ impl Visibility {
 
     /// What is wrong, in one text; none where nothing is known to be.
     #[must_use]
-    pub fn fault(&self) -> Option<String> {
+    pub(crate) fn fault(&self) -> Option<String> {
         let part = self.part.as_ref().map(|cgroup| {
             format!(
                 "only processes below cgroup {} are covered: the root of the cgroup v2 hierarchy is not mounted here; run enforcer in the \

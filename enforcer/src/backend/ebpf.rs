@@ -2,16 +2,16 @@
 //!
 //! A rule set is written to the slot that no program reads, read back, and put in force by flipping one byte (F2, F3).
 
-pub mod btf;
+pub(crate) mod btf;
 mod error;
-pub mod image;
+pub(crate) mod image;
 pub(super) mod links;
 #[cfg(test)]
 mod loops;
-pub mod maps;
+pub(crate) mod maps;
 mod observe;
-pub mod pins;
-pub mod sys;
+pub(crate) mod pins;
+pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -46,7 +46,7 @@ use self::{
     pins::{Lock, Pins},
     sys::Plain,
 };
-pub use self::{
+pub(crate) use self::{
     error::BackendError,
     observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
 };
@@ -54,7 +54,7 @@ use crate::ruleset::RuleSet;
 
 /// What we hold in the kernel, for the process that writes it.
 #[derive(Debug)]
-pub struct Kernel {
+pub(crate) struct Kernel {
     programs: Ebpf,
     maps: Maps,
     pins: Pins,
@@ -89,7 +89,7 @@ static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/
 
 impl Kernel {
     /// Takes over what is pinned, or makes it. Nothing is judged differently before the first [`Kernel::apply`].
-    pub fn take_over(pin_dir: &Path, cgroup: &Path, daemon: bool, log_level: u8) -> Result<Self, BackendError> {
+    pub(crate) fn take_over(pin_dir: &Path, cgroup: &Path, daemon: bool, log_level: u8) -> Result<Self, BackendError> {
         let (cgroup_fd, cgroup_id) = open_cgroup(cgroup)?;
         let pins = Pins::create(pin_dir)?;
         let lock = pins.lock()?;
@@ -137,7 +137,7 @@ impl Kernel {
     }
 
     /// Puts a rule set in force, whole or not at all (F2). Returns its generation number.
-    pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+    pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
         let active = self.maps.active_slot()?;
         let previous = match active {
             Some(slot) => self.maps.names(slot)?,
@@ -185,7 +185,7 @@ impl Kernel {
     /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done. The kernel's own threads end a grace period, and
     /// wait for a processor as all others do: tens of milliseconds, and seconds where some user keeps the host busy, for which
     /// nobody else is to wait (F10).
-    pub fn begin_to_settle(&mut self) {
+    pub(crate) fn begin_to_settle(&mut self) {
         if self.flipped && self.settling.is_none() {
             // Without a thread the next change waits.
             self.settling = thread::Builder::new().spawn(sys::wait_for_programs).ok();
@@ -213,7 +213,7 @@ impl Kernel {
 
     /// Makes sure that the rule set of a number is in force whole and every link in place (F5): its number, another one where it had
     /// to be written anew. None if it is not the one that was put in force last.
-    pub fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+    pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         if self.in_force.is_none_or(|(_, put)| put != number) {
             return Ok(None);
         }
@@ -282,13 +282,13 @@ impl Kernel {
 
     /// Links and rule sets that had to be put back so far.
     #[must_use]
-    pub fn mended(&self) -> u64 {
+    pub(crate) fn mended(&self) -> u64 {
         self.mended
     }
 
     /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they were written,
     /// as reading large maps takes tens of milliseconds.
-    pub fn observe(&self, quick: bool) -> Result<Observed, BackendError> {
+    pub(crate) fn observe(&self, quick: bool) -> Result<Observed, BackendError> {
         let runs = |hook: &Hook, program| {
             let ours = self.programs.program(hook.name).map(aya::programs::Program::info);
             let ours = ours.and_then(Result::ok);
@@ -304,27 +304,27 @@ impl Kernel {
     }
 
     /// Denials that the ring buffer had no room for.
-    pub fn lost(&self) -> Result<u64, BackendError> {
+    pub(crate) fn lost(&self) -> Result<u64, BackendError> {
         self.maps.lost()
     }
 
     /// The denials as they come. Each call opens another consumer of the same buffer: keep one.
-    pub fn events(&self) -> Result<Ring<EventRecord>, BackendError> {
+    pub(crate) fn events(&self) -> Result<Ring<EventRecord>, BackendError> {
         self.ring("events")
     }
 
     /// The dials that open gates tell of (N8). As [`Kernel::events`].
-    pub fn dials(&self) -> Result<Ring<DialRecord>, BackendError> {
+    pub(crate) fn dials(&self) -> Result<Ring<DialRecord>, BackendError> {
         self.ring("dials")
     }
 
     /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).
-    pub fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+    pub(crate) fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
         self.maps.set_gate(port, open)
     }
 
     /// Whether others dialled a port after the one that was told.
-    pub fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+    pub(crate) fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
         self.maps.take_knock(port)
     }
 
@@ -349,17 +349,17 @@ impl Kernel {
     }
 
     /// Gives back what loading has left behind.
-    pub fn trim_memory(&self) {
+    pub(crate) fn trim_memory(&self) {
         sys::trim_memory();
     }
 
     /// The programs, for aya-log.
-    pub fn programs(&mut self) -> &mut Ebpf {
+    pub(crate) fn programs(&mut self) -> &mut Ebpf {
         &mut self.programs
     }
 
     /// Removes all of ours from the kernel: links first, so that no program reads maps that are going.
-    pub fn unload(self) -> Result<(), BackendError> {
+    pub(crate) fn unload(self) -> Result<(), BackendError> {
         remove_all(self.pins)
     }
 
@@ -391,14 +391,14 @@ impl Kernel {
 const MAX_TOLD: u64 = u64::MAX / 2;
 
 /// The consumer of a ring buffer of records of one kind.
-pub struct Ring<R> {
+pub(crate) struct Ring<R> {
     ring: RingBuf<MapData>,
     records: PhantomData<R>,
 }
 
 impl<R: Plain> Ring<R> {
     /// The next record, if one is there.
-    pub fn take(&mut self) -> Option<R> {
+    pub(crate) fn take(&mut self) -> Option<R> {
         self.ring.next().and_then(|bytes| sys::read_record(&bytes))
     }
 }
@@ -415,7 +415,7 @@ pub(super) fn has_bpf() -> bool {
 }
 
 /// Removes all of ours from the kernel; false where there was nothing. Fails while another process writes it.
-pub fn unload(pin_dir: &Path) -> Result<bool, BackendError> {
+pub(crate) fn unload(pin_dir: &Path) -> Result<bool, BackendError> {
     let Some(pins) = Pins::open(pin_dir)? else {
         return Ok(false);
     };
@@ -492,7 +492,7 @@ impl Sight {
 
 /// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too, and have each call
 /// fail.
-pub fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
+pub(crate) fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
     let locked =
         std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"));
     let has = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel);

@@ -3,14 +3,14 @@
 //!
 //! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is not touched.
 
-pub mod check;
-pub mod expression;
+pub(crate) mod check;
+pub(crate) mod expression;
 mod foreign;
-pub mod image;
-pub mod jobs;
-pub mod netlink;
-pub mod nflog;
-pub mod others;
+pub(crate) mod image;
+pub(crate) mod jobs;
+pub(crate) mod netlink;
+pub(crate) mod nflog;
+pub(crate) mod others;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -34,12 +34,12 @@ use crate::{
     ruleset::{Place, RuleSet, RuleTarget},
 };
 
-pub use netlink::Changes;
-pub use nflog::{Denial, Denials, Logged};
+pub(crate) use netlink::Changes;
+pub(crate) use nflog::{Denial, Denials, Logged};
 
 /// Why `nf_tables` does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
-pub enum NftablesError {
+pub(crate) enum NftablesError {
     /// A transaction or a dump failed.
     #[error("nftables table inet {table}: {step}: {error}{}", hint(error))]
     Netlink {
@@ -83,7 +83,7 @@ fn hint(error: &io::Error) -> &'static str {
 
 /// The table, for the process that writes it.
 #[derive(Debug)]
-pub struct Nftables {
+pub(crate) struct Nftables {
     netlink: Netlink,
     table: String,
     loader: Loader,
@@ -97,7 +97,7 @@ pub struct Nftables {
 
 impl Nftables {
     /// Finds out what the kernel can do. Nothing is judged differently before the first [`Nftables::apply`].
-    pub fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
+    pub(crate) fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
         let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
         // Only a daemon listens.
         let denials = daemon.then(|| Denials::bind(table)).and_then(|bound| {
@@ -143,22 +143,22 @@ impl Nftables {
 
     /// Whether the kernel tells a socket's cgroup; where not, principals with one match nobody.
     #[must_use]
-    pub fn knows_cgroups(&self) -> bool {
+    pub(crate) fn knows_cgroups(&self) -> bool {
         self.loader.cgroups
     }
 
     /// The denials as they come, once.
-    pub fn denials(&mut self) -> Option<Denials> {
+    pub(crate) fn denials(&mut self) -> Option<Denials> {
         self.denials.take()
     }
 
     /// What becomes of forwarded connections from the next rule set on.
-    pub fn set_forward(&mut self, forward: Forward) {
+    pub(crate) fn set_forward(&mut self, forward: Forward) {
         self.loader.forward = forward;
     }
 
     /// Puts a rule set in force, whole or not at all (F2). Returns its generation number.
-    pub fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
+    pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
         let Some(Plan { image, before }) = self.plan(rules)? else {
             return Ok(self.generation());
         };
@@ -191,12 +191,12 @@ impl Nftables {
     }
 
     /// What the table holds, to be given to [`Nftables::restore`].
-    pub fn save(&mut self) -> Result<Option<Saved>, NftablesError> {
+    pub(crate) fn save(&mut self) -> Result<Option<Saved>, NftablesError> {
         Ok(self.read()?.map(Saved))
     }
 
     /// Puts back what was saved.
-    pub fn put_back(&mut self, saved: Option<Saved>) -> Result<(), NftablesError> {
+    pub(crate) fn put_back(&mut self, saved: Option<Saved>) -> Result<(), NftablesError> {
         self.restore(saved.map(|saved| saved.0))
     }
 
@@ -233,7 +233,7 @@ impl Nftables {
     }
 
     /// Whether the table still is as it was put; a look at one number, unless somebody changed some table (F5).
-    pub fn is_whole(&mut self) -> Result<bool, NftablesError> {
+    pub(crate) fn is_whole(&mut self) -> Result<bool, NftablesError> {
         let generation = self.netlink.generation();
         let generation = generation.map_err(|error| failed(&self.table, "read the generation", error))?;
         match &self.held {
@@ -254,7 +254,7 @@ impl Nftables {
     }
 
     /// Puts back what was in force, whatever has become of the table, as a new generation: its number.
-    pub fn repair(&mut self) -> Result<u64, NftablesError> {
+    pub(crate) fn repair(&mut self) -> Result<u64, NftablesError> {
         let rules = self.rules.clone().unwrap_or_else(|| RuleSet {
             mode: crate::policy::Mode::Enforce,
             targets: Vec::new(),
@@ -285,7 +285,7 @@ impl Nftables {
     }
 
     /// What the kernel holds now, read from it.
-    pub fn observe(&mut self) -> Result<Observed, NftablesError> {
+    pub(crate) fn observe(&mut self) -> Result<Observed, NftablesError> {
         let found = self.read()?.unwrap_or_default();
         let mut observed = observe(&found);
         if let Some((image, _)) = &self.held
@@ -301,14 +301,14 @@ impl Nftables {
     }
 
     /// What the counters have counted.
-    pub fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
+    pub(crate) fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
         let found = self.netlink.counters(&self.table);
         let found = found.map_err(|error| failed(&self.table, "read the counters", error))?;
         Ok(found.into_iter().collect())
     }
 
     /// Removes the table.
-    pub fn unload(mut self) -> Result<(), NftablesError> {
+    pub(crate) fn unload(mut self) -> Result<(), NftablesError> {
         self.remove()
     }
 
@@ -345,10 +345,10 @@ struct Plan {
 
 /// What a table held.
 #[derive(Debug)]
-pub struct Saved(Dump);
+pub(crate) struct Saved(Dump);
 
 /// The table for those who only read it; none where nothing of ours is there.
-pub fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
+pub(crate) fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
     let Some(mut netlink) = reach(table)? else {
         return Ok(None);
     };
@@ -374,12 +374,12 @@ fn is_missing(error: &io::Error) -> bool {
 
 /// A table as read.
 #[derive(Debug)]
-pub struct Reading(Dump);
+pub(crate) struct Reading(Dump);
 
 impl Reading {
     /// What is in force.
     #[must_use]
-    pub fn observe(&self) -> Observed {
+    pub(crate) fn observe(&self) -> Observed {
         observe(&self.0)
     }
 
@@ -391,7 +391,7 @@ impl Reading {
 }
 
 /// Removes the table if it is ours; false where there was none.
-pub fn unload(table: &str) -> Result<bool, NftablesError> {
+pub(crate) fn unload(table: &str) -> Result<bool, NftablesError> {
     let Some(mut netlink) = reach(table)? else {
         return Ok(false);
     };

@@ -20,7 +20,7 @@ mod nft;
 
 /// Something that is there or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fact {
+pub(crate) enum Fact {
     /// It was tried and works.
     Supported,
     /// The kernel does not have it, or not here.
@@ -36,7 +36,7 @@ pub enum Fact {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[allow(missing_docs, reason = "`about` describes each")]
-pub enum Feature {
+pub(crate) enum Feature {
     BpfSyscall,
     CgroupSockAddr,
     CgroupLink,
@@ -67,7 +67,7 @@ pub enum Feature {
 
 /// What becomes of a backend without a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
+pub(crate) enum Need {
     /// It does not work.
     Must,
     /// It works, and this is then so.
@@ -76,7 +76,7 @@ pub enum Need {
 
 /// A feature described.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct About {
+pub(crate) struct About {
     /// In a few words.
     pub title: &'static str,
     /// The first Linux that has it, by the kernel's own history, and the option that leaves it out.
@@ -89,7 +89,8 @@ pub struct About {
 
 impl Feature {
     /// All, as they are shown.
-    pub const ALL: [Self; 26] = [
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 26] = [
         Self::BpfSyscall,
         Self::CgroupSockAddr,
         Self::CgroupLink,
@@ -120,7 +121,7 @@ impl Feature {
 
     /// What it is, and who needs it.
     #[must_use]
-    pub const fn about(self) -> About {
+    pub(crate) const fn about(self) -> About {
         use Need::{May, Must};
         use Side::{Ebpf, Either, Nftables};
         let (title, since, side, need) = match self {
@@ -207,7 +208,7 @@ impl Feature {
 
 /// Where to try.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub(crate) struct Place<'a> {
     /// The cgroup to attach to; none where there is no cgroup v2.
     pub cgroup: Option<&'a Path>,
     /// The pin directory as configured.
@@ -216,10 +217,10 @@ pub struct Place<'a> {
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Facts(Vec<(Feature, Fact)>);
+pub(crate) struct Facts(Vec<(Feature, Fact)>);
 
 /// Tries everything. Leaves nothing behind, and judges nothing meanwhile.
-pub async fn probe(place: Place<'_>) -> Facts {
+pub(crate) async fn probe(place: Place<'_>) -> Facts {
     let mut facts = Facts::default();
     bpf::probe(place, &mut facts);
     nft::probe(&mut facts);
@@ -234,26 +235,19 @@ pub async fn probe(place: Place<'_>) -> Facts {
 
 impl Facts {
     /// Adds a fact, in place of an earlier one of the same feature.
-    pub fn set(&mut self, feature: Feature, fact: Fact) {
+    pub(crate) fn set(&mut self, feature: Feature, fact: Fact) {
         self.0.retain(|(known, _)| *known != feature);
         self.0.push((feature, fact));
     }
 
-    /// One of them; what was not tried is not known.
-    #[must_use]
-    pub fn of(&self, feature: Feature) -> Fact {
-        let found = self.0.iter().find(|(known, _)| *known == feature);
-        found.map_or_else(|| Fact::Inconclusive("not tried".to_owned()), |(_, fact)| fact.clone())
-    }
-
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (Feature, &Fact)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Feature, &Fact)> {
         self.0.iter().map(|(feature, fact)| (*feature, fact))
     }
 
     /// Whether each backend works: all that it must have does. Pure.
     #[must_use]
-    pub fn works(&self) -> Works {
+    pub(crate) fn works(&self) -> Works {
         let of = |side: Side| {
             let mut worst = Fact::Supported;
             for (feature, fact) in self.iter() {
@@ -283,7 +277,7 @@ impl Facts {
 
 /// Whether each backend works here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Works {
+pub(crate) struct Works {
     /// eBPF.
     pub ebpf: Fact,
     /// nftables; it matters only where eBPF does not work, or both are wanted.
@@ -292,7 +286,7 @@ pub struct Works {
 
 /// What a choice comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// What would enforce; none where nothing can.
     pub backend: Option<Backend>,
     /// Why, or what is missing.
@@ -303,7 +297,7 @@ pub struct Choice {
 /// a reason to fall back: a mistake of the configuration, or what could not be found out, is mended, not evaded. What is asked for by
 /// name is not replaced. Pure.
 #[must_use]
-pub fn choose(works: &Works, wanted: Backend) -> Choice {
+pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
     let chosen = |backend, reason: String| Choice {
         backend: Some(backend),
         reason,
@@ -375,7 +369,7 @@ impl Fact {
 
     /// Why it does not work, if it does not.
     #[must_use]
-    pub fn obstacle(&self) -> Option<&str> {
+    pub(crate) fn obstacle(&self) -> Option<&str> {
         match self {
             Self::Supported => None,
             Self::Missing { why } | Self::Inconclusive(why) => Some(why),
@@ -384,7 +378,7 @@ impl Fact {
 
     /// Without its reason.
     #[must_use]
-    pub const fn state(&self) -> FeatureState {
+    pub(crate) const fn state(&self) -> FeatureState {
         match self {
             Self::Supported => FeatureState::Supported,
             Self::Missing { .. } => FeatureState::Missing,

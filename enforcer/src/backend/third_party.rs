@@ -7,28 +7,28 @@ use super::{
     nftables::{netlink::Netlink, others},
 };
 
-pub use super::{
+pub(crate) use super::{
     ebpf::sys::Attached,
     nftables::others::{ForeignRule, Nat, To},
 };
 
 /// Family, table and name of a chain.
-pub type Chain = (String, String, String);
+pub(crate) type Chain = (String, String, String);
 
 /// The names of the hooks that our programs are on.
-pub fn hooks() -> impl Iterator<Item = &'static str> {
+pub(crate) fn hooks() -> impl Iterator<Item = &'static str> {
     HOOKS.iter().map(|hook| hook.name)
 }
 
 /// The id of the program that the pinned link of a hook runs, if there is one.
 #[must_use]
-pub fn our_program(pin_dir: &Path, hook: &str) -> Option<u32> {
+pub(crate) fn our_program(pin_dir: &Path, hook: &str) -> Option<u32> {
     let link = sys::open_pin(&pin_dir.join(hook)).ok()?;
     sys::link_info(link.as_fd()).ok().map(|info| info.program)
 }
 
 /// The programs on a cgroup itself at a hook, ours among them, in the order in which they run; none where the kernel has no BPF.
-pub fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
+pub(crate) fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
     let Some(hook) = HOOKS.iter().find(|known| known.name == hook) else {
         return Ok(Vec::new());
     };
@@ -39,7 +39,7 @@ pub fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
 }
 
 /// Every rule and every chain of every table of this network namespace; none where the kernel has no `nf_tables`.
-pub fn tables() -> Option<(io::Result<Vec<ForeignRule>>, io::Result<Vec<Chain>>)> {
+pub(crate) fn tables() -> Option<(io::Result<Vec<ForeignRule>>, io::Result<Vec<Chain>>)> {
     let mut netlink = match Netlink::open() {
         Ok(netlink) => netlink,
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return None,

@@ -38,7 +38,7 @@ pub(super) struct Writer(#[allow(dead_code, reason = "held for its drop")] Flock
 
 /// Who has it.
 #[derive(Debug)]
-pub struct Holder {
+pub(crate) struct Holder {
     pid: i32,
     command: String,
 }

@@ -23,10 +23,9 @@ use crate::{
 
 /// A caller, as the kernel remembers it from its `connect` (unix(7), `SO_PEERCRED`).
 #[derive(Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its process in our PID namespace; 0 where that cannot see it.
     pub pid: u32,
-    /// Its user.
     pub uid: u32,
     process: Process,
 }
@@ -43,7 +42,7 @@ enum Process {
 
 /// Why the cgroup of a process is not known.
 #[derive(Debug, thiserror::Error)]
-pub enum CgroupError {
+pub(crate) enum CgroupError {
     /// A container's, seen from another one.
     #[error(
         "the calling process is not visible in the daemon's PID namespace; name the cgroup with --cgroup, as the host has it"
@@ -53,63 +52,38 @@ pub enum CgroupError {
     #[error(
         "the caller runs in a PID namespace of its own, where --pid {pid} means another process than here; name the cgroup with --cgroup, as the host has it"
     )]
-    Namespace {
-        /// The number given.
-        pid: u32,
-    },
+    Namespace { pid: u32 },
     /// It has ended.
     #[error("process {pid} does not exist any more; name a process that runs, or the cgroup with --cgroup")]
-    Gone {
-        /// Its number.
-        pid: u32,
-    },
+    Gone { pid: u32 },
     /// `/proc` shows others to root with `CAP_SYS_PTRACE` alone, or to a group (proc(5), `hidepid=`).
     #[error(
         "/proc hides process {pid} from the daemon (hidepid=); name the cgroup with --cgroup, or mount /proc with gid=0 or without hidepid="
     )]
-    Hidden {
-        /// Its number.
-        pid: u32,
-    },
+    Hidden { pid: u32 },
     /// It cannot be read.
     #[error("read /proc/{pid}/cgroup: {error}; name the cgroup with --cgroup")]
-    Proc {
-        /// The process.
-        pid: u32,
-        /// Why not.
-        error: io::Error,
-    },
+    Proc { pid: u32, error: io::Error },
     /// No line `0::`.
     #[error("process {pid} is in no cgroup of version 2; name one with --cgroup")]
-    NoCgroup2 {
-        /// The process.
-        pid: u32,
-    },
+    NoCgroup2 { pid: u32 },
     /// Not below the mount.
     #[error(
         "process {pid} is in cgroup {cgroup}, which lies outside of what is mounted here; run enforcer on the host, not in a cgroup namespace"
     )]
-    Outside {
-        /// The process.
-        pid: u32,
-        /// Its cgroup.
-        cgroup: String,
-    },
+    Outside { pid: u32, cgroup: String },
     /// A path that no rule can name.
     #[error("process {pid} is in cgroup {cgroup:?}: {error}")]
     Path {
-        /// The process.
         pid: u32,
-        /// Its cgroup.
         cgroup: String,
-        /// What is wrong with it.
         error: CgroupPathError,
     },
 }
 
 impl Peer {
     /// Asks the kernel.
-    pub fn of(stream: &UnixStream) -> io::Result<Self> {
+    pub(crate) fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
         let process = Process::from(getsockopt(stream, sockopt::PeerPidfd));
         let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok());
@@ -122,12 +96,12 @@ impl Peer {
 
     /// Its name, which it chooses itself.
     #[must_use]
-    pub fn comm(&self) -> String {
+    pub(crate) fn comm(&self) -> String {
         host::task_name(self.pid)
     }
 
     /// The cgroup that it is in now.
-    pub fn cgroup(&self) -> Result<CgroupPath, CgroupError> {
+    pub(crate) fn cgroup(&self) -> Result<CgroupPath, CgroupError> {
         if self.pid == 0 {
             return Err(CgroupError::Invisible);
         }
@@ -146,7 +120,7 @@ impl Peer {
     }
 
     /// The cgroup of a process to which it gave a number.
-    pub fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
+    pub(crate) fn cgroup_of(&self, pid: u32) -> Result<CgroupPath, CgroupError> {
         let status = host::read_lossy(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let numbers = host::status_field(&status, "NSpid");
         if status.is_empty() && lives(self.pid) {

@@ -146,7 +146,7 @@ pub(super) fn has_not_gone(wanted: HostConfig, good: Option<&LastGood>) -> Resul
 
 /// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation
 /// that is in force already stays.
-pub fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
+pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     let dir = config::state_dir(path);
     dir.as_deref().map(state::reclaim).transpose()?;
     let good = dir.map(|dir| state::load(&dir)).transpose()?;

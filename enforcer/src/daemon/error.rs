@@ -6,7 +6,7 @@ use crate::{backend::BackendError, control::ControlError, host, inputs::InputErr
 
 /// Why the daemon cannot start, or an attempt to put a configuration in force failed.
 #[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
+pub(crate) enum DaemonError {
     /// What rules are made from.
     #[error(transparent)]
     Input(#[from] InputError),

@@ -28,10 +28,8 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 
 /// A socket with a remote end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Connection {
-    /// Transport.
+pub(crate) struct Connection {
     pub protocol: Protocol,
-    /// How far it is.
     pub state: SocketState,
     /// Our end, as the kernel has it: IPv4-mapped for such sockets.
     pub local: SocketAddr,
@@ -51,8 +49,7 @@ pub struct Connection {
 
 /// A socket that waits for others: listening, or bound UDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listener {
-    /// Transport.
+pub(crate) struct Listener {
     pub protocol: Protocol,
     /// Its address, perhaps unspecified, and port.
     pub at: SocketAddr,

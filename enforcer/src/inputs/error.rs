@@ -6,7 +6,7 @@ use crate::{backend::BackendError, config::ConfigError, host, policy::PolicyErro
 
 /// Why a configuration comes to no rules on this host.
 #[derive(Debug, thiserror::Error)]
-pub enum InputError {
+pub(crate) enum InputError {
     /// The configuration file.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -22,7 +22,7 @@ const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 
 /// A configuration that was read, understood and found possible on this host.
 #[derive(Clone, Debug)]
-pub struct HostConfig {
+pub(crate) struct HostConfig {
     pub(crate) path: PathBuf,
     /// Whether that file was there, so that the defaults are not what was asked for (B1).
     pub(crate) from_file: bool,
@@ -64,7 +64,7 @@ impl Users for Remembered<'_> {
 
 impl HostConfig {
     /// Reads a configuration file.
-    pub fn load(path: &Path) -> Result<Self, InputError> {
+    pub(crate) fn load(path: &Path) -> Result<Self, InputError> {
         Self::load_knowing(path, &BTreeMap::new())
     }
 
@@ -166,19 +166,19 @@ impl HostConfig {
 
     /// What it means.
     #[must_use]
-    pub fn policy(&self) -> &Policy {
+    pub(crate) fn policy(&self) -> &Policy {
         &self.policy
     }
 
     /// How and where it is enforced.
     #[must_use]
-    pub fn settings(&self) -> &Settings {
+    pub(crate) fn settings(&self) -> &Settings {
         &self.config.settings
     }
 
     /// What is allowed, but probably not meant.
     #[must_use]
-    pub fn warnings(&self) -> &[String] {
+    pub(crate) fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
@@ -199,7 +199,7 @@ impl HostConfig {
 
     /// What does not exist on this host yet, and matches nobody until it does: users, and cgroups.
     #[must_use]
-    pub fn absent(&self) -> Vec<String> {
+    pub(crate) fn absent(&self) -> Vec<String> {
         let cgroups = self.policy.cgroups();
         let cgroups = cgroups.iter().filter_map(|cgroup| self.why_nobody(cgroup));
         let cgroups = cgroups.map(|why| format!("{}: {why}", self.path.display()));

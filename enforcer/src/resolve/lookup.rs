@@ -31,7 +31,7 @@ use super::{
 use crate::policy::Name;
 
 /// How long a look-up may take, all servers and search domains together.
-pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 const HOSTS: &str = "/etc/hosts";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -41,7 +41,7 @@ const LATE: &str = "no answer in time";
 const GRACE: Duration = Duration::from_millis(300);
 
 /// What a lookup has brought, and what it may bring yet.
-pub struct Looked {
+pub(crate) struct Looked {
     /// Where one family was answered and the other was not in a short time, that one, and [`Outcome::Awaited`].
     pub answer: Answer,
     /// Brings the whole answer then.
@@ -50,7 +50,7 @@ pub struct Looked {
 
 impl Looked {
     /// Waits for the whole answer.
-    pub async fn whole(self) -> Answer {
+    pub(crate) async fn whole(self) -> Answer {
         match self.rest {
             Some(rest) => rest.await,
             None => self.answer,
@@ -65,12 +65,12 @@ impl From<Answer> for Looked {
 }
 
 /// Looks a name up. `/etc/resolv.conf` and `/etc/hosts` are read anew each time, so that changes of them count at once.
-pub async fn lookup(name: &Name, patience: Duration) -> Answer {
+pub(crate) async fn lookup(name: &Name, patience: Duration) -> Answer {
     lookup_early(name, patience).await.whole().await
 }
 
 /// As [`lookup`], with the first word as soon as that means something.
-pub async fn lookup_early(name: &Name, patience: Duration) -> Looked {
+pub(crate) async fn lookup_early(name: &Name, patience: Duration) -> Looked {
     let Ok(dns_name) = DnsName::from_ascii(name.as_str()) else {
         return both(&Outcome::Failed("not a DNS name".to_owned())).into();
     };

@@ -19,7 +19,7 @@ use crate::{
 
 /// All that is needed to put a rule set in force again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LastGood {
+pub(crate) struct LastGood {
     /// How and where it was enforced.
     pub settings: Settings,
     /// What was asked for.
@@ -35,14 +35,14 @@ pub struct LastGood {
 impl LastGood {
     /// The message bus, where an agent's settings named one.
     #[must_use]
-    pub fn bus(&self) -> Option<&BTreeSet<Endpoint>> {
+    pub(crate) fn bus(&self) -> Option<&BTreeSet<Endpoint>> {
         self.bosh.as_ref().and(self.policy.bus()).filter(|bus| !bus.is_empty())
     }
 }
 
 /// As [`LastGood`], of somebody else's.
 #[derive(Clone, Copy, Debug)]
-pub struct LastGoodRef<'a> {
+pub(crate) struct LastGoodRef<'a> {
     /// How and where it is enforced.
     pub settings: &'a Settings,
     /// What is asked for.

@@ -38,10 +38,8 @@ const MAX_EVENTS: usize = 1024;
 
 /// A rule set put in force, and what else sweeping by it needs.
 #[derive(Debug)]
-pub struct Job {
-    /// Its number.
+pub(crate) struct Job {
     pub generation: u64,
-    /// It.
     pub rules: RuleSet,
     /// Report, or cut too.
     pub action: Existing,
@@ -55,7 +53,7 @@ pub struct Job {
 
 /// The next job: a later one takes the place of one that nobody has begun.
 #[derive(Clone, Debug, Default)]
-pub struct Jobs(Arc<Place>);
+pub(crate) struct Jobs(Arc<Place>);
 
 #[derive(Debug, Default)]
 struct Place {
@@ -65,7 +63,7 @@ struct Place {
 
 /// What a round came to.
 #[derive(Clone, Debug)]
-pub struct Report {
+pub(crate) struct Report {
     /// For `status`.
     pub existing: ExistingStatus,
     /// What was not reported before.
@@ -78,7 +76,7 @@ pub struct Report {
 
 impl Jobs {
     /// Sets the next job.
-    pub fn set(&self, job: Job) {
+    pub(crate) fn set(&self, job: Job) {
         *self.0.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
         self.0.news.notify_one();
     }
@@ -95,13 +93,13 @@ impl Jobs {
 }
 
 /// Sweeps once by the job that waits, if one does.
-pub async fn once(jobs: &Jobs) -> Option<Report> {
+pub(crate) async fn once(jobs: &Jobs) -> Option<Report> {
     let job = jobs.take()?;
     Some(Rounds::default().round(&job).await.0)
 }
 
 /// Sweeps by every job, until nobody takes the reports.
-pub async fn run(jobs: Jobs, reports: mpsc::Sender<Report>) {
+pub(crate) async fn run(jobs: Jobs, reports: mpsc::Sender<Report>) {
     let mut rounds = Rounds::default();
     let mut job = None;
     let mut rechecked = false;
@@ -368,7 +366,7 @@ async fn listeners(found: &[Found], note: &mut impl FnMut(SweepError)) -> Vec<Li
 }
 
 /// Every socket of a protocol that waits for others, in this network namespace.
-pub async fn listening(protocol: Protocol) -> Result<Vec<Listener>, SweepError> {
+pub(crate) async fn listening(protocol: Protocol) -> Result<Vec<Listener>, SweepError> {
     let mut all = Vec::new();
     for v6 in [false, true] {
         let listed = sock_diag::listeners(protocol, v6, |listener| all.push(listener)).await;

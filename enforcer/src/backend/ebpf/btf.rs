@@ -9,7 +9,7 @@ const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 /// Offsets in bytes that the programs need, as far as the kernel tells them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offsets {
+pub(crate) struct Offsets {
     /// `sk_uid` in `struct sock`.
     pub sk_uid: Option<u32>,
     /// `flags` in `struct task_struct`.
@@ -21,7 +21,7 @@ pub struct Offsets {
 }
 
 /// Reads the offsets of the running kernel; none where it has no BTF.
-pub fn offsets() -> io::Result<Offsets> {
+pub(crate) fn offsets() -> io::Result<Offsets> {
     match fs::read(Path::new(VMLINUX)) {
         Ok(btf) => Ok(find(&btf).unwrap_or_default()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Offsets::default()),

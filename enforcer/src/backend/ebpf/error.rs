@@ -9,30 +9,17 @@ use crate::{
 
 /// Why the kernel does not hold what was asked for. What was in force before still is (F4).
 #[derive(Debug, thiserror::Error)]
-pub enum BackendError {
+pub(crate) enum BackendError {
     /// A file operation.
     Io {
-        /// What was tried.
         action: &'static str,
-        /// On what.
         object: PathBuf,
-        /// Why not.
         error: io::Error,
     },
     /// Somebody else could write where our pins lie (F6).
-    Untrusted {
-        /// The directory.
-        path: PathBuf,
-        /// Its owner.
-        uid: u32,
-        /// Its mode.
-        mode: u32,
-    },
+    Untrusted { path: PathBuf, uid: u32, mode: u32 },
     /// Pins can lie on a bpffs only.
-    NotBpffs {
-        /// The directory.
-        path: PathBuf,
-    },
+    NotBpffs { path: PathBuf },
     /// A bpffs that is missing must not be mounted where it would not last (F1).
     PrivateMounts {
         /// What is wrong with mounting it here.
@@ -46,68 +33,42 @@ pub enum BackendError {
         holder: Option<Holder>,
     },
     /// A pin is not the map that its name says, or is missing among others.
-    Damaged {
-        /// The pin.
-        path: PathBuf,
-    },
+    Damaged { path: PathBuf },
     /// The programs in force read maps of another layout.
-    OtherVersion {
-        /// Which layout.
-        layout: String,
-    },
+    OtherVersion { layout: String },
     /// A map operation.
     Map {
-        /// What was tried.
         action: &'static str,
-        /// On which map.
         map: &'static str,
-        /// Why not.
         error: io::Error,
     },
     /// The kernel holds something else than was written (F3).
-    ReadBack {
-        /// Which map.
-        map: &'static str,
-    },
+    ReadBack { map: &'static str },
     /// The cgroup to attach to.
-    Cgroup {
-        /// Its path.
-        path: PathBuf,
-        /// Why not.
-        error: io::Error,
-    },
+    Cgroup { path: PathBuf, error: io::Error },
     /// There is none to attach to.
     NoCgroup2,
     /// The programs do not load.
     Load {
-        /// Which one.
         program: &'static str,
-        /// Why not.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A program does not attach.
     Attach {
-        /// Which hook.
         hook: &'static str,
-        /// To what.
         cgroup: PathBuf,
-        /// Why not.
         error: io::Error,
     },
     /// The nftables half or backend.
     Nftables(NftablesError),
     /// One half of two.
     Half {
-        /// Which one.
         name: &'static str,
-        /// Why not.
         error: Box<BackendError>,
     },
     /// No backend works here.
     Neither {
-        /// Why ebpf does not.
         ebpf: Box<str>,
-        /// Why nftables does not.
         nftables: Box<BackendError>,
     },
 }
@@ -157,7 +118,7 @@ impl fmt::Display for BackendError {
 impl BackendError {
     /// What happened, without what to do about it.
     #[must_use]
-    pub fn cause(&self) -> String {
+    pub(crate) fn cause(&self) -> String {
         match self {
             Self::Io { action, object, error } => format!("{action} {}: {error}", object.display()),
             Self::Untrusted { path, uid, mode } => {
@@ -190,7 +151,7 @@ impl BackendError {
 
     /// Whether another process enforces there.
     #[must_use]
-    pub fn is_busy(&self) -> bool {
+    pub(crate) fn is_busy(&self) -> bool {
         let half = |error: &Self| matches!(error, Self::Busy { .. });
         half(self) || matches!(self, Self::Half { error, .. } if half(error))
     }
@@ -198,7 +159,7 @@ impl BackendError {
     /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that needs mending.
     /// That it has BPF at all is asked only where that decides.
     #[must_use]
-    pub fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
         match self {
             Self::NoCgroup2 | Self::PrivateMounts { .. } | Self::Load { .. } | Self::Attach { .. } => true,
             // Without BPF there is no bpffs either; with it, a wrong place is the configuration's fault.

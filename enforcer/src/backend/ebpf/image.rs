@@ -17,11 +17,11 @@ use crate::{
 };
 
 /// Names by bit of [`Owners`].
-pub type Names = [TargetName; MAX_TARGETS as usize];
+pub(crate) type Names = [TargetName; MAX_TARGETS as usize];
 
 /// What one slot of the maps holds; keys are those of slot 0, each list sorted by key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Image {
+pub(crate) struct Image {
     /// Bits of [`flag`].
     pub flags: u64,
     /// Depths of the cgroups that principals name, as [`enforcer_ebpf::Generation`] has them.
@@ -50,7 +50,7 @@ const NO_NAT64: [Nat64; MAX_NAT64 as usize] = [[0; 3]; MAX_NAT64 as usize];
 impl Image {
     /// A slot with nothing in it.
     #[must_use]
-    pub fn empty() -> Self {
+    pub(crate) fn empty() -> Self {
         Self {
             flags: 0,
             levels: 0,
@@ -67,7 +67,7 @@ impl Image {
 
     /// Whether some endpoint is UDP, so that `sendmsg` must be judged.
     #[must_use]
-    pub fn has_udp(&self) -> bool {
+    pub(crate) fn has_udp(&self) -> bool {
         self.endpoints.iter().any(|(key, _)| key.protocol == UDP)
             || self.prefixes.iter().any(|(key, _)| key.key.protocol == UDP)
     }
@@ -75,7 +75,7 @@ impl Image {
 
 /// What the loader knows and the programs or `status` need.
 #[derive(Clone, Copy, Debug)]
-pub struct Loader {
+pub(crate) struct Loader {
     /// Cookie of its network namespace, 0 where the kernel does not tell.
     pub netns: u64,
     /// Whether it stays.
@@ -86,7 +86,7 @@ pub struct Loader {
 
 /// What the kernel lets the programs see (D3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sees {
+pub(crate) struct Sees {
     /// The owner of a TCP socket.
     pub tcp_owner: bool,
     /// The owner of any other.
@@ -97,7 +97,7 @@ pub struct Sees {
 
 /// Lowers a rule set. A target that `previous` names keeps its bit, so that its counters go on.
 #[must_use]
-pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
+pub(crate) fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
     let names = assign_bits(rules, previous);
     let bits: Vec<Owners> = rules
         .targets
@@ -177,7 +177,7 @@ pub fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
 
 /// A target's name as the kernel keeps it.
 #[must_use]
-pub fn target_name(name: &str) -> TargetName {
+pub(crate) fn target_name(name: &str) -> TargetName {
     let mut bytes = [0; MAX_TARGET_NAME];
     bytes.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
     TargetName(bytes)
@@ -185,7 +185,7 @@ pub fn target_name(name: &str) -> TargetName {
 
 /// The key of a place in slot 0.
 #[must_use]
-pub fn endpoint_key(place: &Place) -> EndpointKey {
+pub(crate) fn endpoint_key(place: &Place) -> EndpointKey {
     key(place.protocol, place.port, place.net.addr())
 }
 
@@ -208,7 +208,7 @@ fn key(protocol: Protocol, port: u16, address: IpAddr) -> EndpointKey {
 
 /// The address of an attempt as it is dialled, made canonical (D4).
 #[must_use]
-pub fn canonical_words(address: IpAddr) -> enforcer_ebpf::Address {
+pub(crate) fn canonical_words(address: IpAddr) -> enforcer_ebpf::Address {
     match address {
         IpAddr::V4(v4) => canonical4(u32::from_ne_bytes(v4.octets())),
         IpAddr::V6(v6) => canonical6(words(v6)),

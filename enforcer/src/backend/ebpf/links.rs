@@ -68,7 +68,7 @@ pub(super) fn detach_all(pins: &Pins) {
 
 impl Kernel {
     /// Finds out whether a program loads and attaches here; what it attaches is gone at once, and judges nothing.
-    pub fn try_out(&mut self) -> Result<(), BackendError> {
+    pub(crate) fn try_out(&mut self) -> Result<(), BackendError> {
         let [hook, ..] = &HOOKS;
         if !self.pins.path(hook.name).exists() {
             self.create_link(hook)?;

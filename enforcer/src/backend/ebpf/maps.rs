@@ -32,7 +32,7 @@ const RINGBUF: u32 = 27;
 
 /// A map by its descriptor, its keys and values typed.
 #[derive(Debug)]
-pub struct Table<K, V> {
+pub(crate) struct Table<K, V> {
     fd: OwnedFd,
     name: &'static str,
     types: PhantomData<(K, V)>,
@@ -40,7 +40,7 @@ pub struct Table<K, V> {
 
 /// A part of a slot, to be read by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub(crate) enum Part {
     /// Exact endpoints and prefixes: perhaps a hundred thousand.
     Endpoints,
     /// All else.
@@ -49,7 +49,7 @@ pub enum Part {
 
 /// All maps of one ABI.
 #[derive(Debug)]
-pub struct Maps {
+pub(crate) struct Maps {
     active: Table<u32, u8>,
     generations: Table<u32, Generation>,
     ports: Table<u32, u8>,
@@ -66,7 +66,7 @@ pub struct Maps {
 
 impl Maps {
     /// Opens the pins of a directory and checks that each is the map it is named for; nothing where it has no pins.
-    pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
+    pub(crate) fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
         match std::fs::read_dir(dir).map(|mut pins| pins.next().is_none()) {
             Ok(false) => {}
             Ok(true) => return Ok(None),
@@ -103,7 +103,7 @@ impl Maps {
     }
 
     /// The slot in force.
-    pub fn active_slot(&self) -> Result<Option<u8>, BackendError> {
+    pub(crate) fn active_slot(&self) -> Result<Option<u8>, BackendError> {
         Ok(match self.active.get(&0)? {
             Some(active @ 1..=2) => Some(active - 1),
             Some(_) | None => None,
@@ -111,7 +111,7 @@ impl Maps {
     }
 
     /// Puts a slot in force: one byte, read back (F2, F3).
-    pub fn activate(&self, slot: u8) -> Result<(), BackendError> {
+    pub(crate) fn activate(&self, slot: u8) -> Result<(), BackendError> {
         // The entries must be visible to every CPU before the flip is.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         self.active.put(&0, slot + 1)?;
@@ -122,7 +122,7 @@ impl Maps {
     }
 
     /// Ids of the maps that every program's verdict rests on.
-    pub fn ids(&self) -> Result<[u32; 6], BackendError> {
+    pub(crate) fn ids(&self) -> Result<[u32; 6], BackendError> {
         Ok([
             self.active.id()?,
             self.generations.id()?,
@@ -134,17 +134,17 @@ impl Maps {
     }
 
     /// The id of the one that only the programs of IPv6 ask.
-    pub fn nat64_id(&self) -> Result<u32, BackendError> {
+    pub(crate) fn nat64_id(&self) -> Result<u32, BackendError> {
         self.nat64.id()
     }
 
     /// What holds for all of a slot.
-    pub fn generation_of(&self, slot: u8) -> Result<Generation, BackendError> {
+    pub(crate) fn generation_of(&self, slot: u8) -> Result<Generation, BackendError> {
         Ok(self.generations.get(&u32::from(slot))?.unwrap_or_default())
     }
 
     /// Names of a slot's targets.
-    pub fn names(&self, slot: u8) -> Result<Names, BackendError> {
+    pub(crate) fn names(&self, slot: u8) -> Result<Names, BackendError> {
         let mut names = [TargetName::NONE; MAX_TARGETS as usize];
         for (index, name) in (name_index(slot, 0)..).zip(&mut names) {
             *name = self.targets.get(&index)?.unwrap_or(TargetName::NONE);
@@ -153,7 +153,7 @@ impl Maps {
     }
 
     /// All that a slot holds.
-    pub fn read_slot(&self, slot: u8) -> Result<Image, BackendError> {
+    pub(crate) fn read_slot(&self, slot: u8) -> Result<Image, BackendError> {
         let generation = self.generation_of(slot)?;
         Ok(Image {
             flags: generation.flags,
@@ -170,7 +170,7 @@ impl Maps {
     }
 
     /// Whether a slot holds a part of an image. The filter of ports may hold more: it is never narrower than what it stands before.
-    pub fn holds(&self, slot: u8, image: &Image, part: Part) -> Result<bool, BackendError> {
+    pub(crate) fn holds(&self, slot: u8, image: &Image, part: Part) -> Result<bool, BackendError> {
         match part {
             Part::Endpoints => {
                 Ok(self.read_endpoints(slot)? == image.endpoints && self.read_prefixes(slot)? == image.prefixes)
@@ -269,7 +269,7 @@ impl Maps {
     }
 
     /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).
-    pub fn write_slot(&self, slot: u8, have: &Image, want: &Image, number: u64) -> Result<(), BackendError> {
+    pub(crate) fn write_slot(&self, slot: u8, have: &Image, want: &Image, number: u64) -> Result<(), BackendError> {
         let bit = 1_u8 << slot;
         // The filter first on the way in and last on the way out: it is never narrower than what it stands before.
         for port in want.ports.difference(&have.ports) {
@@ -311,7 +311,7 @@ impl Maps {
     }
 
     /// Sets the counters of some targets to zero. What others count at this very moment may be lost.
-    pub fn clear_counters(&self, bits: Owners) -> Result<(), BackendError> {
+    pub(crate) fn clear_counters(&self, bits: Owners) -> Result<(), BackendError> {
         let mut all = self.counters.get_all(&0, self.cpus)?;
         for (bit, counters) in all.iter_mut().flat_map(|cpu| (0..).zip(cpu)) {
             if bits >> bit & 1 == 1 {
@@ -322,7 +322,7 @@ impl Maps {
     }
 
     /// The counters of every target by its bit, all CPUs together.
-    pub fn counters(&self) -> Result<AllCounters, BackendError> {
+    pub(crate) fn counters(&self) -> Result<AllCounters, BackendError> {
         let mut sums = [Counters::default(); MAX_TARGETS as usize];
         for cpu in self.counters.get_all(&0, self.cpus)? {
             for (sum, counters) in sums.iter_mut().zip(cpu) {
@@ -335,18 +335,18 @@ impl Maps {
     }
 
     /// Denials that the ring buffer had no room for.
-    pub fn lost(&self) -> Result<u64, BackendError> {
+    pub(crate) fn lost(&self) -> Result<u64, BackendError> {
         Ok(self.lost.get_all(&0, self.cpus)?.iter().sum())
     }
 
     /// Has the next dial of a port told, or none (N8).
-    pub fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+    pub(crate) fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
         let gate = if open { gate::OPEN } else { gate::NONE };
         self.gates.put(&u32::from(port.to_be()), gate)
     }
 
     /// Whether a port was dialled again after a dial was told. What comes from now on counts anew.
-    pub fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+    pub(crate) fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
         let key = u32::from(port.to_be());
         let knocked = self.gates.get(&key)? == Some(gate::KNOCKED);
         if knocked {
@@ -364,7 +364,7 @@ impl Maps {
 
 /// The maps as the kernel's own decision sees them, for `check`. What cannot be read counts as absent and is kept.
 #[derive(Debug)]
-pub struct Outside<'a> {
+pub(crate) struct Outside<'a> {
     maps: &'a Maps,
     error: std::cell::RefCell<Option<BackendError>>,
 }
@@ -372,7 +372,7 @@ pub struct Outside<'a> {
 impl<'a> Outside<'a> {
     /// A view of the maps.
     #[must_use]
-    pub fn new(maps: &'a Maps) -> Self {
+    pub(crate) fn new(maps: &'a Maps) -> Self {
         Self {
             maps,
             error: std::cell::RefCell::new(None),
@@ -380,7 +380,7 @@ impl<'a> Outside<'a> {
     }
 
     /// What could not be read while deciding, if anything.
-    pub fn finish(self) -> Result<(), BackendError> {
+    pub(crate) fn finish(self) -> Result<(), BackendError> {
         self.error.into_inner().map_or(Ok(()), Err)
     }
 
@@ -634,7 +634,7 @@ fn open_checked(
 }
 
 /// Puts nothing in force in the maps of a directory, of whatever layout: from here on no program judges by them.
-pub fn deactivate(dir: &Path) -> io::Result<()> {
+pub(crate) fn deactivate(dir: &Path) -> io::Result<()> {
     let active = sys::open_pin(&dir.join("active"))?;
     let info = sys::map_info(active.as_fd())?;
     if (info.map_type, info.key_size) != (ARRAY, 4) {

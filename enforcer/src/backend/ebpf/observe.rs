@@ -24,7 +24,7 @@ use crate::{
 
 /// What the kernel holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Observed {
+pub(crate) struct Observed {
     /// Number of the rule set in force; 0 for none.
     pub generation: u64,
     /// Whether it refuses nothing.
@@ -47,7 +47,7 @@ pub struct Observed {
 
 /// Sockets of which the owner is checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SocketUsers {
+pub(crate) enum SocketUsers {
     /// None: the kernel has no BTF.
     #[default]
     None,
@@ -69,7 +69,7 @@ impl SocketUsers {
 
 /// A target as the kernel has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObservedTarget {
+pub(crate) struct ObservedTarget {
     /// Its name.
     pub name: String,
     /// Its endpoints, those that cover or are covered included.
@@ -82,14 +82,14 @@ pub struct ObservedTarget {
 
 /// The kernel's state for those who only read it.
 #[derive(Debug)]
-pub struct Pinned {
+pub(crate) struct Pinned {
     maps: Maps,
     pins: Pins,
 }
 
 /// A verdict that the kernel's own maps give.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Checked {
+pub(crate) struct Checked {
     /// What becomes of the attempt.
     pub verdict: Verdict,
     /// Generation that decided; 0 where none was asked.
@@ -102,7 +102,7 @@ pub struct Checked {
 
 impl Pinned {
     /// Opens what is pinned; nothing where nothing is in force. An error where something is that this version cannot read.
-    pub fn open(pin_dir: &Path) -> Result<Option<Self>, BackendError> {
+    pub(crate) fn open(pin_dir: &Path) -> Result<Option<Self>, BackendError> {
         let Some(pins) = Pins::open(pin_dir)? else {
             return Ok(None);
         };
@@ -123,7 +123,7 @@ impl Pinned {
     }
 
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
-    pub fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
+    pub(crate) fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ours = self.maps.ids()?;
         let runs = |_: &Hook, program| {
             let used = sys::program_maps(program)?;
@@ -133,7 +133,7 @@ impl Pinned {
     }
 
     /// Runs the kernel's decision over the kernel's maps.
-    pub fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
+    pub(crate) fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let destination = Destination {
             protocol: match attempt.protocol {
                 Protocol::Tcp => enforcer_ebpf::TCP,

@@ -27,17 +27,17 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 /// A pin directory that is ours.
 #[derive(Debug)]
-pub struct Pins {
+pub(crate) struct Pins {
     dir: PathBuf,
 }
 
 /// Held while this process is the one that writes.
 #[derive(Debug)]
-pub struct Lock(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
+pub(crate) struct Lock(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
 
 impl Pins {
     /// Takes an existing directory after checking that nobody else can write it; nothing where there is none.
-    pub fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
+    pub(crate) fn open(dir: &Path) -> Result<Option<Self>, BackendError> {
         let found = own_dir::metadata(dir).map_err(|error| BackendError::Io {
             action: "look at",
             object: dir.into(),
@@ -58,7 +58,7 @@ impl Pins {
     }
 
     /// Opens the directory, or makes it.
-    pub fn create(dir: &Path) -> Result<Self, BackendError> {
+    pub(crate) fn create(dir: &Path) -> Result<Self, BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
         if misses_bpffs(parent) {
             mount_bpffs()?;
@@ -69,7 +69,7 @@ impl Pins {
     }
 
     /// Whether [`Pins::create`] would find a place that it can use. Makes nothing.
-    pub fn look(dir: &Path) -> Result<(), BackendError> {
+    pub(crate) fn look(dir: &Path) -> Result<(), BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
         if misses_bpffs(parent) {
             return may_mount();
@@ -80,12 +80,12 @@ impl Pins {
 
     /// Path of a pin.
     #[must_use]
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
     /// A directory below, made if missing.
-    pub fn subdir(&self, name: &str) -> Result<PathBuf, BackendError> {
+    pub(crate) fn subdir(&self, name: &str) -> Result<PathBuf, BackendError> {
         let path = self.path(name);
         make_dir(&path)?;
         Self::open(&path)?;
@@ -93,7 +93,7 @@ impl Pins {
     }
 
     /// Claims the right to write, waiting a few seconds for another process that holds it.
-    pub fn lock(&self) -> Result<Lock, BackendError> {
+    pub(crate) fn lock(&self) -> Result<Lock, BackendError> {
         let file = File::open(&self.dir).map_err(|error| BackendError::Io {
             action: "open",
             object: self.dir.clone(),
@@ -103,7 +103,7 @@ impl Pins {
     }
 
     /// Removes a pin, or a directory of pins; fine if there is none.
-    pub fn remove(&self, name: &str) -> Result<(), BackendError> {
+    pub(crate) fn remove(&self, name: &str) -> Result<(), BackendError> {
         let path = self.path(name);
         let result = if path.is_dir() {
             // On a bpffs there is nothing but directories and pins.
@@ -122,7 +122,7 @@ impl Pins {
     }
 
     /// Gives a directory of pins another name; what had that name is gone.
-    pub fn rename(&self, from: &str, to: &str) -> Result<(), BackendError> {
+    pub(crate) fn rename(&self, from: &str, to: &str) -> Result<(), BackendError> {
         self.remove(to)?;
         let path = self.path(from);
         fs::rename(&path, self.path(to)).map_err(|error| BackendError::Io {
@@ -133,7 +133,7 @@ impl Pins {
     }
 
     /// Names of all that lies in the directory.
-    pub fn list(&self) -> Result<Vec<String>, BackendError> {
+    pub(crate) fn list(&self) -> Result<Vec<String>, BackendError> {
         let failed = |error| BackendError::Io {
             action: "list",
             object: self.dir.clone(),
@@ -146,7 +146,7 @@ impl Pins {
     }
 
     /// Removes the directory itself, which must be empty.
-    pub fn remove_dir(self) -> Result<(), BackendError> {
+    pub(crate) fn remove_dir(self) -> Result<(), BackendError> {
         fs::remove_dir(&self.dir).map_err(|error| BackendError::Io {
             action: "remove",
             object: self.dir,

@@ -25,7 +25,7 @@ use enforcer_ebpf::{
 /// # Safety
 ///
 /// No padding, and every bit pattern is a value.
-pub unsafe trait Plain: Copy {}
+pub(crate) unsafe trait Plain: Copy {}
 
 // SAFETY: integers and structures of integers; `enforcer_ebpf` asserts their sizes.
 unsafe impl Plain for u8 {}
@@ -54,14 +54,14 @@ unsafe impl Plain for Nat64 {}
 
 /// A value of zeros.
 #[must_use]
-pub fn zeroed<T: Plain>() -> T {
+pub(crate) fn zeroed<T: Plain>() -> T {
     // SAFETY: every bit pattern is a value of a plain type.
     unsafe { std::mem::zeroed() }
 }
 
 /// What a link is attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinkInfo {
+pub(crate) struct LinkInfo {
     /// Id of its program.
     pub program: u32,
     /// Id of its cgroup; 0 where it was detached or the cgroup is gone.
@@ -78,7 +78,7 @@ const MAX_MAPS: usize = 64;
 
 /// What a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MapInfo {
+pub(crate) struct MapInfo {
     /// `BPF_MAP_TYPE_…` number.
     pub map_type: u32,
     /// Bytes of a key.
@@ -90,7 +90,7 @@ pub struct MapInfo {
 }
 
 /// Opens what is pinned at a path (`BPF_OBJ_GET`, Linux 4.4).
-pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     let mut attr = ObjAttr {
         pathname: path.as_ptr() as u64,
@@ -100,7 +100,7 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Pins a map, program or link (`BPF_OBJ_PIN`, Linux 4.4); the pin's mode is 0600 less the umask.
-pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     let mut attr = ObjAttr {
         pathname: path.as_ptr() as u64,
@@ -111,7 +111,7 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 }
 
 /// Attaches a program to a cgroup by a link (`BPF_LINK_CREATE`, Linux 5.7). The link behaves as `BPF_F_ALLOW_MULTI`.
-pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
+pub(crate) fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<OwnedFd> {
     let mut attr = LinkCreateAttr {
         program: raw(program),
         target: raw(cgroup),
@@ -122,7 +122,7 @@ pub fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attach_type:
 }
 
 /// Replaces a link's program at once (`BPF_LINK_UPDATE`, Linux 5.7).
-pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkUpdateAttr {
         link: raw(link),
         new_program: raw(program),
@@ -133,7 +133,7 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 }
 
 /// Asks what a link is attached to.
-pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let info: RawLinkInfo = object_info(link)?;
     Ok(LinkInfo {
         program: info.program,
@@ -143,12 +143,12 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 }
 
 /// Detaches a link at once, whoever else holds it (`BPF_LINK_DETACH`, Linux 5.9).
-pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &mut raw(link)).map(drop)
 }
 
 /// Ids of the maps that a program uses (`BPF_PROG_GET_FD_BY_ID`, Linux 4.13, which asks for `CAP_SYS_ADMIN`).
-pub fn program_maps(program: u32) -> io::Result<Vec<u32>> {
+pub(crate) fn program_maps(program: u32) -> io::Result<Vec<u32>> {
     let mut id = [program, 0, 0];
     let program = owned(bpf(BPF_PROG_GET_FD_BY_ID, &mut id)?);
     let mut maps = [0_u32; MAX_MAPS];
@@ -163,7 +163,7 @@ pub fn program_maps(program: u32) -> io::Result<Vec<u32>> {
 
 /// A program on a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attached {
+pub(crate) struct Attached {
     /// Its id.
     pub id: u32,
     /// `BPF_F_PREORDER` (Linux 6.15): it runs before those below.
@@ -175,7 +175,7 @@ pub struct Attached {
 }
 
 /// The programs attached to a cgroup itself at a hook, in the order in which they run (`BPF_PROG_QUERY`, Linux 4.15).
-pub fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<Attached>> {
+pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<Attached>> {
     const PREORDER: u32 = 1 << 6;
     let (mut ids, mut flags) = ([0_u32; MAX_ATTACHED], [0_u32; MAX_ATTACHED]);
     let mut query = |with_flags: bool| {
@@ -239,13 +239,13 @@ fn rewrites(code: &[u64]) -> bool {
 }
 
 /// Asks for a map's id.
-pub fn map_id(map: BorrowedFd<'_>) -> io::Result<u32> {
+pub(crate) fn map_id(map: BorrowedFd<'_>) -> io::Result<u32> {
     let info: RawMapInfo = object_info(map)?;
     Ok(info.id)
 }
 
 /// Asks what a map is.
-pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     let info: RawMapInfo = object_info(map)?;
     Ok(MapInfo {
         map_type: info.map_type,
@@ -256,7 +256,7 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
 }
 
 /// Reads an element; nothing where there is none.
-pub fn lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &mut [V]) -> io::Result<bool> {
+pub(crate) fn lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &mut [V]) -> io::Result<bool> {
     let mut attr = ElemAttr {
         map: raw(map),
         key: std::ptr::from_ref(key) as u64,
@@ -267,7 +267,7 @@ pub fn lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &mut [V])
 }
 
 /// Writes an element; `value` has one entry, or one a CPU for maps of that kind.
-pub fn update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
+pub(crate) fn update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
     let mut attr = ElemAttr {
         map: raw(map),
         key: std::ptr::from_ref(key) as u64,
@@ -278,7 +278,7 @@ pub fn update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> 
 }
 
 /// Removes an element; false where there was none.
-pub fn delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+pub(crate) fn delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
     let mut attr = ElemAttr {
         map: raw(map),
         key: std::ptr::from_ref(key) as u64,
@@ -288,7 +288,7 @@ pub fn delete<K: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
 }
 
 /// The key after `key`, or the first.
-pub fn next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>, next: &mut K) -> io::Result<bool> {
+pub(crate) fn next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>, next: &mut K) -> io::Result<bool> {
     let mut attr = ElemAttr {
         map: raw(map),
         key: key.map_or(0, |key| std::ptr::from_ref(key) as u64),
@@ -299,7 +299,7 @@ pub fn next_key<K: Plain>(map: BorrowedFd<'_>, key: Option<&K>, next: &mut K) ->
 }
 
 /// Writes many elements of a hash or array (`BPF_MAP_UPDATE_BATCH`, Linux 5.6). Fails if not all were written (F3).
-pub fn update_batch<K: Plain, V: Plain>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
+pub(crate) fn update_batch<K: Plain, V: Plain>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
     debug_assert_eq!(keys.len(), values.len());
     whole(
         map,
@@ -311,13 +311,13 @@ pub fn update_batch<K: Plain, V: Plain>(map: BorrowedFd<'_>, keys: &[K], values:
 }
 
 /// Removes many elements of a hash (`BPF_MAP_DELETE_BATCH`, Linux 5.6). Fails if not all were there.
-pub fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
+pub(crate) fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
     whole(map, BPF_MAP_DELETE_BATCH, keys.as_ptr() as u64, 0, keys.len())
 }
 
 /// Reads on from `cursor` (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6): how many elements were read, and whether more remain.
 /// The slices must have room for a whole bucket, or the kernel answers `ENOSPC`.
-pub fn lookup_batch<K: Plain, V: Plain>(
+pub(crate) fn lookup_batch<K: Plain, V: Plain>(
     map: BorrowedFd<'_>,
     cursor: &mut Option<[u8; 32]>,
     keys: &mut [K],
@@ -343,7 +343,7 @@ pub fn lookup_batch<K: Plain, V: Plain>(
 ///
 /// An update of a map of maps waits for just that (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c, since Linux 4.18);
 /// `membarrier` would too, but not on kernels booted with `nohz_full`.
-pub fn wait_for_programs() -> io::Result<()> {
+pub(crate) fn wait_for_programs() -> io::Result<()> {
     const ARRAY: u32 = 2;
     const ARRAY_OF_MAPS: u32 = 12;
     let create = |map_type, inner: Option<&OwnedFd>| {
@@ -365,7 +365,7 @@ pub fn wait_for_programs() -> io::Result<()> {
 
 /// A kind of map to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MapKind {
+pub(crate) enum MapKind {
     /// Every kernel with bpf(2) has it.
     Array,
     /// Linux 5.8.
@@ -373,7 +373,7 @@ pub enum MapKind {
 }
 
 /// Makes a map that vanishes at once.
-pub fn try_map(kind: MapKind) -> io::Result<()> {
+pub(crate) fn try_map(kind: MapKind) -> io::Result<()> {
     let mut attr = match kind {
         MapKind::Array => CreateAttr {
             map_type: 2,
@@ -393,7 +393,7 @@ pub fn try_map(kind: MapKind) -> io::Result<()> {
 }
 
 /// Writes to a hash that vanishes at once, in a batch.
-pub fn try_batch() -> io::Result<()> {
+pub(crate) fn try_batch() -> io::Result<()> {
     let mut attr = CreateAttr {
         map_type: 1,
         key_size: 4,
@@ -406,10 +406,10 @@ pub fn try_batch() -> io::Result<()> {
 }
 
 /// `BPF_CGROUP_INET4_CONNECT`.
-pub const CONNECT4: u32 = 10;
+pub(crate) const CONNECT4: u32 = 10;
 
 /// Loads a program for `connect4` that lets everything pass: `r0 = 1; exit`.
-pub fn load_passing() -> io::Result<OwnedFd> {
+pub(crate) fn load_passing() -> io::Result<OwnedFd> {
     const SOCK_ADDR: u32 = 18;
     let code = [0x0000_0001_0000_00b7_u64, 0x0000_0000_0000_0095];
     let mut attr = LoadAttr {
@@ -425,7 +425,7 @@ pub fn load_passing() -> io::Result<OwnedFd> {
 
 /// Gives freed memory back to the system: loading leaves tens of megabytes behind that are never wanted again.
 #[cfg(target_env = "gnu")]
-pub fn trim_memory() {
+pub(crate) fn trim_memory() {
     // SAFETY: the allocator's own function (man 3 malloc_trim).
     unsafe { libc::malloc_trim(0) };
 }
@@ -436,7 +436,7 @@ pub fn trim_memory() {}
 
 /// Cookie of the network namespace that this process is in (`SO_NETNS_COOKIE`, Linux 5.14); none on older kernels.
 #[must_use]
-pub fn netns_cookie() -> Option<u64> {
+pub(crate) fn netns_cookie() -> Option<u64> {
     const SO_NETNS_COOKIE: i32 = 71;
     let socket = nix::sys::socket::socket(
         nix::sys::socket::AddressFamily::Inet,
@@ -462,7 +462,7 @@ pub fn netns_cookie() -> Option<u64> {
 
 /// Reads a record out of bytes of the ring buffer; none where they are not one of ours.
 #[must_use]
-pub fn read_record<R: Plain>(bytes: &[u8]) -> Option<R> {
+pub(crate) fn read_record<R: Plain>(bytes: &[u8]) -> Option<R> {
     // SAFETY: as long, every bit pattern is a value, and no alignment is asked for.
     (bytes.len() == size_of::<R>()).then(|| unsafe { bytes.as_ptr().cast::<R>().read_unaligned() })
 }

@@ -21,7 +21,7 @@ use crate::{ruleset::RuleSet, verify::Comparison, wire::Object};
 
 impl Kernel {
     /// Compares with a rule set; the number is that of the rule set found in force.
-    pub fn verify(&self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, BackendError> {
+    pub(crate) fn verify(&self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, BackendError> {
         // What the target names should be is known by heart: the kernel's own may have been changed.
         let held = self.in_force.and_then(|(slot, number)| {
             let image = self.slots.get(usize::from(slot))?.as_ref()?;
@@ -48,7 +48,12 @@ impl Kernel {
 
 impl Pinned {
     /// As [`Kernel::verify`], by who only reads; the cgroup is the id of the one to be judged.
-    pub fn verify(&self, rules: &RuleSet, cgroup: u64, comparison: &mut Comparison) -> Result<u64, BackendError> {
+    pub(crate) fn verify(
+        &self,
+        rules: &RuleSet,
+        cgroup: u64,
+        comparison: &mut Comparison,
+    ) -> Result<u64, BackendError> {
         let (maps, pins) = self.parts();
         let (names, found) = match maps.active_slot()? {
             Some(slot) => (maps.names(slot)?, maps.generation_of(slot)?),

@@ -47,7 +47,7 @@ impl fmt::Display for Admitted {
 
 /// Runs the table's decision.
 #[must_use]
-pub fn check(reading: &Reading, attempt: &Attempt) -> Checked {
+pub(crate) fn check(reading: &Reading, attempt: &Attempt) -> Checked {
     decide(reading.image(), attempt)
 }
 

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// One step of a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Expression {
+pub(crate) enum Expression {
     /// Loads a property of the packet or its socket.
     Meta {
         /// Which one.
@@ -78,7 +78,7 @@ pub enum Expression {
 
 /// Where evaluation goes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The packet passes this hook.
     Accept,
     /// Back to where this chain was jumped from.
@@ -92,45 +92,45 @@ pub enum Verdict {
 }
 
 /// `NFT_META_*`.
-pub mod meta {
+pub(crate) mod meta {
     /// Number of the device that it came in on; loopback is 1 in every network namespace.
-    pub const IIF: u32 = 4;
+    pub(crate) const IIF: u32 = 4;
     /// UID by which the socket's file was opened (its fsuid then); none without a file.
-    pub const SKUID: u32 = 10;
+    pub(crate) const SKUID: u32 = 10;
     /// Address family.
-    pub const NFPROTO: u32 = 15;
+    pub(crate) const NFPROTO: u32 = 15;
     /// Transport protocol.
-    pub const L4PROTO: u32 = 16;
+    pub(crate) const L4PROTO: u32 = 16;
 }
 
 /// `NFT_PAYLOAD_*`.
-pub mod base {
+pub(crate) mod base {
     /// IP header.
-    pub const NETWORK: u32 = 1;
+    pub(crate) const NETWORK: u32 = 1;
     /// TCP or UDP header.
-    pub const TRANSPORT: u32 = 2;
+    pub(crate) const TRANSPORT: u32 = 2;
 }
 
 /// `NFPROTO_*`.
-pub const IPV4: u8 = 2;
+pub(crate) const IPV4: u8 = 2;
 /// `NFPROTO_*`.
-pub const IPV6: u8 = 10;
+pub(crate) const IPV6: u8 = 10;
 /// `IPPROTO_*`.
-pub const TCP: u8 = 6;
+pub(crate) const TCP: u8 = 6;
 /// `IPPROTO_*`.
-pub const UDP: u8 = 17;
+pub(crate) const UDP: u8 = 17;
 
 /// Register for verdicts.
-pub const VERDICT: u32 = 0;
+pub(crate) const VERDICT: u32 = 0;
 /// First register.
-pub const REGISTER: u32 = 1;
+pub(crate) const REGISTER: u32 = 1;
 /// Registers of the protocol and the port behind an IPv4 and an IPv6 address in register 1.
 const BEHIND4: (u32, u32) = (9, 10);
 const BEHIND6: (u32, u32) = (2, 13);
 
 /// Only packets of a transport protocol.
 #[must_use]
-pub fn transport(protocol: u8) -> Vec<Expression> {
+pub(crate) fn transport(protocol: u8) -> Vec<Expression> {
     equal(meta::L4PROTO, vec![protocol])
 }
 
@@ -140,7 +140,7 @@ const ASKS: u8 = 0x02;
 
 /// Only TCP segments that ask for a connection, of packets that are whole, as all that sockets of this network namespace send.
 #[must_use]
-pub fn opens_connection() -> Vec<Expression> {
+pub(crate) fn opens_connection() -> Vec<Expression> {
     vec![
         Expression::Payload {
             base: base::TRANSPORT,
@@ -162,7 +162,7 @@ pub fn opens_connection() -> Vec<Expression> {
 /// Loads of 1, 2 and 4 aligned bytes take a short cut in the kernel (`nft_payload_fast_eval`) that reads a later fragment's data, and of
 /// IPv6 even the IP header, as if a transport header were there. Two bytes at an odd offset go the long way, which looks.
 #[must_use]
-pub fn shows_opening(opens: bool) -> Vec<Expression> {
+pub(crate) fn shows_opening(opens: bool) -> Vec<Expression> {
     vec![
         Expression::Payload {
             base: base::TRANSPORT,
@@ -181,7 +181,7 @@ pub fn shows_opening(opens: bool) -> Vec<Expression> {
 /// Only TCP segments of a family that show, by their flags, that they ask for no connection: as [`shows_opening`], but only where the
 /// header of TCP follows that of IP and is in the first fragment, as nearly always. Every load takes the kernel's short cut.
 #[must_use]
-pub fn opens_nothing(family: u8) -> Vec<Expression> {
+pub(crate) fn opens_nothing(family: u8) -> Vec<Expression> {
     let bits = |base, offset, mask: &[u8], equal, value: &[u8]| {
         let load = Expression::Payload {
             base,
@@ -209,7 +209,7 @@ pub fn opens_nothing(family: u8) -> Vec<Expression> {
 
 /// Only packets that show their destination port: no later fragment does. Of three bytes, for the reason of [`shows_opening`].
 #[must_use]
-pub fn shows_port() -> Vec<Expression> {
+pub(crate) fn shows_port() -> Vec<Expression> {
     vec![Expression::Payload {
         base: base::TRANSPORT,
         offset: 2,
@@ -220,7 +220,7 @@ pub fn shows_port() -> Vec<Expression> {
 
 /// Only packets whose transport protocol can be told.
 #[must_use]
-pub fn has_transport() -> Vec<Expression> {
+pub(crate) fn has_transport() -> Vec<Expression> {
     vec![Expression::Meta {
         key: meta::L4PROTO,
         register: REGISTER,
@@ -228,23 +228,23 @@ pub fn has_transport() -> Vec<Expression> {
 }
 
 /// Bits of the third word of an IPv4 header (RFC 791): more fragments follow, or this one begins behind the first byte.
-pub const FRAGMENT4: u16 = 0x3fff;
+pub(crate) const FRAGMENT4: u16 = 0x3fff;
 /// Offsets of IPv4 fragments, in units of 8 bytes.
-pub const OFFSET4: u16 = 0x1fff;
+pub(crate) const OFFSET4: u16 = 0x1fff;
 /// Offsets of 16 bytes and more: behind ports and flags of TCP.
-pub const FAR_OFFSET4: u16 = 0x1ffe;
+pub(crate) const FAR_OFFSET4: u16 = 0x1ffe;
 /// Offsets of IPv6 fragments, in bytes (RFC 8200).
 const OFFSET6: u16 = 0xfff8;
 
 /// Only packets of IPv4 that have some, or none, of these bits in the word for fragments.
 #[must_use]
-pub fn fragment4(bits: u16, some: bool) -> Vec<Expression> {
+pub(crate) fn fragment4(bits: u16, some: bool) -> Vec<Expression> {
     [equal(meta::NFPROTO, vec![IPV4]), network_bits(6, bits, some)].concat()
 }
 
 /// Only later fragments of IPv6 packets, with the fragment header right behind that of IPv6, where all senders that mean well put it.
 #[must_use]
-pub fn later_fragment6() -> Vec<Expression> {
+pub(crate) fn later_fragment6() -> Vec<Expression> {
     const FRAGMENT: u8 = 44;
     let next_header = [
         Expression::Payload {
@@ -284,7 +284,7 @@ fn network_bits(offset: u32, bits: u16, some: bool) -> Vec<Expression> {
 
 /// Only packets to an address in a set of a family's.
 #[must_use]
-pub fn address_in(family: u8, set: &str) -> Vec<Expression> {
+pub(crate) fn address_in(family: u8, set: &str) -> Vec<Expression> {
     let (offset, length) = if family == IPV4 { (16, 4) } else { (24, 16) };
     let mut all = equal(meta::NFPROTO, vec![family]);
     all.extend([
@@ -304,7 +304,7 @@ pub fn address_in(family: u8, set: &str) -> Vec<Expression> {
 
 /// Looks the destination up in a map of endpoints to verdicts.
 #[must_use]
-pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
+pub(crate) fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
     let (offset, length, behind) = if family == IPV4 {
         (16, 4, BEHIND4)
     } else {
@@ -318,7 +318,7 @@ pub fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
 
 /// Looks the IPv4 address in a destination of a NAT64 prefix up in a map of IPv4 endpoints to verdicts (D4).
 #[must_use]
-pub fn translated_destination(prefix: [u8; 12], endpoints: &str) -> Vec<Expression> {
+pub(crate) fn translated_destination(prefix: [u8; 12], endpoints: &str) -> Vec<Expression> {
     let mut all = equal(meta::NFPROTO, vec![IPV6]);
     all.extend([
         payload(base::NETWORK, 24, 12, REGISTER),
@@ -362,7 +362,7 @@ fn to_verdict(map: &str) -> Expression {
 
 /// The prefix of a rule that [`translated_destination`] made.
 #[must_use]
-pub fn prefix_of(rule: &[Expression]) -> Option<[u8; 12]> {
+pub(crate) fn prefix_of(rule: &[Expression]) -> Option<[u8; 12]> {
     match rule {
         [
             _,
@@ -382,19 +382,19 @@ pub fn prefix_of(rule: &[Expression]) -> Option<[u8; 12]> {
 
 /// Looks the destination's port up in a map of ports to verdicts.
 #[must_use]
-pub fn port(ports: &str) -> Vec<Expression> {
+pub(crate) fn port(ports: &str) -> Vec<Expression> {
     vec![payload(base::TRANSPORT, 2, 2, REGISTER), to_verdict(ports)]
 }
 
 /// Only packets that did not come in on loopback, whose index is 1 in every network namespace.
 #[must_use]
-pub fn from_elsewhere() -> Vec<Expression> {
+pub(crate) fn from_elsewhere() -> Vec<Expression> {
     compare(meta::IIF, false, 1_u32.to_ne_bytes().to_vec())
 }
 
 /// Only packets to a loopback address (D6).
 #[must_use]
-pub fn to_loopback(family: u8) -> Vec<Expression> {
+pub(crate) fn to_loopback(family: u8) -> Vec<Expression> {
     let begins = if family == IPV4 {
         vec![Ipv4Addr::LOCALHOST.octets()[0]]
     } else {
@@ -405,7 +405,7 @@ pub fn to_loopback(family: u8) -> Vec<Expression> {
 
 /// Only packets of a family that certainly go to no loopback address: by a word of the address that the kernel compares fastest.
 #[must_use]
-pub fn beyond_loopback(family: u8) -> Vec<Expression> {
+pub(crate) fn beyond_loopback(family: u8) -> Vec<Expression> {
     let begins = if family == IPV4 {
         vec![Ipv4Addr::LOCALHOST.octets()[0]]
     } else {
@@ -416,7 +416,7 @@ pub fn beyond_loopback(family: u8) -> Vec<Expression> {
 
 /// Only packets of a family whose destination begins with these bytes, or with others.
 #[must_use]
-pub fn address(family: u8, equal_to: bool, begins: Vec<u8>) -> Vec<Expression> {
+pub(crate) fn address(family: u8, equal_to: bool, begins: Vec<u8>) -> Vec<Expression> {
     let mut all = equal(meta::NFPROTO, vec![family]);
     all.extend([
         Expression::Payload {
@@ -435,7 +435,7 @@ pub fn address(family: u8, equal_to: bool, begins: Vec<u8>) -> Vec<Expression> {
 
 /// Only packets of sockets that have a file: the kernel's own have none.
 #[must_use]
-pub fn has_user() -> Vec<Expression> {
+pub(crate) fn has_user() -> Vec<Expression> {
     vec![Expression::Meta {
         key: meta::SKUID,
         register: REGISTER,
@@ -444,7 +444,7 @@ pub fn has_user() -> Vec<Expression> {
 
 /// Only packets of users in a set.
 #[must_use]
-pub fn user_in(set: &str) -> Vec<Expression> {
+pub(crate) fn user_in(set: &str) -> Vec<Expression> {
     let mut all = has_user();
     all.push(Expression::Lookup {
         set: set.to_owned(),
@@ -455,7 +455,7 @@ pub fn user_in(set: &str) -> Vec<Expression> {
 
 /// Only packets of one user whose socket was made below a cgroup.
 #[must_use]
-pub fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
+pub(crate) fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
     let mut all = equal(meta::SKUID, uid.to_ne_bytes().to_vec());
     all.extend(below(level, cgroup));
     all
@@ -463,14 +463,14 @@ pub fn user_below(uid: u32, level: u32, cgroup: u64) -> Vec<Expression> {
 
 /// Only packets of sockets that were made below a cgroup.
 #[must_use]
-pub fn below(level: u32, cgroup: u64) -> [Expression; 2] {
+pub(crate) fn below(level: u32, cgroup: u64) -> [Expression; 2] {
     let value = cgroup.to_ne_bytes().to_vec();
     [Expression::Cgroup { level }, Expression::Compare { equal: true, value }]
 }
 
 /// Only packets to a port.
 #[must_use]
-pub fn to_port(port: u16) -> [Expression; 2] {
+pub(crate) fn to_port(port: u16) -> [Expression; 2] {
     let value = port.to_be_bytes().to_vec();
     [
         payload(base::TRANSPORT, 2, 2, REGISTER),
@@ -480,7 +480,7 @@ pub fn to_port(port: u16) -> [Expression; 2] {
 
 /// Only packets of sockets that have a file and were made below one of the cgroups, all of one depth, in a set.
 #[must_use]
-pub fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
+pub(crate) fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
     // The kernel's own sockets may carry a cgroup, and match no user (D3).
     let mut all = has_user();
     all.extend([
@@ -495,19 +495,19 @@ pub fn anybody_below(level: u32, set: &str) -> Vec<Expression> {
 
 /// Only packets of sockets that were made in a cgroup below the root: no other has an ancestor there.
 #[must_use]
-pub fn below_the_root() -> Vec<Expression> {
+pub(crate) fn below_the_root() -> Vec<Expression> {
     vec![Expression::Cgroup { level: 1 }]
 }
 
 /// Goes to a chain for good.
 #[must_use]
-pub fn goto(chain: &str) -> Expression {
+pub(crate) fn goto(chain: &str) -> Expression {
     Expression::Verdict(Verdict::Goto(chain.to_owned()))
 }
 
 /// Only packets of which a property is this.
 #[must_use]
-pub fn equal(key: u32, value: Vec<u8>) -> Vec<Expression> {
+pub(crate) fn equal(key: u32, value: Vec<u8>) -> Vec<Expression> {
     compare(key, true, value)
 }
 

@@ -26,7 +26,7 @@ use crate::{
 
 /// A table's contents, as wanted or as read from the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Image {
+pub(crate) struct Image {
     /// By name.
     pub chains: BTreeMap<String, Chain>,
     /// By name.
@@ -37,7 +37,7 @@ pub struct Image {
 
 /// A chain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Chain {
+pub(crate) struct Chain {
     /// Where packets come in, for a base chain.
     pub base: Option<Base>,
     /// In order.
@@ -46,7 +46,7 @@ pub struct Chain {
 
 /// A base chain's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Base {
+pub(crate) struct Base {
     /// `NF_INET_*`.
     pub hook: u32,
     /// Greater is later.
@@ -57,7 +57,7 @@ pub struct Base {
 
 /// A rule.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rule {
+pub(crate) struct Rule {
     /// Empty for none.
     pub comment: String,
     /// In order.
@@ -66,7 +66,7 @@ pub struct Rule {
 
 /// A set or map.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Set {
+pub(crate) struct Set {
     /// What it maps to what.
     pub kind: SetKind,
     /// Sorted.
@@ -75,7 +75,7 @@ pub struct Set {
 
 /// What a set maps to what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SetKind {
+pub(crate) enum SetKind {
     /// Address, protocol and port to the chain of a class.
     Endpoints {
         /// `IPV4` or `IPV6`.
@@ -98,7 +98,7 @@ pub enum SetKind {
 
 /// An element of a set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Element {
+pub(crate) struct Element {
     /// The key, or the first of a range.
     pub key: Vec<u8>,
     /// The last of a range, empty otherwise.
@@ -109,7 +109,7 @@ pub struct Element {
 
 /// A map's value.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Value {
+pub(crate) enum Value {
     /// No map.
     None,
     /// Goes to a chain.
@@ -118,7 +118,7 @@ pub enum Value {
 
 /// What the table tells of itself, in a comment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     /// Number of the rule set.
     pub generation: u64,
     /// Refuses nothing.
@@ -131,7 +131,7 @@ pub struct Header {
 
 /// What a lowering depends on besides the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Loader {
+pub(crate) struct Loader {
     /// A daemon puts it in force.
     pub daemon: bool,
     /// What becomes of forwarded connections to an endpoint.
@@ -143,127 +143,127 @@ pub struct Loader {
 }
 
 /// Chains whose names nobody chooses.
-pub mod chain {
+pub(crate) mod chain {
     /// Says whose table it is; no packet comes here.
-    pub const ABOUT: &str = "about";
+    pub(crate) const ABOUT: &str = "about";
     /// Packets of this network namespace, after local NAT.
-    pub const OUTPUT: &str = "output";
+    pub(crate) const OUTPUT: &str = "output";
     /// Packets of other network namespaces and hosts.
-    pub const FORWARD: &str = "forward";
+    pub(crate) const FORWARD: &str = "forward";
     /// Packets that arrive, after NAT.
-    pub const PREROUTING: &str = "prerouting";
+    pub(crate) const PREROUTING: &str = "prerouting";
 }
 
 /// Which of two places a generation is built in: each after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot(char);
+pub(crate) struct Slot(char);
 
 impl Slot {
     /// The slot of a generation.
     #[must_use]
-    pub fn of(generation: u64) -> Self {
+    pub(crate) fn of(generation: u64) -> Self {
         Self(if generation.is_multiple_of(2) { 'a' } else { 'b' })
     }
 
     /// Looks a destination up.
     #[must_use]
-    pub fn judge(self) -> String {
+    pub(crate) fn judge(self) -> String {
         format!("judge_{self}")
     }
 
     /// The chain of a class.
     #[must_use]
-    pub fn class(self, number: u32) -> String {
+    pub(crate) fn class(self, number: u32) -> String {
         format!("class_{number}_{self}")
     }
 
     /// The chain that admits a user or goes to the refusal.
     #[must_use]
-    pub fn target(self, target: &str) -> String {
+    pub(crate) fn target(self, target: &str) -> String {
         format!("target_{target}_{self}")
     }
 
     /// The target of such a chain.
     #[must_use]
-    pub fn target_of(self, chain: &str) -> Option<&str> {
+    pub(crate) fn target_of(self, chain: &str) -> Option<&str> {
         chain.strip_prefix("target_")?.strip_suffix(self.0)?.strip_suffix('_')
     }
 
     /// The chain that refuses, or in audit mode only tells.
     #[must_use]
-    pub fn refusal(self, target: &str) -> String {
+    pub(crate) fn refusal(self, target: &str) -> String {
         format!("refuse_{target}_{self}")
     }
 
     /// The set of a target's users.
     #[must_use]
-    pub fn users(self, target: &str) -> String {
+    pub(crate) fn users(self, target: &str) -> String {
         format!("users_{target}_{self}")
     }
 
     /// The set of a target's cgroups of one depth that admit anybody.
     #[must_use]
-    pub fn cgroups(self, target: &str, level: u32) -> String {
+    pub(crate) fn cgroups(self, target: &str, level: u32) -> String {
         format!("cgroups_{target}_{level}_{self}")
     }
 
     /// Looks a destination up, for packets that have no socket here.
     #[must_use]
-    pub fn judge_forwarded(self) -> String {
+    pub(crate) fn judge_forwarded(self) -> String {
         format!("judge_forwarded_{self}")
     }
 
     /// The map of the ports of names (N8).
     #[must_use]
-    pub fn ports(self) -> String {
+    pub(crate) fn ports(self) -> String {
         format!("ports_{self}")
     }
 
     /// Tells of a dial of a port, at an address that is no endpoint.
     #[must_use]
-    pub fn dials(self, port: u16) -> String {
+    pub(crate) fn dials(self, port: u16) -> String {
         format!("dials_{port}_{self}")
     }
 
     /// What came in from elsewhere.
     #[must_use]
-    pub fn arrived(self) -> String {
+    pub(crate) fn arrived(self) -> String {
         format!("arrived_{self}")
     }
 
     /// Picks what of that is for a loopback address.
     #[must_use]
-    pub fn strays(self) -> String {
+    pub(crate) fn strays(self) -> String {
         format!("strays_{self}")
     }
 
     /// The addresses of all endpoints of a family.
     #[must_use]
-    pub fn addresses(self, family: u8) -> String {
+    pub(crate) fn addresses(self, family: u8) -> String {
         format!("addresses{}_{self}", version(family))
     }
 
     /// Finds out whether a packet of a family, to an endpoint's address, hides what its verdict would rest on.
     #[must_use]
-    pub fn unreadable_of(self, family: u8) -> String {
+    pub(crate) fn unreadable_of(self, family: u8) -> String {
         format!("{UNREADABLE}{}_{self}", version(family))
     }
 
     /// Refuses what cannot be read.
     #[must_use]
-    pub fn unreadable(self) -> String {
+    pub(crate) fn unreadable(self) -> String {
         format!("{UNREADABLE}_{self}")
     }
 
     /// The map of single endpoints, and that of ranges that do not overlap, to classes.
     #[must_use]
-    pub fn endpoints(self, family: u8) -> [String; 2] {
+    pub(crate) fn endpoints(self, family: u8) -> [String; 2] {
         ["endpoints", "ranges"].map(|what| format!("{what}{}_{self}", version(family)))
     }
 
     /// The same to refusals: the kernel does not let a forwarded packet come near a rule that asks for a socket's cgroup.
     #[must_use]
-    pub fn forwarded(self, family: u8) -> [String; 2] {
+    pub(crate) fn forwarded(self, family: u8) -> [String; 2] {
         self.endpoints(family).map(|name| format!("forwarded_{name}"))
     }
 }
@@ -292,15 +292,15 @@ const LOG_BURST: u32 = 1000;
 const DIAL_RATE: u64 = 4;
 const DIAL_BURST: u32 = 4;
 /// Names the counter of what is refused as it cannot be read, and begins the names of the chains that find it.
-pub const UNREADABLE: &str = "unreadable";
+pub(crate) const UNREADABLE: &str = "unreadable";
 /// Begins the text that goes with a logged packet.
-pub const LOG_PREFIX: &str = "enforcer ";
+pub(crate) const LOG_PREFIX: &str = "enforcer ";
 /// Follows it where the packet is a dial, not a denial.
-pub const DIAL: &str = "dial";
+pub(crate) const DIAL: &str = "dial";
 
 /// The table that a rule set asks for.
 #[must_use]
-pub fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
+pub(crate) fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
     let audit = rules.mode == Mode::Audit;
     let header = Header {
         generation,
@@ -491,7 +491,7 @@ impl Key {
 
 /// The key of an endpoint map.
 #[must_use]
-pub fn endpoint_key(address: IpAddr, protocol: Protocol, port: u16) -> Vec<u8> {
+pub(crate) fn endpoint_key(address: IpAddr, protocol: Protocol, port: u16) -> Vec<u8> {
     let mut bytes = match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -503,7 +503,7 @@ pub fn endpoint_key(address: IpAddr, protocol: Protocol, port: u16) -> Vec<u8> {
 
 /// `IPPROTO_*`.
 #[must_use]
-pub fn number_of_protocol(protocol: Protocol) -> u8 {
+pub(crate) fn number_of_protocol(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => TCP,
         Protocol::Udp => UDP,
@@ -512,7 +512,7 @@ pub fn number_of_protocol(protocol: Protocol) -> u8 {
 
 /// The counters of a target: allowed, denied, would deny.
 #[must_use]
-pub fn counters_of(target: &str) -> [String; 3] {
+pub(crate) fn counters_of(target: &str) -> [String; 3] {
     ["allowed", "denied", "would_deny"].map(|what| format!("{what}_{target}"))
 }
 
@@ -766,7 +766,7 @@ impl fmt::Display for Header {
 impl Header {
     /// Reads the comment back; none if it is not ours.
     #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let rest = text.strip_prefix("enforcer table 1 generation ")?;
         let words: Vec<&str> = rest.split(' ').collect();
         let [generation, mode, "by", by, log @ ..] = words.as_slice() else {
@@ -787,26 +787,26 @@ impl Header {
 impl Image {
     /// What the table tells of itself; none if it is not ours.
     #[must_use]
-    pub fn header(&self) -> Option<Header> {
+    pub(crate) fn header(&self) -> Option<Header> {
         Header::parse(&self.chains.get(chain::ABOUT)?.rules.first()?.comment)
     }
 
     /// The slot in force.
     #[must_use]
-    pub fn slot(&self) -> Slot {
+    pub(crate) fn slot(&self) -> Slot {
         Slot::of(self.header().map_or(0, |header| header.generation))
     }
 
     /// Names of the targets, sorted.
     #[must_use]
-    pub fn targets(&self) -> Vec<&str> {
+    pub(crate) fn targets(&self) -> Vec<&str> {
         let names = self.chains.keys();
         names.filter_map(|name| self.slot().target_of(name)).collect()
     }
 
     /// Targets that own the class with this chain.
     #[must_use]
-    pub fn owners_of(&self, class: &str) -> Vec<&str> {
+    pub(crate) fn owners_of(&self, class: &str) -> Vec<&str> {
         let rules = self.chains.get(class);
         let rules = rules.map_or(&[][..], |chain| &chain.rules);
         rules

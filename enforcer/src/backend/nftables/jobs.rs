@@ -21,17 +21,17 @@ use super::{
 use crate::{config::Settings, ruleset::Cgroup};
 
 /// The table that BOSH's agent and releases know.
-pub const TABLE: &str = "bosh_agent";
+pub(crate) const TABLE: &str = "bosh_agent";
 /// The chain that rules of jobs are added to.
-pub const CHAIN: &str = "monit_access_jobs";
+pub(crate) const CHAIN: &str = "monit_access_jobs";
 /// The agent's own chain, which drops whom the jobs' chain does not accept.
-pub const AGENTS: &str = "monit_access";
+pub(crate) const AGENTS: &str = "monit_access";
 /// Comment of a rule that a job's container had us write, while it could not reach the daemon.
 const OF_CONTAINER: &str = "enforcer: a job's container";
 
 /// Whom a rule accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Subject {
+pub(crate) struct Subject {
     /// The user to whom the socket belongs.
     pub user: Option<u32>,
     /// The cgroup below which the socket was made.
@@ -40,7 +40,7 @@ pub struct Subject {
 
 /// Where a rule lets through to; what is absent may be anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Destination {
+pub(crate) struct Destination {
     /// The address.
     pub address: Option<IpAddr>,
     /// The TCP port.
@@ -49,7 +49,7 @@ pub struct Destination {
 
 /// A rule of one of the known shapes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Accept {
+pub(crate) struct Accept {
     /// Whom.
     pub subject: Subject,
     /// Where to.
@@ -58,7 +58,7 @@ pub struct Accept {
 
 /// Why a rule is none of the known shapes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Unknown {
+pub(crate) enum Unknown {
     /// It has something that is not understood, by its name in nft's own debug output.
     Expression(String),
     /// It compares otherwise than for equality, or with a value of another length.
@@ -88,7 +88,7 @@ impl fmt::Display for Unknown {
 
 /// A rule of the chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JobRule {
+pub(crate) struct JobRule {
     /// What the kernel calls it, as `nft -a` shows.
     pub handle: u64,
     /// What it accepts, or why that is not known.
@@ -99,7 +99,7 @@ pub struct JobRule {
 
 /// Who wrote a rule, by its comment: only root writes any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Writer {
+pub(crate) enum Writer {
     /// This instance, for a grant.
     Grants,
     /// A job's container, with our help.
@@ -110,7 +110,7 @@ pub enum Writer {
 
 /// The chain as read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Jobs {
+pub(crate) struct Jobs {
     /// Whether it is there.
     pub exists: bool,
     /// Whether the agent's own chain is there.
@@ -125,7 +125,7 @@ pub struct Jobs {
 
 /// The way to the chain.
 #[derive(Debug)]
-pub struct JobsChain {
+pub(crate) struct JobsChain {
     netlink: Netlink,
     /// The comment of our rules.
     comment: String,
@@ -133,20 +133,20 @@ pub struct JobsChain {
 
 impl JobsChain {
     /// Opens the way for the instance with these settings; none where the kernel has no `nf_tables`.
-    pub fn open(settings: &Settings) -> Result<Option<Self>, NftablesError> {
+    pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, NftablesError> {
         let comment = comment(settings);
         Ok(reach(TABLE)?.map(|netlink| Self { netlink, comment }))
     }
 
     /// The generation of all of `nf_tables`: while it is the same, so is the chain.
-    pub fn generation(&mut self) -> Result<u32, NftablesError> {
+    pub(crate) fn generation(&mut self) -> Result<u32, NftablesError> {
         self.netlink
             .generation()
             .map_err(|error| failed(TABLE, "read the generation", error))
     }
 
     /// What is there now.
-    pub fn read(&mut self) -> Result<Jobs, NftablesError> {
+    pub(crate) fn read(&mut self) -> Result<Jobs, NftablesError> {
         let found = self.netlink.at_one_generation(|netlink| {
             let chains = netlink.chains(TABLE)?;
             let rules = if chains.contains_key(CHAIN) {
@@ -177,13 +177,13 @@ impl JobsChain {
     }
 
     /// Makes the chain if it is missing, removes rules and adds others, in one transaction.
-    pub fn change(&mut self, remove: &[u64], add: &[Accept]) -> Result<(), NftablesError> {
+    pub(crate) fn change(&mut self, remove: &[u64], add: &[Accept]) -> Result<(), NftablesError> {
         let comment = self.comment.clone();
         self.commit(remove, add, &comment)
     }
 
     /// Adds rules for a container that cannot reach the daemon, but for those that are there. False where there is no chain.
-    pub fn add_container(&mut self, accepts: &[Accept]) -> Result<bool, NftablesError> {
+    pub(crate) fn add_container(&mut self, accepts: &[Accept]) -> Result<bool, NftablesError> {
         let found = self.read()?;
         let is_there = |accept: &Accept| found.rules.iter().any(|rule| rule.accepts.as_ref() == Ok(accept));
         let missing: Vec<Accept> = accepts.iter().filter(|accept| !is_there(accept)).copied().collect();
@@ -224,7 +224,7 @@ impl JobsChain {
     }
 
     /// Removes our rules, and says what else is there.
-    pub fn forget(&mut self) -> Result<Jobs, NftablesError> {
+    pub(crate) fn forget(&mut self) -> Result<Jobs, NftablesError> {
         let mut found = self.read()?;
         let ours = found.rules.extract_if(.., |rule| rule.writer == Writer::Grants);
         let ours: Vec<u64> = ours.map(|rule| rule.handle).collect();
@@ -235,7 +235,7 @@ impl JobsChain {
     }
 
     /// Removes our rules; the chain and the table too, where nothing else is in them.
-    pub fn leave(&mut self) -> Result<(), NftablesError> {
+    pub(crate) fn leave(&mut self) -> Result<(), NftablesError> {
         let left = self.forget()?;
         if !left.exists || !left.rules.is_empty() || !left.is_alone {
             return Ok(());
@@ -257,23 +257,23 @@ impl JobsChain {
 
 /// The comment of an instance's rules. No two that run have one state directory (F11).
 #[must_use]
-pub fn comment(settings: &Settings) -> String {
+pub(crate) fn comment(settings: &Settings) -> String {
     let place = crc32fast::hash(settings.state_dir.as_os_str().as_bytes());
     format!("enforcer: a grant of {} ({place:08x})", settings.nft_table)
 }
 
 /// Removes what is ours, for an instance that does not run.
-pub fn leave(settings: &Settings) -> Result<(), NftablesError> {
+pub(crate) fn leave(settings: &Settings) -> Result<(), NftablesError> {
     JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.leave())
 }
 
 /// Removes the rules of an instance that goes on under another name.
-pub fn forget(settings: &Settings) -> Result<(), NftablesError> {
+pub(crate) fn forget(settings: &Settings) -> Result<(), NftablesError> {
     JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.forget().map(drop))
 }
 
 /// What is in the chain, for those who only read; nothing where the kernel has no `nf_tables`.
-pub fn read(settings: &Settings) -> Result<Jobs, NftablesError> {
+pub(crate) fn read(settings: &Settings) -> Result<Jobs, NftablesError> {
     JobsChain::open(settings)?.map_or_else(|| Ok(Jobs::default()), |mut chain| chain.read())
 }
 

@@ -39,14 +39,14 @@ const NFT_OBJECT_COUNTER: u32 = 1;
 const INET: u16 = libc::NFPROTO_INET as u16;
 
 /// A socket to `nf_tables` in the network namespace that it was made in.
-pub struct Netlink {
+pub(crate) struct Netlink {
     socket: mnl::Socket,
     sequence: u32,
 }
 
 /// What a transaction failed at.
 #[derive(Debug)]
-pub struct Failed {
+pub(crate) struct Failed {
     /// The step, as words; empty if it was not one of them.
     pub step: String,
     /// Why.
@@ -63,7 +63,7 @@ impl std::fmt::Debug for Netlink {
 
 /// A table as dumped.
 #[derive(Debug, Default)]
-pub struct Dump {
+pub(crate) struct Dump {
     /// What it holds.
     pub image: Image,
     /// Packets of each counter.
@@ -76,7 +76,7 @@ pub struct Dump {
 
 impl Netlink {
     /// Opens a socket.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
         // An error names the message by its number; the message itself need not come back.
         set_option(&socket, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1)?;
@@ -85,7 +85,7 @@ impl Netlink {
 
     /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes afterwards, when
     /// no packet can be under way that began with it; counters that stay go on counting.
-    pub fn replace(&mut self, change: Change<'_>) -> Result<(), Failed> {
+    pub(crate) fn replace(&mut self, change: Change<'_>) -> Result<(), Failed> {
         match self.replace_in_steps(change) {
             // Somebody has bent the table so that it cannot be changed piece by piece.
             Err(failed) if failed.is_about_contents() => match change.found {
@@ -194,7 +194,7 @@ impl Netlink {
     }
 
     /// Removes the table.
-    pub fn remove(&mut self, table: &str) -> Result<(), Failed> {
+    pub(crate) fn remove(&mut self, table: &str) -> Result<(), Failed> {
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
@@ -204,7 +204,7 @@ impl Netlink {
     }
 
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is in force.
-    pub fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
+    pub(crate) fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
         let name = text(table);
         let table = Table::new(&name, ProtoFamily::Inet);
         let mut batch = Steps::new();
@@ -409,11 +409,11 @@ impl Netlink {
 }
 
 /// Becomes readable when any `nf_tables` transaction of this network namespace is committed.
-pub struct Changes(mnl::Socket);
+pub(crate) struct Changes(mnl::Socket);
 
 impl Changes {
     /// Subscribes (`NFNLGRP_NFTABLES`).
-    pub fn subscribe() -> io::Result<Self> {
+    pub(crate) fn subscribe() -> io::Result<Self> {
         const NFNLGRP_NFTABLES: u32 = 7;
         let socket = mnl::Socket::open(mnl::Bus::Netfilter)?;
         socket.bind(1 << (NFNLGRP_NFTABLES - 1), 0)?;
@@ -421,7 +421,7 @@ impl Changes {
     }
 
     /// Takes all that has come. An overflow is a change too: what matters is to look again.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         let mut buffer = [0; 16_384];
         let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
         while let Ok(1..) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) =
@@ -438,7 +438,7 @@ impl std::os::fd::AsRawFd for Changes {
 
 /// A table on its way to be an image.
 #[derive(Clone, Copy, Debug)]
-pub struct Change<'a> {
+pub(crate) struct Change<'a> {
     /// Its name.
     pub table: &'a str,
     /// What it is to hold.

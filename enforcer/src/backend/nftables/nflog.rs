@@ -29,7 +29,7 @@ const DELAY: Duration = Duration::from_millis(20);
 
 /// The listener to one group.
 #[derive(Debug)]
-pub struct Denials {
+pub(crate) struct Denials {
     socket: Socket,
     /// The group.
     pub group: u16,
@@ -43,7 +43,7 @@ pub struct Denials {
 
 /// What a rule has logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Logged {
+pub(crate) enum Logged {
     /// Somebody was refused, or would have been.
     Denial(Denial),
     /// Somebody dials a port of names, and no endpoint (N8).
@@ -52,7 +52,7 @@ pub enum Logged {
 
 /// A denial that a rule has logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Denial {
+pub(crate) struct Denial {
     /// Refused, or in audit mode let through.
     pub denied: bool,
     /// Generation that decided.
@@ -79,7 +79,7 @@ impl std::fmt::Debug for Socket {
 
 impl Denials {
     /// Listens to the first group that nobody else listens to; names make instances begin at different ones.
-    pub fn bind(table: &str) -> io::Result<Self> {
+    pub(crate) fn bind(table: &str) -> io::Result<Self> {
         let sum = table
             .bytes()
             .fold(0_u16, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
@@ -118,7 +118,7 @@ impl Denials {
     }
 
     /// The next of what was logged, if something is there.
-    pub fn take(&mut self) -> Option<Logged> {
+    pub(crate) fn take(&mut self) -> Option<Logged> {
         while self.waiting.is_empty() {
             match recv(self.socket.0.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(read) => {
@@ -139,7 +139,7 @@ impl Denials {
     }
 
     /// How many the kernel has logged and could not hand over, as they came faster than they were taken; counted once.
-    pub fn take_lost(&mut self) -> u64 {
+    pub(crate) fn take_lost(&mut self) -> u64 {
         std::mem::take(&mut self.lost)
     }
 }

@@ -16,7 +16,7 @@ use super::netlink::{Netlink, copied, owned};
 
 /// A rule of whoever.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ForeignRule {
+pub(crate) struct ForeignRule {
     /// `ip`, `ip6`, `inet`, …
     pub family: String,
     /// Its table.
@@ -31,7 +31,7 @@ pub struct ForeignRule {
 
 /// Destination NAT.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Nat {
+pub(crate) struct Nat {
     /// To which address.
     pub to: To,
     /// To which port; none where it stays as it was, or a map tells.
@@ -40,7 +40,7 @@ pub struct Nat {
 
 /// Where destination NAT leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum To {
+pub(crate) enum To {
     /// To this address.
     Address(IpAddr),
     /// To this host.
@@ -50,12 +50,12 @@ pub enum To {
 }
 
 /// Every rule of every table of this network namespace.
-pub fn rules(netlink: &mut Netlink) -> io::Result<Vec<ForeignRule>> {
+pub(crate) fn rules(netlink: &mut Netlink) -> io::Result<Vec<ForeignRule>> {
     netlink.at_one_generation(rules_once).map(|(rules, _)| rules)
 }
 
 /// Every chain of every table: family, table, chain.
-pub fn chains(netlink: &mut Netlink) -> io::Result<Vec<(String, String, String)>> {
+pub(crate) fn chains(netlink: &mut Netlink) -> io::Result<Vec<(String, String, String)>> {
     netlink.at_one_generation(chains_once).map(|(chains, _)| chains)
 }
 

@@ -9,7 +9,7 @@ use crate::{config::Forward, ruleset::RuleSet, verify::Comparison, wire::Object}
 
 impl Nftables {
     /// Compares with a rule set; the number is that of the rule set found in force.
-    pub fn verify(&mut self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, NftablesError> {
+    pub(crate) fn verify(&mut self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, NftablesError> {
         let found = self.dump()?.unwrap_or_default();
         let told = found.image.header().map_or(0, |header| header.generation);
         let held = self.held.as_ref().and_then(|(image, _)| image.header());
@@ -21,7 +21,7 @@ impl Nftables {
 
 impl Reading {
     /// As [`Nftables::verify`], by who only reads.
-    pub fn verify(&self, rules: &RuleSet, forward: Forward, comparison: &mut Comparison) -> u64 {
+    pub(crate) fn verify(&self, rules: &RuleSet, forward: Forward, comparison: &mut Comparison) -> u64 {
         let header = self.0.image.header();
         let generation = header.map_or(0, |header| header.generation);
         // What the loader was is told by the table itself, but for the expression that a kernel may lack.

@@ -27,7 +27,7 @@ pub(in crate::backend::nftables) struct Found {
 
 impl Netlink {
     /// The generation of all of `nf_tables`.
-    pub fn generation(&mut self) -> io::Result<u32> {
+    pub(crate) fn generation(&mut self) -> io::Result<u32> {
         let mut found = None;
         self.ask(
             libc::NFT_MSG_GETGEN,
@@ -48,7 +48,7 @@ impl Netlink {
     }
 
     /// Reads a table back; none if there is none.
-    pub fn read(&mut self, table: &str) -> io::Result<Option<Dump>> {
+    pub(crate) fn read(&mut self, table: &str) -> io::Result<Option<Dump>> {
         let (mut found, generation) = self.at_one_generation(|netlink| netlink.read_once(table))?;
         if let Some(dump) = &mut found {
             dump.generation = generation;
@@ -277,7 +277,7 @@ impl Netlink {
     }
 
     /// Packets of each counter of a table.
-    pub fn counters(&mut self, table: &str) -> io::Result<BTreeMap<String, u64>> {
+    pub(crate) fn counters(&mut self, table: &str) -> io::Result<BTreeMap<String, u64>> {
         let mut found = BTreeMap::new();
         let name = text(table);
         let fill = |header| {
