@@ -222,10 +222,10 @@ fn run(cli: &Cli) -> Result<Answer> {
             print_one(
                 &Shown {
                     schema: "enforcer/config/1",
-                    config: &config,
+                    config: config.tree(),
                 },
                 json,
-                |shown| text::toml_text(&shown.config.show()).into_owned(),
+                |_| text::toml_text(&config.show()).into_owned(),
             )
         }
     }
@@ -412,10 +412,10 @@ fn tell_what_stays(settings: &Settings) -> Result<Answer> {
 
 /// `enforcer config show --json`.
 #[derive(Serialize)]
-struct Shown<'a> {
+struct Shown {
     schema: &'static str,
     #[serde(flatten)]
-    config: &'a Config,
+    config: toml::Table,
 }
 
 /// `enforcer config check --json`, of a good one.

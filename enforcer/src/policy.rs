@@ -9,25 +9,43 @@ use std::{
 };
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
-mod build;
 mod listed;
 mod nat64;
 mod parse;
+mod text;
 mod users;
 
-pub use build::{
-    Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, PolicyError, PolicyFault, Understood,
-    Warning, WarningKind,
-};
 pub use listed::Listed;
 pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub(crate) use parse::{Server, is_bus_url, servers};
+pub(crate) use text::{Text, shown_as_written};
 pub use users::{Account, FileUsers, HostUsers, UserError, Users};
 
+/// Most targets of one policy (F7): a rule set has one bit for each.
+pub const MAX_TARGETS: usize = enforcer_ebpf::MAX_TARGETS as usize;
+
+/// Most endpoints of one policy, those that several targets own counted for each (F7).
+pub const MAX_ENDPOINTS: usize = enforcer_ebpf::MAX_ENDPOINTS as usize;
+
+/// Most principals of one target (F7).
+pub const MAX_PRINCIPALS: usize = 1024;
+
+/// The target that a BOSH agent's message bus is (B1).
+pub const BUS: &str = "nats";
+/// The target that monit's API is (B1).
+pub const MONIT: &str = "monit";
+
+/// Where monit listens for its API (B1).
+pub const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
+    Some(port) => port,
+    None => NonZeroU16::MIN,
+};
+
 /// A user of the initial user namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Uid(pub u32);
 
 /// A transport protocol that can be judged.
@@ -72,7 +90,8 @@ pub struct Endpoint {
 pub struct CgroupPath(pub(crate) String);
 
 /// Who may connect.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
 pub enum Principal {
     /// A user, anywhere or below a cgroup.
     User {
@@ -91,22 +110,27 @@ pub enum Principal {
 }
 
 /// A named set of endpoints and the principals that may connect to them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Target {
-    /// 1 to 48 of `[a-zA-Z0-9_-]`.
+    /// 1 to 48 of `[a-zA-Z0-9_-]`; in the saved state it is the key.
+    #[serde(skip)]
     pub name: String,
     /// What is protected.
     pub endpoints: BTreeSet<Endpoint>,
     /// Empty means nobody.
+    #[serde(rename = "allow")]
     pub principals: BTreeSet<Principal>,
     /// Whether others may be let in while it is in force (B4).
     pub grants: bool,
     /// What DNS may answer for its names (N6).
+    #[serde(default, with = "SavedAnswers")]
     pub answers: Answers,
 }
 
 /// What DNS may answer for the names of a target (N6).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Answers {
     /// Neither link-local addresses nor any of those that nobody may.
     #[default]
@@ -115,17 +139,28 @@ pub enum Answers {
     LinkLocal,
 }
 
+/// As the saved state has always spelt them.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Answers", rename_all = "lowercase")]
+enum SavedAnswers {
+    Routable,
+    LinkLocal,
+}
+
 /// What a verdict against an attempt does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Refuse what is denied.
+    #[default]
     Enforce,
     /// Judge, count and report; refuse nothing.
     Audit,
 }
 
 /// What protects a name that never resolved (N5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Unresolved {
     /// Nothing.
     Open,
@@ -134,7 +169,8 @@ pub enum Unresolved {
 }
 
 /// How names are kept (N2, N4, N5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Dns {
     /// Shortest time between two look-ups of a name.
     pub min_refresh: Duration,
@@ -262,14 +298,7 @@ pub fn canonical(address: IpAddr) -> IpAddr {
     }
 }
 
-impl fmt::Display for Answers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Routable => "routable",
-            Self::LinkLocal => "link-local",
-        })
-    }
-}
+shown_as_written!(Answers, Mode, Unresolved);
 
 impl Default for Dns {
     /// N2, N4, N5.
@@ -337,24 +366,6 @@ impl fmt::Display for Principal {
     }
 }
 
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Enforce => "enforce",
-            Self::Audit => "audit",
-        })
-    }
-}
-
-impl fmt::Display for Unresolved {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Open => "open",
-            Self::Closed => "closed",
-        })
-    }
-}
-
 impl fmt::Display for CgroupPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -366,12 +377,6 @@ impl Name {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
-    }
-
-    /// How many cgroups lie between it and the root of the hierarchy, itself counted.
-    #[must_use]
-    pub fn depth(&self) -> usize {
-        self.0.split('/').filter(|part| !part.is_empty()).count()
     }
 }
 

@@ -3,8 +3,12 @@
 use std::{io, path::PathBuf};
 
 use crate::{
-    backend::BackendError, config::ConfigError, control::ControlError, host, policy::PolicyError,
-    ruleset::CompileError, state::StateError,
+    backend::BackendError,
+    config::{ConfigError, PolicyError},
+    control::ControlError,
+    host,
+    ruleset::CompileError,
+    state::StateError,
 };
 
 /// Why the daemon cannot start, or an attempt to put a configuration in force failed.

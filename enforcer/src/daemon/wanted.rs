@@ -14,11 +14,11 @@ use tracing::warn;
 use super::{DaemonError, boot::Left};
 use crate::{
     backend::{BackendError, nftables},
-    config::{Backend, Bosh, Config, Settings},
+    config::{Backend, Bosh, Config, Settings, Understood},
     grants::{self, Grants},
     host::{self, NoMatch},
     jobs::JobRules,
-    policy::{Account, CgroupPath, Endpoint, FileUsers, HostUsers, Listed, Policy, Uid, Understood, Users},
+    policy::{Account, CgroupPath, Endpoint, FileUsers, HostUsers, Listed, Policy, Uid, Users},
     resolve::Names,
     ruleset::{Host, Resolved, RuleSet, compile},
     state::LastGood,
