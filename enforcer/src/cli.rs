@@ -224,10 +224,10 @@ fn run(cli: &Cli) -> Result<Answer> {
             print_one(
                 &Shown {
                     schema: Schema::Config,
-                    config: &config,
+                    config: config.tree(),
                 },
                 json,
-                |shown| text::toml_text(&shown.config.show()).into_owned(),
+                |_| text::toml_text(&config.show()).into_owned(),
             )
         }
     }
@@ -417,10 +417,10 @@ fn tell_what_stays(settings: &Settings) -> Result<Answer> {
 
 /// `enforcer config show --json`.
 #[derive(Serialize)]
-struct Shown<'a> {
+struct Shown {
     schema: Schema,
     #[serde(flatten)]
-    config: &'a Config,
+    config: toml::Table,
 }
 
 /// How long `config check` waits for DNS: where that is away, it says nothing of names.

@@ -1,4 +1,4 @@
-//! The configuration file → `Config`: keys, types, defaults, line numbers. What endpoints and users mean is the policy's affair.
+//! The configuration file → `Config`: keys, types, defaults, line numbers; and what it means, as a `Policy`.
 
 use std::{
     collections::BTreeMap,
@@ -10,16 +10,27 @@ use std::{
     time::Duration,
 };
 
-use crate::policy::{Answers, BUS, Dns, Mode, Nat64, shown};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    policy::{Answers, BUS, Dns, Mode, Nat64, shown},
+    wire::words,
+};
 
 mod error;
+mod meaning;
 mod read;
+mod salvage;
 mod show;
 #[cfg(test)]
 mod tests;
+mod tree;
+mod value;
 
 pub use crate::wire::{Backend, Existing};
 pub use error::{ConfigError, ConfigFault};
+pub use meaning::{Absent, Nobody, PolicyError, PolicyFault, Remark, Understood, Warning, WarningKind};
+pub use salvage::{place, state_dir};
 
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/enforcer/enforcer.toml";
@@ -43,81 +54,101 @@ pub const MAX_REFRESH: Duration = Duration::from_hours(1);
 pub const MAX_RETAIN: Duration = Duration::from_hours(30 * 24);
 
 /// A configuration file as read, defaults filled in.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// The file, for messages.
+    #[serde(skip)]
     pub path: PathBuf,
     /// Enforce or audit.
     pub mode: Mode,
-    /// How and where it is enforced.
+    /// How and where it is enforced: keys of the top too, read by themselves, as serde would forget their lines.
+    #[serde(flatten, skip_deserializing)]
     pub settings: Settings,
     /// How names are kept.
+    #[serde(with = "value::DnsSection")]
     pub dns: Dns,
     /// NAT64 prefixes besides the well-known one (D4).
+    #[serde(deserialize_with = "value::nat64")]
     pub nat64: Vec<Nat64>,
     /// The BOSH agent whose host this is; by default where no target is configured (B1).
     pub bosh: Option<Bosh>,
     /// By name, those of the file.
+    #[serde(rename = "target", deserialize_with = "value::targets")]
     pub targets: BTreeMap<String, Target>,
 }
 
 /// The section `[bosh]`: adds the targets `monit` and `nats` where the file has none of that name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a section [bosh]")]
 pub struct Bosh {
     /// Where the agent keeps its settings.
+    #[serde(deserialize_with = "value::path")]
     pub dir: PathBuf,
 }
 
 /// What is no policy: how and where it is enforced. Paths are absolute, without `.` and `..`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// What enforces.
     pub backend: Backend,
     /// What becomes of connections that are older than the rules.
     pub existing: Existing,
     /// Whose descendants are judged; `None` means the root of the cgroup v2 mount found.
+    #[serde(deserialize_with = "value::perhaps_path")]
     pub cgroup: Option<PathBuf>,
     /// What becomes of connections to an endpoint that this host forwards, with nftables.
     pub forward: Forward,
     /// The directory of our pins, below a bpffs.
+    #[serde(deserialize_with = "value::pin_dir")]
     pub pin_dir: PathBuf,
     /// Where `last-good.json` and `grants.json` are kept.
+    #[serde(deserialize_with = "value::path")]
     pub state_dir: PathBuf,
     /// The control socket.
+    #[serde(deserialize_with = "value::socket")]
     pub socket: PathBuf,
     /// The nftables table of family inet.
+    #[serde(deserialize_with = "value::table_name")]
     pub nft_table: String,
 }
 
-/// What becomes of connections to an endpoint that this host forwards: their users cannot be told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Forward {
-    /// Refused.
-    Refuse,
-    /// Not judged.
-    Allow,
+words! {
+    /// What becomes of connections to an endpoint that this host forwards: their users cannot be told.
+    Forward {
+        /// Refused.
+        Refuse = "refuse",
+        /// Not judged.
+        Allow = "allow",
+    }
 }
 
 /// Longest name of a table (F7).
 pub const MAX_TABLE_NAME: usize = 64;
 
 /// A section `[target.NAME]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a section [target.NAME]")]
 pub struct Target {
     /// The line of its name.
+    #[serde(skip)]
     pub line: usize,
     /// Endpoints as written.
     pub endpoints: Vec<Line<EndpointText>>,
     /// Who may connect.
     pub allow: Vec<Line<Allow>>,
     /// Whether others may be let in while it is in force (B4).
+    #[serde(default)]
     pub grants: bool,
     /// What DNS may answer for its names (N6).
+    #[serde(default)]
     pub answers: Answers,
 }
 
 /// Who may connect, as written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum Allow {
     /// A user, anywhere.
     User(User),
@@ -133,14 +164,20 @@ pub enum Allow {
         /// The group.
         group: User,
         /// The cgroup's path.
+        #[serde(skip_serializing_if = "Option::is_none")]
         cgroup: Option<String>,
     },
     /// Kernel threads.
+    #[serde(serialize_with = "value::kernel")]
     Kernel,
 }
 
 /// A user or a group as written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "is neither a name nor a number; write \"NAME\" or a number without quotes"
+)]
 pub enum User {
     /// By name.
     Name(String),
@@ -153,7 +190,7 @@ pub enum User {
 pub struct EndpointText(String);
 
 /// A value and the line it came from, counted from 1.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Line<T> {
     /// The value.
     pub value: T,
@@ -185,6 +222,7 @@ impl Config {
             ConfigError::At {
                 path: path.into(),
                 line,
+                thing: String::new(),
                 fault: ConfigFault::NotUtf8,
             }
         })?;
@@ -202,42 +240,6 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         read::config(text, path)
     }
-}
-
-/// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found by,
-/// whatever is wrong with the rest of the file (F4). The default where there is no such line; none where that line itself is wrong
-/// in a file that is not the default one: what lies at the default place is another instance's.
-#[must_use]
-pub fn state_dir(path: &Path) -> Option<PathBuf> {
-    let found = top_lines(path).map_or(Ok(None), |text| read::state_dir(&text));
-    let guessed = || Some(Settings::default().state_dir);
-    match found {
-        Ok(Some(dir)) => Some(dir),
-        Ok(None) => guessed(),
-        Err(_) if path == Path::new(DEFAULT_PATH) => guessed(),
-        Err(_) => None,
-    }
-}
-
-/// Where the instance of the file at `path` is to be found, each key taken from its line alone, whatever is wrong with the rest
-/// of the file (F4): a mistake in it must not keep anybody from asking the daemon. Defaults where there is no such line.
-///
-/// `None` where the file cannot be read; and where such a line itself is wrong, unless `lenient`: it named another place than the
-/// default, and what is done there would be done to another instance.
-#[must_use]
-pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
-    let text = top_lines(path)?;
-    read::place(&text, lenient)
-}
-
-/// The lines before the first section.
-fn top_lines(path: &Path) -> Option<String> {
-    let mut bytes = Vec::new();
-    let file = open(path).ok()?;
-    file.take(MAX_BYTES as u64).read_to_end(&mut bytes).ok()?;
-    let text = String::from_utf8_lossy(&bytes);
-    let top = text.lines().take_while(|line| !line.trim_start().starts_with('['));
-    Some(top.fold(String::new(), |all, line| all + line + "\n"))
 }
 
 /// Opens a file to be read, but nothing that would keep a reader waiting.
@@ -282,15 +284,6 @@ impl Default for Settings {
             socket: "/run/enforcer/control.sock".into(),
             nft_table: "enforcer".to_owned(),
         }
-    }
-}
-
-impl fmt::Display for Forward {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Refuse => "refuse",
-            Self::Allow => "allow",
-        })
     }
 }
 

@@ -9,26 +9,45 @@ use std::{
 };
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
-mod build;
 mod listed;
 mod nat64;
 mod parse;
+mod text;
 mod users;
 
+use crate::wire::words;
 pub use crate::wire::{Mode, Protocol};
-pub use build::{
-    Absent, BUS, MAX_ENDPOINTS, MAX_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, PolicyError, PolicyFault, Understood,
-    Warning, WarningKind,
-};
 pub use listed::Listed;
 pub use nat64::{MAX_NAT64, Nat64, Nat64Error, translated};
 pub use parse::{CgroupPathError, EndpointError, EndpointFault, MAX_CGROUP_PATH, NameError, shown};
 pub(crate) use parse::{Server, is_bus_url, servers};
+pub(crate) use text::Text;
 pub use users::{Account, FileUsers, HostUsers, UserError, Users};
 
+/// Most targets of one policy (F7): a rule set has one bit for each.
+pub const MAX_TARGETS: usize = enforcer_ebpf::MAX_TARGETS as usize;
+
+/// Most endpoints of one policy, those that several targets own counted for each (F7).
+pub const MAX_ENDPOINTS: usize = enforcer_ebpf::MAX_ENDPOINTS as usize;
+
+/// Most principals of one target (F7).
+pub const MAX_PRINCIPALS: usize = 1024;
+
+/// The target that a BOSH agent's message bus is (B1).
+pub const BUS: &str = "nats";
+/// The target that monit's API is (B1).
+pub const MONIT: &str = "monit";
+
+/// Where monit listens for its API (B1).
+pub const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
+    Some(port) => port,
+    None => NonZeroU16::MIN,
+};
+
 /// A user of the initial user namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Uid(pub u32);
 
 /// A DNS name, lower case, without a trailing dot.
@@ -64,7 +83,8 @@ pub struct Endpoint {
 pub struct CgroupPath(pub(crate) String);
 
 /// Who may connect.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
 pub enum Principal {
     /// A user, anywhere or below a cgroup.
     User {
@@ -83,41 +103,57 @@ pub enum Principal {
 }
 
 /// A named set of endpoints and the principals that may connect to them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Target {
-    /// 1 to 48 of `[a-zA-Z0-9_-]`.
+    /// 1 to 48 of `[a-zA-Z0-9_-]`; in the saved state it is the key.
+    #[serde(skip)]
     pub name: String,
     /// What is protected.
     pub endpoints: BTreeSet<Endpoint>,
     /// Empty means nobody.
+    #[serde(rename = "allow")]
     pub principals: BTreeSet<Principal>,
     /// Whether others may be let in while it is in force (B4).
     pub grants: bool,
     /// What DNS may answer for its names (N6).
+    #[serde(default, with = "SavedAnswers")]
     pub answers: Answers,
 }
 
-/// What DNS may answer for the names of a target (N6).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Answers {
-    /// Neither link-local addresses nor any of those that nobody may.
-    #[default]
+words! {
+    /// What DNS may answer for the names of a target (N6).
+    #[derive(Default)]
+    Answers {
+        /// Neither link-local addresses nor any of those that nobody may.
+        #[default]
+        Routable = "routable",
+        /// Link-local addresses too.
+        LinkLocal = "link-local",
+    }
+}
+
+/// As the saved state has always spelt them.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Answers", rename_all = "lowercase")]
+enum SavedAnswers {
     Routable,
-    /// Link-local addresses too.
     LinkLocal,
 }
 
-/// What protects a name that never resolved (N5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Unresolved {
-    /// Nothing.
-    Open,
-    /// Its port on any address.
-    Closed,
+words! {
+    /// What protects a name that never resolved (N5).
+    Unresolved {
+        /// Nothing.
+        Open = "open",
+        /// Its port on any address.
+        Closed = "closed",
+    }
 }
 
 /// How names are kept (N2, N4, N5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Dns {
     /// Shortest time between two look-ups of a name.
     pub min_refresh: Duration,
@@ -245,15 +281,6 @@ pub fn canonical(address: IpAddr) -> IpAddr {
     }
 }
 
-impl fmt::Display for Answers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Routable => "routable",
-            Self::LinkLocal => "link-local",
-        })
-    }
-}
-
 impl Default for Dns {
     /// N2, N4, N5.
     fn default() -> Self {
@@ -311,15 +338,6 @@ impl fmt::Display for Principal {
     }
 }
 
-impl fmt::Display for Unresolved {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Open => "open",
-            Self::Closed => "closed",
-        })
-    }
-}
-
 impl fmt::Display for CgroupPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -331,12 +349,6 @@ impl Name {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
-    }
-
-    /// How many cgroups lie between it and the root of the hierarchy, itself counted.
-    #[must_use]
-    pub fn depth(&self) -> usize {
-        self.0.split('/').filter(|part| !part.is_empty()).count()
     }
 }
 

@@ -25,6 +25,7 @@ macro_rules! words {
         }
     };
 }
+pub(crate) use words;
 
 pub mod check;
 pub mod doctor;
@@ -113,8 +114,10 @@ words! {
 
 words! {
     /// What a verdict against an attempt does.
+    #[derive(Default)]
     Mode {
         /// Refuse what is denied.
+        #[default]
         Enforce = "enforce",
         /// Evaluate, count and report; refuse nothing.
         Audit = "audit",

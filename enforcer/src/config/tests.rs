@@ -53,7 +53,26 @@ fn shown_is_read_back() {
 fn mistakes_name_file_line_and_key_on_one_line() {
     for (text, line, says) in [
         ("moed = \"audit\"", 1, "moed"),
-        ("\nmode = \"strict\"", 2, "strict"),
+        ("moed = \"audit\"", 1, "known keys are mode, "),
+        ("[dns]\nmoed = 1", 2, "known keys are min_refresh, "),
+        ("[bosh]\nmoed = 1", 2, "known keys are dir"),
+        ("[target.x]\nmoed = 1", 2, "known keys are endpoints, "),
+        ("[target.x]\nallow = [\n{ moed = 1 }]", 3, "known keys are user, "),
+        ("\nmode = \"strict\"", 2, "mode is another word"),
+        ("mode = 5", 1, "\"enforce\" or \"audit\""),
+        ("socket = 99999999999999999999", 1, "64 bits"),
+        ("nat64 = [\n\"::/96\"]", 2, "nat64"),
+        (
+            "mode = \"audit\"\nnat64 = [\"2001:db8:1::/96\", \"2001:db8:2::/96\", \"2001:db8:3::/96\", \"2001:db8:4::/96\"]",
+            2,
+            "nat64 names 4",
+        ),
+        ("dns = []", 1, "a section [dns]"),
+        ("dns = [\"5s\", \"1m\", \"1h\", \"open\"]", 1, "a section [dns]"),
+        ("bosh = [\"/x\"]", 1, "a section [bosh]"),
+        ("[target]\nx = [[], []]", 2, "a section [target.NAME]"),
+        ("[[target]]", 1, "sections [target.NAME]"),
+        ("mode = \"audit\"\nmode = \"audit\"", 2, "mode appears twice"),
         ("pin_dir = \"relative\"", 1, "pin_dir"),
         ("pin_dir = \"/sys/fs/bpf/a.b\"", 1, "dot"),
         ("socket = 5", 1, "socket"),
@@ -72,7 +91,7 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("[target.x]\nendpoints = []\nallow = [{ cgroup = \"/a\" }]", 3, "user"),
         ("[target.x]\nendpoints = []\nallow = [{ kernel = false }]", 3, "kernel"),
         ("[target.x]\nallow = []", 1, "endpoints"),
-        ("[target.\"a b\"]\nendpoints = []\nallow = []", 1, "target name"),
+        ("[target.\"a b\"]\nendpoints = []\nallow = []", 1, "target has a name"),
         ("a = [", 1, "toml"),
     ] {
         match parse(text) {
@@ -94,11 +113,98 @@ fn passwords_are_never_shown() {
     let json = config
         .as_ref()
         .ok()
-        .and_then(|config| serde_json::to_string(config).ok())
+        .and_then(|config| serde_json::to_string(&config.tree()).ok())
         .unwrap_or_default();
     for text in [shown, json, format!("{config:?}")] {
         assert!(text.contains("nats.example") && !text.contains("secret"), "{text}");
     }
+}
+
+/// Kinds of value, each with a password in it.
+const SECRETS: [&str; 18] = [
+    "\"hunter2\"",
+    "\"nats://me:hunter2@h:1\"",
+    "\"\"\"\n/hunter2`\"', expected hunter2\"\"\"",
+    "'`hunter2`, expected one of `hunter2`'",
+    "[\"hunter2\"]",
+    "[[\"nats://me:hunter2@h:1\"]]",
+    "[5, \"hunter2\"]",
+    "{ a = \"hunter2\" }",
+    "{ \"nats://me:hunter2@h:1\" = 5 }",
+    "{ user = [\"hunter2\"] }",
+    "[{ user = { a = \"hunter2\" } }]",
+    "[{ \"nats://me:hunter2@h:1\" = 5 }]",
+    "{ endpoints = \"nats://me:hunter2@h:1\" }",
+    "73917391",
+    "73917391739173917391739173917391",
+    "7391.7391",
+    "7391-07-31T07:39:17Z",
+    "{ a = 73917391 }",
+];
+
+#[test]
+fn no_message_quotes_a_refused_value() {
+    let mut texts = Vec::new();
+    for secret in SECRETS {
+        let top =
+            "mode backend existing cgroup pin_dir state_dir socket forward nft_table nat64 dns bosh target target.x";
+        let sections = "dns.min_refresh dns.max_refresh dns.retain dns.unresolved bosh.dir unknown dns.unknown bosh.unknown \
+            target.x.endpoints target.x.allow target.x.grants target.x.answers target.x.unknown \
+            \"nats://me:hunter2@h:1\" dns.\"nats://me:hunter2@h:1\" target.\"nats://me:hunter2@h:1\" \
+            target.x.\"nats://me:hunter2@h:1\"";
+        for key in top.split_whitespace().chain(sections.split_whitespace()) {
+            texts.push(format!("{key} = {secret}"));
+            texts.push(format!("{key} = [\n{secret}]"));
+        }
+        let lists = "[target.x]\nendpoints = []\nallow = []";
+        for key in ["endpoints", "allow"] {
+            let list = format!("{key} = [");
+            texts.push(lists.replace(&list, &format!("{list} {secret} ")));
+            texts.push(lists.replace(&list, &format!("{list} [{secret}] ")));
+        }
+        let parts = "user group cgroup kernel unknown \"nats://me:hunter2@h:1\"";
+        for key in parts.split_whitespace() {
+            for more in ["", ", user = \"a\"", ", cgroup = \"/a\"", ", kernel = true"] {
+                texts.push(lists.replace("allow = [", &format!("allow = [ {{ {key} = {secret}{more} }} ")));
+            }
+        }
+        // What is no TOML.
+        for wrong in ["a = \"\\q", "a = [", "a = 5", "a ", "a = 0x", "\"a\" = 5\n\"a\" = "] {
+            texts.push(format!("{wrong}{secret}"));
+            let inner = secret.trim_matches(['"', '[', ']', '{', '}', ' ']);
+            texts.push(format!("{wrong}{inner}"));
+        }
+    }
+    // A key that looks like one is shown; what else stands in a key's place is not.
+    for key in ["\"nats://me:hunter2@h:1\"", "'hunter2 '", "\"hunter2\\u0000\""] {
+        texts.push(format!("{key} = 5\n{key} = 5"));
+        texts.push(format!("[{key}]\n[{key}]"));
+        texts.push(format!("[target.{key}]\n[target.{key}]"));
+        texts.push(format!("[[{key}]]\n[{key}]"));
+    }
+    let mut refused = 0;
+    for text in &texts {
+        if let Err(error) = parse(text) {
+            refused += 1;
+            assert!(
+                !error.contains("hunter2") && !error.contains("7391"),
+                "{text:?}: {error}"
+            );
+            assert!(
+                !error.contains('\n') && error.starts_with(&format!("{PATH}:")),
+                "{text:?}: {error}"
+            );
+        }
+    }
+    assert!(refused > texts.len() / 2, "{refused} of {}", texts.len());
+}
+
+#[test]
+fn the_commented_default_is_the_default() {
+    let default = parse("").map(|config| config.show());
+    assert_eq!(default.as_deref(), Ok(super::show::DEFAULT));
+    let written = parse(super::show::DEFAULT).map(|config| config.settings);
+    assert_eq!(written, Ok(super::Settings::default()));
 }
 
 #[test]

@@ -2,7 +2,12 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{backend::BackendError, config::ConfigError, host, policy::PolicyError, ruleset::CompileError};
+use crate::{
+    backend::BackendError,
+    config::{ConfigError, PolicyError},
+    host,
+    ruleset::CompileError,
+};
 
 /// Why a configuration comes to no rules on this host.
 #[derive(Debug, thiserror::Error)]

@@ -11,9 +11,9 @@ use tracing::warn;
 
 use super::InputError;
 use crate::{
-    config::{Backend, Bosh, Config, Settings},
+    config::{Backend, Bosh, Config, Settings, Understood},
     host::{self, NoMatch},
-    policy::{Account, CgroupPath, FileUsers, HostUsers, Listed, Policy, Uid, Understood, Users},
+    policy::{Account, CgroupPath, FileUsers, HostUsers, Listed, Policy, Uid, Users},
     state::LastGood,
 };
 

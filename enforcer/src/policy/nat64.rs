@@ -18,7 +18,7 @@ pub const MAX_NAT64: usize = enforcer_ebpf::MAX_NAT64 as usize;
 
 /// Why a text is no such prefix.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("not a NAT64 prefix; write an IPv6 prefix of 96 bits such as \"2001:db8:64::/96\"")]
+#[error("is not a NAT64 prefix; write an IPv6 prefix of 96 bits such as \"2001:db8:64::/96\"")]
 pub struct Nat64Error;
 
 impl Nat64 {

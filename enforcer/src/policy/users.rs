@@ -8,6 +8,7 @@ use nix::{
     errno::Errno,
     unistd::{Gid, Group, User},
 };
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Uid;
@@ -16,7 +17,8 @@ use super::Uid;
 const NOBODY_AT_ALL: u32 = u32::MAX;
 
 /// What a name service knows UIDs of.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Account {
     /// A user, by name.
     User(String),
@@ -169,8 +171,8 @@ fn of_primary_group(passwd: &str, gid: u32) -> BTreeSet<Uid> {
 /// The users and groups of a root's passwd(5) and group(5): no name service is asked.
 #[derive(Clone, Debug, Default)]
 pub struct FileUsers {
-    pub(super) passwd: String,
-    pub(super) group: String,
+    pub(crate) passwd: String,
+    pub(crate) group: String,
 }
 
 impl FileUsers {

@@ -10,10 +10,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{Backend, Existing, Forward, Settings},
-    policy::{
-        Account, Answers, CgroupPath, Dns, Endpoint, Listed, Mode, Name, Policy, Principal, Target, Uid, Unresolved,
-    },
+    config::Settings,
+    policy::{Dns, Endpoint, Listed, Mode, Name, Nat64, Policy, Target},
     resolve::{Known, KnownName},
 };
 
@@ -58,64 +56,18 @@ pub(crate) struct LastGoodRef<'a> {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Content {
-    #[serde(with = "ModeContent")]
     mode: Mode,
-    #[serde(with = "SettingsContent")]
     settings: Settings,
-    #[serde(with = "DnsContent")]
     dns: Dns,
     /// Earlier versions did not know them.
     #[serde(default)]
-    nat64: Vec<String>,
+    nat64: Vec<Nat64>,
     bosh: Option<PathBuf>,
-    targets: BTreeMap<String, TargetContent>,
+    targets: BTreeMap<String, Target>,
     /// Earlier versions did not know them.
     #[serde(default)]
-    listed: Vec<ListedContent>,
-    names: BTreeMap<String, NameContent>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TargetContent {
-    endpoints: Vec<String>,
-    allow: Vec<PrincipalContent>,
-    grants: bool,
-    /// Earlier versions did not know it.
-    #[serde(default, with = "AnswersContent")]
-    answers: Answers,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Answers", rename_all = "lowercase")]
-enum AnswersContent {
-    Routable,
-    LinkLocal,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "lowercase")]
-enum PrincipalContent {
-    User { uid: u32, cgroup: Option<String> },
-    Anybody { cgroup: String },
-    Kernel,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ListedContent {
-    target: String,
-    account: Option<AccountContent>,
-    cgroup: Option<String>,
-    uids: BTreeSet<u32>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum AccountContent {
-    User(String),
-    Group(String),
-    Gid(u32),
+    listed: Vec<Listed>,
+    names: BTreeMap<Name, NameContent>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -128,69 +80,6 @@ struct NameContent {
     answered: BTreeMap<IpAddr, u64>,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Mode", rename_all = "lowercase")]
-enum ModeContent {
-    Enforce,
-    Audit,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Settings", deny_unknown_fields)]
-struct SettingsContent {
-    #[serde(with = "BackendContent")]
-    backend: Backend,
-    #[serde(with = "ExistingContent")]
-    existing: Existing,
-    cgroup: Option<PathBuf>,
-    #[serde(with = "ForwardContent")]
-    forward: Forward,
-    pin_dir: PathBuf,
-    state_dir: PathBuf,
-    socket: PathBuf,
-    nft_table: String,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Backend", rename_all = "lowercase")]
-enum BackendContent {
-    Auto,
-    Ebpf,
-    Nftables,
-    Both,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Existing", rename_all = "lowercase")]
-enum ExistingContent {
-    Report,
-    Cut,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Forward", rename_all = "lowercase")]
-enum ForwardContent {
-    Refuse,
-    Allow,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Dns", deny_unknown_fields)]
-struct DnsContent {
-    min_refresh: Duration,
-    max_refresh: Duration,
-    retain: Duration,
-    #[serde(with = "UnresolvedContent")]
-    unresolved: Unresolved,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "Unresolved", rename_all = "lowercase")]
-enum UnresolvedContent {
-    Open,
-    Closed,
-}
-
 impl From<&LastGoodRef<'_>> for Content {
     fn from(good: &LastGoodRef<'_>) -> Self {
         let Policy {
@@ -198,152 +87,62 @@ impl From<&LastGoodRef<'_>> for Content {
             dns,
             nat64,
             targets,
-        } = good.policy;
-        let target = |target: &Target| {
-            let endpoints = target.endpoints.iter().map(ToString::to_string).collect();
-            let allow = target.principals.iter().map(PrincipalContent::from).collect();
-            let (grants, answers) = (target.grants, target.answers);
-            let content = TargetContent {
-                endpoints,
-                allow,
-                grants,
-                answers,
-            };
-            (target.name.clone(), content)
-        };
-        let name = |(name, known): (&Name, &KnownName)| {
-            let KnownName {
-                current,
-                left,
-                answered,
-            } = known.clone();
-            let seconds = answered.into_iter().map(|(address, time)| (address, time.as_secs()));
-            let content = NameContent {
-                current,
-                left,
-                answered: seconds.collect(),
-            };
-            (name.to_string(), content)
-        };
+        } = good.policy.clone();
+        let names = good.names.clone().into_iter();
         Self {
-            mode: *mode,
+            mode,
             settings: good.settings.clone(),
-            dns: *dns,
-            nat64: nat64.iter().map(ToString::to_string).collect(),
+            dns,
+            nat64,
             bosh: good.bosh.map(Path::to_path_buf),
-            targets: targets.iter().map(target).collect(),
-            listed: good.listed.iter().map(ListedContent::from).collect(),
-            names: good.names.iter().map(name).collect(),
+            targets: targets
+                .into_iter()
+                .map(|target| (target.name.clone(), target))
+                .collect(),
+            listed: good.listed.to_vec(),
+            names: names.map(|(name, known)| (name, known.into())).collect(),
         }
     }
 }
 
-impl From<&Listed> for ListedContent {
-    fn from(listed: &Listed) -> Self {
-        let account = |account: &Account| match account {
-            Account::User(name) => AccountContent::User(name.clone()),
-            Account::Group(name) => AccountContent::Group(name.clone()),
-            Account::Gid(gid) => AccountContent::Gid(*gid),
-        };
+impl From<Content> for LastGood {
+    fn from(content: Content) -> Self {
+        let targets = content.targets.into_iter();
+        let names = content.names.into_iter();
         Self {
-            target: listed.target.clone(),
-            account: listed.account.as_ref().map(account),
-            cgroup: listed.cgroup.as_ref().map(ToString::to_string),
-            uids: listed.uids.iter().map(|uid| uid.0).collect(),
-        }
-    }
-}
-
-impl From<&Principal> for PrincipalContent {
-    fn from(principal: &Principal) -> Self {
-        match principal {
-            Principal::User { uid, cgroup } => Self::User {
-                uid: uid.0,
-                cgroup: cgroup.as_ref().map(ToString::to_string),
-            },
-            Principal::Anybody { cgroup } => Self::Anybody {
-                cgroup: cgroup.to_string(),
-            },
-            Principal::Kernel => Self::Kernel,
-        }
-    }
-}
-
-impl TryFrom<Content> for LastGood {
-    type Error = String;
-
-    fn try_from(content: Content) -> Result<Self, String> {
-        let names = content.names.into_iter().map(|(name, known)| {
-            let seconds = known.answered.into_iter();
-            let answered = seconds.map(|(address, seconds)| (address, Duration::from_secs(seconds)));
-            let known = KnownName {
-                current: known.current,
-                left: known.left,
-                answered: answered.collect(),
-            };
-            Ok((parsed(&name, Name::parse)?, known))
-        });
-        let names = names.collect::<Result<_, String>>()?;
-        let targets = content.targets.into_iter().map(|(name, target)| {
-            let endpoints = target.endpoints.iter().map(|text| parsed(text, Endpoint::parse));
-            Ok(Target {
-                endpoints: endpoints.collect::<Result<_, String>>()?,
-                principals: target.allow.iter().map(principal).collect::<Result<_, String>>()?,
-                grants: target.grants,
-                answers: target.answers,
-                name,
-            })
-        });
-        Ok(Self {
             settings: content.settings,
             policy: Policy {
                 mode: content.mode,
                 dns: content.dns,
-                nat64: content
-                    .nat64
-                    .iter()
-                    .map(|text| parsed(text, str::parse))
-                    .collect::<Result<_, String>>()?,
-                targets: targets.collect::<Result<_, String>>()?,
+                nat64: content.nat64,
+                targets: targets.map(|(name, target)| Target { name, ..target }).collect(),
             },
-            listed: content.listed.into_iter().map(listed).collect::<Result<_, String>>()?,
-            names,
+            listed: content.listed,
+            names: names.map(|(name, known)| (name, known.into())).collect(),
             bosh: content.bosh,
-        })
+        }
     }
 }
 
-fn principal(content: &PrincipalContent) -> Result<Principal, String> {
-    Ok(match content {
-        PrincipalContent::User { uid, cgroup } => Principal::User {
-            uid: Uid(*uid),
-            cgroup: within(cgroup.as_deref())?,
-        },
-        PrincipalContent::Anybody { cgroup } => Principal::Anybody {
-            cgroup: parsed(cgroup, CgroupPath::parse)?,
-        },
-        PrincipalContent::Kernel => Principal::Kernel,
-    })
+impl From<KnownName> for NameContent {
+    fn from(known: KnownName) -> Self {
+        let answered = known.answered.into_iter();
+        Self {
+            current: known.current,
+            left: known.left,
+            answered: answered.map(|(address, time)| (address, time.as_secs())).collect(),
+        }
+    }
 }
 
-fn listed(content: ListedContent) -> Result<Listed, String> {
-    let account = |account| match account {
-        AccountContent::User(name) => Account::User(name),
-        AccountContent::Group(name) => Account::Group(name),
-        AccountContent::Gid(gid) => Account::Gid(gid),
-    };
-    Ok(Listed {
-        target: content.target,
-        account: content.account.map(account),
-        cgroup: within(content.cgroup.as_deref())?,
-        uids: content.uids.into_iter().map(Uid).collect(),
-    })
-}
-
-fn within(cgroup: Option<&str>) -> Result<Option<CgroupPath>, String> {
-    cgroup.map(|path| parsed(path, CgroupPath::parse)).transpose()
-}
-
-fn parsed<T, E: ToString>(text: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Result<T, String> {
-    parse(text).map_err(|error| error.to_string())
+impl From<NameContent> for KnownName {
+    fn from(known: NameContent) -> Self {
+        let answered = known.answered.into_iter();
+        let times = answered.map(|(address, seconds)| (address, Duration::from_secs(seconds)));
+        Self {
+            current: known.current,
+            left: known.left,
+            answered: times.collect(),
+        }
+    }
 }

@@ -10,8 +10,8 @@ use proptest::prelude::*;
 
 use super::{FILE, LastGood, LastGoodRef, Record, StateError, load_of, parse, save_as};
 use crate::{
-    config::{Config, Settings},
-    policy::{HostUsers, Policy, Understood},
+    config::{Config, Settings, Understood},
+    policy::{HostUsers, Policy},
     resolve::{Known, KnownName},
 };
 
@@ -93,6 +93,43 @@ fn n7_f4_what_is_kept_comes_back() -> Test {
     };
     save_as(me(), dir.path(), &record(&other)?)?;
     assert_eq!(load_of(me(), dir.path())?.map(|(good, _)| good), Some(other));
+    Ok(())
+}
+
+#[test]
+fn f4_a_file_written_before_is_read_and_written_again_the_same() -> Test {
+    // By the version before its shapes were derived, with every word that it knew.
+    let mut read = Vec::new();
+    for line in include_str!("before.jsonl").lines() {
+        let (good, mark) = parse(line.as_bytes(), Path::new(FILE))?;
+        let record = record(&good)?;
+        assert_eq!(record.mark, mark);
+        assert!(
+            line.ends_with(&format!("\"content\":{}}}", record.text)),
+            "{line}\n{}",
+            record.text
+        );
+        read.push(good);
+    }
+    let backends: Vec<_> = read.iter().map(|good| good.settings.backend.to_string()).collect();
+    assert_eq!(backends, ["both", "auto", "ebpf", "nftables"]);
+    let good = read.first().ok_or("nothing")?;
+    let words = [
+        good.policy.mode.to_string(),
+        good.settings.existing.to_string(),
+        good.settings.forward.to_string(),
+        good.policy.dns.unresolved.to_string(),
+        good.policy.dns.min_refresh.as_millis().to_string(),
+    ];
+    assert_eq!(words, ["audit", "cut", "allow", "closed", "1500"]);
+    let bus = good.policy.target("bus").ok_or("no bus")?;
+    assert_eq!(bus.answers.to_string(), "link-local");
+    let principals: Vec<_> = bus.principals.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        principals,
+        ["user 0", "user 7 in /a b/é", "user 999", "anybody in /g", "kernel"]
+    );
+    assert_eq!((good.listed.len(), good.names.len()), (5, 1));
     Ok(())
 }
 

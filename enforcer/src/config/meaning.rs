@@ -1,48 +1,40 @@
 //! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4), but for users who do not exist yet (F8).
 
-use std::{collections::BTreeSet, fmt, net::Ipv4Addr, num::NonZeroU16, path::PathBuf};
+use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{
-    Account, Answers, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed, Policy, Principal,
-    Protocol, Target, Uid, UserError, Users,
-};
-use crate::config::{self, Allow, Config, Line, User};
-
-/// Most targets of one policy (F7): a rule set has one bit for each.
-pub const MAX_TARGETS: usize = enforcer_ebpf::MAX_TARGETS as usize;
-
-/// Most endpoints of one policy, those that several targets own counted for each (F7).
-pub const MAX_ENDPOINTS: usize = enforcer_ebpf::MAX_ENDPOINTS as usize;
-
-/// Most principals of one target (F7).
-pub const MAX_PRINCIPALS: usize = 1024;
-
-/// The target that a BOSH agent's message bus is (B1).
-pub const BUS: &str = "nats";
-/// The target that monit's API is (B1).
-pub const MONIT: &str = "monit";
-
-/// Where monit listens for its API (B1).
-pub const MONIT_PORT: NonZeroU16 = match NonZeroU16::new(2822) {
-    Some(port) => port,
-    None => NonZeroU16::MIN,
+use super::{Allow, Config, Line, User};
+use crate::policy::{
+    Account, Answers, BUS, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed, MAX_ENDPOINTS,
+    MAX_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, Policy, Principal, Protocol, Target, Uid, UserError, Users,
 };
 
-/// A configuration that is well formed and means nothing we can do.
-#[derive(Debug, Error)]
-#[error("{}:{line}: target {target}: {fault}", path.display())]
-pub struct PolicyError {
+#[cfg(test)]
+mod tests;
+
+/// What is to be said of a target.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{}:{line}: target {target}: {what}", path.display())]
+pub struct Remark<T> {
     /// The configuration file.
     pub path: PathBuf,
     /// Its line, from 1.
     pub line: usize,
-    /// The target at fault.
+    /// The target.
     pub target: String,
-    /// What is wrong.
-    pub fault: PolicyFault,
+    /// What there is.
+    pub what: T,
 }
+
+/// A configuration that is well formed and means nothing we can do.
+pub type PolicyError = Remark<PolicyFault>;
+
+/// A principal whose user does not exist, so that it matches nobody until he does (F8).
+pub type Absent = Remark<Nobody>;
+
+/// Something permitted that is hardly meant.
+pub type Warning = Remark<WarningKind>;
 
 /// What is wrong with a target.
 #[derive(Debug, Error)]
@@ -92,55 +84,22 @@ pub struct Understood {
     pub listed: Vec<Listed>,
 }
 
-/// A principal whose user does not exist, so that it matches nobody until he does (F8).
-#[derive(Debug)]
-pub struct Absent {
-    /// The configuration file.
-    pub path: PathBuf,
-    /// Its line, from 1.
-    pub line: usize,
-    /// The target.
-    pub target: String,
-    /// Why nobody is meant.
-    pub error: UserError,
-}
-
-impl fmt::Display for Absent {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            path,
-            line,
-            target,
-            error,
-        } = self;
-        let quotes = unquoted(error);
-        write!(
-            f,
-            "{}:{line}: target {target}: {error}{quotes}; this principal matches nobody until then",
-            path.display()
-        )
-    }
-}
-
-/// Something permitted that is hardly meant.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Warning {
-    /// The configuration file.
-    pub path: PathBuf,
-    /// Its line, from 1.
-    pub line: usize,
-    /// The target.
-    pub target: String,
-    /// What is odd.
-    pub kind: WarningKind,
+/// Why nobody is meant.
+#[derive(Debug, Error)]
+#[error("{error}{}; this principal matches nobody until then", unquoted(error))]
+pub struct Nobody {
+    /// Why.
+    error: UserError,
 }
 
 /// What is odd about a target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum WarningKind {
     /// It allows nobody.
+    #[error("allow is empty: nobody may connect")]
     Nobody,
     /// It has no endpoints.
+    #[error("endpoints is empty: nothing is protected")]
     Nothing,
 }
 
@@ -153,43 +112,26 @@ impl Policy {
         // By line, so that the one named is the one to look at.
         let mut by_line: Vec<_> = config.targets.iter().collect();
         by_line.sort_by_key(|(_, target)| target.line);
-        for (index, (name, source)) in by_line.iter().enumerate() {
-            let at = |line: usize, fault| PolicyError {
-                path: config.path.clone(),
-                line,
-                target: (*name).clone(),
-                fault,
-            };
+        for (index, (name, source)) in by_line.into_iter().enumerate() {
             if index == MAX_TARGETS {
-                return Err(at(
-                    source.line,
-                    PolicyFault::Targets {
-                        count: config.targets.len(),
-                    },
-                ));
+                let count = config.targets.len();
+                return Err(remark(config, name, source.line, PolicyFault::Targets { count }));
             }
-            let endpoints = endpoints(source, room).map_err(|fault| at(fault.line, fault.value))?;
+            let refused = |fault: Fault| remark(config, name, fault.line, fault.value);
+            let endpoints = endpoints(source, room).map_err(refused)?;
             room = room.saturating_sub(endpoints.len());
-            let meant = principals(name, source, users).map_err(|fault| at(fault.line, fault.value))?;
+            let meant = principals(name, source, users).map_err(refused)?;
             listed.extend(meant.listed);
-            absent.extend(meant.absent.into_iter().map(|Line { line, value }| Absent {
-                path: config.path.clone(),
-                line,
-                target: (*name).clone(),
-                error: value,
-            }));
+            let missing = meant.absent.into_iter();
+            absent.extend(missing.map(|missing| remark(config, name, missing.line, Nobody { error: missing.value })));
             let odd = [
                 (source.allow.is_empty(), WarningKind::Nobody),
                 (endpoints.is_empty(), WarningKind::Nothing),
             ];
-            warnings.extend(odd.into_iter().filter(|(is, _)| *is).map(|(_, kind)| Warning {
-                path: config.path.clone(),
-                line: source.line,
-                target: (*name).clone(),
-                kind,
-            }));
+            let odd = odd.into_iter().filter(|(is, _)| *is);
+            warnings.extend(odd.map(|(_, kind)| remark(config, name, source.line, kind)));
             targets.push(Target {
-                name: (*name).clone(),
+                name: name.clone(),
                 endpoints,
                 principals: meant.principals,
                 grants: source.grants,
@@ -215,6 +157,15 @@ impl Policy {
             absent,
             listed,
         })
+    }
+}
+
+fn remark<T>(config: &Config, target: &str, line: usize, what: T) -> Remark<T> {
+    Remark {
+        path: config.path.clone(),
+        line,
+        target: target.to_owned(),
+        what,
     }
 }
 
@@ -251,7 +202,7 @@ fn bosh() -> [Target; 2] {
 
 type Fault = Line<PolicyFault>;
 
-fn endpoints(source: &config::Target, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
+fn endpoints(source: &super::Target, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
     let mut endpoints = BTreeSet::new();
     for text in &source.endpoints {
         let parsed =
@@ -272,7 +223,7 @@ struct Meant {
     absent: Vec<Line<UserError>>,
 }
 
-fn principals(target: &str, source: &config::Target, users: &dyn Users) -> Result<Meant, Fault> {
+fn principals(target: &str, source: &super::Target, users: &dyn Users) -> Result<Meant, Fault> {
     let mut all = Meant::default();
     for allow in &source.allow {
         match principal(target, &allow.value, users) {
@@ -341,15 +292,5 @@ fn unquoted(error: &UserError) -> &'static str {
     match error {
         UserError::Unknown { .. } | UserError::Lookup { .. } => " (a number without quotes)",
         UserError::Number { .. } | UserError::UnknownGroup { .. } | UserError::GroupNumber { .. } => "",
-    }
-}
-
-impl fmt::Display for Warning {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: target {}: ", self.path.display(), self.line, self.target)?;
-        f.write_str(match self.kind {
-            WarningKind::Nobody => "allow is empty: nobody may connect",
-            WarningKind::Nothing => "endpoints is empty: nothing is protected",
-        })
     }
 }

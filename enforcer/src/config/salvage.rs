@@ -1,0 +1,118 @@
+//! Where the instance of a file is to be found, whatever is wrong with the rest of the file (F4): by single lines of it.
+
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, de::DeserializeOwned};
+use toml::de::DeTable;
+
+use super::{
+    DEFAULT_PATH, MAX_BYTES, Settings, open,
+    tree::{Known, Lines},
+    value,
+};
+
+/// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found by,
+/// whatever is wrong with the rest of the file (F4). The default where there is no such line; none where that line itself is wrong
+/// in a file that is not the default one: what lies at the default place is another instance's.
+#[must_use]
+pub fn state_dir(path: &Path) -> Option<PathBuf> {
+    let found = top_lines(path).map_or(Ok(None), |text| state_dir_of(&text));
+    let guessed = || Some(Settings::default().state_dir);
+    match found {
+        Ok(Some(dir)) => Some(dir),
+        Ok(None) => guessed(),
+        Err(Unread) if path == Path::new(DEFAULT_PATH) => guessed(),
+        Err(Unread) => None,
+    }
+}
+
+/// Where the instance of the file at `path` is to be found, each key taken from its line alone, whatever is wrong with the rest
+/// of the file (F4): a mistake in it must not keep anybody from asking the daemon. Defaults where there is no such line.
+///
+/// `None` where the file cannot be read; and where such a line itself is wrong, unless `lenient`: it named another place than the
+/// default, and what is done there would be done to another instance.
+#[must_use]
+pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
+    place_of(&top_lines(path)?, lenient).ok()
+}
+
+/// The lines before the first section.
+fn top_lines(path: &Path) -> Option<String> {
+    let mut bytes = Vec::new();
+    let file = open(path).ok()?;
+    file.take(MAX_BYTES as u64).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let top = text.lines().take_while(|line| !line.trim_start().starts_with('['));
+    Some(top.fold(String::new(), |all, line| all + line + "\n"))
+}
+
+/// A line that is there and says nothing.
+#[derive(Clone, Copy, Debug)]
+struct Unread;
+
+/// The path that the lines before the first section give as `state_dir`: as TOML has them, and where something is wrong there the
+/// line of its own. An error where it is named and cannot be read.
+fn state_dir_of(text: &str) -> Result<Option<PathBuf>, Unread> {
+    #[derive(Deserialize)]
+    struct StateDir {
+        #[serde(deserialize_with = "value::path")]
+        state_dir: PathBuf,
+    }
+    let found: Option<StateDir> = match DeTable::parse(text) {
+        Ok(root) => with_key(root.get_ref(), "state_dir")?,
+        Err(_) => line_of(text, "state_dir")?,
+    };
+    Ok(found.map(|found| found.state_dir))
+}
+
+/// Where an instance is to be found, each key from its own line.
+fn place_of(text: &str, lenient: bool) -> Result<Settings, Unread> {
+    let default = Settings::default();
+    let line = |key| match line_of::<Settings>(text, key) {
+        // A line that cannot be read is as none if that will do.
+        Err(Unread) if lenient => Ok(default.clone()),
+        found => found.map(|found| found.unwrap_or_else(|| default.clone())),
+    };
+    Ok(Settings {
+        socket: line("socket")?.socket,
+        pin_dir: line("pin_dir")?.pin_dir,
+        state_dir: line("state_dir")?.state_dir,
+        cgroup: line("cgroup")?.cgroup,
+        nft_table: line("nft_table")?.nft_table,
+        ..default.clone()
+    })
+}
+
+/// What the lines of `text` that begin with `key`, in quotes or not, say, each read by itself; the last that can be read counts. An error where there
+/// are such lines and none can be read.
+fn line_of<T: DeserializeOwned>(text: &str, key: &str) -> Result<Option<T>, Unread> {
+    let lines = text.lines().map(str::trim_start);
+    let ours = lines.filter(|line| {
+        // TOML lets a key stand in quotes.
+        line.trim_start_matches(['"', '\''])
+            .strip_prefix(key)
+            .is_some_and(|rest| {
+                !rest.starts_with(|next: char| next.is_ascii_alphanumeric() || matches!(next, '_' | '-'))
+            })
+    });
+    let mut found = Ok(None);
+    for line in ours {
+        let root = DeTable::parse(line).ok();
+        let read = root.and_then(|root| with_key(root.get_ref(), key).ok().flatten());
+        match (read, &found) {
+            (Some(value), _) => found = Ok(Some(value)),
+            (None, Ok(None)) => found = Err(Unread),
+            (None, _) => {}
+        }
+    }
+    found
+}
+
+/// What the table says, if it has the key.
+fn with_key<T: DeserializeOwned>(table: &DeTable<'_>, key: &str) -> Result<Option<T>, Unread> {
+    let read = || Known::default().take(table, &Lines::new("")).map_err(|_| Unread);
+    table.contains_key(key).then(read).transpose()
+}
