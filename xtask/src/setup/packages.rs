@@ -131,7 +131,6 @@ pub(crate) const GUEST: &[Package] = &[
 ];
 
 /// What a host may have: `enforcer` and its package run these where they are there, and do without them elsewhere.
-#[cfg(test)]
 pub(crate) const HOST: &[Package] = &[
     runs(
         "iptables",

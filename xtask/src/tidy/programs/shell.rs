@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use tree_sitter::{Node, Parser};
 
+use super::super::source::slice;
+
 /// A word of a command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Word {
@@ -195,10 +197,6 @@ impl Word {
             word @ (Self::Text(_) | Self::Parameter(_) | Self::Own | Self::Unseen(_)) => word,
         }
     }
-}
-
-pub(super) fn slice<'a>(node: Node<'_>, text: &'a str) -> &'a str {
-    text.get(node.byte_range()).unwrap_or_default()
 }
 
 #[test]
