@@ -1,5 +1,5 @@
-//! What CI checks before the tests: format, lints with warnings denied, that the client library needs nothing but Rust, and what `tidy`
-//! checks.
+//! What CI checks before the tests: format, lints with warnings denied, that the client library needs nothing but Rust,
+//! and what `tidy` checks.
 
 use anyhow::Result;
 

@@ -1,4 +1,5 @@
-//! Every developer task; `cargo xtask --help` lists them. Empty where there is no Linux, so that `main` is built anywhere and says so.
+//! Every developer task; `cargo xtask --help` lists them. Empty where there is no Linux, so that `main` is built
+//! anywhere and says so.
 
 #![cfg(target_os = "linux")]
 
@@ -54,13 +55,16 @@ enum Task {
     Bench,
     /// Run the privileged suite on other kernels, in virtual machines
     ///
-    /// Fetches kernels from Debian's archive (xtask/kernels.toml; 150 MB, kept in ~/.cache/enforcer-vm) and builds one without BPF, boots
-    /// each under QEMU with the binary and the suite in an initramfs, and tells what passed where, in target/vm/matrix.md and junit.xml too.
-    /// `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of that name; `--keep` then gives a shell there.
+    /// Fetches kernels from Debian's archive (xtask/kernels.toml; 150 MB, kept in ~/.cache/enforcer-vm) and builds one
+    /// without BPF, boots each under QEMU with the binary and the suite in an initramfs, and tells what passed where,
+    /// in target/vm/matrix.md and junit.xml too. `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of
+    /// that name; `--keep` then gives a shell there.
     Vm(vm::Options),
-    /// Check format, lints, that the client library needs nothing but Rust, and what `tidy` checks, as CI does before the tests
+    /// Check format, lints, that the client library needs nothing but Rust, and what `tidy` checks, as CI does before
+    /// the tests
     Ci,
-    /// Check what no compiler does: rooms, guarantees, widths, lengths, crates, and that setup installs every program that is run
+    /// Check what no compiler does: rooms, guarantees, widths, lengths, crates, and that setup installs every program
+    /// that is run
     Tidy {
         /// Print what xtask/tidy.toml would have to allow now
         #[arg(long)]
@@ -68,8 +72,8 @@ enum Task {
     },
     /// Run commands as a new user would: in a minimal system, in a clean clone of HEAD (as root)
     ///
-    /// The system has this host's distribution and kernel, git, curl, certificates and rustup's toolchains without rust-src; crates and
-    /// the virtual machines' kernels are shared with this host. Several commands share one system.
+    /// The system has this host's distribution and kernel, git, curl, certificates and rustup's toolchains without
+    /// rust-src; crates and the virtual machines' kernels are shared with this host. Several commands share one system.
     Pristine {
         /// Shell commands; `@demo` and `@test` are those that the README shows [default: @demo @test]
         command: Vec<String>,

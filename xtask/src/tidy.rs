@@ -1,5 +1,5 @@
-//! `cargo xtask tidy`: what can be told from the sources alone and no compiler tells. Every rule says where, what and the remedy;
-//! exceptions stand in `xtask/tidy.toml` and may only become fewer.
+//! `cargo xtask tidy`: what can be told from the sources alone and no compiler tells. Every rule says where, what and
+//! the remedy; exceptions stand in `xtask/tidy.toml` and may only become fewer.
 
 mod crates;
 mod guarantees;

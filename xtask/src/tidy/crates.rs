@@ -1,5 +1,6 @@
-//! Crates against `.cargo/deny.toml`: their licences, where they come from, and which are there twice. It is the file of cargo-deny, which
-//! takes too long to build for what is asked of it here; a key that is not understood here is an error.
+//! Crates against `.cargo/deny.toml`: their licences, where they come from, and which are there twice. It is the file
+//! of cargo-deny, which takes too long to build for what is asked of it here; a key that is not understood here is an
+//! error.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,5 @@
-//! Guarantees: each number that code or a test cites is one of `enforcer/docs/guarantees.md`, each one there is cited by code and names a
-//! test, each test named there exists, and no number stands where a user may see it.
+//! Guarantees: each number that code or a test cites is one of `enforcer/docs/guarantees.md`, each one there is cited
+//! by code and names a test, each test named there exists, and no number stands where a user may see it.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,5 @@
-//! Checks that setup installs every program that the sources run, or that the minimal system has it. What is run is read from the sources
-//! themselves; the minimal system is what this host's package database marks as such.
+//! Checks that setup installs every program that the sources run, or that the minimal system has it. What is run is
+//! read from the sources themselves; the minimal system is what this host's package database marks as such.
 
 mod rust;
 mod shell;

@@ -1,5 +1,6 @@
-//! Which room of `enforcer/src` imports which: only what stands below it, in the order that `enforcer/docs/architecture.md` gives, and
-//! nothing that the room's line there names besides. Tests may import whatever they compare with.
+//! Which room of `enforcer/src` imports which: only what stands below it, in the order that
+//! `enforcer/docs/architecture.md` gives, and nothing that the room's line there names besides. Tests may import
+//! whatever they compare with.
 
 use std::collections::{BTreeMap, BTreeSet};
 

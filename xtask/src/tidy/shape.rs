@@ -64,8 +64,8 @@ fn opening(source: &Source) -> Option<Complaint> {
         .then(|| Complaint::new(&source.path, 1, what, "say there what the file is, in a line or three"))
 }
 
-/// Lines that are too wide, with their columns. A line may be wider that is a single word, as a URL, or has a part of a raw string, which
-/// cannot go on on another line.
+/// Lines that are too wide, with their columns. A line may be wider that is a single word, as a URL, or has a part of a
+/// raw string, which cannot go on on another line.
 pub(super) fn wide_lines(source: &Source) -> Vec<(usize, usize)> {
     let columns = |line: &str| line.chars().count();
     let mut wide: Vec<(usize, usize)> = Vec::new();

@@ -39,7 +39,8 @@ impl Source {
     pub(crate) fn new(path: &str, text: &str) -> Result<Self> {
         let mut parser = Parser::new();
         parser.set_language(&tree_sitter_rust::LANGUAGE.into())?;
-        // What stands in a macro is only tokens to the grammar; with a blank in place of the `!` most macros are calls. Nothing moves.
+        // What stands in a macro is only tokens to the grammar; with a blank in place of the `!` most macros are calls.
+        // Nothing moves.
         let mut text = text.to_owned();
         for name in CALLED {
             text = text

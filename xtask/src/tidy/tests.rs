@@ -33,7 +33,8 @@ fn complaints(tree: &[(&str, &str)]) -> Result<Vec<String>> {
 
 /// A tree of rooms in the order a, b, c, where b must not import `a::secret`.
 fn rooms(b: &str, exceptions: &str) -> Result<Vec<String>> {
-    let page = "| `a.rs` |\n| `b.rs` |\n| `c.rs` |\n\n### From the ground up\n\n1. `a`\n2. `b`, never `a::secret`\n3. `c`\n\n## Next\n";
+    let page = "| `a.rs` |\n| `b.rs` |\n| `c.rs` |\n\n### From the ground up\n\n1. `a`\n2. `b`, never `a::secret`\n\
+        3. `c`\n\n## Next\n";
     complaints(&[
         ("enforcer/docs/architecture.md", page),
         ("enforcer/src/a.rs", "//! A.\n"),
@@ -191,7 +192,8 @@ fn every_room_has_its_place() -> Result<()> {
     assert_eq!(
         found,
         [
-            "enforcer/docs/architecture.md:1: the table of rooms has no a; write a line that begins with \"| `a.rs` |\"",
+            "enforcer/docs/architecture.md:1: the table of rooms has no a; write a line that begins with \"| `a.rs` \
+             |\"",
             "enforcer/src/d/part.rs:1: d is a room that stands nowhere; \
                 put it where it belongs below \"### From the ground up\" in enforcer/docs/architecture.md",
             "enforcer/docs/architecture.md:7: there is no room c; remove this line",
@@ -213,7 +215,8 @@ fn guarantees_are_cited_and_tested() -> Result<()> {
     assert_eq!(
         guaranteed(GUARANTEES, "//! A.\n", case)?,
         ["enforcer/docs/guarantees.md:5: no code cites D1; \
-            cite D1 in a comment where the code holds it, below enforcer/src/, enforcer/client/src/, enforcer-ebpf/src/"]
+            cite D1 in a comment where the code holds it, below enforcer/src/, enforcer/client/src/, \
+            enforcer-ebpf/src/"]
     );
     assert_eq!(
         guaranteed(GUARANTEES, "//! A (D1).\n// D2 and U8.\n", case)?,
@@ -222,7 +225,8 @@ fn guarantees_are_cited_and_tested() -> Result<()> {
     assert_eq!(
         guaranteed(GUARANTEES, code, &format!("{case}fn d1_d3_both() {{}}\n"))?,
         [
-            "tests/src/cases/a.rs:4: there is no guarantee D3; cite one of enforcer/docs/guarantees.md, or write it there"
+            "tests/src/cases/a.rs:4: there is no guarantee D3; cite one of enforcer/docs/guarantees.md, or write it \
+             there"
         ]
     );
     Ok(())

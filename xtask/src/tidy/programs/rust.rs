@@ -1,5 +1,5 @@
-//! The programs that Rust code runs: what reaches `Command::new`, directly or through functions that hand a parameter on to it, and what
-//! such programs run in turn.
+//! The programs that Rust code runs: what reaches `Command::new`, directly or through functions that hand a parameter
+//! on to it, and what such programs run in turn.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,8 +14,8 @@ use super::{
     text::{filled, literal},
 };
 
-/// What names something that this project builds, the cargo that runs us, a program by another name, or a command line that is looked
-/// through where it is made.
+/// What names something that this project builds, the cargo that runs us, a program by another name, or a command line
+/// that is looked through where it is made.
 const OWN: [&str; 13] = [
     "binary(",
     "built(",
