@@ -80,47 +80,42 @@ pub(super) fn check(files: &Files, sources: &[Source], exceptions: &Exceptions) 
 impl<'a> Page<'a> {
     fn parse(text: &'a str) -> Self {
         let mut page = Self::default();
-        // The guarantee whose section this is.
-        let mut section: Option<String> = None;
-        for (at, line) in text.lines().enumerate() {
-            let line_number = at + 1;
-            if let Some(heading) = line.strip_prefix('#') {
-                let heading = heading.trim_start_matches('#').trim();
-                section = heading
-                    .split_once(": ")
-                    .map(|(number, _)| number.to_owned())
-                    .filter(|one| is_number(one));
-                if let Some(number) = &section {
-                    page.guarantees.insert(number.clone(), (line_number, false));
-                }
-                if let Some((number, _)) = heading.split_once(". ") {
-                    page.others.insert(format!("S{number}"));
-                }
+        // The guarantee whose section this is, and whether the last column of this table names tests.
+        let (mut section, mut holds): (Option<String>, bool) = (None, false);
+        for (line_number, line) in (1..).zip(text.lines()) {
+            if line.starts_with('#') {
+                section = page.heading(line, line_number);
                 continue;
             }
             let cells: Vec<&str> = line.split(" | ").collect();
-            let number = cells
-                .first()
-                .map(|cell| cell.trim_start_matches("| "))
-                .filter(|cell| is_number(cell));
-            let held = cells.last().filter(|_| cells.len() > 2);
-            let found: Vec<&str> = match (number, held) {
-                (Some(number), None) => {
-                    page.others.insert(number.to_owned());
-                    Vec::new()
-                }
-                (Some(_), Some(held)) => quoted(held).filter(|name| is_path(name) || is_name(name, 1)).collect(),
-                (None, _) => quoted(line).filter(|name| is_name(name, 3)).collect(),
-            };
-            if let (Some(number), Some(_)) = (number, held) {
+            holds = line.starts_with('|') && (holds || cells.last() == Some(&"held by |"));
+            let held = cells.last().copied().filter(|_| holds).unwrap_or_default();
+            let prose = line.strip_suffix(held).unwrap_or(line);
+            let mut found: Vec<&str> = quoted(held).filter(|name| is_path(name) || is_name(name, 1)).collect();
+            found.extend(quoted(prose).filter(|name| is_name(name, 3)));
+            let number = cells.first().map_or("", |cell| cell.trim_start_matches("| "));
+            if is_number(number) && holds {
                 page.guarantees
                     .insert(number.to_owned(), (line_number, !found.is_empty()));
+            } else if is_number(number) {
+                page.others.insert(number.to_owned());
             } else if let Some((_, tested)) = section.as_ref().and_then(|number| page.guarantees.get_mut(number)) {
                 *tested |= !found.is_empty();
             }
             page.tests.extend(found.into_iter().map(|name| (name, line_number)));
         }
         page
+    }
+
+    /// Takes a heading: `### B4: grants` begins a guarantee, which is returned, and `## 5. Backends` is the section S5.
+    fn heading(&mut self, line: &str, line_number: usize) -> Option<String> {
+        let heading = line.trim_start_matches('#').trim();
+        if let Some((number, _)) = heading.split_once(". ") {
+            self.others.insert(format!("S{number}"));
+        }
+        let (number, _) = heading.split_once(": ").filter(|(number, _)| is_number(number))?;
+        self.guarantees.insert(number.to_owned(), (line_number, false));
+        Some(number.to_owned())
     }
 
     fn has(&self, number: &str) -> bool {

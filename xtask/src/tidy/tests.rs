@@ -245,11 +245,23 @@ fn tests_that_guarantees_name_are_there() -> Result<()> {
     );
     assert_eq!(
         guaranteed(
-            "| D1 | What. | not simulated |\n\n### B1: more\n\n`b1_*`\n",
+            "| | guarantee | held by |\n| D1 | What. | not simulated |\n\n### B1: more\n\n`b1_*`\n",
             "//! A (D1, B1).\n",
             "//! Cases.\nfn b1_x() {}\n"
         )?,
-        ["enforcer/docs/guarantees.md:1: D1 names no test; name the test in backticks, or the file of the tests"]
+        ["enforcer/docs/guarantees.md:2: D1 names no test; name the test in backticks, or the file of the tests"]
+    );
+    // In a column of tests a name need not be long, elsewhere it must.
+    assert_eq!(
+        guaranteed(
+            "| what | held by |\n| --- | --- |\n| `no_test` | `bears_all`, `a/b.rs` |\n\n`no_test`\n",
+            "//! A.\n",
+            "//! Cases.\n"
+        )?,
+        [
+            "enforcer/docs/guarantees.md:3: there is no test bears_all; name one that there is, or write it",
+            "enforcer/docs/guarantees.md:3: there is no test a/b.rs; name one that there is, or write it",
+        ]
     );
     Ok(())
 }
