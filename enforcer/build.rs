@@ -86,7 +86,8 @@ fn has_linker() -> bool {
     env::split_paths(&path).any(|dir| dir.join("bpf-linker").exists())
 }
 
-/// Lets every profile, clippy and editors use one build: aya-build's own place is below `OUT_DIR`, one for each of them.
+/// Lets every profile, clippy and editors use one build: aya-build's own place is below `OUT_DIR`, one for each of
+/// them.
 fn share_target_dir() -> std::io::Result<()> {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
     // target/PROFILE/build/enforcer-HASH/out

@@ -1,4 +1,5 @@
-//! Writes what a package holds besides the program, from the program's own words: man pages, completions, the default configuration.
+//! Writes what a package holds besides the program, from the program's own words: man pages, completions, the default
+//! configuration.
 
 use std::{
     env, fs,
@@ -67,7 +68,8 @@ fn default_configuration() -> Result<String> {
     let mut out = Vec::new();
     writeln!(
         out,
-        "# Configuration of enforcer. Every line that begins with # and no blank is a default, or an example of a target.\n\
+        "# Configuration of enforcer. Every line that begins with # and no blank is a default, or an example of a \
+         target.\n\
          # systemctl reload enforcer reads it again; enforcer config check says what is wrong with it.\n"
     )?;
     for line in shown.lines() {

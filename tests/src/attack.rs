@@ -1,5 +1,6 @@
 //! Every way to open a connection that could get round a judge at `connect`, as data and as code. Run by the binary
-//! `attack` in a process of its own, which becomes the user, enters the cgroup and the namespaces, and reports one line.
+//! `attack` in a process of its own, which becomes the user, enters the cgroup and the namespaces, and reports one
+//! line.
 
 #![allow(unsafe_code, reason = "socket calls in forms that safe wrappers do not offer")]
 
@@ -78,7 +79,8 @@ pub enum Way {
     UdpUnspecifiedMapped,
     UdpUnspecified6,
     UdpIoUring,
-    /// `sendto` to an address where nobody is, with an IPv6 routing header (RFC 8754) of no segments left that holds the destination.
+    /// `sendto` to an address where nobody is, with an IPv6 routing header (RFC 8754) of no segments left that holds
+    /// the destination.
     UdpSpentHeader,
 }
 
@@ -169,7 +171,8 @@ pub struct Attempt {
     /// Already the user, by a setuid bit: change nothing
     #[arg(long)]
     pub as_is: bool,
-    /// Connect again and again until this file is gone; print how often it `connected`, was `refused`, and met an `other` error
+    /// Connect again and again until this file is gone; print how often it `connected`, was `refused`, and met an
+    /// `other` error
     #[arg(long)]
     pub hammer_while: Option<PathBuf>,
     /// Milliseconds between two calls of `--hammer-while`
@@ -178,8 +181,8 @@ pub struct Attempt {
     /// Connect so often and print the median of the calls in nanoseconds, whatever comes of them
     #[arg(long)]
     pub rounds: Option<usize>,
-    /// Connect again and again until refused, and print how many microseconds after the first call that was; with `--as-root-first`
-    /// the first call is root's
+    /// Connect again and again until refused, and print how many microseconds after the first call that was; with
+    /// `--as-root-first` the first call is root's
     #[arg(long)]
     pub until_refused: bool,
     /// See `--until-refused`
@@ -270,8 +273,8 @@ fn measure(attempt: &Attempt, rounds: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken. Told apart are
-/// those whose first packet was dropped: it is sent again after a second, and may get through then.
+/// Connects over IPv4 and IPv4-mapped IPv6 in turn. Connections end by a reset, so that no port stays taken. Told apart
+/// are those whose first packet was dropped: it is sent again after a second, and may get through then.
 fn hammer(attempt: &Attempt, file: &std::path::Path) -> io::Result<()> {
     let (mut connected, mut refused, mut reset, mut other) = (0_u64, 0_u64, 0_u64, 0_u64);
     let mut late = 0_u64;

@@ -1,4 +1,5 @@
-//! Programs that are not ours, attached to a cgroup by `BPF_PROG_ATTACH`, their running times, and links and maps of ours in other hands.
+//! Programs that are not ours, attached to a cgroup by `BPF_PROG_ATTACH`, their running times, and links and maps of
+//! ours in other hands.
 
 #![allow(unsafe_code, reason = "bpf(2) has no safe form; structures are those of linux/bpf.h")]
 
@@ -81,7 +82,8 @@ pub fn detach_link(pin: &Path) -> io::Result<()> {
 
 /// The programs attached to a cgroup, by their numbers, with each type of attachment that the kernel has.
 pub fn attached(cgroup: &Path) -> io::Result<Vec<(u32, Vec<u32>)>> {
-    /// Those of a cgroup, which begin with `BPF_CGROUP_` in linux/bpf.h; for others a descriptor is no cgroup's, but a device's number, say.
+    /// Those of a cgroup, which begin with `BPF_CGROUP_` in linux/bpf.h; for others a descriptor is no cgroup's, but a
+    /// device's number, say.
     const TYPES: [RangeInclusive<u32>; 8] = [0..=3, 6..=6, 8..=15, 18..=22, 29..=32, 34..=34, 43..=43, 49..=53];
     /// More programs than a cgroup takes (`BPF_CGROUP_MAX_PROGS`).
     const MOST: u32 = 128;

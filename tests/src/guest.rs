@@ -1,5 +1,5 @@
-//! The first process of a virtual machine: makes a system of an initramfs, runs the privileged suite as `/plan.json` says, and tells on the
-//! second serial line, a line of JSON for everything that happens.
+//! The first process of a virtual machine: makes a system of an initramfs, runs the privileged suite as `/plan.json`
+//! says, and tells on the second serial line, a line of JSON for everything that happens.
 
 mod hierarchy;
 mod system;
@@ -140,7 +140,8 @@ fn what_auto_takes(phase: &Phase) -> Result<Value> {
     let config = dir.path().join("enforcer.toml");
     let place = |name: &str| dir.path().join(name).display().to_string();
     let text = format!(
-        "pin_dir = \"/sys/fs/bpf/auto\"\nnft_table = \"auto\"\nstate_dir = {:?}\nsocket = {:?}\n[target.monit]\nendpoints = [\"tcp://127.0.0.1:2822\"]\nallow = [\"root\"]\n",
+        "pin_dir = \"/sys/fs/bpf/auto\"\nnft_table = \"auto\"\nstate_dir = {:?}\nsocket = {:?}\n[target.monit]\n\
+         endpoints = [\"tcp://127.0.0.1:2822\"]\nallow = [\"root\"]\n",
         place("state"),
         place("control.sock"),
     );

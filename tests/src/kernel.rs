@@ -1,5 +1,6 @@
-//! What the kernel under test has: all that the suite asks for, but for what whoever starts the suite says that it cannot have. Those
-//! who say so are held to it (`kernel_has_what_it_should`); a case for a lacking thing expects the documented difference.
+//! What the kernel under test has: all that the suite asks for, but for what whoever starts the suite says that it
+//! cannot have. Those who say so are held to it (`kernel_has_what_it_should`); a case for a lacking thing expects the
+//! documented difference.
 
 use std::{env, fs, io, path::Path, process::Command};
 
@@ -22,8 +23,8 @@ pub enum Feature {
     Btf,
     /// A cgroup v2 hierarchy, mounted.
     Cgroup2,
-    /// Kernel memory read by programs, which `lockdown=confidentiality` forbids: of UDP and MPTCP sockets the task's user then decides
-    /// alone (D3).
+    /// Kernel memory read by programs, which `lockdown=confidentiality` forbids: of UDP and MPTCP sockets the task's
+    /// user then decides alone (D3).
     KernelReads,
     /// Multipath TCP (Linux 5.6, where the distribution builds it).
     Mptcp,
@@ -127,7 +128,8 @@ fn netns_cookie() -> Result<bool> {
     Ok(result == 0)
 }
 
-/// Asked by a dry run, which the kernel answers and forgets; by a set, as `nft` looks for named cgroups below `/sys/fs/cgroup` alone.
+/// Asked by a dry run, which the kernel answers and forgets; by a set, as `nft` looks for named cgroups below
+/// `/sys/fs/cgroup` alone.
 fn socket_cgroup() -> Result<bool> {
     let rules = "table inet enforcertest_probe { set some { typeof socket cgroupv2 level 1; }; \
         chain out { type filter hook output priority 0; socket cgroupv2 level 1 @some accept; }; }";

@@ -1,9 +1,10 @@
-//! A machine of its own for the suite, the demo and the benchmarks: this one, but with a first process, mounts, a bpffs and an `/etc` that
-//! nothing outside shares. What is pinned or mounted there ends with the run, however that ends; `/proc/1` has the mounts that every case
-//! sees, as on a host; and a root that is bare, with no bpffs and half of `/etc`, is as good as any other.
+//! A machine of its own for the suite, the demo and the benchmarks: this one, but with a first process, mounts, a bpffs
+//! and an `/etc` that nothing outside shares. What is pinned or mounted there ends with the run, however that ends;
+//! `/proc/1` has the mounts that every case sees, as on a host; and a root that is bare, with no bpffs and half of
+//! `/etc`, is as good as any other.
 //!
-//! The program runs itself twice more: outside it makes the namespaces and waits; as their first process it mounts, and reaps orphans; as
-//! that process' child it does its work.
+//! The program runs itself twice more: outside it makes the namespaces and waits; as their first process it mounts, and
+//! reaps orphans; as that process' child it does its work.
 
 use std::{
     env,
@@ -47,7 +48,8 @@ pub fn inside(work: impl FnOnce() -> ExitCode) -> ExitCode {
     })
 }
 
-/// A number that nothing else on the host has, for names and addresses that are not the machine's own: cgroups, tables, ports.
+/// A number that nothing else on the host has, for names and addresses that are not the machine's own: cgroups, tables,
+/// ports.
 #[must_use]
 pub fn number() -> u32 {
     let said = env::var(MACHINE).ok();

@@ -28,8 +28,8 @@ pub fn mounted() -> Result<Option<PathBuf>> {
     }))
 }
 
-/// Ends a hierarchy that only a mount namespace had, which has gone. It stays, without a mount, if a group of it was still being released
-/// then; so it is mounted once more, where no other case sees it.
+/// Ends a hierarchy that only a mount namespace had, which has gone. It stays, without a mount, if a group of it was
+/// still being released then; so it is mounted once more, where no other case sees it.
 pub fn end(place: &Path) -> Result<()> {
     until("the hierarchy is gone", || {
         if !fs::read_to_string("/proc/self/cgroup")?.contains(":net_cls:") {
@@ -42,8 +42,8 @@ pub fn end(place: &Path) -> Result<()> {
     })
 }
 
-/// A hierarchy of cgroup v1 with `net_cls`, seen in a mount namespace of its own unless the host has it, with the group that rules of
-/// jammy's let through.
+/// A hierarchy of cgroup v1 with `net_cls`, seen in a mount namespace of its own unless the host has it, with the group
+/// that rules of jammy's let through.
 #[derive(Debug)]
 pub struct NetCls {
     /// Where it is mounted, in its mount namespace.
@@ -65,7 +65,8 @@ impl NetCls {
             None => (false, world.path("net_cls")),
         };
         let script = "set -e; [ -n \"$3\" ] || { mkdir \"$1\"; mount -t cgroup -o net_cls none \"$1\"; }\n\
-            mkdir -p \"$1/monit-api-access\"; echo \"$2\" > \"$1/monit-api-access/net_cls.classid\"; echo ready; exec sleep 600";
+            mkdir -p \"$1/monit-api-access\"; echo \"$2\" > \"$1/monit-api-access/net_cls.classid\"; echo ready; exec \
+            sleep 600";
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", script, "sh"]).arg(&place);
         command.args([CLASSID, if is_hosts { "hosts" } else { "" }]);

@@ -1,4 +1,5 @@
-//! A line of JSON for every case that begins or ends, to the file named by `ENFORCER_TEST_RECORD`: how a guest's results leave it.
+//! A line of JSON for every case that begins or ends, to the file named by `ENFORCER_TEST_RECORD`: how a guest's
+//! results leave it.
 
 use std::{
     env,

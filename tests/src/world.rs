@@ -1,4 +1,5 @@
-//! A world for one case: scratch directory, cgroup, pins, network namespaces, listeners, the daemon. All gone when dropped.
+//! A world for one case: scratch directory, cgroup, pins, network namespaces, listeners, the daemon. All gone when
+//! dropped.
 
 use std::{
     ffi::OsStr,
@@ -218,8 +219,8 @@ impl World {
         Ok((Daemon { child, log }, socket))
     }
 
-    /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` and `nsswitch.conf` if they
-    /// are there.
+    /// The binary, to be started where `resolv.conf` in the scratch directory is the host's, and `hosts` and
+    /// `nsswitch.conf` if they are there.
     pub fn with_resolver(&self) -> Result<Command> {
         Ok(self.resolving(Command::new("unshare"), &binary("enforcer")?))
     }
@@ -383,8 +384,8 @@ pub fn cgroup_mount() -> Result<PathBuf> {
     mount.context("no cgroup v2 is mounted")
 }
 
-/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one. What this run of the suite takes
-/// from `enforcer` has been taken from it.
+/// A binary of this build: `enforcer` by `ENFORCER_BIN` if that is set, the others beside this one. What this run of
+/// the suite takes from `enforcer` has been taken from it.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let path = whole_binary(name)?;
     if name == "enforcer" && Backend::current() == Backend::AutoWithoutBpf && !lacks(Feature::Bpf) {
@@ -405,8 +406,8 @@ pub fn whole_binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Copies a binary of this build. In a process of its own: one that another case forks meanwhile would hold the copy open for
-/// writing, and nothing that is may be executed (execve(2), `ETXTBSY`).
+/// Copies a binary of this build. In a process of its own: one that another case forks meanwhile would hold the copy
+/// open for writing, and nothing that is may be executed (execve(2), `ETXTBSY`).
 pub fn copy_binary(name: &str, to: &Path) -> Result<()> {
     ran(Command::new("cp").arg(binary(name)?).arg(to))?.demand(0).map(drop)
 }
@@ -430,15 +431,16 @@ pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     bail!("waited {} s in vain until {what}", patience.as_secs())
 }
 
-/// How many times slower than a machine this may be: 1, but where whoever starts the suite says otherwise, as of an emulated one.
+/// How many times slower than a machine this may be: 1, but where whoever starts the suite says otherwise, as of an
+/// emulated one.
 #[must_use]
 pub fn slowness() -> u32 {
     let said = std::env::var(SLOWNESS).ok();
     said.and_then(|said| said.parse().ok()).unwrap_or(1).max(1)
 }
 
-/// How long may take now what takes at most so long where no more than two tasks a processor are busy: where others compete for the
-/// processors, the daemon and whoever asks it wait as much longer for their turns.
+/// How long may take now what takes at most so long where no more than two tasks a processor are busy: where others
+/// compete for the processors, the daemon and whoever asks it wait as much longer for their turns.
 pub fn at_this_load(limit: Duration) -> Result<Duration> {
     // The average of a minute, and the tasks that could run now (man 5 proc).
     let load = fs::read_to_string("/proc/loadavg")?;
@@ -495,7 +497,8 @@ pub fn ran(command: &mut Command) -> Result<Ran> {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    /// In memory and without a name, so that no mount hides it. Not a pipe: what was written before an answer is read after it.
+    /// In memory and without a name, so that no mount hides it. Not a pipe: what was written before an answer is read
+    /// after it.
     log: File,
 }
 
@@ -762,8 +765,8 @@ impl Attack {
         Ok(())
     }
 
-    /// Fails unless every call is refused as what enforces here refuses (D8), and the fastest of a few at once, not after the second or
-    /// more that a packet without an answer takes.
+    /// Fails unless every call is refused as what enforces here refuses (D8), and the fastest of a few at once, not
+    /// after the second or more that a packet without an answer takes.
     pub fn is_refused(&self) -> Result<()> {
         if Backend::current().is_nftables() {
             self.is_reset()
@@ -1015,8 +1018,8 @@ impl Listener {
 /// Connections that a listener keeps before it looks which of them have ended, though others wait.
 const MOST_GREETED: usize = 256;
 
-/// Greets, and keeps the connection until the caller ends it: data that comes to a closed one, as of a fast open, is answered with a
-/// reset (RFC 1122, 4.2.2.13), which may overtake the greeting where another processor brings that.
+/// Greets, and keeps the connection until the caller ends it: data that comes to a closed one, as of a fast open, is
+/// answered with a reset (RFC 1122, 4.2.2.13), which may overtake the greeting where another processor brings that.
 fn greet(mut stream: TcpStream) -> Option<TcpStream> {
     let greeted = stream
         .write_all(GREETING)

@@ -20,7 +20,8 @@ pub(crate) fn mirror() -> Result<String> {
     })
 }
 
-/// The first of apt's sources, one in a line, that is Debian's archive: mirrors end so, those of security updates do not.
+/// The first of apt's sources, one in a line, that is Debian's archive: mirrors end so, those of security updates do
+/// not.
 fn of(sources: &str) -> Option<String> {
     let mut places = sources.lines().map(|line| line.trim().trim_end_matches('/'));
     places.find(|place| place.ends_with("/debian")).map(str::to_owned)

@@ -1,4 +1,5 @@
-//! Every developer task; `cargo xtask --help` lists them. Empty where there is no Linux, so that `main` is built anywhere and says so.
+//! Every developer task; `cargo xtask --help` lists them. Empty where there is no Linux, so that `main` is built
+//! anywhere and says so.
 
 #![cfg(target_os = "linux")]
 
@@ -6,14 +7,13 @@ mod ci;
 mod debian;
 mod package;
 mod pristine;
-#[cfg(test)]
-mod programs;
 mod progress;
 mod root;
 mod run;
 mod setup;
 mod stock;
 mod suites;
+mod tidy;
 mod vm;
 
 use std::{env, path::PathBuf, process::ExitCode};
@@ -55,16 +55,25 @@ enum Task {
     Bench,
     /// Run the privileged suite on other kernels, in virtual machines
     ///
-    /// Fetches kernels from Debian's archive (xtask/kernels.toml; 150 MB, kept in ~/.cache/enforcer-vm) and builds one without BPF, boots
-    /// each under QEMU with the binary and the suite in an initramfs, and tells what passed where, in target/vm/matrix.md and junit.xml too.
-    /// `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of that name; `--keep` then gives a shell there.
+    /// Fetches kernels from Debian's archive (xtask/kernels.toml; 150 MB, kept in ~/.cache/enforcer-vm) and builds one
+    /// without BPF, boots each under QEMU with the binary and the suite in an initramfs, and tells what passed where,
+    /// in target/vm/matrix.md and junit.xml too. `cargo xtask vm --kernel 6.1 -- d3_who` runs one kernel's cases of
+    /// that name; `--keep` then gives a shell there.
     Vm(vm::Options),
-    /// Check format, lints, that the client library needs nothing but Rust, and that setup installs every program that is run, as CI does before the tests
+    /// Check format, lints, that the client library needs nothing but Rust, and what `tidy` checks, as CI does before
+    /// the tests
     Ci,
+    /// Check what no compiler does: rooms, guarantees, widths, lengths, crates, and that setup installs every program
+    /// that is run
+    Tidy {
+        /// Print what xtask/tidy.toml would have to allow now
+        #[arg(long)]
+        ceilings: bool,
+    },
     /// Run commands as a new user would: in a minimal system, in a clean clone of HEAD (as root)
     ///
-    /// The system has this host's distribution and kernel, git, curl, certificates and rustup's toolchains without rust-src; crates and
-    /// the virtual machines' kernels are shared with this host. Several commands share one system.
+    /// The system has this host's distribution and kernel, git, curl, certificates and rustup's toolchains without
+    /// rust-src; crates and the virtual machines' kernels are shared with this host. Several commands share one system.
     Pristine {
         /// Shell commands; `@demo` and `@test` are those that the README shows [default: @demo @test]
         command: Vec<String>,
@@ -93,6 +102,8 @@ pub fn run() -> ExitCode {
         Task::Bench => suites::bench(),
         Task::Vm(options) => vm::run(&options),
         Task::Ci => ci::run(),
+        Task::Tidy { ceilings: true } => tidy::ceilings(),
+        Task::Tidy { ceilings: false } => tidy::run(),
         Task::Pristine { command } => pristine::run(&command),
         Task::Package { build_only } => package::run(build_only),
         Task::PackageCheck { package, next } => package::check(&package, &next),

@@ -10,7 +10,8 @@ fn main() -> ExitCode {
 #[cfg(not(target_os = "linux"))]
 fn main() -> ExitCode {
     eprintln!(
-        "xtask: error: enforcer guards Linux hosts only, by BPF or nf_tables; this is {}: use a Linux host or a virtual machine",
+        "xtask: error: enforcer guards Linux hosts only, by BPF or nf_tables; this is {}: use a Linux host or a \
+         virtual machine",
         std::env::consts::OS
     );
     ExitCode::from(2)

@@ -1,5 +1,5 @@
-//! What a new user has: a minimal system of this host's distribution, with git, certificates, curl and rustup's toolchains, and a clean clone
-//! of HEAD; the README's commands, or others, run there. The kernel is this host's.
+//! What a new user has: a minimal system of this host's distribution, with git, certificates, curl and rustup's
+//! toolchains, and a clean clone of HEAD; the README's commands, or others, run there. The kernel is this host's.
 
 use std::{
     env, fs,
@@ -44,7 +44,8 @@ const PROXIES: [&str; 7] = [
     "rustdoc",
     "rustfmt",
 ];
-/// Runs before the root is entered. No bpffs; the cgroups as they are mounted here; rustup's toolchains below a layer that ends with the run.
+/// Runs before the root is entered. No bpffs; the cgroups as they are mounted here; rustup's toolchains below a layer
+/// that ends with the run.
 const MOUNTS: &str = include_str!("pristine/mounts.sh");
 /// Runs inside, with the commands as arguments.
 const RUN: &str = include_str!("pristine/run.sh");
@@ -175,7 +176,8 @@ fn archive(cache: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// This distribution's own sources of those that apt has, as lines of a sources.list: what is of no suite of this release is another's.
+/// This distribution's own sources of those that apt has, as lines of a sources.list: what is of no suite of this
+/// release is another's.
 fn sources(targets: &str, suite: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for target in targets.lines() {

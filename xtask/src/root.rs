@@ -1,4 +1,5 @@
-//! A minimal system in a directory: made once by mmdebstrap, kept as an archive, unpacked for each use, entered in namespaces of its own.
+//! A minimal system in a directory: made once by mmdebstrap, kept as an archive, unpacked for each use, entered in
+//! namespaces of its own.
 
 use std::{
     fs,
@@ -16,8 +17,8 @@ use crate::{
     },
 };
 
-/// Runs with the root's path, further mounts as shell text, and the command to run inside. Its root is a mount point, without which
-/// `ip -n` fails inside; nothing is seen outside, and with the process namespace all of it ends.
+/// Runs with the root's path, further mounts as shell text, and the command to run inside. Its root is a mount point,
+/// without which `ip -n` fails inside; nothing is seen outside, and with the process namespace all of it ends.
 const ENTER: &str = r#"
 set -e
 root=$1 mounts=$2
@@ -89,8 +90,8 @@ impl Root {
         self.dir.join(inside.trim_start_matches('/'))
     }
 
-    /// A command inside, as root, in new mount and process namespaces, and `apart` in new network and IPC namespaces too, which end with it.
-    /// `mounts` is shell text that runs before, with the root's path as `$root`.
+    /// A command inside, as root, in new mount and process namespaces, and `apart` in new network and IPC namespaces
+    /// too, which end with it. `mounts` is shell text that runs before, with the root's path as `$root`.
     pub(crate) fn enter(&self, apart: bool, mounts: &str, command: &[&str]) -> Command {
         let mut enter = Command::new("unshare");
         enter.args(["--mount", "--pid", "--fork", "--kill-child"]);

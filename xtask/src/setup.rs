@@ -70,7 +70,8 @@ pub(crate) fn run(dry_run: bool) -> Result<()> {
                 }
                 (Step::Packages(packages), _) if packages.contains(&"rustc-web") && !apt::is_available("rustc-web") => {
                     bail!(
-                        "the sources of Rust's library (rust-src) are not to be had: rustup fails ({}), and {} has no package rustc-web with a compiler that is new enough; get rustup to the network, and run `{}`",
+                        "the sources of Rust's library (rust-src) are not to be had: rustup fails ({}), and {} has no \
+                         package rustc-web with a compiler that is new enough; get rustup to the network, and run `{}`",
                         refused.map_or_else(String::new, |error| format!("{error:#}")),
                         apt::distribution(),
                         Step::Component("rust-src").command(&facts)

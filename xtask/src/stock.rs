@@ -1,5 +1,5 @@
-//! Checks that the client library builds with a stock toolchain, with tokio and without (B3): no BPF, no C library, no build script of
-//! its own. What it is made of is read from cargo.
+//! Checks that the client library builds with a stock toolchain, with tokio and without (B3): no BPF, no C library, no
+//! build script of its own. What it is made of is read from cargo.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;

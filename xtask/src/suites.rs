@@ -28,8 +28,8 @@ pub(crate) const BACKENDS: [&str; 4] = ["ebpf", "nftables", "both", "auto-withou
 /// What it is run on, in this order; `both` has a selection of its cases.
 const ROUTINE: [&str; 3] = ["ebpf", "nftables", "both"];
 
-/// Runs every test, or the privileged suite on one backend, or the cases of a name on all. The suite comes last, so that its closing
-/// lines end the output.
+/// Runs every test, or the privileged suite on one backend, or the cases of a name on all. The suite comes last, so
+/// that its closing lines end the output.
 pub(crate) fn test(backend: Option<&str>, filter: Option<&str>) -> Result<()> {
     build()?;
     if backend.is_none() && filter.is_none() {

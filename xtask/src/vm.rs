@@ -75,15 +75,16 @@ pub(crate) struct Options {
     /// Where kernels are kept between runs [default: ~/.cache/enforcer-vm]
     #[arg(long, value_name = "DIRECTORY")]
     cache: Option<PathBuf>,
-    /// Boot a system with systemd and live the package's life in it: install, restart, crash, upgrade, reboot, power cut, soft reboot, purge; on the
-    /// named kernel, or 6.1
+    /// Boot a system with systemd and live the package's life in it: install, restart, crash, upgrade, reboot, power
+    /// cut, soft reboot, purge; on the named kernel, or 6.1
     #[arg(long)]
     systemd: bool,
-    /// A package for --systemd, and given again the one to upgrade to [default: those of `cargo xtask package`, built first; with --debug
-    /// those that are there]
+    /// A package for --systemd, and given again the one to upgrade to [default: those of `cargo xtask package`, built
+    /// first; with --debug those that are there]
     #[arg(long, value_name = "FILE", requires = "systemd")]
     deb: Vec<PathBuf>,
-    /// Guests that run at once [default: one for every processor, with --kvm for every two; one with --log, --keep or --systemd]
+    /// Guests that run at once [default: one for every processor, with --kvm for every two; one with --log, --keep or
+    /// --systemd]
     #[arg(long, short, value_name = "NUMBER")]
     jobs: Option<usize>,
     /// Memory of a guest in MiB [default: 1024, and 3072 with --full]

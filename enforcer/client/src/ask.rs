@@ -53,7 +53,11 @@ pub enum AskError {
         error: io::Error,
     },
     /// It is not root's, and was sent nothing (F6).
-    #[error("{} is user {uid}'s, not root's: what answers there is no enforcer and was asked nothing; {START}, which takes its place", path.display())]
+    #[error(
+        "{} is user {uid}'s, not root's: what answers there is no enforcer and was asked nothing; {START}, which takes \
+         its place",
+        path.display()
+    )]
     Impostor {
         /// The socket.
         path: PathBuf,
@@ -61,16 +65,21 @@ pub enum AskError {
         uid: u32,
     },
     /// The daemon took too long.
-    #[error("the daemon on {} did not answer within {}; {}", path.display(), humantime::format_duration(*patience), match **request {
-        Request::Refresh => "it may still be looking names up: give it longer with --timeout",
-        Request::Status
-        | Request::Events { .. }
-        | Request::Grant(_)
-        | Request::Revoke(_)
-        | Request::Grants
-        | Request::Verify
-        | Request::Unload => "its log may say why: restart it if this stays",
-    })]
+    #[error(
+        "the daemon on {} did not answer within {}; {}",
+        path.display(),
+        humantime::format_duration(*patience),
+        match **request {
+            Request::Refresh => "it may still be looking names up: give it longer with --timeout",
+            Request::Status
+            | Request::Events { .. }
+            | Request::Grant(_)
+            | Request::Revoke(_)
+            | Request::Grants
+            | Request::Verify
+            | Request::Unload => "its log may say why: restart it if this stays",
+        }
+    )]
     TimedOut {
         /// The socket.
         path: PathBuf,
@@ -146,7 +155,8 @@ impl<'a> Ask<'a> {
         }
     }
 
-    /// Connects, unless another user could answer there (F6). None where the daemon is behind with accepting, and another try may do.
+    /// Connects, unless another user could answer there (F6). None where the daemon is behind with accepting, and
+    /// another try may do.
     fn connect(&self) -> Result<Option<UnixStream>, AskError> {
         let impostor = |uid| AskError::Impostor {
             path: self.socket.into(),
@@ -231,7 +241,8 @@ impl<'a> Ask<'a> {
     }
 }
 
-/// Whether it would have to be waited longer: so says a socket that does not wait, and one whose time is over (socket(7), `SO_RCVTIMEO`).
+/// Whether it would have to be waited longer: so says a socket that does not wait, and one whose time is over
+/// (socket(7), `SO_RCVTIMEO`).
 fn is_late(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }

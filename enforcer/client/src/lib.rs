@@ -1,9 +1,10 @@
 //! For programs that connect to what `enforcer` protects: they ask for a refresh before each connection (B3).
 //!
-//! Builds with stable Rust alone: no BPF, no C library, no build script of its own. Without the feature `tokio` it needs no runtime.
+//! Builds with stable Rust alone: no BPF, no C library, no build script of its own. Without the feature `tokio` it
+//! needs no runtime.
 //!
-//! The daemon runs as root, and so does its caller. Nothing is sent to another user's process that listens on the socket. Here a thread
-//! stands for the daemon:
+//! The daemon runs as root, and so does its caller. Nothing is sent to another user's process that listens on the
+//! socket. Here a thread stands for the daemon:
 //!
 //! ```
 //! use std::{io::{BufRead, BufReader, Write}, os::unix::net::UnixListener, thread, time::Duration};
@@ -56,12 +57,13 @@ struct Refreshed {
     status: Status,
 }
 
-/// Asks the daemon on `socket` to look all names up now, and returns when the kernel holds the result: a client that connects then is
-/// checked against the addresses that a resolver answers now (B3). Root only. Inside a runtime it blocks a thread of it.
+/// Asks the daemon on `socket` to look all names up now, and returns when the kernel holds the result: a client that
+/// connects then is checked against the addresses that a resolver answers now (B3). Root only. Inside a runtime it
+/// blocks a thread of it.
 ///
-/// A name that could not be looked up is no error: the status is then [`State::Degraded`], its causes say why, and the addresses
-/// known before stay protected (N3). An error means that no daemon of root's answered within `timeout`, which bounds all of it, or
-/// that the result could not be enforced.
+/// A name that could not be looked up is no error: the status is then [`State::Degraded`], its causes say why, and the
+/// addresses known before stay protected (N3). An error means that no daemon of root's answered within `timeout`, which
+/// bounds all of it, or that the result could not be enforced.
 ///
 /// ```no_run
 /// use std::{path::Path, time::Duration};

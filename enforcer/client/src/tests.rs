@@ -1,4 +1,5 @@
-//! Daemons of all kinds, asked both ways. Run by root they are root's; else they are this user's, who is trusted here alone.
+//! Daemons of all kinds, asked both ways. Run by root they are root's; else they are this user's, who is trusted here
+//! alone.
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 

@@ -34,8 +34,8 @@ pub(crate) fn foreign_listener(stream: &impl AsFd, trusted: u32) -> io::Result<O
 }
 
 /// The user who has mounted a file system exactly there, as far as it says so (`user_id=` of FUSE,
-/// Documentation/filesystems/fuse.rst; fusermount lets users do that). No link is followed at the path's end, and nothing of the file
-/// system is read, whose server may never answer.
+/// Documentation/filesystems/fuse.rst; fusermount lets users do that). No link is followed at the path's end, and
+/// nothing of the file system is read, whose server may never answer.
 #[must_use]
 pub fn mounted_by(dir: &Path) -> Option<u32> {
     dir.file_name()?;

@@ -1,7 +1,7 @@
 //! What goes over the control socket: one line of JSON in, lines of JSON out.
 //!
-//! [`Request`] is all that can be asked. Of the answers only what a caller of [`refresh_blocking`](crate::refresh_blocking) needs is
-//! here: a caller that asks for more brings a type for it.
+//! [`Request`] is all that can be asked. Of the answers only what a caller of
+//! [`refresh_blocking`](crate::refresh_blocking) needs is here: a caller that asks for more brings a type for it.
 
 use serde::{Deserialize, Serialize};
 

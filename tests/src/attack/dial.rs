@@ -73,8 +73,8 @@ pub(super) fn timed(attempt: &Attempt, socket: &Socket) -> io::Result<Duration> 
     }
 }
 
-/// Waits on when it is interrupted: what an `io_uring` leaves to do when it is closed does that, and a wait with a timeout is not resumed
-/// by the kernel (signal(7)).
+/// Waits on when it is interrupted: what an `io_uring` leaves to do when it is closed does that, and a wait with a
+/// timeout is not resumed by the kernel (signal(7)).
 fn greeted(socket: &std::net::UdpSocket, greeting: &mut [u8]) -> io::Result<usize> {
     loop {
         match socket.recv(greeting) {
@@ -270,8 +270,9 @@ fn dial_udp(attempt: &Attempt, socket: &Socket) -> io::Result<()> {
     Ok(())
 }
 
-/// A segment routing header of one segment, none left: the kernel sends the packet to that segment, wherever the call wanted it to go.
-/// With it an address to be named by the call: the kernel makes the checksum for that, so that it has the same words in another order.
+/// A segment routing header of one segment, none left: the kernel sends the packet to that segment, wherever the call
+/// wanted it to go. With it an address to be named by the call: the kernel makes the checksum for that, so that it has
+/// the same words in another order.
 fn spent_header(to: SocketAddr) -> io::Result<(Ipv6Addr, [u8; 24])> {
     const SEGMENT_ROUTING: u8 = 4;
     let IpAddr::V6(segment) = to.ip() else {

@@ -1,5 +1,5 @@
-//! A connection that no `connect` opens: a SYN made by hand, whole or in pieces, as `CAP_NET_RAW` in a container's network namespace
-//! allows.
+//! A connection that no `connect` opens: a SYN made by hand, whole or in pieces, as `CAP_NET_RAW` in a container's
+//! network namespace allows.
 
 use std::{
     io::{self, Read as _},
@@ -20,8 +20,8 @@ pub enum Cut {
     Eights,
     /// Fragments of 16 bytes: ports and flags are in the first.
     Sixteens,
-    /// A first fragment that opens nothing, and one that begins at byte 8 and lays flags over its own (RFC 3128): what it has where
-    /// flags would be, were it a first one, opens nothing either. IPv4.
+    /// A first fragment that opens nothing, and one that begins at byte 8 and lays flags over its own (RFC 3128): what
+    /// it has where flags would be, were it a first one, opens nothing either. IPv4.
     Overlap,
     /// Hop-by-hop and destination options before the segment, all in one packet. IPv6.
     Options,

@@ -1,5 +1,6 @@
-//! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should run.
-//! An argument, `connects`, `established`, `forwarded`, `nftables`, `programs`, `starts` or `updates`, chooses one part.
+//! Measures against the budgets: scenarios in turn, many rounds, medians and ratios. Needs root; nothing else should
+//! run. An argument, `connects`, `established`, `forwarded`, `nftables`, `programs`, `starts` or `updates`, chooses one
+//! part.
 
 use std::{
     fs,
@@ -231,13 +232,14 @@ fn ruled(backend: Option<&str>, count: u32) -> Result<(World, Netns, Listener, D
     Ok((world, netns, listener, took))
 }
 
-/// P3: request and response on an established connection, to the same without rules in another namespace; that without rules to
-/// another without rules, for what such a comparison can tell here.
+/// P3: request and response on an established connection, to the same without rules in another namespace; that without
+/// rules to another without rules, for what such a comparison can tell here.
 fn established() -> Result<()> {
     const PAIRS: usize = 2001;
     const TRIPS: u32 = 100;
     println!(
-        "\nestablished, {TRIPS} bytes there and back a slice, {PAIRS} pairs of slices: median ratio to no rules [its 95 % interval], quartiles"
+        "\nestablished, {TRIPS} bytes there and back a slice, {PAIRS} pairs of slices: median ratio to no rules [its \
+         95 % interval], quartiles"
     );
     let kinds = [
         (None, 0),
@@ -257,7 +259,8 @@ fn established() -> Result<()> {
     Ok(())
 }
 
-/// A container, the host that forwards what it sends, and a server behind that; rules for so many endpoints on the host, or none.
+/// A container, the host that forwards what it sends, and a server behind that; rules for so many endpoints on the
+/// host, or none.
 struct Passage {
     _world: World,
     container: Netns,
@@ -316,7 +319,8 @@ fn forwarded() -> Result<()> {
     const PAIRS: usize = 1001;
     const TRIPS: u32 = 50;
     println!(
-        "\nforwarded, nftables, {PAIRS} pairs of slices, {TRIPS} bytes there and back or 20 connects: median ratio to no rules [its 95 % interval], quartiles"
+        "\nforwarded, nftables, {PAIRS} pairs of slices, {TRIPS} bytes there and back or 20 connects: median ratio to \
+         no rules [its 95 % interval], quartiles"
     );
     for rules in [None, Some(1), Some(10_000)] {
         let (bare, ruled) = (Passage::new(None)?, Passage::new(rules)?);
@@ -345,7 +349,8 @@ fn forwarded() -> Result<()> {
         let (other, beside) = connects?;
         let count = rules.map_or_else(|| "no rules".to_owned(), |count| count.to_string());
         println!(
-            "{count:>8}  established {established}\n          connect to another address {other}\n          connect to an endpoint's address, another port {beside}"
+            "{count:>8}  established {established}\n          connect to another address {other}\n          connect to \
+             an endpoint's address, another port {beside}"
         );
     }
     Ok(())
@@ -355,7 +360,8 @@ fn forwarded() -> Result<()> {
 fn nftables() -> Result<()> {
     const PAIRS: usize = 1001;
     println!(
-        "\nnftables, connect, {PAIRS} pairs of slices of 20: median ratio to no rules [its 95 % interval], quartiles; a denial, median"
+        "\nnftables, connect, {PAIRS} pairs of slices of 20: median ratio to no rules [its 95 % interval], quartiles; \
+         a denial, median"
     );
     for count in [1, 1_000, 10_000, 100_000] {
         let (bare, without, _first, _) = ruled(None, 0)?;
@@ -387,7 +393,8 @@ fn nftables() -> Result<()> {
         }
         times.sort_unstable();
         println!(
-            "{count:>7}  unprotected {unprotected}\n         allowed     {protected}\n         denied      {} ns, rounds {} to {}; installed and read back in {} ms",
+            "{count:>7}  unprotected {unprotected}\n         allowed     {protected}\n         denied      {} ns, \
+             rounds {} to {}; installed and read back in {} ms",
             median(times.clone()).unwrap_or(0),
             times.first().copied().unwrap_or(0),
             times.last().copied().unwrap_or(0),

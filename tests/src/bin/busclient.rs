@@ -1,6 +1,6 @@
-//! A root client of a NATS server behind a name, as jobs are: before each connection and reconnection it asks `enforcer` for a
-//! refresh (B3), and sends itself messages all the while. Prints `refreshed`, `connected SERVER` once a message came back from another
-//! server than before, and `failed WHY`, a line each.
+//! A root client of a NATS server behind a name, as jobs are: before each connection and reconnection it asks
+//! `enforcer` for a refresh (B3), and sends itself messages all the while. Prints `refreshed`, `connected SERVER` once
+//! a message came back from another server than before, and `failed WHY`, a line each.
 
 use std::{path::PathBuf, time::Duration};
 

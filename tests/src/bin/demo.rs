@@ -1,4 +1,5 @@
-//! The main job, shown: a NATS server behind a DNS name, root lets through, everybody else refused, whatever way they take.
+//! The main job, shown: a NATS server behind a DNS name, root lets through, everybody else refused, whatever way they
+//! take.
 
 use std::{
     env, fs,
@@ -226,7 +227,8 @@ impl Stage {
             .option("--netns", &self.host.file().display().to_string())
     }
 
-    /// Ways past a judge that looks at `connect` to an IPv4 address only. nftables sees who opened a socket, not who connects it.
+    /// Ways past a judge that looks at `connect` to an IPv4 address only. nftables sees who opened a socket, not who
+    /// connects it.
     fn attacks(&self, sees_tasks: bool) -> Result<Vec<(String, Attack)>> {
         let handed = (
             format!("a socket that root made, {SERVER4}"),

@@ -1,5 +1,6 @@
-//! Runs the privileged suite for one backend. A part of a name given as argument chooses cases, and so does `ENFORCER_TEST_CASES`, a
-//! list of names or beginnings of names (`d3_*`) with commas between; `--list` lists them with the backends that each is run on.
+//! Runs the privileged suite for one backend. A part of a name given as argument chooses cases, and so does
+//! `ENFORCER_TEST_CASES`, a list of names or beginnings of names (`d3_*`) with commas between; `--list` lists them with
+//! the backends that each is run on.
 
 use std::{env, process::ExitCode, sync::Arc};
 

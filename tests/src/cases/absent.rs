@@ -1,4 +1,5 @@
-//! F8, N9: users and cgroups that do not exist yet, that come, change and go. The suite's machine has an `/etc` of its own.
+//! F8, N9: users and cgroups that do not exist yet, that come, change and go. The suite's machine has an `/etc` of its
+//! own.
 
 use std::{
     fs,

@@ -1,4 +1,5 @@
-//! F4, N7: a start puts the last rule set known good in force first, whatever has become of configuration, DNS and the file.
+//! F4, N7: a start puts the last rule set known good in force first, whatever has become of configuration, DNS and the
+//! file.
 
 use std::fs;
 
@@ -469,8 +470,8 @@ fn removed() -> Result<()> {
     guarded(&world)
 }
 
-/// In namespaces where the default places are this case's own, and the first process sees them too: the file that named what is in force is removed, and the daemon starts
-/// again.
+/// In namespaces where the default places are this case's own, and the first process sees them too: the file that named
+/// what is in force is removed, and the daemon starts again.
 fn gone() -> Result<()> {
     const SCRIPT: &str = r#"
         echo $$ > "$1/cgroup.procs"

@@ -1,4 +1,5 @@
-//! B1, B2: a BOSH agent's settings come late, are replaced, damaged and taken away; what they name is protected all the while.
+//! B1, B2: a BOSH agent's settings come late, are replaced, damaged and taken away; what they name is protected all the
+//! while.
 
 mod forms;
 
@@ -25,7 +26,8 @@ const SOON: Duration = Duration::from_secs(1);
 /// All cases of this file.
 #[must_use]
 pub fn cases() -> Vec<Case> {
-    // With nftables all instances of a network namespace share one table with the agent (B5): `cases/monit.rs` and `cases/dropin.rs` have that.
+    // With nftables all instances of a network namespace share one table with the agent (B5): `cases/monit.rs` and
+    // `cases/dropin.rs` have that.
     let cases = [
         case(
             "b1_without_any_configuration_monit_and_the_bus_are_protected",
@@ -91,8 +93,8 @@ impl Agent {
         Ok(checked.code == 1)
     }
 
-    /// Waits until an address is protected, and demands that it took no longer than a change may. The time includes that of
-    /// the question.
+    /// Waits until an address is protected, and demands that it took no longer than a change may. The time includes
+    /// that of the question.
     fn soon(&self, last: u8, what: &str) -> Result<()> {
         let started = Instant::now();
         until(what, || self.denied(last))?;
@@ -121,7 +123,8 @@ impl Agent {
         Ok(daemon)
     }
 
-    /// Waits for a cause that says this of settings made bad, and demands that it is logged once and the first bus protected still.
+    /// Waits for a cause that says this of settings made bad, and demands that it is logged once and the first bus
+    /// protected still.
     fn logs_once(&self, daemon: &Daemon, what: &str, says: &str) -> Result<()> {
         until(what, || Ok(self.causes()?.contains(says))).map_err(|error| error.context(daemon.log()))?;
         thread::sleep(Duration::from_millis(1200));

@@ -1,4 +1,5 @@
-//! B4, B5: jobs in containers as BPM has a real runc make them: what they see of the host, and how they are let in to monit.
+//! B4, B5: jobs in containers as BPM has a real runc make them: what they see of the host, and how they are let in to
+//! monit.
 
 mod matrix;
 
@@ -49,8 +50,8 @@ pub fn cases() -> Vec<Case> {
 const MONIT: u16 = 2822;
 /// What BPM gives a container where a job's `bpm.yml` asks for it.
 const NET_ADMIN: &[&str] = &["CAP_NET_ADMIN"];
-/// runc with version 2 of cgroups alone, at its place, as stemcells have it: where a host has it beside version 1, runc would make
-/// groups of that, and containers would see the whole of both.
+/// runc with version 2 of cgroups alone, at its place, as stemcells have it: where a host has it beside version 1, runc
+/// would make groups of that, and containers would see the whole of both.
 const RUNC: &str = "mount --bind \"$1\" /sys/fs/cgroup && shift && exec runc \"$@\"";
 /// The programs that containers see.
 const ATTACK: &str = "/var/vcap/packages/attack/attack";
@@ -155,8 +156,8 @@ impl<'a> Container<'a> {
         Ok(this)
     }
 
-    /// As the adapter of BPM 1.4 writes it, without its filter of system calls; and what stemcells add, so that jobs may call the agent's
-    /// helper. Its network and cgroup namespaces are the host's.
+    /// As the adapter of BPM 1.4 writes it, without its filter of system calls; and what stemcells add, so that jobs
+    /// may call the agent's helper. Its network and cgroup namespaces are the host's.
     fn spec(&self, user: u32, capabilities: &[&str]) -> Result<Value> {
         let bind = |from: &str, to: &str, bind: &str| {
             let options = [bind, "nosuid", "nodev", "ro"];
@@ -164,8 +165,14 @@ impl<'a> Container<'a> {
         };
         let mut mounts = vec![
             json!({ "destination": "/proc", "type": "proc", "source": "proc" }),
-            json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "mode=755", "size=65536k"] }),
-            json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"] }),
+            json!({
+                "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                "options": ["nosuid", "noexec", "mode=755", "size=65536k"],
+            }),
+            json!({
+                "destination": "/sys", "type": "sysfs", "source": "sysfs",
+                "options": ["nosuid", "noexec", "nodev", "ro"],
+            }),
         ];
         let own = ["/bin", "/etc", "/lib", "/lib64", "/sbin", "/usr"];
         let own = own.into_iter().filter(|dir| Path::new(dir).exists());
@@ -191,7 +198,8 @@ impl<'a> Container<'a> {
                 "noNewPrivileges": true,
                 // The effective ones follow from these.
                 "capabilities": {
-                    "ambient": capabilities, "bounding": capabilities, "inheritable": capabilities, "permitted": capabilities,
+                    "ambient": capabilities, "bounding": capabilities,
+                    "inheritable": capabilities, "permitted": capabilities,
                 },
             },
             "mounts": mounts,

@@ -1,4 +1,5 @@
-//! §5: what comes out of a container by veth and NAT, whoever sends it and however it is made: packets that no `connect` of ours precedes.
+//! §5: what comes out of a container by veth and NAT, whoever sends it and however it is made: packets that no
+//! `connect` of ours precedes.
 
 use std::{
     fs,
@@ -25,7 +26,8 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// Addresses of the host on the container's side, of the container, of the server beyond, and one of nobody that the container translates.
+/// Addresses of the host on the container's side, of the container, of the server beyond, and one of nobody that the
+/// container translates.
 const HOST: &str = "10.50.0.1";
 const CONTAINER: &str = "10.50.0.2";
 const SERVER: &str = "10.51.0.2";
@@ -170,7 +172,8 @@ fn forwarded_dial() -> Result<()> {
     fs::write(world.path("resolv.conf"), "nameserver 127.0.0.1\n")?;
     dns.set(NAME, addresses(&[NOBODYS]));
     world.configure(&format!(
-        "backend = {:?}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\nendpoints = [\"tcp://{NAME}:{}\"]\n\
+        "backend = {:?}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\n\
+         endpoints = [\"tcp://{NAME}:{}\"]\n\
          allow = [\"root\"]\n",
         Backend::current().configured(),
         world.port

@@ -50,8 +50,8 @@ const UDP_WAYS: [Way; 10] = [
     Way::UdpUnspecified6,
     Way::UdpIoUring,
 ];
-/// Mixtures of users, of which rules for root alone admit none: and whether nftables does, which sees the filesystem UID that made the
-/// socket and no other (§5).
+/// Mixtures of users, of which rules for root alone admit none: and whether nftables does, which sees the filesystem
+/// UID that made the socket and no other (§5).
 const MIXTURES: [(Who, bool); 11] = [
     (Who::SocketOfRoot, true),
     (Who::Handed, true),
@@ -194,7 +194,8 @@ fn everybody() -> Result<()> {
     world.attack(0).reaches()
 }
 
-/// Whether a mixture passes where root alone is allowed; `nftables` is what that makes of it, as it knows the socket's user alone.
+/// Whether a mixture passes where root alone is allowed; `nftables` is what that makes of it, as it knows the socket's
+/// user alone.
 fn passes(who: Who, way: Way, nftables: bool) -> bool {
     if Backend::current().is_nftables() {
         return nftables;
@@ -558,7 +559,8 @@ fn kernel_only() -> Result<()> {
     world
         .enforcer(&["check", "--kernel", "root", &world.here().to_string()])?
         .demand(0)?;
-    // A thread of the kernel's that carries a user's call. nftables takes every socket without a file for the kernel's (§5).
+    // A thread of the kernel's that carries a user's call. nftables takes every socket without a file for the kernel's
+    // (§5).
     let to = world.here().to_string();
     let carried = world.enforcer(&["check", "--kernel", "--socket-user", "nobody", &to])?;
     carried.demand(i32::from(!Backend::current().is_nftables()))?;

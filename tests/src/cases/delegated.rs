@@ -1,4 +1,5 @@
-//! F6: a cgroup that a user can make anew, or move into, matches nobody, whoever named it: the configuration, or a grant.
+//! F6: a cgroup that a user can make anew, or move into, matches nobody, whoever named it: the configuration, or a
+//! grant.
 
 use std::{
     fs,

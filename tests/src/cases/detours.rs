@@ -1,5 +1,5 @@
-//! Ways round by other people's help: threads of another cgroup, addresses of another's, an endpoint that dials by itself, and routers that
-//! say that the way is another.
+//! Ways round by other people's help: threads of another cgroup, addresses of another's, an endpoint that dials by
+//! itself, and routers that say that the way is another.
 
 use std::{
     fs,
@@ -351,7 +351,8 @@ impl Forger {
         Ok(self.guarded.attack(user)?.to((to, self.guarded.world.port).into()))
     }
 
-    /// The router's word about an echo of the host's to a destination, which the kernel believes without any socket of that kind.
+    /// The router's word about an echo of the host's to a destination, which the kernel believes without any socket of
+    /// that kind.
     fn says(&self, kind: Icmpv4Type, about: [u8; 4]) -> Result<()> {
         let mut quoted = Ipv4Header::new(8, 64, IpNumber::ICMP, HOST, about)?.to_bytes().to_vec();
         quoted.extend([0; 8]);

@@ -1,5 +1,5 @@
-//! N8: whoever dials a port of names, at an address that is no endpoint, has the names looked up. Names are looked up once a minute here,
-//! so that nothing else follows a move.
+//! N8: whoever dials a port of names, at an address that is no endpoint, has the names looked up. Names are looked up
+//! once a minute here, so that nothing else follows a move.
 
 use std::{
     fs,
@@ -42,8 +42,8 @@ const NAME: &str = "bus.test";
 const PORT: u16 = 4222;
 /// How often the bus moves, each time to an address that it never had.
 const MOVES: u8 = 10;
-/// A dial is followed in the time of one lookup. This is a good deal longer than that, and less than anything else takes to look a name
-/// up again here.
+/// A dial is followed in the time of one lookup. This is a good deal longer than that, and less than anything else
+/// takes to look a name up again here.
 const SOON: Duration = Duration::from_secs(3);
 
 /// A bus that moves, in a network namespace with its name server.
@@ -82,7 +82,8 @@ impl Bus {
 
     fn configure(&self, more: &str) -> Result<()> {
         self.world.configure(&format!(
-            "backend = {:?}\n{more}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\nendpoints = [\"nats://{NAME}:{PORT}\"]\n\
+            "backend = {:?}\n{more}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\n\
+             endpoints = [\"nats://{NAME}:{PORT}\"]\n\
              allow = [\"root\"]\n",
             Backend::current().configured()
         ))
@@ -133,8 +134,8 @@ impl Bus {
     }
 }
 
-/// Waits until the next dial has the names looked up at once: after something new there is a rest of 250 ms, and of 500 ms more if
-/// somebody dialled during the lookup.
+/// Waits until the next dial has the names looked up at once: after something new there is a rest of 250 ms, and of 500
+/// ms more if somebody dialled during the lookup.
 fn wait_for_the_rest() {
     thread::sleep(Duration::from_millis(900));
 }
@@ -286,7 +287,8 @@ fn literals() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     bus.world.configure(&format!(
-        "backend = {:?}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\nendpoints = [\"tcp://{NAME}:1\"]\nallow = [\"root\"]\n\
+        "backend = {:?}\n[dns]\nmin_refresh = \"1m\"\nmax_refresh = \"1m\"\n[target.bus]\n\
+         endpoints = [\"tcp://{NAME}:1\"]\nallow = [\"root\"]\n\
          [target.other]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
         Backend::current().configured(),
         server(0)
@@ -352,8 +354,10 @@ fn flood() -> Result<()> {
         dials += blows.connected;
     }
     println!(
-        "    {dials} dials by {cores} processes: {lookups} lookups by them in {lasted:?}, {asked} questions; a move was followed after {followed:?}; \
-         slowest refresh, reload and two states {slowest:?}; the daemon took {spent:?}, grew from {} to {} KiB and logged {said} bytes",
+        "    {dials} dials by {cores} processes: {lookups} lookups by them in {lasted:?}, {asked} questions; a move \
+         was followed after {followed:?}; \
+         slowest refresh, reload and two states {slowest:?}; the daemon took {spent:?}, grew from {} to {} KiB and \
+         logged {said} bytes",
         before.memory, after.memory
     );
     ensure!(dials > 1000, "hardly anybody dialled");

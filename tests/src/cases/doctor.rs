@@ -415,7 +415,8 @@ fn unresolved() -> Result<()> {
     Ok(())
 }
 
-/// The message bus that an agent's settings name counts as one that is configured, also when only the last run knew of it.
+/// The message bus that an agent's settings name counts as one that is configured, also when only the last run knew of
+/// it.
 fn settings_bus() -> Result<()> {
     let named = Named::new(&[], "")?;
     let dir = named.world.path("bosh");
@@ -455,7 +456,8 @@ fn settings_bus() -> Result<()> {
     named.world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
-/// `auto` as configured here, with a place that cannot be, and in a program that may not use BPF: what `doctor` says is what a start does.
+/// `auto` as configured here, with a place that cannot be, and in a program that may not use BPF: what `doctor` says is
+/// what a start does.
 fn same_choice() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
@@ -543,7 +545,8 @@ fn image() -> Result<()> {
     for id in ["files-missing", "no-backend"] {
         ensure!(found(&report, id).is_some(), "{id} is not in {report}");
     }
-    let built_in = "BPF_SYSCALL CGROUPS CGROUP_BPF INET DEBUG_INFO_BTF NF_TABLES_INET NF_TABLES_IPV4 NF_TABLES_IPV6 INET_DIAG_DESTROY";
+    let built_in = "BPF_SYSCALL CGROUPS CGROUP_BPF INET DEBUG_INFO_BTF NF_TABLES_INET NF_TABLES_IPV4 NF_TABLES_IPV6 \
+        INET_DIAG_DESTROY";
     let modules = [
         ("NF_TABLES", "nf_tables"),
         ("NFT_REJECT", "nft_reject"),

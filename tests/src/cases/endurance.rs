@@ -183,7 +183,8 @@ fn random_rule_sets() -> Result<()> {
         }
         let [one, two, three] = &lists;
         world.configure(&format!(
-            "[target.one]\nendpoints = {one:?}\nallow = [\"root\"]\n[target.two]\nendpoints = {two:?}\nallow = [\"root\", {NOBODY}]\n[target.three]\nendpoints = {three:?}\nallow = []\n",
+            "[target.one]\nendpoints = {one:?}\nallow = [\"root\"]\n[target.two]\nendpoints = {two:?}\n\
+             allow = [\"root\", {NOBODY}]\n[target.three]\nendpoints = {three:?}\nallow = []\n",
         ))?;
         world.apply()?;
         world.attack(0).reaches()?;

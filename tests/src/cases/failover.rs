@@ -142,7 +142,8 @@ fn moves() -> Result<()> {
         "nameserver 127.0.0.1\noptions timeout:1 attempts:2\n",
     )?;
     world.configure(&format!(
-        "[dns]\nmin_refresh = \"1s\"\nmax_refresh = \"2s\"\n[target.bus]\nendpoints = [\"nats://{NAME}:{PORT}\"]\nallow = [\"root\"]\n"
+        "[dns]\nmin_refresh = \"1s\"\nmax_refresh = \"2s\"\n[target.bus]\nendpoints = [\"nats://{NAME}:{PORT}\"]\n\
+         allow = [\"root\"]\n"
     ))?;
     let attack = |uid, server: &Server| {
         let attack = world.attack(uid).to(server.address).in_netns(&netns)?;
@@ -201,7 +202,8 @@ fn moves() -> Result<()> {
     let count = |what: &str| said.iter().filter(|line| line.starts_with(what)).count();
     let (connected, refreshes, failed) = (count("connected"), count("refreshed"), count("failed"));
     println!(
-        "    the client was at {connected} servers after {refreshes} refreshes, {failed} of them failed; {refused} attempts of another user were refused"
+        "    the client was at {connected} servers after {refreshes} refreshes, {failed} of them failed; {refused} \
+         attempts of another user were refused"
     );
     ensure!(
         connected == MOVES + 1 && refreshes >= connected && failed == 0,

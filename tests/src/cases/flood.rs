@@ -1,4 +1,5 @@
-//! F10: an unprivileged user who connects as fast as the host lets him, or keeps the disk busy, keeps nobody from the daemon.
+//! F10: an unprivileged user who connects as fast as the host lets him, or keeps the disk busy, keeps nobody from the
+//! daemon.
 
 use std::{
     fs,
@@ -40,7 +41,8 @@ const LIMIT: Duration = Duration::from_secs(2);
 const ROUNDS: u32 = 10;
 /// Between two rounds.
 const REST: Duration = Duration::from_millis(300);
-/// Memory by which the daemon may grow, in KiB: the events that it keeps, and what a rule set takes while it is written.
+/// Memory by which the daemon may grow, in KiB: the events that it keeps, and what a rule set takes while it is
+/// written.
 const GROWTH: u64 = 16 << 10;
 
 /// The daemon's use of the host.
@@ -77,7 +79,8 @@ pub(super) fn processor_time(pid: u32) -> Result<Duration> {
 fn configure(guarded: &Guarded, round: u32) -> Result<()> {
     let (here, port) = (guarded.world.here(), guarded.world.port);
     guarded.world.configure(&format!(
-        "backend = {:?}\n[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://10.0.0.{round}:{port}\"]\nallow = [\"root\"]\n\
+        "backend = {:?}\n[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://10.0.0.{round}:{port}\"]\n\
+         allow = [\"root\"]\n\
          [target.other]\nendpoints = [\"tcp://10.1.0.1:{port}\"]\nallow = [\"root\"]\ngrants = true\n",
         Backend::current().configured()
     ))
@@ -89,7 +92,8 @@ fn crowd() -> Result<()> {
     let world = &guarded.world;
     let (here, port) = (world.here(), world.port);
     world.configure(&format!(
-        "backend = {:?}\n[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://127.0.0.0/16:{port}\"]\nallow = [\"root\"]\n",
+        "backend = {:?}\n[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://127.0.0.0/16:{port}\"]\n\
+         allow = [\"root\"]\n",
         Backend::current().configured()
     ))?;
     let daemon = guarded.daemon()?;
@@ -231,7 +235,8 @@ fn under_denials() -> Result<()> {
     let spent = after.processor.saturating_sub(before.processor);
     let said = daemon.log().len() - log;
     println!(
-        "    {} denials by {cores} processes in {lasted:?}; slowest answers {slowest:?}; the daemon took {spent:?}, grew from {} to {} KiB \
+        "    {} denials by {cores} processes in {lasted:?}; slowest answers {slowest:?}; the daemon took {spent:?}, \
+         grew from {} to {} KiB \
          and logged {said} bytes",
         sum.refused + sum.reset,
         before.memory,

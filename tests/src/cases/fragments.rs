@@ -1,4 +1,5 @@
-//! §5: packets that a container cuts or dresses so that a rule finds nothing to judge by, and those that are merely large.
+//! §5: packets that a container cuts or dresses so that a rule finds nothing to judge by, and those that are merely
+//! large.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -31,8 +32,8 @@ const SERVER6: &str = "fd53::2";
 pub(super) const OTHER: &str = "10.53.0.3";
 const OTHER6: &str = "fd53::3";
 
-/// A container and a server, and this host between them, which forwards and translates nothing: where a host tracks connections, its
-/// kernel puts packets together before any rule sees them.
+/// A container and a server, and this host between them, which forwards and translates nothing: where a host tracks
+/// connections, its kernel puts packets together before any rule sees them.
 pub(super) struct Routed {
     pub(super) guarded: Guarded,
     pub(super) container: Netns,
@@ -90,7 +91,8 @@ impl Routed {
             server,
             _listeners: listeners,
         };
-        // Neighbours find each other first: packets made by hand wait for nobody. A busy kernel may give one up before it answers.
+        // Neighbours find each other first: packets made by hand wait for nobody. A busy kernel may give one up before
+        // it answers.
         for address in [SERVER, SERVER6, OTHER, OTHER6] {
             let attack = routed.attack(address, 0)?;
             until("neighbours find each other", || Ok(attack.run()?.errno.is_none()))?;

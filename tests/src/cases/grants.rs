@@ -510,7 +510,8 @@ fn hidden() -> Result<()> {
         job.outside(NOBODY).is_refused()?;
         job.enforcer(&["revoke", "main"])?.demand(0)?;
         job.inside(NOBODY).is_refused()?;
-        // Whether a number means the same process to caller and daemon is not to be seen; the cgroup itself can be named.
+        // Whether a number means the same process to caller and daemon is not to be seen; the cgroup itself can be
+        // named.
         let ran = job.enforcer(&["grant", "main", "--pid", "1"])?.demand(2)?;
         ensure!(
             ran.stderr.contains("hidepid=") && ran.stderr.contains("--cgroup"),

@@ -1,5 +1,5 @@
-//! F1, F3, F4, F10: a host that runs out of disk, descriptors or memory: what is enforced stays enforced, the cause is reported, and all
-//! recovers.
+//! F1, F3, F4, F10: a host that runs out of disk, descriptors or memory: what is enforced stays enforced, the cause is
+//! reported, and all recovers.
 
 use std::{
     fs,
@@ -92,7 +92,8 @@ impl Disk {
         Ok(disk)
     }
 
-    /// As for whoever looks it up from now on: a file system does not become read-only while a daemon has its lock open there.
+    /// As for whoever looks it up from now on: a file system does not become read-only while a daemon has its lock open
+    /// there.
     fn shut(&self) -> Result<()> {
         let mount = |arguments: &[&str]| ran(Command::new("mount").args(arguments).arg(&self.0))?.demand(0);
         ran(Command::new("mount").arg("--bind").args([&self.0, &self.0]))?.demand(0)?;
@@ -209,7 +210,8 @@ fn disk_fails(cause: &str, fail: impl Fn(&Disk) -> Result<()>, recover: impl Fn(
     is_well(&world)
 }
 
-/// From too few for the loader to those that are enough: each start puts the rules in force, or says why not and changes nothing.
+/// From too few for the loader to those that are enough: each start puts the rules in force, or says why not and
+/// changes nothing.
 fn few_descriptors() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
@@ -238,7 +240,8 @@ fn few_descriptors() -> Result<()> {
     enforces(&world)
 }
 
-/// As [`few_descriptors`], of the daemon: with so few it enforces or says why not; what was in force before stays either way.
+/// As [`few_descriptors`], of the daemon: with so few it enforces or says why not; what was in force before stays
+/// either way.
 fn daemons_with_few_descriptors() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
@@ -324,7 +327,8 @@ enum Memory {
         limit: &'static str,
         kills: &'static str,
     },
-    /// No cgroup here can: the limit of its address space, by which allocations fail. What it bears it is killed after, by hand.
+    /// No cgroup here can: the limit of its address space, by which allocations fail. What it bears it is killed after,
+    /// by hand.
     AddressSpace,
 }
 

@@ -1,5 +1,5 @@
-//! Another user has the directories of the state and the socket before enforcer starts, and works there (F6): answers in its place, mounts a
-//! file system, comes by files of root's. Nobody believes it, and enforcement starts as ever.
+//! Another user has the directories of the state and the socket before enforcer starts, and works there (F6): answers
+//! in its place, mounts a file system, comes by files of root's. Nobody believes it, and enforcement starts as ever.
 
 use std::{
     fs::{self, File},

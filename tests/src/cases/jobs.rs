@@ -1,5 +1,5 @@
-//! B4: what jobs and stemcells call for access to monit, as they call it: under `set -e`, from wrappers, pre-starts and subshells, with and
-//! without a daemon. Nobody is kept from starting, and nobody but the job is let in.
+//! B4: what jobs and stemcells call for access to monit, as they call it: under `set -e`, from wrappers, pre-starts and
+//! subshells, with and without a daemon. Nobody is kept from starting, and nobody but the job is let in.
 
 use std::{
     fs,
@@ -56,8 +56,8 @@ pub(super) const HELPER: &str = concat!(
     "/../enforcer/packaging/monit-access-helper.sh"
 );
 
-/// A host with monit, in a network namespace of its own, and a job's cgroup; its jobs find `enforcer` on their path, and the helpers
-/// beside it.
+/// A host with monit, in a network namespace of its own, and a job's cgroup; its jobs find `enforcer` on their path,
+/// and the helpers beside it.
 pub(super) struct Host {
     pub(super) world: World,
     pub(super) netns: Netns,
@@ -108,7 +108,8 @@ impl Host {
     fn configure(&self, more: &str, of_target: &str) -> Result<()> {
         let (backend, port) = (self.backend, self.world.port);
         let text = format!(
-            "backend = \"{backend}\"\n{more}\n[target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\nallow = [\"root\"]\n{of_target}\n"
+            "backend = \"{backend}\"\n{more}\n[target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\n\
+             allow = [\"root\"]\n{of_target}\n"
         );
         self.world.configure_on(&self.judged, &text)
     }
@@ -349,7 +350,8 @@ fn users_cgroup() -> Result<()> {
     host.is_refused(&host.outside(NOBODY)?.in_cgroup(&trap))
 }
 
-/// Rules of jammy's let through by cgroup v1: a helper that replaces theirs must do what theirs did, or who asks is cut off while both guard.
+/// Rules of jammy's let through by cgroup v1: a helper that replaces theirs must do what theirs did, or who asks is cut
+/// off while both guard.
 fn by_net_cls() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     if !fs::read_to_string("/proc/cgroups")?.contains("\nnet_cls\t") {
@@ -367,7 +369,8 @@ fn by_net_cls() -> Result<()> {
     };
     fs::create_dir(&own)?;
     let text = format!(
-        "exec unshare --mount bash -c 'set -eu; cd /; {mount} source {helper}; echo $monit_isolation_classid; permit_monit_access; \
+        "exec unshare --mount bash -c 'set -eu; cd /; {mount} source {helper}; echo $monit_isolation_classid; \
+         permit_monit_access; \
          cat /proc/self/cgroup {0}/monit-api-access/net_cls.classid; \
          echo $$ > {0}/cgroup.procs; rmdir {0}/monit-api-access'",
         place.display()
@@ -476,7 +479,8 @@ fn supervisors() -> Result<()> {
 /// Runs a script with files of BOSH's in a `/var/vcap` of its own, which holds a copy of a directory.
 pub(super) fn with_vcap(host: &Host, vcap: &Path, cgroup: &Path, text: &str) -> Result<Ran> {
     let text = format!(
-        "exec unshare --mount bash -c 'set -e; mount -t tmpfs tmpfs /mnt; mkdir /mnt/local; mount --rbind /var/local /mnt/local; \
+        "exec unshare --mount bash -c 'set -e; mount -t tmpfs tmpfs /mnt; mkdir /mnt/local; mount --rbind /var/local \
+         /mnt/local; \
          cp -r {} /mnt/vcap; mount --move /mnt /var; {text}'",
         vcap.display()
     );

@@ -1,4 +1,5 @@
-//! B5: the chain that BOSH jobs and the agent know, the rules that they put there, and what was granted written beside them.
+//! B5: the chain that BOSH jobs and the agent know, the rules that they put there, and what was granted written beside
+//! them.
 
 use std::{
     fs,
@@ -82,7 +83,8 @@ impl Host {
         let (backend, port) = (self.backend, self.world.port);
         self.world.configure(&format!(
             "backend = \"{backend}\"\n\
-             [target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\", \"tcp://[::1]:{port}\"]\nallow = [\"root\"]\ngrants = {grants}\n\
+             [target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\", \"tcp://[::1]:{port}\"]\nallow = [\"root\"]\n\
+             grants = {grants}\n\
              [target.other]\nendpoints = [\"tcp://127.0.0.2:{port}\"{more}]\nallow = [\"root\"]\n"
         ))
     }
@@ -648,7 +650,8 @@ fn bad_configuration() -> Result<()> {
     Ok(())
 }
 
-/// `nft_table` is another one at the next start, or for `apply`: rules that were written under the old name are removed with it.
+/// `nft_table` is another one at the next start, or for `apply`: rules that were written under the old name are removed
+/// with it.
 fn another_table() -> Result<()> {
     let host = Host::new("nftables")?;
     host.agent_starts()?;
@@ -682,7 +685,8 @@ fn two_instances() -> Result<()> {
     let daemon = host.daemon()?;
     let port = host.world.port;
     second.configure(&format!(
-        "backend = \"nftables\"\n[target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\nallow = [\"root\"]\ngrants = true\n"
+        "backend = \"nftables\"\n[target.monit]\nendpoints = [\"tcp://127.0.0.1:{port}\"]\nallow = [\"root\"]\n\
+         grants = true\n"
     ))?;
     let _other = second.daemon_with(&mut host.netns.command(&binary("enforcer")?))?;
     let nobody = host.monit(NOBODY)?;

@@ -1,5 +1,5 @@
-//! D3 with nftables: sockets that the kernel makes. Neither its own nor those that it makes for a user have a file, by which a packet
-//! would have a user.
+//! D3 with nftables: sockets that the kernel makes. Neither its own nor those that it makes for a user have a file, by
+//! which a packet would have a user.
 
 use std::{net::SocketAddr, path::Path, thread, time::Duration};
 

@@ -1,4 +1,5 @@
-//! B4: what was so when a grant was made or asked for, and is no longer: the year that the clock shows, whose number it is.
+//! B4: what was so when a grant was made or asked for, and is no longer: the year that the clock shows, whose number it
+//! is.
 
 use std::{
     fs,

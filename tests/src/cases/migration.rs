@@ -1,5 +1,6 @@
-//! B6: the way from the rules of agent and stemcell to enforcer and back, by the commands of `enforcer/docs/stemcell.md` themselves, in
-//! their order, while root and jobs connect to monit without a pause, and others try to.
+//! B6: the way from the rules of agent and stemcell to enforcer and back, by the commands of
+//! `enforcer/docs/stemcell.md` themselves, in their order, while root and jobs connect to monit without a pause, and
+//! others try to.
 
 use std::{
     fs,
@@ -288,7 +289,8 @@ impl Host {
     }
 }
 
-/// As the agent and the stemcell write them; a job's rules as the agent's helper and as older releases do, and one of a job that has ended.
+/// As the agent and the stemcell write them; a job's rules as the agent's helper and as older releases do, and one of a
+/// job that has ended.
 const NOBLE: &str = r#"
 table inet bosh_agent {
     chain monit_access_jobs {
@@ -388,7 +390,8 @@ fn jammy() -> Result<()> {
     host.attacker()?.reaches()
 }
 
-/// Each line begins with a program that there is where it is run, so that no prose is taken for a command, nor the other way round.
+/// Each line begins with a program that there is where it is run, so that no prose is taken for a command, nor the
+/// other way round.
 #[test]
 fn the_pages_commands_are_commands() -> Result<()> {
     let known = [

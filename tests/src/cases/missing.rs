@@ -1,5 +1,5 @@
-//! F3, F4, §5: what a kernel or a container does not give: BPF, `nf_tables`, rights, room, one half of two. An error that names it, and what
-//! was in force still is.
+//! F3, F4, §5: what a kernel or a container does not give: BPF, `nf_tables`, rights, room, one half of two. An error
+//! that names it, and what was in force still is.
 
 use std::{fs, process::Command};
 
@@ -133,7 +133,8 @@ fn no_right() -> Result<()> {
     guarded.attack(0)?.reaches()
 }
 
-/// The kernel's acknowledgements of a rule set are more than a socket of the usual size holds, and it may not be made larger.
+/// The kernel's acknowledgements of a rule set are more than a socket of the usual size holds, and it may not be made
+/// larger.
 fn small_buffers() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("nftables")?;

@@ -69,7 +69,8 @@ impl Monit {
             let text = format!(
                 "set daemon 60\nset pidfile {dir}/pid\nset statefile {dir}/state.monit\nset idfile {dir}/id\n\
                  set httpd port {} and use address {}\n  allow admin:letmein\n\
-                 check process job with pidfile {dir}/job.pid\n  mode passive\n  start program = \"/bin/bash {dir}/start\"\n",
+                 check process job with pidfile {dir}/job.pid\n  mode passive\n  start program = \"/bin/bash \
+                 {dir}/start\"\n",
                 at.port(),
                 at.ip(),
                 dir = world.path("").display(),

@@ -1,4 +1,5 @@
-//! §5: random rule sets and attempts, each judged by the oracle, by eBPF and by nftables with real sockets: all the same.
+//! §5: random rule sets and attempts, each judged by the oracle, by eBPF and by nftables with real sockets: all the
+//! same.
 
 use std::{
     fs,
@@ -92,7 +93,8 @@ fn agree() -> Result<()> {
                 }
                 ensure!(
                     outcome == expected,
-                    "{backend}: user {user} in {} to {to}: {outcome:?} instead of {expected:?} ({verdict:?}), under\n{targets}",
+                    "{backend}: user {user} in {} to {to}: {outcome:?} instead of {expected:?} ({verdict:?}), under\n\
+                     {targets}",
                     cgroup.display()
                 );
             }

@@ -1,4 +1,5 @@
-//! §5: what nftables alone does not see, as its packets never come to the host's IP hooks; that `doctor` names it, and `both` refuses it.
+//! §5: what nftables alone does not see, as its packets never come to the host's IP hooks; that `doctor` names it, and
+//! `both` refuses it.
 
 use std::{net::SocketAddr, path::Path};
 

@@ -1,4 +1,5 @@
-//! D7: `local` is what the kernel delivers here, be it an interface's address or not: prefixes on `lo`, local routes, anycast.
+//! D7: `local` is what the kernel delivers here, be it an interface's address or not: prefixes on `lo`, local routes,
+//! anycast.
 
 use std::{net::SocketAddr, path::Path};
 
@@ -150,8 +151,8 @@ fn one(kind: &'static Kind) -> Result<()> {
     home.netns.enforcer(&home.world, &["verify"])?.demand(0).map(drop)
 }
 
-/// Packets that come by such a route are delivered here, though the kernel sends none from its addresses but for transparent sockets and
-/// VRFs: the kernel's own word is the control.
+/// Packets that come by such a route are delivered here, though the kernel sends none from its addresses but for
+/// transparent sockets and VRFs: the kernel's own word is the control.
 fn other_tables() -> Result<()> {
     let home = Home::new()?;
     let _daemon = home.daemon()?;

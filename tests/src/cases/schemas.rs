@@ -1,5 +1,5 @@
-//! What people and programs read: every command has help, `config show` leaves nothing out, every read has `--json`, and no version of a schema
-//! loses a key.
+//! What people and programs read: every command has help, `config show` leaves nothing out, every read has `--json`,
+//! and no version of a schema loses a key.
 
 use std::{collections::BTreeSet, fs, net::SocketAddr};
 
@@ -27,8 +27,8 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// The keys of each schema besides `schema`, those of objects inside by their path. What is here never goes while its schema has that
-/// version; what is new is entered here, and in `schemas.md`.
+/// The keys of each schema besides `schema`, those of objects inside by their path. What is here never goes while its
+/// schema has that version; what is new is entered here, and in `schemas.md`.
 const SCHEMAS: [(&str, &str); 11] = [
     (
         "enforcer/status/1",
@@ -37,9 +37,11 @@ const SCHEMAS: [(&str, &str); 11] = [
          targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.cut dials \
          dials.port dials.lookups dials.last dials.uid dials.time events_lost \
          existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
-         existing.connections.schema existing.connections.time existing.connections.verdict existing.connections.action \
+         existing.connections.schema existing.connections.time existing.connections.verdict \
+         existing.connections.action \
          existing.connections.reason existing.connections.protocol existing.connections.state \
-         existing.connections.local existing.connections.remote existing.connections.uid existing.connections.cgroup_id \
+         existing.connections.local existing.connections.remote existing.connections.uid \
+         existing.connections.cgroup_id \
          existing.connections.target existing.connections.generation",
     ),
     (
@@ -69,17 +71,20 @@ const SCHEMAS: [(&str, &str); 11] = [
         "enforcer/doctor/1",
         "host host.root host.kernel host.config host.cgroup host.daemon host.in_force features features.id \
          features.title features.of features.required features.state features.why features.since choice choice.wanted \
-         choice.backend choice.why findings findings.id findings.weight findings.what findings.items findings.do unseen \
+         choice.backend choice.why findings findings.id findings.weight findings.what findings.items findings.do \
+         unseen \
          unseen.what unseen.why",
     ),
     (
         "enforcer/grants/1",
-        "limit grants grants.target grants.user grants.cgroup grants.cgroup_exists grants.cgroup_writable grants.active grants.since \
+        "limit grants grants.target grants.user grants.cgroup grants.cgroup_exists grants.cgroup_writable \
+         grants.active grants.since \
          grants.expires grants.pid grants.uid grants.comm job_rules",
     ),
     (
         "enforcer/config/1",
-        "mode backend existing forward cgroup pin_dir state_dir socket nft_table nat64 dns dns.min_refresh dns.max_refresh \
+        "mode backend existing forward cgroup pin_dir state_dir socket nft_table nat64 dns dns.min_refresh \
+         dns.max_refresh \
          dns.retain dns.unresolved bosh bosh.dir target target.main target.main.endpoints target.main.allow \
          target.main.grants target.main.answers",
     ),
@@ -209,7 +214,8 @@ fn documented() -> Result<()> {
     let here = world.here();
     world.configure(&format!(
         "[target.main]\nendpoints = [\"tcp://{here}\", \"tcp://bus.test:{}\"]\n\
-        allow = [\"root\", {{ user = \"root\", cgroup = \"/\" }}, {{ kernel = true }}]\ngrants = true\n[bosh]\ndir = {:?}\n",
+        allow = [\"root\", {{ user = \"root\", cgroup = \"/\" }}, {{ kernel = true }}]\ngrants = true\n[bosh]\n\
+        dir = {:?}\n",
         world.port,
         world.path("vcap").display().to_string()
     ))?;

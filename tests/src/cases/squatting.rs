@@ -1,5 +1,5 @@
-//! Another user makes a path of ours first, in a directory that all may write (F6): it neither keeps enforcer from starting, nor is trusted
-//! or followed.
+//! Another user makes a path of ours first, in a directory that all may write (F6): it neither keeps enforcer from
+//! starting, nor is trusted or followed.
 
 use std::{
     fs,

@@ -1,4 +1,5 @@
-//! D3: tasks and sockets that change places: moved between cgroups, in namespaces of their own, the kernel's own threads.
+//! D3: tasks and sockets that change places: moved between cgroups, in namespaces of their own, the kernel's own
+//! threads.
 
 use std::{
     fs,
@@ -211,7 +212,8 @@ fn user_and_network() -> Result<()> {
     }
     world.configure_one(&[format!("tcp://{to}")], r#"["root"]"#)?;
     let _daemon = world.daemon_with(&mut home.command(&binary("enforcer")?))?;
-    // §5: what arrives here from another namespace is no call below our cgroup, and no packet that leaves or is forwarded.
+    // §5: what arrives here from another namespace is no call below our cgroup, and no packet that leaves or is
+    // forwarded.
     let nftables = Backend::current().is_nftables();
     for way in [Way::Plain, Way::Mapped, Way::Mptcp]
         .into_iter()

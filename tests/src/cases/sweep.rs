@@ -90,7 +90,8 @@ fn every_cgroup() -> Result<()> {
     let mut root = world.attack(0).anywhere().hold()?;
     let rules = |backend: &str| {
         world.configure(&format!(
-            "backend = {backend:?}\nexisting = \"cut\"\n[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\n",
+            "backend = {backend:?}\nexisting = \"cut\"\n[target.main]\nendpoints = [\"tcp://{}\"]\n\
+             allow = [\"root\"]\n",
             world.here()
         ))
     };

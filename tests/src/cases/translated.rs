@@ -1,5 +1,5 @@
-//! D4: an IPv4 endpoint as a NAT64 reaches it. A listener has the translated addresses itself, here where the network would translate
-//! them: what is judged is the address that is dialled.
+//! D4: an IPv4 endpoint as a NAT64 reaches it. A listener has the translated addresses itself, here where the network
+//! would translate them: what is judged is the address that is dialled.
 
 use std::{
     fs,

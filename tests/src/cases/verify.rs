@@ -205,7 +205,8 @@ impl Ward {
         let world = World::new()?;
         let netns = Netns::new(&world, "v")?;
         world.configure(&format!(
-            "backend = {backend:?}\n[target.main]\nendpoints = [\"tcp://{}\", \"tcp://10.77.0.0/16:80\"]\nallow = [\"root\"]\n",
+            "backend = {backend:?}\n[target.main]\nendpoints = [\"tcp://{}\", \"tcp://10.77.0.0/16:80\"]\n\
+             allow = [\"root\"]\n",
             world.here()
         ))?;
         let ward = Self { world, netns };
@@ -397,7 +398,8 @@ fn large() -> Result<()> {
         thread::sleep(Duration::from_secs(20));
         let spent = processor_time(daemon.pid())?.saturating_sub(before);
         windows.push(spent);
-        // A hundredth of 20 s is 200 ms; as much again for all else that the daemon does, and for an unoptimized build's own check.
+        // A hundredth of 20 s is 200 ms; as much again for all else that the daemon does, and for an unoptimized
+        // build's own check.
         if spent <= at_this_load(Duration::from_millis(600))? {
             break;
         }

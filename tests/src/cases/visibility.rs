@@ -1,5 +1,5 @@
-//! What must outlive the daemon, or be found by other processes, lies where the host sees it, or nothing claims so (F1): on a host of its
-//! own, that is a mount and a process namespace in which no bpffs is mounted.
+//! What must outlive the daemon, or be found by other processes, lies where the host sees it, or nothing claims so
+//! (F1): on a host of its own, that is a mount and a process namespace in which no bpffs is mounted.
 
 use std::{
     fs,
@@ -33,8 +33,8 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// A host of its own: all but the mount and the process namespace is shared with this one, so that the world's listener, cgroup and
-/// files are there. PID 1 holds it; when that ends, so does everything that is mounted there.
+/// A host of its own: all but the mount and the process namespace is shared with this one, so that the world's
+/// listener, cgroup and files are there. PID 1 holds it; when that ends, so does everything that is mounted there.
 pub(super) struct Host {
     init: Child,
     pid: String,

@@ -49,7 +49,8 @@ impl Left {
         fs::create_dir_all(&inner)?;
         world.attack(NOBODY).anywhere().reaches()?;
         world.configure(&format!(
-            "[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\", {{ user = {OTHER}, cgroup = \"/inner\" }}]\n",
+            "[target.main]\nendpoints = [\"tcp://{}\"]\n\
+             allow = [\"root\", {{ user = {OTHER}, cgroup = \"/inner\" }}]\n",
             world.here()
         ))?;
         let file = world.path("enforcer.toml");
@@ -65,8 +66,8 @@ impl Left {
         })
     }
 
-    /// The binary in a mount namespace, and by `unshare` in others, after a preparation: `$mount` is where cgroup v2 is mounted, `$jail` a
-    /// cgroup, `$other` a directory.
+    /// The binary in a mount namespace, and by `unshare` in others, after a preparation: `$mount` is where cgroup v2 is
+    /// mounted, `$jail` a cgroup, `$other` a directory.
     fn command(&self, unshare: &[&str], preparation: &str) -> Result<Command> {
         let other = self.world.path("other");
         fs::create_dir_all(&other)?;

@@ -11,8 +11,9 @@ use crate::run::read;
 const LIBRARIES: [&str; 3] = ["libc.so.6", "libgcc_s.so.1", "libm.so.6"];
 /// The C library of the oldest stemcell line that is supported (Ubuntu jammy).
 const GLIBC: (u32, u32) = (2, 35);
-/// Most that `systemd-analyze security` may say of the daemon, times ten. It counts mounts that the unit might have of its own, with which
-/// the daemon would not see those of the host; that Landlock confines its writing the tool does not know.
+/// Most that `systemd-analyze security` may say of the daemon, times ten. It counts mounts that the unit might have of
+/// its own, with which the daemon would not see those of the host; that Landlock confines its writing the tool does not
+/// know.
 const EXPOSURE: &str = "37";
 /// Files and modes, man pages apart. Directories are not listed.
 const FILES: [(&str, &str); 23] = [
@@ -132,7 +133,8 @@ fn libraries(program: &Path) -> Result<()> {
 fn units(scratch: &Scratch) -> Result<()> {
     for unit in ["enforcer-early.service", "enforcer.service"] {
         let output = scratch.run(&format!(
-            "SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=yes --recursive-errors=yes /lib/systemd/system/{unit}"
+            "SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=yes --recursive-errors=yes \
+             /lib/systemd/system/{unit}"
         ))?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(

@@ -1,4 +1,5 @@
-//! The static libraries that the packaged program is linked with, so that it starts where neither libnftnl nor libmnl is installed.
+//! The static libraries that the packaged program is linked with, so that it starts where neither libnftnl nor libmnl
+//! is installed.
 
 use std::{
     fs,
@@ -13,7 +14,8 @@ use crate::{
     run::{quiet, read, target_dir},
 };
 
-/// Debian has the static libmnl in its development package from trixie on; older releases, and Ubuntu's up to noble, have not.
+/// Debian has the static libmnl in its development package from trixie on; older releases, and Ubuntu's up to noble,
+/// have not.
 const LIBMNL: &str = "pool/main/libm/libmnl/libmnl-dev_1.0.5-3";
 /// Its SHA-256 for each architecture, as Debian's signed package lists have it.
 const LIBMNL_SUMS: [(&str, &str); 2] = [
@@ -55,7 +57,8 @@ fn fetch() -> Result<PathBuf> {
     let arch = read("dpkg", &["--print-architecture"]).context("dpkg --print-architecture failed")?;
     let Some((_, sum)) = LIBMNL_SUMS.iter().find(|(known, _)| *known == arch) else {
         bail!(
-            "no checksum of libmnl-dev for {arch} is known; install a libmnl.a, or add one to xtask/src/package/libraries.rs"
+            "no checksum of libmnl-dev for {arch} is known; install a libmnl.a, or add one to \
+             xtask/src/package/libraries.rs"
         );
     };
     let dir = target_dir().join("static/libmnl-dev");

@@ -1,4 +1,5 @@
-//! Installs packages with apt-get: waits for another process that has apt locked, and reduces apt's page of errors to the line that matters.
+//! Installs packages with apt-get: waits for another process that has apt locked, and reduces apt's page of errors to
+//! the line that matters.
 
 use std::{
     fs, thread,
@@ -20,7 +21,8 @@ const REMEDY: &str = "enable the repository that has it (on Ubuntu: `universe`),
 /// Installs packages.
 pub(super) fn install(packages: &[&str]) -> Result<()> {
     let names = packages.join(", ");
-    // A list that cannot be fetched may be one of another program's: what counts is whether the packages are there afterwards.
+    // A list that cannot be fetched may be one of another program's: what counts is whether the packages are there
+    // afterwards.
     let (_, said) = attempt("setup: update the lists of packages with apt-get", &["update", "-q"])?;
     let stale = reason(&said);
     let absent: Vec<&str> = packages
@@ -31,7 +33,8 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
     match (absent.as_slice(), &stale) {
         ([], _) => {}
         (absent, Some(why)) => bail!(
-            "apt-get finds no package {}, as its lists could not be updated ({why}); check the network or proxy, then run this again",
+            "apt-get finds no package {}, as its lists could not be updated ({why}); check the network or proxy, then \
+             run this again",
             absent.join(", ")
         ),
         (absent, None) => bail!("{} has no package {}; {REMEDY}", distribution(), absent.join(", ")),
@@ -106,7 +109,8 @@ mod tests {
 
     #[test]
     fn a_lock_is_told_from_other_errors() {
-        let said = "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 12 (apt-get)\nE: Unable to acquire it\n";
+        let said = "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 12 (apt-get)\n\
+            E: Unable to acquire it\n";
         assert_eq!(
             locked(said),
             Some("/var/lib/dpkg/lock-frontend. It is held by process 12 (apt-get)")

@@ -103,8 +103,8 @@ pub(crate) const COMPILER: &[Package] = &[
     has_file("rust-web-src", &["/usr/lib/rustlib/src/rust/library/core"]),
 ];
 
-/// Inside the scratch root in which the Debian package is checked: nothing that brings libmnl or libnftnl, as one check is that the
-/// program starts without them.
+/// Inside the scratch root in which the Debian package is checked: nothing that brings libmnl or libnftnl, as one check
+/// is that the program starts without them.
 pub(crate) const SCRATCH: &[Package] = &[
     runs("bash-completion", &[]),
     runs("fish", &["fish"]),
@@ -131,7 +131,6 @@ pub(crate) const GUEST: &[Package] = &[
 ];
 
 /// What a host may have: `enforcer` and its package run these where they are there, and do without them elsewhere.
-#[cfg(test)]
 pub(crate) const HOST: &[Package] = &[
     runs(
         "iptables",

@@ -1,4 +1,5 @@
-//! Packages of a Debian suite, whatever this host runs: an apt of its own, with sources, lists and cache of its own, in the cache directory.
+//! Packages of a Debian suite, whatever this host runs: an apt of its own, with sources, lists and cache of its own, in
+//! the cache directory.
 
 use std::{
     fs,
@@ -63,7 +64,8 @@ impl Archive {
         command.current_dir(dir.path()).args(["--quiet", "download", &wanted]);
         if !self.has(package)? {
             bail!(
-                "{wanted} is gone from {}: put what `cargo xtask vm --list` shows into xtask/kernels.toml, or run with --newest-if-gone",
+                "{wanted} is gone from {}: put what `cargo xtask vm --list` shows into xtask/kernels.toml, or run with \
+                 --newest-if-gone",
                 self.suite
             );
         }
@@ -76,7 +78,8 @@ impl Archive {
         let found = digest(&fetched)?;
         ensure!(
             found == package.sha256,
-            "{wanted} has digest {found}, not {} as xtask/kernels.toml says: see what changed before you change the table",
+            "{wanted} has digest {found}, not {} as xtask/kernels.toml says: see what changed before you change the \
+             table",
             package.sha256
         );
         fs::rename(&fetched, &path)?;

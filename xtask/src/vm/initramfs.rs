@@ -1,4 +1,5 @@
-//! The guest's whole file system: the installed binary, the suite, the programs that it runs, all their libraries, the kernel's modules.
+//! The guest's whole file system: the installed binary, the suite, the programs that it runs, all their libraries, the
+//! kernel's modules.
 
 use std::{
     collections::BTreeSet,
@@ -30,7 +31,8 @@ const PROGRAMS: [(&str, &str); 14] = [
     ("uname", "coreutils"),
     ("unshare", "util-linux"),
 ];
-/// Modules that the rules and the suite use; of names with `|` between them the first that the kernel has, as some were renamed.
+/// Modules that the rules and the suite use; of names with `|` between them the first that the kernel has, as some were
+/// renamed.
 pub(super) const MODULES: [&str; 27] = [
     "nf_tables",
     "nft_objref|nf_tables",
@@ -60,7 +62,8 @@ pub(super) const MODULES: [&str; 27] = [
     "dummy",
     "tun",
 ];
-const USERS: &str = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n";
+const USERS: &str = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n\
+    nobody:x:65534:65534:nobody:/:/bin/sh\n";
 const GROUPS: &str = "root:x:0:\ndaemon:x:1:\nwww-data:x:33:\nnogroup:x:65534:\n";
 
 /// Writes the archive (newc, not compressed: the guest would take longer to unpack it than we to write it).

@@ -184,10 +184,10 @@ fn start(image: &Path, initramfs: &Path, console: &Path, results: &Path, setting
     if settings.kvm {
         command.args(["-accel", "kvm", "-cpu", "host", "-smp", "2"]);
     } else {
-        // One processor. With a thread for each of two, QEMU before 8.1 translates a page while the other processor writes to it, so a kernel
-        // that patches a static branch dies of an int3 that nobody expects: 7.3, within two seconds of netfilter hooks that come and go.
-        // With one thread for both, each waits up to 100 ms for what the other is to do at once.
-        // Without five-level page tables, which cost emulation more than they bring.
+        // One processor. With a thread for each of two, QEMU before 8.1 translates a page while the other processor
+        // writes to it, so a kernel that patches a static branch dies of an int3 that nobody expects: 7.3, within two
+        // seconds of netfilter hooks that come and go. With one thread for both, each waits up to 100 ms for what the
+        // other is to do at once. Without five-level page tables, which cost emulation more than they bring.
         command.args(["-accel", "tcg", "-cpu", "max,la57=off", "-smp", "1"]);
     }
     if let Some(disk) = &settings.disk {

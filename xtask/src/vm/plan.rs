@@ -1,4 +1,5 @@
-//! What a guest runs: named parts of the privileged suite, each with a backend, for each layout of the cgroup hierarchies.
+//! What a guest runs: named parts of the privileged suite, each with a backend, for each layout of the cgroup
+//! hierarchies.
 
 use std::collections::BTreeMap;
 
@@ -65,7 +66,8 @@ pub(super) struct Suite {
     cases: &'static [&'static str],
     /// Where all of them run, and where only some.
     layouts: &'static [&'static str],
-    /// Without these it cannot run, or with `!` before it, where it is there: what is expected then is a case of suite `kernel`.
+    /// Without these it cannot run, or with `!` before it, where it is there: what is expected then is a case of suite
+    /// `kernel`.
     needs: &'static [&'static str],
 }
 
@@ -77,8 +79,8 @@ pub(super) const LAYOUTS: [(&str, &[&str]); 3] = [("unified", &[]), ("hybrid", &
 /// The layout that systemd makes, in a guest that has one.
 pub(super) const SYSTEMD: &str = "systemd";
 
-/// What every run has: well under a minute a guest, under emulation, where loading the programs takes seconds. So every way in and every
-/// mixture of users is tried on one rule set; `--full` loads one for each.
+/// What every run has: well under a minute a guest, under emulation, where loading the programs takes seconds. So every
+/// way in and every mixture of users is tried on one rule set; `--full` loads one for each.
 pub(super) const SUITES: [Suite; 7] = [
     Suite {
         name: "kernel",
@@ -170,7 +172,8 @@ impl Suite {
         format!("{} {}", self.name, self.backend)
     }
 
-    /// The run of the suite that its cases are taken from; those about the choice alone say themselves what they ask for.
+    /// The run of the suite that its cases are taken from; those about the choice alone say themselves what they ask
+    /// for.
     fn run(&self) -> &'static str {
         match self.backend {
             "auto" if self.cases.is_empty() => "auto-without-bpf",

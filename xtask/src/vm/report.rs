@@ -1,4 +1,5 @@
-//! What came of a run: the matrix for a terminal, in Markdown, as `JUnit` XML, and the table of what each kernel can do.
+//! What came of a run: the matrix for a terminal, in Markdown, as `JUnit` XML, and the table of what each kernel can
+//! do.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -269,7 +270,8 @@ pub(super) fn readme(rows: &[Row], update: bool) -> Result<()> {
     }
     ensure!(
         there == wanted,
-        "README.md says something else about kernels than this run; see target/vm/matrix.md, and run cargo xtask vm --update-readme"
+        "README.md says something else about kernels than this run; see target/vm/matrix.md, and run cargo xtask vm \
+         --update-readme"
     );
     Ok(())
 }

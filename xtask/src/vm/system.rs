@@ -1,5 +1,5 @@
-//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over some boots: after a
-//! reboot, a power cut, and a soft reboot, which is none of the machine's.
+//! A guest with a system of its own: a small Debian with systemd on a disk, the package in it, its life told over some
+//! boots: after a reboot, a power cut, and a soft reboot, which is none of the machine's.
 
 use std::{
     fs,
@@ -128,7 +128,8 @@ impl Packages {
         let (first, second) = (version(&this.first)?, version(&this.second)?);
         ensure!(
             first != second,
-            "both packages are of version {first}, so that nothing is upgraded; make two with cargo xtask package, or name others with --deb"
+            "both packages are of version {first}, so that nothing is upgraded; make two with cargo xtask package, or \
+             name others with --deb"
         );
         Ok(this)
     }

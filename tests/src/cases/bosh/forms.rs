@@ -1,5 +1,5 @@
-//! B2: what agents have written for ten years, and how: several servers in a string, several places, bytes of other encodings,
-//! files that a group can write, and files that are made first and written then.
+//! B2: what agents have written for ten years, and how: several servers in a string, several places, bytes of other
+//! encodings, files that a group can write, and files that are made first and written then.
 
 use std::{
     fs,
@@ -20,7 +20,8 @@ use crate::{
     world::{Daemon, NOBODY, at_this_load, until},
 };
 
-/// Without grants no part of the table that all agents of a network namespace share is ours: so these run on nftables too (B5).
+/// Without grants no part of the table that all agents of a network namespace share is ours: so these run on nftables
+/// too (B5).
 const MONIT: &str = "[target.monit]\nendpoints = [\"tcp://127.200.0.99:1\"]\nallow = [\"root\"]\n";
 /// The group of root's that may nothing here, as `vcap` is one.
 const GROUP: u32 = NOBODY;
@@ -210,7 +211,8 @@ fn made_first() -> Result<()> {
     })?;
     agent.attacks(&[1], false)?;
     agent.is_well(&daemon)?;
-    // Emptied while its bus is known, and written piece by piece without being closed, within the time that a writer is given.
+    // Emptied while its bus is known, and written piece by piece without being closed, within the time that a writer is
+    // given.
     let text = agent.mbus(2);
     let (half, rest) = text.as_bytes().split_at(text.len() / 2);
     let begun = Instant::now();

@@ -1,4 +1,5 @@
-//! All who ask for monit, each in every way: with and without the BOSH agent's own rules, with the daemon and without it.
+//! All who ask for monit, each in every way: with and without the BOSH agent's own rules, with the daemon and without
+//! it.
 
 use std::{
     fmt::{self, Display},
@@ -60,7 +61,8 @@ fn expected(caller: Caller, way: Way, daemon: bool) -> (bool, i32) {
     let (may, code) = match (caller, way) {
         // They reach no daemon, or hold what supervises others.
         (Caller::Container | Caller::PreStart | Caller::Start, Way::Grant) => (false, 2),
-        // All jobs are beside the one, which has no container that could be named; the other is root's, who needs nothing.
+        // All jobs are beside the one, which has no container that could be named; the other is root's, who needs
+        // nothing.
         (Caller::Start, Way::Name) | (Caller::Wrapper, Way::Name | Way::Permit) => (false, 0),
         (_, Way::Agents | Way::Name | Way::Permit | Way::Grant) => (true, 0),
     };

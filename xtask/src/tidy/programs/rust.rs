@@ -1,17 +1,21 @@
-//! The programs that Rust code runs: what reaches `Command::new`, directly or through functions that hand a parameter on to it, and what
-//! such programs run in turn.
+//! The programs that Rust code runs: what reaches `Command::new`, directly or through functions that hand a parameter
+//! on to it, and what such programs run in turn.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
 };
 
-use tree_sitter::{Node, Parser, Tree};
+use tree_sitter::Node;
 
-use super::shell::{Word, of_command, slice, starts_command};
+use super::{
+    super::source::{Source, slice},
+    shell::{Word, of_command, starts_command},
+    text::{filled, literal},
+};
 
-/// What names something that this project builds, the cargo that runs us, a program by another name, or a command line that is looked
-/// through where it is made.
+/// What names something that this project builds, the cargo that runs us, a program by another name, or a command line
+/// that is looked through where it is made.
 const OWN: [&str; 13] = [
     "binary(",
     "built(",
@@ -30,33 +34,6 @@ const OWN: [&str; 13] = [
 
 /// Methods of the scratch root that take shell text.
 const SHELL: [&str; 2] = ["scratch.read", "scratch.run"];
-
-/// A file, parsed.
-pub(super) struct Source {
-    pub(super) path: String,
-    text: String,
-    tree: Tree,
-}
-
-impl Source {
-    pub(super) fn new(path: &str, text: &str) -> Option<Self> {
-        let mut parser = Parser::new();
-        parser.set_language(&tree_sitter_rust::LANGUAGE.into()).ok()?;
-        // What stands in a macro is only tokens to the grammar; without the `!` most macros are calls.
-        let mut text = text.to_owned();
-        for name in ["ensure", "assert", "assert_eq", "bail", "vec", "eprintln", "println"] {
-            text = text
-                .replace(&format!("{name}!("), &format!("{name} ("))
-                .replace(&format!("{name}!["), &format!("{name} ["));
-        }
-        let tree = parser.parse(&text, None)?;
-        Some(Self {
-            path: path.to_owned(),
-            text,
-            tree,
-        })
-    }
-}
 
 /// What a source runs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -78,10 +55,10 @@ struct Function<'a> {
 }
 
 /// What each of the sources runs, by path.
-pub(super) fn programs(sources: &[Source]) -> BTreeMap<String, BTreeSet<Found>> {
+pub(super) fn programs(sources: &[&Source]) -> BTreeMap<String, BTreeSet<Found>> {
     let mut functions = Vec::new();
     let mut constants = BTreeMap::new();
-    for source in sources {
+    for &source in sources {
         collect(source, source.tree.root_node(), &mut functions, &mut constants);
     }
     let mut spawners = Spawners::new();
@@ -480,7 +457,7 @@ impl<'a> Look<'a> {
     }
 }
 
-fn children(node: Node<'_>) -> Vec<Node<'_>> {
+pub(super) fn children(node: Node<'_>) -> Vec<Node<'_>> {
     let mut cursor = node.walk();
     let all = node.named_children(&mut cursor);
     all.filter(|child| !child.kind().ends_with("comment")).collect()
@@ -495,40 +472,4 @@ fn find<'a>(node: Node<'a>, is: &impl Fn(Node<'_>) -> bool) -> Option<Node<'a>> 
 
 fn field_tokens(node: Node<'_>) -> Option<Node<'_>> {
     children(node).into_iter().find(|child| child.kind() == "token_tree")
-}
-
-/// The value of a string literal.
-fn literal(node: Node<'_>, text: &str) -> String {
-    let mut value = String::new();
-    for part in children(node) {
-        let part_text = slice(part, text);
-        match (part.kind(), part_text) {
-            ("escape_sequence", "\\n") => value.push('\n'),
-            ("escape_sequence", "\\t") => value.push('\t'),
-            // A line that goes on.
-            ("escape_sequence", escape) if escape.starts_with("\\\n") => value.push(' '),
-            ("escape_sequence", escape) => value.push_str(escape.trim_start_matches('\\')),
-            _ => value.push_str(part_text),
-        }
-    }
-    value
-}
-
-/// A template's text, with a variable in place of what is filled in.
-fn filled(template: &str) -> String {
-    let (mut text, mut inside) = (String::new(), false);
-    for c in template.replace("{{", "\u{1}").replace("}}", "\u{2}").chars() {
-        match c {
-            '{' => inside = true,
-            '}' => {
-                inside = false;
-                text.push_str("$x");
-            }
-            '\u{1}' => text.push('{'),
-            '\u{2}' => text.push('}'),
-            c if !inside => text.push(c),
-            _ => {}
-        }
-    }
-    text
 }

@@ -1,21 +1,23 @@
-//! Checks that setup installs every program that the sources run, or that the minimal system has it. What is run is read from the sources
-//! themselves; the minimal system is what this host's package database marks as such.
+//! Checks that setup installs every program that the sources run, or that the minimal system has it. What is run is
+//! read from the sources themselves; the minimal system is what this host's package database marks as such.
 
 mod rust;
 mod shell;
+mod text;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::Path,
-    sync::LazyLock,
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, ensure};
 
-use self::rust::{Found, Source};
+use self::rust::Found;
+use super::{Complaint, Files, is_a, source::Source};
+#[cfg(test)]
+use crate::run::root;
 use crate::{
-    run::{read, root},
+    run::read,
     setup::packages::{BASE, COMPILER, DISK, GUEST, HOST, PACKAGE, PRISTINE, Package, ROOT, SCRATCH, VM},
 };
 
@@ -47,30 +49,22 @@ const TOOLCHAIN: [&str; 10] = [
     "xtask",
 ];
 
-/// Every file that is looked through, by its path in the workspace.
-fn files() -> Result<BTreeMap<String, String>> {
-    let listed = read("git", &["ls-files"]).context("git ls-files failed")?;
-    let mut files = BTreeMap::new();
-    for path in listed.lines() {
-        let scope = SCOPES.iter().any(|(start, _)| path.starts_with(start));
-        if scope && let Ok(text) = fs::read_to_string(root().join(path)) {
-            files.insert(path.to_owned(), text);
-        }
-    }
-    ensure!(files.len() > 50, "only {} files are looked through", files.len());
-    Ok(files)
+/// Every program that is run and that nothing installs.
+pub(super) fn check(files: &Files, sources: &[Source]) -> Result<Vec<Complaint>> {
+    Ok(unprovided(&programs(files, sources), &minimal()?, all))
 }
 
 /// What each file runs.
-fn programs(files: &BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<Found>> {
+fn programs(files: &Files, sources: &[Source]) -> BTreeMap<String, BTreeSet<Found>> {
+    let files: Vec<(&String, &String)> = files.iter().filter(|(path, _)| !scope(path).is_empty()).collect();
     let mut found: BTreeMap<String, BTreeSet<Found>> = BTreeMap::new();
     // A name means one thing within a package.
     for package in ["enforcer/", "tests/", "xtask/"] {
-        let of_package = files
+        let of_package: Vec<&Source> = sources
             .iter()
-            .filter(|(path, _)| path.starts_with(package) && is_a(path, "rs"));
-        let sources: Vec<Source> = of_package.filter_map(|(path, text)| Source::new(path, text)).collect();
-        found.extend(rust::programs(&sources));
+            .filter(|source| source.path.starts_with(package))
+            .collect();
+        found.extend(rust::programs(&of_package));
     }
     // Scripts here run each other, and what scripts define that they read in.
     let mut own: BTreeSet<String> = BTreeSet::new();
@@ -78,7 +72,7 @@ fn programs(files: &BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<Found
         own.extend(path.rsplit('/').next().map(str::to_owned));
         own.extend(shell::parts(text).1);
     }
-    for (path, text) in files {
+    for (path, text) in &files {
         let first = text.lines().next().unwrap_or_default();
         let script = (first.starts_with("#!") && first.ends_with("sh")) || is_a(path, "sh");
         let names: BTreeSet<String> = if script {
@@ -89,17 +83,13 @@ fn programs(files: &BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<Found
             continue;
         };
         let names = names.into_iter().map(Found::Program);
-        found.entry(path.clone()).or_default().extend(names);
+        found.entry((*path).clone()).or_default().extend(names);
     }
     for programs in found.values_mut() {
         programs
             .retain(|program| !matches!(program, Found::Program(name) if own.contains(name) || name.starts_with('_')));
     }
     found
-}
-
-fn is_a(path: &str, extension: &str) -> bool {
-    Path::new(path).extension().is_some_and(|found| found == extension)
 }
 
 /// What a unit runs.
@@ -122,7 +112,7 @@ fn unprovided(
     found: &BTreeMap<String, BTreeSet<Found>>,
     minimal: &BTreeSet<String>,
     lists: impl Fn(&str) -> Vec<Package>,
-) -> Vec<String> {
+) -> Vec<Complaint> {
     let mut complaints = Vec::new();
     for (path, programs) in found {
         let brought: BTreeSet<&str> = lists(path)
@@ -136,10 +126,18 @@ fn unprovided(
                     if brought.iter().any(|brought| brought.rsplit('/').next() == Some(name))
                         || minimal.contains(name)
                         || TOOLCHAIN.contains(&name.as_str()) => {}
-                Found::Program(name) => complaints.push(format!(
-                    "{path} runs {name}, which no package that setup installs brings"
+                Found::Program(name) => complaints.push(Complaint::new(
+                    path,
+                    1,
+                    format!("runs {name}, which no package that setup installs brings"),
+                    "add the package to xtask/src/setup/packages.rs",
                 )),
-                Found::Unseen(place) => complaints.push(format!("{path}: it is not seen which program runs {place}")),
+                Found::Unseen(place) => complaints.push(Complaint::new(
+                    path,
+                    1,
+                    format!("it is not seen which program runs {place}"),
+                    "name it in a literal or a constant",
+                )),
             }
         }
     }
@@ -193,26 +191,14 @@ fn alternatives() -> Vec<(String, std::path::PathBuf)> {
         .collect()
 }
 
-/// What the sources run, found out once for all tests.
-fn found() -> Result<&'static BTreeMap<String, BTreeSet<Found>>> {
-    static FOUND: LazyLock<Result<BTreeMap<String, BTreeSet<Found>>>> = LazyLock::new(|| Ok(programs(&files()?)));
-    FOUND.as_ref().map_err(|error| anyhow!("{error:#}"))
-}
-
 fn all(path: &str) -> Vec<Package> {
     scope(path).concat()
 }
 
 #[test]
-fn setup_installs_every_program_that_is_run() -> Result<()> {
-    let complaints = unprovided(found()?, &minimal()?, all);
-    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
-    Ok(())
-}
-
-#[test]
 fn what_a_package_no_longer_brings_is_missed() -> Result<()> {
-    let (found, minimal) = (found()?, minimal()?);
+    let files = super::files(root())?;
+    let (found, minimal) = (programs(&files, &super::sources(&files)?), minimal()?);
     for gone in [
         "iproute2",
         "nftables",
@@ -223,7 +209,7 @@ fn what_a_package_no_longer_brings_is_missed() -> Result<()> {
         "mmdebstrap",
     ] {
         let without = |path: &str| all(path).into_iter().filter(|package| package.name != gone).collect();
-        let complaints = unprovided(found, &minimal, without);
+        let complaints = unprovided(&found, &minimal, without);
         assert!(!complaints.is_empty(), "nothing is known to run a program of {gone}");
     }
     Ok(())
@@ -249,7 +235,7 @@ fn packages_bring_the_programs_that_the_lists_say() {
 }
 
 #[test]
-fn programs_are_seen_in_rust_code() {
+fn programs_are_seen_in_rust_code() -> Result<()> {
     let text = r#"
         const SCRIPT: &str = "fifth && sixth";
         fn by(program: &str, arguments: &[&str]) { Command::new(program).args(arguments); }
@@ -268,8 +254,7 @@ fn programs_are_seen_in_rust_code() {
             Command::new(hidden);
             Command::new(binary("own")?);
         }"#;
-    let sources: Vec<Source> = Source::new("a.rs", text).into_iter().collect();
-    let found = rust::programs(&sources);
+    let found = rust::programs(&[&Source::new("a.rs", text)?]);
     let found = found.get("a.rs").cloned().unwrap_or_default();
     let mut names: Vec<String> = Vec::new();
     let mut unseen = 0;
@@ -281,6 +266,7 @@ fn programs_are_seen_in_rust_code() {
     }
     let expected = "eighth fifth first fourth kill nsenter second setpriv seventh sh sixth third unshare";
     assert_eq!((names.join(" ").as_str(), unseen), (expected, 1));
+    Ok(())
 }
 
 #[test]

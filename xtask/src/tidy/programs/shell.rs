@@ -1,8 +1,11 @@
-//! The programs that a command line or shell text runs: the first word of each simple command, and what it starts in turn.
+//! The programs that a command line or shell text runs: the first word of each simple command, and what it starts in
+//! turn.
 
 use std::collections::BTreeSet;
 
 use tree_sitter::{Node, Parser};
+
+use super::super::source::slice;
 
 /// A word of a command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,8 +21,10 @@ pub(super) enum Word {
 }
 
 /// What a shell does itself.
-const BUILTINS: &str = ". : [ alias bg break builtin cd command continue declare dirs echo eval exec exit export false fg getopts hash \
-    jobs kill let local mapfile printf pwd read readonly return set shift shopt source test times trap true type typeset ulimit umask \
+const BUILTINS: &str = ". : [ alias bg break builtin cd command continue declare dirs echo eval exec exit export false \
+    fg getopts hash \
+    jobs kill let local mapfile printf pwd read readonly return set shift shopt source test times trap true type \
+    typeset ulimit umask \
     unset wait";
 
 /// Programs that run another: options that take the next word as their value, and words before the command.
@@ -197,14 +202,12 @@ impl Word {
     }
 }
 
-pub(super) fn slice<'a>(node: Node<'_>, text: &'a str) -> &'a str {
-    text.get(node.byte_range()).unwrap_or_default()
-}
-
 #[test]
 fn programs_are_what_commands_begin_with() {
-    let text = "# not this\nset -e\na=1 first x | /usr/bin/second \"$(third)\" && ! fourth; own() { fifth; }\nown \"$unknown\"\n\
-        case $x in y) sixth ;; esac\nif seventh; then :; fi\ncat <<E\nnot $(eighth)\nE\n\"$program\" x\nfor i in not; do :; done\n";
+    let text = "# not this\nset -e\na=1 first x | /usr/bin/second \"$(third)\" && ! fourth; own() { fifth; }\n\
+        own \"$unknown\"\n\
+        case $x in y) sixth ;; esac\nif seventh; then :; fi\ncat <<E\nnot $(eighth)\nE\n\"$program\" x\n\
+        for i in not; do :; done\n";
     let found: Vec<String> = programs(text).into_iter().collect();
     assert_eq!(
         found,
@@ -216,8 +219,10 @@ fn programs_are_what_commands_begin_with() {
 
 #[test]
 fn what_runs_others_is_looked_through() {
-    let text = "exec setpriv --reuid 1 --clear-groups -- one\ntimeout -k 5 10 two\nenv A=b three\nunshare --mount sh -euc 'four; five \"$1\"' sh x\n\
-        ip netns exec n six\ntrap 'seven' EXIT\nfind . -exec eight {} +\nnsenter --target 1 --net -- \"$@\"\numask 077; timeout 5 kill 1\n";
+    let text = "exec setpriv --reuid 1 --clear-groups -- one\ntimeout -k 5 10 two\nenv A=b three\n\
+        unshare --mount sh -euc 'four; five \"$1\"' sh x\n\
+        ip netns exec n six\ntrap 'seven' EXIT\nfind . -exec eight {} +\nnsenter --target 1 --net -- \"$@\"\n\
+        umask 077; timeout 5 kill 1\n";
     let found = programs(text);
     for name in ["one", "two", "three", "four", "five", "six", "seven", "eight"] {
         assert!(found.contains(name), "{name} of {found:?}");
