@@ -9,13 +9,13 @@ use std::{
     os::unix::ffi::OsStrExt as _,
 };
 
-use nftnl::{MsgType, ProtoFamily, Rule as NlRule, Table};
+use nftnl::{MsgType, Rule as NlRule};
 
 use super::{
     NftablesError,
     expression::{self as is, Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
     failed,
-    netlink::{Failed, Found, IfEmpty, Netlink, Raw, Steps, chain_message, text},
+    netlink::{Failed, Found, Netlink, Steps, chain_message, inet, rule_message},
     reach,
 };
 use crate::{config::Settings, ruleset::Cgroup};
@@ -196,8 +196,7 @@ impl JobsChain {
     fn commit(&mut self, remove: &[u64], add: &[Accept], comment: &str) -> Result<(), NftablesError> {
         let found = self.netlink.table(TABLE);
         let found = found.map_err(|error| failed(TABLE, "look for it", error))?;
-        let name = text(TABLE);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(TABLE);
         let chain = chain_message(&table, CHAIN, None);
         let mut batch = Steps::new();
         // Made again, one that somebody has made dormant would be woken.
@@ -211,12 +210,7 @@ impl JobsChain {
             batch.add(&format!("remove rule {handle} of chain {CHAIN}"), &rule, MsgType::Del);
         }
         for accept in add {
-            let mut rule = NlRule::new(&chain);
-            // Shorter than libnftnl's limit, as names of tables are.
-            let _ = rule.set_comment(text(comment));
-            for expression in &encode(accept) {
-                rule.add_expr(&Raw(expression));
-            }
+            let rule = rule_message(&chain, comment, &encode(accept));
             batch.add(&format!("add a rule to chain {CHAIN}"), &rule, MsgType::Add);
         }
         let sent = self.netlink.commit(batch);
@@ -240,13 +234,12 @@ impl JobsChain {
         if !left.exists || !left.rules.is_empty() || !left.is_alone {
             return Ok(());
         }
-        let name = text(TABLE);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(TABLE);
         let chain = chain_message(&table, CHAIN, None);
         let mut batch = Steps::new();
         // Whoever puts something there meanwhile keeps all of it.
-        batch.add(&format!("remove chain {CHAIN}"), &IfEmpty(&chain), MsgType::Del);
-        batch.add("remove the table", &IfEmpty(&table), MsgType::Del);
+        batch.remove_if_empty(&format!("remove chain {CHAIN}"), &chain);
+        batch.remove_if_empty("remove the table", &table);
         match self.netlink.commit(batch) {
             // It is in use now, or has gone.
             Err(Failed { error, .. }) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT)) => Ok(()),

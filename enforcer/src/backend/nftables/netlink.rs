@@ -1,46 +1,48 @@
-//! `Image` ⇄ kernel, over netlink with nftnl and mnl: one transaction out, dumps back. The fenced unsafe of this backend.
+//! `Image` ⇄ kernel, over netlink: one transaction out, by nftnl, and dumps back.
 //!
 //! A netlink request is answered before the call that sends it returns, so every answer is there to be read without waiting.
 
-#![allow(
-    unsafe_code,
-    reason = "nftnl wraps chains, rules and batches; sets, objects and dumps only exist in libnftnl itself"
-)]
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "libnftnl and libc number attributes and messages in wider types than their own functions take"
-)]
-
+mod attributes;
 mod dumps;
 mod expressions;
 mod messages;
+mod owned;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::CString,
     io::{self, IoSlice},
     os::fd::AsRawFd as _,
 };
 
-use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Rule as NlRule, Table, nftnl_sys as sys, set::Set as NlSet};
+use netlink_packet_core::{
+    DefaultNla, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
+    NetlinkMessage,
+};
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, nftables::NfTablesMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Rule as NlRule, set::Set as NlSet};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, recv, sendmsg, setsockopt, sockopt};
 
 use self::messages::{AnyKey, Counter, build, make_chains, make_rules, make_sets};
 use super::image::{Chain, Image, chain::ABOUT};
 
 pub(super) use self::{
-    dumps::{Found, copied, owned},
-    expressions::Raw,
-    messages::{IfEmpty, Steps, chain_message},
+    attributes::{Attributes, nfta},
+    dumps::Found,
+    expressions::each_expression,
+    messages::{Steps, chain_message, inet, rule_message},
 };
 
 /// `linux/netfilter/nf_tables.h`.
 const NFT_OBJECT_COUNTER: u32 = 1;
-const INET: u16 = libc::NFPROTO_INET as u16;
+/// `NFPROTO_INET`.
+const INET: u8 = 1;
 
 /// A socket to `nf_tables` in the network namespace that it was made in.
+#[derive(Debug)]
 pub(crate) struct Netlink {
-    socket: mnl::Socket,
+    socket: Socket,
     sequence: u32,
 }
 
@@ -51,14 +53,6 @@ pub(crate) struct Failed {
     pub step: String,
     /// Why.
     pub error: io::Error,
-}
-
-impl std::fmt::Debug for Netlink {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Netlink")
-            .field("sequence", &self.sequence)
-            .finish_non_exhaustive()
-    }
 }
 
 /// A table as dumped.
@@ -77,9 +71,10 @@ pub(crate) struct Dump {
 impl Netlink {
     /// Opens a socket.
     pub(crate) fn open() -> io::Result<Self> {
-        let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
         // An error names the message by its number; the message itself need not come back.
-        set_option(&socket, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1)?;
+        socket.set_cap_ack(true)?;
         Ok(Self { socket, sequence: 0 })
     }
 
@@ -115,8 +110,7 @@ impl Netlink {
         let Change { table, image, found } = change;
         let none = BTreeMap::new();
         let counts = found.map_or(&none, |found| &found.counts);
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
         make_chains(&mut batch, &table, image, |chain| chain.base.is_none());
@@ -130,8 +124,7 @@ impl Netlink {
     /// Lets the base chains lead to what was laid out, in one transaction.
     fn switch(&mut self, change: Change<'_>) -> Result<(), Failed> {
         let Change { table, image, found } = change;
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(table);
         let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
         let there = |name: &str| found.is_some_and(|found| found.image.chains.contains_key(name));
         let mut batch = Steps::new();
@@ -152,8 +145,7 @@ impl Netlink {
         if parts.is_empty() {
             return Ok(());
         }
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(table);
         let chains: Vec<_> = parts
             .chains
             .iter()
@@ -183,8 +175,7 @@ impl Netlink {
 
     /// Replaces the table in one transaction. A packet under way may find the old one's sets emptied: only for a bent table.
     fn make_anew(&mut self, table: &str, image: &Image, counts: &BTreeMap<String, u64>) -> Result<(), Failed> {
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
         batch.add("empty the table", &table, MsgType::Del);
@@ -195,8 +186,7 @@ impl Netlink {
 
     /// Removes the table.
     pub(crate) fn remove(&mut self, table: &str) -> Result<(), Failed> {
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
         batch.add("remove the table", &table, MsgType::Del);
@@ -205,8 +195,7 @@ impl Netlink {
 
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is in force.
     pub(crate) fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
-        let name = text(table);
-        let table = Table::new(&name, ProtoFamily::Inet);
+        let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make a table", &table, MsgType::Add);
         build(&mut batch, &table, image, &BTreeMap::new());
@@ -224,24 +213,14 @@ impl Netlink {
         let batch: FinalizedBatch = batch.finalize();
         let pages: Vec<IoSlice<'_>> = batch.iter().map(IoSlice::new).collect();
         let length: usize = pages.iter().map(|page| page.len()).sum();
-        let room = |bytes: usize| i32::try_from(bytes).unwrap_or(i32::MAX / 2);
-        set_option(
-            &self.socket,
-            libc::SOL_SOCKET,
-            libc::SO_SNDBUFFORCE,
-            room(length * 2 + 65_536),
-        )
-        .map_err(failed)?;
+        let room = |bytes: usize| bytes.min(i32::MAX as usize / 2);
+        setsockopt(&self.socket, sockopt::SndBufForce, &room(length * 2 + 65_536))
+            .map_err(|error| failed(error.into()))?;
         let answers = (names.len() + 2) * 2048 + 65_536;
-        set_option(&self.socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, room(answers)).map_err(failed)?;
-        let sent = nix::sys::socket::sendmsg::<nix::sys::socket::NetlinkAddr>(
-            self.socket.as_raw_fd(),
-            &pages,
-            &[],
-            nix::sys::socket::MsgFlags::empty(),
-            Some(&nix::sys::socket::NetlinkAddr::new(0, 0)),
-        )
-        .map_err(|error| failed(error.into()))?;
+        setsockopt(&self.socket, sockopt::RcvBufForce, &room(answers)).map_err(|error| failed(error.into()))?;
+        let to = Some(&NetlinkAddr::new(0, 0));
+        let sent = sendmsg(self.socket.as_raw_fd(), &pages, &[], MsgFlags::empty(), to);
+        let sent = sent.map_err(|error| failed(error.into()))?;
         if sent != length {
             return Err(failed(io::Error::other(format!("sent {sent} of {length} bytes"))));
         }
@@ -250,20 +229,15 @@ impl Netlink {
 
     /// Reads every acknowledgement: all must be there, none an error (F3).
     fn acknowledged(&mut self, batch: &FinalizedBatch, names: &BTreeMap<u32, String>) -> Result<(), Failed> {
-        let mut missing: std::collections::BTreeSet<u32> = batch.sequence_numbers().collect();
+        let mut missing: BTreeSet<u32> = batch.sequence_numbers().collect();
         let mut first: Option<Failed> = None;
-        self.receive(|header, body| {
-            if header.nlmsg_type == libc::NLMSG_ERROR as u16 {
-                missing.remove(&header.nlmsg_seq);
-                let code = body
-                    .first_chunk()
-                    .map_or(-libc::EIO, |bytes| i32::from_ne_bytes(*bytes));
-                if code != 0 {
-                    let step = names.get(&header.nlmsg_seq).cloned().unwrap_or_default();
-                    first.get_or_insert(Failed {
-                        step,
-                        error: io::Error::from_raw_os_error(-code),
-                    });
+        self.receive(|message| {
+            if message.message_type() == NLMSG_ERROR {
+                let number = message.sequence_number();
+                missing.remove(&number);
+                if let Err(error) = outcome(&message) {
+                    let step = names.get(&number).cloned().unwrap_or_default();
+                    first.get_or_insert(Failed { step, error });
                 }
             }
             true
@@ -283,116 +257,72 @@ impl Netlink {
     }
 
     /// Hands on what has come, until nothing is left or `each` has enough.
-    fn receive(&mut self, mut each: impl FnMut(&libc::nlmsghdr, &[u8]) -> bool) -> io::Result<()> {
-        let mut buffer = vec![0_u64; 32 << 10];
+    fn receive(&mut self, mut each: impl FnMut(NetlinkBuffer<&[u8]>) -> bool) -> io::Result<()> {
+        let mut buffer = vec![0; 256 << 10];
         loop {
-            // SAFETY: the buffer is as long as said, and u64 may hold any bytes.
-            let read = unsafe {
-                libc::recv(
-                    self.socket.as_raw_fd(),
-                    buffer.as_mut_ptr().cast(),
-                    buffer.len() * 8,
-                    libc::MSG_DONTWAIT,
-                )
+            let read = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(read) => read,
+                Err(nix::Error::EINTR) => continue,
+                Err(nix::Error::EAGAIN) => return Ok(()),
+                Err(error) => return Err(error.into()),
             };
-            let Ok(read) = usize::try_from(read) else {
-                let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                return if error.kind() == io::ErrorKind::WouldBlock {
-                    Ok(())
-                } else {
-                    Err(error)
-                };
-            };
-            // SAFETY: the kernel has written so many bytes.
-            let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), read) };
-            let mut at = 0;
-            while let Some(message) = bytes.get(at..).filter(|rest| rest.len() >= size_of::<libc::nlmsghdr>()) {
-                // SAFETY: long enough, and messages begin at multiples of 4 bytes in a buffer aligned to 8.
-                #[allow(clippy::cast_ptr_alignment, reason = "see SAFETY")]
-                let header = unsafe { &*message.as_ptr().cast::<libc::nlmsghdr>() };
-                let length = header.nlmsg_len as usize;
-                let Some(body) = message.get(size_of::<libc::nlmsghdr>()..length) else {
-                    return Err(io::Error::other("a netlink message is cut short"));
-                };
-                if !each(header, body) {
+            let mut rest = buffer.get(..read).unwrap_or_default();
+            while !rest.is_empty() {
+                let message = NetlinkBuffer::new_checked(rest);
+                let message = message.map_err(|_| io::Error::other("a netlink message is cut short"))?;
+                let length = message.length() as usize;
+                if !each(message) {
                     return Ok(());
                 }
-                at += (length + 3) & !3;
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
             }
         }
     }
 
-    /// Sends one request and hands on its answers until they end.
-    fn ask(
+    /// Sends one request, of a family or of all by 0, within what is named, and hands on its answers and their families until they end.
+    pub(super) fn ask(
         &mut self,
+        family: u8,
         kind: i32,
-        flags: i32,
-        fill: impl FnOnce(*mut libc::nlmsghdr),
-        each: impl FnMut(&libc::nlmsghdr),
-    ) -> io::Result<()> {
-        self.ask_of(INET, kind, flags, fill, each)
-    }
-
-    /// As [`Netlink::ask`], of another family, or of all by 0.
-    pub(super) fn ask_of(
-        &mut self,
-        family: u16,
-        kind: i32,
-        flags: i32,
-        fill: impl FnOnce(*mut libc::nlmsghdr),
-        mut each: impl FnMut(&libc::nlmsghdr),
+        flags: u16,
+        within: &[(u16, &str)],
+        mut each: impl FnMut(u8, Attributes<'_>),
     ) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
         let sequence = self.sequence;
-        let mut buffer = vec![0_u64; nftnl::nft_nlmsg_maxsize() as usize / 8 + 1];
-        // SAFETY: the buffer is as long as libnftnl's largest message.
-        let header = unsafe {
-            sys::nftnl_nlmsg_build_hdr(
-                buffer.as_mut_ptr().cast(),
-                u16::try_from(kind).unwrap_or_default(),
-                family,
-                u16::try_from(flags).unwrap_or_default(),
-                sequence,
-            )
+        let name = |(number, name): &(u16, &str)| DefaultNla::new(*number, text(name).into_bytes_with_nul());
+        let request = NfTablesMessage::Other {
+            message_type: u8::try_from(kind).unwrap_or_default(),
+            attributes: within.iter().map(name).collect(),
         };
-        fill(header);
-        // SAFETY: libnftnl has just written it at the buffer's start.
-        let length = unsafe { (*header).nlmsg_len } as usize;
-        // SAFETY: within the buffer.
-        let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), length) };
-        self.socket.send(bytes)?;
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = sequence;
+        let request = NetfilterMessage::new(NetfilterHeader::new(family.into(), 0, 0), request);
+        let mut request = NetlinkMessage::new(header, request.into());
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
         let (mut done, mut changed, mut result) = (false, false, Ok(()));
         while !done {
             let mut any = false;
-            self.receive(|header, body| {
+            self.receive(|message| {
                 any = true;
-                if header.nlmsg_seq != sequence {
+                if message.sequence_number() != sequence {
                     return true;
                 }
-                changed |= i32::from(header.nlmsg_flags) & libc::NLM_F_DUMP_INTR != 0;
-                match i32::from(header.nlmsg_type) {
-                    libc::NLMSG_ERROR => {
-                        let code = body
-                            .first_chunk()
-                            .map_or(-libc::EIO, |bytes| i32::from_ne_bytes(*bytes));
-                        if code != 0 {
-                            result = Err(io::Error::from_raw_os_error(-code));
-                        }
-                        done = true;
-                    }
-                    libc::NLMSG_DONE => {
-                        let code = body.first_chunk().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
-                        if code < 0 {
-                            result = Err(io::Error::from_raw_os_error(-code));
-                        }
+                changed |= message.flags() & NLM_F_DUMP_INTR != 0;
+                match message.message_type() {
+                    NLMSG_ERROR | NLMSG_DONE => {
+                        result = outcome(&message);
                         done = true;
                     }
                     _ => {
-                        each(header);
-                        done |= flags & libc::NLM_F_DUMP != libc::NLM_F_DUMP;
+                        if let [family, _, _, _, attributes @ ..] = message.payload() {
+                            each(*family, Attributes(attributes));
+                        }
+                        done = flags & NLM_F_DUMP == 0;
                     }
                 }
                 !done
@@ -408,25 +338,32 @@ impl Netlink {
     }
 }
 
+/// What an acknowledgement, or the end of a dump, says.
+fn outcome(message: &NetlinkBuffer<&[u8]>) -> io::Result<()> {
+    let code = message.payload().first_chunk();
+    match code.map_or(-libc::EIO, |bytes| i32::from_ne_bytes(*bytes)) {
+        code if code < 0 => Err(io::Error::from_raw_os_error(-code)),
+        _ => Ok(()),
+    }
+}
+
 /// Becomes readable when any `nf_tables` transaction of this network namespace is committed.
-pub(crate) struct Changes(mnl::Socket);
+pub(crate) struct Changes(Socket);
 
 impl Changes {
     /// Subscribes (`NFNLGRP_NFTABLES`).
     pub(crate) fn subscribe() -> io::Result<Self> {
         const NFNLGRP_NFTABLES: u32 = 7;
-        let socket = mnl::Socket::open(mnl::Bus::Netfilter)?;
-        socket.bind(1 << (NFNLGRP_NFTABLES - 1), 0)?;
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind(&SocketAddr::new(0, 1 << (NFNLGRP_NFTABLES - 1)))?;
         Ok(Self(socket))
     }
 
     /// Takes all that has come. An overflow is a change too: what matters is to look again.
     pub(crate) fn drain(&self) {
         let mut buffer = [0; 16_384];
-        let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
-        while let Ok(1..) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) =
-            nix::sys::socket::recv(self.0.as_raw_fd(), &mut buffer, flags)
-        {}
+        let mut take = || recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
+        while let Ok(1..) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) = take() {}
     }
 }
 
@@ -489,6 +426,7 @@ fn keys<T>(all: &BTreeMap<String, T>, keep: impl Fn(&str) -> bool) -> Vec<String
 }
 
 /// Waits until every packet that a rule is judging now has been judged (an RCU grace period, man 2 membarrier).
+#[allow(unsafe_code, reason = "libc has no function for membarrier")]
 fn wait_for_packets() {
     const MEMBARRIER_CMD_GLOBAL: i32 = 1;
     // SAFETY: takes no pointers.
@@ -508,20 +446,8 @@ fn length_of(bytes: &[u8]) -> u32 {
     u32::try_from(bytes.len()).unwrap_or(u32::MAX)
 }
 
-fn set_option(socket: &mnl::Socket, level: i32, option: i32, value: i32) -> io::Result<()> {
-    // SAFETY: an int, as these options take.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size_of::<i32>() as u32,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+/// As much as registers hold (`NFT_DATA_VALUE_MAXLEN`), for which alone libnftnl has room. No value of ours or the kernel's is longer;
+/// one that were would be found to differ when it is read back (F3).
+fn within_registers(bytes: &[u8]) -> &[u8] {
+    bytes.get(..64).unwrap_or(bytes)
 }

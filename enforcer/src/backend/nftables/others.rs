@@ -1,18 +1,14 @@
 //! Rules of other people, of every family and table, as far as `enforcer doctor` asks: where packets are sent elsewhere, and which
 //! matches of xtables are in use.
 
-#![allow(unsafe_code, reason = "dumps only exist in libnftnl itself")]
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "libnftnl numbers attributes in wider types than its own functions take"
-)]
-
 use std::{collections::BTreeMap, io, net::IpAddr};
 
-use nftnl::nftnl_sys as sys;
+use netlink_packet_core::NLM_F_DUMP;
 
-use super::netlink::{Netlink, copied, owned};
+use super::netlink::{Attributes, Netlink, each_expression, nfta};
+
+/// `NFPROTO_UNSPEC`: of all families.
+const EVERY: u8 = 0;
 
 /// A rule of whoever.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,52 +57,22 @@ pub(crate) fn chains(netlink: &mut Netlink) -> io::Result<Vec<(String, String, S
 
 fn rules_once(netlink: &mut Netlink) -> io::Result<Vec<ForeignRule>> {
     let mut found = Vec::new();
-    // NFPROTO_UNSPEC: of all families.
-    netlink.ask_of(
-        0,
-        libc::NFT_MSG_GETRULE,
-        libc::NLM_F_DUMP,
-        |_| {},
-        |header| {
-            // SAFETY: allocated, given a whole message, freed.
-            unsafe {
-                let rule = sys::nftnl_rule_alloc();
-                if sys::nftnl_rule_nlmsg_parse(header, rule) >= 0 {
-                    found.push(read(rule));
-                }
-                sys::nftnl_rule_free(rule);
-            }
-        },
-    )?;
+    netlink.ask(EVERY, libc::NFT_MSG_GETRULE, NLM_F_DUMP, &[], |family, rule| {
+        found.push(read(family, rule));
+    })?;
     Ok(found)
 }
 
 fn chains_once(netlink: &mut Netlink) -> io::Result<Vec<(String, String, String)>> {
     let mut found = Vec::new();
-    netlink.ask_of(
-        0,
-        libc::NFT_MSG_GETCHAIN,
-        libc::NLM_F_DUMP,
-        |_| {},
-        |header| {
-            // SAFETY: as above.
-            unsafe {
-                let chain = sys::nftnl_chain_alloc();
-                if sys::nftnl_chain_nlmsg_parse(header, chain) >= 0 {
-                    found.push((
-                        family(sys::nftnl_chain_get_u32(chain, sys::NFTNL_CHAIN_FAMILY as u16)),
-                        owned(sys::nftnl_chain_get_str(chain, sys::NFTNL_CHAIN_TABLE as u16)),
-                        owned(sys::nftnl_chain_get_str(chain, sys::NFTNL_CHAIN_NAME as u16)),
-                    ));
-                }
-                sys::nftnl_chain_free(chain);
-            }
-        },
-    )?;
+    netlink.ask(EVERY, libc::NFT_MSG_GETCHAIN, NLM_F_DUMP, &[], |number, chain| {
+        let (table, name) = (chain.text(nfta::CHAIN_TABLE), chain.text(nfta::CHAIN_NAME));
+        found.push((family(number), table, name));
+    })?;
     Ok(found)
 }
 
-fn family(number: u32) -> String {
+fn family(number: u8) -> String {
     match number {
         1 => "inet".to_owned(),
         2 => "ip".to_owned(),
@@ -118,73 +84,48 @@ fn family(number: u32) -> String {
     }
 }
 
-/// SAFETY: `rule` must be live.
-unsafe fn read(rule: *mut sys::nftnl_rule) -> ForeignRule {
-    let mut found = ForeignRule::default();
+fn read(number: u8, rule: Attributes<'_>) -> ForeignRule {
+    let mut found = ForeignRule {
+        family: family(number),
+        table: rule.text(nfta::RULE_TABLE),
+        chain: rule.text(nfta::RULE_CHAIN),
+        ..ForeignRule::default()
+    };
     // What constants the registers hold, by their first; those of 4 bytes are named from 8 on.
     let mut registers: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
-    // SAFETY: the rule outlives the iterator, the expressions are its own, and what is read of them is copied.
-    unsafe {
-        found.family = family(sys::nftnl_rule_get_u32(rule, sys::NFTNL_RULE_FAMILY as u16));
-        found.table = owned(sys::nftnl_rule_get_str(rule, sys::NFTNL_RULE_TABLE as u16));
-        found.chain = owned(sys::nftnl_rule_get_str(rule, sys::NFTNL_RULE_CHAIN as u16));
-        let all = sys::nftnl_expr_iter_create(rule);
-        loop {
-            let expression = sys::nftnl_expr_iter_next(all);
-            if expression.is_null() {
-                break;
+    for (name, of) in each_expression(rule) {
+        // What an attribute that names a register leads to.
+        let held = |register| of.has(register).then(|| registers.get(&of.number(register))).flatten();
+        let port = |register| {
+            let bytes = held(register)?.first_chunk()?;
+            Some(u16::from_be_bytes(*bytes))
+        };
+        match name.as_str() {
+            "immediate" if of.inside(nfta::IMMEDIATE_DATA).has(nfta::DATA_VALUE) => {
+                registers.insert(of.number(nfta::IMMEDIATE_DREG), of.data(nfta::IMMEDIATE_DATA));
             }
-            let number = |attribute: u32| sys::nftnl_expr_get_u32(expression, attribute as u16);
-            let has = |attribute: u32| sys::nftnl_expr_is_set(expression, attribute as u16);
-            let bytes = |attribute: u32| {
-                let mut length = 0;
-                let data = sys::nftnl_expr_get(expression, attribute as u16, &raw mut length);
-                copied(data, length)
-            };
-            let word = |attribute: u32| owned(sys::nftnl_expr_get_str(expression, attribute as u16));
-            let port = |registers: &BTreeMap<u32, Vec<u8>>, register: u32| {
-                let bytes = registers.get(&register)?.first_chunk()?;
-                Some(u16::from_be_bytes(*bytes))
-            };
-            match word(sys::NFTNL_EXPR_NAME).as_str() {
-                "immediate" if has(sys::NFTNL_EXPR_IMM_DATA) => {
-                    registers.insert(number(sys::NFTNL_EXPR_IMM_DREG), bytes(sys::NFTNL_EXPR_IMM_DATA));
-                }
-                // NFT_NAT_DNAT
-                "nat" if number(sys::NFTNL_EXPR_NAT_TYPE) == 1 => {
-                    let to = has(sys::NFTNL_EXPR_NAT_REG_ADDR_MIN)
-                        .then(|| registers.get(&number(sys::NFTNL_EXPR_NAT_REG_ADDR_MIN)))
-                        .flatten()
-                        .and_then(|bytes| address(bytes));
-                    let changes_port = has(sys::NFTNL_EXPR_NAT_REG_PROTO_MIN);
-                    found.nat = Some(Nat {
-                        to: to.map_or(To::Unknown, To::Address),
-                        port: changes_port
-                            .then(|| port(&registers, number(sys::NFTNL_EXPR_NAT_REG_PROTO_MIN)))
-                            .flatten(),
-                    });
-                }
-                "redir" => {
-                    let changes_port = has(sys::NFTNL_EXPR_REDIR_REG_PROTO_MIN);
-                    found.nat = Some(Nat {
-                        to: To::Here,
-                        port: changes_port
-                            .then(|| port(&registers, number(sys::NFTNL_EXPR_REDIR_REG_PROTO_MIN)))
-                            .flatten(),
-                    });
-                }
-                "match" => found.matches.push(word(sys::NFTNL_EXPR_MT_NAME)),
-                "target" => {
-                    let info = bytes(sys::NFTNL_EXPR_TG_INFO);
-                    let name = word(sys::NFTNL_EXPR_TG_NAME);
-                    if let Some(nat) = xt_nat(&name, number(sys::NFTNL_EXPR_TG_REV), &info, &found.family) {
-                        found.nat = Some(nat);
-                    }
-                }
-                _ => {}
+            // NFT_NAT_DNAT
+            "nat" if of.number(nfta::NAT_TYPE) == 1 => {
+                let to = held(nfta::NAT_REG_ADDR_MIN).and_then(|bytes| address(bytes));
+                found.nat = Some(Nat {
+                    to: to.map_or(To::Unknown, To::Address),
+                    port: port(nfta::NAT_REG_PROTO_MIN),
+                });
             }
+            "redir" => {
+                found.nat = Some(Nat {
+                    to: To::Here,
+                    port: port(nfta::REDIR_REG_PROTO_MIN),
+                });
+            }
+            "match" => found.matches.push(of.text(nfta::MATCH_NAME)),
+            "target" => {
+                let (target, revision) = (of.text(nfta::TARGET_NAME), of.number(nfta::TARGET_REV));
+                let nat = xt_nat(&target, revision, of.bytes(nfta::TARGET_INFO), &found.family);
+                found.nat = nat.or(found.nat);
+            }
+            _ => {}
         }
-        sys::nftnl_expr_iter_destroy(all);
     }
     found
 }

@@ -1,8 +1,19 @@
 //! `Image` → the messages of one transaction, each with a name.
 
+#![allow(
+    unsafe_code,
+    reason = "counters, and sets other than of plain keys, only exist in libnftnl itself"
+)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "libnftnl and libc number attributes and messages in wider types than libnftnl's own functions take"
+)]
+
 use std::{
+    cell::Cell,
     collections::BTreeMap,
-    ffi::{CString, c_void},
+    ffi::{CStr, CString, c_void},
 };
 
 use nftnl::{
@@ -10,63 +21,60 @@ use nftnl::{
     set::{Set as NlSet, SetKey},
 };
 
-use super::{INET, NFT_OBJECT_COUNTER, expressions::Raw, length_of, text};
+use super::{INET, NFT_OBJECT_COUNTER, expressions::Raw, length_of, owned::Owned, text, within_registers};
 use crate::backend::nftables::{
-    expression::IPV4,
-    image::{Base, Chain, Element, Image, Set, SetKind, Value},
+    expression::{Expression, IPV4},
+    image::{Base, Chain, Image, Set, SetKind, Value},
 };
 
 /// `NFT_SET_ELEM_INTERVAL_END`.
 pub(super) const INTERVAL_END: u32 = 1;
 
 /// A batch whose steps have names, for messages.
-pub(in crate::backend::nftables) struct Steps {
+pub(crate) struct Steps {
     pub(super) batch: Batch,
     pub(super) names: BTreeMap<u32, String>,
 }
 
 impl Steps {
-    pub(in crate::backend::nftables) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             batch: Batch::new(),
             names: BTreeMap::new(),
         }
     }
 
-    pub(in crate::backend::nftables) fn add<T: NlMsg>(&mut self, name: &str, message: &T, kind: MsgType) {
-        /// Tells the number that the batch gives a message.
-        struct Numbered<'a, T> {
+    pub(crate) fn add<T: NlMsg>(&mut self, name: &str, message: &T, kind: MsgType) {
+        self.add_flagged(name, message, kind, 0);
+    }
+
+    /// Removes a thing only where nothing is in it and nothing refers to it: without `NLM_F_NONREC` the kernel removes what is in it, too.
+    pub(crate) fn remove_if_empty<T: NlMsg>(&mut self, name: &str, message: &T) {
+        self.add_flagged(name, message, MsgType::Del, libc::NLM_F_NONREC as u16);
+    }
+
+    fn add_flagged<T: NlMsg>(&mut self, name: &str, message: &T, kind: MsgType, flags: u16) {
+        /// Tells the number that the batch gives a message, and adds flags to its own.
+        struct Step<'a, T> {
             message: &'a T,
-            number: std::cell::Cell<u32>,
+            flags: u16,
+            number: Cell<u32>,
         }
         // SAFETY: hands on to the message's own implementation.
-        unsafe impl<T: NlMsg> NlMsg for Numbered<'_, T> {
+        unsafe impl<T: NlMsg> NlMsg for Step<'_, T> {
             unsafe fn write(&self, buffer: *mut c_void, sequence: u32, kind: MsgType) {
                 self.number.set(sequence);
-                // SAFETY: as promised by our caller.
-                unsafe { self.message.write(buffer, sequence, kind) };
+                // SAFETY: as promised by our caller; a netlink header is at the buffer's start then, which is aligned for it.
+                unsafe {
+                    self.message.write(buffer, sequence, kind);
+                    (*buffer.cast::<libc::nlmsghdr>()).nlmsg_flags |= self.flags;
+                }
             }
         }
-        let numbered = Numbered {
-            message,
-            number: std::cell::Cell::new(0),
-        };
-        self.batch.add(&numbered, kind);
-        self.names.insert(numbered.number.get(), name.to_owned());
-    }
-}
-
-/// Removes a thing only where nothing is in it and nothing refers to it: without `NLM_F_NONREC` the kernel removes what is in it, too.
-pub(in crate::backend::nftables) struct IfEmpty<'a, T>(pub(in crate::backend::nftables) &'a T);
-
-// SAFETY: hands on to the message's own implementation, which writes a netlink header first.
-unsafe impl<T: NlMsg> NlMsg for IfEmpty<'_, T> {
-    unsafe fn write(&self, buffer: *mut c_void, sequence: u32, kind: MsgType) {
-        // SAFETY: as promised by our caller; the header is at the buffer's start, which is aligned for it.
-        unsafe {
-            self.0.write(buffer, sequence, kind);
-            (*buffer.cast::<libc::nlmsghdr>()).nlmsg_flags |= libc::NLM_F_NONREC as u16;
-        }
+        let number = Cell::new(0);
+        let step = Step { message, flags, number };
+        self.batch.add(&step, kind);
+        self.names.insert(step.number.get(), name.to_owned());
     }
 }
 
@@ -109,24 +117,30 @@ pub(super) fn make_rules(batch: &mut Steps, table: &Table, image: &Image, wanted
     for (name, chain) in image.chains.iter().filter(|(name, chain)| wanted(name, chain)) {
         let message = chain_message(table, name, chain.base);
         for (number, rule) in (1..).zip(&chain.rules) {
-            let mut built = NlRule::new(&message);
-            if !rule.comment.is_empty() {
-                // Ours are shorter than libnftnl's limit.
-                let _ = built.set_comment(text(&rule.comment));
-            }
-            for expression in &rule.expressions {
-                built.add_expr(&Raw(expression));
-            }
-            batch.add(&format!("make rule {number} of chain {name}"), &built, MsgType::Add);
+            let rule = rule_message(&message, &rule.comment, &rule.expressions);
+            batch.add(&format!("make rule {number} of chain {name}"), &rule, MsgType::Add);
         }
     }
 }
 
-pub(in crate::backend::nftables) fn chain_message<'t>(
-    table: &'t Table,
-    name: &str,
-    base: Option<Base>,
-) -> nftnl::Chain<'t> {
+pub(crate) fn inet(table: &str) -> Table {
+    Table::new(text(table), ProtoFamily::Inet)
+}
+
+/// A rule with a comment, unless that is empty.
+pub(crate) fn rule_message<'c>(chain: &'c nftnl::Chain<'_>, comment: &str, expressions: &[Expression]) -> NlRule<'c> {
+    let mut rule = NlRule::new(chain);
+    if !comment.is_empty() {
+        // Ours are shorter than libnftnl's limit.
+        let _ = rule.set_comment(text(comment));
+    }
+    for expression in expressions {
+        rule.add_expr(&Raw(expression));
+    }
+    rule
+}
+
+pub(crate) fn chain_message<'t>(table: &'t Table, name: &str, base: Option<Base>) -> nftnl::Chain<'t> {
     let mut chain = nftnl::Chain::new(text(name), table);
     if let Some(Base {
         hook,
@@ -169,11 +183,10 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
     const SERVICE: u32 = 13;
     const UID: u32 = 24;
     const CGROUP: u32 = 46;
-    let message = NlSet::<AnyKey>::new_named(&text(name), id, table, ProtoFamily::Inet);
+    let mut message = NlSet::<AnyKey>::new_named(&text(name), id, table, ProtoFamily::Inet);
     let object = message.as_ptr().as_ptr();
     let concatenation = |address: u32| address << 12 | PROTOCOL << 6 | SERVICE;
     let (mut flags, mut key, mut length) = (0, UID, 4);
-    let mut data = None;
     match set.kind {
         SetKind::Endpoints { family, ranges } => {
             (key, length) = if family == IPV4 {
@@ -186,7 +199,6 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
                 // NFT_SET_CONCAT
                 flags |= libc::NFT_SET_INTERVAL | 0x80;
             }
-            data = Some((libc::NFT_DATA_VERDICT, 16));
         }
         SetKind::Addresses { family } => {
             (key, length) = if family == IPV4 {
@@ -199,90 +211,85 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
         SetKind::Ports => {
             (key, length) = (SERVICE, 2);
             flags |= libc::NFT_SET_MAP;
-            data = Some((libc::NFT_DATA_VERDICT, 16));
         }
         SetKind::Users => {}
         SetKind::Cgroups => (key, length) = (CGROUP, 8),
     }
-    // SAFETY: the object is the message's own; pointers are to live values of the length given.
-    unsafe {
-        let number = |attribute: u32, value: u32| sys::nftnl_set_set_u32(object, attribute as u16, value);
-        number(sys::NFTNL_SET_FLAGS, flags as u32);
-        number(sys::NFTNL_SET_KEY_TYPE, key);
-        number(sys::NFTNL_SET_KEY_LEN, length);
-        // A range of addresses is two elements to the kernel.
-        let elements = match set.kind {
-            SetKind::Addresses { .. } => set.elements.len() * 2,
-            SetKind::Endpoints { .. } | SetKind::Ports | SetKind::Users | SetKind::Cgroups => set.elements.len(),
-        };
-        let size = u32::try_from(elements.max(16)).unwrap_or(u32::MAX);
-        number(sys::NFTNL_SET_DESC_SIZE, size);
-        if let Some((kind, length)) = data {
-            number(sys::NFTNL_SET_DATA_TYPE, kind);
-            number(sys::NFTNL_SET_DATA_LEN, length);
+    // A range of addresses is two elements to the kernel.
+    let elements = match set.kind {
+        SetKind::Addresses { .. } => set.elements.len() * 2,
+        SetKind::Endpoints { .. } | SetKind::Ports | SetKind::Users | SetKind::Cgroups => set.elements.len(),
+    };
+    let size = u32::try_from(elements.max(16)).unwrap_or(u32::MAX);
+    let number = |value: u32| value.to_ne_bytes().to_vec();
+    let mut attributes = vec![
+        (sys::NFTNL_SET_FLAGS, number(flags as u32)),
+        (sys::NFTNL_SET_KEY_TYPE, number(key)),
+        (sys::NFTNL_SET_KEY_LEN, number(length)),
+        (sys::NFTNL_SET_DESC_SIZE, number(size)),
+    ];
+    if flags & libc::NFT_SET_MAP != 0 {
+        attributes.push((sys::NFTNL_SET_DATA_TYPE, number(libc::NFT_DATA_VERDICT)));
+        attributes.push((sys::NFTNL_SET_DATA_LEN, number(16)));
+    }
+    if let SetKind::Endpoints { family, ranges: true } = set.kind {
+        let address = if family == IPV4 { 4 } else { 16 };
+        attributes.push((sys::NFTNL_SET_DESC_CONCAT, vec![address, 1, 2]));
+    }
+    if matches!(set.kind, SetKind::Users | SetKind::Cgroups) {
+        // Keys in host byte order, so that `nft list` prints them right (NFTNL_UDATA_SET_KEYBYTEORDER).
+        let order = [&[0, 4][..], &1_u32.to_ne_bytes()].concat();
+        attributes.push((sys::NFTNL_SET_USERDATA, order));
+    }
+    for (number, value) in attributes {
+        // SAFETY: the set is live, each value is of the type that libnftnl reads there, and it copies them.
+        unsafe {
+            sys::nftnl_set_set_data(object, number as u16, value.as_ptr().cast(), length_of(&value));
         }
-        if let SetKind::Endpoints { family, ranges: true } = set.kind {
-            let parts: [u8; 3] = [if family == IPV4 { 4 } else { 16 }, 1, 2];
-            sys::nftnl_set_set_data(object, sys::NFTNL_SET_DESC_CONCAT as u16, parts.as_ptr().cast(), 3);
-        }
-        if matches!(set.kind, SetKind::Users | SetKind::Cgroups) {
-            // Keys in host byte order, so that `nft list` prints them right (NFTNL_UDATA_SET_KEYBYTEORDER).
-            let mut order = vec![0_u8, 4];
-            order.extend(1_u32.to_ne_bytes());
-            sys::nftnl_set_set_data(object, sys::NFTNL_SET_USERDATA as u16, order.as_ptr().cast(), 6);
-        }
-        for element in &set.elements {
-            if let SetKind::Addresses { .. } = set.kind {
-                for bound in bounds(element) {
-                    sys::nftnl_set_elem_add(object, bound);
-                }
-            } else {
-                sys::nftnl_set_elem_add(object, element_message(element));
+    }
+    for element in &set.elements {
+        if let SetKind::Addresses { .. } = set.kind {
+            // As sets without a concatenation take a range: its first key, and where there is one, the key behind its last.
+            add_element(&mut message, &element.key, &[], &Value::None, false);
+            if let Some(behind) = key_behind(&element.last) {
+                add_element(&mut message, &behind, &[], &Value::None, true);
             }
+        } else {
+            add_element(&mut message, &element.key, &element.last, &element.value, false);
         }
     }
     message
 }
 
-pub(super) fn element_message(element: &Element) -> *mut sys::nftnl_set_elem {
-    // SAFETY: pointers are to live values of the length given; the caller's set frees the element.
+/// Adds an element, or the end of a range.
+fn add_element(set: &mut NlSet<'_, AnyKey>, key: &[u8], last: &[u8], value: &Value, ends: bool) {
+    let (flags, goto) = (INTERVAL_END.to_ne_bytes(), libc::NFT_GOTO.to_ne_bytes());
+    let chain = match value {
+        Value::None => None,
+        Value::Goto(chain) => Some(text(chain)),
+    };
+    let chain = chain.as_deref().map(CStr::to_bytes_with_nul);
+    let attributes = [
+        (sys::NFTNL_SET_ELEM_KEY, Some(within_registers(key))),
+        (
+            sys::NFTNL_SET_ELEM_KEY_END,
+            (!last.is_empty()).then(|| within_registers(last)),
+        ),
+        (sys::NFTNL_SET_ELEM_FLAGS, ends.then_some(&flags[..])),
+        (sys::NFTNL_SET_ELEM_VERDICT, chain.and(Some(&goto[..]))),
+        (sys::NFTNL_SET_ELEM_CHAIN, chain),
+    ];
+    // SAFETY: each value is of the type that libnftnl reads there, or no longer than its room for bytes; it copies them. The set, which
+    // is live, takes the element over.
     unsafe {
-        let object = sys::nftnl_set_elem_alloc();
-        let bytes = |attribute: u32, value: &[u8]| {
-            sys::nftnl_set_elem_set(object, attribute as u16, value.as_ptr().cast(), length_of(value));
-        };
-        bytes(sys::NFTNL_SET_ELEM_KEY, &element.key);
-        if !element.last.is_empty() {
-            bytes(sys::NFTNL_SET_ELEM_KEY_END, &element.last);
-        }
-        match &element.value {
-            Value::None => {}
-            Value::Goto(chain) => {
-                let verdict = libc::NFT_GOTO.cast_unsigned();
-                sys::nftnl_set_elem_set_u32(object, sys::NFTNL_SET_ELEM_VERDICT as u16, verdict);
-                sys::nftnl_set_elem_set_str(object, sys::NFTNL_SET_ELEM_CHAIN as u16, text(chain).as_ptr());
+        let element = Owned::new(sys::nftnl_set_elem_alloc(), |it| sys::nftnl_set_elem_free(it));
+        for (number, value) in attributes {
+            if let Some(value) = value {
+                sys::nftnl_set_elem_set(element.as_ptr(), number as u16, value.as_ptr().cast(), length_of(value));
             }
         }
-        object
+        sys::nftnl_set_elem_add(set.as_ptr().as_ptr(), element.into_raw().as_ptr());
     }
-}
-
-/// A range as sets without a concatenation take it: its first key, and where there is one, the key behind its last.
-fn bounds(range: &Element) -> Vec<*mut sys::nftnl_set_elem> {
-    let first = Element {
-        key: range.key.clone(),
-        last: Vec::new(),
-        value: Value::None,
-    };
-    let behind = key_behind(&range.last).map(|key| Element { key, ..first.clone() });
-    let mut all = vec![element_message(&first)];
-    all.extend(behind.map(|behind| {
-        let object = element_message(&behind);
-        // SAFETY: the element has just been made.
-        unsafe { sys::nftnl_set_elem_set_u32(object, sys::NFTNL_SET_ELEM_FLAGS as u16, INTERVAL_END) };
-        object
-    }));
-    all
 }
 
 /// The next greater key of the same length.
@@ -312,17 +319,17 @@ unsafe impl NlMsg for Counter<'_> {
             MsgType::Add => (libc::NFT_MSG_NEWOBJ, libc::NLM_F_CREATE | libc::NLM_F_ACK),
             MsgType::Del => (libc::NFT_MSG_DELOBJ, libc::NLM_F_ACK),
         };
-        // SAFETY: the caller gives room for the largest message; the object is allocated, filled and freed here.
+        // SAFETY: the caller gives room for the largest message; the object is live, and texts are copied.
         unsafe {
-            let header = sys::nftnl_nlmsg_build_hdr(buffer.cast(), message as u16, INET, flags as u16, sequence);
-            let object = sys::nftnl_obj_alloc();
+            let header = sys::nftnl_nlmsg_build_hdr(buffer.cast(), message as u16, INET.into(), flags as u16, sequence);
+            let owned = Owned::new(sys::nftnl_obj_alloc(), |it| sys::nftnl_obj_free(it));
+            let object = owned.as_ptr();
             sys::nftnl_obj_set_str(object, sys::NFTNL_OBJ_TABLE as u16, self.table.get_name().as_ptr());
             sys::nftnl_obj_set_str(object, sys::NFTNL_OBJ_NAME as u16, self.name.as_ptr());
             sys::nftnl_obj_set_u32(object, sys::NFTNL_OBJ_TYPE as u16, NFT_OBJECT_COUNTER);
             sys::nftnl_obj_set_u64(object, sys::NFTNL_OBJ_CTR_PKTS as u16, self.packets);
             sys::nftnl_obj_set_u64(object, sys::NFTNL_OBJ_CTR_BYTES as u16, 0);
             sys::nftnl_obj_nlmsg_build_payload(header, object);
-            sys::nftnl_obj_free(object);
         }
     }
 }
