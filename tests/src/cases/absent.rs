@@ -10,25 +10,20 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::Backend,
     kernel::{Feature, lacks},
     world::{Attack, Listener, NOBODY, World, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f8_what_exists_is_enforced_at_a_first_start", first_start),
-        case(
-            "n9_a_user_who_has_another_number_is_let_in_by_that_alone",
-            another_number,
-        ),
-        case("n9_a_group_is_its_members", group),
-        case("n9_after_a_boot_names_mean_whom_the_host_names_now", after_a_boot),
-        case("f8_what_does_not_exist_is_named_by_config_check", checked),
+        case!(f8_what_exists_is_enforced_at_a_first_start),
+        case!(n9_a_user_who_has_another_number_is_let_in_by_that_alone),
+        case!(n9_a_group_is_its_members),
+        case!(n9_after_a_boot_names_mean_whom_the_host_names_now),
+        case!(f8_what_does_not_exist_is_named_by_config_check),
     ]
 }
 
@@ -92,7 +87,7 @@ fn causes(world: &World) -> Result<String> {
 }
 
 /// A user, and where a backend can tell a cgroup's sockets a cgroup.
-fn first_start() -> Result<()> {
+fn f8_what_exists_is_enforced_at_a_first_start() -> Result<()> {
     let world = World::new()?;
     let listener = world.listen()?;
     let second = Listener::start(None, world.port + 1, &[])?;
@@ -148,7 +143,7 @@ fn first_start() -> Result<()> {
 }
 
 /// Removed and made again, as a package does: the old number is somebody else's then.
-fn another_number() -> Result<()> {
+fn n9_a_user_who_has_another_number_is_let_in_by_that_alone() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let user = User::new(&world);
@@ -179,7 +174,7 @@ fn another_number() -> Result<()> {
 }
 
 /// What a boot loads first was kept by number: the numbers may be others by then. With no configuration to look at.
-fn after_a_boot() -> Result<()> {
+fn n9_after_a_boot_names_mean_whom_the_host_names_now() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let [moved, gone, member] = ["m", "g", "x"].map(|name| User(format!("{}{name}", User::new(&world).0)));
@@ -254,7 +249,7 @@ fn after_a_boot() -> Result<()> {
 }
 
 /// Listed in the group, or by primary group: whoever has only taken the group is none of them.
-fn group() -> Result<()> {
+fn n9_a_group_is_its_members() -> Result<()> {
     const GID: u32 = 61_201;
     let world = World::new()?;
     let _listener = world.listen()?;
@@ -313,7 +308,7 @@ impl Drop for Group {
     }
 }
 
-fn checked() -> Result<()> {
+fn f8_what_does_not_exist_is_named_by_config_check() -> Result<()> {
     let world = World::new()?;
     let user = User::new(&world);
     world.configure_one(

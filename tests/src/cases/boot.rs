@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Result, ensure};
 
 use super::{
-    Case, case,
+    Case,
     names::{Named, addresses},
 };
 use crate::{
@@ -18,34 +18,23 @@ use crate::{
 
 const FILE: &str = "last-good.json";
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f4_a_bad_configuration_at_boot_leaves_the_last_good", bad_configuration),
-        case(
-            "f4_without_a_last_good_a_bad_configuration_is_the_end",
-            nothing_to_fall_back_to,
-        ),
-        case("f4_a_cgroup_missing_at_boot_keeps_nobody_from_starting", missing_cgroup).needs(CGROUP_NEEDS),
+        case!(f4_a_bad_configuration_at_boot_leaves_the_last_good),
+        case!(f4_without_a_last_good_a_bad_configuration_is_the_end),
+        case!(f4_a_cgroup_missing_at_boot_keeps_nobody_from_starting).needs(CGROUP_NEEDS),
         // In another network namespace, where a table would not guard ours.
-        case("f4_n7_apply_last_good_needs_nothing_else", apply_last_good).on(EBPF),
-        case("f4_a_power_cut_of_any_length_is_told", power_cuts),
-        case("f4_a_start_at_other_places_leaves_nothing_at_the_old", moved),
-        case("f4_a_last_good_of_another_version_is_kept_and_told", other_version),
-        case(
-            "f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good",
-            newer_in_force,
-        ),
-        case("f2_what_enforced_at_other_places_goes", moved_while_in_force),
-        case("f1_a_restart_without_the_last_good_forgets_no_address", forgetful),
-        case(
-            "f4_names_are_followed_after_a_restart_with_a_bad_configuration",
-            followed,
-        ),
-        case("f4_a_state_directory_in_quotes_is_found", quoted),
-        case("f4_a_last_good_that_is_removed_comes_back", removed),
-        case("b1_f4_a_default_file_that_has_gone_is_not_the_defaults", gone).on(EBPF),
+        case!(f4_n7_apply_last_good_needs_nothing_else).on(EBPF),
+        case!(f4_a_power_cut_of_any_length_is_told),
+        case!(f4_a_start_at_other_places_leaves_nothing_at_the_old),
+        case!(f4_a_last_good_of_another_version_is_kept_and_told),
+        case!(f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good),
+        case!(f2_what_enforced_at_other_places_goes),
+        case!(f1_a_restart_without_the_last_good_forgets_no_address),
+        case!(f4_names_are_followed_after_a_restart_with_a_bad_configuration),
+        case!(f4_a_state_directory_in_quotes_is_found),
+        case!(f4_a_last_good_that_is_removed_comes_back),
+        case!(b1_f4_a_default_file_that_has_gone_is_not_the_defaults).on(EBPF),
     ]
 }
 
@@ -87,7 +76,7 @@ fn asked(world: &World) -> Result<String> {
     crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")
 }
 
-fn bad_configuration() -> Result<()> {
+fn f4_a_bad_configuration_at_boot_leaves_the_last_good() -> Result<()> {
     for by_signal in [false, true] {
         let (world, _listener) = rebooted(r#"["root"]"#)?;
         let toml = world.path("enforcer.toml");
@@ -129,7 +118,7 @@ fn unload_raw(world: &World, daemon: Daemon) -> Result<()> {
     Ok(())
 }
 
-fn nothing_to_fall_back_to() -> Result<()> {
+fn f4_without_a_last_good_a_bad_configuration_is_the_end() -> Result<()> {
     let world = World::new()?;
     world.configure("bogus = 1\n")?;
     let ended = world.enforcer(&["run"])?.demand(2)?;
@@ -140,7 +129,7 @@ fn nothing_to_fall_back_to() -> Result<()> {
     Ok(())
 }
 
-fn missing_cgroup() -> Result<()> {
+fn f4_a_cgroup_missing_at_boot_keeps_nobody_from_starting() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let child = world.cgroup.join("child");
@@ -168,7 +157,7 @@ fn missing_cgroup() -> Result<()> {
     guarded(&world)
 }
 
-fn apply_last_good() -> Result<()> {
+fn f4_n7_apply_last_good_needs_nothing_else() -> Result<()> {
     let fresh = World::new()?;
     fresh.configure("")?;
     let none = fresh.enforcer(&["apply", "--last-good"])?.demand(0)?;
@@ -208,7 +197,7 @@ fn apply_last_good() -> Result<()> {
     Ok(())
 }
 
-fn power_cuts() -> Result<()> {
+fn f4_a_power_cut_of_any_length_is_told() -> Result<()> {
     let (world, _listener) = rebooted(r#"["root"]"#)?;
     let path = world.path("state").join(FILE);
     let whole = fs::read(&path)?;
@@ -263,7 +252,7 @@ fn nothing_at(world: &World, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn moved() -> Result<()> {
+fn f4_a_start_at_other_places_leaves_nothing_at_the_old() -> Result<()> {
     let (world, _listener) = rebooted(r#"["root"]"#)?;
     let toml = fs::read_to_string(world.path("enforcer.toml"))?;
     let other = format!("{}_b", world.name());
@@ -288,7 +277,7 @@ fn moved() -> Result<()> {
 }
 
 /// What is in force was never kept: the disk was full, or the end came in between.
-fn newer_in_force() -> Result<()> {
+fn f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let elsewhere = std::net::SocketAddr::new([127, 201, 0, 1].into(), world.port);
@@ -323,7 +312,7 @@ fn newer_in_force() -> Result<()> {
     Ok(())
 }
 
-fn moved_while_in_force() -> Result<()> {
+fn f2_what_enforced_at_other_places_goes() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let mut old = world.name().to_owned();
@@ -348,7 +337,7 @@ fn moved_while_in_force() -> Result<()> {
     world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
-fn other_version() -> Result<()> {
+fn f4_a_last_good_of_another_version_is_kept_and_told() -> Result<()> {
     let (world, _listener) = rebooted(r#"["root"]"#)?;
     let path = world.path("state").join(FILE);
     let newer = fs::read_to_string(&path)?.replace("last-good/1", "last-good/7");
@@ -364,7 +353,7 @@ fn other_version() -> Result<()> {
 }
 
 /// The kernel guards an address that nothing on disk and no look-up knows any more.
-fn forgetful() -> Result<()> {
+fn f1_a_restart_without_the_last_good_forgets_no_address() -> Result<()> {
     let harms: [fn(&str) -> Option<String>; 2] = [|_| None, |text| Some(text.replace("10.9.0.1", "10.9.0.3"))];
     for harm in harms {
         let named = Named::new(&["bus.test"], "")?;
@@ -393,7 +382,7 @@ fn forgetful() -> Result<()> {
 }
 
 /// The rule set in force is the last one known good: it goes on from there.
-fn followed() -> Result<()> {
+fn f4_names_are_followed_after_a_restart_with_a_bad_configuration() -> Result<()> {
     for by_early_unit in [false, true] {
         followed_after(by_early_unit)?;
     }
@@ -437,7 +426,7 @@ fn followed_after(by_early_unit: bool) -> Result<()> {
 }
 
 /// TOML lets a key stand in quotes; the state is this instance's all the same.
-fn quoted() -> Result<()> {
+fn f4_a_state_directory_in_quotes_is_found() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
@@ -456,7 +445,7 @@ fn quoted() -> Result<()> {
     unload_raw(&world, daemon)
 }
 
-fn removed() -> Result<()> {
+fn f4_a_last_good_that_is_removed_comes_back() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
@@ -472,7 +461,7 @@ fn removed() -> Result<()> {
 
 /// In namespaces where the default places are this case's own, and the first process sees them too: the file that named
 /// what is in force is removed, and the daemon starts again.
-fn gone() -> Result<()> {
+fn b1_f4_a_default_file_that_has_gone_is_not_the_defaults() -> Result<()> {
     const SCRIPT: &str = r#"
         echo $$ > "$1/cgroup.procs"
         exec unshare --cgroup --mount --net --pid --fork --kill-child --mount-proc sh -euc '

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case, with_each};
+use super::{Case, with_each};
 use crate::backend::EBPF;
 use crate::world::{Daemon, Listener, NOBODY, Netns, World, binary, cgroup_mount, ran, until};
 
@@ -23,22 +23,17 @@ const SECRET: &str = "hunter2secret";
 /// Within which a change of the settings is in force.
 const SOON: Duration = Duration::from_secs(1);
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     // With nftables all instances of a network namespace share one table with the agent (B5): `cases/monit.rs` and
     // `cases/dropin.rs` have that.
     let cases = [
-        case(
-            "b1_without_any_configuration_monit_and_the_bus_are_protected",
-            nothing_configured,
-        ),
-        case("b1_a_configured_target_replaces_ours", replaced),
-        case("b2_settings_that_come_late_and_are_replaced", late),
-        case("b2_bad_settings_leave_in_force_what_is", bad),
-        case("b2_create_env_has_no_bus", create_env),
-        case("b2_n7_the_last_bus_known_is_protected_after_a_reboot", reboot),
-        case("b2_credentials_appear_nowhere", credentials),
+        case!(b1_without_any_configuration_monit_and_the_bus_are_protected),
+        case!(b1_a_configured_target_replaces_ours),
+        case!(b2_settings_that_come_late_and_are_replaced),
+        case!(b2_bad_settings_leave_in_force_what_is),
+        case!(b2_create_env_has_no_bus),
+        case!(b2_n7_the_last_bus_known_is_protected_after_a_reboot),
+        case!(b2_credentials_appear_nowhere),
     ];
     let cases = cases.into_iter().map(|case| case.on(EBPF));
     cases.chain(forms::cases()).collect()
@@ -139,7 +134,7 @@ impl Agent {
     }
 }
 
-fn late() -> Result<()> {
+fn b2_settings_that_come_late_and_are_replaced() -> Result<()> {
     let agent = Agent::new("")?;
     let attack = |last| agent.world.attack(NOBODY).to(agent.bus(last));
     attack(1).reaches()?;
@@ -198,7 +193,7 @@ fn late() -> Result<()> {
 }
 
 /// Each in a world of its own, in place of good settings; then several in turn.
-fn bad() -> Result<()> {
+fn b2_bad_settings_leave_in_force_what_is() -> Result<()> {
     let agent = Agent::new("")?;
     let whole = agent.mbus(2);
     let half = whole.get(..whole.len() / 2).unwrap_or_default();
@@ -247,7 +242,7 @@ fn bad() -> Result<()> {
     until("all is well", || Ok(agent.world.status()?["state"] == "enforcing"))
 }
 
-fn create_env() -> Result<()> {
+fn b2_create_env_has_no_bus() -> Result<()> {
     let agent = Agent::new("")?;
     agent.put(
         "settings.json",
@@ -259,7 +254,7 @@ fn create_env() -> Result<()> {
     Ok(())
 }
 
-fn replaced() -> Result<()> {
+fn b1_a_configured_target_replaces_ours() -> Result<()> {
     let agent = Agent::new("")?;
     agent.put("settings.json", agent.mbus(1))?;
     let toml = agent.world.path("enforcer.toml");
@@ -281,7 +276,7 @@ fn replaced() -> Result<()> {
     Ok(())
 }
 
-fn reboot() -> Result<()> {
+fn b2_n7_the_last_bus_known_is_protected_after_a_reboot() -> Result<()> {
     let agent = Agent::new("")?;
     agent.put("settings/settings.json", agent.mbus(1))?;
     let daemon = agent.daemon()?;
@@ -304,7 +299,7 @@ fn reboot() -> Result<()> {
     Ok(())
 }
 
-fn credentials() -> Result<()> {
+fn b2_credentials_appear_nowhere() -> Result<()> {
     let agent = Agent::new("")?;
     let mut command = Command::new(binary("enforcer")?);
     let daemon = agent
@@ -368,7 +363,7 @@ fn credentials() -> Result<()> {
 }
 
 /// No file at all: in mount and network namespaces where nothing but this world's cgroup is to be seen.
-fn nothing_configured() -> Result<()> {
+fn b1_without_any_configuration_monit_and_the_bus_are_protected() -> Result<()> {
     let world = World::new()?;
     let netns = Netns::new(&world, "agent")?;
     let _monit = Listener::start(Some(&netns.file()), 2822, &[])?;

@@ -26,9 +26,7 @@ use crate::{
     world::{Attack, NOBODY, Netns, Ran, World, at_this_load, cgroup_mount, copy_binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
     for backend in ["ebpf", "nftables", "both"] {
         all.extend([
@@ -39,8 +37,8 @@ pub fn cases() -> Vec<Case> {
         ]);
     }
     all.extend([
-        case("b4_bpm_a_container_without_rights_is_told", without_rights),
-        case("b4_bpm_two_containers_at_once", two_at_once),
+        case!(b4_bpm_a_container_without_rights_is_told),
+        case!(b4_bpm_two_containers_at_once),
     ]);
     // Each says itself what enforces: one run has them all.
     all.into_iter().map(|case| case.on(EBPF)).collect()
@@ -336,7 +334,7 @@ fn lets_itself_in(backend: &'static str) -> Result<()> {
     host.is_refused(&outside)
 }
 
-fn without_rights() -> Result<()> {
+fn b4_bpm_a_container_without_rights_is_told() -> Result<()> {
     for backend in ["ebpf", "nftables"] {
         let bosh = Bosh::new(backend)?;
         let host = &bosh.host;
@@ -375,7 +373,7 @@ fn without_rights() -> Result<()> {
     Ok(())
 }
 
-fn two_at_once() -> Result<()> {
+fn b4_bpm_two_containers_at_once() -> Result<()> {
     let bosh = Bosh::new("both")?;
     let host = &bosh.host;
     let start = |name: &str| Container::start(&bosh, name, 0, NET_ADMIN);

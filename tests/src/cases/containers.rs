@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Case, case, names::addresses, nftables::Guarded};
+use super::{Case, names::addresses, nftables::Guarded};
 use crate::{
     attack::Way,
     backend::{Backend, PACKETS},
@@ -16,13 +16,11 @@ use crate::{
     world::{Attack, Listener, NOBODY, Netns, binary, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("s5_forwarded_connections_are_refused", forwarded).on(PACKETS),
-        case("s5_forwarded_connections_may_be_allowed", forward_allowed).on(PACKETS),
-        case("n8_a_container_that_dials_is_a_trigger_too", forwarded_dial).on(PACKETS),
+        case!(s5_forwarded_connections_are_refused).on(PACKETS),
+        case!(s5_forwarded_connections_may_be_allowed).on(PACKETS),
+        case!(n8_a_container_that_dials_is_a_trigger_too).on(PACKETS),
     ]
 }
 
@@ -143,7 +141,7 @@ impl Contained {
     }
 }
 
-fn forwarded() -> Result<()> {
+fn s5_forwarded_connections_are_refused() -> Result<()> {
     let contained = Contained::new()?;
     let attacks = contained.attacks()?;
     attacks.iter().try_for_each(Attack::reaches)?;
@@ -164,7 +162,7 @@ fn forwarded() -> Result<()> {
 }
 
 /// What is forwarded has no socket here, and its SYN has names looked up all the same.
-fn forwarded_dial() -> Result<()> {
+fn n8_a_container_that_dials_is_a_trigger_too() -> Result<()> {
     const NAME: &str = "bus.test";
     let contained = Contained::new()?;
     let Guarded { world, netns, .. } = &contained.guarded;
@@ -188,7 +186,7 @@ fn forwarded_dial() -> Result<()> {
 }
 
 /// With `forward = "allow"` what is forwarded is not judged; what would end at this host's loopback still is.
-fn forward_allowed() -> Result<()> {
+fn s5_forwarded_connections_may_be_allowed() -> Result<()> {
     let contained = Contained::new()?;
     let world = &contained.guarded.world;
     let here = world.address().to_string();

@@ -66,9 +66,7 @@ const MIXTURES: [(Who, bool); 11] = [
     (Who::CgroupNamespace, false),
 ];
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for way in TCP_WAYS.into_iter().chain(UDP_WAYS) {
         cases.push(case(&format!("d2_d4_d5_way_{way:?}"), move || one_way(way, false)).on(ALL));
@@ -78,25 +76,22 @@ pub fn cases() -> Vec<Case> {
     for (who, nftables) in MIXTURES {
         cases.push(case(&format!("d3_who_{who:?}"), move || one_mixture(who, nftables)));
     }
-    cases.push(case("d2_d4_d5_every_way_of_one_rule_set", every_way).on(ALL));
-    cases.push(case("d3_everybody_of_one_rule_set", everybody));
-    cases.push(case(
-        "d3_both_users_may_be_allowed_by_different_principals",
-        both_allowed,
-    ));
-    cases.push(case("d3_setuid_root_binary", setuid_binary));
-    cases.push(case("d3_root_polls_another_users_socket", root_polls));
-    cases.push(case("d1_nothing_else_is_touched", nothing_else));
-    cases.push(case("d2_deny_wins_among_targets", deny_wins));
-    cases.push(case("d2_prefix_owners_join_exact_owners", prefix_joins));
-    cases.push(case("d4_d5_ipv6_ways", ipv6));
-    cases.push(case("d5_bind_to_device", bind_to_device));
-    cases.push(case("d1_datagrams_to_many_are_judged_by_that_address_alone", multicast));
-    cases.push(case("d6_containers_loopback_is_their_own_routable_is_not", containers));
-    cases.push(case("d7_local_follows_addresses", local));
-    cases.push(case("principal_within_cgroup", within_cgroup).needs(CGROUP_NEEDS));
-    cases.push(case("principal_kernel_admits_no_user", kernel_only));
-    cases.push(case("audit_refuses_nothing", audit));
+    cases.push(case!(d2_d4_d5_every_way_of_one_rule_set).on(ALL));
+    cases.push(case!(d3_everybody_of_one_rule_set));
+    cases.push(case!(d3_both_users_may_be_allowed_by_different_principals));
+    cases.push(case!(d3_setuid_root_binary));
+    cases.push(case!(d3_root_polls_another_users_socket));
+    cases.push(case!(d1_nothing_else_is_touched));
+    cases.push(case!(d2_deny_wins_among_targets));
+    cases.push(case!(d2_prefix_owners_join_exact_owners));
+    cases.push(case!(d4_d5_ipv6_ways));
+    cases.push(case!(d5_bind_to_device));
+    cases.push(case!(d1_datagrams_to_many_are_judged_by_that_address_alone));
+    cases.push(case!(d6_containers_loopback_is_their_own_routable_is_not));
+    cases.push(case!(d7_local_follows_addresses));
+    cases.push(case!(principal_within_cgroup).needs(CGROUP_NEEDS));
+    cases.push(case!(principal_kernel_admits_no_user));
+    cases.push(case!(audit_refuses_nothing));
     cases
 }
 
@@ -141,7 +136,7 @@ fn one_way(way: Way, at_root: bool) -> Result<()> {
 }
 
 /// All ways on one rule set: where to load one is dear, under emulation.
-fn every_way() -> Result<()> {
+fn d2_d4_d5_every_way_of_one_rule_set() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let mut ways = Vec::new();
@@ -173,7 +168,7 @@ fn every_way() -> Result<()> {
 }
 
 /// All mixtures of users on one rule set.
-fn everybody() -> Result<()> {
+fn d3_everybody_of_one_rule_set() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let ways = [Way::Plain, Way::IoUringSqpoll, Way::UdpSendto];
@@ -250,7 +245,7 @@ fn one_mixture(who: Who, nftables: bool) -> Result<()> {
     Ok(())
 }
 
-fn both_allowed() -> Result<()> {
+fn d3_both_users_may_be_allowed_by_different_principals() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.configure_one(&[endpoint(Way::Plain, &world)], &format!("[\"root\", {NOBODY}]"))?;
@@ -261,7 +256,7 @@ fn both_allowed() -> Result<()> {
     world.attack(1).is_refused()
 }
 
-fn setuid_binary() -> Result<()> {
+fn d3_setuid_root_binary() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let copy = world.path("setuid");
@@ -278,7 +273,7 @@ fn setuid_binary() -> Result<()> {
     world.attack(NOBODY).is_refused()
 }
 
-fn root_polls() -> Result<()> {
+fn d3_root_polls_another_users_socket() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let attack = world.attack(NOBODY).who(Who::SocketForRoot).way(Way::IoUringSqpoll);
@@ -288,7 +283,7 @@ fn root_polls() -> Result<()> {
     attack.is_refused()
 }
 
-fn nothing_else() -> Result<()> {
+fn d1_nothing_else_is_touched() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let other = IpAddr::V4(Ipv4Addr::new(127, 1, 2, 3));
@@ -307,7 +302,7 @@ fn nothing_else() -> Result<()> {
     world.attack(NOBODY).way(Way::UdpSendto).is_refused()
 }
 
-fn deny_wins() -> Result<()> {
+fn d2_deny_wins_among_targets() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let (port, here) = (world.port, world.here());
@@ -338,7 +333,7 @@ fn deny_wins() -> Result<()> {
     Ok(())
 }
 
-fn prefix_joins() -> Result<()> {
+fn d2_prefix_owners_join_exact_owners() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let port = world.port;
@@ -356,7 +351,7 @@ fn prefix_joins() -> Result<()> {
     world.attack(0).reaches()
 }
 
-fn ipv6() -> Result<()> {
+fn d4_d5_ipv6_ways() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let to = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), world.port);
@@ -389,7 +384,7 @@ fn ipv6() -> Result<()> {
     Ok(())
 }
 
-fn bind_to_device() -> Result<()> {
+fn d5_bind_to_device() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let attack = world.attack(NOBODY).way(Way::BindToDevice);
@@ -403,7 +398,7 @@ fn bind_to_device() -> Result<()> {
 }
 
 /// Who hears a datagram to a group or to everybody is not known where it is judged.
-fn multicast() -> Result<()> {
+fn d1_datagrams_to_many_are_judged_by_that_address_alone() -> Result<()> {
     let world = World::new()?;
     let home = Netns::new(&world, "home")?;
     home.ip(&["route", "add", "239.7.0.0/16", "dev", "lo"])?;
@@ -424,7 +419,7 @@ fn multicast() -> Result<()> {
     sent(&group)?.is_refused()
 }
 
-fn containers() -> Result<()> {
+fn d6_containers_loopback_is_their_own_routable_is_not() -> Result<()> {
     let world = World::new()?;
     let (home, container) = (Netns::new(&world, "home")?, Netns::new(&world, "ctr")?);
     home.join(
@@ -487,7 +482,7 @@ fn containers() -> Result<()> {
     from(&home, "10.77.0.1")?.way(Way::Unspecified).succeeds(nftables)
 }
 
-fn local() -> Result<()> {
+fn d7_local_follows_addresses() -> Result<()> {
     let world = World::new()?;
     let (home, peer) = (Netns::new(&world, "home")?, Netns::new(&world, "peer")?);
     home.join(&["10.78.0.1/24", "fd78::1/64"], &peer, &["10.78.0.2/24", "fd78::2/64"])?;
@@ -520,7 +515,7 @@ fn local() -> Result<()> {
     })
 }
 
-fn within_cgroup() -> Result<()> {
+fn principal_within_cgroup() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let child = world.cgroup.join("child");
@@ -549,7 +544,7 @@ fn within_cgroup() -> Result<()> {
     world.attack(NOBODY).is_refused()
 }
 
-fn kernel_only() -> Result<()> {
+fn principal_kernel_admits_no_user() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.configure_one(&[endpoint(Way::Plain, &world)], "[{ kernel = true }]")?;
@@ -567,7 +562,7 @@ fn kernel_only() -> Result<()> {
     world.enforcer(&["check", "root", &to])?.demand(1).map(drop)
 }
 
-fn audit() -> Result<()> {
+fn audit_refuses_nothing() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let here = world.here();

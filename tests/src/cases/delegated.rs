@@ -11,24 +11,22 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::ALL,
     kernel::CGROUP_NEEDS,
     world::{Attack, Daemon, Listener, NOBODY, Ran, World, cgroup_mount, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
-    let case = |name: &str, run: fn() -> Result<()>| case(name, run).on(ALL).needs(CGROUP_NEEDS);
-    vec![
-        case("f6_a_granted_cgroup_made_again_by_a_user_lets_nobody_in", granted),
-        case("f6_a_configured_cgroup_made_again_by_a_user_matches_nobody", configured),
-        case("f6_what_a_user_can_write_unmatches_within_a_second", chowned),
-        case("f6_a_threaded_cgroup_is_no_exception", threaded),
-        case("f6_a_users_cgroup_is_not_granted", not_granted),
-    ]
+pub(super) fn cases() -> Vec<Case> {
+    let cases = [
+        case!(f6_a_granted_cgroup_made_again_by_a_user_lets_nobody_in),
+        case!(f6_a_configured_cgroup_made_again_by_a_user_matches_nobody),
+        case!(f6_what_a_user_can_write_unmatches_within_a_second),
+        case!(f6_a_threaded_cgroup_is_no_exception),
+        case!(f6_a_users_cgroup_is_not_granted),
+    ];
+    cases.map(|case| case.on(ALL).needs(CGROUP_NEEDS)).into()
 }
 
 /// A job's cgroup in one that is to be a user's, both root's at first.
@@ -128,7 +126,7 @@ fn path_of(cgroup: &Path) -> Result<String> {
     Ok(format!("/{}", cgroup.strip_prefix(cgroup_mount()?)?.display()))
 }
 
-fn granted() -> Result<()> {
+fn f6_a_granted_cgroup_made_again_by_a_user_lets_nobody_in() -> Result<()> {
     let (delegated, _daemon) = Delegated::granted()?;
     delegated.taken_over()?;
     delegated.lets_nobody_in()?;
@@ -143,7 +141,7 @@ fn granted() -> Result<()> {
     Ok(())
 }
 
-fn configured() -> Result<()> {
+fn f6_a_configured_cgroup_made_again_by_a_user_matches_nobody() -> Result<()> {
     let delegated = Delegated::new(|path| format!("[\"root\", {{ user = {NOBODY}, cgroup = {path:?} }}]"))?;
     let daemon = delegated.world.daemon()?;
     delegated.world.attack(NOBODY).is_refused()?;
@@ -170,7 +168,7 @@ fn configured() -> Result<()> {
     delegated.lets_nobody_in()
 }
 
-fn chowned() -> Result<()> {
+fn f6_what_a_user_can_write_unmatches_within_a_second() -> Result<()> {
     let (delegated, _daemon) = Delegated::granted()?;
     for file in [
         "u",
@@ -200,7 +198,7 @@ fn chowned() -> Result<()> {
     Ok(())
 }
 
-fn threaded() -> Result<()> {
+fn f6_a_threaded_cgroup_is_no_exception() -> Result<()> {
     let (delegated, _daemon) = Delegated::granted()?;
     let threads = delegated.job.join("threads");
     fs::create_dir(&threads)?;
@@ -217,7 +215,7 @@ fn threaded() -> Result<()> {
     until("a user's thread file unmatches", || Ok(inside().is_refused().is_ok()))
 }
 
-fn not_granted() -> Result<()> {
+fn f6_a_users_cgroup_is_not_granted() -> Result<()> {
     let delegated = Delegated::new(|_| r#"["root"]"#.to_owned())?;
     let _daemon = delegated.world.daemon()?;
     delegated.delegate(NOBODY)?;

@@ -18,7 +18,7 @@ use etherparse::{
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::{
-    Case, case,
+    Case,
     fragments::{OTHER, Routed, SERVER},
     nftables::Guarded,
 };
@@ -29,17 +29,13 @@ use crate::{
     world::{Attack, Listener, NOBODY, Netns, World, cgroup_mount, patience, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("d3_each_thread_is_in_its_own_cgroup", threads)
-            .on(ALL)
-            .needs(CGROUP_NEEDS),
-        case("s5_an_address_of_another_as_source_opens_nothing", transparent).on(ALL),
-        case("s5_a_forwarded_address_of_another_opens_nothing", transparent_unseen).on(PACKETS),
-        case("d1_both_sides_may_dial_at_once", at_once).on(ALL),
-        case("d1_a_redirected_way_leads_to_the_same_endpoint", redirected).on(ALL),
+        case!(d3_each_thread_is_in_its_own_cgroup).on(ALL).needs(CGROUP_NEEDS),
+        case!(s5_an_address_of_another_as_source_opens_nothing).on(ALL),
+        case!(s5_a_forwarded_address_of_another_opens_nothing).on(PACKETS),
+        case!(d1_both_sides_may_dial_at_once).on(ALL),
+        case!(d1_a_redirected_way_leads_to_the_same_endpoint).on(ALL),
     ]
 }
 
@@ -91,7 +87,7 @@ impl Threaded {
 }
 
 /// A thread has the cgroup that it is in, whatever its process's other threads have; no thread gets into another tree.
-fn threads() -> Result<()> {
+fn d3_each_thread_is_in_its_own_cgroup() -> Result<()> {
     let threaded = Threaded::new()?;
     let Threaded {
         world,
@@ -175,7 +171,7 @@ fn guard(routed: &Routed) -> Result<()> {
 }
 
 /// With a `connect` that eBPF sees.
-fn transparent() -> Result<()> {
+fn s5_an_address_of_another_as_source_opens_nothing() -> Result<()> {
     let routed = proxied()?;
     let world = &routed.guarded.world;
     let endpoint = from_nobodys(&routed, at(SERVER, world.port)?)?;
@@ -201,7 +197,7 @@ fn transparent() -> Result<()> {
 }
 
 /// From a cgroup that eBPF does not judge.
-fn transparent_unseen() -> Result<()> {
+fn s5_a_forwarded_address_of_another_opens_nothing() -> Result<()> {
     let routed = proxied()?;
     let world = &routed.guarded.world;
     for to in [at(SERVER, world.port)?, world.here()] {
@@ -241,7 +237,7 @@ fn greets(socket: &Socket, long: Duration) -> bool {
 }
 
 /// RFC 9293, 3.5: two SYNs that cross are one connection.
-fn at_once() -> Result<()> {
+fn d1_both_sides_may_dial_at_once() -> Result<()> {
     let guarded = Guarded::new()?;
     let (world, netns) = (&guarded.world, &guarded.netns);
     let endpoint = SocketAddr::new(world.address(), world.port + 1);
@@ -380,7 +376,7 @@ impl Forger {
     }
 }
 
-fn redirected() -> Result<()> {
+fn d1_a_redirected_way_leads_to_the_same_endpoint() -> Result<()> {
     let forger = Forger::new()?;
     let redirect = |to| {
         Icmpv4Type::Redirect(RedirectHeader {

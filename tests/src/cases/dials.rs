@@ -12,29 +12,23 @@ use anyhow::{Result, ensure};
 use hickory_proto::op::ResponseCode;
 use serde_json::Value;
 
-use super::{Case, case, flood::Use};
+use super::{Case, flood::Use};
 use crate::{
     backend::{ALL, Backend},
     dns::{DnsServer, Zone},
     world::{Attack, Daemon, Listener, NOBODY, Netns, World, at_this_load, binary, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("n8_a_dial_after_a_move_has_it_followed_at_once", moves).on(ALL),
-        case(
-            "n8_whoever_dials_first_is_cut_once_the_address_is_known",
-            attacker_first,
-        )
-        .on(ALL),
-        case("n8_a_name_without_an_address_is_looked_up_at_a_dial", never_resolved).on(ALL),
-        case("n8_a_dial_in_the_rest_is_not_forgotten", knocks).on(ALL),
-        case("n8_what_a_reload_brings_is_waited_for", reloads).on(ALL),
-        case("n8_a_restart_goes_on_waiting", restart).on(ALL),
-        case("n8_ports_without_names_ask_nothing", literals).on(ALL),
-        case("n8_f10_a_flood_of_dials_keeps_nobody_waiting", flood).on(ALL),
+        case!(n8_a_dial_after_a_move_has_it_followed_at_once).on(ALL),
+        case!(n8_whoever_dials_first_is_cut_once_the_address_is_known).on(ALL),
+        case!(n8_a_name_without_an_address_is_looked_up_at_a_dial).on(ALL),
+        case!(n8_a_dial_in_the_rest_is_not_forgotten).on(ALL),
+        case!(n8_what_a_reload_brings_is_waited_for).on(ALL),
+        case!(n8_a_restart_goes_on_waiting).on(ALL),
+        case!(n8_ports_without_names_ask_nothing).on(ALL),
+        case!(n8_f10_a_flood_of_dials_keeps_nobody_waiting).on(ALL),
     ]
 }
 
@@ -146,7 +140,7 @@ fn median(mut times: Vec<Duration>) -> (Duration, Duration) {
     (times.get(times.len() / 2).copied().unwrap_or_default(), worst)
 }
 
-fn moves() -> Result<()> {
+fn n8_a_dial_after_a_move_has_it_followed_at_once() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     // Open without us.
@@ -192,7 +186,7 @@ fn moves() -> Result<()> {
     Ok(())
 }
 
-fn attacker_first() -> Result<()> {
+fn n8_whoever_dials_first_is_cut_once_the_address_is_known() -> Result<()> {
     let bus = Bus::new("existing = \"cut\"")?;
     bus.is_at(0);
     let _daemon = bus.daemon()?;
@@ -204,7 +198,7 @@ fn attacker_first() -> Result<()> {
     mine.stays()
 }
 
-fn never_resolved() -> Result<()> {
+fn n8_a_name_without_an_address_is_looked_up_at_a_dial() -> Result<()> {
     let bus = Bus::new("")?;
     bus.dns.set(NAME, Zone::Code(ResponseCode::NXDomain));
     let _daemon = bus.daemon()?;
@@ -219,7 +213,7 @@ fn never_resolved() -> Result<()> {
 }
 
 /// Nothing new twice: the rest grows to half a second, and who dials in it is heard at its end.
-fn knocks() -> Result<()> {
+fn n8_a_dial_in_the_rest_is_not_forgotten() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     let _daemon = bus.daemon()?;
@@ -237,7 +231,7 @@ fn knocks() -> Result<()> {
     })
 }
 
-fn reloads() -> Result<()> {
+fn n8_what_a_reload_brings_is_waited_for() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     let literal = format!(
@@ -269,7 +263,7 @@ fn reloads() -> Result<()> {
     bus.is_protected_soon(3).map(drop)
 }
 
-fn restart() -> Result<()> {
+fn n8_a_restart_goes_on_waiting() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     let daemon = bus.daemon()?;
@@ -283,7 +277,7 @@ fn restart() -> Result<()> {
     bus.is_protected_soon(1).map(drop)
 }
 
-fn literals() -> Result<()> {
+fn n8_ports_without_names_ask_nothing() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     bus.world.configure(&format!(
@@ -307,7 +301,7 @@ fn literals() -> Result<()> {
 /// How long the flood of dials lasts.
 const FLOOD: Duration = Duration::from_secs(5);
 
-fn flood() -> Result<()> {
+fn n8_f10_a_flood_of_dials_keeps_nobody_waiting() -> Result<()> {
     let bus = Bus::new("")?;
     bus.is_at(0);
     // The longest rest is what users have.

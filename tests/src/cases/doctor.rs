@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Case, case, failover::nats_server, names::Named};
+use super::{Case, failover::nats_server, names::Named};
 use crate::{
     backend::WITH_BPF,
     dns::Zone,
@@ -20,26 +20,24 @@ use crate::{
     world::{NOBODY, Netns, World, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let cases = [
-        case("doctor_finds_what_this_kernel_can_do_and_leaves_nothing", kernel),
-        case("doctor_needs_root_and_an_image_that_is_there", refusals),
-        case("doctor_finds_source_routes_and_segment_routing", ways_around),
-        case("doctor_finds_a_listener_beyond_its_endpoint", listener),
-        case("b6_doctor_finds_rules_of_earlier_stemcells", old_rules),
-        case("doctor_finds_servers_of_a_bus_that_are_no_endpoints", members),
-        case("doctor_finds_names_that_do_not_resolve", unresolved),
-        case("doctor_finds_a_bus_of_the_settings_that_does_not_resolve", settings_bus),
-        case("doctor_finds_a_bad_configuration_and_nothing_in_force", nothing),
-        case("doctor_evaluates_an_image", image),
+        case!(doctor_finds_what_this_kernel_can_do_and_leaves_nothing),
+        case!(doctor_needs_root_and_an_image_that_is_there),
+        case!(doctor_finds_source_routes_and_segment_routing),
+        case!(doctor_finds_a_listener_beyond_its_endpoint),
+        case!(b6_doctor_finds_rules_of_earlier_stemcells),
+        case!(doctor_finds_servers_of_a_bus_that_are_no_endpoints),
+        case!(doctor_finds_names_that_do_not_resolve),
+        case!(doctor_finds_a_bus_of_the_settings_that_does_not_resolve),
+        case!(doctor_finds_a_bad_configuration_and_nothing_in_force),
+        case!(doctor_evaluates_an_image),
     ];
     let of_programs = [
-        case("doctor_chooses_as_a_start_does", same_choice),
-        case("doctor_finds_translation_onto_an_endpoint", translation),
-        case("doctor_finds_third_party_programs_by_their_order", programs),
-        case("doctor_finds_an_open_bpffs_and_open_pins", open_places),
+        case!(doctor_chooses_as_a_start_does),
+        case!(doctor_finds_translation_onto_an_endpoint),
+        case!(doctor_finds_third_party_programs_by_their_order),
+        case!(doctor_finds_an_open_bpffs_and_open_pins),
     ];
     let all = cases
         .into_iter()
@@ -102,7 +100,7 @@ fn found<'a>(report: &'a Value, id: &str) -> Option<&'a Value> {
         .find(|finding| finding["id"] == id)
 }
 
-fn kernel() -> Result<()> {
+fn doctor_finds_what_this_kernel_can_do_and_leaves_nothing() -> Result<()> {
     let ward = Ward::guarded()?;
     let programs = || -> Result<_> {
         if lacks_ebpf() {
@@ -158,7 +156,7 @@ fn is_lacking(id: &str) -> bool {
     }
 }
 
-fn refusals() -> Result<()> {
+fn doctor_needs_root_and_an_image_that_is_there() -> Result<()> {
     let ward = Ward::guarded()?;
     let other = ran(ward.world.enforcer_as(NOBODY)?.arg("doctor"))?.demand(2)?;
     ensure!(other.stderr.contains("run as root"), "{other:?}");
@@ -170,7 +168,7 @@ fn refusals() -> Result<()> {
     Ok(())
 }
 
-fn translation() -> Result<()> {
+fn doctor_finds_translation_onto_an_endpoint() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.misses("nat-onto-endpoint")?;
     ward.netns.nft("add table ip theirs")?;
@@ -197,7 +195,7 @@ fn translation() -> Result<()> {
     Ok(())
 }
 
-fn ways_around() -> Result<()> {
+fn doctor_finds_source_routes_and_segment_routing() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.netns.set("ipv4/conf/all/accept_source_route", "0")?;
     for id in ["source-route", "segment-routing"] {
@@ -218,7 +216,7 @@ fn ways_around() -> Result<()> {
     Ok(())
 }
 
-fn listener() -> Result<()> {
+fn doctor_finds_a_listener_beyond_its_endpoint() -> Result<()> {
     let ward = Ward::new("")?;
     let here = |address: &str| format!("tcp://{address}:{}", ward.world.port);
     ward.guard("auto", &[here("127.0.0.1")])?;
@@ -232,7 +230,7 @@ fn listener() -> Result<()> {
 }
 
 /// Two servers of one cluster, of which the settings name one.
-fn members() -> Result<()> {
+fn doctor_finds_servers_of_a_bus_that_are_no_endpoints() -> Result<()> {
     let ward = Ward::new("")?;
     let servers = [1, 2].map(|last| SocketAddr::from(([10, 79, 8, last], 4222)));
     let [one, other] = servers;
@@ -295,7 +293,7 @@ fn members() -> Result<()> {
     ward.finds("bus-members").map(drop)
 }
 
-fn old_rules() -> Result<()> {
+fn b6_doctor_finds_rules_of_earlier_stemcells() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.misses("old-stemcell-rules")?;
     // As the agent makes them.
@@ -340,7 +338,7 @@ fn old_rules() -> Result<()> {
     Ok(())
 }
 
-fn programs() -> Result<()> {
+fn doctor_finds_third_party_programs_by_their_order() -> Result<()> {
     let ward = Ward::guarded()?;
     let cgroup = ward.world.cgroup.clone();
     let misses = |ids: [&str; 2]| ids.into_iter().try_for_each(|id| ward.misses(id));
@@ -359,7 +357,7 @@ fn programs() -> Result<()> {
 }
 
 /// In a mount namespace of its own, so that nobody else meets the open bpffs.
-fn open_places() -> Result<()> {
+fn doctor_finds_an_open_bpffs_and_open_pins() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.misses("bpffs-open")?;
     ward.misses("pins-open")?;
@@ -392,7 +390,7 @@ fn open_places() -> Result<()> {
     Ok(())
 }
 
-fn unresolved() -> Result<()> {
+fn doctor_finds_names_that_do_not_resolve() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let look = || -> Result<Value> {
         let mut command = named.world.with_resolver()?;
@@ -417,7 +415,7 @@ fn unresolved() -> Result<()> {
 
 /// The message bus that an agent's settings name counts as one that is configured, also when only the last run knew of
 /// it.
-fn settings_bus() -> Result<()> {
+fn doctor_finds_a_bus_of_the_settings_that_does_not_resolve() -> Result<()> {
     let named = Named::new(&[], "")?;
     let dir = named.world.path("bosh");
     fs::create_dir(&dir)?;
@@ -458,7 +456,7 @@ fn settings_bus() -> Result<()> {
 
 /// `auto` as configured here, with a place that cannot be, and in a program that may not use BPF: what `doctor` says is
 /// what a start does.
-fn same_choice() -> Result<()> {
+fn doctor_chooses_as_a_start_does() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
     let file = ward.world.path("enforcer.toml");
@@ -509,7 +507,7 @@ fn same_choice() -> Result<()> {
     Ok(())
 }
 
-fn nothing() -> Result<()> {
+fn doctor_finds_a_bad_configuration_and_nothing_in_force() -> Result<()> {
     let ward = Ward::guarded()?;
     ward.misses("nothing-in-force")?;
     ward.misses("configuration")?;
@@ -522,7 +520,7 @@ fn nothing() -> Result<()> {
 }
 
 /// A directory that looks like a stemcell unpacked.
-fn image() -> Result<()> {
+fn doctor_evaluates_an_image() -> Result<()> {
     let world = World::new()?;
     let root = world.path("image");
     let put = |path: &str, text: &str| -> Result<()> {

@@ -6,24 +6,22 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::{Backend, EBPF},
     world::{Blows, NOBODY, World, binary, maps_name},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f1_f2_no_wrong_verdict_in_100000_while_all_changes", under_fire)
+        case!(f1_f2_no_wrong_verdict_in_100000_while_all_changes)
             .on(EBPF)
             .long(),
-        case("f1_enforcement_outlives_the_daemon", outlives),
-        case("f1_only_unload_removes_and_only_its_own", unload_one_of_two),
-        case("f2_random_rule_sets_change_nothing_else", random_rule_sets),
-        case("p8_100000_endpoints_check_as_written", many_endpoints).on(EBPF),
-        case("f7_more_endpoints_than_the_maximum", too_many),
+        case!(f1_enforcement_outlives_the_daemon),
+        case!(f1_only_unload_removes_and_only_its_own),
+        case!(f2_random_rule_sets_change_nothing_else),
+        case!(p8_100000_endpoints_check_as_written).on(EBPF),
+        case!(f7_more_endpoints_than_the_maximum),
     ]
 }
 
@@ -33,7 +31,7 @@ fn rules(world: &World, others: u16) -> Result<()> {
     world.configure_one(&endpoints, r#"["root"]"#)
 }
 
-fn under_fire() -> Result<()> {
+fn f1_f2_no_wrong_verdict_in_100000_while_all_changes() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.attack(NOBODY).reaches()?;
@@ -90,7 +88,7 @@ fn under_fire() -> Result<()> {
     Ok(())
 }
 
-fn outlives() -> Result<()> {
+fn f1_enforcement_outlives_the_daemon() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.attack(NOBODY).reaches()?;
@@ -119,7 +117,7 @@ fn outlives() -> Result<()> {
     Ok(())
 }
 
-fn unload_one_of_two() -> Result<()> {
+fn f1_only_unload_removes_and_only_its_own() -> Result<()> {
     let (one, two) = (World::new()?, World::new()?);
     let (_first, _second) = (one.listen()?, two.listen()?);
     rules(&one, 0)?;
@@ -149,7 +147,7 @@ fn unload_one_of_two() -> Result<()> {
     two.attack(NOBODY).is_refused()
 }
 
-fn random_rule_sets() -> Result<()> {
+fn f2_random_rule_sets_change_nothing_else() -> Result<()> {
     let seed = rand::random();
     println!("    seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
@@ -231,7 +229,7 @@ fn block(count: u32, port: u16) -> Vec<String> {
         .collect()
 }
 
-fn many_endpoints() -> Result<()> {
+fn p8_100000_endpoints_check_as_written() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let mut endpoints = block(99_999, world.port);
@@ -265,7 +263,7 @@ fn many_endpoints() -> Result<()> {
     Ok(())
 }
 
-fn too_many() -> Result<()> {
+fn f7_more_endpoints_than_the_maximum() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     rules(&world, 0)?;

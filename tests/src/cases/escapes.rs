@@ -12,20 +12,18 @@ use anyhow::{Result, ensure};
 use serde_json::Value;
 use unicode_general_category::{GeneralCategory, get_general_category};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::Backend,
     world::{NOBODY, Ran, World, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f6_names_of_tasks_steer_no_terminal", tasks),
-        case("f6_a_task_that_asks_steers_no_terminal", askers),
-        case("f6_a_name_that_is_no_text_hides_no_task", no_text),
-        case("f6_a_configuration_steers_no_terminal", configuration),
+        case!(f6_names_of_tasks_steer_no_terminal),
+        case!(f6_a_task_that_asks_steers_no_terminal),
+        case!(f6_a_name_that_is_no_text_hides_no_task),
+        case!(f6_a_configuration_steers_no_terminal),
     ]
 }
 
@@ -94,7 +92,7 @@ fn called(world: &World, program: &Path, name: impl Into<OsString>) -> Result<Pa
 }
 
 /// Denied, logged and listed under every name.
-fn tasks() -> Result<()> {
+fn f6_names_of_tasks_steer_no_terminal() -> Result<()> {
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
     let names = names();
@@ -143,7 +141,7 @@ fn tasks() -> Result<()> {
 }
 
 /// Who asks for a grant.
-fn askers() -> Result<()> {
+fn f6_a_task_that_asks_steers_no_terminal() -> Result<()> {
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
     let enforcer = binary("enforcer")?;
@@ -199,7 +197,7 @@ fn askers() -> Result<()> {
 }
 
 /// Bytes that are no UTF-8, in the name of who asks and of whom it asks for: the grant is their own.
-fn no_text() -> Result<()> {
+fn f6_a_name_that_is_no_text_hides_no_task() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let name = OsString::from_vec(b"\xff\x9b2J".to_vec());
@@ -230,7 +228,7 @@ impl Drop for Sleeper {
 }
 
 /// What is wrong with a file, in one line each, whatever is in it.
-fn configuration() -> Result<()> {
+fn f6_a_configuration_steers_no_terminal() -> Result<()> {
     let (world, _listener) = guarded()?;
     let file = world.path("enforcer.toml");
     let good = fs::read_to_string(&file)?;

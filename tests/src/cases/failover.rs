@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, ensure};
 use hickory_proto::op::ResponseCode;
 
 use super::{
-    Case, case,
+    Case,
     names::{Named, addresses},
     with_each,
 };
@@ -30,15 +30,13 @@ const PORT: u16 = 4222;
 /// How often the name moves.
 const MOVES: usize = 20;
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
         // Counts what is refused as eBPF refuses it.
-        case("n3_n4_a_bus_that_moves_twenty_times_under_fire", moves).on(EBPF),
-        case("n3_a_name_that_fails_for_good_outlasts_retain", for_good).long(),
-        case("n1_n3_name_servers_die_and_take_over", name_servers),
-        case("b3_a_refresh_takes_little_more_than_the_look_up", latency),
+        case!(n3_n4_a_bus_that_moves_twenty_times_under_fire).on(EBPF),
+        case!(n3_a_name_that_fails_for_good_outlasts_retain).long(),
+        case!(n1_n3_name_servers_die_and_take_over),
+        case!(b3_a_refresh_takes_little_more_than_the_look_up),
     ]
 }
 
@@ -124,7 +122,7 @@ impl Client {
     }
 }
 
-fn moves() -> Result<()> {
+fn n3_n4_a_bus_that_moves_twenty_times_under_fire() -> Result<()> {
     let world = World::new()?;
     let netns = Netns::new(&world, "bus")?;
     let mut servers = Vec::new();
@@ -213,7 +211,7 @@ fn moves() -> Result<()> {
     Ok(())
 }
 
-fn for_good() -> Result<()> {
+fn n3_a_name_that_fails_for_good_outlasts_retain() -> Result<()> {
     let bad = [
         Zone::Code(ResponseCode::NXDomain),
         Zone::Code(ResponseCode::ServFail),
@@ -255,7 +253,7 @@ fn fails_for_good(bad: &Zone) -> Result<()> {
     Ok(())
 }
 
-fn name_servers() -> Result<()> {
+fn n1_n3_name_servers_die_and_take_over() -> Result<()> {
     let mut named = Named::new(&[NAME], "")?;
     let (first, second) = (named.world.address(), second(&named.world));
     let other = DnsServer::start(None, second)?;
@@ -326,7 +324,7 @@ fn other_than(world: &World, bit: u8) -> IpAddr {
     }
 }
 
-fn latency() -> Result<()> {
+fn b3_a_refresh_takes_little_more_than_the_look_up() -> Result<()> {
     const LIMIT: Duration = Duration::from_millis(20);
     // The load is another one by the end.
     let before = at_this_load(LIMIT)?;

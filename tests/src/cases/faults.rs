@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Result, anyhow, ensure};
 
 use super::{
-    Case, case,
+    Case,
     names::{Named, addresses},
 };
 use crate::{
@@ -21,22 +21,17 @@ use crate::{
     world::{Daemon, NOBODY, Netns, World, at_this_load, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f4_addresses_that_cannot_be_listed_are_told_once", addresses_unlisted),
-        case("f4_a_state_file_that_cannot_be_read_is_told", state_unreadable),
-        case("f4_n7_a_state_that_could_not_be_saved_is_saved_later", state_unsaved),
-        case("f4_a_reload_names_the_keys_that_cannot_change", fixed_keys),
-        case(
-            "f4_a_daemon_that_does_not_answer_is_told_from_another_version",
-            silent_daemon,
-        ),
-        case("f4_a_daemon_that_does_not_accept_holds_nobody_up", deaf_daemon),
-        case("f4_permission_errors_say_what_to_do", permission),
-        case("b3_a_refresh_does_not_wait_for_a_name_that_is_gone", gone_name),
-        case("n5_ready_waits_for_first_answers_only", ready),
+        case!(f4_addresses_that_cannot_be_listed_are_told_once),
+        case!(f4_a_state_file_that_cannot_be_read_is_told),
+        case!(f4_n7_a_state_that_could_not_be_saved_is_saved_later),
+        case!(f4_a_reload_names_the_keys_that_cannot_change),
+        case!(f4_a_daemon_that_does_not_answer_is_told_from_another_version),
+        case!(f4_a_daemon_that_does_not_accept_holds_nobody_up),
+        case!(f4_permission_errors_say_what_to_do),
+        case!(b3_a_refresh_does_not_wait_for_a_name_that_is_gone),
+        case!(n5_ready_waits_for_first_answers_only),
     ]
 }
 
@@ -53,7 +48,7 @@ pub(super) fn limit_files(daemon: &Daemon, most: u32) -> Result<()> {
         .map(drop)
 }
 
-fn addresses_unlisted() -> Result<()> {
+fn f4_addresses_that_cannot_be_listed_are_told_once() -> Result<()> {
     const TOLD: &str = "list what is local to this host";
     let world = World::new()?;
     let netns = Netns::new(&world, "host")?;
@@ -84,7 +79,7 @@ fn addresses_unlisted() -> Result<()> {
     Ok(())
 }
 
-fn state_unreadable() -> Result<()> {
+fn f4_a_state_file_that_cannot_be_read_is_told() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let state = named.world.path("state");
     fs::create_dir(&state)?;
@@ -108,7 +103,7 @@ fn state_unreadable() -> Result<()> {
     )
 }
 
-fn state_unsaved() -> Result<()> {
+fn f4_n7_a_state_that_could_not_be_saved_is_saved_later() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     let daemon = named.daemon()?;
@@ -131,7 +126,7 @@ fn state_unsaved() -> Result<()> {
     Ok(())
 }
 
-fn fixed_keys() -> Result<()> {
+fn f4_a_reload_names_the_keys_that_cannot_change() -> Result<()> {
     let world = guarded()?;
     let daemon = world.daemon()?;
     let toml = world.path("enforcer.toml");
@@ -164,7 +159,7 @@ fn mute(world: &World, callers: i32) -> Result<socket2::Socket> {
     Ok(socket)
 }
 
-fn silent_daemon() -> Result<()> {
+fn f4_a_daemon_that_does_not_answer_is_told_from_another_version() -> Result<()> {
     let world = guarded()?;
     let _mute = mute(&world, 16)?;
     let refresh = world.enforcer(&["refresh", "--timeout", "300ms"])?.demand(2)?;
@@ -179,7 +174,7 @@ fn silent_daemon() -> Result<()> {
     Ok(())
 }
 
-fn deaf_daemon() -> Result<()> {
+fn f4_a_daemon_that_does_not_accept_holds_nobody_up() -> Result<()> {
     let world = guarded()?;
     let _mute = mute(&world, 0)?;
     let _first = UnixStream::connect(world.path("run/control.sock"))?;
@@ -192,7 +187,7 @@ fn deaf_daemon() -> Result<()> {
     Ok(())
 }
 
-fn permission() -> Result<()> {
+fn f4_permission_errors_say_what_to_do() -> Result<()> {
     let world = guarded()?;
     world.apply()?;
     for command in ["status", "unload", "apply"] {
@@ -213,7 +208,7 @@ fn patient(named: &Named) -> Result<()> {
     Ok(fs::write(named.world.path("resolv.conf"), text)?)
 }
 
-fn gone_name() -> Result<()> {
+fn b3_a_refresh_does_not_wait_for_a_name_that_is_gone() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     patient(&named)?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
@@ -240,7 +235,7 @@ fn gone_name() -> Result<()> {
     })
 }
 
-fn ready() -> Result<()> {
+fn n5_ready_waits_for_first_answers_only() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     patient(&named)?;
     named.dns.set("bus.test", Zone::Silence);

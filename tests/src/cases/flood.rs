@@ -18,20 +18,18 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::{Case, case, nftables::Guarded};
+use super::{Case, nftables::Guarded};
 use crate::{
     backend::{ALL, Backend, EBPF},
     world::{Blows, NOBODY, World, at_this_load, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f10_denials_at_full_speed_keep_nobody_waiting", under_denials).on(ALL),
-        case("f10_no_user_crowds_another_out_of_the_log", crowd).on(ALL),
-        case("f10_what_came_too_fast_to_be_told_is_counted", counted).on(ALL),
-        case("f10_a_disk_that_does_not_answer_keeps_nobody_waiting", slow_disk).on(EBPF),
+        case!(f10_denials_at_full_speed_keep_nobody_waiting).on(ALL),
+        case!(f10_no_user_crowds_another_out_of_the_log).on(ALL),
+        case!(f10_what_came_too_fast_to_be_told_is_counted).on(ALL),
+        case!(f10_a_disk_that_does_not_answer_keeps_nobody_waiting).on(EBPF),
     ]
 }
 
@@ -87,7 +85,7 @@ fn configure(guarded: &Guarded, round: u32) -> Result<()> {
 }
 
 /// One user dials a prefix up and down, then one address as fast as he can; another is denied once.
-fn crowd() -> Result<()> {
+fn f10_no_user_crowds_another_out_of_the_log() -> Result<()> {
     let guarded = Guarded::new()?;
     let world = &guarded.world;
     let (here, port) = (world.here(), world.port);
@@ -134,7 +132,7 @@ fn crowd() -> Result<()> {
 const ROOM: u64 = (1 << 20) / 160;
 
 /// What the log says at the end is what the kernel has counted, and that is what was refused.
-fn counted() -> Result<()> {
+fn f10_what_came_too_fast_to_be_told_is_counted() -> Result<()> {
     let guarded = Guarded::new()?;
     let world = &guarded.world;
     // The other owns the endpoint too; an event names the first that refuses, and so do the counters.
@@ -174,7 +172,7 @@ fn counted() -> Result<()> {
     Ok(())
 }
 
-fn under_denials() -> Result<()> {
+fn f10_denials_at_full_speed_keep_nobody_waiting() -> Result<()> {
     let guarded = Guarded::new()?;
     let world = &guarded.world;
     guarded.attack(NOBODY)?.reaches()?;
@@ -265,7 +263,7 @@ fn under_denials() -> Result<()> {
 }
 
 /// The file that the daemon writes is not opened before this case allows it (fanotify(7), `FAN_OPEN_PERM`).
-fn slow_disk() -> Result<()> {
+fn f10_a_disk_that_does_not_answer_keeps_nobody_waiting() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let here = format!("tcp://{}", world.here());

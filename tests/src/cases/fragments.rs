@@ -9,20 +9,18 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum as _;
 
-use super::{Case, case, nftables::Guarded};
+use super::{Case, nftables::Guarded};
 use crate::{
     attack::{Cut, Way},
     backend::{Backend, PACKETS},
     world::{Attack, Listener, NOBODY, Netns, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("s5_pieces_of_a_connection_do_not_pass", pieces).on(PACKETS),
-        case("s5_pieces_do_not_reach_loopback", loopback).on(PACKETS),
-        case("s5_what_is_merely_large_passes", large).on(PACKETS),
+        case!(s5_pieces_of_a_connection_do_not_pass).on(PACKETS),
+        case!(s5_pieces_do_not_reach_loopback).on(PACKETS),
+        case!(s5_what_is_merely_large_passes).on(PACKETS),
     ]
 }
 
@@ -183,7 +181,7 @@ const CUTS: [(&str, Cut, bool); 10] = [
     (SERVER, Cut::Whole, true),
 ];
 
-fn pieces() -> Result<()> {
+fn s5_pieces_of_a_connection_do_not_pass() -> Result<()> {
     let routed = Routed::new()?;
     let arrived = || counted(&routed.server, "inet watch pieces");
     let is_cut = |cut| !matches!(cut, Cut::Options | Cut::Whole);
@@ -229,7 +227,7 @@ fn pieces() -> Result<()> {
 }
 
 /// To this host's own loopback, where `route_localnet` lets it in.
-fn loopback() -> Result<()> {
+fn s5_pieces_do_not_reach_loopback() -> Result<()> {
     let routed = Routed::new()?;
     let here = routed.guarded.world.address().to_string();
     let attacks = [Cut::Whole, Cut::Eights, Cut::Sixteens].map(|cut| routed.cut(&here, cut));
@@ -278,7 +276,7 @@ fn loopback() -> Result<()> {
 }
 
 /// Datagrams of several packets, and connections to other ports.
-fn large() -> Result<()> {
+fn s5_what_is_merely_large_passes() -> Result<()> {
     let routed = Routed::new()?;
     let datagrams = |addresses: &[&str], more| -> Result<Vec<Attack>> {
         let attack = |address: &&str| Ok(routed.attack(address, more)?.way(Way::UdpLarge));

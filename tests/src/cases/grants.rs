@@ -24,9 +24,7 @@ use crate::world::{Attack, Listener, NOBODY, Ran, World, ask_raw, at_this_load, 
 /// Another user who may nothing.
 const OTHER: u32 = 33;
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
     for backend in ["ebpf", "nftables", "both"] {
         all.push(case(
@@ -39,18 +37,18 @@ pub fn cases() -> Vec<Case> {
         ));
     }
     all.extend([
-        case("b4_grants_survive_restarts_and_kills", survive),
-        case("b4_grants_end_in_time", expire),
-        case("b4_a_user_is_let_in_only_by_name", users),
-        case("b4_what_would_let_everybody_in_is_refused", refused),
-        case("b4_callers_in_namespaces_are_found", namespaces),
-        case("b4_callers_whom_proc_hides_are_found", hidden),
-        case("b4_grants_that_cannot_be_trusted_let_nobody_in", untrusted_file),
-        case("b4_grants_wait_for_their_target", reload),
-        case("b4_only_root_grants_and_nothing_confuses_it", hostile),
-        case("b4_grants_are_told", told),
-        case("b4_d9_a_revoked_grant_is_cut", revoked_is_cut),
-        case("f7_more_grants_than_the_maximum", limit),
+        case!(b4_grants_survive_restarts_and_kills),
+        case!(b4_grants_end_in_time),
+        case!(b4_a_user_is_let_in_only_by_name),
+        case!(b4_what_would_let_everybody_in_is_refused),
+        case!(b4_callers_in_namespaces_are_found),
+        case!(b4_callers_whom_proc_hides_are_found),
+        case!(b4_grants_that_cannot_be_trusted_let_nobody_in),
+        case!(b4_grants_wait_for_their_target),
+        case!(b4_only_root_grants_and_nothing_confuses_it),
+        case!(b4_grants_are_told),
+        case!(b4_d9_a_revoked_grant_is_cut),
+        case!(f7_more_grants_than_the_maximum),
     ]);
     // They say themselves what enforces: one run has them all.
     all.into_iter().map(|case| case.on(EBPF)).collect()
@@ -243,7 +241,7 @@ fn made_again(backend: &str) -> Result<()> {
     Ok(())
 }
 
-fn survive() -> Result<()> {
+fn b4_grants_survive_restarts_and_kills() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let daemon = job.world.daemon()?;
     job.enforcer(&["grant", "main"])?.demand(0)?;
@@ -313,7 +311,7 @@ fn survive() -> Result<()> {
     Ok(())
 }
 
-fn expire() -> Result<()> {
+fn b4_grants_end_in_time() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let daemon = job.world.daemon()?;
     let said = job
@@ -365,7 +363,7 @@ fn expire() -> Result<()> {
     job.inside(NOBODY).reaches()
 }
 
-fn users() -> Result<()> {
+fn b4_a_user_is_let_in_only_by_name() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let _daemon = job.world.daemon()?;
     job.enforcer(&["grant", "main", "--user", "nobody"])?.demand(0)?;
@@ -391,7 +389,7 @@ fn users() -> Result<()> {
     job.inside(NOBODY).is_refused()
 }
 
-fn refused() -> Result<()> {
+fn b4_what_would_let_everybody_in_is_refused() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let here = job.world.here();
     job.world.configure(&format!(
@@ -460,7 +458,7 @@ fn refused() -> Result<()> {
     job.inside(NOBODY).is_refused()
 }
 
-fn namespaces() -> Result<()> {
+fn b4_callers_in_namespaces_are_found() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let _daemon = job.world.daemon()?;
     let namespaces = [
@@ -492,7 +490,7 @@ fn namespaces() -> Result<()> {
 }
 
 /// `/proc` with `hidepid=`, which shows a daemon without `CAP_SYS_PTRACE` nobody but itself.
-fn hidden() -> Result<()> {
+fn b4_callers_whom_proc_hides_are_found() -> Result<()> {
     for hidepid in ["noaccess,gid=1", "invisible,gid=1", "ptraceable"] {
         let job = Job::new("ebpf", "")?;
         let mount = format!("mount --types proc --options hidepid={hidepid} proc /proc && exec \"$@\"");
@@ -538,7 +536,7 @@ fn hidden() -> Result<()> {
     Ok(())
 }
 
-fn untrusted_file() -> Result<()> {
+fn b4_grants_that_cannot_be_trusted_let_nobody_in() -> Result<()> {
     type Harm = fn(&Path) -> Result<()>;
     let harms: [(&str, Harm); 8] = [
         ("damaged", |path| Ok(fs::write(path, "")?)),
@@ -608,7 +606,7 @@ fn untrusted_file() -> Result<()> {
     Ok(())
 }
 
-fn reload() -> Result<()> {
+fn b4_grants_wait_for_their_target() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let daemon = job.world.daemon()?;
     job.enforcer(&["grant", "main"])?.demand(0)?;
@@ -647,7 +645,7 @@ fn reload() -> Result<()> {
     Ok(())
 }
 
-fn hostile() -> Result<()> {
+fn b4_only_root_grants_and_nothing_confuses_it() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let _daemon = job.world.daemon()?;
     let socket = job.world.path("run/control.sock");
@@ -695,7 +693,7 @@ fn hostile() -> Result<()> {
     job.inside(NOBODY).reaches()
 }
 
-fn told() -> Result<()> {
+fn b4_grants_are_told() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let daemon = job.world.daemon()?;
     job.enforcer(&["grant", "main"])?.demand(0)?;
@@ -734,7 +732,7 @@ fn told() -> Result<()> {
     Ok(())
 }
 
-fn revoked_is_cut() -> Result<()> {
+fn b4_d9_a_revoked_grant_is_cut() -> Result<()> {
     let job = Job::new("ebpf", "existing = \"cut\"\n")?;
     let _daemon = job.world.daemon()?;
     job.enforcer(&["grant", "main"])?.demand(0)?;
@@ -745,7 +743,7 @@ fn revoked_is_cut() -> Result<()> {
     held.is_cut()
 }
 
-fn limit() -> Result<()> {
+fn f7_more_grants_than_the_maximum() -> Result<()> {
     let job = Job::new("ebpf", "")?;
     let mut grants = Grants::default();
     for uid in 100_001..100_000 + u32::try_from(MAX_GRANTS)? {

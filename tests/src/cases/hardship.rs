@@ -15,25 +15,20 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{Case, case, faults::limit_files};
+use super::{Case, faults::limit_files};
 use crate::{
     backend::{ALL, Backend},
     world::{Daemon, Listener, NOBODY, World, binary, cgroup_mount, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f4_a_full_disk_degrades_and_opens_nothing", full_disk).on(ALL),
-        case("f4_a_read_only_disk_degrades_and_opens_nothing", read_only_disk).on(ALL),
-        case("f3_a_start_with_few_descriptors_works_or_says_why", few_descriptors).on(BINARY),
-        case(
-            "f4_a_daemon_with_few_descriptors_enforces_or_says_why",
-            daemons_with_few_descriptors,
-        ),
-        case("f10_callers_that_take_every_descriptor_open_nothing", taken_descriptors).on(ALL),
-        case("f1_a_daemon_without_memory_leaves_its_verdicts", no_memory).on(ALL),
+        case!(f4_a_full_disk_degrades_and_opens_nothing).on(ALL),
+        case!(f4_a_read_only_disk_degrades_and_opens_nothing).on(ALL),
+        case!(f3_a_start_with_few_descriptors_works_or_says_why).on(BINARY),
+        case!(f4_a_daemon_with_few_descriptors_enforces_or_says_why),
+        case!(f10_callers_that_take_every_descriptor_open_nothing).on(ALL),
+        case!(f1_a_daemon_without_memory_leaves_its_verdicts).on(ALL),
     ]
 }
 
@@ -129,13 +124,13 @@ impl Drop for Disk {
     }
 }
 
-fn full_disk() -> Result<()> {
+fn f4_a_full_disk_degrades_and_opens_nothing() -> Result<()> {
     disk_fails("No space left on device", Disk::fill, |disk| {
         Ok(fs::remove_file(disk.filler())?)
     })
 }
 
-fn read_only_disk() -> Result<()> {
+fn f4_a_read_only_disk_degrades_and_opens_nothing() -> Result<()> {
     disk_fails("Read-only file system", Disk::shut, Disk::reopen)
 }
 
@@ -212,7 +207,7 @@ fn disk_fails(cause: &str, fail: impl Fn(&Disk) -> Result<()>, recover: impl Fn(
 
 /// From too few for the loader to those that are enough: each start puts the rules in force, or says why not and
 /// changes nothing.
-fn few_descriptors() -> Result<()> {
+fn f3_a_start_with_few_descriptors_works_or_says_why() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
     enforces(&world)?;
@@ -242,7 +237,7 @@ fn few_descriptors() -> Result<()> {
 
 /// As [`few_descriptors`], of the daemon: with so few it enforces or says why not; what was in force before stays
 /// either way.
-fn daemons_with_few_descriptors() -> Result<()> {
+fn f4_a_daemon_with_few_descriptors_enforces_or_says_why() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.attack(NOBODY).reaches()?;
@@ -283,7 +278,7 @@ fn open_files(daemon: &Daemon) -> Result<u32> {
 }
 
 /// Root's own doing: connections that say nothing, more than the daemon may have descriptors.
-fn taken_descriptors() -> Result<()> {
+fn f10_callers_that_take_every_descriptor_open_nothing() -> Result<()> {
     const TOLD: &str = "accept on the control socket";
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
@@ -446,7 +441,7 @@ impl Drop for Memory {
 }
 
 /// Killed while it takes a larger rule set, under fire.
-fn no_memory() -> Result<()> {
+fn f1_a_daemon_without_memory_leaves_its_verdicts() -> Result<()> {
     let (world, _listener) = guarded()?;
     let memory = Memory::new(&world)?;
     let mut daemon = world.daemon_with(&mut memory.command()?)?;

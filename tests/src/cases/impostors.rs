@@ -18,19 +18,17 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     attack::as_user,
     world::{Listener, NOBODY, World, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f6_who_answers_on_a_users_socket_is_asked_nothing", answers),
-        case("f6_a_users_file_system_on_ours_is_unmounted", mounts),
-        case("f6_a_file_of_roots_vouches_for_no_users_directory", vouches),
+        case!(f6_who_answers_on_a_users_socket_is_asked_nothing),
+        case!(f6_a_users_file_system_on_ours_is_unmounted),
+        case!(f6_a_file_of_roots_vouches_for_no_users_directory),
     ]
 }
 
@@ -115,7 +113,7 @@ fn lie(listener: &UnixListener) -> Vec<String> {
     asked
 }
 
-fn answers() -> Result<()> {
+fn f6_who_answers_on_a_users_socket_is_asked_nothing() -> Result<()> {
     let open = Open::new()?;
     let world = &open.world;
     open.squat()?;
@@ -174,7 +172,7 @@ fn fuse(dir: &Path) -> Result<File> {
     Ok(device)
 }
 
-fn mounts() -> Result<()> {
+fn f6_a_users_file_system_on_ours_is_unmounted() -> Result<()> {
     let open = Open::new()?;
     open.squat()?;
     let _mounted = [Mounted(&open.state), Mounted(&open.run)];
@@ -185,7 +183,7 @@ fn mounts() -> Result<()> {
     open.works()
 }
 
-fn vouches() -> Result<()> {
+fn f6_a_file_of_roots_vouches_for_no_users_directory() -> Result<()> {
     let open = Open::new()?;
     open.squat()?;
     // What a service of root's would leave there, and more than can be looked through while nothing is guarded.

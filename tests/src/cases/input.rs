@@ -81,22 +81,20 @@ allow = []
     ("not_toml", "[target.main\n", &["toml:7"]),
 ];
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = TEXTS
         .into_iter()
         .map(|(name, text, says)| case(&format!("f4_{name}"), move || refused(text, says)))
         .collect();
-    cases.push(case("f4_empty_allow_list_warns", empty_allow));
-    cases.push(case("f4_file_missing_or_unreadable", unreadable));
-    cases.push(case("f4_reload_with_a_bad_file_degrades", reload));
-    cases.push(case("f4_attach_cgroup_missing", no_cgroup).on(EBPF));
-    cases.push(case("f4_pin_dir_not_on_a_bpffs", no_bpffs).on(EBPF));
-    cases.push(case("f4_no_permission", no_permission));
-    cases.push(case("f5_another_program_forbids_sharing", forbidden).on(EBPF));
-    cases.push(case("f6_pin_dir_of_somebody_else", foreign_pins).on(EBPF));
-    cases.push(case("f4_pins_in_use", in_use));
+    cases.push(case!(f4_empty_allow_list_warns));
+    cases.push(case!(f4_file_missing_or_unreadable));
+    cases.push(case!(f4_reload_with_a_bad_file_degrades));
+    cases.push(case!(f4_attach_cgroup_missing).on(EBPF));
+    cases.push(case!(f4_pin_dir_not_on_a_bpffs).on(EBPF));
+    cases.push(case!(f4_no_permission));
+    cases.push(case!(f5_another_program_forbids_sharing).on(EBPF));
+    cases.push(case!(f6_pin_dir_of_somebody_else).on(EBPF));
+    cases.push(case!(f4_pins_in_use));
     cases
 }
 
@@ -143,7 +141,7 @@ fn refused(text: &str, says: &[&str]) -> Result<()> {
     still_guarded(&world)
 }
 
-fn empty_allow() -> Result<()> {
+fn f4_empty_allow_list_warns() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.configure_one(&[format!("tcp://{}", world.here())], "[]")?;
@@ -156,7 +154,7 @@ fn empty_allow() -> Result<()> {
     world.attack(0).is_refused()
 }
 
-fn unreadable() -> Result<()> {
+fn f4_file_missing_or_unreadable() -> Result<()> {
     let (world, _listener) = guarded()?;
     let config = world.path("enforcer.toml");
     fs::remove_file(&config)?;
@@ -168,7 +166,7 @@ fn unreadable() -> Result<()> {
     still_guarded(&world)
 }
 
-fn reload() -> Result<()> {
+fn f4_reload_with_a_bad_file_degrades() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.enforcer(&["unload"])?.demand(0)?;
     let daemon = world.daemon()?;
@@ -188,7 +186,7 @@ fn reload() -> Result<()> {
     Ok(())
 }
 
-fn no_cgroup() -> Result<()> {
+fn f4_attach_cgroup_missing() -> Result<()> {
     let (world, _listener) = guarded()?;
     let main = "[target.main]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"root\"]\n";
     world.configure_on(&PathBuf::from("/sys/fs/cgroup/no-such-group"), main)?;
@@ -199,7 +197,7 @@ fn no_cgroup() -> Result<()> {
     still_guarded(&world)
 }
 
-fn no_bpffs() -> Result<()> {
+fn f4_pin_dir_not_on_a_bpffs() -> Result<()> {
     let (world, _listener) = guarded()?;
     let toml = fs::read_to_string(world.path("enforcer.toml"))?;
     let elsewhere = world.path("pins");
@@ -212,7 +210,7 @@ fn no_bpffs() -> Result<()> {
     still_guarded(&world)
 }
 
-fn no_permission() -> Result<()> {
+fn f4_no_permission() -> Result<()> {
     let (world, _listener) = guarded()?;
     for action in ["apply", "run", "unload", "status"] {
         let ran = ran(world.enforcer_as(NOBODY)?.arg(action))?.demand(2)?;
@@ -235,7 +233,7 @@ fn no_permission() -> Result<()> {
     still_guarded(&world)
 }
 
-fn forbidden() -> Result<()> {
+fn f5_another_program_forbids_sharing() -> Result<()> {
     let world = World::new()?;
     let _guard = ForeignProgram::passing(&world.cgroup, Sharing::None).context("attach another program")?;
     good(&world)?;
@@ -249,7 +247,7 @@ fn forbidden() -> Result<()> {
     Ok(())
 }
 
-fn foreign_pins() -> Result<()> {
+fn f6_pin_dir_of_somebody_else() -> Result<()> {
     let world = World::new()?;
     good(&world)?;
     world.apply()?;
@@ -266,7 +264,7 @@ fn foreign_pins() -> Result<()> {
     Ok(())
 }
 
-fn in_use() -> Result<()> {
+fn f4_pins_in_use() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     expect(&world, &["in use"])?;

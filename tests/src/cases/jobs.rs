@@ -27,9 +27,7 @@ use crate::{
     world::{Attack, Daemon, Listener, NOBODY, Netns, Ran, World, at_this_load, binary, cgroup_mount, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
     for backend in ["ebpf", "nftables", "both"] {
         all.push(case(
@@ -38,14 +36,14 @@ pub fn cases() -> Vec<Case> {
         ));
     }
     all.extend([
-        case("b4_permit_moves_the_shell_that_calls_and_no_other", subshell),
-        case("f6_the_monit_helper_enters_no_users_cgroup", users_cgroup),
-        case("b4_permit_passes_rules_of_earlier_stemcells_too", by_net_cls),
-        case("b4_what_holds_a_supervisor_is_not_granted", supervisors),
-        case("b4_a_pre_start_is_granted_its_jobs_container", pre_start),
-        case("b4_a_jobs_container_is_granted_before_it_runs", before_it_runs),
-        case("b4_wrappers_of_stemcells_need_no_grant", wrappers),
-        case("b4_grants_of_cgroups_long_gone_are_dropped", dropped),
+        case!(b4_permit_moves_the_shell_that_calls_and_no_other),
+        case!(f6_the_monit_helper_enters_no_users_cgroup),
+        case!(b4_permit_passes_rules_of_earlier_stemcells_too),
+        case!(b4_what_holds_a_supervisor_is_not_granted),
+        case!(b4_a_pre_start_is_granted_its_jobs_container),
+        case!(b4_a_jobs_container_is_granted_before_it_runs),
+        case!(b4_wrappers_of_stemcells_need_no_grant),
+        case!(b4_grants_of_cgroups_long_gone_are_dropped),
     ]);
     // Each says itself what enforces: one run has them all.
     all.into_iter().map(|case| case.on(EBPF)).collect()
@@ -298,7 +296,7 @@ fn never_fail(backend: &'static str) -> Result<()> {
     host.is_refused(&host.inside(NOBODY)?)
 }
 
-fn subshell() -> Result<()> {
+fn b4_permit_moves_the_shell_that_calls_and_no_other() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     let _daemon = host.daemon()?;
     let helper = host.bin().join("helper.sh").display().to_string();
@@ -335,7 +333,7 @@ fn subshell() -> Result<()> {
 }
 
 /// Who has made it first could freeze, kill or join what runs there.
-fn users_cgroup() -> Result<()> {
+fn f6_the_monit_helper_enters_no_users_cgroup() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     let _daemon = host.daemon()?;
     let helper = host.bin().join("helper.sh").display().to_string();
@@ -352,7 +350,7 @@ fn users_cgroup() -> Result<()> {
 
 /// Rules of jammy's let through by cgroup v1: a helper that replaces theirs must do what theirs did, or who asks is cut
 /// off while both guard.
-fn by_net_cls() -> Result<()> {
+fn b4_permit_passes_rules_of_earlier_stemcells_too() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     if !fs::read_to_string("/proc/cgroups")?.contains("\nnet_cls\t") {
         println!("    this kernel has no net_cls: no stemcell's rules can match by it");
@@ -420,7 +418,7 @@ impl Drop for Supervisor {
     }
 }
 
-fn supervisors() -> Result<()> {
+fn b4_what_holds_a_supervisor_is_not_granted() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     let _daemon = host.daemon()?;
     let path = path_of(&host.cgroup)?;
@@ -487,7 +485,7 @@ pub(super) fn with_vcap(host: &Host, vcap: &Path, cgroup: &Path, text: &str) -> 
     host.script(cgroup, &text)
 }
 
-fn pre_start() -> Result<()> {
+fn b4_a_pre_start_is_granted_its_jobs_container() -> Result<()> {
     let host = Host::new("ebpf", "[dns]\nretain = \"1s\"")?;
     let _daemon = host.daemon()?;
     let _agent = Supervisor::start(&host, "bosh-agent", &host.cgroup)?;
@@ -567,7 +565,7 @@ impl Drop for Made {
     }
 }
 
-fn before_it_runs() -> Result<()> {
+fn b4_a_jobs_container_is_granted_before_it_runs() -> Result<()> {
     // With nftables a cgroup anywhere in the hierarchy is evaluated, not only one below the world's.
     let host = Host::new("nftables", "")?;
     let daemon = host.daemon()?;
@@ -612,7 +610,7 @@ fn before_it_runs() -> Result<()> {
     Ok(())
 }
 
-fn wrappers() -> Result<()> {
+fn b4_wrappers_of_stemcells_need_no_grant() -> Result<()> {
     let host = Host::new("ebpf", "")?;
     let _daemon = host.daemon()?;
     let vcap = host.world.path("vcap");
@@ -647,7 +645,7 @@ fn wrappers() -> Result<()> {
     host.outside(NOBODY)?.reaches()
 }
 
-fn dropped() -> Result<()> {
+fn b4_grants_of_cgroups_long_gone_are_dropped() -> Result<()> {
     let host = Host::new("ebpf", "[dns]\nretain = \"5s\"")?;
     let daemon = host.daemon()?;
     let world = &host.world;

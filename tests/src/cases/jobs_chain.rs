@@ -20,9 +20,7 @@ const OTHER: u32 = 33;
 pub(super) const CHAIN: &str = "inet bosh_agent monit_access_jobs";
 const BACKENDS: [&str; 3] = ["ebpf", "nftables", "both"];
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut all: Vec<Case> = Vec::new();
     for backend in BACKENDS {
         all.extend([
@@ -34,20 +32,17 @@ pub fn cases() -> Vec<Case> {
         ]);
     }
     all.extend([
-        case("b5_rules_of_other_shapes_let_nobody_in", other_shapes).needs(CGROUP_NEEDS),
-        case("b5_rules_of_jobs_open_nothing_else", nothing_else),
-        case("b5_the_agents_own_rules_are_left_alone", agents_table),
-        case("b5_the_chain_is_there_only_where_monit_may_be_granted", not_wanted),
-        case("b5_f2_rules_and_grants_change_under_fire", under_fire),
-        case("b5_f5_a_chain_taken_away_comes_back", taken_away),
-        case("b5_a_rule_ends_with_its_cgroup", gone).needs(CGROUP_NEEDS),
-        case("b5_f4_thousands_of_rules_cost_only_themselves", thousands),
-        case(
-            "b5_f4_a_bad_configuration_at_boot_keeps_rules_of_jobs",
-            bad_configuration,
-        ),
-        case("b5_a_start_with_another_table_takes_its_grants_along", another_table),
-        case("b5_two_instances_follow_one_chain", two_instances),
+        case!(b5_rules_of_other_shapes_let_nobody_in).needs(CGROUP_NEEDS),
+        case!(b5_rules_of_jobs_open_nothing_else),
+        case!(b5_the_agents_own_rules_are_left_alone),
+        case!(b5_the_chain_is_there_only_where_monit_may_be_granted),
+        case!(b5_f2_rules_and_grants_change_under_fire),
+        case!(b5_f5_a_chain_taken_away_comes_back),
+        case!(b5_a_rule_ends_with_its_cgroup).needs(CGROUP_NEEDS),
+        case!(b5_f4_thousands_of_rules_cost_only_themselves),
+        case!(b5_f4_a_bad_configuration_at_boot_keeps_rules_of_jobs),
+        case!(b5_a_start_with_another_table_takes_its_grants_along),
+        case!(b5_two_instances_follow_one_chain),
     ]);
     // Each says itself what enforces: one run has them all.
     all.into_iter().map(|case| case.on(EBPF)).collect()
@@ -355,7 +350,7 @@ fn beside_the_agent(backend: &'static str) -> Result<()> {
     Ok(())
 }
 
-fn other_shapes() -> Result<()> {
+fn b5_rules_of_other_shapes_let_nobody_in() -> Result<()> {
     let host = Host::new("ebpf")?;
     let daemon = host.daemon()?;
     let port = host.world.port;
@@ -429,7 +424,7 @@ fn other_shapes() -> Result<()> {
     host.enforcer(&["status"]).map(drop)
 }
 
-fn nothing_else() -> Result<()> {
+fn b5_rules_of_jobs_open_nothing_else() -> Result<()> {
     for backend in ["ebpf", "nftables"] {
         let host = Host::new(backend)?;
         let port = host.world.port;
@@ -453,7 +448,7 @@ fn nothing_else() -> Result<()> {
     Ok(())
 }
 
-fn agents_table() -> Result<()> {
+fn b5_the_agents_own_rules_are_left_alone() -> Result<()> {
     let host = Host::new("nftables")?;
     host.agent_starts()?;
     host.rule(&format!("meta skuid {NOBODY}"))?;
@@ -489,7 +484,7 @@ fn agents_table() -> Result<()> {
     Ok(())
 }
 
-fn not_wanted() -> Result<()> {
+fn b5_the_chain_is_there_only_where_monit_may_be_granted() -> Result<()> {
     let host = Host::new("ebpf")?;
     host.configure(false, "")?;
     let daemon = host.daemon()?;
@@ -528,7 +523,7 @@ fn not_wanted() -> Result<()> {
 }
 
 /// Rules of jobs, grants and the configuration change, while everybody knocks.
-fn under_fire() -> Result<()> {
+fn b5_f2_rules_and_grants_change_under_fire() -> Result<()> {
     let host = Host::new("nftables")?;
     let daemon = host.daemon()?;
     host.rule("meta skuid 1")?;
@@ -551,7 +546,7 @@ fn under_fire() -> Result<()> {
     Ok(())
 }
 
-fn taken_away() -> Result<()> {
+fn b5_f5_a_chain_taken_away_comes_back() -> Result<()> {
     let host = Host::new("both")?;
     let _daemon = host.daemon()?;
     let nobody = host.monit(NOBODY)?;
@@ -567,7 +562,7 @@ fn taken_away() -> Result<()> {
     Ok(())
 }
 
-fn gone() -> Result<()> {
+fn b5_a_rule_ends_with_its_cgroup() -> Result<()> {
     let host = Host::new("ebpf")?;
     let _daemon = host.daemon()?;
     let (dir, matches) = host.job("child")?;
@@ -596,7 +591,7 @@ fn gone() -> Result<()> {
     host.is_refused(&host.monit(NOBODY)?.in_cgroup(&sub))
 }
 
-fn thousands() -> Result<()> {
+fn b5_f4_thousands_of_rules_cost_only_themselves() -> Result<()> {
     let host = Host::new("ebpf")?;
     let daemon = host.daemon()?;
     let port = host.world.port;
@@ -622,7 +617,7 @@ fn thousands() -> Result<()> {
     host.goes_out("all are gone", &host.monit(100_000)?)
 }
 
-fn bad_configuration() -> Result<()> {
+fn b5_f4_a_bad_configuration_at_boot_keeps_rules_of_jobs() -> Result<()> {
     for backend in BACKENDS {
         let host = Host::new(backend)?;
         let daemon = host.daemon()?;
@@ -652,7 +647,7 @@ fn bad_configuration() -> Result<()> {
 
 /// `nft_table` is another one at the next start, or for `apply`: rules that were written under the old name are removed
 /// with it.
-fn another_table() -> Result<()> {
+fn b5_a_start_with_another_table_takes_its_grants_along() -> Result<()> {
     let host = Host::new("nftables")?;
     host.agent_starts()?;
     let toml = fs::read_to_string(host.world.path("enforcer.toml"))?;
@@ -680,7 +675,7 @@ fn another_table() -> Result<()> {
     host.enforcer(&["unload"]).map(drop)
 }
 
-fn two_instances() -> Result<()> {
+fn b5_two_instances_follow_one_chain() -> Result<()> {
     let (host, second) = (Host::new("nftables")?, World::new()?);
     let daemon = host.daemon()?;
     let port = host.world.port;

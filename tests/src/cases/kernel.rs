@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use clap::ValueEnum as _;
 use enforcer::host::cgroup2_mount;
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     attack::Way,
     backend::WITH_BPF,
@@ -12,17 +12,15 @@ use crate::{
     world::{NOBODY, World},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("kernel_has_what_it_should", as_said),
-        case("s5_auto_takes_what_the_kernel_has", auto).on(WITH_BPF),
-        case("s5_a_backend_that_cannot_be_is_refused", refused).on(WITH_BPF),
+        case!(kernel_has_what_it_should),
+        case!(s5_auto_takes_what_the_kernel_has).on(WITH_BPF),
+        case!(s5_a_backend_that_cannot_be_is_refused).on(WITH_BPF),
     ]
 }
 
-fn as_said() -> Result<()> {
+fn kernel_has_what_it_should() -> Result<()> {
     let lacking = lacking()?;
     let mut wrong = Vec::new();
     for feature in Feature::value_variants() {
@@ -36,7 +34,7 @@ fn as_said() -> Result<()> {
 }
 
 /// eBPF wherever it can be, else nftables by itself, with the reason in `status`.
-fn auto() -> Result<()> {
+fn s5_auto_takes_what_the_kernel_has() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let attack = world.attack(NOBODY);
@@ -76,7 +74,7 @@ fn auto() -> Result<()> {
 }
 
 /// Asked for by name, a backend that the kernel cannot have is an error in one line, and nothing is half in force.
-fn refused() -> Result<()> {
+fn s5_a_backend_that_cannot_be_is_refused() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     for backend in ["ebpf", "both"] {

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, path::Path, thread, time::Duration};
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::{Case, case, subjects::serve_mptcp};
+use super::{Case, subjects::serve_mptcp};
 use crate::{
     attack::Way,
     backend::NFTABLES,
@@ -14,11 +14,9 @@ use crate::{
     world::{Attack, Daemon, NOBODY, Netns, World, binary, cgroup_mount, ran},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("d3_a_kernel_socket_made_for_a_user_is_not_the_kernels", made_for_a_user)
+        case!(d3_a_kernel_socket_made_for_a_user_is_not_the_kernels)
             .on(NFTABLES)
             .needs(&[Feature::Cgroup2, Feature::SocketCgroup, Feature::Mptcp]),
     ]
@@ -70,7 +68,7 @@ impl Announced {
     }
 }
 
-fn made_for_a_user() -> Result<()> {
+fn d3_a_kernel_socket_made_for_a_user_is_not_the_kernels() -> Result<()> {
     let announced = Announced::new()?;
     let below = announced.attack()?;
     let in_root = announced.attack()?.in_cgroup(&cgroup_mount()?);

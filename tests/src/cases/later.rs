@@ -24,7 +24,7 @@ use nix::{
 };
 
 use super::{
-    Case, case,
+    Case,
     grants::lasting,
     hardship::{enforces, guarded},
 };
@@ -33,21 +33,15 @@ use crate::{
     world::{Attack, NOBODY, binary, ran, slowness, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("b4_no_grant_outlasts_its_length_by_a_clock_set_back", clock_set_back),
-        case(
-            "b4_a_grant_goes_to_no_process_that_got_the_callers_number",
-            number_reused,
-        )
-        .on(EBPF),
+        case!(b4_no_grant_outlasts_its_length_by_a_clock_set_back),
+        case!(b4_a_grant_goes_to_no_process_that_got_the_callers_number).on(EBPF),
     ]
 }
 
 /// The host's clock is not ours to set: what a start finds was written by one that showed another year.
-fn clock_set_back() -> Result<()> {
+fn b4_no_grant_outlasts_its_length_by_a_clock_set_back() -> Result<()> {
     const YEAR: Duration = Duration::from_hours(365 * 24);
     let (world, _listener) = guarded()?;
     let short = Duration::from_secs(5) * slowness();
@@ -113,7 +107,7 @@ fn inside(pid: &str, paths: &[PathBuf], script: &str) -> Result<String> {
 }
 
 /// A caller asks for its own cgroup and ends before the daemon looks; a process in another cgroup gets its number.
-fn number_reused() -> Result<()> {
+fn b4_a_grant_goes_to_no_process_that_got_the_callers_number() -> Result<()> {
     let (world, _listener) = guarded()?;
     let (callers, others) = (world.cgroup.join("caller"), world.cgroup.join("other"));
     for cgroup in [&callers, &others] {

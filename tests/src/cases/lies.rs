@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     dns::{DnsServer, Zone},
     world::{Attack, Daemon, Listener, NOBODY, Netns, World, binary, until},
@@ -20,15 +20,13 @@ use crate::{
 const TRUTH: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
 const NAME: &str = "bus.test";
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("n4_one_lie_of_256_addresses_opens_nothing", one_large_lie),
-        case("n4_eight_lies_of_40_addresses_open_nothing", many_lies),
-        case("n4_n7_lies_after_a_restart_open_nothing", over_a_restart),
-        case("n4_an_answer_too_large_keeps_what_is_known_and_degrades", too_large),
-        case("n4_a_shorter_retain_ends_what_a_lie_locks_out", locked_out),
+        case!(n4_one_lie_of_256_addresses_opens_nothing),
+        case!(n4_eight_lies_of_40_addresses_open_nothing),
+        case!(n4_n7_lies_after_a_restart_open_nothing),
+        case!(n4_an_answer_too_large_keeps_what_is_known_and_degrades),
+        case!(n4_a_shorter_retain_ends_what_a_lie_locks_out),
     ]
 }
 
@@ -112,7 +110,7 @@ impl Named {
     }
 }
 
-fn one_large_lie() -> Result<()> {
+fn n4_one_lie_of_256_addresses_opens_nothing() -> Result<()> {
     let (named, _daemon) = Named::known_for_a_while()?;
     // Each pushes the one before among the retained ones.
     for second in [20, 21, 22] {
@@ -122,7 +120,7 @@ fn one_large_lie() -> Result<()> {
     named.attack(0).reaches()
 }
 
-fn many_lies() -> Result<()> {
+fn n4_eight_lies_of_40_addresses_open_nothing() -> Result<()> {
     let (named, _daemon) = Named::known_for_a_while()?;
     for second in 20..36 {
         named.lie(second, 40)?;
@@ -130,7 +128,7 @@ fn many_lies() -> Result<()> {
     named.attack(NOBODY).is_refused()
 }
 
-fn over_a_restart() -> Result<()> {
+fn n4_n7_lies_after_a_restart_open_nothing() -> Result<()> {
     let (named, daemon) = Named::known_for_a_while()?;
     named.lie(20, 256)?;
     daemon.kill()?;
@@ -142,7 +140,7 @@ fn over_a_restart() -> Result<()> {
 }
 
 /// The address of another service, which a lie has named.
-fn locked_out() -> Result<()> {
+fn n4_a_shorter_retain_ends_what_a_lie_locks_out() -> Result<()> {
     let (named, daemon) = Named::known_for_a_while()?;
     named.lie(20, 1)?;
     // On the target's port alone, and not for those who are allowed there.
@@ -160,7 +158,7 @@ fn locked_out() -> Result<()> {
     named.attack(NOBODY).is_refused()
 }
 
-fn too_large() -> Result<()> {
+fn n4_an_answer_too_large_keeps_what_is_known_and_degrades() -> Result<()> {
     let (named, _daemon) = Named::known_for_a_while()?;
     // Before the truth by any order of addresses.
     let first = u32::from(Ipv4Addr::new(1, 0, 0, 0));

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, fs, net::Ipv4Addr, thread, time::Duration};
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case};
+use super::Case;
 use crate::world::{NOBODY, World};
 
 /// Limits as documented (F7).
@@ -12,14 +12,12 @@ const TARGETS: u32 = 64;
 const PRINCIPALS_OF_A_TARGET: u32 = 1024;
 const PREFIXES: u32 = 16_384;
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f7_as_many_targets_as_there_may_be", targets),
-        case("f7_as_many_principals_as_there_may_be", principals),
-        case("f7_as_many_prefixes_as_there_may_be", prefixes),
-        case("f2_an_endpoint_that_changes_hands_is_never_open", changing_hands).long(),
+        case!(f7_as_many_targets_as_there_may_be),
+        case!(f7_as_many_principals_as_there_may_be),
+        case!(f7_as_many_prefixes_as_there_may_be),
+        case!(f2_an_endpoint_that_changes_hands_is_never_open).long(),
     ]
 }
 
@@ -38,7 +36,7 @@ fn refused(world: &World, says: &str) -> Result<()> {
     world.attack(0).reaches()
 }
 
-fn targets() -> Result<()> {
+fn f7_as_many_targets_as_there_may_be() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.attack(NOBODY).reaches()?;
@@ -61,7 +59,7 @@ fn targets() -> Result<()> {
     )
 }
 
-fn principals() -> Result<()> {
+fn f7_as_many_principals_as_there_may_be() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let endpoints = [format!("tcp://{}", world.here())];
@@ -78,7 +76,7 @@ fn principals() -> Result<()> {
     )
 }
 
-fn prefixes() -> Result<()> {
+fn f7_as_many_prefixes_as_there_may_be() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let port = world.port;
@@ -112,7 +110,7 @@ fn prefixes() -> Result<()> {
     )
 }
 
-fn changing_hands() -> Result<()> {
+fn f2_an_endpoint_that_changes_hands_is_never_open() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     world.attack(NOBODY).reaches()?;

@@ -24,13 +24,11 @@ use crate::{
     world::{Attack, Blows, Daemon, Hammer, Listener, NOBODY, Netns, Ran, World, binary, cgroup_mount, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let all = vec![
         case("b6_the_way_over_and_back_on_noble_ebpf", || noble("ebpf")),
         case("b6_the_way_over_and_back_on_noble_nftables", || noble("nftables")),
-        case("b6_the_way_over_and_back_on_jammy_ebpf", jammy),
+        case!(b6_the_way_over_and_back_on_jammy_ebpf),
     ];
     // Each says itself what enforces: one run has them all.
     all.into_iter().map(|case| case.on(EBPF)).collect()
@@ -357,7 +355,7 @@ fn noble(backend: &str) -> Result<()> {
     host.attacker()?.reaches()
 }
 
-fn jammy() -> Result<()> {
+fn b6_the_way_over_and_back_on_jammy_ebpf() -> Result<()> {
     let mut host = Host::new("ebpf")?;
     host.net_cls = NetCls::new(&host.world)?;
     host.unknown.push(host.old.clone());

@@ -16,9 +16,7 @@ use crate::{
 /// Takes system calls away.
 const SECCOMP: &[Feature] = &[Feature::Seccomp];
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
         case("s5_auto_without_bpf_eperm", || auto("eperm", "not permitted"))
             .on(NFTABLES)
@@ -26,12 +24,10 @@ pub fn cases() -> Vec<Case> {
         case("s5_auto_without_bpf_enosys", || auto("enosys", "not implemented"))
             .on(NFTABLES)
             .needs(SECCOMP),
-        case("s5_auto_with_neither_says_both_causes", neither)
-            .on(NFTABLES)
-            .needs(SECCOMP),
-        case("f4_nftables_missing", no_nf_tables).on(NFTABLES).needs(SECCOMP),
-        case("f4_nftables_forbidden", no_right).on(NFTABLES),
-        case("f3_f4_nftables_answers_that_do_not_fit", small_buffers)
+        case!(s5_auto_with_neither_says_both_causes).on(NFTABLES).needs(SECCOMP),
+        case!(f4_nftables_missing).on(NFTABLES).needs(SECCOMP),
+        case!(f4_nftables_forbidden).on(NFTABLES),
+        case!(f3_f4_nftables_answers_that_do_not_fit)
             .on(NFTABLES)
             .needs(SECCOMP),
         case("f4_both_without_nftables", || {
@@ -42,8 +38,8 @@ pub fn cases() -> Vec<Case> {
             one_half(&["--no-bpf", "eperm"], "ebpf", "not permitted")
         })
         .on(BOTH),
-        case("f4_both_its_ebpf_half_cannot_attach", cannot_attach).on(BOTH),
-        case("f4_both_beyond_a_limit", beyond).on(BOTH),
+        case!(f4_both_its_ebpf_half_cannot_attach).on(BOTH),
+        case!(f4_both_beyond_a_limit).on(BOTH),
     ]
 }
 
@@ -89,7 +85,7 @@ fn auto(errno: &str, cause: &str) -> Result<()> {
     guarded.attack(0)?.reaches()
 }
 
-fn neither() -> Result<()> {
+fn s5_auto_with_neither_says_both_causes() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.configure("auto", &here(&guarded), r#"["root"]"#)?;
     let failed = confined(&guarded, &["--no-bpf", "eperm", "--no-netfilter"])?;
@@ -97,7 +93,7 @@ fn neither() -> Result<()> {
     guarded.attack(NOBODY)?.reaches()
 }
 
-fn no_nf_tables() -> Result<()> {
+fn f4_nftables_missing() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("nftables")?;
     ask_to_open(&guarded, "nftables")?;
@@ -116,7 +112,7 @@ fn no_nf_tables() -> Result<()> {
     guarded.attack(0)?.reaches()
 }
 
-fn no_right() -> Result<()> {
+fn f4_nftables_forbidden() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("nftables")?;
     ask_to_open(&guarded, "nftables")?;
@@ -135,7 +131,7 @@ fn no_right() -> Result<()> {
 
 /// The kernel's acknowledgements of a rule set are more than a socket of the usual size holds, and it may not be made
 /// larger.
-fn small_buffers() -> Result<()> {
+fn f3_f4_nftables_answers_that_do_not_fit() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("nftables")?;
     let generation = guarded.status()?["generation"].clone();
@@ -190,7 +186,7 @@ fn stays_as_it_was(guarded: &Guarded, generation: &serde_json::Value) -> Result<
 }
 
 /// nftables takes the rule set first; when eBPF then cannot, it is taken back.
-fn cannot_attach() -> Result<()> {
+fn f4_both_its_ebpf_half_cannot_attach() -> Result<()> {
     let guarded = Guarded::new()?;
     let _theirs = ForeignProgram::passing(&guarded.world.cgroup, Sharing::None).context("attach another program")?;
     guarded.configure("both", &here(&guarded), "[]")?;
@@ -210,7 +206,7 @@ fn cannot_attach() -> Result<()> {
     guarded.attack(0)?.reaches()
 }
 
-fn beyond() -> Result<()> {
+fn f4_both_beyond_a_limit() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("both")?;
     let generation = guarded.status()?["generation"].clone();

@@ -19,9 +19,7 @@ use crate::world::{NOBODY, Netns, Ran, World, binary, ran, until};
 /// Where a BOSH agent has its monit.
 const BOSH: &str = "127.0.0.1:2822";
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     ["ebpf", "nftables"]
         .into_iter()
         .flat_map(|backend| {

@@ -11,31 +11,29 @@ use anyhow::{Context as _, Result, ensure};
 use hickory_proto::op::ResponseCode;
 use serde_json::{Value, json};
 
-use super::{Case, case, with_each};
+use super::{Case, with_each};
 use crate::{
     dns::{DnsServer, Zone},
     world::{Daemon, NOBODY, Netns, World, at_this_load, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("n1_a_aaaa_and_cname", families),
-        case("n1_check_looks_names_up_as_the_daemon_does", checked),
-        case("n1_odd_lines_of_resolv_conf_cost_only_themselves", odd_lines),
-        case("n1_a_silent_udp_path_is_tried_over_tcp", silent_udp),
-        case("n1_a_file_that_turns_odd_freezes_no_name", turns_odd),
-        case("n3_a_family_that_never_was_and_fails_is_a_note", one_family),
-        case("n1_n3_a_family_that_is_silent_keeps_nobody_waiting", silent_family),
-        case("n3_n4_failures_keep_what_is_known", failures),
-        case("n3_one_name_never_touches_another", isolation),
-        case("n6_answers_that_name_this_host_are_refused", lies),
-        case("n6_link_local_answers_where_a_target_takes_them", link_local),
-        case("n1_a_link_local_name_server_is_asked_on_its_interface", zones),
-        case("n5_unresolved_closed", closed),
-        case("n7_f1_a_restart_without_dns_keeps_the_names", restart),
-        case("b3_refresh_returns_when_the_kernel_holds_it", refresh),
+        case!(n1_a_aaaa_and_cname),
+        case!(n1_check_looks_names_up_as_the_daemon_does),
+        case!(n1_odd_lines_of_resolv_conf_cost_only_themselves),
+        case!(n1_a_silent_udp_path_is_tried_over_tcp),
+        case!(n1_a_file_that_turns_odd_freezes_no_name),
+        case!(n3_a_family_that_never_was_and_fails_is_a_note),
+        case!(n1_n3_a_family_that_is_silent_keeps_nobody_waiting),
+        case!(n3_n4_failures_keep_what_is_known),
+        case!(n3_one_name_never_touches_another),
+        case!(n6_answers_that_name_this_host_are_refused),
+        case!(n6_link_local_answers_where_a_target_takes_them),
+        case!(n1_a_link_local_name_server_is_asked_on_its_interface),
+        case!(n5_unresolved_closed),
+        case!(n7_f1_a_restart_without_dns_keeps_the_names),
+        case!(b3_refresh_returns_when_the_kernel_holds_it),
     ]
 }
 
@@ -95,7 +93,7 @@ pub(super) fn addresses(list: &[&str]) -> Zone {
     Zone::Addresses(list.iter().filter_map(|text| text.parse::<IpAddr>().ok()).collect())
 }
 
-fn families() -> Result<()> {
+fn n1_a_aaaa_and_cname() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", Zone::Alias("real.test".to_owned()));
     named
@@ -118,7 +116,7 @@ fn families() -> Result<()> {
 }
 
 /// Two interfaces, and behind each a name server with the same link-local address.
-fn zones() -> Result<()> {
+fn n1_a_link_local_name_server_is_asked_on_its_interface() -> Result<()> {
     let world = World::new()?;
     let home = Netns::new(&world, "home")?;
     let mut servers = Vec::new();
@@ -167,7 +165,7 @@ fn zones() -> Result<()> {
 }
 
 /// Where the C library's name service would not ask DNS at all.
-fn checked() -> Result<()> {
+fn n1_check_looks_names_up_as_the_daemon_does() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1", "2001:db8::9"]));
     fs::write(named.world.path("nsswitch.conf"), "hosts: files\npasswd: files\n")?;
@@ -202,7 +200,7 @@ const ODD: [&str; 8] = [
     "\u{fffd}\u{7f}\n",
 ];
 
-fn odd_lines() -> Result<()> {
+fn n1_odd_lines_of_resolv_conf_cost_only_themselves() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     let good = fs::read_to_string(named.world.path("resolv.conf"))?;
@@ -218,7 +216,7 @@ fn odd_lines() -> Result<()> {
 }
 
 /// As a renewed lease of DHCP brings it, while a name moves.
-fn turns_odd() -> Result<()> {
+fn n1_a_file_that_turns_odd_freezes_no_name() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     let _daemon = named.daemon()?;
@@ -235,14 +233,14 @@ fn turns_odd() -> Result<()> {
     Ok(())
 }
 
-fn silent_udp() -> Result<()> {
+fn n1_a_silent_udp_path_is_tried_over_tcp() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", Zone::TcpAlone(vec!["10.9.0.1".parse()?]));
     let _daemon = named.daemon()?;
     until("it is known over TCP", || named.denied("10.9.0.1"))
 }
 
-fn one_family() -> Result<()> {
+fn n3_a_family_that_never_was_and_fails_is_a_note() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let answer = |code| Zone::Ipv4Alone(vec![IpAddr::from([10, 9, 0, 1])], Some(code));
     named.dns.set("bus.test", answer(ResponseCode::ServFail));
@@ -267,7 +265,7 @@ fn one_family() -> Result<()> {
 }
 
 /// Five seconds, for which a lookup may wait, are not waited where the other family is answered.
-fn silent_family() -> Result<()> {
+fn n1_n3_a_family_that_is_silent_keeps_nobody_waiting() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let file = named.world.path("resolv.conf");
     fs::write(
@@ -311,7 +309,7 @@ fn silent_family() -> Result<()> {
     Ok(())
 }
 
-fn failures() -> Result<()> {
+fn n3_n4_failures_keep_what_is_known() -> Result<()> {
     let bad = [
         Zone::Code(ResponseCode::ServFail),
         Zone::Code(ResponseCode::NXDomain),
@@ -343,7 +341,7 @@ fn fails(bad: &Zone) -> Result<()> {
     Ok(())
 }
 
-fn isolation() -> Result<()> {
+fn n3_one_name_never_touches_another() -> Result<()> {
     let named = Named::new(&["bus.test", "other.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     named.dns.set("other.test", addresses(&["10.9.1.1"]));
@@ -356,7 +354,7 @@ fn isolation() -> Result<()> {
     Ok(())
 }
 
-fn lies() -> Result<()> {
+fn n6_answers_that_name_this_host_are_refused() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set(
         "bus.test",
@@ -383,7 +381,7 @@ fn lies() -> Result<()> {
 }
 
 /// As a cloud's metadata service is named.
-fn link_local() -> Result<()> {
+fn n6_link_local_answers_where_a_target_takes_them() -> Result<()> {
     let named = Named::new(&["meta.test"], "")?;
     named
         .dns
@@ -425,7 +423,7 @@ fn link_local() -> Result<()> {
     Ok(())
 }
 
-fn closed() -> Result<()> {
+fn n5_unresolved_closed() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", Zone::Code(ResponseCode::ServFail));
     let toml = named.world.path("enforcer.toml");
@@ -443,7 +441,7 @@ fn closed() -> Result<()> {
     Ok(())
 }
 
-fn restart() -> Result<()> {
+fn n7_f1_a_restart_without_dns_keeps_the_names() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     named.daemon()?.kill()?;
@@ -455,7 +453,7 @@ fn restart() -> Result<()> {
     Ok(())
 }
 
-fn refresh() -> Result<()> {
+fn b3_refresh_returns_when_the_kernel_holds_it() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     let _daemon = named.daemon()?;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     attack::as_user,
     backend::EBPF,
@@ -17,15 +17,13 @@ use crate::{
     world::{Listener, NOBODY, World},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f5_programs_of_others_keep_running", others_keep_running).on(EBPF),
-        case("f5_no_program_below_takes_our_place", none_below_replaces).needs(EBPF_NEEDS),
-        case("d1_f5_a_program_below_that_rewrites_is_caught", rewritten).needs(EBPF_NEEDS),
-        case("f6_another_user_opens_nothing", others_open_nothing).on(EBPF),
-        case("f6_another_user_asks_nothing", others_ask_nothing),
+        case!(f5_programs_of_others_keep_running).on(EBPF),
+        case!(f5_no_program_below_takes_our_place).needs(EBPF_NEEDS),
+        case!(d1_f5_a_program_below_that_rewrites_is_caught).needs(EBPF_NEEDS),
+        case!(f6_another_user_opens_nothing).on(EBPF),
+        case!(f6_another_user_asks_nothing),
     ]
 }
 
@@ -37,7 +35,7 @@ fn guarded() -> Result<(World, Listener)> {
     Ok((world, listener))
 }
 
-fn others_keep_running() -> Result<()> {
+fn f5_programs_of_others_keep_running() -> Result<()> {
     let (world, _listener) = guarded()?;
     let root = world.attack(0);
     let theirs = ForeignProgram::refusing(&world.cgroup, Sharing::Multi)?;
@@ -56,7 +54,7 @@ fn others_keep_running() -> Result<()> {
     root.reaches()
 }
 
-fn none_below_replaces() -> Result<()> {
+fn f5_no_program_below_takes_our_place() -> Result<()> {
     let (world, _listener) = guarded()?;
     let child = world.cgroup.join("child");
     fs::create_dir(&child)?;
@@ -72,7 +70,7 @@ fn none_below_replaces() -> Result<()> {
     inside.is_refused()
 }
 
-fn rewritten() -> Result<()> {
+fn d1_f5_a_program_below_that_rewrites_is_caught() -> Result<()> {
     let (world, _listener) = guarded()?;
     let child = world.cgroup.join("child");
     fs::create_dir(&child)?;
@@ -88,7 +86,7 @@ fn rewritten() -> Result<()> {
     world.attack(0).in_cgroup(&child).to(elsewhere).reaches()
 }
 
-fn others_open_nothing() -> Result<()> {
+fn f6_another_user_opens_nothing() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let ours = [
@@ -109,7 +107,7 @@ fn others_open_nothing() -> Result<()> {
     Ok(())
 }
 
-fn others_ask_nothing() -> Result<()> {
+fn f6_another_user_asks_nothing() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let socket = world.path("run/control.sock");

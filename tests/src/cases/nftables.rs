@@ -12,30 +12,28 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::{ALL, BOTH, Backend, NFTABLES},
     kernel::{Feature, lacks},
     world::{Attack, Blows, Daemon, Listener, NOBODY, Netns, World, at_this_load, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("s5_nftables_kernel_is_no_user", kernel_is_no_user).on(NFTABLES),
-        case("s5_nftables_cgroup_of_the_socket", cgroup).on(NFTABLES),
-        case("s5_auto_takes_nftables_without_bpf", auto).on(BOTH),
-        case("s5_auto_never_evades_a_mistake", mistakes).on(BOTH),
-        case("s5_both_is_refused_by_each", both).on(BOTH),
-        case("s5_nftables_denials_are_told", told).on(NFTABLES),
-        case("f2_no_wrong_verdict_in_1000_rule_sets", under_fire).on(ALL),
-        case("f1_f2_backends_change_without_a_gap", changing_backends).on(BOTH),
-        case("f3_f7_nftables_100000_endpoints", many).on(NFTABLES),
-        case("f4_both_fails_as_one", fails_as_one).on(BOTH),
-        case("f5_nftables_table_of_others", foreign).on(NFTABLES),
-        case("f5_nftables_drift_is_mended", drift).on(NFTABLES),
-        case("p3_nftables_does_not_switch_conntrack_on", no_conntrack).on(NFTABLES),
+        case!(s5_nftables_kernel_is_no_user).on(NFTABLES),
+        case!(s5_nftables_cgroup_of_the_socket).on(NFTABLES),
+        case!(s5_auto_takes_nftables_without_bpf).on(BOTH),
+        case!(s5_auto_never_evades_a_mistake).on(BOTH),
+        case!(s5_both_is_refused_by_each).on(BOTH),
+        case!(s5_nftables_denials_are_told).on(NFTABLES),
+        case!(f2_no_wrong_verdict_in_1000_rule_sets).on(ALL),
+        case!(f1_f2_backends_change_without_a_gap).on(BOTH),
+        case!(f3_f7_nftables_100000_endpoints).on(NFTABLES),
+        case!(f4_both_fails_as_one).on(BOTH),
+        case!(f5_nftables_table_of_others).on(NFTABLES),
+        case!(f5_nftables_drift_is_mended).on(NFTABLES),
+        case!(p3_nftables_does_not_switch_conntrack_on).on(NFTABLES),
     ]
 }
 
@@ -89,7 +87,7 @@ impl Guarded {
     }
 }
 
-fn kernel_is_no_user() -> Result<()> {
+fn s5_nftables_kernel_is_no_user() -> Result<()> {
     let guarded = Guarded::new()?;
     let endpoint = format!("tcp://{}", guarded.world.here());
     guarded.configure("nftables", &[endpoint], "[{ kernel = true }]")?;
@@ -98,7 +96,7 @@ fn kernel_is_no_user() -> Result<()> {
     guarded.attack(NOBODY)?.is_reset()
 }
 
-fn cgroup() -> Result<()> {
+fn s5_nftables_cgroup_of_the_socket() -> Result<()> {
     let guarded = Guarded::new()?;
     let child = guarded.world.cgroup.join("child");
     fs::create_dir(&child)?;
@@ -118,7 +116,7 @@ fn cgroup() -> Result<()> {
     guarded.attack(0)?.in_cgroup(&child).is_reset()
 }
 
-fn auto() -> Result<()> {
+fn s5_auto_takes_nftables_without_bpf() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("auto")?;
     ensure!(guarded.status()?["backend"] == "ebpf", "{}", guarded.status()?);
@@ -151,7 +149,7 @@ fn auto() -> Result<()> {
 }
 
 /// What is mended in the configuration is no reason to take nftables, which would do in each of these cases.
-fn mistakes() -> Result<()> {
+fn s5_auto_never_evades_a_mistake() -> Result<()> {
     let guarded = Guarded::new()?;
     let world = &guarded.world;
     let main = format!(
@@ -203,7 +201,7 @@ fn mistakes() -> Result<()> {
     guarded.netns.enforcer(world, &["unload"])?.demand(0).map(drop)
 }
 
-fn both() -> Result<()> {
+fn s5_both_is_refused_by_each() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("both")?;
     guarded.attack(NOBODY)?.is_forbidden()?;
@@ -223,7 +221,7 @@ fn both() -> Result<()> {
     Ok(())
 }
 
-fn told() -> Result<()> {
+fn s5_nftables_denials_are_told() -> Result<()> {
     for mode in ["enforce", "audit"] {
         let guarded = Guarded::new()?;
         guarded.world.configure(&format!(
@@ -297,7 +295,7 @@ fn hammered(guarded: &Guarded, attempts: u64, work: impl FnOnce() -> Result<()>)
 }
 
 /// Single addresses, prefixes and both by turns, so that the endpoint moves from one kind of map to the other.
-fn under_fire() -> Result<()> {
+fn f2_no_wrong_verdict_in_1000_rule_sets() -> Result<()> {
     const RULE_SETS: u16 = 1000;
     // So that each switch is met by some.
     const ATTEMPTS: u64 = 10 * RULE_SETS as u64;
@@ -341,7 +339,7 @@ fn under_fire() -> Result<()> {
     Ok(())
 }
 
-fn changing_backends() -> Result<()> {
+fn f1_f2_backends_change_without_a_gap() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("ebpf")?;
     let daemon = guarded.daemon()?;
@@ -361,7 +359,7 @@ fn changing_backends() -> Result<()> {
     })
 }
 
-fn many() -> Result<()> {
+fn f3_f7_nftables_100000_endpoints() -> Result<()> {
     let guarded = Guarded::new()?;
     let port = guarded.world.port;
     let mut endpoints: Vec<String> = (0..99_999_u32)
@@ -382,7 +380,7 @@ fn many() -> Result<()> {
     Ok(())
 }
 
-fn fails_as_one() -> Result<()> {
+fn f4_both_fails_as_one() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("both")?;
     let generation = guarded.status()?["generation"].clone();
@@ -405,7 +403,7 @@ fn fails_as_one() -> Result<()> {
     guarded.attack(NOBODY)?.is_forbidden()
 }
 
-fn foreign() -> Result<()> {
+fn f5_nftables_table_of_others() -> Result<()> {
     let guarded = Guarded::new()?;
     let table = guarded.world.name();
     guarded
@@ -436,7 +434,7 @@ fn foreign() -> Result<()> {
     Ok(())
 }
 
-fn drift() -> Result<()> {
+fn f5_nftables_drift_is_mended() -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("nftables")?;
     let _daemon = guarded.daemon()?;
@@ -477,7 +475,7 @@ fn drift() -> Result<()> {
     Ok(())
 }
 
-fn no_conntrack() -> Result<()> {
+fn p3_nftables_does_not_switch_conntrack_on() -> Result<()> {
     let guarded = Guarded::new()?;
     let count = || -> Result<u64> {
         let file = Command::new("nsenter")

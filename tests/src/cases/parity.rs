@@ -17,7 +17,7 @@ use enforcer::{
 use enforcer_ebpf::Verdict;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
-use super::{Case, case, grants::lasting};
+use super::{Case, grants::lasting};
 use crate::{
     backend::{ALL, BOTH, Backend},
     world::{Listener, NOBODY, Netns, World, cgroup_mount},
@@ -28,16 +28,14 @@ const RULE_SETS: usize = 40;
 const ATTEMPTS: usize = 30;
 const USERS: [u32; 4] = [0, 33, 1001, NOBODY];
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("s5_the_oracle_ebpf_and_nftables_agree", agree).on(BOTH),
-        case("s5_who_counts_a_refusal", counters).on(ALL),
+        case!(s5_the_oracle_ebpf_and_nftables_agree).on(BOTH),
+        case!(s5_who_counts_a_refusal).on(ALL),
     ]
 }
 
-fn agree() -> Result<()> {
+fn s5_the_oracle_ebpf_and_nftables_agree() -> Result<()> {
     let seed = rand::random();
     println!("    seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
@@ -112,7 +110,7 @@ fn agree() -> Result<()> {
 }
 
 /// §5: the first target that refuses counts; what each half refuses adds up.
-fn counters() -> Result<()> {
+fn s5_who_counts_a_refusal() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let here = world.here();

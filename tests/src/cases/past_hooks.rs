@@ -6,24 +6,18 @@ use std::{net::SocketAddr, path::Path};
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::{Case, case, nftables::Guarded};
+use super::{Case, nftables::Guarded};
 use crate::{
     attack::Way,
     backend::{ALL, BOTH, Backend, PACKETS},
     world::{Listener, NOBODY, Netns, ran},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("s5_devices_past_the_ip_hooks_are_named", named).on(PACKETS),
-        case(
-            "s5_udp_by_a_spent_routing_header_is_seen_by_its_packet_alone",
-            spent_header,
-        )
-        .on(ALL),
-        case("s5_both_refuses_what_passes_the_ip_hooks", refused).on(BOTH),
+        case!(s5_devices_past_the_ip_hooks_are_named).on(PACKETS),
+        case!(s5_udp_by_a_spent_routing_header_is_seen_by_its_packet_alone).on(ALL),
+        case!(s5_both_refuses_what_passes_the_ip_hooks).on(BOTH),
     ]
 }
 
@@ -78,7 +72,7 @@ impl Neighbours {
     }
 }
 
-fn named() -> Result<()> {
+fn s5_devices_past_the_ip_hooks_are_named() -> Result<()> {
     let neighbours = Neighbours::new()?;
     let host = &neighbours.guarded.netns;
     let backend = Backend::current().configured();
@@ -130,7 +124,7 @@ fn show_bridges(netns: &Netns, shown: bool) -> Result<bool> {
 }
 
 /// As the documents say, both ways.
-fn refused() -> Result<()> {
+fn s5_both_refuses_what_passes_the_ip_hooks() -> Result<()> {
     let neighbours = Neighbours::new()?;
     let to = SocketAddr::new(SERVER.parse()?, neighbours.guarded.world.port);
     let attack = neighbours.guarded.world.attack(NOBODY).to(to);
@@ -148,7 +142,7 @@ fn refused() -> Result<()> {
 }
 
 /// eBPF is asked for the address that the call names; the packet goes to the one that its header names.
-fn spent_header() -> Result<()> {
+fn s5_udp_by_a_spent_routing_header_is_seen_by_its_packet_alone() -> Result<()> {
     let guarded = Guarded::new()?;
     let (world, backend) = (&guarded.world, Backend::current());
     for device in ["all", "lo"] {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, ensure};
 
 use super::{
-    Case, case,
+    Case,
     names::{Named, addresses},
 };
 use crate::{dns::Zone, world::until};
@@ -17,17 +17,15 @@ use crate::{dns::Zone, world::until};
 /// Most addresses of a name (N4).
 const ADDRESSES: usize = 256;
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("n4_an_address_is_let_go_after_retain", expiry),
-        case("n4_at_most_256_addresses", crowd),
-        case("n1_an_answer_too_large_for_udp", truncated),
-        case("n6_the_hosts_file_may_name_this_host", hosts),
-        case("n7_f4_names_are_protected_at_boot_without_dns", boot),
-        case("n7_f6_a_state_that_others_could_write_is_not_believed", untrusted),
-        case("n7_a_damaged_state_stops_nobody", damaged),
+        case!(n4_an_address_is_let_go_after_retain),
+        case!(n4_at_most_256_addresses),
+        case!(n1_an_answer_too_large_for_udp),
+        case!(n6_the_hosts_file_may_name_this_host),
+        case!(n7_f4_names_are_protected_at_boot_without_dns),
+        case!(n7_f6_a_state_that_others_could_write_is_not_believed),
+        case!(n7_a_damaged_state_stops_nobody),
     ]
 }
 
@@ -37,7 +35,7 @@ fn many(count: u32) -> Vec<IpAddr> {
         .collect()
 }
 
-fn expiry() -> Result<()> {
+fn n4_an_address_is_let_go_after_retain() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let toml = named.world.path("enforcer.toml");
     let text = fs::read_to_string(&toml)?;
@@ -56,7 +54,7 @@ fn expiry() -> Result<()> {
     Ok(())
 }
 
-fn crowd() -> Result<()> {
+fn n4_at_most_256_addresses() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", Zone::Addresses(many(300)));
     let daemon = named.daemon()?;
@@ -71,7 +69,7 @@ fn crowd() -> Result<()> {
     Ok(())
 }
 
-fn truncated() -> Result<()> {
+fn n1_an_answer_too_large_for_udp() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", Zone::Addresses(many(200)));
     let _daemon = named.daemon()?;
@@ -87,7 +85,7 @@ fn truncated() -> Result<()> {
     Ok(())
 }
 
-fn hosts() -> Result<()> {
+fn n6_the_hosts_file_may_name_this_host() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     let here = named.world.address();
@@ -130,7 +128,7 @@ fn rebooted() -> Result<Named> {
     Ok(named)
 }
 
-fn boot() -> Result<()> {
+fn n7_f4_names_are_protected_at_boot_without_dns() -> Result<()> {
     let named = rebooted()?;
     let _daemon = named.daemon()?;
     ensure!(named.denied("10.9.0.1")?, "the address is open until DNS answers");
@@ -139,7 +137,7 @@ fn boot() -> Result<()> {
     Ok(())
 }
 
-fn untrusted() -> Result<()> {
+fn n7_f6_a_state_that_others_could_write_is_not_believed() -> Result<()> {
     let named = rebooted()?;
     let state = named.world.path("state");
     fs::set_permissions(&state, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
@@ -156,7 +154,7 @@ fn untrusted() -> Result<()> {
     Ok(())
 }
 
-fn damaged() -> Result<()> {
+fn n7_a_damaged_state_stops_nobody() -> Result<()> {
     let named = rebooted()?;
     for entry in fs::read_dir(named.world.path("state"))? {
         let path = entry?.path();

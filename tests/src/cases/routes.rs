@@ -12,22 +12,17 @@ use crate::{
     world::{Attack, Listener, NOBODY, Netns, World, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut cases: Vec<Case> = KINDS
         .iter()
         .map(|kind| case(&format!("d7_local_{}", kind.name), move || one(kind)).on(ALL))
         .collect();
-    cases.push(case("d7_local_routes_of_other_tables", other_tables).on(ALL));
-    cases.push(case("d7_a_route_to_elsewhere_is_not_local", elsewhere).on(ALL));
-    cases.push(case("d7_a_transparent_proxys_table_is_not_local", proxy));
-    cases.push(case(
-        "d7_a_full_table_of_another_routing_table_wakes_nobody",
-        full_table,
-    ));
+    cases.push(case!(d7_local_routes_of_other_tables).on(ALL));
+    cases.push(case!(d7_a_route_to_elsewhere_is_not_local).on(ALL));
+    cases.push(case!(d7_a_transparent_proxys_table_is_not_local));
+    cases.push(case!(d7_a_full_table_of_another_routing_table_wakes_nobody));
     // What is listed is the same whatever enforces.
-    cases.push(case("f7_more_local_routes_than_the_maximum", limit).on(EBPF));
+    cases.push(case!(f7_more_local_routes_than_the_maximum).on(EBPF));
     cases
 }
 
@@ -153,7 +148,7 @@ fn one(kind: &'static Kind) -> Result<()> {
 
 /// Packets that come by such a route are delivered here, though the kernel sends none from its addresses but for
 /// transparent sockets and VRFs: the kernel's own word is the control.
-fn other_tables() -> Result<()> {
+fn d7_local_routes_of_other_tables() -> Result<()> {
     let home = Home::new()?;
     let _daemon = home.daemon()?;
     for (table, net, address) in [
@@ -180,7 +175,7 @@ fn other_tables() -> Result<()> {
 }
 
 /// A prefix of an interface is not local, nor is a route that leads away.
-fn elsewhere() -> Result<()> {
+fn d7_a_route_to_elsewhere_is_not_local() -> Result<()> {
     let home = Home::new()?;
     home.netns.ip(&["route", "add", "10.205.0.0/16", "dev", "elsewhere"])?;
     home.netns
@@ -196,7 +191,7 @@ fn elsewhere() -> Result<()> {
 }
 
 /// The whole address space is local to what a rule with a mark leads there, which takes a capability.
-fn proxy() -> Result<()> {
+fn d7_a_transparent_proxys_table_is_not_local() -> Result<()> {
     let home = Home::new()?;
     home.netns.ip(&["rule", "add", "fwmark", "1", "table", "100"])?;
     home.netns
@@ -223,7 +218,7 @@ fn ticks(pid: u32) -> Result<u64> {
     Ok(fields.filter_map(|field| field.parse::<u64>().ok()).sum())
 }
 
-fn full_table() -> Result<()> {
+fn d7_a_full_table_of_another_routing_table_wakes_nobody() -> Result<()> {
     let home = Home::new()?;
     let daemon = home.daemon()?;
     let routes = |verb| {
@@ -245,7 +240,7 @@ fn full_table() -> Result<()> {
     )
 }
 
-fn limit() -> Result<()> {
+fn f7_more_local_routes_than_the_maximum() -> Result<()> {
     let home = Home::new()?;
     let _daemon = home.daemon()?;
     let routes = |count: u32, verb| {

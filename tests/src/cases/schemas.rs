@@ -9,7 +9,7 @@ use enforcer::{cli::Cli, wire::Lost};
 use serde_json::Value;
 
 use super::{
-    Case, case,
+    Case,
     names::{Named, addresses},
 };
 use crate::{
@@ -17,13 +17,11 @@ use crate::{
     world::{NOBODY, World, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("help_names_every_command", help),
-        case("config_show_is_read_back", config_show).needs(CGROUP_NEEDS),
-        case("every_read_has_json_of_the_documented_keys", documented).needs(CGROUP_NEEDS),
+        case!(help_names_every_command),
+        case!(config_show_is_read_back).needs(CGROUP_NEEDS),
+        case!(every_read_has_json_of_the_documented_keys).needs(CGROUP_NEEDS),
     ]
 }
 
@@ -98,7 +96,7 @@ const WORD: [char; 6] = [' ', ',', '{', '}', '"', ':'];
 /// Keys under which others of somebody's choice lie: a principal's, the counted objects'.
 const OPEN: [&str; 2] = ["target.main.allow", "counts"];
 
-fn help() -> Result<()> {
+fn help_names_every_command() -> Result<()> {
     let world = World::new()?;
     let readme = include_str!("../../../README.md");
     let mut waiting = vec![(Cli::command(), Vec::<String>::new())];
@@ -128,7 +126,7 @@ fn help() -> Result<()> {
     Ok(())
 }
 
-fn config_show() -> Result<()> {
+fn config_show_is_read_back() -> Result<()> {
     let world = World::new()?;
     // Nothing that the defaults have: a key that is left out, or shown as its default, is missed.
     let keys = [
@@ -207,7 +205,7 @@ fn config_show() -> Result<()> {
     world.enforcer(&["config", "check"])?.demand(0).map(drop)
 }
 
-fn documented() -> Result<()> {
+fn every_read_has_json_of_the_documented_keys() -> Result<()> {
     let named = Named::new(&[], "")?;
     let world = &named.world;
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Result, ensure};
 
 use super::{
-    Case, case,
+    Case,
     visibility::{Host, crash},
 };
 use crate::{
@@ -19,13 +19,11 @@ use crate::{
     world::{Daemon, NOBODY, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f6_a_pin_directory_of_another_users_is_replaced", pins).on(EBPF),
-        case("f6_a_pin_directory_that_is_made_again_and_again_is_replaced", raced).on(EBPF),
-        case("f6_state_and_socket_directories_of_another_users_are_replaced", places).on(EBPF),
+        case!(f6_a_pin_directory_of_another_users_is_replaced).on(EBPF),
+        case!(f6_a_pin_directory_that_is_made_again_and_again_is_replaced).on(EBPF),
+        case!(f6_state_and_socket_directories_of_another_users_are_replaced).on(EBPF),
     ]
 }
 
@@ -108,7 +106,7 @@ impl Shared {
     }
 }
 
-fn pins() -> Result<()> {
+fn f6_a_pin_directory_of_another_users_is_replaced() -> Result<()> {
     let shared = Shared::new()?;
     let (host, pins) = (&shared.host, shared.host.world.pins());
     for backend in ["ebpf", "auto"] {
@@ -140,7 +138,7 @@ impl Drop for Squatter {
     }
 }
 
-fn raced() -> Result<()> {
+fn f6_a_pin_directory_that_is_made_again_and_again_is_replaced() -> Result<()> {
     let shared = Shared::new()?;
     let (host, pins) = (&shared.host, shared.host.world.pins());
     host.configure("ebpf")?;
@@ -159,7 +157,7 @@ fn raced() -> Result<()> {
     Ok(())
 }
 
-fn places() -> Result<()> {
+fn f6_state_and_socket_directories_of_another_users_are_replaced() -> Result<()> {
     let shared = Shared::new()?;
     let world = &shared.host.world;
     let open = world.path("open");

@@ -19,7 +19,7 @@ use nix::{
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     attack::{GREETING, Way},
     backend::{Backend, EBPF},
@@ -27,16 +27,14 @@ use crate::{
     world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("d3_the_sockets_cgroup_decides_who_is_judged", moved_away),
-        case("d3_the_tasks_cgroup_decides_whom_a_principal_is", moved_about).needs(CGROUP_NEEDS),
-        case("d3_cgroup_v1_is_no_way_out", cgroup_v1),
-        case("d3_root_of_a_user_and_network_namespace", user_and_network),
-        case("d3_a_kernel_thread_is_no_user", kernel_thread).on(EBPF),
-        case("d7_link_local_addresses", link_local),
+        case!(d3_the_sockets_cgroup_decides_who_is_judged),
+        case!(d3_the_tasks_cgroup_decides_whom_a_principal_is).needs(CGROUP_NEEDS),
+        case!(d3_cgroup_v1_is_no_way_out),
+        case!(d3_root_of_a_user_and_network_namespace),
+        case!(d3_a_kernel_thread_is_no_user).on(EBPF),
+        case!(d7_link_local_addresses),
     ]
 }
 
@@ -50,7 +48,7 @@ fn child(world: &World) -> Result<PathBuf> {
     Ok(child)
 }
 
-fn moved_away() -> Result<()> {
+fn d3_the_sockets_cgroup_decides_who_is_judged() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let child = child(&world)?;
@@ -71,7 +69,7 @@ fn moved_away() -> Result<()> {
     Ok(())
 }
 
-fn moved_about() -> Result<()> {
+fn d3_the_tasks_cgroup_decides_whom_a_principal_is() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let child = child(&world)?;
@@ -140,7 +138,7 @@ impl Drop for Hierarchy {
     }
 }
 
-fn cgroup_v1() -> Result<()> {
+fn d3_cgroup_v1_is_no_way_out() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let hierarchy = Hierarchy::new(&world)?;
@@ -172,7 +170,7 @@ impl Drop for Holder {
     }
 }
 
-fn user_and_network() -> Result<()> {
+fn d3_root_of_a_user_and_network_namespace() -> Result<()> {
     let world = World::new()?;
     let home = Netns::new(&world, "home")?;
     let user = NOBODY.to_string();
@@ -256,7 +254,7 @@ pub(super) fn serve_mptcp(netns: &Netns, port: u16) -> Result<thread::JoinHandle
 }
 
 /// A server announces an address to an MPTCP client, whose kernel dials it from a thread of its own.
-fn kernel_thread() -> Result<()> {
+fn d3_a_kernel_thread_is_no_user() -> Result<()> {
     let world = World::new()?;
     let (home, server) = (Netns::new(&world, "home")?, Netns::new(&world, "server")?);
     home.join(&["10.81.0.1/24"], &server, &["10.81.0.2/24", "10.81.0.3/24"])?;
@@ -294,7 +292,7 @@ fn kernel_thread() -> Result<()> {
     Ok(())
 }
 
-fn link_local() -> Result<()> {
+fn d7_link_local_addresses() -> Result<()> {
     let world = World::new()?;
     let (home, peer) = (Netns::new(&world, "home")?, Netns::new(&world, "peer")?);
     home.join(&["fe80::77/64"], &peer, &["fe80::78/64"])?;

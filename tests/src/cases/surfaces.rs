@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{Case, case, names::Named};
+use super::{Case, names::Named};
 use crate::{
     attack::Way,
     backend::{Backend, EBPF},
@@ -22,23 +22,21 @@ use crate::{
     world::{Daemon, NOBODY, World, ask_raw, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f6_nothing_of_ours_is_open_to_others", closed).on(EBPF),
-        case("control_socket_full_is_told_and_unload_frees_the_place", full).on(EBPF),
-        case("control_socket_bears_anything", hostile_requests),
-        case("events_tell_who_and_where", events).on(EBPF),
-        case("denials_are_logged_and_added_up", logged),
-        case("events_lost_are_told_once", lost),
-        case("events_follow", follow),
-        case("status_counts_and_names_the_generation", status),
-        case("check_explains", check).on(EBPF),
-        case("f4_a_bad_file_keeps_nobody_from_asking", bad_file),
-        case("f5_a_link_taken_away_comes_back", link_restored).on(EBPF),
-        case("capabilities_are_dropped", capabilities),
-        case("the_programs_can_be_traced", traced).on(EBPF),
+        case!(f6_nothing_of_ours_is_open_to_others).on(EBPF),
+        case!(control_socket_full_is_told_and_unload_frees_the_place).on(EBPF),
+        case!(control_socket_bears_anything),
+        case!(events_tell_who_and_where).on(EBPF),
+        case!(denials_are_logged_and_added_up),
+        case!(events_lost_are_told_once),
+        case!(events_follow),
+        case!(status_counts_and_names_the_generation),
+        case!(check_explains).on(EBPF),
+        case!(f4_a_bad_file_keeps_nobody_from_asking),
+        case!(f5_a_link_taken_away_comes_back).on(EBPF),
+        case!(capabilities_are_dropped),
+        case!(the_programs_can_be_traced).on(EBPF),
     ]
 }
 
@@ -49,7 +47,7 @@ fn guarded() -> Result<(World, crate::world::Listener)> {
     Ok((world, listener))
 }
 
-fn closed() -> Result<()> {
+fn f6_nothing_of_ours_is_open_to_others() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let mut waiting = vec![world.pins(), world.path("run")];
@@ -79,7 +77,7 @@ fn closed() -> Result<()> {
     Ok(())
 }
 
-fn hostile_requests() -> Result<()> {
+fn control_socket_bears_anything() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let socket = world.path("run/control.sock");
@@ -115,7 +113,7 @@ fn lines(world: &World) -> Result<Vec<Value>> {
     ran.stdout.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
 }
 
-fn events() -> Result<()> {
+fn events_tell_who_and_where() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     world.attack(NOBODY).way(Way::Mapped).run()?;
@@ -158,7 +156,7 @@ fn events() -> Result<()> {
 }
 
 /// What somebody reads who has only the journal: the first denial at once, the others with their number.
-fn logged() -> Result<()> {
+fn denials_are_logged_and_added_up() -> Result<()> {
     use nix::sys::signal::Signal;
     let (world, _listener) = guarded()?;
     let mut daemon = world.daemon()?;
@@ -195,7 +193,7 @@ fn logged() -> Result<()> {
 }
 
 /// A daemon that does not come to read: what did not fit is told as lost, once, and not again by the next one.
-fn lost() -> Result<()> {
+fn events_lost_are_told_once() -> Result<()> {
     use nix::sys::signal::Signal;
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
@@ -234,7 +232,7 @@ fn lost() -> Result<()> {
     Ok(())
 }
 
-fn follow() -> Result<()> {
+fn events_follow() -> Result<()> {
     use std::io::{BufRead as _, BufReader};
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
@@ -258,7 +256,7 @@ fn follow() -> Result<()> {
     Ok(())
 }
 
-fn status() -> Result<()> {
+fn status_counts_and_names_the_generation() -> Result<()> {
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
     let before = world.status()?;
@@ -308,7 +306,7 @@ fn status() -> Result<()> {
     Ok(())
 }
 
-fn check() -> Result<()> {
+fn check_explains() -> Result<()> {
     let (world, _listener) = guarded()?;
     let none = world.enforcer(&["check", "root", "127.0.0.1:1"])?.demand(2)?;
     ensure!(none.stderr.contains("nothing is in force"), "{}", none.stderr);
@@ -361,7 +359,7 @@ fn check() -> Result<()> {
 }
 
 /// Whoever is called at night because the file is bad asks with that file.
-fn bad_file() -> Result<()> {
+fn f4_a_bad_file_keeps_nobody_from_asking() -> Result<()> {
     let (world, _listener) = guarded()?;
     let file = world.path("enforcer.toml");
     let mut daemon = world.daemon()?;
@@ -410,7 +408,7 @@ fn bad_file() -> Result<()> {
     Ok(())
 }
 
-fn link_restored() -> Result<()> {
+fn f5_a_link_taken_away_comes_back() -> Result<()> {
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
     daemon.signal(Signal::SIGSTOP)?;
@@ -425,7 +423,7 @@ fn link_restored() -> Result<()> {
     world.attack(NOBODY).way(Way::Mapped).is_refused()
 }
 
-fn capabilities() -> Result<()> {
+fn capabilities_are_dropped() -> Result<()> {
     let named = Named::new(&["silent.test"], "")?;
     named.dns.set("silent.test", Zone::Silence);
     // No answer for as long as a look-up may take: readiness is far.
@@ -480,7 +478,7 @@ fn excess_capabilities(daemon: &Daemon) -> Result<String> {
     Ok(String::new())
 }
 
-fn traced() -> Result<()> {
+fn the_programs_can_be_traced() -> Result<()> {
     let (world, _listener) = guarded()?;
     let mut command = Command::new(crate::world::binary("enforcer")?);
     let daemon = world.daemon_with(command.args(["--log-level", "trace"]))?;
@@ -491,7 +489,7 @@ fn traced() -> Result<()> {
     world.attack(NOBODY).is_refused()
 }
 
-fn full() -> Result<()> {
+fn control_socket_full_is_told_and_unload_frees_the_place() -> Result<()> {
     let (world, _listener) = guarded()?;
     let daemon = world.daemon()?;
     let follow = || -> Result<UnixStream> {

@@ -24,19 +24,17 @@ const WAYS: [Way; 7] = [
     Way::UdpMapped,
 ];
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut cases = vec![
-        case("d9_with_nftables_every_cgroup_is_swept", every_cgroup).on(BOTH),
-        case("d9_older_connections_are_reported_and_stay", reported),
-        case("d9_audit_never_cuts", audit),
-        case("d9_apply_sweeps_too", apply),
-        case("d9_half_open_and_deferred_are_cut", half_open),
-        case("d9_a_principals_cgroup_counts", cgroups).needs(CGROUP_NEEDS),
-        case("d9_other_cgroups_and_accepted_ends_stay", others).on(EBPF),
-        case("d9_reload_begins_to_cut", reload),
-        case("d9_many_are_found_and_cut", many),
+        case!(d9_with_nftables_every_cgroup_is_swept).on(BOTH),
+        case!(d9_older_connections_are_reported_and_stay),
+        case!(d9_audit_never_cuts),
+        case!(d9_apply_sweeps_too),
+        case!(d9_half_open_and_deferred_are_cut),
+        case!(d9_a_principals_cgroup_counts).needs(CGROUP_NEEDS),
+        case!(d9_other_cgroups_and_accepted_ends_stay).on(EBPF),
+        case!(d9_reload_begins_to_cut),
+        case!(d9_many_are_found_and_cut),
     ];
     for way in WAYS {
         cases.push(case(&format!("d9_cut_way_{way:?}"), move || cut(way, false)));
@@ -83,7 +81,7 @@ fn events(world: &World) -> Result<Vec<Value>> {
         .collect())
 }
 
-fn every_cgroup() -> Result<()> {
+fn d9_with_nftables_every_cgroup_is_swept() -> Result<()> {
     let world = World::new()?;
     let _listener = quiet(world.here())?;
     let mut nobody = world.attack(NOBODY).anywhere().hold()?;
@@ -106,7 +104,7 @@ fn every_cgroup() -> Result<()> {
     world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
-fn reported() -> Result<()> {
+fn d9_older_connections_are_reported_and_stay() -> Result<()> {
     let world = World::new()?;
     let _listener = quiet(world.here())?;
     let (mut nobody, mut root) = (world.attack(NOBODY).hold()?, world.attack(0).hold()?);
@@ -170,7 +168,7 @@ fn cut(way: Way, v6: bool) -> Result<()> {
     Ok(())
 }
 
-fn audit() -> Result<()> {
+fn d9_audit_never_cuts() -> Result<()> {
     let world = World::new()?;
     let _listener = quiet(world.here())?;
     let mut nobody = world.attack(NOBODY).hold()?;
@@ -187,7 +185,7 @@ fn audit() -> Result<()> {
     nobody.stays()
 }
 
-fn apply() -> Result<()> {
+fn d9_apply_sweeps_too() -> Result<()> {
     let world = World::new()?;
     let _listener = quiet(world.here())?;
     let (nobody, mut root) = (world.attack(NOBODY).hold()?, world.attack(0).hold()?);
@@ -199,7 +197,7 @@ fn apply() -> Result<()> {
 }
 
 /// Nobody answers there: the SYN goes to a neighbour that does not exist.
-fn half_open() -> Result<()> {
+fn d9_half_open_and_deferred_are_cut() -> Result<()> {
     let world = World::new()?;
     let (home, peer) = (Netns::new(&world, "home")?, Netns::new(&world, "peer")?);
     home.join(&["10.79.0.1/24", "fd79::1/64"], &peer, &["10.79.0.2/24", "fd79::2/64"])?;
@@ -265,7 +263,7 @@ fn half_open() -> Result<()> {
     found(&world, 0).map(drop)
 }
 
-fn cgroups() -> Result<()> {
+fn d9_a_principals_cgroup_counts() -> Result<()> {
     let world = World::new()?;
     let _listener = quiet(world.here())?;
     let child = world.cgroup.join("child");
@@ -289,7 +287,7 @@ fn cgroups() -> Result<()> {
 }
 
 /// Not judged: other cgroups, what was accepted, other network namespaces.
-fn others() -> Result<()> {
+fn d9_other_cgroups_and_accepted_ends_stay() -> Result<()> {
     let world = World::new()?;
     let listener = quiet(world.here())?;
     let mut elsewhere = world.attack(NOBODY).anywhere().hold()?;
@@ -345,7 +343,7 @@ fn foreign(world: &World, netns: &Netns) -> Result<(Held, crate::world::Listener
     Ok((held, listener))
 }
 
-fn reload() -> Result<()> {
+fn d9_reload_begins_to_cut() -> Result<()> {
     let world = World::new()?;
     // This one hangs up at once: the connections are half closed.
     let _listener = world.listen()?;
@@ -365,7 +363,7 @@ fn reload() -> Result<()> {
 }
 
 /// More than one round keeps in memory.
-fn many() -> Result<()> {
+fn d9_many_are_found_and_cut() -> Result<()> {
     const MANY: usize = 6000;
     let world = World::new()?;
     let listener = quiet(world.here())?;

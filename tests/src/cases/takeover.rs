@@ -9,26 +9,24 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::EBPF,
     foreign::take_link,
     world::{Listener, NOBODY, World, binary, maps_name, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f1_a_start_killed_half_way_is_no_obstacle", killed_half_way).on(EBPF),
-        case("f1_damaged_pins_are_taken_over_without_a_gap", damaged_under_fire).on(EBPF),
-        case("f1_unload_removes_whatever_is_left", unload_damaged).on(EBPF),
-        case("f1_unload_ends_another_version_at_once", unload_other_version).on(EBPF),
-        case("f5_another_version_is_told_from_off", other_version).on(EBPF),
-        case("f5_a_link_that_runs_another_program_is_told", taken_link).on(EBPF),
-        case("f5_a_judged_cgroup_made_again_is_judged_again", cgroup_made_again).on(EBPF),
-        case("f5_a_link_on_another_cgroup_is_told", other_cgroup).on(EBPF),
-        case("d3_without_btf_the_task_decides_alone", without_btf).on(EBPF),
+        case!(f1_a_start_killed_half_way_is_no_obstacle).on(EBPF),
+        case!(f1_damaged_pins_are_taken_over_without_a_gap).on(EBPF),
+        case!(f1_unload_removes_whatever_is_left).on(EBPF),
+        case!(f1_unload_ends_another_version_at_once).on(EBPF),
+        case!(f5_another_version_is_told_from_off).on(EBPF),
+        case!(f5_a_link_that_runs_another_program_is_told).on(EBPF),
+        case!(f5_a_judged_cgroup_made_again_is_judged_again).on(EBPF),
+        case!(f5_a_link_on_another_cgroup_is_told).on(EBPF),
+        case!(d3_without_btf_the_task_decides_alone).on(EBPF),
     ]
 }
 
@@ -57,7 +55,7 @@ fn told(world: &World, state: &str, cause: &str) -> Result<()> {
     Ok(())
 }
 
-fn killed_half_way() -> Result<()> {
+fn f1_a_start_killed_half_way_is_no_obstacle() -> Result<()> {
     for missing in ["active", "events", "endpoints", "lost"] {
         let (world, _listener) = guarded()?;
         world.apply()?;
@@ -76,7 +74,7 @@ fn killed_half_way() -> Result<()> {
     Ok(())
 }
 
-fn damaged_under_fire() -> Result<()> {
+fn f1_damaged_pins_are_taken_over_without_a_gap() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
     let fire = world.path("fire");
@@ -107,7 +105,7 @@ fn damaged_under_fire() -> Result<()> {
     Ok(())
 }
 
-fn unload_damaged() -> Result<()> {
+fn f1_unload_removes_whatever_is_left() -> Result<()> {
     type Harm = fn(&Path) -> std::io::Result<()>;
     let harms: [Harm; 5] = [
         // One map is another one, and one is gone.
@@ -129,7 +127,7 @@ fn unload_damaged() -> Result<()> {
     Ok(())
 }
 
-fn unload_other_version() -> Result<()> {
+fn f1_unload_ends_another_version_at_once() -> Result<()> {
     let (world, _listener) = guarded()?;
     for _ in 0..5 {
         world.apply()?;
@@ -141,7 +139,7 @@ fn unload_other_version() -> Result<()> {
     Ok(())
 }
 
-fn other_version() -> Result<()> {
+fn f5_another_version_is_told_from_off() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
     fs::rename(world.pins().join(maps_name()), world.pins().join("maps_v0"))?;
@@ -156,7 +154,7 @@ fn other_version() -> Result<()> {
     world.attack(NOBODY).is_refused()
 }
 
-fn taken_link() -> Result<()> {
+fn f5_a_link_that_runs_another_program_is_told() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
     take_link(&world.pins().join("connect4"))?;
@@ -192,7 +190,7 @@ fn configured_on_child(world: &World) -> Result<PathBuf> {
     Ok(child)
 }
 
-fn cgroup_made_again() -> Result<()> {
+fn f5_a_judged_cgroup_made_again_is_judged_again() -> Result<()> {
     let (world, _listener) = guarded()?;
     let child = configured_on_child(&world)?;
     let _daemon = world.daemon()?;
@@ -204,7 +202,7 @@ fn cgroup_made_again() -> Result<()> {
     world.attack(0).in_cgroup(&child).reaches()
 }
 
-fn other_cgroup() -> Result<()> {
+fn f5_a_link_on_another_cgroup_is_told() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.apply()?;
     configured_on_child(&world)?;
@@ -212,7 +210,7 @@ fn other_cgroup() -> Result<()> {
 }
 
 /// D3 without BTF: the world's kernel hides it in a mount namespace of the loader's.
-fn without_btf() -> Result<()> {
+fn d3_without_btf_the_task_decides_alone() -> Result<()> {
     let (world, _listener) = guarded()?;
     world.configure_one(&[format!("tcp://{}", world.here())], "[\"root\"]")?;
     let script = "mount -t tmpfs none /sys/kernel/btf && exec \"$@\"";

@@ -8,24 +8,18 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     attack::Way,
     backend::{ALL, Backend},
     world::{Attack, Listener, NOBODY, Netns, World, binary, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("d4_a_nat64_is_no_way_around", no_way_around).on(ALL),
-        case(
-            "d4_an_endpoint_within_a_nat64_prefix_is_its_ipv4_address",
-            endpoint_within,
-        )
-        .on(ALL),
-        case("d4_prefixes_of_nat64_that_make_no_sense_are_refused", nonsense).on(ALL),
+        case!(d4_a_nat64_is_no_way_around).on(ALL),
+        case!(d4_an_endpoint_within_a_nat64_prefix_is_its_ipv4_address).on(ALL),
+        case!(d4_prefixes_of_nat64_that_make_no_sense_are_refused).on(ALL),
     ]
 }
 
@@ -123,7 +117,7 @@ impl Translating {
     }
 }
 
-fn no_way_around() -> Result<()> {
+fn d4_a_nat64_is_no_way_around() -> Result<()> {
     let here = Translating::new()?;
     for prefix in [WELL_KNOWN, OWN] {
         for address in [SINGLE, IN_A_RANGE, NO_ENDPOINT] {
@@ -164,7 +158,7 @@ fn no_way_around() -> Result<()> {
     here.is_denied(by(WELL_KNOWN, SINGLE), true)
 }
 
-fn endpoint_within() -> Result<()> {
+fn d4_an_endpoint_within_a_nat64_prefix_is_its_ipv4_address() -> Result<()> {
     let here = Translating::new()?;
     let port = here.world.port;
     let of = |protocol| {
@@ -183,7 +177,7 @@ fn endpoint_within() -> Result<()> {
     here.is_denied(NO_ENDPOINT.into(), false)
 }
 
-fn nonsense() -> Result<()> {
+fn d4_prefixes_of_nat64_that_make_no_sense_are_refused() -> Result<()> {
     let here = Translating::new()?;
     let four = "[\"2001:db8:1::/96\", \"2001:db8:2::/96\", \"2001:db8:3::/96\", \"2001:db8:4::/96\"]";
     for (nat64, says) in [

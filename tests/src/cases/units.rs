@@ -10,19 +10,17 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::{Case, case};
+use super::Case;
 use crate::world::{World, binary, ran, until};
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("watchdog_is_fed_where_asked_and_not_by_a_hung_loop", watchdog),
-        case("runits_check_waits_for_rules_not_for_perfection", runit_check),
+        case!(watchdog_is_fed_where_asked_and_not_by_a_hung_loop),
+        case!(runits_check_waits_for_rules_not_for_perfection),
     ]
 }
 
-fn watchdog() -> Result<()> {
+fn watchdog_is_fed_where_asked_and_not_by_a_hung_loop() -> Result<()> {
     let world = World::new()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
     let mut command = Command::new(binary("enforcer")?);
@@ -50,7 +48,7 @@ fn watchdog() -> Result<()> {
 }
 
 /// The script that is packaged, of this world.
-fn runit_check() -> Result<()> {
+fn runits_check_waits_for_rules_not_for_perfection() -> Result<()> {
     let world = World::new()?;
     let command = format!(
         "'{}' --config '{}'",

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{Case, case, flood::processor_time, names::Named, with_each};
+use super::{Case, flood::processor_time, names::Named, with_each};
 use crate::{
     backend::{EBPF, WITH_BPF},
     foreign::{
@@ -24,25 +24,19 @@ use crate::{
     world::{Daemon, Listener, NOBODY, Netns, World, at_this_load, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("verify_tells_every_tampering_with_a_map", maps).on(EBPF),
-        case("verify_tells_links_and_pins", links).on(EBPF),
-        case("verify_tells_a_table_that_was_changed", table)
+        case!(verify_tells_every_tampering_with_a_map).on(EBPF),
+        case!(verify_tells_links_and_pins).on(EBPF),
+        case!(verify_tells_a_table_that_was_changed)
             .on(WITH_BPF)
             .needs(EBPF_NEEDS),
-        case("verify_asks_the_daemon_what_it_wants_now", daemon),
-        case("verify_says_what_is_missing_and_what_it_cannot", nothing),
-        case("verify_changes_nothing", changes_nothing)
-            .on(WITH_BPF)
-            .needs(EBPF_NEEDS),
-        case("f5_an_entry_taken_from_a_map_comes_back_within_2_s", entry_comes_back).on(EBPF),
-        case("f5_every_tampering_with_a_map_is_restored", all_come_back).on(EBPF),
-        case("f5_reading_100000_entries_again_takes_little_time", large)
-            .on(EBPF)
-            .long(),
+        case!(verify_asks_the_daemon_what_it_wants_now),
+        case!(verify_says_what_is_missing_and_what_it_cannot),
+        case!(verify_changes_nothing).on(WITH_BPF).needs(EBPF_NEEDS),
+        case!(f5_an_entry_taken_from_a_map_comes_back_within_2_s).on(EBPF),
+        case!(f5_every_tampering_with_a_map_is_restored).on(EBPF),
+        case!(f5_reading_100000_entries_again_takes_little_time).on(EBPF).long(),
     ]
 }
 
@@ -158,7 +152,7 @@ fn tamperings() -> Vec<Tampering> {
     ]
 }
 
-fn maps() -> Result<()> {
+fn verify_tells_every_tampering_with_a_map() -> Result<()> {
     for tampering in tamperings() {
         let (world, _listener) = guarded()?;
         let answer = verify(&world, 0)?;
@@ -174,7 +168,7 @@ fn maps() -> Result<()> {
     Ok(())
 }
 
-fn links() -> Result<()> {
+fn verify_tells_links_and_pins() -> Result<()> {
     let (world, _listener) = guarded()?;
     let pin = world.pins().join("connect4");
     fs::set_permissions(&pin, fs::Permissions::from_mode(0o666))?;
@@ -224,7 +218,7 @@ impl Ward {
     }
 }
 
-fn table() -> Result<()> {
+fn verify_tells_a_table_that_was_changed() -> Result<()> {
     let table = |world: &World| format!("inet {}", world.name());
     let slot = |ward: &Ward| -> Result<char> {
         let text = ward.netns.nft(&format!("list table {}", table(&ward.world)))?;
@@ -265,7 +259,7 @@ fn table() -> Result<()> {
     tells(&ward.verify(1)?, "backend", "changed")
 }
 
-fn daemon() -> Result<()> {
+fn verify_asks_the_daemon_what_it_wants_now() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     named
         .dns
@@ -286,7 +280,7 @@ fn daemon() -> Result<()> {
     tells(&answer, "endpoints", "extra")
 }
 
-fn nothing() -> Result<()> {
+fn verify_says_what_is_missing_and_what_it_cannot() -> Result<()> {
     let world = World::new()?;
     configure(&world)?;
     tells(&verify(&world, 1)?, "backend", "changed")?;
@@ -301,7 +295,7 @@ fn nothing() -> Result<()> {
     Ok(())
 }
 
-fn changes_nothing() -> Result<()> {
+fn verify_changes_nothing() -> Result<()> {
     let ward = Ward::new("both")?;
     let table = format!("list table inet {}", ward.world.name());
     let look = || -> Result<_> {
@@ -319,7 +313,7 @@ fn changes_nothing() -> Result<()> {
     ward.verify(0).map(drop)
 }
 
-fn entry_comes_back() -> Result<()> {
+fn f5_an_entry_taken_from_a_map_comes_back_within_2_s() -> Result<()> {
     let (world, _listener) = guarded()?;
     let _daemon = world.daemon()?;
     let nobody = world.attack(NOBODY);
@@ -346,7 +340,7 @@ fn entry_comes_back() -> Result<()> {
     verify(&world, 0).map(drop)
 }
 
-fn all_come_back() -> Result<()> {
+fn f5_every_tampering_with_a_map_is_restored() -> Result<()> {
     // As many at once as two processors serve in time.
     const AT_ONCE: usize = 4;
     for some in tamperings().chunks(AT_ONCE) {
@@ -377,7 +371,7 @@ fn comes_back(tampering: &Tampering) -> Result<()> {
     Ok(())
 }
 
-fn large() -> Result<()> {
+fn f5_reading_100000_entries_again_takes_little_time() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
     let mut endpoints: Vec<String> = (0..100_000_u32)

@@ -13,23 +13,21 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::EBPF,
     world::{Daemon, Listener, NOBODY, Ran, World, binary, ran, until},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f1_a_bpffs_mounted_on_the_host_outlives_the_daemon", plain).on(EBPF),
-        case("f1_no_bpffs_is_mounted_in_a_private_namespace", private).on(EBPF),
-        case("f1_auto_takes_nftables_in_a_private_namespace", private_auto).on(EBPF),
-        case("f1_a_bpffs_is_mounted_where_the_host_receives_it", shared).on(EBPF),
-        case("f1_a_private_bpffs_is_degraded", private_bpffs).on(EBPF),
-        case("f1_a_hidden_socket_and_state_are_degraded", hidden_places),
-        case("f1_an_unreadable_mount_table_of_the_host_is_no_permission", unknown).on(EBPF),
+        case!(f1_a_bpffs_mounted_on_the_host_outlives_the_daemon).on(EBPF),
+        case!(f1_no_bpffs_is_mounted_in_a_private_namespace).on(EBPF),
+        case!(f1_auto_takes_nftables_in_a_private_namespace).on(EBPF),
+        case!(f1_a_bpffs_is_mounted_where_the_host_receives_it).on(EBPF),
+        case!(f1_a_private_bpffs_is_degraded).on(EBPF),
+        case!(f1_a_hidden_socket_and_state_are_degraded),
+        case!(f1_an_unreadable_mount_table_of_the_host_is_no_permission).on(EBPF),
     ]
 }
 
@@ -149,7 +147,7 @@ pub(super) fn crash(daemon: Daemon) -> Result<()> {
     daemon.wait().map(drop)
 }
 
-fn plain() -> Result<()> {
+fn f1_a_bpffs_mounted_on_the_host_outlives_the_daemon() -> Result<()> {
     let host = Host::new("private")?;
     host.configure("ebpf")?;
     ensure!(!host.has_bpffs()?, "a bpffs is mounted already");
@@ -163,7 +161,7 @@ fn plain() -> Result<()> {
     host.world.attack(NOBODY).reaches()
 }
 
-fn private() -> Result<()> {
+fn f1_no_bpffs_is_mounted_in_a_private_namespace() -> Result<()> {
     let host = Host::new("private")?;
     host.configure("ebpf")?;
     for arguments in [["apply"], ["run"]] {
@@ -184,7 +182,7 @@ fn private() -> Result<()> {
     host.is_guarded()
 }
 
-fn private_auto() -> Result<()> {
+fn f1_auto_takes_nftables_in_a_private_namespace() -> Result<()> {
     let host = Host::new("private")?;
     host.configure("auto")?;
     let is_refused_by_nftables = || {
@@ -206,7 +204,7 @@ fn private_auto() -> Result<()> {
     Ok(())
 }
 
-fn shared() -> Result<()> {
+fn f1_a_bpffs_is_mounted_where_the_host_receives_it() -> Result<()> {
     let host = Host::new("shared")?;
     host.configure("ebpf")?;
     host.privately(&["--propagation", "unchanged"], "", &["apply"])?
@@ -215,7 +213,7 @@ fn shared() -> Result<()> {
     host.is_guarded()
 }
 
-fn private_bpffs() -> Result<()> {
+fn f1_a_private_bpffs_is_degraded() -> Result<()> {
     let host = Host::new("private")?;
     host.configure("ebpf")?;
     let mounted = "mount -t bpf -o mode=0700 bpf /sys/fs/bpf &&";
@@ -245,7 +243,7 @@ fn private_bpffs() -> Result<()> {
     Ok(())
 }
 
-fn hidden_places() -> Result<()> {
+fn f1_a_hidden_socket_and_state_are_degraded() -> Result<()> {
     let host = Host::new("private")?;
     host.configure(crate::backend::Backend::current().configured())?;
     let mut mount = host.command(Path::new("mount"));
@@ -270,7 +268,7 @@ fn hidden_places() -> Result<()> {
     host.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
-fn unknown() -> Result<()> {
+fn f1_an_unreadable_mount_table_of_the_host_is_no_permission() -> Result<()> {
     let host = Host::new("private")?;
     host.configure("ebpf")?;
     // A /proc that shows no other processes.

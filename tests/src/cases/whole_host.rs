@@ -8,20 +8,18 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     backend::EBPF,
     kernel::Feature,
     world::{Listener, NOBODY, Ran, World, binary, cgroup_mount, ran},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f9_a_bind_mount_that_comes_first_is_not_the_root", bind).on(EBPF),
-        case("f9_a_hidden_mount_is_not_taken", hidden).on(EBPF),
-        case("f9_in_a_cgroup_namespace_it_says_what_is_not_covered", namespace).on(EBPF),
+        case!(f9_a_bind_mount_that_comes_first_is_not_the_root).on(EBPF),
+        case!(f9_a_hidden_mount_is_not_taken).on(EBPF),
+        case!(f9_in_a_cgroup_namespace_it_says_what_is_not_covered).on(EBPF),
     ]
     .into_iter()
     .map(|case| case.needs(&[Feature::Cgroup2]))
@@ -111,18 +109,18 @@ impl Left {
     }
 }
 
-fn bind() -> Result<()> {
+fn f9_a_bind_mount_that_comes_first_is_not_the_root() -> Result<()> {
     Left::new()?.is_whole(
         "mount --bind \"$jail\" \"$other\"; umount --lazy \"$mount\"; mount -t cgroup2 cgroup2 \"$mount\"; \
          grep cgroup2 /proc/self/mountinfo | head -n 1 | grep -q jail",
     )
 }
 
-fn hidden() -> Result<()> {
+fn f9_a_hidden_mount_is_not_taken() -> Result<()> {
     Left::new()?.is_whole("mount -t cgroup2 cgroup2 \"$other\"; mount -t tmpfs tmpfs \"$mount\"")
 }
 
-fn namespace() -> Result<()> {
+fn f9_in_a_cgroup_namespace_it_says_what_is_not_covered() -> Result<()> {
     let left = Left::new()?;
     let world = &left.world;
     let unshare = ["--cgroup"];

@@ -12,20 +12,18 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Case, case};
+use super::Case;
 use crate::{
     attack::as_user,
     backend::ALL,
     world::{NOBODY, World, at_this_load, binary, ran},
 };
 
-/// All cases of this file.
-#[must_use]
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("f11_two_that_apply_at_once_take_turns", pairs).on(ALL),
-        case("f11_who_comes_too_late_hears_who_is_there", late).on(ALL),
-        case("f11_f6_the_lock_is_nobody_elses", nobody_elses).on(ALL),
+        case!(f11_two_that_apply_at_once_take_turns).on(ALL),
+        case!(f11_who_comes_too_late_hears_who_is_there).on(ALL),
+        case!(f11_f6_the_lock_is_nobody_elses).on(ALL),
     ]
 }
 
@@ -46,7 +44,7 @@ fn enforcer(config: &Path, command: &str) -> Result<Command> {
     Ok(enforcer)
 }
 
-fn pairs() -> Result<()> {
+fn f11_two_that_apply_at_once_take_turns() -> Result<()> {
     const PAIRS: u8 = 25;
     let world = World::new()?;
     for pair in 0..PAIRS {
@@ -83,7 +81,7 @@ fn pairs() -> Result<()> {
 }
 
 /// Too late is who has waited for some seconds.
-fn late() -> Result<()> {
+fn f11_who_comes_too_late_hears_who_is_there() -> Result<()> {
     let world = World::new()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
     let daemon = world.daemon()?;
@@ -109,7 +107,7 @@ fn late() -> Result<()> {
     world.enforcer(&["unload"])?.demand(0).map(drop)
 }
 
-fn nobody_elses() -> Result<()> {
+fn f11_f6_the_lock_is_nobody_elses() -> Result<()> {
     let world = World::new()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
     world.apply()?;

@@ -16,7 +16,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{Agent, SECRET};
 use crate::{
-    cases::{Case, case},
+    cases::Case,
     world::{Daemon, NOBODY, at_this_load, until},
 };
 
@@ -30,12 +30,12 @@ const WHOLE: Duration = Duration::from_millis(300);
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        case("b2_several_servers_in_one_string", several),
-        case("b2_several_servers_in_one_endpoint_of_the_configuration", configured),
-        case("b2_what_makes_no_sense_costs_only_itself", senseless),
-        case("b2_a_file_that_a_group_can_write_opens_nothing", group),
-        case("b2_a_file_that_is_made_first_and_written_then", made_first),
-        case("b2_settings_on_a_later_mount_are_seen_at_once", mounted_later),
+        case!(b2_several_servers_in_one_string),
+        case!(b2_several_servers_in_one_endpoint_of_the_configuration),
+        case!(b2_what_makes_no_sense_costs_only_itself),
+        case!(b2_a_file_that_a_group_can_write_opens_nothing),
+        case!(b2_a_file_that_is_made_first_and_written_then),
+        case!(b2_settings_on_a_later_mount_are_seen_at_once),
     ]
 }
 
@@ -81,7 +81,7 @@ impl Agent {
     }
 }
 
-fn several() -> Result<()> {
+fn b2_several_servers_in_one_string() -> Result<()> {
     let agent = agent()?;
     let (first, second) = (agent.url(1), agent.url(2));
     let (bare, third) = (agent.bus(4), agent.url(3));
@@ -95,7 +95,7 @@ fn several() -> Result<()> {
     agent.is_well(&daemon)
 }
 
-fn configured() -> Result<()> {
+fn b2_several_servers_in_one_endpoint_of_the_configuration() -> Result<()> {
     let agent = agent()?;
     let (first, second) = (agent.url(1), agent.url(2));
     let second = second.trim_start_matches("nats://");
@@ -127,7 +127,7 @@ fn configured() -> Result<()> {
     Ok(())
 }
 
-fn senseless() -> Result<()> {
+fn b2_what_makes_no_sense_costs_only_itself() -> Result<()> {
     let agent = agent()?;
     agent.attacks(&[1, 2, 3], true)?;
     agent.put("settings.json", format!("{{\"mbus\":{:?},\"env\":\"\"}}", agent.url(1)))?;
@@ -167,7 +167,7 @@ fn lend(agent: &Agent, text: &str) -> Result<()> {
     Ok(fs::rename(aside, path)?)
 }
 
-fn group() -> Result<()> {
+fn b2_a_file_that_a_group_can_write_opens_nothing() -> Result<()> {
     let agent = agent()?;
     let lets = format!("mode 0660 lets group {GROUP} write it");
     agent.attacks(&[1, 2], true)?;
@@ -195,7 +195,7 @@ fn group() -> Result<()> {
     Ok(())
 }
 
-fn made_first() -> Result<()> {
+fn b2_a_file_that_is_made_first_and_written_then() -> Result<()> {
     let agent = agent()?;
     let path = agent.dir().join("settings.json");
     agent.attacks(&[1, 2, 3], true)?;
@@ -277,7 +277,7 @@ impl Drop for Mounted {
 }
 
 /// A mount over a directory is no event in it: what it holds already is seen by the mount alone.
-fn mounted_later() -> Result<()> {
+fn b2_settings_on_a_later_mount_are_seen_at_once() -> Result<()> {
     let agent = agent()?;
     agent.attacks(&[1, 2, 3, 4, 5, 6, 7], true)?;
     fs::create_dir_all(agent.dir().join("settings"))?;
