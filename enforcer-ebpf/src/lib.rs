@@ -8,6 +8,9 @@
 
 pub mod decide;
 
+#[cfg(not(target_arch = "bpf"))]
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 /// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never reused.
 pub const ABI: u32 = 3;
 
@@ -92,6 +95,7 @@ pub const WELL_KNOWN_NAT64: Nat64 = [0x0064_ff9b_u32.to_be(), 0, 0];
 
 /// Key of the exact endpoints, and the data part of the prefixes' keys.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EndpointKey {
     /// Bits of [`scope`].
@@ -109,6 +113,7 @@ pub const KEY_BITS: u32 = 32;
 
 /// Key of a prefix: its length, [`KEY_BITS`] included, and its data (`struct bpf_lpm_trie_key` of linux/bpf.h).
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrefixKey {
     /// Bits that count.
@@ -119,6 +124,7 @@ pub struct PrefixKey {
 
 /// Who asks, as far as one look-up sees.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrincipalKey {
     /// A cgroup's id, or 0 for anywhere.
@@ -145,6 +151,7 @@ pub mod kind {
 
 /// What holds for a whole rule set.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Generation {
     /// Counts rule sets; 0 is none.
@@ -164,6 +171,7 @@ pub const FEW_USERS: usize = 4;
 
 /// Users at hand, so that a rule set that admits few of them needs no look-up.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Few {
     /// The users, [`NO_UID`] where there are fewer.
@@ -215,11 +223,13 @@ pub mod flag {
 
 /// A target's name, padded with zeros.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TargetName(pub [u8; MAX_TARGET_NAME]);
 
 /// What a target did, a CPU.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Attempts that the target admitted.
@@ -249,6 +259,7 @@ pub enum Verdict {
 
 /// A denial as the ring buffer carries it.
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug)]
 pub struct EventRecord {
     /// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`).
@@ -304,6 +315,7 @@ pub mod gate {
 
 /// A dial of a port of names, at an address that is no endpoint (N8).
 #[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DialRecord {
     /// Canonical address.

@@ -36,6 +36,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
+use zerocopy::FromBytes;
 
 use self::{
     btf::Offsets,
@@ -44,7 +45,6 @@ use self::{
     maps::{Maps, Part},
     observe::observe,
     pins::{Lock, Pins},
-    sys::Plain,
 };
 pub(crate) use self::{
     error::BackendError,
@@ -330,15 +330,10 @@ impl Kernel {
 
     fn ring<R>(&self, name: &str) -> Result<Ring<R>, BackendError> {
         let path = self.pins.path(&maps_name()).join(name);
-        let failed = |error: aya::maps::MapError| BackendError::Io {
+        let failed = |error| BackendError::Io {
             action: "open",
             object: path.clone(),
-            // A system call's own text is its name alone.
-            error: if let aya::maps::MapError::SyscallError(call) = error {
-                call.io_error
-            } else {
-                io::Error::other(error)
-            },
+            error: sys::cause(error),
         };
         let map = MapData::from_pin(&path).map_err(failed)?;
         let ring = RingBuf::try_from(aya::maps::Map::RingBuf(map)).map_err(failed)?;
@@ -396,10 +391,10 @@ pub(crate) struct Ring<R> {
     records: PhantomData<R>,
 }
 
-impl<R: Plain> Ring<R> {
+impl<R: FromBytes> Ring<R> {
     /// The next record, if one is there.
     pub(crate) fn take(&mut self) -> Option<R> {
-        self.ring.next().and_then(|bytes| sys::read_record(&bytes))
+        self.ring.next().and_then(|bytes| R::read_from_bytes(&bytes).ok())
     }
 }
 

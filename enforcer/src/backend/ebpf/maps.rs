@@ -1,42 +1,23 @@
 //! The pinned maps as typed tables: written slot by slot, read back, judged by from outside.
 
-use std::{
-    collections::BTreeSet,
-    io,
-    marker::PhantomData,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
-};
+mod outside;
+mod table;
 
+use std::{collections::BTreeSet, io, path::Path};
+
+use aya::maps::MapType;
 use enforcer_ebpf::{
-    AllCounters, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, KEY_BITS, MAX_NAT64, MAX_TARGETS, Nat64,
-    Owners, PrefixKey, PrincipalKey, TargetName, decide::Tables, entries, gate, scope,
+    AllCounters, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, MAX_NAT64, MAX_TARGETS, Nat64, Owners,
+    PrefixKey, PrincipalKey, TargetName, entries, gate, scope,
 };
 
+pub use self::outside::Outside;
+use self::table::Table;
 use super::{
     BackendError,
     image::{Image, Names},
-    sys::{self, MapInfo, Plain},
+    sys::{Element, Map},
 };
-
-/// Entries moved by one batch call.
-const BATCH: usize = 4096;
-/// Up to here changes are written and read back one by one, beyond it in batches.
-const FEW: usize = 64;
-
-const ARRAY: u32 = 2;
-const HASH: u32 = 1;
-const PERCPU_ARRAY: u32 = 6;
-const LPM_TRIE: u32 = 11;
-const RINGBUF: u32 = 27;
-
-/// A map by its descriptor, its keys and values typed.
-#[derive(Debug)]
-pub(crate) struct Table<K, V> {
-    fd: OwnedFd,
-    name: &'static str,
-    types: PhantomData<(K, V)>,
-}
 
 /// A part of a slot, to be read by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +42,6 @@ pub(crate) struct Maps {
     counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
     gates: Table<u32, u8>,
-    cpus: usize,
 }
 
 impl Maps {
@@ -79,26 +59,20 @@ impl Maps {
                 });
             }
         }
-        let cpus = aya::util::nr_cpus().map_err(|(what, error)| BackendError::Io {
-            action: "read",
-            object: what.into(),
-            error,
-        })?;
-        open_checked(dir, "events", RINGBUF, 0, 0, EVENT_BYTES)?;
-        open_checked(dir, "dials", RINGBUF, 0, 0, DIAL_BYTES)?;
+        open_checked(dir, "events", (MapType::RingBuf, 0, 0, EVENT_BYTES))?;
+        open_checked(dir, "dials", (MapType::RingBuf, 0, 0, DIAL_BYTES))?;
         Ok(Some(Self {
-            active: Table::open(dir, "active", ARRAY, entries::ACTIVE)?,
-            generations: Table::open(dir, "generations", ARRAY, entries::GENERATIONS)?,
-            ports: Table::open(dir, "ports", ARRAY, entries::PORTS)?,
-            endpoints: Table::open(dir, "endpoints", HASH, entries::ENDPOINTS)?,
-            prefixes: Table::open(dir, "prefixes", LPM_TRIE, entries::PREFIXES)?,
-            principals: Table::open(dir, "principals", HASH, entries::PRINCIPALS)?,
-            nat64: Table::open(dir, "nat64", ARRAY, entries::NAT64)?,
-            targets: Table::open(dir, "targets", ARRAY, entries::TARGETS)?,
-            counters: Table::open(dir, "counters", PERCPU_ARRAY, entries::COUNTERS)?,
-            lost: Table::open(dir, "lost", PERCPU_ARRAY, entries::LOST)?,
-            gates: Table::open(dir, "gates", ARRAY, entries::GATES)?,
-            cpus,
+            active: Table::open(dir, "active", MapType::Array, entries::ACTIVE)?,
+            generations: Table::open(dir, "generations", MapType::Array, entries::GENERATIONS)?,
+            ports: Table::open(dir, "ports", MapType::Array, entries::PORTS)?,
+            endpoints: Table::open(dir, "endpoints", MapType::Hash, entries::ENDPOINTS)?,
+            prefixes: Table::open(dir, "prefixes", MapType::LpmTrie, entries::PREFIXES)?,
+            principals: Table::open(dir, "principals", MapType::Hash, entries::PRINCIPALS)?,
+            nat64: Table::open(dir, "nat64", MapType::Array, entries::NAT64)?,
+            targets: Table::open(dir, "targets", MapType::Array, entries::TARGETS)?,
+            counters: Table::open(dir, "counters", MapType::PerCpuArray, entries::COUNTERS)?,
+            lost: Table::open(dir, "lost", MapType::PerCpuArray, entries::LOST)?,
+            gates: Table::open(dir, "gates", MapType::Array, entries::GATES)?,
         }))
     }
 
@@ -122,19 +96,21 @@ impl Maps {
     }
 
     /// Ids of the maps that every program's verdict rests on.
-    pub(crate) fn ids(&self) -> Result<[u32; 6], BackendError> {
-        Ok([
-            self.active.id()?,
-            self.generations.id()?,
-            self.ports.id()?,
-            self.endpoints.id()?,
-            self.prefixes.id()?,
-            self.principals.id()?,
-        ])
+    #[must_use]
+    pub(crate) fn ids(&self) -> [u32; 6] {
+        [
+            self.active.id(),
+            self.generations.id(),
+            self.ports.id(),
+            self.endpoints.id(),
+            self.prefixes.id(),
+            self.principals.id(),
+        ]
     }
 
     /// The id of the one that only the programs of IPv6 ask.
-    pub(crate) fn nat64_id(&self) -> Result<u32, BackendError> {
+    #[must_use]
+    pub(crate) fn nat64_id(&self) -> u32 {
         self.nat64.id()
     }
 
@@ -312,7 +288,7 @@ impl Maps {
 
     /// Sets the counters of some targets to zero. What others count at this very moment may be lost.
     pub(crate) fn clear_counters(&self, bits: Owners) -> Result<(), BackendError> {
-        let mut all = self.counters.get_all(&0, self.cpus)?;
+        let mut all = self.counters.get_all(&0)?;
         for (bit, counters) in all.iter_mut().flat_map(|cpu| (0..).zip(cpu)) {
             if bits >> bit & 1 == 1 {
                 *counters = Counters::default();
@@ -324,7 +300,7 @@ impl Maps {
     /// The counters of every target by its bit, all CPUs together.
     pub(crate) fn counters(&self) -> Result<AllCounters, BackendError> {
         let mut sums = [Counters::default(); MAX_TARGETS as usize];
-        for cpu in self.counters.get_all(&0, self.cpus)? {
+        for cpu in self.counters.get_all(&0)? {
             for (sum, counters) in sums.iter_mut().zip(cpu) {
                 sum.allowed += counters.allowed;
                 sum.denied += counters.denied;
@@ -336,7 +312,7 @@ impl Maps {
 
     /// Denials that the ring buffer had no room for.
     pub(crate) fn lost(&self) -> Result<u64, BackendError> {
-        Ok(self.lost.get_all(&0, self.cpus)?.iter().sum())
+        Ok(self.lost.get_all(&0)?.iter().sum())
     }
 
     /// Has the next dial of a port told, or none (N8).
@@ -362,285 +338,29 @@ impl Maps {
     }
 }
 
-/// The maps as the kernel's own decision sees them, for `check`. What cannot be read counts as absent and is kept.
-#[derive(Debug)]
-pub(crate) struct Outside<'a> {
-    maps: &'a Maps,
-    error: std::cell::RefCell<Option<BackendError>>,
-}
-
-impl<'a> Outside<'a> {
-    /// A view of the maps.
-    #[must_use]
-    pub(crate) fn new(maps: &'a Maps) -> Self {
-        Self {
-            maps,
-            error: std::cell::RefCell::new(None),
-        }
-    }
-
-    /// What could not be read while deciding, if anything.
-    pub(crate) fn finish(self) -> Result<(), BackendError> {
-        self.error.into_inner().map_or(Ok(()), Err)
-    }
-
-    fn keep<T>(&self, result: Result<Option<T>, BackendError>) -> Option<T> {
-        result.unwrap_or_else(|error| {
-            self.error.borrow_mut().get_or_insert(error);
-            None
-        })
-    }
-}
-
-impl Tables for Outside<'_> {
-    fn port(&self, port: u16) -> bool {
-        self.keep(self.maps.ports.get(&u32::from(port)))
-            .is_some_and(|slots| slots != 0)
-    }
-
-    fn active(&self) -> Option<u8> {
-        self.keep(self.maps.active_slot())
-    }
-
-    fn generation(&self, slot: u8) -> Option<Generation> {
-        self.keep(self.maps.generation_of(slot).map(Some))
-    }
-
-    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
-        self.generation(slot)?.few.find(user)
-    }
-
-    fn exact(&self, key: &EndpointKey) -> Option<Owners> {
-        self.keep(self.maps.endpoints.get(key))
-    }
-
-    fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
-        self.keep(self.maps.prefixes.get(&PrefixKey {
-            bits: KEY_BITS + 128,
-            key: *key,
-        }))
-    }
-
-    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
-        self.keep(self.maps.nat64.get(&(nat64_index(slot) + number)))
-    }
-
-    fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
-        self.keep(self.maps.principals.get(key))
-    }
-}
-
-impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
-    fn open(dir: &Path, name: &'static str, map_type: u32, max_entries: u32) -> Result<Self, BackendError> {
-        #[allow(clippy::cast_possible_truncation, reason = "sizes of small structures")]
-        let (key_size, value_size) = (size_of::<K>() as u32, size_of::<V>() as u32);
-        let fd = open_checked(dir, name, map_type, key_size, value_size, max_entries)?;
-        Ok(Self {
-            fd,
-            name,
-            types: PhantomData,
-        })
-    }
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-
-    fn id(&self) -> Result<u32, BackendError> {
-        sys::map_id(self.fd()).map_err(self.failed("ask for the id of"))
-    }
-
-    fn get(&self, key: &K) -> Result<Option<V>, BackendError> {
-        let mut value = [sys::zeroed::<V>()];
-        let found = sys::lookup(self.fd(), key, &mut value).map_err(self.failed("read"))?;
-        let [value] = value;
-        Ok(found.then_some(value))
-    }
-
-    fn get_all(&self, key: &K, cpus: usize) -> Result<Vec<V>, BackendError> {
-        let mut values = vec![sys::zeroed::<V>(); cpus];
-        sys::lookup(self.fd(), key, &mut values).map_err(self.failed("read"))?;
-        Ok(values)
-    }
-
-    fn put(&self, key: &K, value: V) -> Result<(), BackendError> {
-        sys::update(self.fd(), key, &[value]).map_err(self.failed("write"))
-    }
-
-    fn put_all(&self, key: &K, values: &[V]) -> Result<(), BackendError> {
-        sys::update(self.fd(), key, values).map_err(self.failed("write"))
-    }
-
-    fn put_read_back(&self, key: &K, value: V) -> Result<(), BackendError> {
-        self.put(key, value)?;
-        if self.get(key)? == Some(value) {
-            Ok(())
-        } else {
-            Err(BackendError::ReadBack { map: self.name })
-        }
-    }
-
-    fn keys(&self) -> Result<Vec<K>, BackendError> {
-        let mut keys = Vec::new();
-        let mut next = sys::zeroed::<K>();
-        while sys::next_key(self.fd(), keys.last(), &mut next).map_err(self.failed("list"))? {
-            keys.push(next);
-        }
-        Ok(keys)
-    }
-
-    fn for_each_batch(&self, mut each: impl FnMut(K, V)) -> Result<(), BackendError> {
-        let mut keys = vec![sys::zeroed::<K>(); BATCH];
-        let mut values = vec![sys::zeroed::<V>(); BATCH];
-        let mut cursor = None;
-        loop {
-            let (read, more) = sys::lookup_batch(self.fd(), &mut cursor, &mut keys, &mut values)
-                .map_err(self.failed("read all of"))?;
-            keys.iter()
-                .zip(&values)
-                .take(read)
-                .for_each(|(key, value)| each(*key, *value));
-            if !more {
-                return Ok(());
-            }
-        }
-    }
-
-    /// From `have` to `want`, both sorted, and read back: one by one while few change, in batches beyond.
-    fn replace(&self, have: &[(K, V)], want: &[(K, V)], place: impl Fn(K) -> K) -> Result<(), BackendError> {
-        let Change { gone, new } = change(have, want);
-        if gone.len() + new.len() <= FEW {
-            return self.replace_each(have, want, place);
-        }
-        let gone: Vec<K> = gone.into_iter().map(&place).collect();
-        for keys in gone.chunks(BATCH) {
-            sys::delete_batch(self.fd(), keys).map_err(self.failed("delete from"))?;
-        }
-        let (keys, values): (Vec<K>, Vec<V>) = new.into_iter().map(|(key, value)| (place(key), value)).unzip();
-        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            sys::update_batch(self.fd(), keys, values).map_err(self.failed("write"))?;
-        }
-        // Every wanted entry must be met once, and nothing else of this slot.
-        let mut expected: Vec<(K, V)> = want.iter().map(|(key, value)| (place(*key), *value)).collect();
-        expected.sort_unstable_by_key(|(key, _)| *key);
-        let (mut met, mut wrong) = (0_usize, false);
-        self.for_each_batch(|key, value| {
-            if place(key) == key {
-                met += 1;
-                let found = expected
-                    .binary_search_by_key(&key, |(key, _)| *key)
-                    .ok()
-                    .and_then(|at| expected.get(at));
-                wrong |= found != Some(&(key, value));
-            }
-        })?;
-        if wrong || met != want.len() {
-            Err(BackendError::ReadBack { map: self.name })
-        } else {
-            Ok(())
-        }
-    }
-
-    fn replace_each(&self, have: &[(K, V)], want: &[(K, V)], place: impl Fn(K) -> K) -> Result<(), BackendError> {
-        let Change { gone, new } = change(have, want);
-        for key in gone {
-            sys::delete(self.fd(), &place(key)).map_err(self.failed("delete from"))?;
-        }
-        for (key, value) in new {
-            self.put_read_back(&place(key), value)?;
-        }
-        Ok(())
-    }
-
-    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> BackendError {
-        let map = self.name;
-        move |error| BackendError::Map { action, map, error }
-    }
-}
-
-/// What must be removed and what written.
-struct Change<K, V> {
-    gone: Vec<K>,
-    new: Vec<(K, V)>,
-}
-
-/// The difference of two sorted lists.
-fn change<K: Copy + Ord, V: Copy + PartialEq>(have: &[(K, V)], want: &[(K, V)]) -> Change<K, V> {
-    let (mut gone, mut new) = (Vec::new(), Vec::new());
-    let (mut have, mut want) = (have.iter().peekable(), want.iter().peekable());
-    loop {
-        match (have.peek(), want.peek()) {
-            (None, None) => return Change { gone, new },
-            (Some((key, _)), None) => {
-                gone.push(*key);
-                have.next();
-            }
-            (None, Some(entry)) => {
-                new.push(**entry);
-                want.next();
-            }
-            (Some((old, before)), Some(entry @ (key, after))) => match old.cmp(key) {
-                std::cmp::Ordering::Less => {
-                    gone.push(*old);
-                    have.next();
-                }
-                std::cmp::Ordering::Greater => {
-                    new.push(**entry);
-                    want.next();
-                }
-                std::cmp::Ordering::Equal => {
-                    if before != after {
-                        new.push(**entry);
-                    }
-                    have.next();
-                    want.next();
-                }
-            },
-        }
-    }
-}
-
-fn open_checked(
-    dir: &Path,
-    name: &'static str,
-    map_type: u32,
-    key_size: u32,
-    value_size: u32,
-    max_entries: u32,
-) -> Result<OwnedFd, BackendError> {
+/// Opens a pin that must be such a map.
+fn open_checked(dir: &Path, name: &str, shape: (MapType, u32, u32, u32)) -> Result<Map, BackendError> {
     let path = dir.join(name);
-    let failed = |error| BackendError::Io {
-        action: "open",
-        object: path.clone(),
-        error,
-    };
-    let fd = match sys::open_pin(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(BackendError::Damaged { path }),
-        opened => opened.map_err(failed)?,
-    };
-    let found = sys::map_info(fd.as_fd()).map_err(failed)?;
-    if found
-        == (MapInfo {
-            map_type,
-            key_size,
-            value_size,
-            max_entries,
-        })
-    {
-        Ok(fd)
-    } else {
-        Err(BackendError::Damaged { path })
+    match Map::open(&path) {
+        Ok(map) if map.shape() == shape => Ok(map),
+        Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => {
+            Err(BackendError::Io {
+                action: "open",
+                object: path,
+                error,
+            })
+        }
+        Ok(_) | Err(_) => Err(BackendError::Damaged { path }),
     }
 }
 
 /// Puts nothing in force in the maps of a directory, of whatever layout: from here on no program judges by them.
 pub(crate) fn deactivate(dir: &Path) -> io::Result<()> {
-    let active = sys::open_pin(&dir.join("active"))?;
-    let info = sys::map_info(active.as_fd())?;
-    if (info.map_type, info.key_size) != (ARRAY, 4) {
+    let active = Map::open(&dir.join("active"))?;
+    if active.shape().0 != MapType::Array {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    sys::update(active.as_fd(), &0_u32, &vec![0_u8; info.value_size as usize])
+    active.element(Element::Put(&[0; 4], &vec![0; active.value_bytes()]))
 }
 
 fn nat64_index(slot: u8) -> u32 {

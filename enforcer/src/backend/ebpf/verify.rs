@@ -1,10 +1,8 @@
 //! Compares all that is pinned, attached and in force with what a rule set asks for. Changes nothing.
 
-use std::{
-    fs, io,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
-};
+use std::{fs, io, os::unix::fs::MetadataExt as _};
 
+use aya::maps::MapInfo;
 use enforcer_ebpf::{Generation, Owners, TargetName, flag};
 
 use super::{
@@ -41,7 +39,7 @@ impl Kernel {
             let info = self.programs.program(hook.name).map(aya::programs::Program::info);
             Ok(info.and_then(Result::ok).is_some_and(|info| info.id() == program))
         };
-        pinned_maps(&self.pins, &self.maps, comparison)?;
+        pinned_maps(&self.pins, &self.maps, comparison);
         compare(&self.maps, &self.pins, &wanted, self.cgroup_id, ours, comparison)
     }
 }
@@ -69,7 +67,7 @@ impl Pinned {
             image: image::lower(rules, &names, loader),
             number: None,
         };
-        let ids = maps.ids()?;
+        let ids = maps.ids();
         let ours = |_: &Hook, program: u32| {
             let used = sys::program_maps(program)?;
             Ok(ids.iter().all(|map| used.contains(map)))
@@ -236,7 +234,7 @@ fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), Back
 }
 
 /// Whether the pins are the maps that we hold: who starts next takes over what is pinned.
-fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) -> Result<(), BackendError> {
+fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) {
     let dir = maps_name();
     let names = [
         "active",
@@ -247,12 +245,11 @@ fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) -> Result<
         "principals",
         "nat64",
     ];
-    for (name, id) in names.into_iter().zip(maps.ids()?.into_iter().chain([maps.nat64_id()?])) {
-        let found = sys::open_pin(&pins.path(&dir).join(name)).and_then(|map| sys::map_id(map.as_fd()));
-        let found = found.map_or_else(|error| error.to_string(), |id| format!("map {id}"));
+    for (name, id) in names.into_iter().zip(maps.ids().into_iter().chain([maps.nat64_id()])) {
+        let found = MapInfo::from_pin(pins.path(&dir).join(name)).map_err(sys::cause);
+        let found = found.map_or_else(|error| error.to_string(), |info| format!("map {}", info.id()));
         comparison.words(&Object::PinnedMap, name, &format!("map {id}"), &found);
     }
-    Ok(())
 }
 
 /// A key as a person reads it.

@@ -1,0 +1,76 @@
+//! The maps as the kernel's own decision sees them, read from outside.
+
+use std::cell::RefCell;
+
+use enforcer_ebpf::{EndpointKey, Generation, KEY_BITS, Nat64, Owners, PrefixKey, PrincipalKey, decide::Tables};
+
+use super::{Maps, nat64_index};
+use crate::backend::ebpf::BackendError;
+
+/// The maps as the kernel's own decision sees them, for `check`. What cannot be read counts as absent and is kept.
+#[derive(Debug)]
+pub struct Outside<'a> {
+    maps: &'a Maps,
+    error: RefCell<Option<BackendError>>,
+}
+
+impl<'a> Outside<'a> {
+    /// A view of the maps.
+    #[must_use]
+    pub fn new(maps: &'a Maps) -> Self {
+        Self {
+            maps,
+            error: RefCell::new(None),
+        }
+    }
+
+    /// What could not be read while deciding, if anything.
+    pub fn finish(self) -> Result<(), BackendError> {
+        self.error.into_inner().map_or(Ok(()), Err)
+    }
+
+    fn keep<T>(&self, result: Result<Option<T>, BackendError>) -> Option<T> {
+        result.unwrap_or_else(|error| {
+            self.error.borrow_mut().get_or_insert(error);
+            None
+        })
+    }
+}
+
+impl Tables for Outside<'_> {
+    fn port(&self, port: u16) -> bool {
+        self.keep(self.maps.ports.get(&u32::from(port)))
+            .is_some_and(|slots| slots != 0)
+    }
+
+    fn active(&self) -> Option<u8> {
+        self.keep(self.maps.active_slot())
+    }
+
+    fn generation(&self, slot: u8) -> Option<Generation> {
+        self.keep(self.maps.generation_of(slot).map(Some))
+    }
+
+    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
+        self.generation(slot)?.few.find(user)
+    }
+
+    fn exact(&self, key: &EndpointKey) -> Option<Owners> {
+        self.keep(self.maps.endpoints.get(key))
+    }
+
+    fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
+        self.keep(self.maps.prefixes.get(&PrefixKey {
+            bits: KEY_BITS + 128,
+            key: *key,
+        }))
+    }
+
+    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
+        self.keep(self.maps.nat64.get(&(nat64_index(slot) + number)))
+    }
+
+    fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
+        self.keep(self.maps.principals.get(key))
+    }
+}
