@@ -11,7 +11,7 @@ use enforcer_ebpf::{
     PrefixKey, PrincipalKey, TargetName, entries, gate, scope,
 };
 
-pub use self::outside::Outside;
+pub(crate) use self::outside::Outside;
 use self::table::Table;
 use super::{
     BackendError,

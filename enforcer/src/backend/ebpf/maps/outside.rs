@@ -9,7 +9,7 @@ use crate::backend::ebpf::BackendError;
 
 /// The maps as the kernel's own decision sees them, for `check`. What cannot be read counts as absent and is kept.
 #[derive(Debug)]
-pub struct Outside<'a> {
+pub(crate) struct Outside<'a> {
     maps: &'a Maps,
     error: RefCell<Option<BackendError>>,
 }
@@ -17,7 +17,7 @@ pub struct Outside<'a> {
 impl<'a> Outside<'a> {
     /// A view of the maps.
     #[must_use]
-    pub fn new(maps: &'a Maps) -> Self {
+    pub(crate) fn new(maps: &'a Maps) -> Self {
         Self {
             maps,
             error: RefCell::new(None),
@@ -25,7 +25,7 @@ impl<'a> Outside<'a> {
     }
 
     /// What could not be read while deciding, if anything.
-    pub fn finish(self) -> Result<(), BackendError> {
+    pub(crate) fn finish(self) -> Result<(), BackendError> {
         self.error.into_inner().map_or(Ok(()), Err)
     }
 
