@@ -64,8 +64,8 @@ fn well() -> Seen {
         ..Instance::default()
     };
     Seen {
-        features,
         instance,
+        features,
         ..Seen::default()
     }
 }
