@@ -62,8 +62,8 @@ fn well() -> Seen {
         ..Instance::default()
     };
     Seen {
-        features,
         instance,
+        features,
         ..Seen::default()
     }
 }
@@ -436,6 +436,7 @@ fn an_image_is_evaluated_by_its_options_and_modules() {
 
 /// What `doctor --root` demands is what the package brings: the list that cargo-deb reads, and the units with their targets.
 #[test]
+#[allow(clippy::indexing_slicing, reason = "a manifest of another shape fails the test")]
 fn an_image_needs_what_the_package_brings() {
     let manifest: toml::Table = include_str!("../../Cargo.toml").parse().unwrap_or_default();
     let deb = &manifest["package"]["metadata"]["deb"];
