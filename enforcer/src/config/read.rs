@@ -18,7 +18,7 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
         path: path.into(),
         line: fault.line.unwrap_or(1),
         thing: fault.thing(),
-        fault: fault.fault,
+        fault: fault.what,
     })
 }
 
@@ -56,12 +56,12 @@ fn syntax(text: &str, lines: &Lines, error: &toml::de::Error) -> Fault {
     let span = error.span().unwrap_or(text.len()..text.len());
     // At the end of the text there is nothing left to correct: the line before is meant.
     let line = Some(lines.of(span.start.min(text.trim_end().len())));
-    let (path, fault) = if error.message() == "duplicate key" {
+    let (path, what) = if error.message() == "duplicate key" {
         let key = text.get(span).unwrap_or_default();
         (vec![bare(key).to_owned()], ConfigFault::Twice)
     } else {
         let message = error.message().replace('\n', ", ");
         (Vec::new(), ConfigFault::Syntax { message })
     };
-    Fault { line, path, fault }
+    Fault { line, path, what }
 }

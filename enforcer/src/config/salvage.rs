@@ -19,13 +19,10 @@ use super::{
 /// in a file that is not the default one: what lies at the default place is another instance's.
 #[must_use]
 pub fn state_dir(path: &Path) -> Option<PathBuf> {
-    let found = top_lines(path).map_or(Ok(None), |text| state_dir_of(&text));
-    let guessed = || Some(Settings::default().state_dir);
-    match found {
+    match top_lines(path).map_or(Ok(None), |text| state_dir_of(&text)) {
         Ok(Some(dir)) => Some(dir),
-        Ok(None) => guessed(),
-        Err(Unread) if path == Path::new(DEFAULT_PATH) => guessed(),
-        Err(Unread) => None,
+        Err(Unread) if path != Path::new(DEFAULT_PATH) => None,
+        Ok(None) | Err(Unread) => Some(Settings::default().state_dir),
     }
 }
 
@@ -36,7 +33,20 @@ pub fn state_dir(path: &Path) -> Option<PathBuf> {
 /// default, and what is done there would be done to another instance.
 #[must_use]
 pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
-    place_of(&top_lines(path)?, lenient).ok()
+    let text = top_lines(path)?;
+    let default = Settings::default();
+    let line = |key| match line_of::<Settings>(&text, key) {
+        Ok(found) => Some(found.unwrap_or_else(|| default.clone())),
+        Err(Unread) => lenient.then(|| default.clone()),
+    };
+    Some(Settings {
+        socket: line("socket")?.socket,
+        pin_dir: line("pin_dir")?.pin_dir,
+        state_dir: line("state_dir")?.state_dir,
+        cgroup: line("cgroup")?.cgroup,
+        nft_table: line("nft_table")?.nft_table,
+        ..default.clone()
+    })
 }
 
 /// The lines before the first section.
@@ -66,24 +76,6 @@ fn state_dir_of(text: &str) -> Result<Option<PathBuf>, Unread> {
         Err(_) => line_of(text, "state_dir")?,
     };
     Ok(found.map(|found| found.state_dir))
-}
-
-/// Where an instance is to be found, each key from its own line.
-fn place_of(text: &str, lenient: bool) -> Result<Settings, Unread> {
-    let default = Settings::default();
-    let line = |key| match line_of::<Settings>(text, key) {
-        // A line that cannot be read is as none if that will do.
-        Err(Unread) if lenient => Ok(default.clone()),
-        found => found.map(|found| found.unwrap_or_else(|| default.clone())),
-    };
-    Ok(Settings {
-        socket: line("socket")?.socket,
-        pin_dir: line("pin_dir")?.pin_dir,
-        state_dir: line("state_dir")?.state_dir,
-        cgroup: line("cgroup")?.cgroup,
-        nft_table: line("nft_table")?.nft_table,
-        ..default.clone()
-    })
 }
 
 /// What the lines of `text` that begin with `key`, in quotes or not, say, each read by itself; the last that can be read counts. An error where there

@@ -22,21 +22,21 @@ use super::error::ConfigFault;
 
 /// What is wrong and where.
 #[derive(Debug, Error)]
-#[error("{fault}")]
+#[error("{what}")]
 pub(super) struct Fault {
     /// The line; none until the value at fault is known.
     pub(super) line: Option<usize>,
     /// The keys that lead there, empty for an element of an array.
     pub(super) path: Vec<String>,
     /// What is wrong.
-    pub(super) fault: ConfigFault,
+    pub(super) what: ConfigFault,
 }
 
 impl Fault {
     /// What is at fault, as messages name it: `retain in [dns]`, or `[dns]` where it is a table as a whole.
     pub(super) fn thing(&self) -> String {
         let whole = matches!(
-            self.fault,
+            self.what,
             ConfigFault::UnknownKey { .. } | ConfigFault::MissingKey { .. }
         );
         match self.path.as_slice() {
@@ -69,11 +69,11 @@ fn table(path: &[String]) -> String {
 }
 
 impl From<ConfigFault> for Fault {
-    fn from(fault: ConfigFault) -> Self {
+    fn from(what: ConfigFault) -> Self {
         Self {
             line: None,
             path: Vec::new(),
-            fault,
+            what,
         }
     }
 }
@@ -245,7 +245,7 @@ impl<'a, 't> Node<'a, 't> {
     fn blame(self, mut fault: Fault, wanted: Option<&str>) -> Fault {
         if fault.line.is_none() {
             fault.line = Some(self.lines.of(self.offset));
-            if let (ConfigFault::Kind { found, expected }, Shape::Value(value)) = (&mut fault.fault, self.shape) {
+            if let (ConfigFault::Kind { found, expected }, Shape::Value(value)) = (&mut fault.what, self.shape) {
                 *found = value.type_str();
                 if let Some(wanted) = wanted {
                     wanted.clone_into(expected);
@@ -329,7 +329,7 @@ impl<'de> Deserializer<'de> for Node<'_, '_> {
     }
 }
 
-impl<'de> IntoDeserializer<'de, Fault> for Node<'_, '_> {
+impl IntoDeserializer<'_, Fault> for Node<'_, '_> {
     type Deserializer = Self;
 
     fn into_deserializer(self) -> Self {
