@@ -360,7 +360,7 @@ impl Fact {
     /// By what a start met: what the kernel cannot do is missing, any other failure is somebody's to mend.
     pub(crate) fn from_backend(error: &BackendError) -> Self {
         let why = error.cause();
-        if error.is_inability(|| ebpf::has_bpf()) {
+        if error.is_inability(ebpf::has_bpf) {
             Self::Missing { why }
         } else {
             Self::Inconclusive(why)

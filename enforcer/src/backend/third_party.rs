@@ -12,8 +12,11 @@ pub(crate) use super::{
     nftables::others::{ForeignRule, Nat, To},
 };
 
-/// Family, table and name of a chain.
-pub(crate) type Chain = (String, String, String);
+/// Every rule of every nftables table, and every chain: family, table, name.
+pub(crate) struct Tables {
+    pub(crate) rules: io::Result<Vec<ForeignRule>>,
+    pub(crate) chains: io::Result<Vec<(String, String, String)>>,
+}
 
 /// The names of the hooks that our programs are on.
 pub(crate) fn hooks() -> impl Iterator<Item = &'static str> {
@@ -38,14 +41,20 @@ pub(crate) fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
     }
 }
 
-/// Every rule and every chain of every table of this network namespace; none where the kernel has no `nf_tables`.
-pub(crate) fn tables() -> Option<(io::Result<Vec<ForeignRule>>, io::Result<Vec<Chain>>)> {
+/// The tables of this network namespace; none where the kernel has no `nf_tables`.
+pub(crate) fn tables() -> Option<Tables> {
     let mut netlink = match Netlink::open() {
         Ok(netlink) => netlink,
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return None,
-        Err(error) => return Some((Err(error), Ok(Vec::new()))),
+        Err(error) => {
+            return Some(Tables {
+                rules: Err(error),
+                chains: Ok(Vec::new()),
+            });
+        }
     };
-    let (rules, chains) = (others::rules(&mut netlink), others::chains(&mut netlink));
+    let rules = others::rules(&mut netlink);
+    let chains = others::chains(&mut netlink);
     let is_missing = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL));
-    (!rules.as_ref().is_err_and(is_missing)).then_some((rules, chains))
+    (!rules.as_ref().is_err_and(is_missing)).then_some(Tables { rules, chains })
 }

@@ -93,6 +93,7 @@ impl<R> Rounds<R> {
 }
 
 #[cfg(test)]
+#[allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 mod tests {
     use super::*;
 

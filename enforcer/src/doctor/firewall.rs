@@ -12,7 +12,7 @@ use super::{
     instance::Instance,
 };
 use crate::{
-    backend::third_party::{self, Chain, ForeignRule, Nat, To},
+    backend::third_party::{self, ForeignRule, Nat, To},
     policy::Protocol,
     ruleset::{RuleSet, owners},
     wire::{
@@ -26,7 +26,7 @@ use crate::{
 pub(super) struct Firewall {
     pub(super) rules: Vec<ForeignRule>,
     /// Family, table and name of each chain.
-    pub(super) chains: Vec<Chain>,
+    pub(super) chains: Vec<(String, String, String)>,
     /// Rules of iptables-legacy as its tool prints them, the table first.
     pub(super) legacy: Vec<String>,
 }
@@ -34,12 +34,14 @@ pub(super) struct Firewall {
 impl Firewall {
     pub(super) fn collect(gaps: &mut Gaps) -> Self {
         // Without nf_tables there are none; that it is missing is said already.
-        let (rules, chains) = third_party::tables().unwrap_or_else(|| (Ok(Vec::new()), Ok(Vec::new())));
-        let rules = gaps.saw("third-party nftables rules", rules).unwrap_or_default();
-        let chains = gaps.saw("third-party nftables chains", chains).unwrap_or_default();
+        let (rules, chains) = third_party::tables()
+            .map(|tables| (tables.rules, tables.chains))
+            .unzip();
+        let rules = rules.and_then(|rules| gaps.saw("third-party nftables rules", rules));
+        let chains = chains.and_then(|chains| gaps.saw("third-party nftables chains", chains));
         Self {
-            rules,
-            chains,
+            rules: rules.unwrap_or_default(),
+            chains: chains.unwrap_or_default(),
             legacy: gaps.saw("rules of iptables", legacy()).unwrap_or_default(),
         }
     }

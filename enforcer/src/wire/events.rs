@@ -261,13 +261,13 @@ impl fmt::Display for GrantEvent {
             (GrantAction::Revoked, _) => {}
             (GrantAction::Expired, _) => f.write_str(" ended")?,
             (GrantAction::Dropped, _) => {
-                f.write_str(" is dropped, as that cgroup has been gone for longer than retain")?
+                f.write_str(" is dropped, as that cgroup has been gone for longer than retain")?;
             }
             (GrantAction::Granted | GrantAction::Renewed | GrantAction::LeftOut, Some(end)) => {
-                write!(f, " until {end}")?
+                write!(f, " until {end}")?;
             }
             (GrantAction::Granted | GrantAction::Renewed | GrantAction::LeftOut, None) => {
-                f.write_str(" until it is revoked")?
+                f.write_str(" until it is revoked")?;
             }
         }
         match self.expires_before.as_deref() {

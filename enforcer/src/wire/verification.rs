@@ -118,14 +118,14 @@ impl Object {
 
 impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Chain(name) => write!(f, "{CHAIN}{name}"),
-            Self::Set(name) => write!(f, "{SET}{name}"),
-            plain => Self::NAMES
-                .iter()
-                .filter(|(object, _)| object == plain)
-                .try_for_each(|(_, name)| f.write_str(name)),
+        if let Some((_, name)) = Self::NAMES.iter().find(|(object, _)| object == self) {
+            f.write_str(name)?;
+        } else if let Self::Chain(name) = self {
+            write!(f, "{CHAIN}{name}")?;
+        } else if let Self::Set(name) = self {
+            write!(f, "{SET}{name}")?;
         }
+        Ok(())
     }
 }
 

@@ -1,3 +1,5 @@
+//! Repair, pauses, refusals and what is held, over a store that is made up.
+
 use std::{fs, io, path::Path, time::Duration};
 
 use super::*;
