@@ -368,14 +368,16 @@ impl Enforcement {
         self.ebpf.as_ref().map_or(Ok(false), |kernel| kernel.take_knock(port))
     }
 
-    /// The nftables half.
-    pub(crate) fn nftables(&mut self) -> Option<&mut Nftables> {
-        self.nftables.as_mut()
+    /// The programs, for their log.
+    pub(crate) fn programs(&mut self) -> Option<&mut aya::Ebpf> {
+        self.ebpf.as_mut().map(Kernel::programs)
     }
 
-    /// The eBPF half.
-    pub(crate) fn kernel(&mut self) -> Option<&mut Kernel> {
-        self.ebpf.as_mut()
+    /// Gives back what loading has left behind.
+    pub(crate) fn trim_memory(&self) {
+        if let Some(kernel) = &self.ebpf {
+            kernel.trim_memory();
+        }
     }
 
     /// Removes all of ours from the kernel.

@@ -184,8 +184,8 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut dials = daemon.dials()?;
     let mut logged = daemon.logged()?;
     let changes = nftables::Changes::subscribe().and_then(readable).ok();
-    if let Some(kernel) = daemon.enforcement.kernel() {
-        trace::start(kernel);
+    if let Some(programs) = daemon.enforcement.programs() {
+        trace::start(programs);
     }
     let (calls, mut requests) = mpsc::channel(64);
     tokio::spawn(control::serve(listener, calls));
@@ -373,10 +373,7 @@ impl Daemon {
             generation,
             rules,
             action: self.inputs.settings().existing,
-            cgroup: self
-                .enforcement
-                .nftables()
-                .is_none()
+            cgroup: (!self.enforcement.backend().has_nftables())
                 .then(|| self.inputs.config.cgroup.clone())
                 .flatten(),
             mount: self.inputs.config.mount.clone(),
@@ -438,9 +435,7 @@ impl Daemon {
         self.keep_chain();
         self.look_at_visibility();
         let observed = self.enforcement.observe()?;
-        if let Some(kernel) = self.enforcement.kernel() {
-            kernel.trim_memory();
-        }
+        self.enforcement.trim_memory();
         info!(
             "enforcing generation {}: {} endpoints of {} targets on {}",
             observed.generation,

@@ -90,7 +90,7 @@ pub enum ConfigFault {
         expected: String,
     },
     /// No word of a few.
-    #[error("is another word; write {choices}")]
+    #[error("has an unknown value; write {choices}")]
     Word {
         /// What it may be.
         choices: String,

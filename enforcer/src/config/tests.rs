@@ -58,7 +58,7 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("[bosh]\nmoed = 1", 2, "known keys are dir"),
         ("[target.x]\nmoed = 1", 2, "known keys are endpoints, "),
         ("[target.x]\nallow = [\n{ moed = 1 }]", 3, "known keys are user, "),
-        ("\nmode = \"strict\"", 2, "mode is another word"),
+        ("\nmode = \"strict\"", 2, "mode has an unknown value"),
         ("mode = 5", 1, "\"enforce\" or \"audit\""),
         ("socket = 99999999999999999999", 1, "64 bits"),
         ("nat64 = [\n\"::/96\"]", 2, "nat64"),

@@ -4,7 +4,6 @@ use aya_log::EbpfLogger;
 use tracing::warn;
 
 use super::readable;
-use crate::backend::Kernel;
 
 /// aya-log's number for the level trace.
 const TRACE_IN_KERNEL: u8 = 5;
@@ -19,11 +18,11 @@ pub(super) fn level() -> u8 {
 }
 
 /// Shows what the programs log, if they were loaded to.
-pub(super) fn start(kernel: &mut Kernel) {
+pub(super) fn start(programs: &mut aya::Ebpf) {
     if level() == 0 {
         return;
     }
-    let logger = EbpfLogger::init(kernel.programs()).map_err(|error| error.to_string());
+    let logger = EbpfLogger::init(programs).map_err(|error| error.to_string());
     match logger.and_then(|logger| readable(logger).map_err(|error| error.to_string())) {
         Ok(mut logger) => drop(tokio::spawn(async move {
             while let Ok(mut guard) = logger.readable_mut().await {

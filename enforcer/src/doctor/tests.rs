@@ -115,7 +115,6 @@ fn program(after: bool) -> Program {
             id: 7,
             preorder: false,
             name: "theirs".to_owned(),
-            rewrites: false,
         },
     }
 }

@@ -24,8 +24,6 @@ pub(crate) struct Attached {
     pub(crate) preorder: bool,
     /// Its name, which is its owner's choice.
     pub(crate) name: String,
-    /// Whether it writes the address or port of what it is asked about, as far as its code tells.
-    pub(crate) rewrites: bool,
 }
 
 /// The programs attached to a cgroup itself at a hook, in the order in which they run (`BPF_PROG_QUERY`, Linux 4.15).
@@ -52,8 +50,7 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
     let found = ids.into_iter().zip(flags).take(count);
     found
         .map(|(id, flags)| {
-            let (info, _, _) = program(id, 0)?;
-            let (_, code, _) = program(id, info.xlated_prog_len as usize / 8)?;
+            let (info, _) = program(id)?;
             let name: Vec<u8> = info
                 .name
                 .map(i8::cast_unsigned)
@@ -64,7 +61,6 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
                 id,
                 preorder: flags & PREORDER != 0,
                 name: String::from_utf8_lossy(&name).into_owned(),
-                rewrites: rewrites(&code),
             })
         })
         .collect()
@@ -72,41 +68,22 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
 
 /// Ids of the maps that a program uses.
 pub(crate) fn program_maps(id: u32) -> io::Result<Vec<u32>> {
-    program(id, 0).map(|(_, _, maps)| maps)
+    program(id).map(|(_, maps)| maps)
 }
 
-/// What a program is, so much of its code as the kernel runs it, and the ids of its maps.
-fn program(id: u32, instructions: usize) -> io::Result<(bpf_prog_info, Vec<u64>, Vec<u32>)> {
+/// What a program is, and the ids of its maps.
+fn program(id: u32) -> io::Result<(bpf_prog_info, Vec<u32>)> {
     let program = make(Make::Program(id))?;
-    let (mut code, mut maps) = (vec![0_u64; instructions], vec![0_u32; MAX_MAPS as usize]);
-    let length = u32::try_from(instructions * 8).map_err(io::Error::other)?;
-    // SAFETY: zeros are such a structure. The kernel writes it up to its length, and to the memory that it names at most what it says
-    // there is room for.
+    let mut maps = vec![0_u32; MAX_MAPS as usize];
+    // SAFETY: zeros are such a structure. The kernel writes it up to its length, and to the memory that it names at most
+    // what it says there is room for.
     let info = unsafe {
         let mut info: bpf_prog_info = std::mem::zeroed();
-        info.xlated_prog_len = length;
-        info.xlated_prog_insns = code.as_mut_ptr() as u64;
         info.nr_map_ids = MAX_MAPS;
         info.map_ids = maps.as_mut_ptr() as u64;
         bpf(ask(program.as_fd(), &raw mut info)).0?;
         info
     };
     maps.truncate(info.nr_map_ids as usize);
-    Ok((info, code, maps))
-}
-
-/// Whether code stores to an address or port of `struct bpf_sock_addr`. The kernel makes of it: keep a register at offset 16 of the
-/// context, load the pointer at offset 8 of it (`SOCK_ADDR_STORE_NESTED_FIELD_OFF` in `net/core/filter.c`, Linux 4.17 to 6.18).
-fn rewrites(code: &[u64]) -> bool {
-    const KEEP: u64 = 0x7b;
-    const LOAD: u64 = 0x79;
-    let part = |word: u64| (word & 0xff, word >> 8 & 0xf, word >> 12 & 0xf, word >> 16 & 0xffff);
-    code.windows(2).any(|pair| match pair {
-        [first, second] => {
-            let (keep, context, _, keep_at) = part(*first);
-            let (load, _, from, load_at) = part(*second);
-            keep == KEEP && keep_at == 16 && load == LOAD && load_at == 8 && from == context && context != 10
-        }
-        _ => false,
-    })
+    Ok((info, maps))
 }
