@@ -1,5 +1,5 @@
-//! The decision: a verdict from an attempt, look-ups and a subject. Pure; the kernel runs it over maps, `check` over the
-//! same maps from outside, the tests over tables of their own.
+//! The decision: a verdict from an attempt, look-ups and a subject. Pure; the kernel runs it over maps, `check` over
+//! the same maps from outside, the tests over tables of their own.
 
 use crate::{
     Address, EndpointKey, Generation, MAX_CGROUP_LEVELS, MAX_NAT64, Nat64, Owners, PrincipalKey, Verdict,
@@ -133,7 +133,8 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
     }
 }
 
-/// The targets that own a destination: as the IPv4 address that a network makes of it (D4), and if that is no endpoint as it is.
+/// The targets that own a destination: as the IPv4 address that a network makes of it (D4), and if that is no endpoint
+/// as it is.
 #[inline(always)]
 fn owners<T: Tables, S: Subject>(
     tables: &T,
@@ -212,8 +213,9 @@ fn owners_at<T: Tables, S: Subject>(
     tables.prefix(&key)
 }
 
-/// A pass for each level, written out: kernels before 6.8 take a loop only where it closes by a jump, and the compiler closes this one
-/// by whatever instruction comes last (`check_cfg` in the verifier; `loops_close_by_jumps` looks for it).
+/// A pass for each level, written out: kernels before 6.8 take a loop only where it closes by a jump, and the compiler
+/// closes this one by whatever instruction comes last (`check_cfg` in the verifier; `loops_close_by_jumps` looks for
+/// it).
 macro_rules! each_level {
     ($number:ident => $pass:block) => {
         each_level!($number $pass 0 1 2 3 4 5 6 7)
@@ -238,8 +240,8 @@ fn admitted<T: Tables, S: Subject>(
 ) -> Owners {
     let (task, owner) = (subject.task(), subject.socket_user());
     let Task::User(uid) = task else {
-        // D3: a thread of the kernel's may carry a user's call, as RxRPC's do and io_uring's did before Linux 5.12. Then the socket is
-        // the user's.
+        // D3: a thread of the kernel's may carry a user's call, as RxRPC's do and io_uring's did before Linux 5.12.
+        // Then the socket is the user's.
         if !matches!(owner, SocketUser::Uid(0) | SocketUser::Unsupported) {
             return 0;
         }
@@ -296,7 +298,8 @@ fn admitted<T: Tables, S: Subject>(
     if generation.flags & flag::ANYBODY == 0 {
         return both;
     }
-    // What admits anybody admits both users by itself. A loop of its own: within the one above it costs the verifier far more.
+    // What admits anybody admits both users by itself. A loop of its own: within the one above it costs the verifier
+    // far more.
     let mut within = 0;
     task.uid = 0;
     task.kind = kind::ANYBODY;

@@ -11,7 +11,8 @@ pub mod decide;
 #[cfg(not(target_arch = "bpf"))]
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never reused.
+/// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never
+/// reused.
 pub const ABI: u32 = 3;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
@@ -300,8 +301,8 @@ pub struct EventRecord {
     pub zero: u16,
 }
 
-/// Whether a dial of a port, at an address that is no endpoint, is told (N8). The daemon opens a gate, and whoever dials closes it: an
-/// attempt in a flood of them costs no more than a look at it.
+/// Whether a dial of a port, at an address that is no endpoint, is told (N8). The daemon opens a gate, and whoever
+/// dials closes it: an attempt in a flood of them costs no more than a look at it.
 pub mod gate {
     /// No target has a name with this port, or no daemon asks.
     pub const NONE: u8 = 0;

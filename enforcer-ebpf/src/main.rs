@@ -46,15 +46,16 @@ static SK_UID_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `flags` in `struct task_struct`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
 static TASK_FLAGS_OFFSET: Global<u32> = Global::new(0);
-/// Offset of `cred` in `struct task_struct`, from the kernel's BTF; 0 where the kernel has no `bpf_get_current_task_btf`
-/// (Linux 5.11, for this type of program 5.15), which lets a task be read without a helper's call for each word.
+/// Offset of `cred` in `struct task_struct`, from the kernel's BTF; 0 where the kernel has no
+/// `bpf_get_current_task_btf` (Linux 5.11, for this type of program 5.15), which lets a task be read without a helper's
+/// call for each word.
 #[unsafe(no_mangle)]
 static TASK_CRED_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `uid` in `struct cred`, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static CRED_UID_OFFSET: Global<u32> = Global::new(0);
-/// 0 where `bpf_probe_read_kernel` is withheld (`lockdown=confidentiality`): the verifier then leaves out what calls it, and the programs
-/// load.
+/// 0 where `bpf_probe_read_kernel` is withheld (`lockdown=confidentiality`): the verifier then leaves out what calls
+/// it, and the programs load.
 #[unsafe(no_mangle)]
 static READS_KERNEL: Global<u32> = Global::new(1);
 
@@ -170,7 +171,8 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
     i32::from(!matches!(decision.verdict, Verdict::Deny))
 }
 
-/// Adds an attempt to the counters: of the first target that refuses it, which its event names too, or of all that admit it.
+/// Adds an attempt to the counters: of the first target that refuses it, which its event names too, or of all that
+/// admit it.
 #[inline(always)]
 fn count(decision: &Decision) {
     let Some(all) = COUNTERS.get_ptr_mut(0) else { return };
@@ -188,7 +190,8 @@ fn count(decision: &Decision) {
         let target = (unsafe { (&raw const found).read_volatile() } & (MAX_TARGETS - 1)) as usize;
         let bit = owners & owners.wrapping_neg();
         owners ^= bit;
-        // SAFETY: the verifier proved the pointer, and the index is below the number of targets; the element is this CPU's own.
+        // SAFETY: the verifier proved the pointer, and the index is below the number of targets; the element is this
+        // CPU's own.
         unsafe {
             let counters = all.cast::<Counters>().add(target);
             if decision.refused & bit == 0 {
@@ -256,7 +259,8 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
     entry.submit(0);
 }
 
-/// Tells of a dial at an address that is no endpoint, where the daemon asks for that (N8). Two that come at once may both be told.
+/// Tells of a dial at an address that is no endpoint, where the daemon asks for that (N8). Two that come at once may
+/// both be told.
 #[inline(always)]
 fn tell_dial(attempt: &Attempt<'_>, destination: &Destination) {
     let Some(gate) = GATES.get_ptr_mut(u32::from(destination.port)) else {
@@ -425,7 +429,8 @@ impl Subject for Attempt<'_> {
     }
 }
 
-/// D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before Linux 5.12).
+/// D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before Linux
+/// 5.12).
 #[inline(always)]
 const fn task_of(flags: u32, user: u32) -> Task {
     if flags & PF_KTHREAD == 0 || user != 0 {

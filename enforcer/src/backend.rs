@@ -1,4 +1,5 @@
-//! What carries a rule set in the kernel: eBPF, nftables, or both as one. Taken over at the start; then applied, kept, observed, verified; unloaded.
+//! What carries a rule set in the kernel: eBPF, nftables, or both as one. Taken over at the start; then applied, kept,
+//! observed, verified; unloaded.
 
 pub(crate) mod ebpf;
 pub(crate) mod nftables;
@@ -136,7 +137,8 @@ impl Enforcement {
         Ok(())
     }
 
-    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it matters.
+    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it
+    /// matters.
     fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
         let tried = start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel));
         let mut works = Works {
@@ -232,9 +234,9 @@ impl Enforcement {
         Ok(number)
     }
 
-    /// Sees to it that the generation put in force last, of this number, is so whole, putting back what others took or changed (F5): the
-    /// number in force then, another one where rules or entries were written anew; with both backends eBPF's. None if another
-    /// generation was put in force last.
+    /// Sees to it that the generation put in force last, of this number, is so whole, putting back what others took or
+    /// changed (F5): the number in force then, another one where rules or entries were written anew; with both backends
+    /// eBPF's. None if another generation was put in force last.
     pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         let mut kept = number;
         if let Some(nftables) = &mut self.nftables
@@ -290,8 +292,8 @@ impl Enforcement {
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
-    /// What the kernel has counted as denied, or as to be denied in audit mode, of each of these targets, and nothing else: reading
-    /// large sets takes long.
+    /// What the kernel has counted as denied, or as to be denied in audit mode, of each of these targets, and nothing
+    /// else: reading large sets takes long.
     pub(crate) fn denied(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(true)).transpose()?;
         let mut counts: BTreeMap<String, u64> = targets.into_iter().map(|target| (target, 0)).collect();
@@ -337,8 +339,8 @@ impl Enforcement {
         self.restored
     }
 
-    /// The denials of the kernel programs as they come, where these are in use. Each call opens another consumer of the same buffer: keep
-    /// one.
+    /// The denials of the kernel programs as they come, where these are in use. Each call opens another consumer of the
+    /// same buffer: keep one.
     pub(crate) fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
         self.ebpf.as_ref().map(Kernel::events).transpose()
     }

@@ -1,5 +1,5 @@
-//! A BOSH agent's settings files → the endpoints of its message bus (B2). What a file holds is shown nowhere but for scheme,
-//! host and port of a URL: the rest may be credentials.
+//! A BOSH agent's settings files → the endpoints of its message bus (B2). What a file holds is shown nowhere but for
+//! scheme, host and port of a URL: the rest may be credentials.
 
 mod fault;
 mod file;
@@ -71,9 +71,9 @@ pub struct Bus {
 }
 
 impl Settings {
-    /// The bus that follows one that was known. Settings with a fault add to that and take nothing away: what they do not name may
-    /// be what is damaged (F4, F8). What a group can write counts only where nothing is known: it is better than nothing, and
-    /// opens nothing.
+    /// The bus that follows one that was known. Settings with a fault add to that and take nothing away: what they do
+    /// not name may be what is damaged (F4, F8). What a group can write counts only where nothing is known: it is
+    /// better than nothing, and opens nothing.
     #[must_use]
     pub fn after(&self, known: Option<&BTreeSet<Endpoint>>) -> Option<Bus> {
         let more = match known {
@@ -118,8 +118,8 @@ impl Settings {
         !self.faults.is_empty() && self.faults.iter().all(BoshError::is_missing)
     }
 
-    /// Adds what a file says, of the two places the one that is there. One that cannot be read, or is not root's alone, hides
-    /// no other.
+    /// Adds what a file says, of the two places the one that is there. One that cannot be read, or is not root's alone,
+    /// hides no other.
     fn add(&mut self, owner: u32, dir: &Path, name: &str, keys: &[&[&'static str]]) {
         let (first, second) = places(dir, name);
         let mut found = false;

@@ -36,12 +36,14 @@ use crate::{
 
 /// Lets only chosen local users open connections to this host's sensitive endpoints.
 ///
-/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, drifted, nothing in force, something weakens); 2 it could not be done, or not be
-/// looked at; 3 of `run` alone: it ended as it was told to unload, so that what supervises it does not start it again.
+/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, drifted, nothing in force, something weakens); 2 it
+/// could not be done, or not be looked at; 3 of `run` alone: it ended as it was told to unload, so that what supervises
+/// it does not start it again.
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
-    /// Configuration file [default: /etc/enforcer/enforcer.toml; where that does not exist, BOSH's monit and message bus are protected]
+    /// Configuration file [default: /etc/enforcer/enforcer.toml; where that does not exist, BOSH's monit and message
+    /// bus are protected]
     #[arg(long, global = true, value_name = "PATH")]
     config: Option<PathBuf>,
     /// Log format, on stderr
@@ -64,8 +66,8 @@ enum LogFormat {
 enum Command {
     /// Run in the foreground: enforce, follow names, addresses and cgroups, serve the other commands
     ///
-    /// Tells the service manager when the kernel enforces. SIGHUP reads the configuration again; SIGTERM ends the daemon
-    /// and leaves enforcement on.
+    /// Tells the service manager when the kernel enforces. SIGHUP reads the configuration again; SIGTERM ends the
+    /// daemon and leaves enforcement on.
     Run,
     /// Put the configuration in force once and exit; enforcement stays
     Apply(Apply),
@@ -193,7 +195,8 @@ fn start_log(format: LogFormat, level: tracing::Level) {
 
 fn run(cli: &Cli) -> Result<Answer> {
     let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
-    // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be there.
+    // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be
+    // there.
     if cli.config.as_deref() == Some(Path::new(config::DEFAULT_PATH)) && !config.exists() {
         return Err(ConfigError::Missing { path: config.into() }.into());
     }
@@ -267,8 +270,8 @@ fn answer_of(status: &Status) -> Answer {
     }
 }
 
-/// Where the instance is: of a file that is wrong somewhere, by the lines that say it alone, and a warning. To be asked, a daemon
-/// needs no good configuration, and who is called at three in the morning may have just a bad one (F4).
+/// Where the instance is: of a file that is wrong somewhere, by the lines that say it alone, and a warning. To be
+/// asked, a daemon needs no good configuration, and who is called at three in the morning may have just a bad one (F4).
 fn place(path: &Path) -> Result<Settings> {
     place_or(path, path == Path::new(config::DEFAULT_PATH))
 }
@@ -303,7 +306,8 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
     Ok(answer_of(&status))
 }
 
-/// Whether no daemon was asked: then the kernel alone tells. That another user waits for such questions is worth a line.
+/// Whether no daemon was asked: then the kernel alone tells. That another user waits for such questions is worth a
+/// line.
 fn is_nobody(error: &AskError) -> bool {
     let is_impostor = matches!(error, AskError::Impostor { .. });
     if is_impostor {
@@ -406,7 +410,8 @@ fn tell_what_stays(settings: &Settings) -> Result<Answer> {
         )),
         (true, ours) => {
             print(&format!(
-                "nftables table inet {} stays, and {ours} rules of ours in its chain {} could not be removed: they let in whom monit was granted to; run this again, or remove them with nft\n",
+                "nftables table inet {} stays, and {ours} rules of ours in its chain {} could not be removed: they let \
+                 in whom monit was granted to; run this again, or remove them with nft\n",
                 jobs::TABLE,
                 jobs::CHAIN
             ))?;

@@ -229,7 +229,8 @@ impl Config {
         Self::parse(&text, path)
     }
 
-    /// Where the settings lie that say what target `nats` protects; none where the file says it itself, or nothing does (B1).
+    /// Where the settings lie that say what target `nats` protects; none where the file says it itself, or nothing does
+    /// (B1).
     #[must_use]
     pub fn bus_dir(&self) -> Option<&Path> {
         let ours = !self.targets.contains_key(BUS);

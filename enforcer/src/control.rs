@@ -58,10 +58,12 @@ pub(crate) enum ControlError {
         error: io::Error,
     },
     /// Somebody else could replace the socket (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be root's and writable by nobody else", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be root's and writable by \
+        nobody else", path.display())]
     Untrusted { path: PathBuf, uid: u32, mode: u32 },
     /// Another daemon answers there.
-    #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another socket", path.display())]
+    #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another \
+        socket", path.display())]
     Busy { path: PathBuf },
 }
 
@@ -119,8 +121,8 @@ pub(crate) async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
     loop {
         match listener.accept().await {
             Ok((mut stream, _)) => {
-                // A moment, as callers that are turned away hold a place until they have been told; no longer, as what waited here would be
-                // carried out when its caller has long given up.
+                // A moment, as callers that are turned away hold a place until they have been told; no longer, as what
+                // waited here would be carried out when its caller has long given up.
                 let Ok(Ok(place)) = timeout(FULL_PATIENCE, places.clone().acquire_owned()).await else {
                     let full = format!("{MAX_CALLERS} callers are being served, which is the most; try again");
                     let _ = timeout(FULL_PATIENCE, send(&mut stream, &Reply::Error(full))).await;

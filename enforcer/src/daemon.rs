@@ -463,7 +463,8 @@ impl Daemon {
         self.retry()
     }
 
-    /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the defaults (F4).
+    /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the
+    /// defaults (F4).
     fn take_configuration(&mut self) -> Result<(), DaemonError> {
         let path = &self.inputs.config.path;
         if self.inputs.config.from_file && !path.exists() {
@@ -666,7 +667,8 @@ impl Daemon {
     }
 }
 
-/// Tells the service manager that the loop turns, where that asked for it (`WATCHDOG_USEC`, man 3 `sd_watchdog_enabled`).
+/// Tells the service manager that the loop turns, where that asked for it (`WATCHDOG_USEC`, man 3
+/// `sd_watchdog_enabled`).
 fn still_runs() {
     if sd_notify::watchdog_enabled().is_some() {
         // Whoever does not hear it will restart us.

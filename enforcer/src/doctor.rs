@@ -1,7 +1,8 @@
-//! `enforcer doctor`: what this host, or an unpacked image of one, can do, what would enforce here, and what weakens protection.
+//! `enforcer doctor`: what this host, or an unpacked image of one, can do, what would enforce here, and what weakens
+//! protection.
 //!
-//! Facts → findings → text. Each subject has a file: its `collect` looks and changes nothing, its `findings` is pure. `findings` puts the
-//! report together, `render` makes text of it.
+//! Facts → findings → text. Each subject has a file: its `collect` looks and changes nothing, its `findings` is pure.
+//! `findings` puts the report together, `render` makes text of it.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! Grants (B4): who was let in to a target besides its configuration, by whom, until when. Pure; `grants/file.rs` keeps them on disk.
+//! Grants (B4): who was let in to a target besides its configuration, by whom, until when. Pure; `grants/file.rs` keeps
+//! them on disk.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -92,7 +93,8 @@ pub struct Asker {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Grants {
     all: BTreeMap<Key, Term>,
-    /// When each of those that end does so at the latest, however the wall clock is set: from when it was first looked at.
+    /// When each of those that end does so at the latest, however the wall clock is set: from when it was first looked
+    /// at.
     latest: BTreeMap<Key, Instant>,
     /// Since when the cgroups of some have been gone.
     gone: BTreeMap<Key, Instant>,
@@ -120,7 +122,8 @@ pub enum LimitError {
     Grants,
     /// Cgroups of too many depths, those that do not exist now counted too.
     #[error(
-        "the cgroups that principals and grants name would lie at {found} different depths, more than the maximum of {}; grant an ancestor at a depth in use, or revoke grants",
+        "the cgroups that principals and grants name would lie at {found} different depths, more than the maximum of \
+         {}; grant an ancestor at a depth in use, or revoke grants",
         enforcer_ebpf::MAX_CGROUP_LEVELS
     )]
     Depths {
@@ -150,8 +153,8 @@ impl Grants {
         self.revision
     }
 
-    /// Grants, or gives what was granted another end. What was granted first keeps its beginning, unless the wall clock was set back
-    /// behind it.
+    /// Grants, or gives what was granted another end. What was granted first keeps its beginning, unless the wall clock
+    /// was set back behind it.
     pub fn grant(&mut self, key: Key, term: Term) -> Result<Change, LimitError> {
         if let Some(known) = self.all.get_mut(&key) {
             let expired = known.expires;
@@ -177,8 +180,8 @@ impl Grants {
         self.remove(|key, _| key.target == target && to.is_none_or(|to| key.to == *to))
     }
 
-    /// Ends those whose time has come by either clock; tells which. Only the wall clock goes on over restarts, and counts a host's
-    /// sleep; set back by a year, it would let each grant last a year longer.
+    /// Ends those whose time has come by either clock; tells which. Only the wall clock goes on over restarts, and
+    /// counts a host's sleep; set back by a year, it would let each grant last a year longer.
     pub fn expire(&mut self, now: Moment) -> Vec<(Key, Term)> {
         for (key, term) in &self.all {
             if !self.latest.contains_key(key)
@@ -197,8 +200,8 @@ impl Grants {
         gone
     }
 
-    /// Drops those to their askers' own cgroups that have been gone for as long as `retain`, and tells which: sessions do not come again.
-    /// Whatever was named stays granted.
+    /// Drops those to their askers' own cgroups that have been gone for as long as `retain`, and tells which: sessions
+    /// do not come again. Whatever was named stays granted.
     pub fn forget(&mut self, is_gone: impl Fn(&Key) -> bool, now: Instant, retain: Duration) -> Vec<(Key, Term)> {
         let gone = self.all.iter().filter(|(key, term)| term.own && is_gone(key));
         let since = |key| self.gone.get(key).copied().unwrap_or(now);
@@ -258,8 +261,8 @@ pub fn check_depths(depths: &BTreeSet<usize>) -> Result<(), LimitError> {
 }
 
 impl Term {
-    /// How long it still lasts by the wall clock, nothing once it is over: never longer than it was granted for. A beginning that
-    /// is still to come was written when the clock was ahead of what it is now.
+    /// How long it still lasts by the wall clock, nothing once it is over: never longer than it was granted for. A
+    /// beginning that is still to come was written when the clock was ahead of what it is now.
     fn left(&self, wall: Timestamp) -> Option<Duration> {
         let end = self.expires?;
         let left = end.duration_since(wall.max(self.since));

@@ -61,8 +61,8 @@ pub(crate) fn cgroup2_of(text: &[u8]) -> Option<&[u8]> {
         .find_map(|line| line.strip_prefix(b"0::"))
 }
 
-/// Ids of a cgroup and all its ancestors, the true root's first, and 0 for those that are not shown here; an error names what does not exist. Where no hierarchy is mounted
-/// everybody is in the root, which has no id.
+/// Ids of a cgroup and all its ancestors, the true root's first, and 0 for those that are not shown here; an error
+/// names what does not exist. Where no hierarchy is mounted everybody is in the root, which has no id.
 pub fn ancestors(mount: Option<&Path>, path: &CgroupPath) -> io::Result<Vec<u64>> {
     let Some(mount) = mount else {
         return if path.as_str() == "/" {

@@ -1,5 +1,5 @@
-//! All that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`, the last rule set known good,
-//! `verify` and `doctor`.
+//! All that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`, the last
+//! rule set known good, `verify` and `doctor`.
 
 mod error;
 mod host_config;
@@ -143,7 +143,8 @@ impl Inputs {
         self.host = host::with_cgroups(local, Some(&self.config.mount), &self.policy.cgroups());
     }
 
-    /// What is local to this host. Where no endpoint asks for that it is of use to sweeps alone, which can do without (D9).
+    /// What is local to this host. Where no endpoint asks for that it is of use to sweeps alone, which can do without
+    /// (D9).
     pub(crate) fn local(&self) -> Result<BTreeSet<IpNet>, InputError> {
         match host::local() {
             Ok(local) => Ok(local),
@@ -207,7 +208,8 @@ impl Inputs {
     }
 }
 
-/// What a configuration means with the message bus of a BOSH agent's settings, what was granted, and what rules of jobs say.
+/// What a configuration means with the message bus of a BOSH agent's settings, what was granted, and what rules of jobs
+/// say.
 pub(crate) fn complete(
     config: &Config,
     mut policy: Policy,

@@ -1,5 +1,5 @@
-//! Rules that BOSH jobs have in the chain `inet bosh_agent monit_access_jobs`, as principals of target `monit` (B5): which of them count, and
-//! what of our grants is written there.
+//! Rules that BOSH jobs have in the chain `inet bosh_agent monit_access_jobs`, as principals of target `monit` (B5):
+//! which of them count, and what of our grants is written there.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -72,7 +72,8 @@ impl fmt::Display for Ignored {
 pub(crate) type Effect<'a> = (&'a JobRule, Result<Grantee, Ignored>);
 
 impl JobRules {
-    /// Takes the chain as it is now: looks up the cgroups that are new in it below a mount, and whether all are still there.
+    /// Takes the chain as it is now: looks up the cgroups that are new in it below a mount, and whether all are still
+    /// there.
     pub(crate) fn take(&mut self, chain: Jobs, mount: &Path) {
         let is_same = chain.exists == self.chain.exists && chain.rules == self.chain.rules;
         self.chain = chain;
@@ -209,7 +210,8 @@ impl JobRules {
     }
 }
 
-/// What was granted of monit as rules of the chain: where the agent's own chain is, which drops whomever none of them accepts.
+/// What was granted of monit as rules of the chain: where the agent's own chain is, which drops whomever none of them
+/// accepts.
 #[must_use]
 pub(crate) fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSet<Accept> {
     let Some(monit) = policy.target(MONIT).filter(|monit| monit.grants) else {
@@ -248,8 +250,8 @@ pub(crate) fn destinations(target: &Target) -> Vec<Destination> {
     endpoints.map(destination).collect()
 }
 
-/// Whether a rule lets through to an endpoint of monit. To no more than a part of a prefix or of this host is enough: a rule names an
-/// address.
+/// Whether a rule lets through to an endpoint of monit. To no more than a part of a prefix or of this host is enough: a
+/// rule names an address.
 pub(crate) fn leads_to(to: &Destination, endpoint: &Endpoint) -> bool {
     let is_there = |address: IpAddr| match &endpoint.destination {
         policy::Destination::Address(own) => *own == address,

@@ -1,4 +1,5 @@
-//! The policy: `Config` read and meant. Every value here is proof that it was parsed; nothing is checked again later. Pure.
+//! The policy: `Config` read and meant. Every value here is proof that it was parsed; nothing is checked again later.
+//! Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -78,7 +79,8 @@ pub struct Endpoint {
     pub port: NonZeroU16,
 }
 
-/// A cgroup as named in the configuration: absolute from the root of the cgroup v2 hierarchy, `/` alone or without a trailing slash.
+/// A cgroup as named in the configuration: absolute from the root of the cgroup v2 hierarchy, `/` alone or without a
+/// trailing slash.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CgroupPath(pub(crate) String);
 

@@ -187,8 +187,9 @@ impl Names {
         }
     }
 
-    /// Takes what was known before this process (N7) of names of which nothing is known yet: what was current is until a newer positive answer (N3), however long DNS
-    /// is away; what had left is retained from now on, as nobody knows how long ago that was (N4).
+    /// Takes what was known before this process (N7) of names of which nothing is known yet: what was current is until
+    /// a newer positive answer (N3), however long DNS is away; what had left is retained from now on, as nobody knows
+    /// how long ago that was (N4).
     pub(crate) fn restore(&mut self, known: &Known, now: Instant) {
         for (name, known) in known {
             if let Some(state) = self.states.get_mut(name).filter(|state| state.addresses.is_empty()) {
@@ -253,7 +254,8 @@ impl Names {
             .is_some_and(|state| !std::mem::replace(&mut state.in_flight, true))
     }
 
-    /// Takes what one family says while the other is awaited: what is wrong is said of the whole answer, as are the times.
+    /// Takes what one family says while the other is awaited: what is wrong is said of the whole answer, as are the
+    /// times.
     pub(crate) fn answered_in_part(&mut self, now: Instant, name: &Name, answer: &Answer) -> Vec<Note> {
         let most = self.dns.max_refresh;
         let (Some(state), Answer::Dns { a, aaaa }) = (self.states.get_mut(name), answer) else {
@@ -416,7 +418,8 @@ impl State {
             }
             Outcome::Empty if known => Err(format!("{kind}: no address any more")), // N3
             Outcome::Missing if known => Err(format!("{kind}: the name does not exist any more (NXDOMAIN)")), // N3
-            // Of a family never known this is no fault; some servers deny a name's existence for want of AAAA (RFC 4074).
+            // Of a family never known this is no fault; some servers deny a name's existence for want of AAAA (RFC
+            // 4074).
             Outcome::Empty | Outcome::Missing | Outcome::Awaited => Ok(None),
             Outcome::Failed(cause) => Err(format!("{kind}: {cause}")),
         }
@@ -472,7 +475,8 @@ impl fmt::Display for Note {
             Self::Refused(name, addresses) => {
                 write!(
                     f,
-                    "name {name}: refused {} (a DNS answer may not name loopback, multicast or unspecified addresses, and link-local ones only for a target with answers = \"link-local\")",
+                    "name {name}: refused {} (a DNS answer may not name loopback, multicast or unspecified addresses, \
+                     and link-local ones only for a target with answers = \"link-local\")",
                     list(addresses)
                 )
             }

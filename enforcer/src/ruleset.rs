@@ -1,4 +1,5 @@
-//! Turns a policy, resolved names and this host's facts into the rule set, and explains verdicts from it. Pure: the oracle of all tests.
+//! Turns a policy, resolved names and this host's facts into the rule set, and explains verdicts from it. Pure: the
+//! oracle of all tests.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -115,7 +116,8 @@ pub enum CompileError {
     },
     /// More than [`MAX_ENDPOINTS`] single addresses, with what their ports need.
     #[error(
-        "{found} endpoints and {ports} entries for their ports are more than the maximum of {MAX_ENDPOINTS}; name prefixes instead of single addresses"
+        "{found} endpoints and {ports} entries for their ports are more than the maximum of {MAX_ENDPOINTS}; name \
+         prefixes instead of single addresses"
     )]
     Endpoints {
         /// How many single addresses.
@@ -147,7 +149,8 @@ pub enum CompileError {
     },
     /// Cgroups of too many depths.
     #[error(
-        "the cgroups that principals name lie at {found} different depths, more than the maximum of {MAX_CGROUP_LEVELS}; name ancestors at fewer depths"
+        "the cgroups that principals name lie at {found} different depths, more than the maximum of \
+         {MAX_CGROUP_LEVELS}; name ancestors at fewer depths"
     )]
     Levels {
         /// How many.
@@ -278,8 +281,8 @@ fn as_judged(rules: &RuleSet, address: IpAddr, owners_of: impl Fn(IpAddr) -> u64
         .unwrap_or_else(|| owners_of(address))
 }
 
-/// An endpoint within a NAT64 prefix is one of IPv4 (D4). But for loopback, which no gateway translates to and which is each network
-/// namespace's own (D6); and of a name but for what no name may bring (N6).
+/// An endpoint within a NAT64 prefix is one of IPv4 (D4). But for loopback, which no gateway translates to and which is
+/// each network namespace's own (D6); and of a name but for what no name may bring (N6).
 fn as_ipv4(prefixes: &[Nat64], net: IpNet, named: bool) -> IpNet {
     let refused = |v4: &Ipv4Addr| v4.is_link_local() || v4.is_multicast() || v4.is_broadcast();
     let embedded = translated(prefixes, net.addr())
@@ -307,8 +310,8 @@ pub fn weigh(rules: &RuleSet, owners: u64, subject: &Subject) -> Explanation {
     Explanation { verdict, owners }
 }
 
-/// The owners of a destination that is not unspecified, a bit for each target. As [`explain`] finds them, but fast: many
-/// connections are asked about.
+/// The owners of a destination that is not unspecified, a bit for each target. As [`explain`] finds them, but fast:
+/// many connections are asked about.
 #[must_use]
 pub fn owners(rules: &RuleSet, protocol: Protocol, address: IpAddr, port: u16) -> u64 {
     let of_port = |place: &Place| (place.protocol, place.port).cmp(&(protocol, port));
@@ -350,8 +353,8 @@ pub fn is_loopback(net: &IpNet) -> bool {
     }
 }
 
-/// D3: the kernel thread that it is, or both of its users. A kernel thread with a user's UID makes that user's call; one with a
-/// user's socket makes a call of that user's too, which it may not make as the kernel.
+/// D3: the kernel thread that it is, or both of its users. A kernel thread with a user's UID makes that user's call;
+/// one with a user's socket makes a call of that user's too, which it may not make as the kernel.
 fn target_admits(target: &RuleTarget, subject: &Subject) -> bool {
     if subject.kernel_thread && subject.task == Uid(0) {
         let root = subject.socket.is_none_or(|owner| owner == Uid(0));

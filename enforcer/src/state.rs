@@ -1,4 +1,5 @@
-//! The last rule set known good, on disk: with it a start enforces before configuration, settings or DNS are asked (F4, N7).
+//! The last rule set known good, on disk: with it a start enforces before configuration, settings or DNS are asked (F4,
+//! N7).
 //!
 //! Whole or not at all: written aside, synced, renamed; a checksum over its content tells whatever a power cut left.
 
@@ -41,7 +42,8 @@ pub(crate) enum StateError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make it root's and writable by nobody else", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make it root's and \
+        writable by nobody else", path.display())]
     Untrusted {
         /// The file or directory.
         path: PathBuf,
@@ -51,7 +53,8 @@ pub(crate) enum StateError {
         mode: u32,
     },
     /// Another version's.
-    #[error("{} is of another version ({schema}, not {SCHEMA}), so it is not used; remove it if this stays", path.display())]
+    #[error("{} is of another version ({schema}, not {SCHEMA}), so it is not used; remove it if this \
+        stays", path.display())]
     OtherVersion {
         /// The file.
         path: PathBuf,
@@ -163,8 +166,8 @@ fn save_as(owner: u32, dir: &Path, record: &Record) -> Result<(), StateError> {
     Ok(())
 }
 
-/// Gives a file of `dir` another text, whole or not at all, readable by its owner alone: written aside, synced, renamed. An error
-/// says what was tried, on which path, and why not.
+/// Gives a file of `dir` another text, whole or not at all, readable by its owner alone: written aside, synced,
+/// renamed. An error says what was tried, on which path, and why not.
 pub(crate) fn replace(dir: &Path, name: &str, text: &[u8]) -> Result<(), (&'static str, PathBuf, io::Error)> {
     let failed = |action, path: &Path| {
         let path = path.to_path_buf();

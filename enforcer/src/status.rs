@@ -51,14 +51,18 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     }
     for name in context.names.iter().filter(|name| name.cut > 0) {
         causes.push(format!(
-            "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their prefix as an endpoint, or find out who lies",
+            "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their \
+             prefix as an endpoint, or find out who lies",
             name.name, name.cut
         ));
     }
     if let Some(observed) = observed {
         causes.extend(observed.faults.iter().cloned());
         if observed.by_daemon && context.daemon.is_none() {
-            causes.push(format!("the daemon that put these rules in force does not answer; they stay, but names are not refreshed: {START}"));
+            causes.push(format!(
+                "the daemon that put these rules in force does not answer; they stay, but names are \
+                not refreshed: {START}"
+            ));
         }
     }
     let on = observed.filter(|observed| observed.generation != 0);

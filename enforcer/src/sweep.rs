@@ -1,5 +1,5 @@
-//! Connections older than the rules that would refuse them (D9): which they are, and which of them may be cut. Pure; the
-//! facts come from `host/sock_diag.rs`, the effects are in `sweep/rounds.rs`.
+//! Connections older than the rules that would refuse them (D9): which they are, and which of them may be cut. Pure;
+//! the facts come from `host/sock_diag.rs`, the effects are in `sweep/rounds.rs`.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -59,7 +59,8 @@ pub(crate) enum Doubt {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SweepError {
     /// The kernel does not list.
-    #[error("list {protocol} connections over {} by sock_diag: {error}; those older than the rules are not known: {}", version(*v6), list_remedy(*protocol, error))]
+    #[error("list {protocol} connections over {} by sock_diag: {error}; those older than the rules are not known: \
+        {}", version(*v6), list_remedy(*protocol, error))]
     List {
         protocol: Protocol,
         v6: bool,
@@ -124,8 +125,8 @@ pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection)
     })
 }
 
-/// Looks again at what was found, now that it is known who listens; `local` is what this host delivers to itself. What nobody holds and
-/// somebody accepts is left out: it was never dialled here.
+/// Looks again at what was found, now that it is known who listens; `local` is what this host delivers to itself. What
+/// nobody holds and somebody accepts is left out: it was never dialled here.
 #[must_use]
 pub(crate) fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
     let mut kept = found;
@@ -153,7 +154,8 @@ fn accepted(connection: &Connection, listeners: &[Listener], local: &BTreeSet<Ip
     !listeners_of(connection.remote, remote_here) && listeners_of(connection.local, true)
 }
 
-/// Whose connection it is: a user's, the kernel's, or one of both; none if that cannot be told and does not matter any more.
+/// Whose connection it is: a user's, the kernel's, or one of both; none if that cannot be told and does not matter any
+/// more.
 fn subjects(connection: &Connection) -> Option<(Option<Uid>, bool)> {
     let uid = connection.uid;
     if connection.held {
@@ -230,7 +232,8 @@ fn list_remedy(protocol: Protocol, error: &io::Error) -> String {
 fn cut_remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP) => {
-            "use a kernel with CONFIG_INET_DIAG_DESTROY, or end the programs that hold such connections and set existing = \"report\""
+            "use a kernel with CONFIG_INET_DIAG_DESTROY, or end the programs that hold such connections and set \
+             existing = \"report\""
         }
         Some(libc::EPERM) => "enforcer needs CAP_NET_ADMIN in the user namespace that owns this network namespace",
         Some(_) | None => "it is tried again within a minute",

@@ -1,8 +1,8 @@
-//! What leaves the process as text or JSON: nothing that others chose (task names, paths, device names, DNS, URLs) can steer a
-//! terminal, hide what follows it or begin a line (F6).
+//! What leaves the process as text or JSON: nothing that others chose (task names, paths, device names, DNS, URLs) can
+//! steer a terminal, hide what follows it or begin a line (F6).
 //!
-//! Two barriers. A [`Page`] is made line by line, so that a line feed within a value is seen for what it is; and every writer to
-//! stdout and stderr (`cli::print`, [`Log`]) lets through printable characters alone, whoever made the text.
+//! Two barriers. A [`Page`] is made line by line, so that a line feed within a value is seen for what it is; and every
+//! writer to stdout and stderr (`cli::print`, [`Log`]) lets through printable characters alone, whoever made the text.
 
 use std::{
     borrow::Cow,
@@ -14,8 +14,8 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// In one line: control and format characters, separators other than the blank, combining and unassigned characters as Rust writes
-/// them (`\u{1b}`, `\n`).
+/// In one line: control and format characters, separators other than the blank, combining and unassigned characters as
+/// Rust writes them (`\u{1b}`, `\n`).
 #[must_use]
 pub(crate) fn line(text: &str) -> Cow<'_, str> {
     replace(text, |c, out| {
@@ -56,7 +56,8 @@ pub(crate) fn json(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(json_text(&serde_json::to_string(value)?).into_owned())
 }
 
-/// A name that a task chose for itself, in quotes unless it is a plain word: it can close no bracket and begin no clause of ours.
+/// A name that a task chose for itself, in quotes unless it is a plain word: it can close no bracket and begin no
+/// clause of ours.
 #[must_use]
 pub(crate) fn name(name: &str) -> Cow<'_, str> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:/+@#".contains(c);

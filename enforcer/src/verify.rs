@@ -1,4 +1,5 @@
-//! `enforcer verify`: what the kernel holds against what is wanted, entry by entry. Pure; the backends read and name their parts.
+//! `enforcer verify`: what the kernel holds against what is wanted, entry by entry. Pure; the backends read and name
+//! their parts.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,5 +1,5 @@
-//! Whether what an instance keeps outlives its process and is found by other processes: it must lie where the host sees it (F1). And
-//! whether it covers the whole host (F9).
+//! Whether what an instance keeps outlives its process and is found by other processes: it must lie where the host sees
+//! it (F1). And whether it covers the whole host (F9).
 
 use std::{
     fmt,
@@ -27,7 +27,8 @@ pub(crate) enum Kept {
     Cgroups,
 }
 
-/// What the host does not have where this process has it. Its text is for people: what is so, what comes of it, what to do.
+/// What the host does not have where this process has it. Its text is for people: what is so, what comes of it, what to
+/// do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hidden {
     /// What it is.
@@ -43,12 +44,14 @@ pub(crate) struct Visibility {
     pub hidden: Vec<Hidden>,
     /// Why it could not be determined, if so.
     pub unknown: Option<String>,
-    /// The cgroup that eBPF is on without being asked for, which is not the true root: processes elsewhere are not covered (F9).
+    /// The cgroup that eBPF is on without being asked for, which is not the true root: processes elsewhere are not
+    /// covered (F9).
     pub part: Option<PathBuf>,
 }
 
 impl Visibility {
-    /// Looks at what an instance keeps: pins and the cgroup where it enforces with eBPF, the socket where a daemon runs.
+    /// Looks at what an instance keeps: pins and the cgroup where it enforces with eBPF, the socket where a daemon
+    /// runs.
     #[must_use]
     pub(crate) fn of(settings: &Settings, ebpf_on: Option<&Path>, daemon: bool) -> Self {
         let mut all = vec![(Kept::State, settings.state_dir.as_path())];
@@ -81,7 +84,8 @@ impl Visibility {
     pub(crate) fn fault(&self) -> Option<String> {
         let part = self.part.as_ref().map(|cgroup| {
             format!(
-                "only processes below cgroup {} are covered: the root of the cgroup v2 hierarchy is not mounted here; run enforcer in the \
+                "only processes below cgroup {} are covered: the root of the cgroup v2 hierarchy is not mounted here; \
+                 run enforcer in the \
                  host's cgroup and mount namespace, or set cgroup to this path if no more is meant",
                 cgroup.display()
             )
@@ -100,22 +104,27 @@ impl fmt::Display for Hidden {
         match self.kept {
             Kept::Pins => write!(
                 f,
-                "pin directory {path} is on a bpffs that exists only in this mount namespace: enforcement ends with the namespace, and commands \
-                 outside it do not see it; mount the bpffs on the host (mount -t bpf bpf /sys/fs/bpf), then restart enforcer"
+                "pin directory {path} is on a bpffs that exists only in this mount namespace: enforcement ends with \
+                 the namespace, and commands \
+                 outside it do not see it; mount the bpffs on the host (mount -t bpf bpf /sys/fs/bpf), then restart \
+                 enforcer"
             ),
             Kept::State => write!(
                 f,
-                "state directory {path} is a different one on the host: a start outside this mount namespace does not find the saved rules; \
+                "state directory {path} is a different one on the host: a start outside this mount namespace does not \
+                 find the saved rules; \
                  set state_dir to a directory that the host shares"
             ),
             Kept::Socket => write!(
                 f,
-                "control socket {path} is not visible on the host: commands outside this mount namespace do not reach the daemon; set \
+                "control socket {path} is not visible on the host: commands outside this mount namespace do not reach \
+                 the daemon; set \
                  socket to a path that the host shares"
             ),
             Kept::Cgroups => write!(
                 f,
-                "cgroup {path} is not visible on the host: commands outside this mount namespace do not find it; mount cgroup v2 on the \
+                "cgroup {path} is not visible on the host: commands outside this mount namespace do not find it; mount \
+                 cgroup v2 on the \
                  host"
             ),
         }

@@ -1,5 +1,5 @@
-//! The shapes of all that is printed or sent, and the words in them. It knows nothing of the rest: who has something to tell makes its
-//! shape here.
+//! The shapes of all that is printed or sent, and the words in them. It knows nothing of the rest: who has something to
+//! tell makes its shape here.
 //!
 //! A version of a schema only ever gains keys, and no word changes (`schemas.md`); requests are the client's.
 

@@ -104,7 +104,8 @@ impl Case {
         needs.filter(|feature| lacks(*feature)).collect()
     }
 
-    /// Whether it is part of a run. Where there is no BPF, the run on what `auto` takes then has all that is about nftables.
+    /// Whether it is part of a run. Where there is no BPF, the run on what `auto` takes then has all that is about
+    /// nftables.
     #[must_use]
     pub fn is_on(&self, run: Backend) -> bool {
         let instead = run == Backend::AutoWithoutBpf && lacks(Feature::Bpf);
@@ -112,8 +113,8 @@ impl Case {
     }
 }
 
-/// Makes `all()`, but no `mod` items: rustfmt finds no files by those of a macro. Of a file that is not listed the compiler
-/// says that nothing uses its cases.
+/// Makes `all()`, but no `mod` items: rustfmt finds no files by those of a macro. Of a file that is not listed the
+/// compiler says that nothing uses its cases.
 macro_rules! files {
     ($($file:ident),*) => {
         /// All of them.
@@ -132,7 +133,8 @@ files! {
     writers
 }
 
-/// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern that names none is an error.
+/// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern
+/// that names none is an error.
 pub fn chosen(patterns: &str) -> Result<Vec<Case>> {
     let patterns: Vec<&str> = patterns.split(',').filter(|pattern| !pattern.is_empty()).collect();
     let names = |pattern: &str, name: &str| match pattern.strip_suffix('*') {

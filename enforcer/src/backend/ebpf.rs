@@ -75,12 +75,13 @@ pub(crate) struct Kernel {
     in_force: Option<(u8, u64)>,
     /// When each part of the maps is read again, to see whether others have changed it.
     look_again: [(Part, Instant); 2],
-    /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that others took
-    /// or changed what is ours (F5).
+    /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that
+    /// others took or changed what is ours (F5).
     mended: u64,
 }
 
-/// The maps are read again no sooner than this after the time before, and so much later that it takes a hundredth of one processor.
+/// The maps are read again no sooner than this after the time before, and so much later that it takes a hundredth of
+/// one processor.
 const LOOK_AGAIN: Duration = Duration::from_millis(900);
 const SHARE: u32 = 100;
 
@@ -182,9 +183,9 @@ impl Kernel {
         Ok(number)
     }
 
-    /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done. The kernel's own threads end a grace period, and
-    /// wait for a processor as all others do: tens of milliseconds, and seconds where some user keeps the host busy, for which
-    /// nobody else is to wait (F10).
+    /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done. The kernel's own threads end a
+    /// grace period, and wait for a processor as all others do: tens of milliseconds, and seconds where some user keeps
+    /// the host busy, for which nobody else is to wait (F10).
     pub(crate) fn begin_to_settle(&mut self) {
         if self.flipped && self.settling.is_none() {
             // Without a thread the next change waits.
@@ -211,8 +212,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes sure that the rule set of a number is in force whole and every link in place (F5): its number, another one where it had
-    /// to be written anew. None if it is not the one that was put in force last.
+    /// Makes sure that the rule set of a number is in force whole and every link in place (F5): its number, another one
+    /// where it had to be written anew. None if it is not the one that was put in force last.
     pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         if self.in_force.is_none_or(|(_, put)| put != number) {
             return Ok(None);
@@ -286,8 +287,8 @@ impl Kernel {
         self.mended
     }
 
-    /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they were written,
-    /// as reading large maps takes tens of milliseconds.
+    /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they
+    /// were written, as reading large maps takes tens of milliseconds.
     pub(crate) fn observe(&self, quick: bool) -> Result<Observed, BackendError> {
         let runs = |hook: &Hook, program| {
             let ours = self.programs.program(hook.name).map(aya::programs::Program::info);
@@ -486,8 +487,8 @@ impl Sight {
     }
 }
 
-/// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too, and have each call
-/// fail.
+/// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too,
+/// and have each call fail.
 pub(crate) fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
     let locked =
         std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"));
@@ -502,7 +503,8 @@ fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendEr
         task_cred,
         cred_uid,
     } = sight.offsets;
-    // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are known.
+    // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are
+    // known.
     let [sk_uid, task_flags, task_cred, cred_uid] =
         [sk_uid, task_flags, task_cred, cred_uid].map(Option::unwrap_or_default);
     EbpfLoader::new()

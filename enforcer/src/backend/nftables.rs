@@ -1,7 +1,8 @@
-//! The nftables backend: one table of family inet, switched from one rule set to the next in one transaction of three (F2), read back
-//! and compared (F3).
+//! The nftables backend: one table of family inet, switched from one rule set to the next in one transaction of three
+//! (F2), read back and compared (F3).
 //!
-//! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is not touched.
+//! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is
+//! not touched.
 
 pub(crate) mod check;
 pub(crate) mod expression;
@@ -52,7 +53,8 @@ pub(crate) enum NftablesError {
     },
     /// The table is somebody else's.
     #[error(
-        "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: nft delete table inet {table}"
+        "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: \
+         nft delete table inet {table}"
     )]
     Foreign {
         /// The table.
@@ -60,7 +62,8 @@ pub(crate) enum NftablesError {
     },
     /// The kernel holds something else than was sent (F3).
     #[error(
-        "nftables table inet {table} does not hold what was sent: {what} differs; what was in force before is in force again"
+        "nftables table inet {table} does not hold what was sent: {what} differs; what was in force before is in force \
+         again"
     )]
     ReadBack {
         /// The table.
@@ -355,7 +358,8 @@ pub(crate) fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
     Ok(dump(&mut netlink, table)?.filter(is_ours).map(Reading))
 }
 
-/// A way to ask `nf_tables`; none where the kernel has none, and so no table. That it may not be asked is an error: nothing is known then.
+/// A way to ask `nf_tables`; none where the kernel has none, and so no table. That it may not be asked is an error:
+/// nothing is known then.
 fn reach(table: &str) -> Result<Option<Netlink>, NftablesError> {
     match Netlink::open().and_then(|mut netlink| netlink.generation().map(|_| netlink)) {
         Ok(netlink) => Ok(Some(netlink)),

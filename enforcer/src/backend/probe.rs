@@ -1,7 +1,7 @@
 //! What this kernel can do, found by trying, and the pure choice of a backend from it.
 //!
-//! The whole probe is for `enforcer doctor`: it loads the programs and takes a hundred milliseconds. A start knows the two facts that
-//! it chooses by from what it does anyway ([`Works`]).
+//! The whole probe is for `enforcer doctor`: it loads the programs and takes a hundred milliseconds. A start knows the
+//! two facts that it chooses by from what it does anyway ([`Works`]).
 
 use std::{fmt, path::Path};
 
@@ -137,19 +137,19 @@ impl Feature {
                 "BTF with the socket's owner",
                 "Linux 5.4, CONFIG_DEBUG_INFO_BTF",
                 Ebpf,
-                May("the task's user decides alone (D3)"),
+                May("the task's user decides alone"),
             ),
             Self::KernelReads => (
                 "bpf_probe_read_kernel",
                 "no lockdown=confidentiality",
                 Ebpf,
-                May("of UDP and MPTCP sockets the task's user decides alone (D3)"),
+                May("of UDP and MPTCP sockets the task's user decides alone"),
             ),
             Self::NetnsCookie => (
                 "cookie of the network namespace",
                 "Linux 5.14",
                 Ebpf,
-                May("loopback is judged in every network namespace (D6)"),
+                May("loopback is judged in every network namespace"),
             ),
             Self::NfTables => (
                 "nf_tables, family inet",
@@ -185,13 +185,13 @@ impl Feature {
                 "sockets listed by sock_diag",
                 "CONFIG_INET_DIAG",
                 Either,
-                May("connections older than the rules are not known (D9)"),
+                May("connections older than the rules are not known"),
             ),
             Self::SockDestroy => (
                 "sockets destroyed by sock_diag",
                 "Linux 4.5, CONFIG_INET_DIAG_DESTROY",
                 Either,
-                May("existing = \"cut\" cuts nothing (D9)"),
+                May("existing = \"cut\" cuts nothing"),
             ),
             Self::CapBpf => ("CAP_BPF or CAP_SYS_ADMIN", "run as root", Ebpf, Must),
             Self::CapPerfmon => ("CAP_PERFMON or CAP_SYS_ADMIN", "run as root", Ebpf, Must),
@@ -293,9 +293,9 @@ pub(crate) struct Choice {
     pub reason: String,
 }
 
-/// Chooses a backend (§5), for a start and for `doctor`: `auto` takes ebpf, else nftables, else nothing. Only what this kernel lacks is
-/// a reason to fall back: a mistake of the configuration, or what could not be found out, is mended, not evaded. What is asked for by
-/// name is not replaced. Pure.
+/// Chooses a backend (§5), for a start and for `doctor`: `auto` takes ebpf, else nftables, else nothing. Only what this
+/// kernel lacks is a reason to fall back: a mistake of the configuration, or what could not be found out, is mended,
+/// not evaded. What is asked for by name is not replaced. Pure.
 #[must_use]
 pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
     let chosen = |backend, reason: String| Choice {
@@ -306,7 +306,8 @@ pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
     let (ebpf, nftables) = (&works.ebpf, &works.nftables);
     if let (Backend::Auto, Fact::Inconclusive(why)) = (wanted, ebpf) {
         return refused(format!(
-            "auto does not fall back to nftables, as this kernel is not what keeps ebpf from working: {why}; mend that, or name a backend"
+            "auto does not fall back to nftables, as this kernel is not what keeps ebpf from working: {why}; mend \
+             that, or name a backend"
         ));
     }
     match (wanted, ebpf.obstacle(), nftables.obstacle()) {

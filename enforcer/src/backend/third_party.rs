@@ -1,4 +1,5 @@
-//! What other processes have in the kernel beside ours: programs on a cgroup, rules and chains of nftables. Only read, for `doctor`.
+//! What other processes have in the kernel beside ours: programs on a cgroup, rules and chains of nftables. Only read,
+//! for `doctor`.
 
 use std::{fs::File, io, os::fd::AsFd as _, path::Path};
 
@@ -30,7 +31,8 @@ pub(crate) fn our_program(pin_dir: &Path, hook: &str) -> Option<u32> {
     sys::link_info(link.as_fd()).ok().map(|info| info.program)
 }
 
-/// The programs on a cgroup itself at a hook, ours among them, in the order in which they run; none where the kernel has no BPF.
+/// The programs on a cgroup itself at a hook, ours among them, in the order in which they run; none where the kernel
+/// has no BPF.
 pub(crate) fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
     let Some(hook) = HOOKS.iter().find(|known| known.name == hook) else {
         return Ok(Vec::new());

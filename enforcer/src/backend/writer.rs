@@ -1,7 +1,9 @@
-//! One writer an instance (F11): whoever starts, applies or unloads holds a lock before it touches anything, whatever the backend.
+//! One writer an instance (F11): whoever starts, applies or unloads holds a lock before it touches anything, whatever
+//! the backend.
 //!
-//! The lock is on a file in the state directory, as that is what every instance has of its own, on every backend and in every
-//! namespace; the pin directory is locked besides, for instances that share that alone. The kernel lets go of both when the holder ends.
+//! The lock is on a file in the state directory, as that is what every instance has of its own, on every backend and in
+//! every namespace; the pin directory is locked besides, for instances that share that alone. The kernel lets go of
+//! both when the holder ends.
 
 use std::{
     fmt,
@@ -50,8 +52,9 @@ impl fmt::Display for Holder {
 }
 
 impl Writer {
-    /// Takes the lock of the instance with this state directory, waiting a few seconds for another holder. None where no lock can be
-    /// had at all, as on a read-only disk at first boot: that is logged, and is no reason to protect nothing (F4).
+    /// Takes the lock of the instance with this state directory, waiting a few seconds for another holder. None where
+    /// no lock can be had at all, as on a read-only disk at first boot: that is logged, and is no reason to protect
+    /// nothing (F4).
     pub(super) fn of(state_dir: &Path, make: bool) -> Result<Option<Self>, BackendError> {
         match open(state_dir, make) {
             Ok(file) => Ok(Some(Self(lock(file, &state_dir.join(FILE))?))),

@@ -1,4 +1,5 @@
-//! What can be wrong with a BOSH agent's settings. Nothing here holds a value of a file, but for a URL without credentials.
+//! What can be wrong with a BOSH agent's settings. Nothing here holds a value of a file, but for a URL without
+//! credentials.
 
 use std::{io, path::PathBuf};
 
@@ -39,7 +40,8 @@ pub enum BoshFault {
     },
     /// Members of a group could have written it.
     #[error(
-        "mode {mode:04o} lets group {gid} write it, so it changes nothing that is known; make it writable by root alone (chmod g-w)"
+        "mode {mode:04o} lets group {gid} write it, so it changes nothing that is known; make it writable by root \
+         alone (chmod g-w)"
     )]
     GroupWritable {
         /// The group.
@@ -81,7 +83,8 @@ pub enum BoshFault {
     },
     /// F7.
     #[error(
-        "more than the maximum of {MAX_URLS} message-bus URLs; the rest is not protected: configure [target.nats] with prefixes"
+        "more than the maximum of {MAX_URLS} message-bus URLs; the rest is not protected: configure [target.nats] with \
+         prefixes"
     )]
     TooMany,
 }

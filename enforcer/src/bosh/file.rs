@@ -17,8 +17,8 @@ pub(super) enum Trust {
     Group(BoshFault),
 }
 
-/// The content of a file. Neither follows a link nor waits for a FIFO's other end. One that anybody can write, or that is
-/// another user's, is not read: in a directory like `/tmp` anybody makes one.
+/// The content of a file. Neither follows a link nor waits for a FIFO's other end. One that anybody can write, or that
+/// is another user's, is not read: in a directory like `/tmp` anybody makes one.
 pub(super) fn read(owner: u32, path: &Path) -> Result<(Trust, Vec<u8>), BoshFault> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);

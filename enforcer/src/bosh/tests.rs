@@ -1,4 +1,5 @@
-//! Settings as agents write them, and as they must not be: the message bus found, every fault named, no credential shown.
+//! Settings as agents write them, and as they must not be: the message bus found, every fault named, no credential
+//! shown.
 
 use std::{
     collections::BTreeSet,

@@ -1,4 +1,5 @@
-//! What a settings file names, in every form that agents have accepted. Whatever makes no sense costs only itself (F8). Pure.
+//! What a settings file names, in every form that agents have accepted. Whatever makes no sense costs only itself (F8).
+//! Pure.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! Tells when a BOSH agent's settings may have changed: inotify on the nearest directories that exist, and the mount table, as a tmpfs
-//! that is mounted over a directory is no event in it.
+//! Tells when a BOSH agent's settings may have changed: inotify on the nearest directories that exist, and the mount
+//! table, as a tmpfs that is mounted over a directory is no event in it.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,8 @@ const BUFFER: usize = 4096;
 /// Most events that are read at once: more than the kernel queues (`/proc/sys/fs/inotify/max_queued_events`).
 const MOST: usize = 1 << 15;
 
-/// How long nothing is heard after a look: anybody can make files in a directory like `/tmp`, as often as he likes (F10).
+/// How long nothing is heard after a look: anybody can make files in a directory like `/tmp`, as often as he likes
+/// (F10).
 const REST: Duration = Duration::from_millis(50);
 
 /// Watches one directory of settings, whether it exists yet or not.

@@ -20,7 +20,8 @@ pub(super) struct Who {
     /// A cgroup, from the root of the cgroup v2 hierarchy, with everything below it
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     cgroup: Option<String>,
-    /// The BPM container of a BOSH job, whether it runs now or not; JOB.PROCESS for a process of another name than its job's
+    /// The BPM container of a BOSH job, whether it runs now or not; JOB.PROCESS for a process of another name than its
+    /// job's
     #[arg(long, value_name = "JOB", conflicts_with_all = ["cgroup", "pid"])]
     job: Option<String>,
     /// The cgroup that this process is in

@@ -1,5 +1,6 @@
-//! `enforcer enable-monit-access`, which jobs of BOSH releases call by several names: from pre-starts, start scripts and wrappers, most of
-//! them under `set -e` (B4). It lets the job in where it can, says why where it cannot, and never fails its caller.
+//! `enforcer enable-monit-access`, which jobs of BOSH releases call by several names: from pre-starts, start scripts
+//! and wrappers, most of them under `set -e` (B4). It lets the job in where it can, says why where it cannot, and never
+//! fails its caller.
 
 use std::{
     ffi::OsString,
@@ -37,8 +38,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The cgroup of whoever has called `permit_monit_access`, below the one that it was in.
 const OWN: &str = "monit-api-access";
-/// Scripts of stemcells that become monit or the agent, or ask monit as root: root needs no grant, and what they become starts
-/// everything else.
+/// Scripts of stemcells that become monit or the agent, or ask monit as root: root needs no grant, and what they become
+/// starts everything else.
 const WRAPPERS: [&str; 4] = [
     "/var/vcap/bosh/bin/monit",
     "/etc/sv/agent/run",
@@ -68,7 +69,8 @@ pub(super) fn as_called(arguments: impl IntoIterator<Item = OsString>) -> Vec<Os
     arguments
 }
 
-/// Whoever calls goes on: a job that is not let in is told by monit, and one that needs nothing must not be kept from starting.
+/// Whoever calls goes on: a job that is not let in is told by monit, and one that needs nothing must not be kept from
+/// starting.
 pub(super) fn run(config: &Path, access: &MonitAccess) -> Answer {
     if let Err(error) = enable(config, access) {
         complain("warning", &format!("{error:#}; this job is not let in to monit"));
@@ -146,15 +148,16 @@ fn has_monit(status: &Status) -> bool {
     status.targets.iter().any(|target| target.name == MONIT)
 }
 
-/// Whether this process runs in a container of BPM's, where neither socket nor pins of the host's are to be seen; told by its cgroups.
+/// Whether this process runs in a container of BPM's, where neither socket nor pins of the host's are to be seen; told
+/// by its cgroups.
 fn is_contained() -> bool {
     let cgroups = host::read_lossy("/proc/self/cgroup").unwrap_or_default();
     let mut last = cgroups.lines().filter_map(|line| line.rsplit('/').next());
     last.any(grants::is_container)
 }
 
-/// Adds a rule to the chain that the daemon and the BOSH agent read (B5), as the agent's own helper does: `nf_tables` is reached without
-/// any file of the host's. For the container, or the user named.
+/// Adds a rule to the chain that the daemon and the BOSH agent read (B5), as the agent's own helper does: `nf_tables`
+/// is reached without any file of the host's. For the container, or the user named.
 fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> Result<()> {
     let on_host = "on the host run enforcer grant monit --job JOB, or call this from the job's pre-start";
     let user = access
@@ -182,7 +185,8 @@ fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> R
     let added = added.with_context(|| format!("add a rule to chain {CHAIN}; {on_host}"))?;
     ensure!(
         added == Some(true),
-        "enforcer cannot be reached from within this container, and there is no nftables chain inet {TABLE} {CHAIN}; {on_host}"
+        "enforcer cannot be reached from within this container, and there is no nftables chain inet {TABLE} {CHAIN}; \
+         {on_host}"
     );
     Ok(())
 }

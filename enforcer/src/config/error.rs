@@ -18,7 +18,8 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// There was one, by what was in force last.
-    #[error("{} is gone, and what it named was in force last; write it again, or run enforcer unload and remove last-good.json in the state directory if the defaults are meant", path.display())]
+    #[error("{} is gone, and what it named was in force last; write it again, or run enforcer unload and remove \
+        last-good.json in the state directory if the defaults are meant", path.display())]
     Gone {
         /// The file.
         path: PathBuf,
@@ -51,8 +52,8 @@ pub enum ConfigError {
     },
 }
 
-/// What is wrong with a line. Keys are given as written or as `…` (B2: an endpoint in their place may hold credentials),
-/// values by their kind only.
+/// What is wrong with a line. Keys are given as written or as `…` (B2: an endpoint in their place may hold
+/// credentials), values by their kind only.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ConfigFault {
     /// Not text.
@@ -99,7 +100,8 @@ pub enum ConfigFault {
     #[error("is a number of more than 64 bits; write another value")]
     Number,
     /// `min_refresh` above `max_refresh`.
-    #[error("min_refresh in [dns] is {} and max_refresh {}; make max_refresh the longer", format_duration(*min), format_duration(*max))]
+    #[error("min_refresh in [dns] is {} and max_refresh {}; make max_refresh the \
+        longer", format_duration(*min), format_duration(*max))]
     RefreshOrder {
         /// `min_refresh`.
         min: Duration,
@@ -108,7 +110,8 @@ pub enum ConfigFault {
     },
     /// More of them than fit.
     #[error(
-        "nat64 names {found} prefixes besides 64:ff9b::/96, and the limit is {MAX_NAT64}; leave out those that no network of this host translates"
+        "nat64 names {found} prefixes besides 64:ff9b::/96, and the limit is {MAX_NAT64}; leave out those that no \
+         network of this host translates"
     )]
     Nat64Prefixes {
         /// How many there are.

@@ -1,4 +1,5 @@
-//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4), but for users who do not exist yet (F8).
+//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4), but for users who
+//! do not exist yet (F8).
 
 use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
 
@@ -104,7 +105,8 @@ pub enum WarningKind {
 }
 
 impl Policy {
-    /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a look-up that fails is a fault.
+    /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a look-up that fails is
+    /// a fault.
     pub fn from_config(config: &Config, users: &dyn Users) -> Result<Understood, PolicyError> {
         let (mut warnings, mut absent, mut listed) = (Vec::new(), Vec::new(), Vec::new());
         let mut targets = Vec::with_capacity(config.targets.len());

@@ -1,4 +1,5 @@
-//! Where the instance of a file is to be found, whatever is wrong with the rest of the file (F4): by single lines of it.
+//! Where the instance of a file is to be found, whatever is wrong with the rest of the file (F4): by single lines of
+//! it.
 
 use std::{
     io::Read as _,
@@ -14,9 +15,9 @@ use super::{
     value,
 };
 
-/// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found by,
-/// whatever is wrong with the rest of the file (F4). The default where there is no such line; none where that line itself is wrong
-/// in a file that is not the default one: what lies at the default place is another instance's.
+/// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found
+/// by, whatever is wrong with the rest of the file (F4). The default where there is no such line; none where that line
+/// itself is wrong in a file that is not the default one: what lies at the default place is another instance's.
 #[must_use]
 pub fn state_dir(path: &Path) -> Option<PathBuf> {
     match top_lines(path).map_or(Ok(None), |text| state_dir_of(&text)) {
@@ -26,11 +27,12 @@ pub fn state_dir(path: &Path) -> Option<PathBuf> {
     }
 }
 
-/// Where the instance of the file at `path` is to be found, each key taken from its line alone, whatever is wrong with the rest
-/// of the file (F4): a mistake in it must not keep anybody from asking the daemon. Defaults where there is no such line.
+/// Where the instance of the file at `path` is to be found, each key taken from its line alone, whatever is wrong with
+/// the rest of the file (F4): a mistake in it must not keep anybody from asking the daemon. Defaults where there is no
+/// such line.
 ///
-/// `None` where the file cannot be read; and where such a line itself is wrong, unless `lenient`: it named another place than the
-/// default, and what is done there would be done to another instance.
+/// `None` where the file cannot be read; and where such a line itself is wrong, unless `lenient`: it named another
+/// place than the default, and what is done there would be done to another instance.
 #[must_use]
 pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
     let text = top_lines(path)?;
@@ -63,8 +65,8 @@ fn top_lines(path: &Path) -> Option<String> {
 #[derive(Clone, Copy, Debug)]
 struct Unread;
 
-/// The path that the lines before the first section give as `state_dir`: as TOML has them, and where something is wrong there the
-/// line of its own. An error where it is named and cannot be read.
+/// The path that the lines before the first section give as `state_dir`: as TOML has them, and where something is wrong
+/// there the line of its own. An error where it is named and cannot be read.
 fn state_dir_of(text: &str) -> Result<Option<PathBuf>, Unread> {
     #[derive(Deserialize)]
     struct StateDir {
@@ -78,8 +80,8 @@ fn state_dir_of(text: &str) -> Result<Option<PathBuf>, Unread> {
     Ok(found.map(|found| found.state_dir))
 }
 
-/// What the lines of `text` that begin with `key`, in quotes or not, say, each read by itself; the last that can be read counts. An error where there
-/// are such lines and none can be read.
+/// What the lines of `text` that begin with `key`, in quotes or not, say, each read by itself; the last that can be
+/// read counts. An error where there are such lines and none can be read.
 fn line_of<T: DeserializeOwned>(text: &str, key: &str) -> Result<Option<T>, Unread> {
     let lines = text.lines().map(str::trim_start);
     let ours = lines.filter(|line| {

@@ -63,7 +63,8 @@ fn mistakes_name_file_line_and_key_on_one_line() {
         ("socket = 99999999999999999999", 1, "64 bits"),
         ("nat64 = [\n\"::/96\"]", 2, "nat64"),
         (
-            "mode = \"audit\"\nnat64 = [\"2001:db8:1::/96\", \"2001:db8:2::/96\", \"2001:db8:3::/96\", \"2001:db8:4::/96\"]",
+            "mode = \"audit\"\nnat64 = [\"2001:db8:1::/96\", \"2001:db8:2::/96\", \"2001:db8:3::/96\", \
+             \"2001:db8:4::/96\"]",
             2,
             "nat64 names 4",
         ),
@@ -148,7 +149,8 @@ fn no_message_quotes_a_refused_value() {
     for secret in SECRETS {
         let top =
             "mode backend existing cgroup pin_dir state_dir socket forward nft_table nat64 dns bosh target target.x";
-        let sections = "dns.min_refresh dns.max_refresh dns.retain dns.unresolved bosh.dir unknown dns.unknown bosh.unknown \
+        let sections = "dns.min_refresh dns.max_refresh dns.retain dns.unresolved bosh.dir unknown dns.unknown \
+            bosh.unknown \
             target.x.endpoints target.x.allow target.x.grants target.x.answers target.x.unknown \
             \"nats://me:hunter2@h:1\" dns.\"nats://me:hunter2@h:1\" target.\"nats://me:hunter2@h:1\" \
             target.x.\"nats://me:hunter2@h:1\"";

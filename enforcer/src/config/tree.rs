@@ -1,6 +1,6 @@
 //! TOML's tree as serde takes it. Not by TOML's own deserializer: its messages quote the value that they refuse, and
-//! `endpoints = "nats://user:password@…"`, a forgotten bracket, would print a password (B2). A [`Fault`] has no place for a value;
-//! it has the line and the key.
+//! `endpoints = "nats://user:password@…"`, a forgotten bracket, would print a password (B2). A [`Fault`] has no place
+//! for a value; it has the line and the key.
 
 use std::{cell::RefCell, fmt};
 

@@ -45,12 +45,14 @@ enum Process {
 pub(crate) enum CgroupError {
     /// A container's, seen from another one.
     #[error(
-        "the calling process is not visible in the daemon's PID namespace; name the cgroup with --cgroup, as the host has it"
+        "the calling process is not visible in the daemon's PID namespace; name the cgroup with --cgroup, as the host \
+         has it"
     )]
     Invisible,
     /// `--pid` with numbers of another namespace.
     #[error(
-        "the caller runs in a PID namespace of its own, where --pid {pid} means another process than here; name the cgroup with --cgroup, as the host has it"
+        "the caller runs in a PID namespace of its own, where --pid {pid} means another process than here; name the \
+         cgroup with --cgroup, as the host has it"
     )]
     Namespace { pid: u32 },
     /// It has ended.
@@ -58,7 +60,8 @@ pub(crate) enum CgroupError {
     Gone { pid: u32 },
     /// `/proc` shows others to root with `CAP_SYS_PTRACE` alone, or to a group (proc(5), `hidepid=`).
     #[error(
-        "/proc hides process {pid} from the daemon (hidepid=); name the cgroup with --cgroup, or mount /proc with gid=0 or without hidepid="
+        "/proc hides process {pid} from the daemon (hidepid=); name the cgroup with --cgroup, or mount /proc with \
+         gid=0 or without hidepid="
     )]
     Hidden { pid: u32 },
     /// It cannot be read.
@@ -69,7 +72,8 @@ pub(crate) enum CgroupError {
     NoCgroup2 { pid: u32 },
     /// Not below the mount.
     #[error(
-        "process {pid} is in cgroup {cgroup}, which lies outside of what is mounted here; run enforcer on the host, not in a cgroup namespace"
+        "process {pid} is in cgroup {cgroup}, which lies outside of what is mounted here; run enforcer on the host, \
+         not in a cgroup namespace"
     )]
     Outside { pid: u32, cgroup: String },
     /// A path that no rule can name.
@@ -164,7 +168,8 @@ fn is_still(process: &OwnedFd, pid: u32) -> bool {
     number.is_some_and(|number| number.trim().parse() == Ok(pid))
 }
 
-/// When a process was started, in ticks since boot (proc(5), stat field 22): tells it from a later one of the same number.
+/// When a process was started, in ticks since boot (proc(5), stat field 22): tells it from a later one of the same
+/// number.
 fn started(pid: u32) -> Option<u64> {
     let stat = host::read_lossy(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything.

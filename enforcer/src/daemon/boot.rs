@@ -63,7 +63,8 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
     path.metadata().and_then(|meta| meta.modified()).ok()
 }
 
-/// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it needs.
+/// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it
+/// needs.
 pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     let (daemon, listener) = enforce(path)?;
     // Nothing that follows, lookups above all, runs with more.
@@ -130,7 +131,8 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     Ok((daemon, listener))
 }
 
-/// F4: a file that named targets which were in force last, and has gone, is a mistake, not the wish for the defaults (B1).
+/// F4: a file that named targets which were in force last, and has gone, is a mistake, not the wish for the defaults
+/// (B1).
 pub(super) fn has_not_gone(wanted: HostConfig, good: Option<&LastGood>) -> Result<HostConfig, InputError> {
     let named_still = |target: &Target| {
         let now = wanted.policy.target(&target.name);
@@ -248,8 +250,8 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// Whether the kernel guards addresses that only the last run knew: those of names that are not looked up yet, and of a message
-    /// bus that is not known (F1). Without what it kept they would be open until then.
+    /// Whether the kernel guards addresses that only the last run knew: those of names that are not looked up yet, and
+    /// of a message bus that is not known (F1). Without what it kept they would be open until then.
     fn would_forget(&mut self) -> Result<bool, DaemonError> {
         let unknown: Vec<&str> = self.inputs.targets_unknown(Instant::now()).collect();
         if self.kept.mark().is_some() || unknown.is_empty() {
@@ -267,8 +269,8 @@ impl Daemon {
     /// Stays with the last rule set known good, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         if !self.guard.is_active() {
-            // Something was in force before this start: it is taken over if it is what is known of it, whoever put it there, else left
-            // alone (F1).
+            // Something was in force before this start: it is taken over if it is what is known of it, whoever put it
+            // there, else left alone (F1).
             if self.is_in_force()? {
                 self.apply_now()?;
             } else {
@@ -280,8 +282,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to log to. Which programs
-    /// its links run takes `CAP_SYS_ADMIN` to tell, and they are replaced by ours.
+    /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to
+    /// log to. Which programs its links run takes `CAP_SYS_ADMIN` to tell, and they are replaced by ours.
     fn is_in_force(&self) -> Result<bool, DaemonError> {
         let settings = &self.inputs.settings();
         let Some(in_force) = InForce::open(settings)? else {

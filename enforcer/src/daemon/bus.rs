@@ -1,4 +1,5 @@
-//! The message bus that a BOSH agent's settings name (B2): read when they change, kept when they say nothing usable (F4).
+//! The message bus that a BOSH agent's settings name (B2): read when they change, kept when they say nothing usable
+//! (F4).
 
 use std::{path::Path, time::Instant};
 

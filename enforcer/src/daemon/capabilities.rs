@@ -1,4 +1,5 @@
-//! The capabilities that the daemon keeps once its first rule set is in force; all others are given up for good, as far as can be.
+//! The capabilities that the daemon keeps once its first rule set is in force; all others are given up for good, as far
+//! as can be.
 
 use std::io;
 
@@ -44,8 +45,8 @@ pub(super) fn reduce() -> Result<(), DaemonError> {
 }
 
 fn plan(supported: &CapsHashSet, held: &CapsHashSet, bounding: &CapsHashSet) -> Plan {
-    // Linux before 5.8 knows neither CAP_BPF nor CAP_PERFMON. eBPF needs 5.8 (ring buffer), so it is nftables that enforces there,
-    // with CAP_NET_ADMIN alone; the sets of such a kernel are left as they are.
+    // Linux before 5.8 knows neither CAP_BPF nor CAP_PERFMON. eBPF needs 5.8 (ring buffer), so it is nftables that
+    // enforces there, with CAP_NET_ADMIN alone; the sets of such a kernel are left as they are.
     if !NEEDED.iter().all(|needed| supported.contains(needed)) {
         return Plan {
             keep: held.clone(),
@@ -68,7 +69,8 @@ fn plan(supported: &CapsHashSet, held: &CapsHashSet, bounding: &CapsHashSet) -> 
         keep,
         bounding: CapsHashSet::new(),
         left: Some(format!(
-            "the bounding set stays as it is, {} beyond what is kept, because CAP_SETPCAP is missing; grant it at start, or set CapabilityBoundingSet= in the unit",
+            "the bounding set stays as it is, {} beyond what is kept, because CAP_SETPCAP is missing; grant it at \
+             start, or set CapabilityBoundingSet= in the unit",
             beyond.len()
         )),
     }

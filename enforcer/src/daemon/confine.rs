@@ -1,7 +1,8 @@
-//! Where the daemon may write once its first rule set is active: around its own files, and nowhere else (Landlock, man 7 `landlock`).
+//! Where the daemon may write once its first rule set is active: around its own files, and nowhere else (Landlock, man
+//! 7 `landlock`).
 //!
-//! The service manager could do that with mounts, and would hide from the daemon what the host mounts later: the settings of a BOSH agent
-//! lie on such a mount. Under runit there is nothing else that does it.
+//! The service manager could do that with mounts, and would hide from the daemon what the host mounts later: the
+//! settings of a BOSH agent lie on such a mount. Under runit there is nothing else that does it.
 
 use std::{
     collections::BTreeSet,
@@ -19,14 +20,15 @@ use crate::config::Settings;
 /// The newest rights that are known of; an older kernel denies those that it has (Linux 5.13 has the first).
 const ABI: ABI = ABI::V3;
 
-/// Gives up writing elsewhere than next to the files of an instance, for this thread and those that it starts. Without Landlock all
-/// goes on as before.
+/// Gives up writing elsewhere than next to the files of an instance, for this thread and those that it starts. Without
+/// Landlock all goes on as before.
 pub(super) fn to(settings: &Settings) {
     let places = places(settings);
     match beneath(&places) {
         Ok(RulesetStatus::NotEnforced) => {
             info!(
-                "writing is not confined by Landlock: this kernel has none (Linux 5.13), or a filter of system calls refuses it"
+                "writing is not confined by Landlock: this kernel has none (Linux 5.13), or a filter of system calls \
+                 refuses it"
             );
         }
         Ok(RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced) => {
@@ -44,8 +46,8 @@ fn beneath(places: &BTreeSet<PathBuf>) -> Result<RulesetStatus, RulesetError> {
     Ok(confined.ruleset)
 }
 
-/// The directories that hold those of the instance, as these may be removed, and are made again; where one is a link, what holds its
-/// destination too.
+/// The directories that hold those of the instance, as these may be removed, and are made again; where one is a link,
+/// what holds its destination too.
 fn places(settings: &Settings) -> BTreeSet<PathBuf> {
     let socket_dir = settings.socket.parent().unwrap_or(Path::new("/"));
     let dirs = [&settings.state_dir, socket_dir, &settings.pin_dir];

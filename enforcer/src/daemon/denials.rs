@@ -20,8 +20,8 @@ use crate::{
     wire::{Event, Line, Lost, Reply},
 };
 
-/// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that follows, a flood
-/// takes no more than a tenth of one processor, however slow that is (F10).
+/// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that
+/// follows, a flood takes no more than a tenth of one processor, however slow that is (F10).
 const EVENTS_AT_ONCE: usize = 1024;
 const EVENT_TIME: Duration = Duration::from_millis(5);
 /// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
@@ -53,8 +53,8 @@ impl Daemon {
         self.enforcement.logged().map(watched).transpose()
     }
 
-    /// Opens anew where denials come from, as another configuration may have brought another backend. False where that has to be tried
-    /// again; what was open stays so (F4).
+    /// Opens anew where denials come from, as another configuration may have brought another backend. False where that
+    /// has to be tried again; what was open stays so (F4).
     pub(super) fn follow_denials(
         &mut self,
         denials: &mut Option<AsyncFd<Ring<EventRecord>>>,
@@ -75,7 +75,8 @@ impl Daemon {
         followed
     }
 
-    /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be many.
+    /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be
+    /// many.
     pub(super) fn take_logged(&mut self, source: &mut Denials) -> bool {
         let all = helping(|| {
             match source.take()? {
@@ -92,7 +93,8 @@ impl Daemon {
         all
     }
 
-    /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was taken.
+    /// Takes what has come, up to a limit: a flood of denials must not keep the loop from its work. True if all was
+    /// taken.
     pub(super) fn take_events(&mut self, source: &mut Ring<EventRecord>) -> bool {
         let Ok(boot) = events::boot_time() else { return true };
         let all = helping(|| {

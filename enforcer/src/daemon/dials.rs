@@ -1,5 +1,5 @@
-//! The dial is the trigger (N8): an attempt on a port of names, at an address that is no endpoint, has these names looked up at once. When
-//! it may do so again is decided here. The clock is passed in.
+//! The dial is the trigger (N8): an attempt on a port of names, at an address that is no endpoint, has these names
+//! looked up at once. When it may do so again is decided here. The clock is passed in.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -217,7 +217,8 @@ impl Daemon {
         let names = self.dials.dialled(dial, self.rounds.now() + 1, Instant::now(), longest);
         match names {
             Some(names) => self.look_up_dialled(names, dial.to.port()),
-            // Told by a gate that nobody waits at: of a port that is one of names no longer, or that nftables told before.
+            // Told by a gate that nobody waits at: of a port that is one of names no longer, or that nftables told
+            // before.
             None if !self.dials.0.contains_key(&dial.to.port()) => {
                 let closed = self.set_gate(dial.to.port(), false);
                 self.gates_set(closed);

@@ -21,7 +21,8 @@ pub(crate) enum DaemonError {
     State(#[from] StateError),
     /// What is in force is not known here.
     #[error(
-        "what is in force is newer than the last rule set known good, and stays as it is until the configuration is mended"
+        "what is in force is newer than the last rule set known good, and stays as it is until the configuration is \
+         mended"
     )]
     Frozen,
     /// Keys that hold for the whole run have changed.

@@ -32,24 +32,29 @@ const LONG: Duration = Duration::from_hours(1);
 pub(super) enum GrantError {
     #[error("there is no target {target}; the configuration has {}", if known.is_empty() { "none" } else { known })]
     UnknownTarget { target: String, known: String },
-    #[error("target {target} may not be granted; write grants = true in its section [target.{target}] of {} and reload", path.display())]
+    #[error("target {target} may not be granted; write grants = true in its section [target.{target}] of {} and \
+        reload", path.display())]
     NotGrantable { target: String, path: PathBuf },
     #[error(
-        "{cgroup} holds every process that is judged here, so granting it would let everybody in; run this from the job's own cgroup, or name one with --cgroup, --job or --pid, or a user with --user"
+        "{cgroup} holds every process that is judged here, so granting it would let everybody in; run this from the \
+         job's own cgroup, or name one with --cgroup, --job or --pid, or a user with --user"
     )]
     Everybody { cgroup: CgroupPath },
     #[error("cgroup {cgroup} does not exist below {}; make it first, or correct the path", mount.display())]
     NoCgroup { cgroup: CgroupPath, mount: PathBuf },
     #[error(
-        "cgroup {cgroup} may not be granted: {by}, who could let in whom he likes; name a cgroup that is root's up to the root of the hierarchy, such as a system service's, or a user with --user"
+        "cgroup {cgroup} may not be granted: {by}, who could let in whom he likes; name a cgroup that is root's up to \
+         the root of the hierarchy, such as a system service's, or a user with --user"
     )]
     Writable { cgroup: CgroupPath, by: Writable },
     #[error(
-        "how deep cgroup {cgroup} lies is not known from within this cgroup namespace, so that a grant would let nobody in; run the daemon in the host's cgroup namespace, or grant a user with --user alone"
+        "how deep cgroup {cgroup} lies is not known from within this cgroup namespace, so that a grant would let \
+         nobody in; run the daemon in the host's cgroup namespace, or grant a user with --user alone"
     )]
     Unplaced { cgroup: CgroupPath },
     #[error(
-        "cgroup {cgroup} holds {what}, so granting it would let in more than the job; name the job's BPM container with --job JOB, or a user with --user"
+        "cgroup {cgroup} holds {what}, so granting it would let in more than the job; name the job's BPM container \
+         with --job JOB, or a user with --user"
     )]
     Shared { cgroup: CgroupPath, what: String },
     #[error("cgroup {path:?}: {error}")]
@@ -63,7 +68,8 @@ pub(super) enum GrantError {
     #[error("a grant lasts from 1 s to {}", humantime::format_duration(MAX_TIME))]
     Time,
     #[error(
-        "this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can), so that the grant would let nobody in; grant a user with --user alone"
+        "this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can), so that the grant would let nobody in; \
+         grant a user with --user alone"
     )]
     CgroupsIgnored,
     #[error(transparent)]
@@ -81,7 +87,8 @@ pub(super) enum GrantError {
 }
 
 impl Daemon {
-    /// What was granted before this start. What cannot be trusted grants nothing, and is kept for its owner to see (F4).
+    /// What was granted before this start. What cannot be trusted grants nothing, and is kept for its owner to see
+    /// (F4).
     pub(super) fn load_grants(dir: &std::path::Path, stays: bool) -> (Grants, Option<String>) {
         let mut granted = match grants::load(dir) {
             Ok(granted) => granted,
@@ -228,8 +235,8 @@ impl Daemon {
         Ok(events)
     }
 
-    /// Ends what is over, and drops what was granted to cgroups that have gone; the policy is without both then, and the rule set is to
-    /// be made anew.
+    /// Ends what is over, and drops what was granted to cgroups that have gone; the policy is without both then, and
+    /// the rule set is to be made anew.
     pub(super) fn end_expired(&mut self) {
         let now = Moment::now();
         let expired = self
@@ -299,8 +306,8 @@ impl Daemon {
         }
     }
 
-    /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than the job. And whether
-    /// it is the caller's own cgroup.
+    /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than
+    /// the job. And whether it is the caller's own cgroup.
     fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<(Vec<Grantee>, bool), GrantError> {
         let named = grantees(&asked.to, peer)?;
         let refused = named.iter().try_for_each(|to| self.refuse_too_much(to));

@@ -1,5 +1,5 @@
-//! Has the kernel hold what is desired: makes it active, repairs it with pauses (F5), and leaves alone what it must not replace (F1).
-//! Of what enforces it knows no more than [`Store`]; time is passed in.
+//! Has the kernel hold what is desired: makes it active, repairs it with pauses (F5), and leaves alone what it must not
+//! replace (F1). Of what enforces it knows no more than [`Store`]; time is passed in.
 
 use std::{sync::Arc, time::Instant};
 
@@ -15,7 +15,8 @@ use crate::{
 pub(super) trait Store {
     /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
     fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError>;
-    /// Sees to it that this generation is active whole (F5). Returns the number that it has then; none if another one is active.
+    /// Sees to it that this generation is active whole (F5). Returns the number that it has then; none if another one
+    /// is active.
     fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
     /// How often something that others took or changed was put back.
     fn restored(&self) -> u64;
@@ -123,8 +124,8 @@ impl Guard {
         self.apply(store, inputs, now).inspect_err(|_| self.hold = hold)
     }
 
-    /// Sees to it that what inputs come to is active; `again` where that failed last. Nothing is done while something is held or, after a
-    /// fight with others, for a pause.
+    /// Sees to it that what inputs come to is active; `again` where that failed last. Nothing is done while something
+    /// is held or, after a fight with others, for a pause.
     pub(super) fn reconcile(
         &mut self,
         store: &mut impl Store,

@@ -1,4 +1,5 @@
-//! The chain that rules of BOSH jobs are in (B5): read whenever `nf_tables` changes, before rules are made; written once they are active.
+//! The chain that rules of BOSH jobs are in (B5): read whenever `nf_tables` changes, before rules are made; written
+//! once they are active.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,7 +38,8 @@ pub(super) enum ChainError {
     Nftables(#[from] NftablesError),
     /// What is written does not stay.
     #[error(
-        "another process keeps removing what was granted from nftables chain inet {TABLE} {CHAIN}; it is written again after a while"
+        "another process keeps removing what was granted from nftables chain inet {TABLE} {CHAIN}; it is written again \
+         after a while"
     )]
     Undone,
 }
@@ -153,7 +155,8 @@ impl Chain {
                 return Ok(());
             };
             result = way.change(&remove, &add);
-            // Before Linux 5.13 nf_tables knows no cgroups: what can be written is. A transaction without a change would wake us again.
+            // Before Linux 5.13 nf_tables knows no cgroups: what can be written is. A transaction without a change
+            // would wake us again.
             let mut users = add;
             users.retain(|accept| accept.subject.cgroup.is_none());
             if result.is_err() && (!exists || !remove.is_empty() || !users.is_empty()) {
@@ -171,7 +174,8 @@ impl Chain {
         Ok(result?)
     }
 
-    /// Removes what is ours: all of it where this process has had it, else, as it may be that the agent makes its table just now, rules alone.
+    /// Removes what is ours: all of it where this process has had it, else, as it may be that the agent makes its table
+    /// just now, rules alone.
     fn let_go(&mut self, settings: &Settings) -> Result<(), NftablesError> {
         let held = self.held;
         if held == Held::Nothing {

@@ -1,5 +1,5 @@
-//! What the log says of denials: the first of each kind at once, then at most a line a minute with a count. Each user has a budget
-//! of kinds, so that none crowds another out of the log. Pure.
+//! What the log says of denials: the first of each kind at once, then at most a line a minute with a count. Each user
+//! has a budget of kinds, so that none crowds another out of the log. Pure.
 
 use std::{
     collections::BTreeMap,
@@ -14,12 +14,14 @@ use crate::{
 
 /// Between two lines of one kind.
 const PERIOD: Duration = Duration::from_mins(1);
-/// Kinds told apart of one user at once: a caller chooses from where, and of a prefix where to, so that there may be any number.
+/// Kinds told apart of one user at once: a caller chooses from where, and of a prefix where to, so that there may be
+/// any number.
 const KINDS: usize = 16;
 /// Users told apart at once, and of those with a UID from [`MAPPED`] on.
 const USERS: usize = 128;
 const MAPPED_USERS: usize = 32;
-/// Whoever holds a range of subordinate UIDs (man 5 subuid) may call as tens of thousands of users; they have a budget of their own.
+/// Whoever holds a range of subordinate UIDs (man 5 subuid) may call as tens of thousands of users; they have a budget
+/// of their own.
 const MAPPED: u32 = 1 << 16;
 
 /// Whose budget a denial is counted on: that of the user who connects, or with nftables of the one who made the socket.

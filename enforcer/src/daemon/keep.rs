@@ -1,5 +1,5 @@
-//! Keeps what is active for the next start (F4, N7): only once it is, and only if it is another. A thread of its own writes, as a disk
-//! that any user keeps busy takes seconds to sync (F10).
+//! Keeps what is active for the next start (F4, N7): only once it is, and only if it is another. A thread of its own
+//! writes, as a disk that any user keeps busy takes seconds to sync (F10).
 
 use std::{
     io,
@@ -73,7 +73,8 @@ impl Kept {
         self.mark
     }
 
-    /// Waits until what is being written is, for [`Daemon::was_kept`]; for ever where nothing is. Nothing is lost if nobody waits on.
+    /// Waits until what is being written is, for [`Daemon::was_kept`]; for ever where nothing is. Nothing is lost if
+    /// nobody waits on.
     pub(super) async fn saved(&mut self) -> Saved {
         match &mut self.saving {
             Some(saving) => (&mut saving.task)
@@ -110,7 +111,8 @@ impl Daemon {
         self.enforcement.begin_to_settle();
     }
 
-    /// Begins to keep what is active now, if it has changed. What fails is tried again; what changes meanwhile is kept afterwards.
+    /// Begins to keep what is active now, if it has changed. What fails is tried again; what changes meanwhile is kept
+    /// afterwards.
     fn keep_for_next_start(&mut self) {
         if self.kept.saving.is_some() {
             return;

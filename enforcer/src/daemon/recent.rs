@@ -1,4 +1,5 @@
-//! What happened last, for those who ask later. One user's flood pushes out that user's own events, not what others did. Pure.
+//! What happened last, for those who ask later. One user's flood pushes out that user's own events, not what others
+//! did. Pure.
 
 use std::collections::{HashMap, VecDeque};
 

@@ -44,7 +44,8 @@ impl Daemon {
         let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
         for (path, by) in &self.inputs.host.writable {
             causes.push(format!(
-                "cgroup {path} matches nobody: {by}, who could let in whom he likes; make it root's, or name a cgroup that is"
+                "cgroup {path} matches nobody: {by}, who could let in whom he likes; make it root's, or name a cgroup \
+                 that is"
             ));
         }
         for path in self.inputs.config.policy.cgroups() {
@@ -56,11 +57,16 @@ impl Daemon {
             }
         }
         if self.enforcement.ignores_cgroups() && !self.inputs.config.policy.cgroups().is_empty() {
-            causes.push("this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a cgroup match nobody".to_owned());
+            causes.push(
+                "this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a \
+                cgroup match nobody"
+                    .to_owned(),
+            );
         }
         if self.guard.drift.is_recent(Instant::now()) {
             causes.push(format!(
-                "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft monitor, bpftool)",
+                "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft \
+                 monitor, bpftool)",
                 self.enforcement.restored(),
                 Drift::MEMORY.as_secs()
             ));

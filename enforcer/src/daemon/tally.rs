@@ -18,7 +18,8 @@ struct Since {
     told: u64,
 }
 
-/// The comparison. The kernel counts before it tells: what it counted is compared a little later, when that has been told.
+/// The comparison. The kernel counts before it tells: what it counted is compared a little later, when that has been
+/// told.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     /// What the kernel had counted when it was compared last.
@@ -73,7 +74,8 @@ impl Tally {
             since.told += told.get(&target).copied().unwrap_or_default();
             if since.counted > since.told {
                 lines.push(format!(
-                    "the kernel counted {} denials of {target}, of which {} were told one by one: the others came too fast",
+                    "the kernel counted {} denials of {target}, of which {} were told one by one: the others came too \
+                     fast",
                     since.counted, since.told
                 ));
                 *since = Since::default();

@@ -1,4 +1,5 @@
-//! Users and groups that the configuration names, looked up again: when the files of users change, and each minute for other name services (N9).
+//! Users and groups that the configuration names, looked up again: when the files of users change, and each minute for
+//! other name services (N9).
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,5 +1,6 @@
-//! Servers of a message bus that are not endpoints: a NATS server greets whoever connects with an INFO line that names the other servers of
-//! its cluster, to which clients go when it is down (docs.nats.io, "Client Protocol": `connect_urls`).
+//! Servers of a message bus that are not endpoints: a NATS server greets whoever connects with an INFO line that names
+//! the other servers of its cluster, to which clients go when it is down (docs.nats.io, "Client Protocol":
+//! `connect_urls`).
 
 use std::{
     collections::BTreeSet,
@@ -118,9 +119,11 @@ pub(super) fn findings(members: &[Member], findings: &mut Findings) {
     findings.each(
         "bus-members",
         Weight::Medium,
-        "a message bus announces servers of its cluster that are not endpoints: who is denied at the one can connect to the others",
+        "a message bus announces servers of its cluster that are not endpoints: who is denied at the one can connect \
+         to the others",
         items,
-        "add them to the endpoints, or a name or prefix that covers all servers; or set client_advertise and no_advertise in the servers to what clients are to use",
+        "add them to the endpoints, or a name or prefix that covers all servers; or set client_advertise and \
+         no_advertise in the servers to what clients are to use",
     );
 }
 

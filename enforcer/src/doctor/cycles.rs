@@ -1,5 +1,6 @@
-//! Ordering cycles of systemd's units through ours. Where all units of one are started together, systemd drops the start of one of them,
-//! and that may be ours (man 5 `systemd.unit`, `Before=`). `systemd-analyze verify` finds those alone whose units pull each other in.
+//! Ordering cycles of systemd's units through ours. Where all units of one are started together, systemd drops the
+//! start of one of them, and that may be ours (man 5 `systemd.unit`, `Before=`). `systemd-analyze verify` finds those
+//! alone whose units pull each other in.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -71,9 +72,11 @@ pub(super) fn findings(cycles: &[Cycle], findings: &mut Findings) {
     findings.each(
         "ordering-cycle",
         Weight::High,
-        "systemd units form an ordering cycle with enforcer's: at boot systemd breaks it by not starting one of them, which may be enforcer",
+        "systemd units form an ordering cycle with enforcer's: at boot systemd breaks it by not starting one of them, \
+         which may be enforcer",
         cycles.iter().map(shown),
-        "remove one of these After= or Before=; enforcer.service is to start before network-online.target and what needs that",
+        "remove one of these After= or Before=; enforcer.service is to start before network-online.target and what \
+         needs that",
     );
 }
 

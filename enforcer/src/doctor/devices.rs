@@ -1,7 +1,9 @@
-//! Devices by which packets of containers and virtual machines leave this host past its IP hooks, where nftables has its chains.
+//! Devices by which packets of containers and virtual machines leave this host past its IP hooks, where nftables has
+//! its chains.
 //!
-//! A device that was moved to another network namespace is seen from there alone: the kernel takes the links between it and the device
-//! below it out of this namespace's sysfs. So each namespace is entered, by a thread that ends, and asked for its own devices.
+//! A device that was moved to another network namespace is seen from there alone: the kernel takes the links between it
+//! and the device below it out of this namespace's sysfs. So each namespace is entered, by a thread that ends, and
+//! asked for its own devices.
 
 use std::{
     fs::File,
@@ -30,8 +32,8 @@ struct Device {
     above_another: bool,
 }
 
-/// Devices of the namespace that we are in: what taps the device below for a virtual machine, and bridges that join two ports or
-/// more, unless the kernel is told to show bridged packets to the IP hooks.
+/// Devices of the namespace that we are in: what taps the device below for a virtual machine, and bridges that join two
+/// ports or more, unless the kernel is told to show bridged packets to the IP hooks.
 pub(super) fn here(bridges_are_shown: bool) -> io::Result<Vec<String>> {
     Ok(passing_here(&devices(None)?, bridges_are_shown))
 }

@@ -1,4 +1,5 @@
-//! What enforcer keeps in the file system: who can write it, whether the host sees it, and how much of the host it covers.
+//! What enforcer keeps in the file system: who can write it, whether the host sees it, and how much of the host it
+//! covers.
 
 use std::{
     fs, io,
@@ -121,9 +122,11 @@ impl Files {
             findings.each(
                 "part-of-host",
                 High,
-                "only a part of the host is covered: the root of the cgroup v2 hierarchy is not mounted here and no cgroup is configured, so processes elsewhere can connect to every endpoint",
+                "only a part of the host is covered: the root of the cgroup v2 hierarchy is not mounted here and no \
+                 cgroup is configured, so processes elsewhere can connect to every endpoint",
                 std::iter::once(format!("covered: cgroups below {}", part.display())).chain(outside),
-                "run enforcer in the host's cgroup and mount namespace (docker run --cgroupns=host -v /sys/fs/cgroup:/sys/fs/cgroup), or mount the root there; set cgroup to that path if no more is meant",
+                "run enforcer in the host's cgroup and mount namespace (docker run --cgroupns=host -v \
+                 /sys/fs/cgroup:/sys/fs/cgroup), or mount the root there; set cgroup to that path if no more is meant",
             );
         }
         // What must outlive the process, or be found by others (F1).
@@ -132,16 +135,19 @@ impl Files {
         findings.each(
             "hidden-from-host",
             if pins { High } else { Medium },
-            "files of enforcer exist only in its own mount namespace: they end with it, and other processes do not find them",
+            "files of enforcer exist only in its own mount namespace: they end with it, and other processes do not \
+             find them",
             hidden.iter().map(ToString::to_string),
-            "do what each line says; under systemd check PrivateTmp=, ProtectSystem= and TemporaryFileSystem= of the unit",
+            "do what each line says; under systemd check PrivateTmp=, ProtectSystem= and TemporaryFileSystem= of the \
+             unit",
         );
         findings.each(
             "host-unknown",
             Low,
             "it is unknown whether the host sees enforcer's pins, state and socket",
             self.visibility.unknown.clone().filter(|_| hidden.is_empty()),
-            "let root read /proc/1/mountinfo (mount /proc without hidepid=, or with gid=0); in a container, share the host's PID namespace or bind-mount /sys/fs/bpf, state_dir and the socket's directory from the host",
+            "let root read /proc/1/mountinfo (mount /proc without hidepid=, or with gid=0); in a container, share the \
+             host's PID namespace or bind-mount /sys/fs/bpf, state_dir and the socket's directory from the host",
         );
         // A user could make them anew or move into them (F6).
         findings.each(
@@ -149,7 +155,8 @@ impl Files {
             Medium,
             "cgroups of principals or grants are writable by other users than root: they match nobody",
             host.writable.iter().map(|(path, by)| format!("{path}: {by}")),
-            "chown root and chmod go-w the cgroup, cgroup.procs and cgroup.threads in it and in each ancestor; or use a cgroup that is not delegated",
+            "chown root and chmod go-w the cgroup, cgroup.procs and cgroup.threads in it and in each ancestor; or use \
+             a cgroup that is not delegated",
         );
     }
 
@@ -197,7 +204,8 @@ impl Files {
         findings.each(
             "socket-open",
             Medium,
-            "other users can reach or replace the control socket: the daemon answers only root and enforcer trusts only root's socket, but other programs may trust a replacement",
+            "other users can reach or replace the control socket: the daemon answers only root and enforcer trusts \
+             only root's socket, but other programs may trust a replacement",
             of(|file| match file.kind {
                 Kind::SocketDir => file.lets(0o022),
                 Kind::Socket => file.lets(0o077),

@@ -80,7 +80,8 @@ impl Findings {
                 "no-backend",
                 Weight::High,
                 &choice.reason,
-                "provide what is missing, or set `backend` to the other one; until then enforcer does not start and protects nothing",
+                "provide what is missing, or set `backend` to the other one; until then enforcer does not start and \
+                 protects nothing",
             );
         }
         self.0.sort_by_key(|finding| (finding.weight, finding.id));

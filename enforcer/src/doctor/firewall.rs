@@ -64,21 +64,25 @@ impl Firewall {
         findings.each(
             "nat-onto-endpoint",
             High,
-            "NAT rules redirect connections to an endpoint: ebpf evaluates only the original destination, so whoever connects to that reaches the endpoint",
+            "NAT rules redirect connections to an endpoint: ebpf evaluates only the original destination, so whoever \
+             connects to that reaches the endpoint",
             onto.map(|(_, place)| place),
-            "set backend = \"both\", which evaluates after NAT; or remove the rules, or add their original destination to the endpoints",
+            "set backend = \"both\", which evaluates after NAT; or remove the rules, or add their original destination \
+             to the endpoints",
         );
         findings.each(
             "nat-unknown",
             Low,
-            "NAT rules redirect connections to addresses of a map or range: ebpf does not see it if an endpoint is among them",
+            "NAT rules redirect connections to addresses of a map or range: ebpf does not see it if an endpoint is \
+             among them",
             unknown.into_iter().map(|(_, place)| place),
             "check whether an endpoint is among them; backend = \"both\" evaluates after NAT",
         );
     }
 }
 
-/// Every rule of iptables-legacy, of both families. Only its own tool can list them: the kernel tells no more than which tables are in use.
+/// Every rule of iptables-legacy, of both families. Only its own tool can list them: the kernel tells no more than
+/// which tables are in use.
 fn legacy() -> Result<Vec<String>, String> {
     let mut all = Vec::new();
     for (family, tool) in [("ip", "iptables"), ("ip6", "ip6tables")] {

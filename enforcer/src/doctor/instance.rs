@@ -123,7 +123,8 @@ impl Instance {
         this
     }
 
-    /// The policy with the message bus and with what was granted; what is known of names, and which endpoints are message buses.
+    /// The policy with the message bus and with what was granted; what is known of names, and which endpoints are
+    /// message buses.
     fn complete(&mut self, config: &Config, policy: Policy, gaps: &mut Gaps) -> (Policy, Known, BTreeSet<Endpoint>) {
         let saved = gaps.saw("the last known good rules", state::load(&self.settings.state_dir));
         let saved = saved.flatten().map(|(good, _)| good);
@@ -170,7 +171,8 @@ impl Instance {
             findings.one(
                 "no-daemon",
                 Medium,
-                "the daemon is not running: active rules stay, but they do not follow changes of names, addresses and cgroups, and what another process removes is not repaired",
+                "the daemon is not running: active rules stay, but they do not follow changes of names, addresses and \
+                 cgroups, and what another process removes is not repaired",
                 START,
             );
         }

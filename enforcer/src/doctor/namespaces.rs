@@ -52,23 +52,28 @@ impl Namespaces {
             ActiveBackend::Ebpf => findings.each(
                 "other-network-namespaces",
                 Medium,
-                "other network namespaces exist, of containers perhaps: ebpf does not evaluate what they forward or send through raw sockets",
+                "other network namespaces exist, of containers perhaps: ebpf does not evaluate what they forward or \
+                 send through raw sockets",
                 self.others.iter().cloned(),
                 "set backend = \"both\"",
             ),
             ActiveBackend::Nftables => findings.each(
                 "past-ip-hooks",
                 Medium,
-                "packets of containers or virtual machines on these devices bypass the IP hooks at which nftables evaluates: what they send to an endpoint is not seen",
+                "packets of containers or virtual machines on these devices bypass the IP hooks at which nftables \
+                 evaluates: what they send to an endpoint is not seen",
                 self.passing.iter().cloned(),
-                "set backend = \"both\", so that ebpf evaluates their connections; for bridges, sysctl -w net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1 (module br_netfilter) also helps",
+                "set backend = \"both\", so that ebpf evaluates their connections; for bridges, sysctl -w \
+                 net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1 (module br_netfilter) also \
+                 helps",
             ),
             ActiveBackend::Both | ActiveBackend::None => {}
         }
     }
 }
 
-/// Whose each other network namespace is, by a process of it or a name that `ip netns` gave it, and the file by which it is entered.
+/// Whose each other network namespace is, by a process of it or a name that `ip netns` gave it, and the file by which
+/// it is entered.
 fn others() -> io::Result<BTreeMap<u64, (String, PathBuf)>> {
     let id = |file: &Path| fs::metadata(file).map(|meta| meta.ino());
     let own = id(Path::new("/proc/self/ns/net"))?;

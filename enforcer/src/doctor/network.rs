@@ -56,14 +56,16 @@ impl Network {
         findings.each(
             "source-route",
             Medium,
-            "these interfaces accept source-routed packets: a packet's own header can redirect it from an unprotected address to an endpoint",
+            "these interfaces accept source-routed packets: a packet's own header can redirect it from an unprotected \
+             address to an endpoint",
             self.source_route.iter().cloned(),
             "sysctl -w net.ipv4.conf.all.accept_source_route=0, and persist it in /etc/sysctl.d",
         );
         findings.each(
             "segment-routing",
             Medium,
-            "these interfaces accept IPv6 segment routing headers: a packet's own header can redirect it to an endpoint",
+            "these interfaces accept IPv6 segment routing headers: a packet's own header can redirect it to an \
+             endpoint",
             self.segment_routing.iter().cloned(),
             "sysctl -w net.ipv6.conf.all.seg6_enabled=0, and persist it in /etc/sysctl.d",
         );
@@ -73,7 +75,8 @@ impl Network {
             High,
             "a service on a protected port also listens on unprotected addresses: every user can reach it there",
             self.beyond(instance, rules),
-            "make the endpoint tcp://local:PORT, or add the other addresses, or let the service listen on the protected one only",
+            "make the endpoint tcp://local:PORT, or add the other addresses, or let the service listen on the \
+             protected one only",
         );
         if enforces == ActiveBackend::Ebpf {
             self.past_ebpf(rules, findings);
@@ -82,20 +85,22 @@ impl Network {
 
     /// What eBPF alone evaluates by another destination than the packet's.
     fn past_ebpf(&self, rules: &RuleSet, findings: &mut Findings) {
-        // eBPF is asked before the header is made, and where the socket is connected elsewhere it is not asked at all (§5). What was
-        // asked for TCP gets no answer: that comes from another address than the one that was dialled.
+        // eBPF is asked before the header is made, and where the socket is connected elsewhere it is not asked at all
+        // (§5). What was asked for TCP gets no answer: that comes from another address than the one that was dialled.
         let places = rules.places.iter().map(|(place, _)| place);
         let udp6 = places.filter(|place| place.protocol == Protocol::Udp && matches!(place.net, IpNet::V6(_)));
         findings.each(
             "udp-routing-header",
             // Of the hosts where the others are nothing is known here.
             if self.segment_routing.is_empty() { Medium } else { High },
-            "a UDP packet with a spent IPv6 routing header is delivered to an address that the call did not name, where the host that has it accepts segment routing; ebpf evaluates the call",
+            "a UDP packet with a spent IPv6 routing header is delivered to an address that the call did not name, \
+             where the host that has it accepts segment routing; ebpf evaluates the call",
             udp6.map(|place| format!("udp [{}]:{}", place.net.addr(), place.port)),
-            "set backend = \"both\": nftables evaluates the packet; or make sure that net.ipv6.conf.*.seg6_enabled is 0 on the hosts of these endpoints",
+            "set backend = \"both\": nftables evaluates the packet; or make sure that net.ipv6.conf.*.seg6_enabled is \
+             0 on the hosts of these endpoints",
         );
-        // What a container's root sends to 127.0.0.0/8 by way of this host arrives here, and to eBPF was a connection with the container
-        // itself (D6).
+        // What a container's root sends to 127.0.0.0/8 by way of this host arrives here, and to eBPF was a connection
+        // with the container itself (D6).
         let loopback = |net: &IpNet| match net {
             IpNet::V4(net) => net.addr().is_loopback() || net.contains(&Ipv4Addr::LOCALHOST),
             IpNet::V6(_) => false,
@@ -104,9 +109,11 @@ impl Network {
         findings.each(
             "route-localnet",
             Medium,
-            "these interfaces accept packets for loopback addresses: root of a container can reach loopback endpoints of this host; ebpf takes them for the container's own",
+            "these interfaces accept packets for loopback addresses: root of a container can reach loopback endpoints \
+             of this host; ebpf takes them for the container's own",
             self.route_localnet.iter().filter(|_| is_met).cloned(),
-            "set backend = \"both\": nftables evaluates the packet; or sysctl -w net.ipv4.conf.all.route_localnet=0, and the same of each interface",
+            "set backend = \"both\": nftables evaluates the packet; or sysctl -w net.ipv4.conf.all.route_localnet=0, \
+             and the same of each interface",
         );
     }
 
@@ -146,8 +153,8 @@ impl Network {
     }
 }
 
-/// Interfaces for which a setting is on, by their own value and that of `all`, as the kernel joins them (`IN_DEV_ANDCONF`,
-/// `IN_DEV_ORCONF` in linux/inetdevice.h).
+/// Interfaces for which a setting is on, by their own value and that of `all`, as the kernel joins them
+/// (`IN_DEV_ANDCONF`, `IN_DEV_ORCONF` in linux/inetdevice.h).
 fn interfaces(family: &str, setting: &str, join: fn(bool, bool) -> bool) -> Vec<String> {
     let dir = format!("/proc/sys/net/{family}/conf");
     let is_on = |name: &str| {

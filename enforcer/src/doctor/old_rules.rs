@@ -11,7 +11,8 @@ use crate::{
     wire::doctor::Weight::{High, Low, Medium},
 };
 
-/// Their chains: table and chain, of family inet. Not `monit_access_jobs`: we make it ourselves (B5), and by itself it guards nothing.
+/// Their chains: table and chain, of family inet. Not `monit_access_jobs`: we make it ourselves (B5), and by itself it
+/// guards nothing.
 pub(super) const CHAINS: [(&str, &str); 3] = [
     ("bosh_agent", "monit_access"),
     ("bosh_agent", "nats_access"),
@@ -79,7 +80,8 @@ pub(super) fn findings(firewall: &Firewall, instance: &Instance, findings: &mut 
     );
     items.sort_unstable();
     items.dedup();
-    // The agent's chain accepts what the jobs' chain accepts, and what was granted is written there; stemcells' drop all but root.
+    // The agent's chain accepts what the jobs' chain accepts, and what was granted is written there; stemcells' drop
+    // all but root.
     let dropped: Vec<String> = not_root(instance)
         .filter_map(|principal| dropped(instance, principal))
         .collect();
@@ -93,15 +95,18 @@ pub(super) fn findings(firewall: &Firewall, instance: &Instance, findings: &mut 
     let (weight, what) = match (drops, agents_alone) {
         (true, _) => (
             High,
-            "rules of an earlier stemcell or of the BOSH agent's own firewall are also active, and drop users whom target monit allows: a connection must pass both",
+            "rules of an earlier stemcell or of the BOSH agent's own firewall are also active, and drop users whom \
+             target monit allows: a connection must pass both",
         ),
         (false, true) => (
             Low,
-            "the BOSH agent's own firewall is also active: like enforcer it allows root, and it drops other users silently",
+            "the BOSH agent's own firewall is also active: like enforcer it allows root, and it drops other users \
+             silently",
         ),
         (false, false) => (
             Medium,
-            "rules of an earlier stemcell are also active: they silently drop what enforcer allows, and are not updated",
+            "rules of an earlier stemcell are also active: they silently drop what enforcer allows, and are not \
+             updated",
         ),
     };
     findings.each(
@@ -109,7 +114,10 @@ pub(super) fn findings(firewall: &Firewall, instance: &Instance, findings: &mut 
         weight,
         what,
         items,
-        "once enforcer guards the same endpoints: nft delete chain inet bosh_agent monit_access, and nats_access; leave the table and monit_access_jobs, which jobs use; nft delete chain inet filter monit_output; iptables -t mangle -D …; so that the agent does not make monit_access again: \"UseMonitIptablesFirewall\": true below Platform.Linux in /var/vcap/bosh/agent.json",
+        "once enforcer guards the same endpoints: nft delete chain inet bosh_agent monit_access, and nats_access; \
+         leave the table and monit_access_jobs, which jobs use; nft delete chain inet filter monit_output; iptables -t \
+         mangle -D …; so that the agent does not make monit_access again: \"UseMonitIptablesFirewall\": true below \
+         Platform.Linux in /var/vcap/bosh/agent.json",
     );
 }
 

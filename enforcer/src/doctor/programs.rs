@@ -50,7 +50,8 @@ pub(super) fn collect(cgroup: Option<&Path>, pin_dir: &Path, gaps: &mut Gaps) ->
     programs
 }
 
-/// What such a program does the kernel does not say. It may write the destination, or another verdict (`bpf_set_retval`).
+/// What such a program does the kernel does not say. It may write the destination, or another verdict
+/// (`bpf_set_retval`).
 pub(super) fn findings(programs: &[Program], enforces: ActiveBackend, findings: &mut Findings) {
     if !enforces.has_ebpf() {
         return;
@@ -69,15 +70,19 @@ pub(super) fn findings(programs: &[Program], enforces: ActiveBackend, findings: 
     findings.each(
         "program-after",
         High,
-        "third-party BPF programs run after enforcer's: they can undo a denial, or redirect an allowed connection to a protected endpoint",
+        "third-party BPF programs run after enforcer's: they can undo a denial, or redirect an allowed connection to a \
+         protected endpoint",
         of(true),
-        "find the owner (bpftool prog show id ID, bpftool cgroup show); attach it before enforcer or to a cgroup below, or set backend = \"both\", which evaluates the packets that result",
+        "find the owner (bpftool prog show id ID, bpftool cgroup show); attach it before enforcer or to a cgroup \
+         below, or set backend = \"both\", which evaluates the packets that result",
     );
     findings.each(
         "program-before",
         Medium,
-        "third-party BPF programs run before enforcer's: they can deny what is allowed, or redirect connections to an endpoint so that enforcer evaluates another destination",
+        "third-party BPF programs run before enforcer's: they can deny what is allowed, or redirect connections to an \
+         endpoint so that enforcer evaluates another destination",
         of(false),
-        "check what it does (bpftool prog dump xlated id ID): where it redirects an endpoint, add the address behind it to the endpoints",
+        "check what it does (bpftool prog dump xlated id ID): where it redirects an endpoint, add the address behind \
+         it to the endpoints",
     );
 }

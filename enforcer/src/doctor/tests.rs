@@ -184,7 +184,8 @@ fn ordering_cycles_are_named_with_what_was_added() {
     let items = seen.report().findings.pop().map(|finding| finding.items);
     let expected = [
         "enforcer.service after network-online.target after enforcer.service",
-        "enforcer.service after network-online.target after enforcer.service (see /etc/systemd/system/enforcer.service.d/x.conf)",
+        "enforcer.service after network-online.target after enforcer.service (see \
+         /etc/systemd/system/enforcer.service.d/x.conf)",
     ];
     assert_eq!(items, Some(expected.map(str::to_owned).into()));
 }
@@ -308,7 +309,8 @@ fn rules_of_earlier_stemcells_are_named() {
         check(|seen| seen.firewall.chains.push(chain(table, name)), found);
     }
     check(|seen| seen.firewall.chains.push(chain("filter", "output")), &[]);
-    let text = "*mangle\n-A POSTROUTING -d 127.0.0.1/32 -p tcp -m tcp --dport 2822 -m cgroup ! --cgroup 2958295041 -j DROP\nCOMMIT\n";
+    let text = "*mangle\n-A POSTROUTING -d 127.0.0.1/32 -p tcp -m tcp --dport 2822 -m cgroup ! --cgroup 2958295041 -j \
+        DROP\nCOMMIT\n";
     check(|seen| seen.firewall.legacy = firewall::parse(text), found);
     check(
         |seen| seen.firewall.rules.push(rule("mangle", None, &["cgroup"])),
@@ -433,7 +435,8 @@ fn an_image_is_evaluated_by_its_options_and_modules() {
     assert_eq!(Image::default().report().choice.backend, None);
 }
 
-/// What `doctor --root` demands is what the package brings: the list that cargo-deb reads, and the units with their targets.
+/// What `doctor --root` demands is what the package brings: the list that cargo-deb reads, and the units with their
+/// targets.
 #[test]
 #[allow(clippy::indexing_slicing, reason = "a manifest of another shape fails the test")]
 fn an_image_needs_what_the_package_brings() {

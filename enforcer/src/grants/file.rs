@@ -67,7 +67,8 @@ pub enum FileError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so no grant in it is trusted; make it root's and closed to others, or remove it", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so no grant in it is trusted; make it root's and closed to \
+        others, or remove it", path.display())]
     Untrusted {
         /// The file or its directory.
         path: PathBuf,
@@ -77,7 +78,8 @@ pub enum FileError {
         mode: u32,
     },
     /// What another version wrote.
-    #[error("{} is of another version ({schema:?}), so no grant in it is in force; start the version that wrote it, or remove it and grant again", path.display())]
+    #[error("{} is of another version ({schema:?}), so no grant in it is in force; start the version that wrote it, or \
+        remove it and grant again", path.display())]
     Version {
         /// The file.
         path: PathBuf,

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::policy::{CgroupPath, CgroupPathError};
 
-/// What the name of such a scope begins with: runc's own, as BPM left it before 1.4.33, and since then the service from which BPM was
-/// called.
+/// What the name of such a scope begins with: runc's own, as BPM left it before 1.4.33, and since then the service from
+/// which BPM was called.
 const BEGINNINGS: [&str; 5] = [
     "runc",
     "monit-service-bpm",
@@ -14,8 +14,9 @@ const BEGINNINGS: [&str; 5] = [
     "bosh-agent-service-bpm",
 ];
 
-/// The scopes that systemd makes for it, of which there is one at a time, or none yet. In names of containers BPM writes whatever is no
-/// letter, digit, `_` or `-` as a full stop and two hexadecimal digits; a process of another name than its job's is `JOB.PROCESS`.
+/// The scopes that systemd makes for it, of which there is one at a time, or none yet. In names of containers BPM
+/// writes whatever is no letter, digit, `_` or `-` as a full stop and two hexadecimal digits; a process of another name
+/// than its job's is `JOB.PROCESS`.
 pub fn scopes(job: &str) -> Result<Vec<CgroupPath>, CgroupPathError> {
     let mut name = String::new();
     for byte in job.bytes() {
@@ -35,7 +36,8 @@ pub(super) fn is_scope(cgroup: &CgroupPath) -> bool {
     name.is_some_and(|name| !name.contains('/') && names_scope(name))
 }
 
-/// Whether the last part of a cgroup's path is that of a container of BPM's: a scope, or where systemd does not make it, what runc calls it.
+/// Whether the last part of a cgroup's path is that of a container of BPM's: a scope, or where systemd does not make
+/// it, what runc calls it.
 #[must_use]
 pub fn is_container(name: &str) -> bool {
     names_scope(name) || name.starts_with("bpm-") || name.starts_with("runc-bpm-")

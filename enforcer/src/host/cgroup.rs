@@ -1,5 +1,5 @@
-//! The cgroup that a path names, and whether it is root's alone (F6): a user who could make a cgroup anew under its path, or move into
-//! it, would be whom its principals allow.
+//! The cgroup that a path names, and whether it is root's alone (F6): a user who could make a cgroup anew under its
+//! path, or move into it, would be whom its principals allow.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,8 +14,8 @@ use crate::{
     ruleset::{Cgroup, Writable},
 };
 
-/// Who may move a process into a cgroup is who can write one of these (`cgroup_procs_write_permission`), in it or in an ancestor. Threads
-/// of a threaded cgroup are moved by the latter.
+/// Who may move a process into a cgroup is who can write one of these (`cgroup_procs_write_permission`), in it or in an
+/// ancestor. Threads of a threaded cgroup are moved by the latter.
 const MEMBERS: [&str; 2] = ["cgroup.procs", "cgroup.threads"];
 /// Bits of a mode by which a group or everybody writes.
 const WRITABLE: u32 = 0o022;
@@ -31,8 +31,8 @@ pub enum NoMatch {
     Unplaced,
 }
 
-/// The cgroup that a path names now. It and each ancestor have to be root's: the directory, by which children are made and removed, and
-/// the files by which processes and threads are moved.
+/// The cgroup that a path names now. It and each ancestor have to be root's: the directory, by which children are made
+/// and removed, and the files by which processes and threads are moved.
 pub fn cgroup(mount: &Path, path: &CgroupPath) -> Result<Cgroup, NoMatch> {
     Looks::new(mount, ROOT).cgroup(path)
 }
@@ -110,7 +110,8 @@ impl<'m> Looks<'m> {
         }
         self.owned(at, &meta)?;
         for file in MEMBERS {
-            // Before Linux 4.14 there are no threads to be moved. What has gone since the directory was looked at is another's soon.
+            // Before Linux 4.14 there are no threads to be moved. What has gone since the directory was looked at is
+            // another's soon.
             let Ok(meta) = fs::symlink_metadata(dir.join(file)) else {
                 continue;
             };

@@ -1,7 +1,8 @@
 //! The cgroup v2 hierarchy as it is mounted here (F9): the mount that shows all of it, or how much is shown.
 //!
-//! A bind mount shows it from some cgroup on; so does a mount made in a cgroup namespace, which looks like the whole. What tells them from
-//! the whole is that the true root alone has no `cgroup.events` (Documentation/admin-guide/cgroup-v2.rst).
+//! A bind mount shows it from some cgroup on; so does a mount made in a cgroup namespace, which looks like the whole.
+//! What tells them from the whole is that the true root alone has no `cgroup.events`
+//! (Documentation/admin-guide/cgroup-v2.rst).
 
 use std::{
     collections::VecDeque,
@@ -26,7 +27,8 @@ pub struct Hierarchy {
 }
 
 impl Hierarchy {
-    /// The mount to use, if there is any: one that shows everything before others, and never one that another mount hides.
+    /// The mount to use, if there is any: one that shows everything before others, and never one that another mount
+    /// hides.
     pub fn find() -> io::Result<Option<Self>> {
         let is_initial =
             fs::read_link("/proc/self/ns/cgroup").map_or(true, |name| name == Path::new(INITIAL_NAMESPACE));
@@ -65,8 +67,8 @@ pub fn is_root(dir: &Path) -> bool {
 /// Most cgroups that are looked into: a user to whom a subtree is delegated makes as many as he likes.
 const MOST: usize = 1 << 16;
 
-/// A cgroup's directory and all below it, with how deep each lies below it. Breadth first: whoever makes many of them makes them deep
-/// below. Ends after [`MOST`].
+/// A cgroup's directory and all below it, with how deep each lies below it. Breadth first: whoever makes many of them
+/// makes them deep below. Ends after [`MOST`].
 pub(crate) fn walk(top: &Path) -> impl Iterator<Item = (PathBuf, u32)> + use<> {
     let mut waiting = VecDeque::from([(top.to_path_buf(), 0)]);
     std::iter::from_fn(move || {
@@ -87,8 +89,9 @@ pub(crate) fn path_below(mount: &Path, dir: &Path) -> Option<String> {
     dir.strip_prefix(mount).ok()?.to_str().map(|below| format!("/{below}"))
 }
 
-/// The cgroup below a mount that lists a process's first thread, of which `/proc` may show nothing (proc(5), `hidepid=`); none where no
-/// cgroup does, or where that has no name that a rule can have. Where cgroups are threaded, `cgroup.procs` would name the domain's root.
+/// The cgroup below a mount that lists a process's first thread, of which `/proc` may show nothing (proc(5),
+/// `hidepid=`); none where no cgroup does, or where that has no name that a rule can have. Where cgroups are threaded,
+/// `cgroup.procs` would name the domain's root.
 #[must_use]
 pub(crate) fn listing(mount: &Path, pid: u32) -> Option<String> {
     let pid = pid.to_string();

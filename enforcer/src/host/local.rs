@@ -1,5 +1,6 @@
-//! What the kernel delivers on this host: its routes of type local and anycast, in this network namespace (D7), and word of their
-//! changes. Not the list of interface addresses: a prefix on `lo`, or `ip route add local`, makes more local than that.
+//! What the kernel delivers on this host: its routes of type local and anycast, in this network namespace (D7), and
+//! word of their changes. Not the list of interface addresses: a prefix on `lo`, or `ip route add local`, makes more
+//! local than that.
 
 use std::{
     collections::BTreeSet,
@@ -99,7 +100,8 @@ fn list(family: AddressFamily, kind: RouteType, all: &mut BTreeSet<IpNet>) -> io
 fn ask(family: AddressFamily, kind: RouteType) -> io::Result<Socket> {
     let socket = Socket::new(NETLINK_ROUTE)?;
     socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
-    // Since Linux 4.20 the kernel then leaves out other types itself: a full table of another routing table is not sent.
+    // Since Linux 4.20 the kernel then leaves out other types itself: a full table of another routing table is not
+    // sent.
     let _ = socket.set_netlink_get_strict_chk(true);
     let mut route = RouteMessage::default();
     route.header.address_family = family;
@@ -120,8 +122,8 @@ fn too_many() -> io::Error {
     ))
 }
 
-/// What a route delivers here. None of the whole address space in a table that only rules lead to: that is how a transparent proxy
-/// takes the packets it has marked, and all others go where they are addressed.
+/// What a route delivers here. None of the whole address space in a table that only rules lead to: that is how a
+/// transparent proxy takes the packets it has marked, and all others go where they are addressed.
 fn prefix(route: &RouteMessage) -> Option<IpNet> {
     let mut table = u32::from(route.header.table);
     let mut address = if route.header.address_family == AddressFamily::Inet {
@@ -153,7 +155,8 @@ fn prefix(route: &RouteMessage) -> Option<IpNet> {
 pub struct LocalChanges(OwnedFd);
 
 impl LocalChanges {
-    /// Subscribes to changes of local routes, and of addresses and links: with a link go routes of which nothing is said.
+    /// Subscribes to changes of local routes, and of addresses and links: with a link go routes of which nothing is
+    /// said.
     pub fn subscribe() -> io::Result<Self> {
         const GROUPS: i32 = libc::RTMGRP_LINK
             | libc::RTMGRP_IPV4_IFADDR
@@ -191,7 +194,8 @@ fn only_local() -> [SockFilter; 8] {
     const KIND: u32 = 4;
     /// `rtm_type` in `struct rtmsg`, behind that header.
     const TYPE: u32 = 16 + 7;
-    // Of `linux/bpf_common.h`: BPF_LD | BPF_H | BPF_ABS, BPF_LD | BPF_B | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET | BPF_K.
+    // Of `linux/bpf_common.h`: BPF_LD | BPF_H | BPF_ABS, BPF_LD | BPF_B | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET |
+    // BPF_K.
     const LOAD_HALF: u16 = 0x28;
     const LOAD_BYTE: u16 = 0x30;
     const EQUAL: u16 = 0x15;

@@ -1,7 +1,8 @@
 //! The mount table, and whether the host sees at a path what this process sees there (F1).
 //!
-//! What must outlive this process, or be found by another one, has to lie where the host's mount namespace has it too. PID 1 stands for
-//! the host: its mount table is compared with our own. Both are world-readable, unlike `/proc/1/ns` and `/proc/1/root`.
+//! What must outlive this process, or be found by another one, has to lie where the host's mount namespace has it too.
+//! PID 1 stands for the host: its mount table is compared with our own. Both are world-readable, unlike `/proc/1/ns`
+//! and `/proc/1/root`.
 
 use std::{
     fs, io,
@@ -77,8 +78,8 @@ impl Mounts {
         self.reached(&mount.point).is_some_and(|reached| reached.id == mount.id)
     }
 
-    /// The mount that an absolute path without links ends in. Goes as the kernel does, from the root on across each mount point on the
-    /// way, so that a mount that a later one hides is not taken for it.
+    /// The mount that an absolute path without links ends in. Goes as the kernel does, from the root on across each
+    /// mount point on the way, so that a mount that a later one hides is not taken for it.
     fn reached(&self, path: &Path) -> Option<&Mount> {
         let crossed_first = |mounts: &mut dyn Iterator<Item = &Mount>| {
             let on_the_way = mounts.filter(|mount| path.starts_with(&mount.point));
@@ -161,8 +162,8 @@ fn same(own: &Mounts, host: &Mounts, path: &Path) -> bool {
     own.is_some() && own == host.identity(path)
 }
 
-/// Whether a mount on a path in the first table appears in the second: it is made on the same mount, or on one of its peer group
-/// (Documentation/filesystems/sharedsubtree.rst; a slave receives mounts and sends none).
+/// Whether a mount on a path in the first table appears in the second: it is made on the same mount, or on one of its
+/// peer group (Documentation/filesystems/sharedsubtree.rst; a slave receives mounts and sends none).
 fn reaches(own: &Mounts, host: &Mounts, path: &Path) -> bool {
     match (own.reached(path), host.reached(path)) {
         (Some(own), Some(host)) => own.id == host.id || (own.peers.is_some() && own.peers == host.peers),
@@ -287,7 +288,8 @@ mod tests {
 
     #[test]
     fn escaped_names_and_odd_lines() {
-        let table = b"1 0 8:1 / / rw - ext4 /dev/sda1 rw\nnonsense\n\xff\n2 1 0:30 /x\\040y /m\\134n\\040o rw - cgroup2 cgroup2 rw\n";
+        let table = b"1 0 8:1 / / rw - ext4 /dev/sda1 rw\nnonsense\n\xff\n\
+            2 1 0:30 /x\\040y /m\\134n\\040o rw - cgroup2 cgroup2 rw\n";
         let table = Mounts::parse(table);
         let found: Vec<_> = table
             .of_kind("cgroup2")

@@ -1,4 +1,5 @@
-//! A directory of ours in one that others may share: whoever makes its path first neither keeps us from starting nor is trusted (F6).
+//! A directory of ours in one that others may share: whoever makes its path first neither keeps us from starting nor is
+//! trusted (F6).
 
 use std::{
     ffi::OsStr,
@@ -24,9 +25,9 @@ const TRIES: u32 = 100;
 /// Random characters in a name beside ours: nobody can have taken all of them.
 const RANDOM: usize = 16;
 
-/// Makes a directory, 0700, if it is missing. What another user has put at its path is moved away: nothing in it is read, no link is
-/// followed, and what that user mounted there is unmounted. A directory of root's stays as it is; whether it is fit is for the caller to
-/// see.
+/// Makes a directory, 0700, if it is missing. What another user has put at its path is moved away: nothing in it is
+/// read, no link is followed, and what that user mounted there is unmounted. A directory of root's stays as it is;
+/// whether it is fit is for the caller to see.
 pub fn make(dir: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => reclaim(dir),
@@ -69,7 +70,8 @@ pub fn reclaim(dir: &Path) -> io::Result<()> {
     last
 }
 
-/// What lies at a path that is ours: none where there is nothing, or something of another user's. A link is followed only if it is root's.
+/// What lies at a path that is ours: none where there is nothing, or something of another user's. A link is followed
+/// only if it is root's.
 pub fn metadata(path: &Path) -> io::Result<Option<Metadata>> {
     if is_anothers(path) {
         return Ok(None);
@@ -86,14 +88,15 @@ fn is_anothers(path: &Path) -> bool {
     mounted_by(path).is_some() || fs::symlink_metadata(path).is_ok_and(|meta| is_foreign(path, &meta))
 }
 
-/// The user, other than root, who has mounted a file system of their own there: what it shows, owners too, is that user's word.
+/// The user, other than root, who has mounted a file system of their own there: what it shows, owners too, is that
+/// user's word.
 fn mounted_by(dir: &Path) -> Option<u32> {
     trust::mounted_by(dir).filter(|uid| *uid != ROOT)
 }
 
-/// Another user's. Of a bpffs a directory with something of root's in it is ours with a changed owner: moving that away could end
-/// enforcement, so it is for the caller to refuse. Elsewhere others can come by files of root's, and put them where they like; on a bpffs
-/// only by hard links.
+/// Another user's. Of a bpffs a directory with something of root's in it is ours with a changed owner: moving that away
+/// could end enforcement, so it is for the caller to refuse. Elsewhere others can come by files of root's, and put them
+/// where they like; on a bpffs only by hard links.
 fn is_foreign(path: &Path, meta: &Metadata) -> bool {
     let is_roots = |entry: io::Result<fs::DirEntry>| {
         let meta = entry.and_then(|entry| entry.metadata());
@@ -104,8 +107,8 @@ fn is_foreign(path: &Path, meta: &Metadata) -> bool {
     meta.uid() != ROOT && !(meta.is_dir() && holds_roots())
 }
 
-/// Puts a directory of ours in the place of another user's entry. That is left beside it unless it is gone with one call: to walk through
-/// it would take as long as that user likes.
+/// Puts a directory of ours in the place of another user's entry. That is left beside it unless it is gone with one
+/// call: to walk through it would take as long as that user likes.
 fn replace(dir: &Path, uid: u32) -> io::Result<()> {
     let aside = tempfile::Builder::new()
         .prefix(OsStr::new("enforcer_aside_"))

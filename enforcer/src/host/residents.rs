@@ -1,4 +1,5 @@
-//! Whether a cgroup is a job's alone, or holds what supervises others as well (B4): whoever lets that in lets in all that it starts.
+//! Whether a cgroup is a job's alone, or holds what supervises others as well (B4): whoever lets that in lets in all
+//! that it starts.
 
 use std::{fs, path::Path};
 
@@ -48,8 +49,8 @@ pub fn supervisor(mount: &Path, cgroup: &str) -> Option<String> {
     None
 }
 
-/// The name of a process that supervises others: root's, and started by init or another of them. A job can have itself any name, and calls
-/// monit by monit's own.
+/// The name of a process that supervises others: root's, and started by init or another of them. A job can have itself
+/// any name, and calls monit by monit's own.
 fn supervises(pid: u32) -> Option<&'static str> {
     let process = Process::read(pid)?;
     let name = process.supervisor()?;

@@ -1,4 +1,5 @@
-//! Connections as the kernel lists them, and their end: `NETLINK_SOCK_DIAG` (man 7 `sock_diag`), in this network namespace only.
+//! Connections as the kernel lists them, and their end: `NETLINK_SOCK_DIAG` (man 7 `sock_diag`), in this network
+//! namespace only.
 
 use std::{
     io,

@@ -31,7 +31,8 @@ pub(crate) enum InputError {
     Jobs(#[from] BackendError),
     /// No cgroup v2 at all.
     #[error(
-        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory with `cgroup`"
+        "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory \
+         with `cgroup`"
     )]
     NoCgroup2,
     /// Something of the operating system.

@@ -115,8 +115,8 @@ impl HostConfig {
         (!self.absent.is_empty()).then(|| self.absent.join("; "))
     }
 
-    /// What was active last. Names of users and groups mean whom the host's files name now (N9); nothing else is asked, as early at boot
-    /// that might hang.
+    /// What was active last. Names of users and groups mean whom the host's files name now (N9); nothing else is asked,
+    /// as early at boot that might hang.
     pub(crate) fn of(path: &Path, good: &LastGood) -> Result<Self, InputError> {
         let (mut policy, mut listed) = (good.policy.clone(), good.listed.clone());
         match FileUsers::below(Path::new("/")) {
@@ -190,7 +190,8 @@ impl HostConfig {
                 "cgroup {cgroup} does not exist below {mount}; its principals match nobody until it does"
             )),
             Err(NoMatch::Unplaced) => Some(format!(
-                "how deep cgroup {cgroup} lies is not known, as {mount} is the root of a cgroup namespace alone; its principals match \
+                "how deep cgroup {cgroup} lies is not known, as {mount} is the root of a cgroup namespace alone; its \
+                 principals match \
                  nobody: run enforcer in the host's cgroup namespace"
             )),
             Err(NoMatch::Writable(_)) | Ok(_) => None,

@@ -32,7 +32,8 @@ impl SavedRun {
         }
     }
 
-    /// As [`SavedRun::load`], for the process that is going to write there: what another user has put in its place is removed first.
+    /// As [`SavedRun::load`], for the process that is going to write there: what another user has put in its place is
+    /// removed first.
     pub(crate) fn claim(dir: &Path) -> (Self, Option<LastGood>) {
         if let Err(error) = state::reclaim(dir) {
             warn!("{error}");

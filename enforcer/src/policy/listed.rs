@@ -21,8 +21,8 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// Who it is by the host's files. A name that is not in them, a group's member too, may be a name service's, which cannot be asked
-    /// yet: such keep their numbers, but for those that somebody else has by the files.
+    /// Who it is by the host's files. A name that is not in them, a group's member too, may be a name service's, which
+    /// cannot be asked yet: such keep their numbers, but for those that somebody else has by the files.
     fn now(&self, files: &FileUsers) -> BTreeSet<Uid> {
         let Some(account) = &self.account else {
             return self.uids.clone();

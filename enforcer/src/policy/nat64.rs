@@ -1,4 +1,5 @@
-//! Prefixes by which a network reaches IPv4 services from IPv6 (RFC 6052, those of 96 bits): such an address is judged as its IPv4 address (D4).
+//! Prefixes by which a network reaches IPv4 services from IPv6 (RFC 6052, those of 96 bits): such an address is judged
+//! as its IPv4 address (D4).
 
 use std::{
     fmt,

@@ -1,6 +1,7 @@
 //! Names of users and groups → UIDs: the one thing a policy asks of the host, passed in.
 //!
-//! A group stands for its members, as the name service tells them: a process that has only taken the group is not one of them.
+//! A group stands for its members, as the name service tells them: a process that has only taken the group is not one
+//! of them.
 
 use std::{collections::BTreeSet, fmt, fs, io, path::Path};
 
@@ -146,8 +147,8 @@ fn found<T>(asked: nix::Result<Option<T>>) -> io::Result<Option<T>> {
     }
 }
 
-/// Those whom the group lists, as far as they exist, and those of `/etc/passwd` whose primary group it is. A directory server's users are
-/// not enumerated: there may be many.
+/// Those whom the group lists, as far as they exist, and those of `/etc/passwd` whose primary group it is. A directory
+/// server's users are not enumerated: there may be many.
 fn members(group: &Group) -> io::Result<BTreeSet<Uid>> {
     let passwd = fs::read("/etc/passwd").unwrap_or_default();
     let mut uids = of_primary_group(&String::from_utf8_lossy(&passwd), group.gid.as_raw());
@@ -176,7 +177,8 @@ pub struct FileUsers {
 }
 
 impl FileUsers {
-    /// Those below a directory, an error if there is no passwd(5). Users choose bytes of these files: what is no text hides nothing.
+    /// Those below a directory, an error if there is no passwd(5). Users choose bytes of these files: what is no text
+    /// hides nothing.
     pub fn below(root: &Path) -> io::Result<Self> {
         let read = |file| fs::read(root.join(file)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         Ok(Self {

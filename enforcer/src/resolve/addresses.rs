@@ -1,5 +1,6 @@
-//! What is known of one name's addresses: those of the last answers, and those that have left them. Each has a budget of its own
-//! (N4), so that an answer can push out nothing but what was an answer for less time. Pure; the clock is passed in.
+//! What is known of one name's addresses: those of the last answers, and those that have left them. Each has a budget
+//! of its own (N4), so that an answer can push out nothing but what was an answer for less time. Pure; the clock is
+//! passed in.
 
 use std::{
     cmp::Reverse,
@@ -27,8 +28,9 @@ pub(super) struct Addresses {
     cut: Families<usize>,
 }
 
-/// Which addresses are current where not all can be: those of the least rank, then of each family in turn. Neither family is kept
-/// waiting for the other: a lie in one, after which it is answered no more, must not leave new addresses of the other unprotected.
+/// Which addresses are current where not all can be: those of the least rank, then of each family in turn. Neither
+/// family is kept waiting for the other: a lie in one, after which it is answered no more, must not leave new addresses
+/// of the other unprotected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     /// Answered now and known before; for how long it was an answer.
@@ -88,7 +90,8 @@ impl Addresses {
         self.left.retain(|_, left| now < left.at + retain);
     }
 
-    /// What another process can take over (N7). Times are rounded down to four binary digits, lest every answer be another file.
+    /// What another process can take over (N7). Times are rounded down to four binary digits, lest every answer be
+    /// another file.
     pub(super) fn known(&self, now: Instant, retain: Duration) -> KnownName {
         let left = self.left.iter().filter(|(_, left)| now < left.at + retain);
         let left = left.map(|(address, left)| (*address, left.answered));
@@ -104,9 +107,9 @@ impl Addresses {
         }
     }
 
-    /// Takes over what another process knew: what was current is until a newer positive answer (N3), what had left is retained from
-    /// now on, as nobody knows how long ago that was. Where it is not known for how long an address was an answer, it counts as
-    /// `retain`: a lie would have to last that long to count as much.
+    /// Takes over what another process knew: what was current is until a newer positive answer (N3), what had left is
+    /// retained from now on, as nobody knows how long ago that was. Where it is not known for how long an address was
+    /// an answer, it counts as `retain`: a lie would have to last that long to count as much.
     pub(super) fn restore(&mut self, known: &KnownName, now: Instant, retain: Duration) {
         let answered = |address: &IpAddr| known.answered.get(address).copied().unwrap_or(retain);
         let left = |address: &IpAddr| {
@@ -122,8 +125,8 @@ impl Addresses {
         self.cut = Families::default();
     }
 
-    /// Takes positive answers, of one family or both. Those before them count as answers until now, for `most` at most: one answer
-    /// before a long silence is not an answer for as long.
+    /// Takes positive answers, of one family or both. Those before them count as answers until now, for `most` at most:
+    /// one answer before a long silence is not an answer for as long.
     pub(super) fn take(&mut self, fresh: Families<Option<BTreeSet<IpAddr>>>, now: Instant, most: Duration) {
         for (family, fresh) in fresh.iter().enumerate() {
             if fresh.is_some() {
@@ -221,8 +224,8 @@ impl Addresses {
         });
     }
 
-    /// N4: those that were answers for the shortest time go first; of equal ones what left last, so that of a lie and what it
-    /// displaced the lie goes.
+    /// N4: those that were answers for the shortest time go first; of equal ones what left last, so that of a lie and
+    /// what it displaced the lie goes.
     fn drop_least(&mut self) {
         while self.left.len() > MAX_ADDRESSES {
             let least = self

@@ -118,9 +118,9 @@ fn in_hosts_file(text: &[u8], name: &DnsName) -> Option<BTreeSet<IpAddr>> {
     (!addresses.is_empty()).then_some(addresses)
 }
 
-/// A stub resolver in the C library's order. hickory's own pool asks two servers at once and takes the first word, which
-/// beside a private resolver is the public one's NXDOMAIN; and it walks the search list for each family alone, so that a
-/// name with A only ends in the NXDOMAIN of the last search domain.
+/// A stub resolver in the C library's order. hickory's own pool asks two servers at once and takes the first word,
+/// which beside a private resolver is the public one's NXDOMAIN; and it walks the search list for each family alone, so
+/// that a name with A only ends in the NXDOMAIN of the last search domain.
 struct Stub {
     /// In the order in which they are asked.
     servers: Vec<Server>,

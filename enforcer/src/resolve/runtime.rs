@@ -82,7 +82,8 @@ impl RuntimeProvider for Runtime {
             let socket = bound.await?;
             if let Some(interface) = interface {
                 match SockRef::from(&socket).bind_device(Some(interface.name.as_bytes())) {
-                    // Before Linux 5.7 that takes CAP_NET_RAW; then the kernel chooses among the interfaces with such addresses.
+                    // Before Linux 5.7 that takes CAP_NET_RAW; then the kernel chooses among the interfaces with such
+                    // addresses.
                     Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
                     bound => bound?,
                 }

@@ -201,7 +201,8 @@ fn n4_one_lie_of_256_opens_nothing() {
     answer(&mut names, start, "bus", truth(), Outcome::Empty);
     let mut now = start + SECOND * 60;
     answer(&mut names, now, "bus", truth(), Outcome::Empty);
-    // As large as they come, for nearly as long as the truth is retained, and each for a shorter time than the truth was one.
+    // As large as they come, for nearly as long as the truth is retained, and each for a shorter time than the truth
+    // was one.
     for round in 0..118_u8 {
         now += SECOND * 30;
         names.due(now);
@@ -637,8 +638,9 @@ proptest! {
         }
     }
 
-    /// N3, N4: whatever comes of three names, over restarts too: nothing current is let go but for a newer positive answer of its
-    /// family, nothing that left before `retain` is over, no name has more than 256 and 256 addresses or touches another, none is refused (N6).
+    /// N3, N4: whatever comes of three names, over restarts too: nothing current is let go but for a newer positive
+    /// answer of its family, nothing that left before `retain` is over, no name has more than 256 and 256 addresses or
+    /// touches another, none is refused (N6).
     #[test]
     fn whatever_comes_invariants_hold(steps in proptest::collection::vec((0_usize..3, any_outcome(), any_outcome().prop_map(as_v6), 0_u32..2000, 0_u8..10), 1..40)) {
         let all = ["one", "two", "three"];
@@ -722,8 +724,8 @@ proptest! {
     // Hundreds of addresses an answer.
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// N4: a resolver that lies as it likes, over restarts too, lets go of nothing within `retain` while fewer than 256 others that were
-    /// answers for at least as long are retained. A restart rounds times down by an eighth at most.
+    /// N4: a resolver that lies as it likes, over restarts too, lets go of nothing within `retain` while fewer than 256
+    /// others that were answers for at least as long are retained. A restart rounds times down by an eighth at most.
     #[test]
     fn n4_no_lie_opens_what_was_true_for_longer(steps in proptest::collection::vec((lie(), lie().prop_map(as_v6), 1_u32..240, 0_u8..12), 1..40)) {
         let mut now = Instant::now();
@@ -759,7 +761,8 @@ proptest! {
                 let as_long = |times: &[Duration]| times.len() - times.partition_point(|time| *time < least);
                 // What was not known before may have found no room in an answer too large.
                 let cut = truth.total.is_zero() && as_long(&current) == MAX_ADDRESSES;
-                prop_assert!(as_long(&left) == MAX_ADDRESSES || cut, "{} ({:?}) was let go beside {:?}", address, truth, left);
+                prop_assert!(as_long(&left) == MAX_ADDRESSES || cut, "{} ({:?}) was let go beside \
+                    {:?}", address, truth, left);
             }
             model.keep(&protected, &saved.current);
         }

@@ -1,4 +1,5 @@
-//! F7: each limit of a rule set is an error that names it, and what is just within it compiles. D4: what an endpoint is at last.
+//! F7: each limit of a rule set is an error that names it, and what is just within it compiles. D4: what an endpoint is
+//! at last.
 
 #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 

@@ -1,4 +1,5 @@
-//! When to sweep, and the effects: after every new rule set, again shortly after, then each minute while something is found.
+//! When to sweep, and the effects: after every new rule set, again shortly after, then each minute while something is
+//! found.
 
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,8 @@ const RECHECK: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_mins(1);
 /// The share of time that sweeping may take: a part in so many.
 const SHARE: u32 = 5;
-/// Most connections that one round keeps in memory, to report and to cut; where more were found and cut, another follows.
+/// Most connections that one round keeps in memory, to report and to cut; where more were found and cut, another
+/// follows.
 const MAX_FOUND: usize = 4096;
 /// Most connections that `status` lists.
 const MAX_LISTED: usize = 256;

@@ -13,8 +13,8 @@ pub struct GrantsReport {
     pub limit: usize,
     /// All of them.
     pub grants: Vec<GrantStatus>,
-    /// Rules that BOSH jobs, their containers and the agent have in the chain `inet bosh_agent monit_access_jobs`: principals of target
-    /// `monit` as well.
+    /// Rules that BOSH jobs, their containers and the agent have in the chain `inet bosh_agent monit_access_jobs`:
+    /// principals of target `monit` as well.
     #[serde(default)]
     pub job_rules: Vec<JobRuleStatus>,
 }

@@ -91,7 +91,8 @@ pub struct NameStatus {
     pub cut: usize,
 }
 
-/// Dials of a port of names, at addresses that were no endpoints then: each has the names looked up, or soon after (N8).
+/// Dials of a port of names, at addresses that were no endpoints then: each has the names looked up, or soon after
+/// (N8).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DialStatus {
     /// The port.

@@ -45,7 +45,8 @@ fn find(btf: &[u8]) -> Option<Offsets> {
         (b"task_struct", b"cred", task_cred),
         (b"cred", b"uid", cred_uid),
     ];
-    // Where to look for which: in structures without a name inside, by their type, and how far into the whole these begin.
+    // Where to look for which: in structures without a name inside, by their type, and how far into the whole these
+    // begin.
     let mut inside: Vec<(u32, usize, u32)> = Vec::new();
     sections.structures(|_, name, members| {
         for (number, (structure, member, offset)) in wanted.iter_mut().enumerate() {
@@ -114,8 +115,8 @@ impl<'a> Sections<'a> {
         })
     }
 
-    /// Calls `each` with the type's number, the name and the members of every structure and union; nothing where the blob is not well
-    /// formed.
+    /// Calls `each` with the type's number, the name and the members of every structure and union; nothing where the
+    /// blob is not well formed.
     fn structures(&self, mut each: impl FnMut(u32, &[u8], &[u8])) -> Option<()> {
         let mut rest = self.types;
         let mut number = 0;

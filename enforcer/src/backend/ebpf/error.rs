@@ -103,11 +103,10 @@ impl fmt::Display for BackendError {
             Self::ReadBack { .. } => "; reload enforcer; if it stays, run enforcer verify",
             Self::Cgroup { .. } => "; name a directory of the cgroup v2 hierarchy with `cgroup`",
             Self::NoCgroup2 => "; mount one (mount -t cgroup2 none /sys/fs/cgroup)",
-            Self::Load { .. } => {
-                "; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)"
-            }
+            Self::Load { .. } => "; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)",
             Self::Attach { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => {
-                " (another program there or above forbids sharing the cgroup: list them with `bpftool cgroup show`, and have its owner attach with BPF_F_ALLOW_MULTI; or CAP_NET_ADMIN is missing)"
+                " (another program there or above forbids sharing the cgroup: list them with `bpftool cgroup show`, \
+                 and have its owner attach with BPF_F_ALLOW_MULTI; or CAP_NET_ADMIN is missing)"
             }
             Self::Half { .. } => "; the rule set before stays in force on both",
             Self::Attach { .. } | Self::Nftables(_) | Self::Neither { .. } => "",
@@ -156,8 +155,8 @@ impl BackendError {
         half(self) || matches!(self, Self::Half { error, .. } if half(error))
     }
 
-    /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that needs mending.
-    /// That it has BPF at all is asked only where that decides.
+    /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that
+    /// needs mending. That it has BPF at all is asked only where that decides.
     #[must_use]
     pub(crate) fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
         match self {

@@ -109,7 +109,8 @@ impl Kernel {
             let wanted = self.program_id(hook)?;
             let info = sys::link_info(link.as_fd()).map_err(failed)?;
             if info.cgroup != self.cgroup_id || info.attach_type != hook.attach_type {
-                // Another cgroup, or detached: a new link first, then its pin over the old one, so that none is missing.
+                // Another cgroup, or detached: a new link first, then its pin over the old one, so that none is
+                // missing.
                 let new = self.create_link(hook)?;
                 let aside = format!("new_{}", hook.name);
                 self.pins.remove(&aside)?;

@@ -1,4 +1,5 @@
-//! What kernels before 6.8 ask of the programs' shape, looked for here, as the newer kernels that programs are built on do not mind.
+//! What kernels before 6.8 ask of the programs' shape, looked for here, as the newer kernels that programs are built on
+//! do not mind.
 
 use std::collections::HashMap;
 
@@ -13,7 +14,8 @@ const JA: u8 = 0x00;
 const CALL: u8 = 0x80;
 const EXIT: u8 = 0x90;
 
-/// Where control goes from an instruction, and whether that way may close a loop: a jump's may, that to whatever comes next may not.
+/// Where control goes from an instruction, and whether that way may close a loop: a jump's may, that to whatever comes
+/// next may not.
 fn ways(at: i64, instruction: bpf_insn) -> Vec<(i64, bool)> {
     let next = at + 1;
     let target = next + i64::from(instruction.off);
@@ -28,7 +30,8 @@ fn ways(at: i64, instruction: bpf_insn) -> Vec<(i64, bool)> {
     }
 }
 
-/// Loops that close otherwise than by a jump: the instructions between which they do. As `check_cfg` in kernel/bpf/verifier.c walks.
+/// Loops that close otherwise than by a jump: the instructions between which they do. As `check_cfg` in
+/// kernel/bpf/verifier.c walks.
 fn closed_otherwise(instructions: &[bpf_insn]) -> Vec<(i64, i64)> {
     let mut found = Vec::new();
     // False while what comes after an instruction is being walked.

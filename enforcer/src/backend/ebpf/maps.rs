@@ -145,7 +145,8 @@ impl Maps {
         })
     }
 
-    /// Whether a slot holds a part of an image. The filter of ports may hold more: it is never narrower than what it stands before.
+    /// Whether a slot holds a part of an image. The filter of ports may hold more: it is never narrower than what it
+    /// stands before.
     pub(crate) fn holds(&self, slot: u8, image: &Image, part: Part) -> Result<bool, BackendError> {
         match part {
             Part::Endpoints => {

@@ -101,7 +101,8 @@ pub(crate) struct Checked {
 }
 
 impl Pinned {
-    /// Opens what is pinned; nothing where nothing is in force. An error where something is that this version cannot read.
+    /// Opens what is pinned; nothing where nothing is in force. An error where something is that this version cannot
+    /// read.
     pub(crate) fn open(pin_dir: &Path) -> Result<Option<Self>, BackendError> {
         let Some(pins) = Pins::open(pin_dir)? else {
             return Ok(None);
@@ -234,8 +235,8 @@ impl Subject for Asker {
     }
 }
 
-/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `runs` tells whether a
-/// hook's program is ours, by its id.
+/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `runs` tells
+/// whether a hook's program is ours, by its id.
 pub(super) fn observe<'i>(
     maps: &Maps,
     pins: &Pins,

@@ -160,7 +160,8 @@ fn misses_bpffs(parent: &Path) -> bool {
     parent.starts_with(BPFFS) && !is_bpffs(Path::new(BPFFS))
 }
 
-/// F1: a bpffs that the host does not see ends with this mount namespace, and with it the pins, the links and enforcement.
+/// F1: a bpffs that the host does not see ends with this mount namespace, and with it the pins, the links and
+/// enforcement.
 fn may_mount() -> Result<(), BackendError> {
     match host_would_see_mount(Path::new(BPFFS)) {
         Seen::Same => Ok(()),

@@ -1,7 +1,9 @@
-//! bpf(2) where aya has nothing: links by descriptor, elements of maps one by one and in batches, trials, programs of others. Besides it
-//! grace periods, a network namespace's cookie, and memory given back. All unsafe code of the eBPF backend lies here and below.
+//! bpf(2) where aya has nothing: links by descriptor, elements of maps one by one and in batches, trials, programs of
+//! others. Besides it grace periods, a network namespace's cookie, and memory given back. All unsafe code of the eBPF
+//! backend lies here and below.
 //!
-//! Links are made here too: aya chooses the way to attach by what the kernel calls itself, and hides a link's descriptor.
+//! Links are made here too: aya chooses the way to attach by what the kernel calls itself, and hides a link's
+//! descriptor.
 
 #![allow(
     unsafe_code,
@@ -83,7 +85,8 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Asks what a link is attached to.
 pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    // SAFETY: zeros are such a structure, and name no memory. The kernel writes it up to its length, and it holds numbers only.
+    // SAFETY: zeros are such a structure, and name no memory. The kernel writes it up to its length, and it holds
+    // numbers only.
     unsafe {
         let mut info: bpf_link_info = std::mem::zeroed();
         bpf(ask(link, &raw mut info)).0?;
@@ -98,8 +101,8 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 
 /// Returns when every program that was running at the call has ended.
 ///
-/// An update of a map of maps waits for just that (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c, since Linux 4.18);
-/// `membarrier` would too, but not on kernels booted with `nohz_full`.
+/// An update of a map of maps waits for just that (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c, since Linux
+/// 4.18); `membarrier` would too, but not on kernels booted with `nohz_full`.
 pub(crate) fn wait_for_programs() -> io::Result<()> {
     let inner = make(Make::Map(BPF_MAP_TYPE_ARRAY, [4, 4, 1], None))?;
     let outer = make(Make::Map(BPF_MAP_TYPE_ARRAY_OF_MAPS, [4, 4, 1], Some(inner.as_fd())))?;
@@ -152,7 +155,8 @@ pub(crate) fn cause(error: impl Error + Send + Sync + 'static) -> io::Error {
 /// What the kernel hands out a descriptor of.
 #[derive(Clone, Copy)]
 enum Make<'a> {
-    /// A map of a type; how large its keys and values are, and how many it has room for; and what a map of maps is to hold.
+    /// A map of a type; how large its keys and values are, and how many it has room for; and what a map of maps is to
+    /// hold.
     Map(bpf_map_type, [u32; 3], Option<BorrowedFd<'a>>),
     /// A program for `connect4` that lets everything pass: `r0 = 1; exit`.
     Passing,
@@ -198,8 +202,8 @@ fn make(what: Make<'_>) -> io::Result<OwnedFd> {
             BPF_PROG_GET_FD_BY_ID
         }
     };
-    // SAFETY: the kernel reads the path and the licence to their ends, and as many instructions as there are. What each of these commands
-    // returns is a new descriptor.
+    // SAFETY: the kernel reads the path and the licence to their ends, and as many instructions as there are. What each
+    // of these commands returns is a new descriptor.
     unsafe { Ok(OwnedFd::from_raw_fd(bpf(set).0?)) }
 }
 
@@ -233,13 +237,16 @@ fn change(what: Change<'_>) -> io::Result<()> {
     unsafe { bpf(set).0.map(drop) }
 }
 
-/// One call: its result, and the attribute, in which the kernel may answer too. `set` fills in the attribute, all zeros before.
+/// One call: its result, and the attribute, in which the kernel may answer too. `set` fills in the attribute, all zeros
+/// before.
 ///
 /// # Safety
 ///
-/// What `set` names as memory is there until the call returns, and as large as the kernel takes it to be for that command.
+/// What `set` names as memory is there until the call returns, and as large as the kernel takes it to be for that
+/// command.
 unsafe fn bpf(set: impl FnOnce(&mut bpf_attr) -> bpf_cmd) -> (io::Result<i32>, bpf_attr) {
-    // SAFETY: zeros are an attribute of every command, and a kernel that knows shorter ones takes it. The rest is the caller's promise.
+    // SAFETY: zeros are an attribute of every command, and a kernel that knows shorter ones takes it. The rest is the
+    // caller's promise.
     let (result, attr) = unsafe {
         let mut attr: bpf_attr = std::mem::zeroed();
         let command = set(&mut attr) as u32;

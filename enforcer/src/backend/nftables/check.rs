@@ -81,7 +81,8 @@ pub(super) fn decide(image: &Image, attempt: &Attempt) -> Checked {
     }
 }
 
-/// The chain of the class that the endpoint maps give a destination. An unspecified one has become loopback when its packet leaves.
+/// The chain of the class that the endpoint maps give a destination. An unspecified one has become loopback when its
+/// packet leaves.
 fn class_of<'i>(image: &'i Image, attempt: &Attempt) -> Option<&'i str> {
     let address = match attempt.address.to_canonical() {
         address if !address.is_unspecified() => address,

@@ -1,7 +1,7 @@
 //! The expressions that rules of ours are made of, and the forms in which they are put together. Pure.
 //!
-//! Numbers are those of `linux/netfilter/nf_tables.h`. Registers are named as the kernel dumps them: 1 and 2 are the first
-//! two of 16 bytes, 8 + n the nth of 4 bytes, so that what was written and what is read back are equal.
+//! Numbers are those of `linux/netfilter/nf_tables.h`. Registers are named as the kernel dumps them: 1 and 2 are the
+//! first two of 16 bytes, 8 + n the nth of 4 bytes, so that what was written and what is read back are equal.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -68,7 +68,8 @@ pub(crate) enum Expression {
         /// TCP reset, or ICMP port unreachable.
         reset: bool,
     },
-    /// Answers the sender by ICMP that an administrator forbids it, where the kernel answers such a packet, and drops the packet.
+    /// Answers the sender by ICMP that an administrator forbids it, where the kernel answers such a packet, and drops
+    /// the packet.
     Prohibit,
     /// Ends the rule.
     Verdict(Verdict),
@@ -138,7 +139,8 @@ pub(crate) fn transport(protocol: u8) -> Vec<Expression> {
 const ASKED: u8 = 0x17;
 const ASKS: u8 = 0x02;
 
-/// Only TCP segments that ask for a connection, of packets that are whole, as all that sockets of this network namespace send.
+/// Only TCP segments that ask for a connection, of packets that are whole, as all that sockets of this network
+/// namespace send.
 #[must_use]
 pub(crate) fn opens_connection() -> Vec<Expression> {
     vec![
@@ -156,11 +158,12 @@ pub(crate) fn opens_connection() -> Vec<Expression> {
     ]
 }
 
-/// Only TCP segments whose flags show that they ask for a connection, or with `false`, that they do not. Neither matches where a
-/// fragment ends before the flags, or begins behind them.
+/// Only TCP segments whose flags show that they ask for a connection, or with `false`, that they do not. Neither
+/// matches where a fragment ends before the flags, or begins behind them.
 ///
-/// Loads of 1, 2 and 4 aligned bytes take a short cut in the kernel (`nft_payload_fast_eval`) that reads a later fragment's data, and of
-/// IPv6 even the IP header, as if a transport header were there. Two bytes at an odd offset go the long way, which looks.
+/// Loads of 1, 2 and 4 aligned bytes take a short cut in the kernel (`nft_payload_fast_eval`) that reads a later
+/// fragment's data, and of IPv6 even the IP header, as if a transport header were there. Two bytes at an odd offset go
+/// the long way, which looks.
 #[must_use]
 pub(crate) fn shows_opening(opens: bool) -> Vec<Expression> {
     vec![
@@ -178,8 +181,9 @@ pub(crate) fn shows_opening(opens: bool) -> Vec<Expression> {
     ]
 }
 
-/// Only TCP segments of a family that show, by their flags, that they ask for no connection: as [`shows_opening`], but only where the
-/// header of TCP follows that of IP and is in the first fragment, as nearly always. Every load takes the kernel's short cut.
+/// Only TCP segments of a family that show, by their flags, that they ask for no connection: as [`shows_opening`], but
+/// only where the header of TCP follows that of IP and is in the first fragment, as nearly always. Every load takes the
+/// kernel's short cut.
 #[must_use]
 pub(crate) fn opens_nothing(family: u8) -> Vec<Expression> {
     let bits = |base, offset, mask: &[u8], equal, value: &[u8]| {
@@ -207,7 +211,8 @@ pub(crate) fn opens_nothing(family: u8) -> Vec<Expression> {
     }
 }
 
-/// Only packets that show their destination port: no later fragment does. Of three bytes, for the reason of [`shows_opening`].
+/// Only packets that show their destination port: no later fragment does. Of three bytes, for the reason of
+/// [`shows_opening`].
 #[must_use]
 pub(crate) fn shows_port() -> Vec<Expression> {
     vec![Expression::Payload {
@@ -242,7 +247,8 @@ pub(crate) fn fragment4(bits: u16, some: bool) -> Vec<Expression> {
     [equal(meta::NFPROTO, vec![IPV4]), network_bits(6, bits, some)].concat()
 }
 
-/// Only later fragments of IPv6 packets, with the fragment header right behind that of IPv6, where all senders that mean well put it.
+/// Only later fragments of IPv6 packets, with the fragment header right behind that of IPv6, where all senders that
+/// mean well put it.
 #[must_use]
 pub(crate) fn later_fragment6() -> Vec<Expression> {
     const FRAGMENT: u8 = 44;
@@ -403,7 +409,8 @@ pub(crate) fn to_loopback(family: u8) -> Vec<Expression> {
     address(family, true, begins)
 }
 
-/// Only packets of a family that certainly go to no loopback address: by a word of the address that the kernel compares fastest.
+/// Only packets of a family that certainly go to no loopback address: by a word of the address that the kernel compares
+/// fastest.
 #[must_use]
 pub(crate) fn beyond_loopback(family: u8) -> Vec<Expression> {
     let begins = if family == IPV4 {

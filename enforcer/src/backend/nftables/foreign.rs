@@ -1,9 +1,10 @@
 //! What becomes of packets that no socket of this network namespace sends: forwarded ones, and those that arrive. Pure.
 //!
-//! Whoever makes packets by hand can cut them so that a rule finds no port, no flags or no transport protocol where it looks for them.
-//! Such a rule does not match, the receiver puts the pieces together, and what has not been judged would have arrived. So the layout is
-//! by what a packet shows: what shows that it opens nothing leaves first, by one rule (P3); what shows where it goes is judged; of the
-//! rest, whatever goes to an endpoint's address and could carry what decides is refused.
+//! Whoever makes packets by hand can cut them so that a rule finds no port, no flags or no transport protocol where it
+//! looks for them. Such a rule does not match, the receiver puts the pieces together, and what has not been judged
+//! would have arrived. So the layout is by what a packet shows: what shows that it opens nothing leaves first, by one
+//! rule (P3); what shows where it goes is judged; of the rest, whatever goes to an endpoint's address and could carry
+//! what decides is refused.
 
 use std::net::Ipv4Addr;
 
@@ -15,8 +16,8 @@ use super::{
 };
 use crate::{policy::Nat64, ruleset::RuleSet};
 
-/// Next headers behind which a receiver could go on, and the kernel's rules do not: mobility, HIP, shim6 and two for experiments
-/// (IANA's list of IPv6 extension headers; `ipv6_ext_hdr` has the others).
+/// Next headers behind which a receiver could go on, and the kernel's rules do not: mobility, HIP, shim6 and two for
+/// experiments (IANA's list of IPv6 extension headers; `ipv6_ext_hdr` has the others).
 const NOT_WALKED: [u8; 5] = [135, 139, 140, 253, 254];
 
 /// The layout for one rule set.
@@ -131,8 +132,9 @@ impl Foreign {
         goto(&self.slot.unreadable())
     }
 
-    /// Fragments of IPv4. Only what lies within the first 16 bytes of TCP decides, and only a first fragment, or one that begins at
-    /// byte 8 and overlaps it (RFC 1858, 3128), can carry that; of UDP, whose ports are within the first 8, only a first one.
+    /// Fragments of IPv4. Only what lies within the first 16 bytes of TCP decides, and only a first fragment, or one
+    /// that begins at byte 8 and overlaps it (RFC 1858, 3128), can carry that; of UDP, whose ports are within the first
+    /// 8, only a first one.
     fn pieces4(&self) -> Vec<Vec<Expression>> {
         let near = |protocol, offsets| {
             [
@@ -149,8 +151,9 @@ impl Foreign {
         rules
     }
 
-    /// What is left of IPv6, whole packets that are neither TCP nor UDP among it. The first fragment of a packet is in any case either
-    /// judged or refused; later ones of TCP are too, as a receiver that let them overlap it could find flags there.
+    /// What is left of IPv6, whole packets that are neither TCP nor UDP among it. The first fragment of a packet is in
+    /// any case either judged or refused; later ones of TCP are too, as a receiver that let them overlap it could find
+    /// flags there.
     fn pieces6(&self) -> Vec<Vec<Expression>> {
         let mut rules = vec![[is::transport(TCP), vec![self.refuse()]].concat()];
         if self.has_udp {

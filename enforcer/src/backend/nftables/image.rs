@@ -1,10 +1,11 @@
 //! Rule set → the table as it should stand: chains, rules, sets, counters. Pure.
 //!
 //! A destination is looked up in a map from endpoint to the chain of its class, a class being a distinct set of owning
-//! targets; a class's chain jumps to the chain of each of its targets, which returns if it admits the user and ends in a refusal if not (D2).
+//! targets; a class's chain jumps to the chain of each of its targets, which returns if it admits the user and ends in
+//! a refusal if not (D2).
 //!
-//! Names of all but the base chains and the counters end in the slot of their generation, so that a rule set is built beside
-//! the one in force: a packet that is under way finds every set and chain that it began with (F2).
+//! Names of all but the base chains and the counters end in the slot of their generation, so that a rule set is built
+//! beside the one in force: a packet that is under way finds every set and chain that it began with (F2).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -261,7 +262,8 @@ impl Slot {
         ["endpoints", "ranges"].map(|what| format!("{what}{}_{self}", version(family)))
     }
 
-    /// The same to refusals: the kernel does not let a forwarded packet come near a rule that asks for a socket's cgroup.
+    /// The same to refusals: the kernel does not let a forwarded packet come near a rule that asks for a socket's
+    /// cgroup.
     #[must_use]
     pub(crate) fn forwarded(self, family: u8) -> [String; 2] {
         self.endpoints(family).map(|name| format!("forwarded_{name}"))
@@ -608,8 +610,8 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
     }
     if kernel && cgroups {
         rules.push([is::has_user(), vec![goto(&refusal)]].concat());
-        // D3: of sockets without a file the kernel makes some for a user, whose cgroup they have: SMC's inner ones, MPTCP's further
-        // ones. Its own have the root's, as its threads have.
+        // D3: of sockets without a file the kernel makes some for a user, whose cgroup they have: SMC's inner ones,
+        // MPTCP's further ones. Its own have the root's, as its threads have.
         rules.push([is::below_the_root(), vec![goto(&refusal)]].concat());
         rules.push(admit(Vec::new()));
     } else {

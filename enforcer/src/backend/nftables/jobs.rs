@@ -1,7 +1,9 @@
-//! The chain `inet bosh_agent monit_access_jobs` (B5): where BOSH jobs, the BOSH agent and enforcer say who may reach monit.
+//! The chain `inet bosh_agent monit_access_jobs` (B5): where BOSH jobs, the BOSH agent and enforcer say who may reach
+//! monit.
 //!
-//! The agent's own chain `monit_access` jumps there first, so that an `accept` there lets through it. We read what it accepts, and write
-//! what was granted as long as the agent's chain is there. Rules of others are never changed, nor is the chain ever flushed.
+//! The agent's own chain `monit_access` jumps there first, so that an `accept` there lets through it. We read what it
+//! accepts, and write what was granted as long as the agent's chain is there. Rules of others are never changed, nor is
+//! the chain ever flushed.
 
 use std::{
     fmt,
@@ -182,7 +184,8 @@ impl JobsChain {
         self.commit(remove, add, &comment)
     }
 
-    /// Adds rules for a container that cannot reach the daemon, but for those that are there. False where there is no chain.
+    /// Adds rules for a container that cannot reach the daemon, but for those that are there. False where there is no
+    /// chain.
     pub(crate) fn add_container(&mut self, accepts: &[Accept]) -> Result<bool, NftablesError> {
         let found = self.read()?;
         let is_there = |accept: &Accept| found.rules.iter().any(|rule| rule.accepts.as_ref() == Ok(accept));

@@ -1,6 +1,7 @@
 //! `Image` ⇄ kernel, over netlink: one transaction out, by nftnl, and dumps back.
 //!
-//! A netlink request is answered before the call that sends it returns, so every answer is there to be read without waiting.
+//! A netlink request is answered before the call that sends it returns, so every answer is there to be read without
+//! waiting.
 
 mod attributes;
 mod dumps;
@@ -78,8 +79,8 @@ impl Netlink {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes afterwards, when
-    /// no packet can be under way that began with it; counters that stay go on counting.
+    /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes
+    /// afterwards, when no packet can be under way that began with it; counters that stay go on counting.
     pub(crate) fn replace(&mut self, change: Change<'_>) -> Result<(), Failed> {
         match self.replace_in_steps(change) {
             // Somebody has bent the table so that it cannot be changed piece by piece.
@@ -104,8 +105,9 @@ impl Netlink {
         self.remove_parts(change.table, &old)
     }
 
-    /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after it has switched
-    /// rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty for a moment.
+    /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after
+    /// it has switched rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty
+    /// for a moment.
     fn lay_out(&mut self, change: Change<'_>) -> Result<(), Failed> {
         let Change { table, image, found } = change;
         let none = BTreeMap::new();
@@ -173,7 +175,8 @@ impl Netlink {
         self.commit(batch)
     }
 
-    /// Replaces the table in one transaction. A packet under way may find the old one's sets emptied: only for a bent table.
+    /// Replaces the table in one transaction. A packet under way may find the old one's sets emptied: only for a bent
+    /// table.
     fn make_anew(&mut self, table: &str, image: &Image, counts: &BTreeMap<String, u64>) -> Result<(), Failed> {
         let table = inet(table);
         let mut batch = Steps::new();
@@ -193,7 +196,8 @@ impl Netlink {
         self.commit(batch)
     }
 
-    /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is in force.
+    /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is
+    /// in force.
     pub(crate) fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
         let table = inet(table);
         let mut batch = Steps::new();
@@ -279,7 +283,8 @@ impl Netlink {
         }
     }
 
-    /// Sends one request, of a family or of all by 0, within what is named, and hands on its answers and their families until they end.
+    /// Sends one request, of a family or of all by 0, within what is named, and hands on its answers and their families
+    /// until they end.
     pub(super) fn ask(
         &mut self,
         family: u8,
@@ -446,8 +451,8 @@ fn length_of(bytes: &[u8]) -> u32 {
     u32::try_from(bytes.len()).unwrap_or(u32::MAX)
 }
 
-/// As much as registers hold (`NFT_DATA_VALUE_MAXLEN`), for which alone libnftnl has room. No value of ours or the kernel's is longer;
-/// one that were would be found to differ when it is read back (F3).
+/// As much as registers hold (`NFT_DATA_VALUE_MAXLEN`), for which alone libnftnl has room. No value of ours or the
+/// kernel's is longer; one that were would be found to differ when it is read back (F3).
 fn within_registers(bytes: &[u8]) -> &[u8] {
     bytes.get(..64).unwrap_or(bytes)
 }

@@ -1,5 +1,5 @@
-//! Rules of other people, of every family and table, as far as `enforcer doctor` asks: where packets are sent elsewhere, and which
-//! matches of xtables are in use.
+//! Rules of other people, of every family and table, as far as `enforcer doctor` asks: where packets are sent
+//! elsewhere, and which matches of xtables are in use.
 
 use std::{collections::BTreeMap, io, net::IpAddr};
 

@@ -1,5 +1,5 @@
-//! What BPF can do here: small maps and programs that vanish with their descriptors, then our own in a mount namespace that nobody
-//! else sees.
+//! What BPF can do here: small maps and programs that vanish with their descriptors, then our own in a mount namespace
+//! that nobody else sees.
 
 use std::{
     io,
@@ -78,8 +78,8 @@ fn link(cgroup: Option<&Path>) -> Fact {
     Fact::from_errno(tried)
 }
 
-/// Loads and attaches what a start would, with its pins on a bpffs that only this thread sees: whatever happens, the kernel takes
-/// all of it back. Its maps put nothing in force, so that it judges nothing.
+/// Loads and attaches what a start would, with its pins on a bpffs that only this thread sees: whatever happens, the
+/// kernel takes all of it back. Its maps put nothing in force, so that it judges nothing.
 fn own_programs(place: Place<'_>, facts: &mut Facts) {
     // The private bpffs would hide that a start has none there.
     if let Err(error) = Pins::look(place.pin_dir) {

@@ -1,4 +1,5 @@
-//! What `nf_tables` can do here: each form of ours in a table of its own, in a transaction that takes it back before it counts.
+//! What `nf_tables` can do here: each form of ours in a table of its own, in a transaction that takes it back before it
+//! counts.
 
 use super::{Fact, Facts, Feature};
 use crate::backend::nftables::{

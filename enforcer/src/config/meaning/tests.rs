@@ -25,7 +25,8 @@ fn files(passwd: &str, group: &str) -> FileUsers {
     }
 }
 
-/// At `bus`, who may connect anywhere and who within the cgroup; how many names have changed. `other` lists a number, which stays.
+/// At `bus`, who may connect anywhere and who within the cgroup; how many names have changed. `other` lists a number,
+/// which stays.
 fn again(passwd: &str, group: &str) -> Result<String, Box<dyn std::error::Error>> {
     let config = Config::parse(CONFIG, Path::new("x.toml"))?;
     let read = Policy::from_config(&config, &files(PASSWD, GROUP))?;

@@ -10,8 +10,9 @@ pub(super) const HIDDEN: &str = "…";
 /// Most servers that are shown of one string.
 const MAX_SERVERS: usize = 256;
 
-/// Scheme, host and port of a URL or endpoint, without credentials, path and query, in one line; of each server where commas
-/// separate several. A part that does not look like a scheme, host or port might be credentials and is shown as `…`.
+/// Scheme, host and port of a URL or endpoint, without credentials, path and query, in one line; of each server where
+/// commas separate several. A part that does not look like a scheme, host or port might be credentials and is shown as
+/// `…`.
 #[must_use]
 pub fn shown(text: &str) -> String {
     if !text.contains(',') {

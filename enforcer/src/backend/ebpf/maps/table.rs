@@ -1,4 +1,5 @@
-//! A map whose keys and values are typed: opened if it is as it should be, changed from one list of entries to another, and read back.
+//! A map whose keys and values are typed: opened if it is as it should be, changed from one list of entries to another,
+//! and read back.
 
 use std::{io, marker::PhantomData, path::Path};
 

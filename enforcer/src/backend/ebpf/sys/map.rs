@@ -27,7 +27,8 @@ pub(crate) struct Map {
     shape: Shape,
     id: u32,
     key: usize,
-    /// One a CPU for maps of that kind, each of them filled up to eight bytes (`bpf_map_value_size` in kernel/bpf/syscall.c).
+    /// One a CPU for maps of that kind, each of them filled up to eight bytes (`bpf_map_value_size` in
+    /// kernel/bpf/syscall.c).
     value: usize,
 }
 
@@ -57,7 +58,8 @@ impl Map {
         Self::new(open_pin(path)?)
     }
 
-    /// Asks what the map is. `InvalidData` where it is of a type that we make none of: there are some whose values hold pointers.
+    /// Asks what the map is. `InvalidData` where it is of a type that we make none of: there are some whose values hold
+    /// pointers.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         let data = MapData::from_fd(fd).map_err(cause)?;
         let info = data.info().map_err(cause)?;
@@ -118,8 +120,8 @@ impl Map {
         unsafe { bpf(set).0.map(drop) }
     }
 
-    /// Reads, writes or removes many: how many, and whether more are there to be read. What is written or removed in part only has failed
-    /// (F3).
+    /// Reads, writes or removes many: how many, and whether more are there to be read. What is written or removed in
+    /// part only has failed (F3).
     pub(crate) fn batch(&self, what: Batch<'_>) -> io::Result<(usize, bool)> {
         let (command, keys, values, cursor) = match what {
             Batch::Get(cursor, keys, values) => (BPF_MAP_LOOKUP_BATCH, write(keys), Some(write(values)), Some(cursor)),
@@ -149,8 +151,8 @@ impl Map {
             }
             command
         };
-        // SAFETY: the kernel reads and writes at most `count` keys and values of this map's sizes, for which the slices have room, and a
-        // cursor of at most 32 bytes.
+        // SAFETY: the kernel reads and writes at most `count` keys and values of this map's sizes, for which the slices
+        // have room, and a cursor of at most 32 bytes.
         let (result, done) = unsafe {
             let (result, attr) = bpf(set);
             (result.map(drop), attr.batch.count)

@@ -75,8 +75,8 @@ pub(crate) fn program_maps(id: u32) -> io::Result<Vec<u32>> {
 fn program(id: u32) -> io::Result<(bpf_prog_info, Vec<u32>)> {
     let program = make(Make::Program(id))?;
     let mut maps = vec![0_u32; MAX_MAPS as usize];
-    // SAFETY: zeros are such a structure. The kernel writes it up to its length, and to the memory that it names at most
-    // what it says there is room for.
+    // SAFETY: zeros are such a structure. The kernel writes it up to its length, and to the memory that it names at
+    // most what it says there is room for.
     let info = unsafe {
         let mut info: bpf_prog_info = std::mem::zeroed();
         info.nr_map_ids = MAX_MAPS;

@@ -1,13 +1,14 @@
 //! Attributes of netlink messages as the kernel nests them, read without unsafe code.
 //!
-//! Not by the types of netlink-packet-netfilter: it has none for half of our expressions, and formats a whole list as text for each
-//! element of it (`VecListAttribute::parse` in 0.4.0), which is minutes for 100,000.
+//! Not by the types of netlink-packet-netfilter: it has none for half of our expressions, and formats a whole list as
+//! text for each element of it (`VecListAttribute::parse` in 0.4.0), which is minutes for 100,000.
 
 use std::ffi::CStr;
 
 use netlink_packet_core::{NLA_HEADER_SIZE, NlaBuffer, NlasIterator};
 
-/// Attributes, one behind the other. What is absent or too short reads as nothing or zero; whoever must tell them apart asks `has`.
+/// Attributes, one behind the other. What is absent or too short reads as nothing or zero; whoever must tell them apart
+/// asks `has`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attributes<'a>(pub(crate) &'a [u8]);
 
@@ -152,7 +153,8 @@ mod tests {
 
     #[test]
     fn what_is_absent_or_cut_short_reads_as_nothing() {
-        // Number 1: two bytes and padding; 2 (nested): number 1, four bytes; 3: a text; then one that claims more than is there.
+        // Number 1: two bytes and padding; 2 (nested): number 1, four bytes; 3: a text; then one that claims more than
+        // is there.
         let mut bytes = vec![6, 0, 1, 0, 0xab, 0xcd, 0, 0, 12, 0, 2, 0x80, 8, 0, 1, 0, 0, 0, 1, 2];
         bytes.extend([7, 0, 3, 0, b'a', 0, b'b', 0, 200, 0, 4, 0, 1, 2, 3, 4]);
         for length in 0..=bytes.len() {

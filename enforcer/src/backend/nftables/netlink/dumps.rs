@@ -210,7 +210,8 @@ fn element(object: Attributes<'_>, kind: SetKind) -> Element {
     }
 }
 
-/// Ranges by their bounds: first keys, and keys behind the last ones, which are marked. One without a first key is none of ours.
+/// Ranges by their bounds: first keys, and keys behind the last ones, which are marked. One without a first key is none
+/// of ours.
 fn ranges_of(mut bounds: Vec<(Vec<u8>, bool)>) -> Vec<Element> {
     // Where two ranges touch, one ends before the other begins.
     bounds.sort_unstable_by(|a, b| (&a.0, !a.1).cmp(&(&b.0, !b.1)));

@@ -37,8 +37,8 @@ pub(super) struct Raw<'a>(pub(super) &'a Expression);
 impl NlExpression for Raw<'_> {
     fn to_expr(&self, _: &NlRule<'_>) -> NonNull<sys::nftnl_expr> {
         let (name, attributes) = attributes(self.0);
-        // SAFETY: each value is of the type that libnftnl reads there, or no longer than its room for bytes; it copies them. The rule
-        // that asks for the expression takes it over.
+        // SAFETY: each value is of the type that libnftnl reads there, or no longer than its room for bytes; it copies
+        // them. The rule that asks for the expression takes it over.
         unsafe {
             let expression = Owned::new(sys::nftnl_expr_alloc(name.as_ptr()), |it| sys::nftnl_expr_free(it));
             for (number, value) in attributes {
@@ -54,7 +54,8 @@ impl NlExpression for Raw<'_> {
     }
 }
 
-/// Its name, and its attributes as libnftnl copies them: numbers of its own types in host byte order, texts with the zero behind them.
+/// Its name, and its attributes as libnftnl copies them: numbers of its own types in host byte order, texts with the
+/// zero behind them.
 #[allow(clippy::too_many_lines, reason = "one arm an expression")]
 fn attributes(expression: &Expression) -> (&'static CStr, Vec<(u32, Vec<u8>)>) {
     let number = |value: u32| value.to_ne_bytes().to_vec();

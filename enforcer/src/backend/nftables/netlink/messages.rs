@@ -48,7 +48,8 @@ impl Steps {
         self.add_flagged(name, message, kind, 0);
     }
 
-    /// Removes a thing only where nothing is in it and nothing refers to it: without `NLM_F_NONREC` the kernel removes what is in it, too.
+    /// Removes a thing only where nothing is in it and nothing refers to it: without `NLM_F_NONREC` the kernel removes
+    /// what is in it, too.
     pub(crate) fn remove_if_empty<T: NlMsg>(&mut self, name: &str, message: &T) {
         self.add_flagged(name, message, MsgType::Del, libc::NLM_F_NONREC as u16);
     }
@@ -64,7 +65,8 @@ impl Steps {
         unsafe impl<T: NlMsg> NlMsg for Step<'_, T> {
             unsafe fn write(&self, buffer: *mut c_void, sequence: u32, kind: MsgType) {
                 self.number.set(sequence);
-                // SAFETY: as promised by our caller; a netlink header is at the buffer's start then, which is aligned for it.
+                // SAFETY: as promised by our caller; a netlink header is at the buffer's start then, which is aligned
+                // for it.
                 unsafe {
                     self.message.write(buffer, sequence, kind);
                     (*buffer.cast::<libc::nlmsghdr>()).nlmsg_flags |= self.flags;
@@ -249,7 +251,8 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
     }
     for element in &set.elements {
         if let SetKind::Addresses { .. } = set.kind {
-            // As sets without a concatenation take a range: its first key, and where there is one, the key behind its last.
+            // As sets without a concatenation take a range: its first key, and where there is one, the key behind its
+            // last.
             add_element(&mut message, &element.key, &[], &Value::None, false);
             if let Some(behind) = key_behind(&element.last) {
                 add_element(&mut message, &behind, &[], &Value::None, true);
@@ -279,8 +282,8 @@ fn add_element(set: &mut NlSet<'_, AnyKey>, key: &[u8], last: &[u8], value: &Val
         (sys::NFTNL_SET_ELEM_VERDICT, chain.and(Some(&goto[..]))),
         (sys::NFTNL_SET_ELEM_CHAIN, chain),
     ];
-    // SAFETY: each value is of the type that libnftnl reads there, or no longer than its room for bytes; it copies them. The set, which
-    // is live, takes the element over.
+    // SAFETY: each value is of the type that libnftnl reads there, or no longer than its room for bytes; it copies
+    // them. The set, which is live, takes the element over.
     unsafe {
         let element = Owned::new(sys::nftnl_set_elem_alloc(), |it| sys::nftnl_set_elem_free(it));
         for (number, value) in attributes {
