@@ -200,7 +200,12 @@ fn element(object: Attributes<'_>, kind: SetKind) -> Element {
         SetKind::Addresses { .. } | SetKind::Users | SetKind::Cgroups => Value::None,
         SetKind::Endpoints { .. } | SetKind::Ports => {
             let verdict = object.inside(nfta::SET_ELEM_DATA).inside(nfta::DATA_VERDICT);
-            Value::Goto(verdict.text(nfta::VERDICT_CHAIN))
+            let chain = verdict.text(nfta::VERDICT_CHAIN);
+            // Ours never come back from there. Any other verdict is none of ours.
+            match verdict.number(nfta::VERDICT_CODE).cast_signed() {
+                libc::NFT_GOTO => Value::Goto(chain),
+                code => Value::Goto(format!("verdict {code} {chain}")),
+            }
         }
     };
     Element {
