@@ -1,4 +1,4 @@
-//! The decision: a verdict from an attempt, look-ups and a subject. Pure; the kernel runs it over maps, `check` over
+//! The decision: a verdict from an attempt, lookups and a subject. Pure; the kernel runs it over maps, `check` over
 //! the same maps from outside, the tests over tables of their own.
 
 use crate::{
@@ -17,11 +17,11 @@ pub struct Destination {
     pub address: Address,
 }
 
-/// The rule set in force, look-up by look-up.
+/// The active rule set, lookup by lookup.
 pub trait Tables {
     /// Whether any rule set in the kernel may have this port; never narrower than the one in use.
     fn port(&self, port: u16) -> bool;
-    /// The slot in force.
+    /// The active slot.
     fn active(&self) -> Option<u8>;
     /// What holds for all of a slot.
     fn generation(&self, slot: u8) -> Option<Generation>;

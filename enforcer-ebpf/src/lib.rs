@@ -123,7 +123,7 @@ pub struct PrefixKey {
     pub key: EndpointKey,
 }
 
-/// Who asks, as far as one look-up sees.
+/// Who asks, as far as one lookup sees.
 #[repr(C)]
 #[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -170,7 +170,7 @@ pub struct Generation {
 /// Users that [`Few`] has room for.
 pub const FEW_USERS: usize = 4;
 
-/// Users at hand, so that a rule set that admits few of them needs no look-up.
+/// Users at hand, so that a rule set that admits few of them needs no lookup.
 #[repr(C)]
 #[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +206,7 @@ pub mod flag {
     pub const AUDIT: u64 = 1;
     /// The rule set has prefixes.
     pub const PREFIXES: u64 = 2;
-    /// Put in force by a daemon that means to stay.
+    /// Made active by a daemon that means to stay.
     pub const DAEMON: u64 = 4;
     /// The programs check the socket's owner too (D3): that of TCP sockets.
     pub const SOCKET_USER: u64 = 8;

@@ -59,7 +59,7 @@ static CRED_UID_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static READS_KERNEL: Global<u32> = Global::new(1);
 
-/// 0: no rule set in force; else its slot plus 1. One byte, so that it is read and written whole.
+/// 0: no rule set active; else its slot plus 1. One byte, so that it is read and written whole.
 #[map(name = "active")]
 static ACTIVE: Array<u8> = Array::pinned(entries::ACTIVE, 0);
 #[map(name = "generations")]

@@ -29,7 +29,7 @@ pub(crate) use nftables::{Denial, Denials, Logged, Nftables, NftablesError, jobs
 use probe::{Fact, Works};
 use writer::Writer;
 
-/// What is in force in the kernel, for the process that writes it.
+/// What is active in the kernel, for the process that writes it.
 #[derive(Debug)]
 pub(crate) struct Enforcement {
     ebpf: Option<Kernel>,
@@ -168,7 +168,7 @@ impl Enforcement {
         Ok(())
     }
 
-    /// Removes what the choice no longer needs, once the rest is in force: no gap. Also what an earlier process left.
+    /// Removes what the choice no longer needs, once the rest is active: no gap. Also what an earlier process left.
     pub(crate) fn retire(&mut self, settings: &Settings) {
         let (ebpf, nftables) = match settings.backend {
             Backend::Ebpf => (true, false),
@@ -199,7 +199,7 @@ impl Enforcement {
         }
     }
 
-    /// Puts a rule set in force on all halves or on none (F2). Returns its generation number.
+    /// Makes a rule set active on all halves or on none (F2). Returns its generation number.
     pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
         let both = self.ebpf.is_some() && self.nftables.is_some();
         let half = |name, error: BackendError| {
@@ -234,9 +234,9 @@ impl Enforcement {
         Ok(number)
     }
 
-    /// Sees to it that the generation put in force last, of this number, is so whole, putting back what others took or
-    /// changed (F5): the number in force then, another one where rules or entries were written anew; with both backends
-    /// eBPF's. None if another generation was put in force last.
+    /// Sees to it that the generation made active last, of this number, is so whole, putting back what others took or
+    /// changed (F5): the active number then, another one where rules or entries were written anew; with both backends
+    /// eBPF's. None if another generation was made active last.
     pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         let mut kept = number;
         if let Some(nftables) = &mut self.nftables
@@ -247,9 +247,9 @@ impl Enforcement {
         }
         match &mut self.ebpf {
             Some(kernel) => {
-                let before = kernel.mended();
+                let before = kernel.repaired();
                 let kept = kernel.keep(number);
-                self.restored += u64::from(kernel.mended() != before);
+                self.restored += u64::from(kernel.repaired() != before);
                 kept
             }
             None => Ok(Some(kept)),
@@ -405,13 +405,13 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     }
     if other.generation == 0 && one.generation != 0 {
         one.faults
-            .push("nothing is in force in nftables; restart enforcer".to_owned());
+            .push("nothing is active in nftables; restart enforcer".to_owned());
     }
     one.faults.extend(other.faults);
     Some(one)
 }
 
-/// What is in force, for those who only read it.
+/// What is active, for those who only read it.
 #[derive(Debug)]
 pub(crate) struct InForce {
     ebpf: Option<Pinned>,
@@ -419,7 +419,7 @@ pub(crate) struct InForce {
 }
 
 impl InForce {
-    /// Reads what is in force; none where nothing is.
+    /// Reads what is active; none where nothing is.
     pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
         match Self::open_as_far_as_possible(settings)? {
             (_, Some(unread)) => Err(unread),
@@ -427,7 +427,7 @@ impl InForce {
         }
     }
 
-    /// Reads what is in force, and tells why part of it cannot be read: another version's, or damaged.
+    /// Reads what is active, and tells why part of it cannot be read: another version's, or damaged.
     pub(crate) fn open_as_far_as_possible(
         settings: &Settings,
     ) -> Result<(Option<Self>, Option<BackendError>), BackendError> {
@@ -477,7 +477,7 @@ impl InForce {
         ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
-    /// The verdict of what is in force: a denial of either half is one.
+    /// The verdict of what is active: a denial of either half is one.
     pub(crate) fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
         let nftables = self
@@ -500,7 +500,7 @@ impl InForce {
 /// Removes all of ours from the kernel; false where there was nothing.
 pub(crate) fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11
-    // What one half meets keeps nothing of the other in force.
+    // What one half meets keeps nothing of the active other.
     let nftables = nftables::unload(&settings.nft_table);
     let jobs = nftables::jobs::leave(settings);
     let ebpf = ebpf::unload(&settings.pin_dir)?;

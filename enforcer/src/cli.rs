@@ -34,22 +34,21 @@ use crate::{
     wire::{ActiveBackend, Reply, Request, Schema, State, Status, check::ConfigCheck},
 };
 
-/// Lets only chosen local users open connections to this host's sensitive endpoints.
+/// Allows only chosen local users to connect to this host's sensitive endpoints.
 ///
-/// Exit codes: 0 as asked; 1 the answer is no (denied, degraded, drifted, nothing in force, something weakens); 2 it
-/// could not be done, or not be looked at; 3 of `run` alone: it ended as it was told to unload, so that what supervises
-/// it does not start it again.
+/// Exit codes: 0 success; 1 negative answer (denied, degraded, drifted, not active, weaknesses found); 2 error; 3
+/// (`run` only) stopped by `enforcer unload`: do not restart.
 #[derive(Debug, Parser)]
 #[command(name = "enforcer", version, propagate_version = true)]
 pub struct Cli {
-    /// Configuration file [default: /etc/enforcer/enforcer.toml; where that does not exist, BOSH's monit and message
-    /// bus are protected]
+    /// Configuration file [default: /etc/enforcer/enforcer.toml; without that file, BOSH's monit and message bus are
+    /// protected]
     #[arg(long, global = true, value_name = "PATH")]
     config: Option<PathBuf>,
     /// Log format, on stderr
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
-    /// Least level to log: error, warn, info, debug, trace
+    /// Minimum level to log: error, warn, info, debug, trace
     #[arg(long, global = true, value_name = "LEVEL", default_value = "info")]
     log_level: tracing::Level,
     #[command(subcommand)]
@@ -64,40 +63,40 @@ enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run in the foreground: enforce, follow names, addresses and cgroups, serve the other commands
+    /// Run the daemon in the foreground: enforce, follow names, addresses and cgroups, answer the other commands
     ///
-    /// Tells the service manager when the kernel enforces. SIGHUP reads the configuration again; SIGTERM ends the
-    /// daemon and leaves enforcement on.
+    /// Notifies the service manager once the kernel enforces. SIGHUP reloads the configuration; SIGTERM stops the
+    /// daemon and leaves the rules active.
     Run,
-    /// Put the configuration in force once and exit; enforcement stays
+    /// Apply the configuration once and exit; the rules stay active
     Apply(Apply),
-    /// Show what is in force; exit code 1 if degraded or off
+    /// Show the active rules and whether they match the configuration; exit code 1 if degraded or off
     Status(Json),
-    /// Tell whether USER may connect to DESTINATION, by the rule set in force in the kernel, and why
+    /// Show whether USER may connect to DESTINATION, and why, evaluated against the rules in the kernel
     Check(check::Check),
-    /// Show denials, as the daemon has seen them
+    /// Show denials and other events
     Events(EventsArgs),
-    /// Look all names up now; returns when the kernel holds the result
+    /// Look up all names now; return when the kernel holds the result
     Refresh(Refresh),
-    /// Let a cgroup, or a user, in to TARGET until it is revoked or its time is over; kept over restarts
+    /// Allow a cgroup or user to connect to TARGET until revoked or expired; survives restarts
     Grant(grants::Grant),
-    /// End what was granted to a cgroup or a user; exit code 1 if nothing was
+    /// Revoke a grant; exit code 1 if there is no such grant
     Revoke(grants::Revoke),
-    /// List what is granted
+    /// List grants
     Grants(Json),
-    /// Let the calling BOSH job in to monit where it can be; never fails its caller
+    /// Allow the calling BOSH job to connect to monit where possible; never fails its caller
     #[command(alias = "bosh-enable-monit-access")]
     EnableMonitAccess(monit_access::MonitAccess),
-    /// Remove everything of enforcer from the kernel: after this nothing is guarded; a running daemon ends
+    /// Stop the daemon and remove all enforcement from the kernel; nothing is protected afterwards
     Unload,
     /// Diagnose this host: kernel features, the backend that would be used, weaknesses and how to fix them
     ///
     /// Exit codes: 0 no weaknesses; 1 weaknesses; 2 none found, but something could not be checked.
     Doctor(doctor::Doctor),
-    /// Compare all that the kernel holds, entry by entry, with what is wanted; changes nothing
+    /// Compare everything the kernel holds, entry by entry, with what is desired; changes nothing
     ///
-    /// With a daemon, against what it wants now; without one, against the configuration and the addresses known last.
-    /// Exit codes: 0 identical; 1 something differs; 2 it could not be compared.
+    /// With a daemon, against what it desires now; without one, against the configuration and the last known addresses.
+    /// Exit codes: 0 identical; 1 differences; 2 error.
     Verify(Json),
     /// Check or show the configuration
     #[command(subcommand)]
@@ -106,23 +105,23 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Json {
-    /// JSON on stdout
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 struct Apply {
-    /// Not the configuration but the last rule set known good, without any look-up: for early at boot
+    /// Apply the last known good rules instead of the configuration, without DNS lookups (for early boot)
     ///
-    /// Nothing is done where a rule set is in force already, or none is known yet.
+    /// Does nothing if rules are already active or none are saved.
     #[arg(long)]
     last_good: bool,
 }
 
 #[derive(Debug, Args)]
 struct EventsArgs {
-    /// Go on as they come
+    /// Keep printing new events, like tail -f
     #[arg(long, short)]
     follow: bool,
     #[command(flatten)]
@@ -140,9 +139,9 @@ struct Refresh {
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Read the configuration and say what is wrong with it
+    /// Report what is wrong with the configuration
     Check(Json),
-    /// Show it whole, defaults included, with what each key means
+    /// Print the full configuration, with defaults and an explanation of each key
     Show(Json),
 }
 
@@ -259,7 +258,7 @@ fn apply_last_good(config: &Path) -> Result<Answer> {
     let _entered = runtime.enter();
     match daemon::apply_last_good(config)? {
         Some(status) => print(&status.render()),
-        None => print("nothing known yet: no rule set has been in force on this host\n"),
+        None => print("nothing known yet: no rule set has been active on this host\n"),
     }
 }
 
@@ -316,7 +315,7 @@ fn is_nobody(error: &AskError) -> bool {
     is_impostor || matches!(error, AskError::NoDaemon { .. })
 }
 
-/// What is in force, as the kernel alone tells.
+/// What is active, as the kernel alone tells.
 fn status_from_pins(settings: &Settings) -> Result<Status> {
     let cgroup = match &settings.cgroup {
         Some(cgroup) => cgroup.clone(),
@@ -378,15 +377,15 @@ fn unload(config: &Path) -> Result<Answer> {
     let settings = &place_or(config, false)?;
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, PATIENCE_FOR_WORK)) {
         Ok(_) => {
-            print("unloaded: nothing is in force any more; the daemon has ended\n")?;
+            print("unloaded: nothing is active any more; the daemon has ended\n")?;
             tell_what_stays(settings)
         }
         Err(error) if is_nobody(&error) => {
             let was = backend::unload(settings)?;
             print(if was {
-                "unloaded: nothing is in force any more\n"
+                "unloaded: nothing is active any more\n"
             } else {
-                "nothing was in force\n"
+                "nothing was active\n"
             })?;
             tell_what_stays(settings)
         }

@@ -47,7 +47,7 @@ pub const MAX_SOCKET_PATH: usize = 107;
 /// Shortest duration of any kind.
 pub const MIN_DURATION: Duration = Duration::from_secs(1);
 
-/// Longest time between look-ups: a failed-over name must not stay unprotected longer.
+/// Longest time between lookups: a failed-over name must not stay unprotected longer.
 pub const MAX_REFRESH: Duration = Duration::from_hours(1);
 
 /// Longest time that an address stays protected after it left the answer.
@@ -138,7 +138,7 @@ pub struct Target {
     pub endpoints: Vec<Line<EndpointText>>,
     /// Who may connect.
     pub allow: Vec<Line<Allow>>,
-    /// Whether others may be let in while it is in force (B4).
+    /// Whether others may be let in while it is active (B4).
     #[serde(default)]
     pub grants: bool,
     /// What DNS may answer for its names (N6).

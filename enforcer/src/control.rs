@@ -105,7 +105,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     Ok(listener)
 }
 
-/// Fails where a daemon has the socket: it alone writes what is in force, and would take ours for somebody's mischief.
+/// Fails where a daemon has the socket: it alone writes what is active, and would take ours for somebody's mischief.
 pub(crate) fn nobody_listens(path: &Path) -> Result<(), ControlError> {
     if enforcer_client::ask::is_served(path) {
         return Err(ControlError::Busy { path: path.into() });

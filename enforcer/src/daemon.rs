@@ -1,4 +1,4 @@
-//! The loop: receives what happened, computes what is wanted, puts it in force. The only place that knows everybody.
+//! The loop: receives what happened, computes what is wanted, makes it active. The only place that knows everybody.
 
 mod boot;
 mod bus;
@@ -98,7 +98,7 @@ struct Daemon {
     listed: Instant,
     lookups: JoinSet<Looked>,
     user_lookups: UserLookups,
-    /// The name and round of each look-up under way.
+    /// The name and round of each lookup under way.
     under_way: HashMap<task::Id, (Name, u64)>,
     /// Whose answers count, and who waits for them.
     rounds: Rounds<mpsc::Sender<Reply>>,
@@ -127,7 +127,7 @@ struct Daemon {
     existing: Option<ExistingStatus>,
 }
 
-/// Puts a configuration in force once, looking every name up, and returns what is then in force.
+/// Makes a configuration active once, looking every name up, and returns what is then active.
 pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = HostConfig::load(path)?;
     control::nobody_listens(&wanted.config.settings.socket)?;
@@ -166,15 +166,15 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 /// Why a daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// It was told to stop: what is in force stays (F1).
+    /// It was told to stop: what is active stays (F1).
     Stopped,
-    /// It was told to unload: nothing is in force, and nobody is to start it again by himself.
+    /// It was told to unload: nothing is active, and nobody is to start it again by himself.
     Unloaded,
 }
 
-/// Runs until SIGTERM or SIGINT, which leave enforcement in force (F1), or until it is to unload.
+/// Runs until SIGTERM or SIGINT, which leave enforcement active (F1), or until it is to unload.
 pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
-    // What needs no look-up is in force before any; readiness waits for the names' first answers.
+    // What needs no lookup is active before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
     let socket = daemon.inputs.settings().socket.clone();
     let failed = |action| move |error| DaemonError::Io { action, error };
@@ -222,7 +222,7 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
             () = ends.recv() => break,
             Some(joined) = daemon.lookups.join_next_with_id() => {
                 daemon.answered(joined);
-                // What else has come is put in force with it: thousands of names are not as many rule sets.
+                // What else has come is made active with it: thousands of names are not as many rule sets.
                 while let Some(joined) = daemon.lookups.try_join_next_with_id() {
                     daemon.answered(joined);
                 }
@@ -312,9 +312,7 @@ impl Daemon {
         }
         let inputs = Inputs::new(wanted, &left, grants, jobs, Instant::now())?;
         let fault = left.fault.map(|error| {
-            format!(
-                "{error}; what was in force before is not known, nor the addresses of names until they are looked up"
-            )
+            format!("{error}; what was active before is not known, nor the addresses of names until they are looked up")
         });
         faults.set(About::State, fault.clone()); // F4
         Ok(Self {
@@ -417,9 +415,9 @@ impl Daemon {
         };
         if found.drifted {
             if found.applied.is_ok() {
-                warn!("somebody removed or changed rules of ours; they are in force again");
+                warn!("another process removed or changed enforcer's rules; they are active again");
             } else {
-                warn!("somebody removed or changed rules of ours");
+                warn!("another process removed or changed enforcer's rules");
             }
         }
         let applied = found
@@ -427,7 +425,7 @@ impl Daemon {
             .map(|applied| applied.map(|applied| self.applied(applied)));
         let fault = applied
             .err()
-            .map(|error| format!("{error}; the rule set before stays in force"));
+            .map(|error| format!("{error}; the rule set before stays active"));
         self.faults.set(About::RuleSet, fault);
     }
 
@@ -483,7 +481,7 @@ impl Daemon {
             }
             Err(error) => {
                 // Each time, not once a change: it answers a signal.
-                let fault = format!("reload: {error}; the rule set before stays in force");
+                let fault = format!("reload: {error}; the rule set before stays active");
                 error!("{fault}");
                 self.faults.put(About::Reload, Some(fault));
             }
@@ -504,7 +502,7 @@ impl Daemon {
         changed.map(|(key, _)| *key).collect()
     }
 
-    /// Puts another configuration in force, or keeps this one whole.
+    /// Makes another configuration active, or keeps this one whole.
     fn change_to(&mut self, config: HostConfig) -> Result<(), DaemonError> {
         let keys = self.fixed_keys(&config);
         if !keys.is_empty() {
@@ -653,16 +651,16 @@ impl Daemon {
         if let Err(error) = self.chain.leave(self.inputs.settings()) {
             warn!("{error}; rules that were written there for grants stay");
         }
-        info!("unloaded: nothing is in force any more");
+        info!("unloaded: nothing is active any more");
         Ok(())
     }
 
-    /// Ends, and leaves in force what is (F1).
+    /// Ends, and leaves active what is (F1).
     fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
         self.tell_rest_of_denials();
         let _ = std::fs::remove_file(socket);
         let generation = self.enforcement.observe_quickly()?.generation;
-        info!("stopping; generation {generation} stays in force");
+        info!("stopping; generation {generation} stays active");
         Ok(())
     }
 }

@@ -89,7 +89,7 @@ pub struct Asker {
     pub comm: String,
 }
 
-/// Every grant, in force or not: those of targets that are not configured now wait for these to return.
+/// Every grant, active or not: those of targets that are not configured now wait for these to return.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Grants {
     all: BTreeMap<Key, Term>,

@@ -1,5 +1,5 @@
 //! All that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`, the last
-//! rule set known good, `verify` and `doctor`.
+//! known good rule set, `verify` and `doctor`.
 
 mod error;
 mod host_config;
@@ -90,7 +90,7 @@ impl Inputs {
         let dir = &config.settings().state_dir;
         let (saved, _) = SavedRun::load(dir);
         if let Some(fault) = saved.fault {
-            return Err(failed("read what was in force last")(io::Error::other(fault)));
+            return Err(failed("read what was active last")(io::Error::other(fault)));
         }
         let mut grants = grants::load(dir)
             .map_err(io::Error::other)

@@ -116,7 +116,7 @@ pub struct Target {
     /// Empty means nobody.
     #[serde(rename = "allow")]
     pub principals: BTreeSet<Principal>,
-    /// Whether others may be let in while it is in force (B4).
+    /// Whether others may be let in while it is active (B4).
     pub grants: bool,
     /// What DNS may answer for its names (N6).
     #[serde(default, with = "SavedAnswers")]
@@ -157,9 +157,9 @@ words! {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Dns {
-    /// Shortest time between two look-ups of a name.
+    /// Shortest time between two lookups of a name.
     pub min_refresh: Duration,
-    /// Longest time between two look-ups of a name.
+    /// Longest time between two lookups of a name.
     pub max_refresh: Duration,
     /// How long an address stays protected after it has left the answer.
     pub retain: Duration,

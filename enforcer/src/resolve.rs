@@ -29,7 +29,7 @@ const QUICK_RETRIES: u32 = 10;
 /// Longest wait after a failure (N2).
 const MAX_RETRY: Duration = Duration::from_mins(2);
 
-/// What a look-up brought.
+/// What a lookup brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// The hosts file names it; DNS was not asked.
@@ -132,7 +132,7 @@ struct State {
     addresses: Addresses,
     /// Failures in a row.
     failures: u32,
-    /// Why the last look-up failed (N3).
+    /// Why the last lookup failed (N3).
     stale: Option<String>,
     /// What of it failed without consequence.
     note: Option<String>,
@@ -219,7 +219,7 @@ impl Names {
             .collect()
     }
 
-    /// When the next look-up is due, or the next address has been retained long enough.
+    /// When the next lookup is due, or the next address has been retained long enough.
     #[must_use]
     pub(crate) fn next_due(&self) -> Option<Instant> {
         let lookups = self
@@ -247,7 +247,7 @@ impl Names {
         due.map(|(name, _)| name.clone()).collect()
     }
 
-    /// Takes note that a look-up has begun; false if one is under way already.
+    /// Takes note that a lookup has begun; false if one is under way already.
     pub(crate) fn begin(&mut self, name: &Name) -> bool {
         self.states
             .get_mut(name)

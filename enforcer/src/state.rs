@@ -1,4 +1,4 @@
-//! The last rule set known good, on disk: with it a start enforces before configuration, settings or DNS are asked (F4,
+//! The last known good rule set, on disk: with it a start enforces before configuration, settings or DNS are asked (F4,
 //! N7).
 //!
 //! Whole or not at all: written aside, synced, renamed; a checksum over its content tells whatever a power cut left.
@@ -95,7 +95,7 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    /// The content of a rule set that is in force.
+    /// The content of a rule set that is active.
     pub(crate) fn new(good: &LastGoodRef<'_>) -> io::Result<Self> {
         let text = serde_json::value::to_raw_value(&content::Content::from(good))?;
         Ok(Self {
@@ -114,7 +114,7 @@ impl Mark {
     }
 }
 
-/// Reads the last rule set known good; none where there is none yet.
+/// Reads the last known good rule set; none where there is none yet.
 pub(crate) fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
     load_of(ROOT, dir)
 }

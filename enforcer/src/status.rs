@@ -1,4 +1,4 @@
-//! What is in force and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
+//! What is active and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
 
 use crate::{
     backend::{Observed, ObservedTarget, SocketUsers},
@@ -32,7 +32,7 @@ pub(crate) struct Context {
     /// Denials that were lost on their way to the daemon, besides those that the kernel programs count.
     pub lost: u64,
     pub existing: Option<ExistingStatus>,
-    /// Whether something is in force that cannot be read; a cause says what.
+    /// Whether something is active that cannot be read; a cause says what.
     pub unread: bool,
 }
 
@@ -41,7 +41,7 @@ pub(crate) struct Context {
 pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     let mut causes = context.causes;
     for name in context.names.iter().filter(|name| name.stale) {
-        let why = name.cause.as_deref().unwrap_or("the last look-up failed");
+        let why = name.cause.as_deref().unwrap_or("the last lookup failed");
         let kept = if name.addresses.is_empty() {
             "nothing is protected for it"
         } else {
@@ -60,8 +60,8 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         causes.extend(observed.faults.iter().cloned());
         if observed.by_daemon && context.daemon.is_none() {
             causes.push(format!(
-                "the daemon that put these rules in force does not answer; they stay, but names are \
-                not refreshed: {START}"
+                "the daemon is not running; its rules stay active, but DNS names are not refreshed: \
+                {START}"
             ));
         }
     }
@@ -74,7 +74,7 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         Some(_) => State::Enforcing,
     };
     if state == State::Off && causes.is_empty() {
-        causes.push(format!("nothing is in force; {START}, or run enforcer apply"));
+        causes.push(format!("nothing is active; {START}, or run enforcer apply"));
     }
     let targets = on
         .map(|observed| observed.targets.iter().map(target).collect())

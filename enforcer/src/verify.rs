@@ -139,7 +139,7 @@ impl Verification {
         if self.backend == ActiveBackend::None {
             let wanted = self.differences.first().and_then(|one| one.wanted.as_deref());
             page.line(format_args!(
-                "nothing is in force; wanted: {}",
+                "nothing is active; wanted: {}",
                 wanted.unwrap_or_default()
             ));
             page.line(format_args!("do: {START}, or run enforcer apply"));
@@ -182,7 +182,7 @@ impl Verification {
                 "the daemon restores this within seconds; find out who changed it (nft monitor, bpftool, the audit log)"
                     .to_owned()
             } else {
-                format!("{START}, or run enforcer apply, to put in force what is wanted; find out who changed it")
+                format!("{START}, or run enforcer apply, to make the desired rules active; find out who changed it")
             };
             page.line(format_args!("do: {remedy}"));
         }

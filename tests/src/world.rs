@@ -173,7 +173,7 @@ impl World {
         Ok(command)
     }
 
-    /// Puts the configuration in force, and demands success.
+    /// Makes the configuration active, and demands success.
     pub fn apply(&self) -> Result<()> {
         self.enforcer(&["apply"])?.demand(0).map(drop)
     }

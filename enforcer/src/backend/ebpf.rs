@@ -1,6 +1,6 @@
 //! The eBPF backend: programs and maps loaded with aya, pinned, and taken over by whoever comes next (F1).
 //!
-//! A rule set is written to the slot that no program reads, read back, and put in force by flipping one byte (F2, F3).
+//! A rule set is written to the slot that no program reads, read back, and made active by flipping one byte (F2, F3).
 
 pub(crate) mod btf;
 mod error;
@@ -63,21 +63,21 @@ pub(crate) struct Kernel {
     cgroup_fd: File,
     cgroup_id: u64,
     loader: Loader,
-    /// Whether the rule set in force has UDP endpoints.
+    /// Whether the active rule set has UDP endpoints.
     udp: bool,
     /// What each slot holds; none where that is not known.
     slots: [Option<Image>; 2],
-    /// Whether a program may still be reading the slot that is not in force.
+    /// Whether a program may still be reading the slot that is not active.
     flipped: bool,
     /// The wait until none is, in a thread of its own.
     settling: Option<JoinHandle<io::Result<()>>>,
-    /// The slot and number of the rule set that was put in force.
+    /// The slot and number of the rule set that was made active.
     in_force: Option<(u8, u64)>,
     /// When each part of the maps is read again, to see whether others have changed it.
     look_again: [(Part, Instant); 2],
     /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that
     /// others took or changed what is ours (F5).
-    mended: u64,
+    repaired: u64,
 }
 
 /// The maps are read again no sooner than this after the time before, and so much later that it takes a hundredth of
@@ -98,7 +98,7 @@ impl Kernel {
         // Each pin is the map it should be, or there is none: aya may reuse what it finds.
         let fresh = match Maps::open(&maps_dir) {
             Ok(maps) => maps.is_none(),
-            // Left by a start that was killed, or damaged since. Programs in force may read these maps, so they are
+            // Left by a start that was killed, or damaged since. Programs active may read these maps, so they are
             // set aside as another version's are: ours come into force first, and only then do those go (F1).
             Err(BackendError::Damaged { .. }) => {
                 pins.rename(&maps_name(), &format!("{}_damaged", maps_name()))?;
@@ -133,11 +133,11 @@ impl Kernel {
             settling: None,
             in_force: None,
             look_again: [Part::Rest, Part::Endpoints].map(|part| (part, Instant::now())),
-            mended: 0,
+            repaired: 0,
         })
     }
 
-    /// Puts a rule set in force, whole or not at all (F2). Returns its generation number.
+    /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
     pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
         let active = self.maps.active_slot()?;
         let previous = match active {
@@ -159,7 +159,7 @@ impl Kernel {
         self.put(image, active, &previous, number + 1)
     }
 
-    /// Writes an image to the slot that is not in force, and puts it in force under a number.
+    /// Writes an image to the slot that is not active, and makes it active under a number.
     fn put(&mut self, image: Image, active: Option<u8>, previous: &Names, number: u64) -> Result<u64, BackendError> {
         let slot = active.map_or(0, |slot| 1 - slot);
         self.settle()?;
@@ -212,8 +212,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes sure that the rule set of a number is in force whole and every link in place (F5): its number, another one
-    /// where it had to be written anew. None if it is not the one that was put in force last.
+    /// Makes sure that the rule set of a number is active whole and every link in place (F5): its number, another one
+    /// where it had to be written anew. None if it is not the one that was made active last.
     pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         if self.in_force.is_none_or(|(_, put)| put != number) {
             return Ok(None);
@@ -223,7 +223,7 @@ impl Kernel {
         Ok(Some(kept))
     }
 
-    /// Whether the maps hold what was put in force: a look at two entries, and now and then at all of them.
+    /// Whether the maps hold what was made active: a look at two entries, and now and then at all of them.
     fn is_whole(&mut self) -> Result<bool, BackendError> {
         let Some((slot, number)) = self.in_force else {
             return Ok(true);
@@ -248,7 +248,7 @@ impl Kernel {
         Ok(true)
     }
 
-    /// Puts what was in force back, whatever has become of the maps: in the other slot, under a new number.
+    /// Restores what was active, whatever has become of the maps: in the other slot, under a new number.
     fn repair(&mut self) -> Result<u64, BackendError> {
         let (slot, number) = self.in_force.ok_or(BackendError::ReadBack { map: "active" })?;
         let held = self.slots.get(usize::from(slot)).and_then(Clone::clone);
@@ -277,14 +277,14 @@ impl Kernel {
                 *held = Some(image);
             }
         }
-        self.mended += u64::from(put.is_ok());
+        self.repaired += u64::from(put.is_ok());
         put
     }
 
     /// Links and rule sets that had to be put back so far.
     #[must_use]
-    pub(crate) fn mended(&self) -> u64 {
-        self.mended
+    pub(crate) fn repaired(&self) -> u64 {
+        self.repaired
     }
 
     /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they

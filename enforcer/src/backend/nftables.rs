@@ -38,7 +38,7 @@ use crate::{
 pub(crate) use netlink::Changes;
 pub(crate) use nflog::{Denial, Denials, Logged};
 
-/// Why `nf_tables` does not hold what was asked for. What was in force before still is (F4).
+/// Why `nf_tables` does not hold what was asked for. What was active before still is (F4).
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NftablesError {
     /// A transaction or a dump failed.
@@ -62,7 +62,7 @@ pub(crate) enum NftablesError {
     },
     /// The kernel holds something else than was sent (F3).
     #[error(
-        "nftables table inet {table} does not hold what was sent: {what} differs; what was in force before is in force \
+        "nftables table inet {table} does not hold what was sent: {what} differs; what was active before is active \
          again"
     )]
     ReadBack {
@@ -160,7 +160,7 @@ impl Nftables {
         self.loader.forward = forward;
     }
 
-    /// Puts a rule set in force, whole or not at all (F2). Returns its generation number.
+    /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
     pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
         let Some(Plan { image, before }) = self.plan(rules)? else {
             return Ok(self.generation());
@@ -256,7 +256,7 @@ impl Nftables {
         }
     }
 
-    /// Puts back what was in force, whatever has become of the table, as a new generation: its number.
+    /// Makes back what was active, whatever has become of the table, as a new generation: its number.
     pub(crate) fn repair(&mut self) -> Result<u64, NftablesError> {
         let rules = self.rules.clone().unwrap_or_else(|| RuleSet {
             mode: crate::policy::Mode::Enforce,
@@ -281,7 +281,7 @@ impl Nftables {
         Ok(number)
     }
 
-    /// The generation that was put in force; 0 before any was.
+    /// The generation that was made active; 0 before any was.
     pub(super) fn generation(&self) -> u64 {
         let header = self.held.as_ref().and_then(|(image, _)| image.header());
         header.map_or(0, |header| header.generation)
@@ -295,7 +295,7 @@ impl Nftables {
             && (*image != found.image || found.dormant)
         {
             observed.faults.push(format!(
-                "somebody changed nftables table inet {}: {} differs",
+                "another process changed nftables table inet {}: {} differs",
                 self.table,
                 difference(image, &found.image)
             ));
@@ -381,7 +381,7 @@ fn is_missing(error: &io::Error) -> bool {
 pub(crate) struct Reading(Dump);
 
 impl Reading {
-    /// What is in force.
+    /// What is active.
     #[must_use]
     pub(crate) fn observe(&self) -> Observed {
         observe(&self.0)
@@ -516,7 +516,7 @@ fn observe(dump: &Dump) -> Observed {
         targets: targets.collect(),
         lost: 0,
         faults: if dump.dormant {
-            vec!["the nftables table is dormant: nothing of it is in force".to_owned()]
+            vec!["the nftables table is dormant: nothing of it is active".to_owned()]
         } else {
             Vec::new()
         },

@@ -294,7 +294,7 @@ pub(crate) struct Choice {
 }
 
 /// Chooses a backend (§5), for a start and for `doctor`: `auto` takes ebpf, else nftables, else nothing. Only what this
-/// kernel lacks is a reason to fall back: a mistake of the configuration, or what could not be found out, is mended,
+/// kernel lacks is a reason to fall back: a mistake of the configuration, or what could not be found out, is repaired,
 /// not evaded. What is asked for by name is not replaced. Pure.
 #[must_use]
 pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
@@ -358,7 +358,7 @@ impl Fact {
         }
     }
 
-    /// By what a start met: what the kernel cannot do is missing, any other failure is somebody's to mend.
+    /// By what a start met: what the kernel cannot do is missing, any other failure is somebody's to repair.
     pub(crate) fn from_backend(error: &BackendError) -> Self {
         let why = error.cause();
         if error.is_inability(ebpf::has_bpf) {

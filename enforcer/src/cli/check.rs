@@ -24,21 +24,21 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(allow_missing_positional = true)]
 pub(super) struct Check {
-    /// User name or UID; may be left out with --kernel
+    /// User name or UID; optional with --kernel
     #[arg(required_unless_present = "kernel")]
     user: Option<String>,
     /// [tcp://|udp://]ADDRESS:PORT, IPv6 in brackets; a name is looked up and each address checked
     destination: String,
-    /// The socket's owner, if it is not USER
+    /// Owner of the socket [default: USER]
     #[arg(long, value_name = "USER")]
     socket_user: Option<String>,
     /// The connecting task's cgroup, from the root of the cgroup v2 hierarchy
     #[arg(long, value_name = "PATH", default_value = "/")]
     cgroup: String,
-    /// As a kernel thread; USER is not looked at, and the socket is root's but for --socket-user
+    /// Evaluate as a kernel thread; USER is ignored, and the socket is root's unless --socket-user is given
     #[arg(long)]
     kernel: bool,
-    /// From a network namespace other than the enforcer's
+    /// Evaluate as if from another network namespace
     #[arg(long)]
     foreign_netns: bool,
     #[command(flatten)]
@@ -50,7 +50,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
     let settings = &config.settings;
     let pinned = InForce::open(settings)?.ok_or_else(|| {
         anyhow!(
-            "nothing is in force in {} nor in nftables table inet {}; {START}, or run enforcer apply",
+            "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
             settings.pin_dir.display(),
             settings.nft_table
         )

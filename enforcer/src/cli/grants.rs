@@ -17,28 +17,27 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Who is meant; without any of these whoever is in the cgroup of the caller.
 #[derive(Debug, Default, Args)]
 pub(super) struct Who {
-    /// A cgroup, from the root of the cgroup v2 hierarchy, with everything below it
+    /// Cgroup and everything below it, by its path from the root of the cgroup v2 hierarchy
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     cgroup: Option<String>,
-    /// The BPM container of a BOSH job, whether it runs now or not; JOB.PROCESS for a process of another name than its
-    /// job's
+    /// BPM container of a BOSH job, running or not; JOB.PROCESS if the process is not named like the job
     #[arg(long, value_name = "JOB", conflicts_with_all = ["cgroup", "pid"])]
     job: Option<String>,
-    /// The cgroup that this process is in
+    /// Use the cgroup of process PID
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
-    /// A user, by name or UID: anywhere, or within --cgroup or the cgroup of --pid if one is given
+    /// User name or UID: anywhere, or only within --cgroup or the cgroup of --pid if given
     #[arg(long, value_name = "USER")]
     user: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct Grant {
-    /// Target, one with `grants = true`
+    /// Target with `grants = true`
     target: String,
     #[command(flatten)]
     who: Who,
-    /// How long, such as 30s, 5m or 2h; until it is revoked if left out
+    /// Duration, such as 30s, 5m or 2h [default: until revoked]
     #[arg(long = "for", value_name = "DURATION")]
     time: Option<humantime::Duration>,
     #[command(flatten)]
@@ -51,7 +50,7 @@ pub(super) struct Revoke {
     target: String,
     #[command(flatten)]
     who: Who,
-    /// Everything that is granted of the target
+    /// Revoke all grants of TARGET
     #[arg(long, conflicts_with_all = ["cgroup", "job", "pid", "user"])]
     all: bool,
     #[command(flatten)]

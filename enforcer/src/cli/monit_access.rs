@@ -52,9 +52,9 @@ const JOBS: &str = "/var/vcap/jobs";
 const ANCESTORS: usize = 16;
 #[derive(Debug, Args)]
 pub(super) struct MonitAccess {
-    /// A user, by name or UID, instead of the caller's cgroup
+    /// User name or UID to allow instead of the caller's cgroup
     user: Option<String>,
-    /// Move the calling process into a cgroup of its own first
+    /// First move the calling process into a cgroup of its own
     #[arg(long)]
     own_cgroup: bool,
 }

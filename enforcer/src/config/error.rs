@@ -17,8 +17,8 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// There was one, by what was in force last.
-    #[error("{} is gone, and what it named was in force last; write it again, or run enforcer unload and remove \
+    /// There was one, by what was active last.
+    #[error("{} is gone, and what it named was active last; write it again, or run enforcer unload and remove \
         last-good.json in the state directory if the defaults are meant", path.display())]
     Gone {
         /// The file.

@@ -105,7 +105,7 @@ pub enum WarningKind {
 }
 
 impl Policy {
-    /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a look-up that fails is
+    /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a lookup that fails is
     /// a fault.
     pub fn from_config(config: &Config, users: &dyn Users) -> Result<Understood, PolicyError> {
         let (mut warnings, mut absent, mut listed) = (Vec::new(), Vec::new(), Vec::new());

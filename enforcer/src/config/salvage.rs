@@ -15,7 +15,7 @@ use super::{
     value,
 };
 
-/// The `state_dir` of the file at `path`, taken from its line alone: what the last rule set known good is to be found
+/// The `state_dir` of the file at `path`, taken from its line alone: what the last known good rule set is to be found
 /// by, whatever is wrong with the rest of the file (F4). The default where there is no such line; none where that line
 /// itself is wrong in a file that is not the default one: what lies at the default place is another instance's.
 #[must_use]

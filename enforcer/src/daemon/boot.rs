@@ -1,4 +1,4 @@
-//! The start: the last rule set known good first (F4), then the configuration; whichever can be put in force.
+//! The start: the last known good rule set first (F4), then the configuration; whichever can be made active.
 
 use std::{
     path::Path,
@@ -93,7 +93,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
         match LastRun::take_over(path, good, left.mark) {
             Ok(run) => early = Some((run, listener)),
             Err(DaemonError::Backend(error)) if error.is_busy() => return Err(error.into()),
-            Err(error) => warn!("the last rule set known good cannot be put in force: {error}"),
+            Err(error) => warn!("the last known good rules cannot be applied: {error}"),
         }
     }
     let wanted = HostConfig::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
@@ -131,7 +131,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     Ok((daemon, listener))
 }
 
-/// F4: a file that named targets which were in force last, and has gone, is a mistake, not the wish for the defaults
+/// F4: a file that named targets which were active last, and has gone, is a mistake, not the wish for the defaults
 /// (B1).
 pub(super) fn has_not_gone(wanted: HostConfig, good: Option<&LastGood>) -> Result<HostConfig, InputError> {
     let named_still = |target: &Target| {
@@ -146,8 +146,8 @@ pub(super) fn has_not_gone(wanted: HostConfig, good: Option<&LastGood>) -> Resul
     }
 }
 
-/// Puts the last rule set known good in force: no configuration, no look-up. None where there is none yet; a generation
-/// that is in force already stays.
+/// Makes the last known good rule set active: no configuration, no lookup. None where there is none yet; a generation
+/// that is active already stays.
 pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     let dir = config::state_dir(path);
     dir.as_deref().map(state::reclaim).transpose()?;
@@ -172,12 +172,12 @@ struct LastRun {
 }
 
 impl LastRun {
-    /// Sees to it that something is in force: what is, else the last rule set known good.
+    /// Sees to it that something is active: what is, else the last known good rule set.
     fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
         let wanted = HostConfig::of(path, good)?;
         let mut daemon = Daemon::start(wanted, true, SavedRun::of(good, mark))?;
         if let Some(generation) = daemon.apply_where_nothing_is()? {
-            info!("the last rule set known good is in force, generation {generation}");
+            info!("the last known good rule set is active, generation {generation}");
         }
         Ok(Self { daemon })
     }
@@ -186,7 +186,7 @@ impl LastRun {
     fn move_to(self, wanted: HostConfig, good: &LastGood) -> Result<Daemon, DaemonError> {
         let Self { daemon } = self;
         let (path, mark) = (daemon.inputs.config.path.clone(), daemon.kept.mark());
-        // Lets go of the pins' lock; what is in force stays.
+        // Lets go of the pins' lock; what is active stays.
         drop(daemon);
         let new = wanted.config.settings.clone();
         let (left, _) = SavedRun::load(&new.state_dir);
@@ -209,7 +209,7 @@ pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
     old.pin_dir != new.pin_dir || old.nft_table != new.nft_table
 }
 
-/// Removes what is in force at places that are old ones, once the rest is in force at the new ones.
+/// Removes what is active at places that are old ones, once the rest is active at the new ones.
 pub(super) fn leave(old: &Settings, new: &Settings) {
     let removed = [
         (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map(drop).map_err(|error| error.to_string())),
@@ -235,14 +235,14 @@ impl Daemon {
         self.apply_now().map(Some)
     }
 
-    /// Starts, and puts a configuration in force.
+    /// Starts, and makes a configuration active.
     fn begin(wanted: HostConfig, left: SavedRun) -> Result<Self, DaemonError> {
         let mut daemon = Self::start(wanted, true, left)?;
         daemon.take_bus();
         if daemon.would_forget()? {
             daemon.guard.hold = Hold::UntilResolved;
-            let fault = "what was in force last is not kept any more, and names of it have not been looked up yet; \
-                         what is in force stays until they have been";
+            let fault = "what was active last is not kept any more, and names of it have not been looked up yet; \
+                         what is active stays until they have been";
             daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
         } else {
             daemon.apply_now()?;
@@ -266,10 +266,10 @@ impl Daemon {
                 .any(|target| target.endpoints > 0 && unknown.contains(&target.name)))
     }
 
-    /// Stays with the last rule set known good, as the configuration cannot be used (F4).
+    /// Stays with the last known good rule set, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         if !self.guard.is_active() {
-            // Something was in force before this start: it is taken over if it is what is known of it, whoever put it
+            // Something was active before this start: it is taken over if it is what is known of it, whoever put it
             // there, else left alone (F1).
             if self.is_in_force()? {
                 self.apply_now()?;
@@ -297,9 +297,9 @@ impl Daemon {
 
     fn refused(&mut self, error: &DaemonError) {
         let stays = if self.guard.holds() {
-            "what was in force before the start stays, and names are not followed until this is mended"
+            "what was active before the start stays, and names are not followed until this is fixed"
         } else {
-            "the last rule set known good is in force instead"
+            "the last known good rule set is active instead"
         };
         let fault = format!("{error}; {stays}");
         self.faults.set(About::Reload, Some(fault));

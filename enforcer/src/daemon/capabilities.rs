@@ -1,4 +1,4 @@
-//! The capabilities that the daemon keeps once its first rule set is in force; all others are given up for good, as far
+//! The capabilities that the daemon keeps once its first rule set is active; all others are given up for good, as far
 //! as can be.
 
 use std::io;

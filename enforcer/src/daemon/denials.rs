@@ -30,7 +30,7 @@ const EVENT_REST: Duration = Duration::from_millis(50);
 const LONG_FLOOD: Duration = Duration::from_secs(2);
 
 impl Daemon {
-    /// The ring buffer of the kernel programs, where they are in force.
+    /// The ring buffer of the kernel programs, where they are active.
     pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Ring<EventRecord>>>, DaemonError> {
         self.begin_to_count();
         let Some(source) = self.enforcement.events()? else {
@@ -43,7 +43,7 @@ impl Daemon {
         Ok(Some(source))
     }
 
-    /// The dials that the kernel programs tell of, where they are in force (N8).
+    /// The dials that the kernel programs tell of, where they are active (N8).
     pub(super) fn dials(&mut self) -> Result<Option<AsyncFd<Ring<DialRecord>>>, DaemonError> {
         self.enforcement.dials()?.map(watched).transpose()
     }

@@ -61,7 +61,7 @@ enum Phase {
 }
 
 impl Dials {
-    /// Takes the ports of the rules in force and their names.
+    /// Takes the ports of the active rules and their names.
     fn set(&mut self, names: BTreeMap<u16, BTreeSet<Name>>, now: Instant) {
         let mut before = std::mem::take(&mut self.0);
         for (port, names) in names {
@@ -196,7 +196,7 @@ impl Port {
 }
 
 impl Daemon {
-    /// Takes the ports of the names in force, and has the kernel tell the next dial of each that waits for one.
+    /// Takes the ports of the active names, and has the kernel tell the next dial of each that waits for one.
     pub(super) fn follow_dials(&mut self) {
         self.dials.set(self.inputs.policy().names_by_port(), Instant::now());
         let open: Vec<u16> = self.dials.open().collect();

@@ -1,4 +1,4 @@
-//! When to mend what others take away: at once, but not for ever (F5). Pure: time is passed in.
+//! When to repair what others take away: at once, but not for ever (F5). Pure: time is passed in.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ pub(super) struct Drift {
 impl Drift {
     /// Two that are further apart have nothing to do with each other; as long is `status` degraded.
     pub(super) const MEMORY: Duration = Duration::from_secs(30);
-    /// So many in a row are mended at once.
+    /// So many in a row are repaired at once.
     const AT_ONCE: u32 = 5;
 
     pub(super) fn happened(&mut self, now: Instant) {

@@ -1,10 +1,10 @@
-//! Why the daemon cannot start, or cannot put a configuration in force.
+//! Why the daemon cannot start, or cannot make a configuration active.
 
 use std::{io, path::PathBuf};
 
 use crate::{backend::BackendError, control::ControlError, host, inputs::InputError, state::StateError};
 
-/// Why the daemon cannot start, or an attempt to put a configuration in force failed.
+/// Why the daemon cannot start, or an attempt to make a configuration active failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DaemonError {
     /// What rules are made from.
@@ -16,13 +16,13 @@ pub(crate) enum DaemonError {
     /// The control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The last rule set known good.
+    /// The last known good rule set.
     #[error(transparent)]
     State(#[from] StateError),
-    /// What is in force is not known here.
+    /// What is active is not known here.
     #[error(
-        "what is in force is newer than the last rule set known good, and stays as it is until the configuration is \
-         mended"
+        "what is active is newer than the last known good rule set, and stays as it is until the configuration is \
+         repaired"
     )]
     Frozen,
     /// Keys that hold for the whole run have changed.

@@ -1,4 +1,4 @@
-//! What is wrong now: logged once a change, and a cause in `status` until it is mended (F4).
+//! What is wrong now: logged once a change, and a cause in `status` until it is fixed (F4).
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,11 @@ use tracing::{error, info};
 /// What something can be wrong with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum About {
-    /// What is in force is not what is wanted.
+    /// What is active is not what is wanted.
     RuleSet,
     /// The configuration as it is now was refused.
     Reload,
-    /// The file of the last rule set known good.
+    /// The file of the last known good rule set.
     State,
     /// The BOSH agent's settings.
     Bus,
@@ -47,9 +47,9 @@ impl Faults {
         }
         match (&fault, about) {
             (Some(fault), _) => error!("{fault}"),
-            (None, About::RuleSet) => info!("the rule set is in force again as wanted"),
-            (None, About::Reload) => info!("the configuration is in force again as it is"),
-            (None, About::State) => info!("what is in force is kept for the next start again"),
+            (None, About::RuleSet) => info!("the rules match the configuration again"),
+            (None, About::Reload) => info!("the configuration was loaded without errors again"),
+            (None, About::State) => info!("the active rules are saved for the next start again"),
             (None, About::Bus) => info!("the message bus is known"),
             (None, About::Grants) => info!("grants are kept again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),

@@ -80,9 +80,9 @@ pub(super) enum GrantError {
     NotKept(FileError),
     #[error("granted, but {0}")]
     NotWritten(String),
-    #[error("{0}; the grant is revoked, but the rule set before stays in force until this is mended")]
+    #[error("{0}; the grant is revoked, but the rule set before stays active until this is fixed")]
     StillInForce(DaemonError),
-    #[error("{0}; the grant is revoked, but would return with a restart before this is mended")]
+    #[error("{0}; the grant is revoked, but would return with a restart before this is repaired")]
     StillKept(FileError),
 }
 
@@ -227,7 +227,7 @@ impl Daemon {
             self.tell(event);
         }
         if let Err(error) = in_force {
-            let fault = format!("{error}; the rule set before stays in force");
+            let fault = format!("{error}; the rule set before stays active");
             self.faults.set(About::RuleSet, Some(fault));
             return Err(GrantError::StillInForce(error));
         }
@@ -375,7 +375,7 @@ impl Daemon {
     fn take_back(&mut self, before: Inputs) {
         if let Err(error) = self.put_in_force(before.clone()) {
             self.inputs = before;
-            let fault = format!("{error}; a grant that was taken back stays in force until this is mended");
+            let fault = format!("{error}; a grant that was taken back stays active until this is fixed");
             self.faults.set(About::RuleSet, Some(fault));
         }
     }

@@ -94,7 +94,7 @@ impl Daemon {
                 .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         };
         if self.kept.mark.is_some() && self.kept.due.is_none() && gone() {
-            warn!("somebody removed {}; it is written again", path.display());
+            warn!("another process removed {}; it is written again", path.display());
             self.kept.lost();
         }
     }
@@ -188,7 +188,7 @@ impl Daemon {
     }
 
     fn note_kept(&mut self, saved: &Saved) {
-        let fault = |error| format!("{error}; after a restart what was kept before is in force until all is looked up");
+        let fault = |error| format!("{error}; after a restart what was kept before is active until all is looked up");
         self.faults.set(About::State, saved.as_ref().err().map(fault));
         if let Ok(mark) = *saved {
             self.kept.mark = Some(mark);

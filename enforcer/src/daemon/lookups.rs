@@ -46,13 +46,13 @@ impl Daemon {
         self.under_way.insert(task.id(), (name, self.rounds.now()));
     }
 
-    /// Takes the answer to a look-up, unless a later one was answered before it.
+    /// Takes the answer to a lookup, unless a later one was answered before it.
     pub(super) fn answered(&mut self, joined: Result<(task::Id, Looked), task::JoinError>) {
         let (id, Looked { answer, rest }) = match joined {
             Ok((id, answer)) => (id, answer),
             Err(error) => {
-                let failed = Outcome::Failed("the look-up ended by itself".to_owned());
-                error!("a look-up ended by itself: {error}");
+                let failed = Outcome::Failed("the lookup ended by itself".to_owned());
+                error!("a lookup ended by itself: {error}");
                 (
                     error.id(),
                     Looked::from(Answer::Dns {

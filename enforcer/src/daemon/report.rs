@@ -65,7 +65,7 @@ impl Daemon {
         }
         if self.guard.drift.is_recent(Instant::now()) {
             causes.push(format!(
-                "somebody removed or changed rules of ours {} times so far, last in the past {} s; find out who (nft \
+                "another process removed or changed enforcer's rules {} times so far, last in the past {} s; find out who (nft \
                  monitor, bpftool)",
                 self.enforcement.restored(),
                 Drift::MEMORY.as_secs()

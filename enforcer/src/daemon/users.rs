@@ -102,7 +102,7 @@ impl Daemon {
             }
         }
         if let Err(error) = self.change_to(wanted) {
-            let fault = format!("{error}; the rule set before stays in force");
+            let fault = format!("{error}; the rule set before stays active");
             self.faults.set(About::RuleSet, Some(fault));
         }
     }

@@ -122,7 +122,7 @@ impl HostConfig {
         match FileUsers::below(Path::new("/")) {
             Ok(files) => {
                 for account in policy.name_again(&mut listed, &files) {
-                    warn!("{account} means somebody else now than when the last rules were kept");
+                    warn!("{account} means another user now than when the last rules were kept");
                 }
             }
             Err(error) => warn!("read /etc/passwd: {error}; users have the numbers that they had"),

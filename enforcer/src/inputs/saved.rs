@@ -12,7 +12,7 @@ use crate::{
 
 /// What an earlier run left on disk.
 pub(crate) struct SavedRun {
-    /// Names, to be protected before any look-up (N7).
+    /// Names, to be protected before any lookup (N7).
     pub(crate) names: Known,
     /// The message bus (B2).
     pub(crate) bus: Option<BTreeSet<Endpoint>>,

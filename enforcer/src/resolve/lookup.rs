@@ -1,4 +1,4 @@
-//! One look-up of a name: hosts file, then DNS as this host is set up for it, in the C library's order.
+//! One lookup of a name: hosts file, then DNS as this host is set up for it, in the C library's order.
 
 use std::{
     collections::BTreeSet,
@@ -30,7 +30,7 @@ use super::{
 };
 use crate::policy::Name;
 
-/// How long a look-up may take, all servers and search domains together.
+/// How long a lookup may take, all servers and search domains together.
 pub(crate) const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 const HOSTS: &str = "/etc/hosts";
@@ -157,7 +157,7 @@ impl Server {
             let config = ResolverConfig::from_name_servers(vec![way]);
             let mut builder = Resolver::builder_with_config(config, Runtime::by(interface.cloned()));
             let options = builder.options_mut();
-            options.cache_size = 0; // The times of look-ups are ours to choose (N2).
+            options.cache_size = 0; // The times of lookups are ours to choose (N2).
             options.use_hosts_file = ResolveHosts::Never; // It was asked before, for what DNS may not name (N6).
             options.attempts = 0; // Lost packets are sent again all the same; other failures go to the next server.
             options.timeout = patience;

@@ -1,4 +1,4 @@
-//! A rule set known good as JSON: canonical, without credentials, with nothing left to look up.
+//! A known good rule set as JSON: canonical, without credentials, with nothing left to look up.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use crate::{
     resolve::{Known, KnownName},
 };
 
-/// All that is needed to put a rule set in force again.
+/// All that is needed to make a rule set active again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LastGood {
     /// How and where it was enforced.

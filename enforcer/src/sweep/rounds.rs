@@ -38,7 +38,7 @@ const MAX_LISTED: usize = 256;
 /// Most events of one round; the rest is counted as lost.
 const MAX_EVENTS: usize = 1024;
 
-/// A rule set put in force, and what else sweeping by it needs.
+/// A rule set made active, and what else sweeping by it needs.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub generation: u64,

@@ -237,7 +237,7 @@ fn remedies_are_named() {
 }
 
 proptest! {
-    /// The fast look-up finds the owners that the oracle finds.
+    /// The fast lookup finds the owners that the oracle finds.
     #[test]
     fn owners_are_as_explained(
         nets in prop::collection::vec((0_u8..4, 0_u8..=32, any::<bool>(), 0_u16..2, 0_u64..4), 0..20),

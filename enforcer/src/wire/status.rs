@@ -21,7 +21,7 @@ pub struct Status {
     pub subject: SubjectKind,
     /// Whether anything is refused.
     pub mode: Mode,
-    /// Number of the rule set in force, 0 for none.
+    /// Number of the active rule set, 0 for none.
     pub generation: u64,
     /// The daemon.
     pub daemon: DaemonStatus,
@@ -33,9 +33,9 @@ pub struct Status {
     pub nft_table: String,
     /// How often something that others removed or changed was put back (F5).
     pub restored: u64,
-    /// Endpoints in force.
+    /// Endpoints active.
     pub endpoints: u64,
-    /// The targets in force.
+    /// The active targets.
     pub targets: Vec<TargetStatus>,
     /// The names looked up; only the daemon knows them.
     pub names: Vec<NameStatus>,
@@ -82,7 +82,7 @@ pub struct NameStatus {
     pub name: String,
     /// The addresses that are protected for it.
     pub addresses: Vec<String>,
-    /// Whether the last look-up failed (N3).
+    /// Whether the last lookup failed (N3).
     pub stale: bool,
     /// Why.
     pub cause: Option<String>,

@@ -17,7 +17,7 @@ pub struct Verification {
     pub against: Against,
     /// What was looked at.
     pub backend: ActiveBackend,
-    /// Number of the rule set in force, 0 for none.
+    /// Number of the active rule set, 0 for none.
     pub generation: u64,
     /// Entries compared.
     pub compared: u64,

@@ -112,7 +112,7 @@ fn show(backend: &str) -> Result<()> {
     let started = Instant::now();
     let daemon = stage.daemon()?;
     done(&format!(
-        "ready after {} ms, the name's first look-up included",
+        "ready after {} ms, the name's first lookup included",
         started.elapsed().as_millis()
     ));
 

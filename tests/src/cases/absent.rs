@@ -225,7 +225,7 @@ fn n9_after_a_boot_names_mean_whom_the_host_names_now() -> Result<()> {
         for uid in [61_301, 61_302, 61_303, NOBODY] {
             denied(&world.attack(uid))?;
         }
-        let words = format!("user {:?} means somebody else now", moved.0);
+        let words = format!("user {:?} means another user now", moved.0);
         ensure!(log.contains(&words), "{log}");
         if by_apply {
             // The daemon that follows takes over what that boot has loaded, though it can take no configuration.
@@ -233,7 +233,7 @@ fn n9_after_a_boot_names_mean_whom_the_host_names_now() -> Result<()> {
             let daemon = world.daemon()?;
             let said = crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")?;
             ensure!(
-                said.contains("the last rule set known good is in force instead"),
+                said.contains("the last known good rule set is active instead"),
                 "{said} {}",
                 daemon.log()
             );

@@ -1,4 +1,4 @@
-//! F4, N7: a start puts the last rule set known good in force first, whatever has become of configuration, DNS and the
+//! F4, N7: a start makes the last known good rule set active first, whatever has become of configuration, DNS and the
 //! file.
 
 use std::fs;
@@ -38,7 +38,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A world whose rules a daemon has had in force, then everything of ours left the kernel, as by a reboot.
+/// A world whose rules a daemon has had active, then everything of ours left the kernel, as by a reboot.
 fn rebooted(allow: &str) -> Result<(World, Listener)> {
     let world = World::new()?;
     let listener = world.listen()?;
@@ -89,7 +89,7 @@ fn f4_a_bad_configuration_at_boot_leaves_the_last_good() -> Result<()> {
             fs::write(&toml, format!("{good}{bad}"))?;
             let daemon = world.daemon()?;
             guarded(&world)?;
-            told(&world, "the last rule set known good is in force instead")?;
+            told(&world, "the last known good rule set is active instead")?;
             unload_raw(&world, daemon)?;
             world.attack(NOBODY).reaches()?;
         }
@@ -181,7 +181,7 @@ fn f4_n7_apply_last_good_needs_nothing_else() -> Result<()> {
     ensure!(applied.stdout.contains("enforcing"), "{applied:?}");
     fs::write(&toml, &good)?;
     ensure!(named.denied("10.9.0.1")?, "the address is open");
-    // What is in force stays.
+    // What is active stays.
     let again = world.enforcer(&["apply", "--last-good"])?.demand(0)?;
     ensure!(again.stdout.contains("generation 1,"), "{again:?}");
     world.enforcer(&["unload"])?.demand(0)?;
@@ -211,7 +211,7 @@ fn f4_a_power_cut_of_any_length_is_told() -> Result<()> {
         let daemon = world.daemon()?;
         guarded(&world)?;
         ensure!(daemon.log().contains("damaged"), "{length}: {}", daemon.log());
-        // Something good is in force: it has replaced what was damaged.
+        // Something good is active: it has replaced what was damaged.
         until("it is kept again", || Ok(fs::read(&path)? == whole))?;
         until("all is well", || Ok(asked(&world)?.contains("\"enforcing\"")))?;
         unload(&world, daemon)?;
@@ -276,7 +276,7 @@ fn f4_a_start_at_other_places_leaves_nothing_at_the_old() -> Result<()> {
     unload_raw(&world, daemon)
 }
 
-/// What is in force was never kept: the disk was full, or the end came in between.
+/// What is active was never kept: the disk was full, or the end came in between.
 fn f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;
@@ -300,8 +300,8 @@ fn f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good() -> Result<()> {
     let daemon = world.daemon()?;
     guarded(&world)?;
     elsewhere_guarded()?;
-    told(&world, "what was in force before the start stays")?;
-    // Nothing puts the older one in force later.
+    told(&world, "what was active before the start stays")?;
+    // Nothing makes the older one active later.
     std::thread::sleep(std::time::Duration::from_millis(2500));
     elsewhere_guarded()?;
     fs::write(&toml, &good)?;
@@ -352,7 +352,7 @@ fn f4_a_last_good_of_another_version_is_kept_and_told() -> Result<()> {
     Ok(())
 }
 
-/// The kernel guards an address that nothing on disk and no look-up knows any more.
+/// The kernel guards an address that nothing on disk and no lookup knows any more.
 fn f1_a_restart_without_the_last_good_forgets_no_address() -> Result<()> {
     let harms: [fn(&str) -> Option<String>; 2] = [|_| None, |text| Some(text.replace("10.9.0.1", "10.9.0.3"))];
     for harm in harms {
@@ -371,17 +371,17 @@ fn f1_a_restart_without_the_last_good_forgets_no_address() -> Result<()> {
         named.dns.set("bus.test", Zone::Silence);
         let _daemon = named.daemon()?;
         ensure!(named.denied("10.9.0.1")?, "a restart opened the address");
-        told(world, "what is in force stays")?;
+        told(world, "what is active stays")?;
         named.dns.set("bus.test", addresses(&["10.9.0.2"]));
         world.enforcer(&["refresh"])?;
-        until("the answer is in force", || named.denied("10.9.0.2"))?;
+        until("the answer is active", || named.denied("10.9.0.2"))?;
         until("all is well", || Ok(asked(world)?.contains("\"enforcing\"")))?;
         until("it is kept", || Ok(path.exists()))?;
     }
     Ok(())
 }
 
-/// The rule set in force is the last one known good: it goes on from there.
+/// The active rule set is the last one known good: it goes on from there.
 fn f4_names_are_followed_after_a_restart_with_a_bad_configuration() -> Result<()> {
     for by_early_unit in [false, true] {
         followed_after(by_early_unit)?;
@@ -412,14 +412,14 @@ fn followed_after(by_early_unit: bool) -> Result<()> {
     named.dns.set("bus.test", addresses(&["10.9.0.2"]));
     ensure!(
         denied("10.9.0.1")? && !denied("10.9.0.2")?,
-        "what is in force is not what it was"
+        "what is active is not what it was"
     );
     let _daemon = if by_early_unit {
         world.daemon_with(&mut world.with_resolver_confined()?)?
     } else {
         named.daemon()?
     };
-    told(world, "the last rule set known good is in force instead")?;
+    told(world, "the last known good rule set is active instead")?;
     until("the name is followed", || denied("10.9.0.2"))?;
     ensure!(denied("10.9.0.1")?, "the address before is open");
     Ok(())
@@ -441,7 +441,7 @@ fn f4_a_state_directory_in_quotes_is_found() -> Result<()> {
     fs::write(&toml, format!("{text}bogus = 1\n"))?;
     let daemon = world.daemon()?;
     guarded(&world)?;
-    told(&world, "the last rule set known good is in force instead")?;
+    told(&world, "the last known good rule set is active instead")?;
     unload_raw(&world, daemon)
 }
 
@@ -460,7 +460,7 @@ fn f4_a_last_good_that_is_removed_comes_back() -> Result<()> {
 }
 
 /// In namespaces where the default places are this case's own, and the first process sees them too: the file that named
-/// what is in force is removed, and the daemon starts again.
+/// what is active is removed, and the daemon starts again.
 fn b1_f4_a_default_file_that_has_gone_is_not_the_defaults() -> Result<()> {
     const SCRIPT: &str = r#"
         echo $$ > "$1/cgroup.procs"
@@ -483,7 +483,7 @@ fn b1_f4_a_default_file_that_has_gone_is_not_the_defaults() -> Result<()> {
             start; echo gone; knock; "$enforcer" status || true
             sleep 3; echo later; knock
             cp "$etc/kept" "$toml"
-            for _ in $(seq 200); do "$enforcer" status | grep -q "known good is in force instead" || break; sleep 0.1; done
+            for _ in $(seq 200); do "$enforcer" status | grep -q "known good rule set is active instead" || break; sleep 0.1; done
             echo again; "$enforcer" status || true; knock
             "$enforcer" unload; wait "$daemon" || true
         ' sh "$2" "$3" "$4" "$5"

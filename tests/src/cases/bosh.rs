@@ -20,7 +20,7 @@ use crate::backend::EBPF;
 use crate::world::{Daemon, Listener, NOBODY, Netns, World, binary, cgroup_mount, ran, until};
 
 const SECRET: &str = "hunter2secret";
-/// Within which a change of the settings is in force.
+/// Within which a change of the settings is active.
 const SOON: Duration = Duration::from_secs(1);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -94,7 +94,7 @@ impl Agent {
         let started = Instant::now();
         until(what, || self.denied(last))?;
         let took = started.elapsed();
-        println!("    {what}: in force after {took:?}");
+        println!("    {what}: active after {took:?}");
         let asked = Instant::now();
         self.denied(last)?;
         ensure!(took < SOON + asked.elapsed() * 3, "{what}: only after {took:?}");
@@ -408,7 +408,7 @@ fn b1_without_any_configuration_monit_and_the_bus_are_protected() -> Result<()> 
         .stderr(fs::File::create(world.path("err"))?)
         .spawn()?;
     let out = || fs::read_to_string(world.path("out"));
-    let result = until("it is in force", || Ok(out()?.contains("denied"))).and_then(|()| {
+    let result = until("it is active", || Ok(out()?.contains("denied"))).and_then(|()| {
         attack(NOBODY, monit)?.is_refused()?;
         attack(NOBODY, bus)?.is_refused()?;
         attack(0, monit)?.reaches()?;

@@ -111,7 +111,7 @@ fn f1_enforcement_outlives_the_daemon() -> Result<()> {
     world.attack(NOBODY).reaches()?;
     ensure!(!world.pins().exists(), "unload left {}", world.pins().display());
     let again = world.enforcer(&["unload"])?.demand(0)?;
-    ensure!(again.stdout.contains("nothing was in force"), "{}", again.stdout);
+    ensure!(again.stdout.contains("nothing was active"), "{}", again.stdout);
     let off = world.enforcer(&["status"])?.demand(1)?;
     ensure!(off.stdout.contains("off"), "{}", off.stdout);
     Ok(())

@@ -346,7 +346,7 @@ fn b3_a_refresh_takes_little_more_than_the_look_up() -> Result<()> {
     times.sort();
     let (fastest, median) = (times.first().copied(), times.get(times.len() / 2).copied());
     let (fastest, median) = (fastest.context("no time")?, median.context("no time")?);
-    println!("    a refresh, look-up and a new address put in force included: median {median:?}, fastest {fastest:?}");
+    println!("    a refresh, lookup and a new address made active included: median {median:?}, fastest {fastest:?}");
     let limit = before.max(at_this_load(LIMIT)?);
     ensure!(fastest < limit, "the fastest of {} took {fastest:?}", times.len());
     Ok(())

@@ -1,4 +1,4 @@
-//! F4: what goes wrong around the rule set is told once, stays in `status` until it is mended, and holds nobody up.
+//! F4: what goes wrong around the rule set is told once, stays in `status` until it is fixed, and holds nobody up.
 
 use std::{
     fs,
@@ -202,7 +202,7 @@ fn f4_permission_errors_say_what_to_do() -> Result<()> {
     Ok(())
 }
 
-/// Look-ups of silent names take the five seconds that they may.
+/// Lookups of silent names take the five seconds that they may.
 fn patient(named: &Named) -> Result<()> {
     let text = format!("nameserver {}\noptions timeout:5 attempts:1\n", named.world.address());
     Ok(fs::write(named.world.path("resolv.conf"), text)?)
@@ -241,7 +241,7 @@ fn n5_ready_waits_for_first_answers_only() -> Result<()> {
     named.dns.set("bus.test", Zone::Silence);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Some look-up is under way at any time.
+        // Some lookup is under way at any time.
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 let _ = named.world.enforcer(&["refresh", "--timeout", "10ms"]);

@@ -353,7 +353,7 @@ fn b4_grants_end_in_time() -> Result<()> {
     job.inside(NOBODY).reaches()?;
     let daemon = job.world.daemon()?;
     job.inside(NOBODY).is_refused()?;
-    // What has an end is not put in force where nobody stays to end it.
+    // What has an end is not made active where nobody stays to end it.
     job.enforcer(&["grant", "main", "--for", "1h"])?.demand(0)?;
     daemon.kill()?;
     let applied = job.world.enforcer(&["apply"])?.demand(0)?;
@@ -589,7 +589,7 @@ fn b4_grants_that_cannot_be_trusted_let_nobody_in() -> Result<()> {
             "the file was touched"
         );
         if file.is_dir() {
-            // It cannot be replaced either: nothing is granted, and the next look finds it mended.
+            // It cannot be replaced either: nothing is granted, and the next look finds it repaired.
             let ran = job.enforcer(&["grant", "main"])?.demand(2)?;
             ensure!(ran.stderr.contains("nothing was granted"), "{ran:?}");
             job.inside(NOBODY).is_refused()?;

@@ -205,7 +205,7 @@ fn disk_fails(cause: &str, fail: impl Fn(&Disk) -> Result<()>, recover: impl Fn(
     is_well(&world)
 }
 
-/// From too few for the loader to those that are enough: each start puts the rules in force, or says why not and
+/// From too few for the loader to those that are enough: each start makes the rules active, or says why not and
 /// changes nothing.
 fn f3_a_start_with_few_descriptors_works_or_says_why() -> Result<()> {
     let (world, _listener) = guarded()?;
@@ -235,7 +235,7 @@ fn f3_a_start_with_few_descriptors_works_or_says_why() -> Result<()> {
     enforces(&world)
 }
 
-/// As [`few_descriptors`], of the daemon: with so few it enforces or says why not; what was in force before stays
+/// As [`few_descriptors`], of the daemon: with so few it enforces or says why not; what was active before stays
 /// either way.
 fn f4_a_daemon_with_few_descriptors_enforces_or_says_why() -> Result<()> {
     let world = World::new()?;

@@ -120,7 +120,7 @@ fn f6_who_answers_on_a_users_socket_is_asked_nothing() -> Result<()> {
     let socket = open.run.join("control.sock");
     let listener = as_user(NOBODY, || UnixListener::bind(&socket))??;
     let liar = thread::spawn(move || lie(&listener));
-    // Nothing is in force, and that is what is said.
+    // Nothing is active, and that is what is said.
     let status = world.enforcer(&["status"])?.demand(1)?;
     let named = format!("{} is user {NOBODY}'s, not root's", socket.display());
     ensure!(status.stderr.contains(&named), "{status:?}");
@@ -215,8 +215,5 @@ fn f6_a_file_of_roots_vouches_for_no_users_directory() -> Result<()> {
             dir.display()
         );
     }
-    until(
-        "nothing is in force",
-        || Ok(open.world.enforcer(&["unload"])?.code == 0),
-    )
+    until("nothing is active", || Ok(open.world.enforcer(&["unload"])?.code == 0))
 }

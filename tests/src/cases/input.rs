@@ -1,4 +1,4 @@
-//! Bad input: one line that names thing, place and remedy, exit code 2, and what was in force still is (F4).
+//! Bad input: one line that names thing, place and remedy, exit code 2, and what was active still is (F4).
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command};
 
@@ -98,7 +98,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// Runs `apply` with what should be refused, while other rules are in force.
+/// Runs `apply` with what should be refused, while other rules are active.
 fn expect(world: &World, says: &[&str]) -> Result<()> {
     let ran = world.enforcer(&["apply"])?.demand(2)?;
     let text = &ran.stderr;
@@ -113,7 +113,7 @@ fn expect(world: &World, says: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A world with rules in force and its listener.
+/// A world with rules active and its listener.
 fn guarded() -> Result<(World, crate::world::Listener)> {
     let world = World::new()?;
     let listener = world.listen()?;
@@ -221,7 +221,7 @@ fn f4_no_permission() -> Result<()> {
             ran.stderr
         );
     }
-    // Who may look at the pins, and not at nftables, is told so instead of that nothing is in force.
+    // Who may look at the pins, and not at nftables, is told so instead of that nothing is active.
     let unload = Backend::current().is_nftables().then_some("unload");
     for action in ["status", "verify"].into_iter().chain(unload) {
         let mut command = Command::new("setpriv");

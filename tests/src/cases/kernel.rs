@@ -73,7 +73,7 @@ fn s5_auto_takes_what_the_kernel_has() -> Result<()> {
     attack.reaches()
 }
 
-/// Asked for by name, a backend that the kernel cannot have is an error in one line, and nothing is half in force.
+/// Asked for by name, a backend that the kernel cannot have is an error in one line, and nothing is half active.
 fn s5_a_backend_that_cannot_be_is_refused() -> Result<()> {
     let world = World::new()?;
     let _listener = world.listen()?;

@@ -1,5 +1,5 @@
 //! F3, F4, §5: what a kernel or a container does not give: BPF, `nf_tables`, rights, room, one half of two. An error
-//! that names it, and what was in force still is.
+//! that names it, and what was active still is.
 
 use std::{fs, process::Command};
 
@@ -164,7 +164,7 @@ fn f3_f4_nftables_answers_that_do_not_fit() -> Result<()> {
     Ok(())
 }
 
-/// Both halves in force, then a rule set asked for by a process that can have but one of them.
+/// Both halves active, then a rule set asked for by a process that can have but one of them.
 fn one_half(without: &[&str], half: &str, cause: &str) -> Result<()> {
     let guarded = Guarded::new()?;
     guarded.guard("both")?;

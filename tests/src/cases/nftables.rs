@@ -148,7 +148,7 @@ fn s5_auto_takes_nftables_without_bpf() -> Result<()> {
     Ok(())
 }
 
-/// What is mended in the configuration is no reason to take nftables, which would do in each of these cases.
+/// What is repaired in the configuration is no reason to take nftables, which would do in each of these cases.
 fn s5_auto_never_evades_a_mistake() -> Result<()> {
     let guarded = Guarded::new()?;
     let world = &guarded.world;
@@ -464,7 +464,7 @@ fn f5_nftables_drift_is_mended() -> Result<()> {
             "{status}"
         );
     }
-    // Others' tables are not ours to mend.
+    // Others' tables are not ours to repair.
     guarded.netns.nft("add table inet theirs")?;
     thread::sleep(Duration::from_millis(300));
     ensure!(guarded.status()?["restored"] == blows.len(), "{}", guarded.status()?);

@@ -309,7 +309,7 @@ fn status_counts_and_names_the_generation() -> Result<()> {
 fn check_explains() -> Result<()> {
     let (world, _listener) = guarded()?;
     let none = world.enforcer(&["check", "root", "127.0.0.1:1"])?.demand(2)?;
-    ensure!(none.stderr.contains("nothing is in force"), "{}", none.stderr);
+    ensure!(none.stderr.contains("nothing is active"), "{}", none.stderr);
     world.apply()?;
     let (here, port) = (world.here().to_string(), world.port);
     for (arguments, code, says) in [
@@ -426,7 +426,7 @@ fn f5_a_link_taken_away_comes_back() -> Result<()> {
 fn capabilities_are_dropped() -> Result<()> {
     let named = Named::new(&["silent.test"], "")?;
     named.dns.set("silent.test", Zone::Silence);
-    // No answer for as long as a look-up may take: readiness is far.
+    // No answer for as long as a lookup may take: readiness is far.
     fs::write(
         named.world.path("resolv.conf"),
         format!("nameserver {}\noptions timeout:5 attempts:1\n", named.world.address()),

@@ -60,7 +60,7 @@ fn configure(world: &World, to: SocketAddr, top: &str, allow: &str) -> Result<()
     ))
 }
 
-/// Waits until a sweep by the generation in force has found so many.
+/// Waits until a sweep by the active generation has found so many.
 fn found(world: &World, count: u64) -> Result<Value> {
     let mut existing = Value::Null;
     until(&format!("{count} connections are found"), || {

@@ -61,7 +61,7 @@ fn f1_a_start_killed_half_way_is_no_obstacle() -> Result<()> {
         world.apply()?;
         unpin(&world, &["connect4", "connect6", &format!("{}/{missing}", maps_name())])?;
         until("the links are gone", || Ok(world.attack(NOBODY).run()?.errno.is_none()))?;
-        told(&world, "off", "nothing is in force")?;
+        told(&world, "off", "nothing is active")?;
         world.apply()?;
         world.attack(NOBODY).is_refused()?;
         world.attack(0).reaches()?;

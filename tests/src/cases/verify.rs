@@ -103,7 +103,7 @@ impl Tampering {
     }
 }
 
-/// The first entry of the slot in force that is not all zeros.
+/// The first entry of the active slot that is not all zeros.
 fn first(world: &World, name: &str) -> Result<(Bytes, Bytes)> {
     let active = map(world, "active")?.entries()?;
     let slot = u8::from(active.iter().any(|(_, value)| *value == [2]));
@@ -271,7 +271,7 @@ fn verify_asks_the_daemon_what_it_wants_now() -> Result<()> {
     daemon.kill()?;
     let answer = verify(&named.world, 0)?;
     ensure!(answer["against"] == "configuration", "{answer}");
-    // Against a newer configuration, what is in force has drifted.
+    // Against a newer configuration, what is active has drifted.
     named
         .world
         .configure_one(&["tcp://10.1.2.3:4".to_owned()], r#"["root"]"#)?;
@@ -286,7 +286,7 @@ fn verify_says_what_is_missing_and_what_it_cannot() -> Result<()> {
     tells(&verify(&world, 1)?, "backend", "changed")?;
     let text = world.enforcer(&["verify"])?.demand(1)?.stdout;
     ensure!(
-        text.starts_with("nothing is in force; wanted: ") && !text.contains("find out who"),
+        text.starts_with("nothing is active; wanted: ") && !text.contains("find out who"),
         "{text}"
     );
     let gone = world.path("gone.toml").display().to_string();
@@ -319,7 +319,7 @@ fn f5_an_entry_taken_from_a_map_comes_back_within_2_s() -> Result<()> {
     let nobody = world.attack(NOBODY);
     nobody.is_refused()?;
     let map = map(&world, "endpoints")?;
-    // All that is in force, so that the attack gets through for sure.
+    // All that is active, so that the attack gets through for sure.
     for (key, _) in map.entries()? {
         map.delete(&key)?;
     }

@@ -48,7 +48,7 @@ fn f11_two_that_apply_at_once_take_turns() -> Result<()> {
     const PAIRS: u8 = 25;
     let world = World::new()?;
     for pair in 0..PAIRS {
-        // Never what is in force already.
+        // Never what is active already.
         let configs = configurations(&world, [1 + 2 * pair, 2 + 2 * pair])?;
         let mut started = Vec::new();
         for config in &configs {

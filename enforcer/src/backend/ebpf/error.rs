@@ -7,7 +7,7 @@ use crate::{
     host::{START, remedy},
 };
 
-/// Why the kernel does not hold what was asked for. What was in force before still is (F4).
+/// Why the kernel does not hold what was asked for. What was active before still is (F4).
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BackendError {
     /// A file operation.
@@ -34,7 +34,7 @@ pub(crate) enum BackendError {
     },
     /// A pin is not the map that its name says, or is missing among others.
     Damaged { path: PathBuf },
-    /// The programs in force read maps of another layout.
+    /// The active programs read maps of another layout.
     OtherVersion { layout: String },
     /// A map operation.
     Map {
@@ -97,7 +97,7 @@ impl fmt::Display for BackendError {
                 "; if that is the daemon, reload it (SIGHUP), or stop it first; else try again once it has ended"
             }
             Self::Damaged { .. } => {
-                "; what is in force stays: restart the daemon, which takes over without a gap, or run enforcer unload"
+                "; what is active stays: restart the daemon, which takes over without a gap, or run enforcer unload"
             }
             Self::OtherVersion { .. } => return write!(f, "; to take over with this one, {START}"),
             Self::ReadBack { .. } => "; reload enforcer; if it stays, run enforcer verify",
@@ -108,7 +108,7 @@ impl fmt::Display for BackendError {
                 " (another program there or above forbids sharing the cgroup: list them with `bpftool cgroup show`, \
                  and have its owner attach with BPF_F_ALLOW_MULTI; or CAP_NET_ADMIN is missing)"
             }
-            Self::Half { .. } => "; the rule set before stays in force on both",
+            Self::Half { .. } => "; the rule set before stays active on both",
             Self::Attach { .. } | Self::Nftables(_) | Self::Neither { .. } => "",
         })
     }
@@ -156,7 +156,7 @@ impl BackendError {
     }
 
     /// Whether this kernel, where we run on it, or what we may do with it, is the cause, and not something of ours that
-    /// needs mending. That it has BPF at all is asked only where that decides.
+    /// needs repairing. That it has BPF at all is asked only where that decides.
     #[must_use]
     pub(crate) fn is_inability(&self, has_bpf: impl FnOnce() -> bool) -> bool {
         match self {

@@ -72,12 +72,12 @@ impl Kernel {
         let [hook, ..] = &HOOKS;
         if !self.pins.path(hook.name).exists() {
             self.create_link(hook)?;
-            self.mended = 0;
+            self.repaired = 0;
         }
         Ok(())
     }
 
-    /// Attaches the hooks that have no link yet. Before the flip: they judge by what is in force.
+    /// Attaches the hooks that have no link yet. Before the flip: they judge by what is active.
     pub(super) fn attach_missing(&mut self, udp: bool) -> Result<(), BackendError> {
         for hook in HOOKS.iter().filter(|hook| udp || !hook.udp_only) {
             if !self.pins.path(hook.name).exists() {
@@ -89,7 +89,7 @@ impl Kernel {
     }
 
     /// Makes every wanted link run this program on this cgroup, and removes the others. After the flip: a link that
-    /// runs a program with maps of another ABI goes on with those until ours are in force.
+    /// runs a program with maps of another ABI goes on with those until ours are active.
     pub(super) fn attach(&mut self, udp: bool) -> Result<(), BackendError> {
         self.udp = udp;
         self.follow_cgroup()?;
@@ -126,7 +126,7 @@ impl Kernel {
                 if sys::link_info(link.as_fd()).map_err(failed)?.program != wanted {
                     return Err(self.attach_error(hook, io::Error::other("the link kept its old program"))); // F3
                 }
-                self.mended += 1;
+                self.repaired += 1;
             }
         }
         self.remove_old_maps()
@@ -142,7 +142,7 @@ impl Kernel {
 
     fn create_link(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
         let program = self.program_fd(hook)?;
-        self.mended += 1;
+        self.repaired += 1;
         sys::link_create(program.as_fd(), self.cgroup_fd.as_fd(), hook.attach_type)
             .map_err(|error| self.attach_error(hook, error))
     }

@@ -76,7 +76,7 @@ impl Maps {
         }))
     }
 
-    /// The slot in force.
+    /// The active slot.
     pub(crate) fn active_slot(&self) -> Result<Option<u8>, BackendError> {
         Ok(match self.active.get(&0)? {
             Some(active @ 1..=2) => Some(active - 1),
@@ -84,7 +84,7 @@ impl Maps {
         })
     }
 
-    /// Puts a slot in force: one byte, read back (F2, F3).
+    /// Makes a slot active: one byte, read back (F2, F3).
     pub(crate) fn activate(&self, slot: u8) -> Result<(), BackendError> {
         // The entries must be visible to every CPU before the flip is.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
@@ -355,7 +355,7 @@ fn open_checked(dir: &Path, name: &str, shape: (MapType, u32, u32, u32)) -> Resu
     }
 }
 
-/// Puts nothing in force in the maps of a directory, of whatever layout: from here on no program judges by them.
+/// Makes nothing active in the maps of a directory, of whatever layout: from here on no program judges by them.
 pub(crate) fn deactivate(dir: &Path) -> io::Result<()> {
     let active = Map::open(&dir.join("active"))?;
     if active.shape().0 != MapType::Array {

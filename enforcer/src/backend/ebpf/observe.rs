@@ -25,17 +25,17 @@ use crate::{
 /// What the kernel holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Observed {
-    /// Number of the rule set in force; 0 for none.
+    /// Number of the active rule set; 0 for none.
     pub generation: u64,
     /// Whether it refuses nothing.
     pub audit: bool,
-    /// Whether a daemon put it in force.
+    /// Whether a daemon made it active.
     pub by_daemon: bool,
     /// Of which sockets the owner is checked, besides the task's user (D3).
     pub socket_users: SocketUsers,
     /// Whether loopback is told apart by network namespace (D6).
     pub netns: bool,
-    /// Endpoints in force, those for unspecified destinations not counted.
+    /// Active endpoints, those for unspecified destinations not counted.
     pub endpoints: u64,
     /// What the targets did.
     pub targets: Vec<ObservedTarget>,
@@ -96,12 +96,12 @@ pub(crate) struct Checked {
     pub generation: u64,
     /// Each target that owns the endpoint, and whether it admits the subject.
     pub owners: Vec<(String, bool)>,
-    /// Who asks, as far as the programs in force can tell.
+    /// Who asks, as far as the active programs can tell.
     pub subject: crate::ruleset::Subject,
 }
 
 impl Pinned {
-    /// Opens what is pinned; nothing where nothing is in force. An error where something is that this version cannot
+    /// Opens what is pinned; nothing where nothing is active. An error where something is that this version cannot
     /// read.
     pub(crate) fn open(pin_dir: &Path) -> Result<Option<Self>, BackendError> {
         let Some(pins) = Pins::open(pin_dir)? else {

@@ -1,4 +1,4 @@
-//! Compares all that is pinned, attached and in force with what a rule set asks for. Changes nothing.
+//! Compares all that is pinned, attached and active with what a rule set asks for. Changes nothing.
 
 use std::{fs, io, os::unix::fs::MetadataExt as _};
 
@@ -18,7 +18,7 @@ use super::{
 use crate::{ruleset::RuleSet, verify::Comparison, wire::Object};
 
 impl Kernel {
-    /// Compares with a rule set; the number is that of the rule set found in force.
+    /// Compares with a rule set; the number is that of the rule set found active.
     pub(crate) fn verify(&self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, BackendError> {
         // What the target names should be is known by heart: the kernel's own may have been changed.
         let held = self.in_force.and_then(|(slot, number)| {
@@ -59,7 +59,7 @@ impl Pinned {
         };
         let loader = Loader {
             netns: sys::netns_cookie().unwrap_or(0),
-            // Whoever put it in force may stay or not.
+            // Whoever made it active may stay or not.
             daemon: found.flags & flag::DAEMON != 0,
             sees: super::Sight::here()?.sees(),
         };
@@ -96,11 +96,11 @@ fn compare(
         None => (Image::empty(), 0),
     };
     let on = if slot.is_some() {
-        "a rule set is in force"
+        "a rule set is active"
     } else {
         "none is"
     };
-    comparison.words(&Object::ActiveMap, "rule set", "a rule set is in force", on);
+    comparison.words(&Object::ActiveMap, "rule set", "a rule set is active", on);
     if let Some(wanted) = wanted.number {
         comparison.words(
             &Object::GenerationsMap,

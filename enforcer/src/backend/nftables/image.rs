@@ -5,7 +5,7 @@
 //! a refusal if not (D2).
 //!
 //! Names of all but the base chains and the counters end in the slot of their generation, so that a rule set is built
-//! beside the one in force: a packet that is under way finds every set and chain that it began with (F2).
+//! beside the active one: a packet that is under way finds every set and chain that it began with (F2).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -124,7 +124,7 @@ pub(crate) struct Header {
     pub generation: u64,
     /// Refuses nothing.
     pub audit: bool,
-    /// A daemon put it in force.
+    /// A daemon made it active.
     pub daemon: bool,
     /// nflog's group for denials, if the kernel has nflog.
     pub log: Option<u16>,
@@ -133,7 +133,7 @@ pub(crate) struct Header {
 /// What a lowering depends on besides the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Loader {
-    /// A daemon puts it in force.
+    /// A daemon makes it active.
     pub daemon: bool,
     /// What becomes of forwarded connections to an endpoint.
     pub forward: Forward,
@@ -793,7 +793,7 @@ impl Image {
         Header::parse(&self.chains.get(chain::ABOUT)?.rules.first()?.comment)
     }
 
-    /// The slot in force.
+    /// The active slot.
     #[must_use]
     pub(crate) fn slot(&self) -> Slot {
         Slot::of(self.header().map_or(0, |header| header.generation))

@@ -105,7 +105,7 @@ impl Netlink {
         self.remove_parts(change.table, &old)
     }
 
-    /// Builds an image beside what is in force. A transaction of its own: the kernel fills sets with ranges only after
+    /// Builds an image beside what is active. A transaction of its own: the kernel fills sets with ranges only after
     /// it has switched rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty
     /// for a moment.
     fn lay_out(&mut self, change: Change<'_>) -> Result<(), Failed> {
@@ -197,7 +197,7 @@ impl Netlink {
     }
 
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is
-    /// in force.
+    /// active.
     pub(crate) fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
         let table = inet(table);
         let mut batch = Steps::new();

@@ -8,7 +8,7 @@ use super::{
 use crate::{config::Forward, ruleset::RuleSet, verify::Comparison, wire::Object};
 
 impl Nftables {
-    /// Compares with a rule set; the number is that of the rule set found in force.
+    /// Compares with a rule set; the number is that of the rule set found active.
     pub(crate) fn verify(&mut self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, NftablesError> {
         let found = self.dump()?.unwrap_or_default();
         let told = found.image.header().map_or(0, |header| header.generation);

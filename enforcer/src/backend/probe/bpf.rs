@@ -79,7 +79,7 @@ fn link(cgroup: Option<&Path>) -> Fact {
 }
 
 /// Loads and attaches what a start would, with its pins on a bpffs that only this thread sees: whatever happens, the
-/// kernel takes all of it back. Its maps put nothing in force, so that it judges nothing.
+/// kernel takes all of it back. Its maps makes nothing active, so that it judges nothing.
 fn own_programs(place: Place<'_>, facts: &mut Facts) {
     // The private bpffs would hide that a start has none there.
     if let Err(error) = Pins::look(place.pin_dir) {

@@ -1,4 +1,4 @@
-//! Look-ups against DNS servers of our own on loopback addresses.
+//! Lookups against DNS servers of our own on loopback addresses.
 
 #![allow(clippy::expect_used, reason = "a test's set-up fails loudly")]
 #![allow(

@@ -216,7 +216,7 @@ UNIT
 }
 private_code() { systemctl show --value --property ExecMainStatus private; }
 private_said() { journalctl --no-pager --boot --output cat --lines 15 --unit private; }
-# systemd starts whatever else ends again, and everything would be in force again.
+# systemd starts whatever else ends again, and everything would be active again.
 unload_is_not_undone() {
     local since
     enforcer unload
@@ -272,7 +272,7 @@ nothing_but_the_state_is_there() {
     fails getent ahosts bus.test
     [ ! -e "$settings" ] || { echo "$settings is there"; return 1; }
     # What the early unit has loaded is taken over, and names are followed.
-    enforcer status | grep 'the last rule set known good is in force instead' || { enforcer status; return 1; }
+    enforcer status | grep 'the last known good rule set is active instead' || { enforcer status; return 1; }
 }
 # The early unit is done before any network; the daemon is ready before whoever waits for the network or for it.
 boot_is_in_order() {
