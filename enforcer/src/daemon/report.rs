@@ -65,8 +65,8 @@ impl Daemon {
         }
         if self.guard.drift.is_recent(Instant::now()) {
             causes.push(format!(
-                "another process removed or changed enforcer's rules {} times so far, last in the past {} s; find out who (nft \
-                 monitor, bpftool)",
+                "another process removed or changed enforcer's rules ({} times, last within {} s); find it with nft \
+                 monitor or bpftool",
                 self.enforcement.restored(),
                 Drift::MEMORY.as_secs()
             ));
