@@ -305,8 +305,9 @@ impl Nftables {
 
     /// What the counters have counted.
     pub(crate) fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
-        let found = self.netlink.counters(&self.table);
-        let found = found.map_err(|error| failed(&self.table, "read the counters", error))?;
+        let table = &self.table;
+        let found = self.netlink.at_one_generation(|netlink| netlink.counters(table));
+        let (found, _) = found.map_err(|error| failed(table, "read the counters", error))?;
         Ok(found.into_iter().collect())
     }
 

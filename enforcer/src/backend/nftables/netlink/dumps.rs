@@ -86,15 +86,17 @@ impl Netlink {
         Ok(Some(dump))
     }
 
-    /// Whether a table is there, and if so, whether it is dormant.
+    /// Whether a table is there, and if so, whether it is dormant. Asked by its name: a list of all is interrupted by
+    /// whoever makes another one.
     pub(crate) fn table(&mut self, table: &str) -> io::Result<Option<bool>> {
-        let mut found = None;
-        self.dump(libc::NFT_MSG_GETTABLE, &[], |object| {
-            if object.text(nfta::TABLE_NAME) == table {
-                found = Some(object.number(nfta::TABLE_FLAGS) & 1 != 0);
-            }
-        })?;
-        Ok(found)
+        let (name, mut found) = ([(nfta::TABLE_NAME, table)], None);
+        let asked = self.ask(INET, libc::NFT_MSG_GETTABLE, 0, &name, |_, object| {
+            found = Some(object.number(nfta::TABLE_FLAGS) & 1 != 0);
+        });
+        match asked {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            asked => asked.map(|()| found),
+        }
     }
 
     pub(crate) fn chains(&mut self, table: &str) -> io::Result<BTreeMap<String, Chain>> {
