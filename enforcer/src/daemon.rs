@@ -516,11 +516,13 @@ impl Daemon {
         }
         self.read_bus(config.config.bus_dir());
         let mut inputs = self.inputs.clone();
-        if let Err(error) = self.chain.look(&config, &mut inputs.jobs) {
-            warn!("{error}; rules of jobs count as they were read last");
-        }
         inputs.set_config(config, Instant::now());
         inputs.host.local = inputs.local()?;
+        let Inputs { config, jobs, .. } = &mut inputs;
+        if let Err(error) = self.chain.look(config, jobs) {
+            warn!("{error}; rules of jobs count as they were read last");
+        }
+        inputs.settle(Instant::now());
         inputs.look_at_cgroups();
         let start = Start {
             settings: inputs.settings(),
