@@ -1,8 +1,9 @@
 //! What carries a rule set in the kernel: eBPF, nftables, or both as one. Taken over at the start; then applied, kept,
 //! observed, verified; unloaded.
 
-pub(crate) mod ebpf;
-pub(crate) mod nftables;
+mod ebpf;
+mod in_force;
+mod nftables;
 pub(crate) mod probe;
 pub(crate) mod third_party;
 mod writer;
@@ -13,18 +14,19 @@ use std::{
     path::Path,
 };
 
-use enforcer_ebpf::{DialRecord, EventRecord, Verdict};
+use enforcer_ebpf::{DialRecord, EventRecord};
 use tracing::warn;
 
 use crate::{
     config::{Backend, Settings},
-    ruleset::{Attempt, RuleSet},
+    ruleset::RuleSet,
     verify::Comparison,
-    wire::{ActiveBackend, Against, Object, Verification},
+    wire::{ActiveBackend, Against, Verification},
 };
 
-pub(crate) use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Pinned, Ring, SocketUsers};
-pub(crate) use nftables::{Denial, Denials, Logged, Nftables, NftablesError, jobs};
+pub(crate) use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Ring, SocketUsers};
+pub(crate) use in_force::InForce;
+pub(crate) use nftables::{Changes as NftChanges, Denial, Denials, Logged, Nftables, NftablesError, jobs};
 
 use probe::{Fact, Works};
 use writer::Writer;
@@ -411,92 +413,6 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     Some(one)
 }
 
-/// What is active, for those who only read it.
-#[derive(Debug)]
-pub(crate) struct InForce {
-    ebpf: Option<Pinned>,
-    nftables: Option<nftables::Reading>,
-}
-
-impl InForce {
-    /// Reads what is active; none where nothing is.
-    pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
-        match Self::open_as_far_as_possible(settings)? {
-            (_, Some(unread)) => Err(unread),
-            (in_force, None) => Ok(in_force),
-        }
-    }
-
-    /// Reads what is active, and tells why part of it cannot be read: another version's, or damaged.
-    pub(crate) fn open_as_far_as_possible(
-        settings: &Settings,
-    ) -> Result<(Option<Self>, Option<BackendError>), BackendError> {
-        let (ebpf, unread) = match Pinned::open(&settings.pin_dir) {
-            Ok(ebpf) => (ebpf, None),
-            Err(error @ (BackendError::OtherVersion { .. } | BackendError::Damaged { .. })) => (None, Some(error)),
-            Err(error) => return Err(error),
-        };
-        let nftables = nftables::open(&settings.nft_table)?;
-        let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
-        Ok((in_force, unread))
-    }
-
-    /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
-    pub(crate) fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;
-        let nftables = self.nftables.as_ref().map(nftables::Reading::observe);
-        Ok(merged(ebpf, nftables).unwrap_or_default())
-    }
-
-    /// Compares all that the kernel holds with what a rule set asks for; the cgroup is the id of the one to be judged.
-    pub(crate) fn verify(
-        &self,
-        rules: &RuleSet,
-        settings: &Settings,
-        cgroup: u64,
-    ) -> Result<Verification, BackendError> {
-        let mut comparison = Comparison::default();
-        let wanted = match settings.backend {
-            Backend::Auto => self.backend().to_string(),
-            Backend::Ebpf | Backend::Nftables | Backend::Both => settings.backend.to_string(),
-        };
-        comparison.words(&Object::Backend, "in force", &wanted, &self.backend().to_string());
-        let mut number = 0;
-        if let Some(reading) = &self.nftables {
-            number = reading.verify(rules, settings.forward, &mut comparison);
-        }
-        if let Some(pinned) = &self.ebpf {
-            number = pinned.verify(rules, cgroup, &mut comparison)?;
-        }
-        Ok(comparison.finish(Against::Configuration, self.backend(), number))
-    }
-
-    /// What enforces.
-    #[must_use]
-    pub(crate) fn backend(&self) -> ActiveBackend {
-        ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
-    }
-
-    /// The verdict of what is active: a denial of either half is one.
-    pub(crate) fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
-        let nftables = self
-            .nftables
-            .as_ref()
-            .map(|reading| nftables::check::check(reading, attempt));
-        let (Some(ebpf), Some(nftables)) = (&ebpf, &nftables) else {
-            return ebpf.or(nftables).ok_or(BackendError::ReadBack { map: "active" });
-        };
-        let denies = |checked: &Checked| matches!(checked.verdict, Verdict::Deny | Verdict::WouldDeny);
-        Ok(if denies(nftables) && !denies(ebpf) {
-            nftables
-        } else {
-            ebpf
-        }
-        .clone())
-    }
-}
-
 /// Removes all of ours from the kernel; false where there was nothing.
 pub(crate) fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11
@@ -506,4 +422,18 @@ pub(crate) fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let ebpf = ebpf::unload(&settings.pin_dir)?;
     jobs?;
     Ok(nftables? || ebpf)
+}
+
+/// Removes what is active at places that are old ones, once the rest is active at the new ones.
+pub(crate) fn leave(old: &Settings, new: &Settings) {
+    let pins = (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map(drop));
+    let table = (old.nft_table != new.nft_table).then(|| nftables::unload(&old.nft_table).map(drop));
+    let chain = (jobs::comment(old) != jobs::comment(new)).then(|| jobs::forget(old));
+    let of_nftables = [table, chain].into_iter().flatten();
+    let removed = pins
+        .into_iter()
+        .chain(of_nftables.map(|removed| removed.map_err(BackendError::from)));
+    for error in removed.filter_map(Result::err) {
+        warn!("remove what was enforced at the places before: {error}");
+    }
 }

@@ -55,7 +55,7 @@ use self::{
     users::UserLookups,
 };
 use crate::{
-    backend::{Enforcement, Start, nftables},
+    backend::{self, Enforcement, NftChanges, Start},
     bosh::Watch,
     config::ConfigError,
     control::{self, Call},
@@ -149,7 +149,7 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     daemon.keep_chain();
     daemon.enforcement.retire(daemon.inputs.settings());
     if let Some(good) = moved {
-        boot::leave(&good.settings, daemon.inputs.settings());
+        backend::leave(&good.settings, daemon.inputs.settings());
     }
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
@@ -183,7 +183,7 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     let mut denials = daemon.denials()?;
     let mut dials = daemon.dials()?;
     let mut logged = daemon.logged()?;
-    let changes = nftables::Changes::subscribe().and_then(readable).ok();
+    let changes = NftChanges::subscribe().and_then(readable).ok();
     if let Some(programs) = daemon.enforcement.programs() {
         trace::start(programs);
     }

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 pub(crate) use self::saved::SavedRun;
 pub(crate) use self::{error::InputError, host_config::HostConfig};
 use crate::{
-    backend::{BackendError, nftables},
+    backend::{self, BackendError},
     config::{Config, Settings},
     grants::{self, Grants, Moment},
     host,
@@ -77,6 +77,7 @@ impl Inputs {
             host: Host::default(),
             made_with: (0, 0),
         };
+        inputs.take_bus();
         inputs.make(now);
         inputs.names.restore(&inputs.known_before, now);
         inputs.host.local = inputs.local()?;
@@ -97,7 +98,7 @@ impl Inputs {
             .map_err(failed("read the grants"))?;
         grants.expire(Moment::now());
         let mut jobs = JobRules::default();
-        let chain = nftables::jobs::read(config.settings()).map_err(BackendError::from)?;
+        let chain = backend::jobs::read(config.settings()).map_err(BackendError::from)?;
         jobs.take(chain, &config.mount);
         Self::new(config, &saved, grants, jobs, Instant::now())
     }
@@ -119,7 +120,7 @@ impl Inputs {
 
     /// Makes the policy anew where what it is made of is something else.
     pub(crate) fn settle(&mut self, now: Instant) -> Settled {
-        let bus = self.misses_bus();
+        let bus = self.take_bus();
         let policy = bus || self.made_with != (self.grants.revision(), self.jobs.revision());
         if policy {
             self.make(now);
@@ -134,6 +135,7 @@ impl Inputs {
     pub(crate) fn set_config(&mut self, config: HostConfig, now: Instant) {
         self.names.configure(config.policy.dns);
         self.config = config;
+        self.take_bus();
         self.make(now);
     }
 
@@ -159,16 +161,11 @@ impl Inputs {
     /// The rules that all this comes to.
     pub(crate) fn desired(&self, now: Instant) -> Result<Desired, InputError> {
         let resolved = self.names.resolved(now);
-        let rules = self.rules(&resolved)?;
-        Ok(Desired { resolved, rules })
-    }
-
-    /// The rules that all this comes to with these addresses.
-    pub(crate) fn rules(&self, resolved: &Resolved) -> Result<RuleSet, InputError> {
-        compile(&self.policy, resolved, &self.host).map_err(|error| InputError::Compile {
+        let rules = compile(&self.policy, &resolved, &self.host).map_err(|error| InputError::Compile {
             path: self.config.path.clone(),
             error,
-        })
+        })?;
+        Ok(Desired { resolved, rules })
     }
 
     /// Targets of whose endpoints some are not known.
@@ -187,25 +184,23 @@ impl Inputs {
     }
 
     fn make(&mut self, now: Instant) {
-        let bus = self.bus_in_use().cloned();
-        if let Some(bus) = bus {
-            self.config.policy.set_bus(&bus);
-        }
         self.policy = Arc::new(self.jobs.add_to(self.granted()));
         self.made_with = (self.grants.revision(), self.jobs.revision());
         self.names.set(self.policy.asked(), now);
     }
 
-    /// Whether the policy has another bus than the one known.
-    fn misses_bus(&self) -> bool {
-        let (known, held) = (self.bus_in_use(), self.config.policy.bus());
-        held.is_some() && known.is_some() && known != held
+    /// Has the configuration's policy name the message bus that is known. True if it named another one.
+    fn take_bus(&mut self) -> bool {
+        let HostConfig { config, policy, .. } = &mut self.config;
+        take_bus(config, policy, self.bus.as_ref())
     }
+}
 
-    /// The message bus, where the configuration leaves it to the agent's settings (B2).
-    fn bus_in_use(&self) -> Option<&BTreeSet<Endpoint>> {
-        self.bus.as_ref().filter(|_| self.config.config.bus_dir().is_some())
-    }
+/// Puts the message bus into a policy, where the configuration leaves it to the agent's settings (B2). True if that
+/// changes anything.
+fn take_bus(config: &Config, policy: &mut Policy, bus: Option<&BTreeSet<Endpoint>>) -> bool {
+    bus.filter(|_| config.bus_dir().is_some())
+        .is_some_and(|bus| policy.set_bus(bus))
 }
 
 /// What a configuration means with the message bus of a BOSH agent's settings, what was granted, and what rules of jobs
@@ -217,8 +212,6 @@ pub(crate) fn complete(
     grants: &Grants,
     jobs: &JobRules,
 ) -> Policy {
-    if let Some(bus) = bus.filter(|_| config.bus_dir().is_some()) {
-        policy.set_bus(bus);
-    }
+    take_bus(config, &mut policy, bus);
     jobs.add_to(grants.add_to(&policy))
 }

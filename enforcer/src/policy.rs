@@ -240,7 +240,9 @@ impl Policy {
         let bus = self.targets.iter_mut().find(|target| target.name == BUS);
         bus.is_some_and(|bus| {
             let changed = bus.endpoints != *endpoints;
-            bus.endpoints.clone_from(endpoints);
+            if changed {
+                bus.endpoints.clone_from(endpoints);
+            }
             changed
         })
     }

@@ -306,7 +306,7 @@ pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
     let (ebpf, nftables) = (&works.ebpf, &works.nftables);
     if let (Backend::Auto, Fact::Inconclusive(why)) = (wanted, ebpf) {
         return refused(format!(
-            "auto does not fall back to nftables, as this kernel is not what keeps ebpf from working: {why}; mend \
+            "auto does not fall back to nftables, as this kernel is not what keeps ebpf from working: {why}; fix \
              that, or name a backend"
         ));
     }

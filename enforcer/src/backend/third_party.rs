@@ -4,7 +4,10 @@
 use std::{fs::File, io, os::fd::AsFd as _, path::Path};
 
 use super::{
-    ebpf::{links::HOOKS, sys},
+    ebpf::{
+        links::{HOOKS, Hook},
+        sys,
+    },
     nftables::{netlink::Netlink, others},
 };
 
@@ -19,24 +22,21 @@ pub(crate) struct Tables {
     pub(crate) chains: io::Result<Vec<(String, String, String)>>,
 }
 
-/// The names of the hooks that our programs are on.
-pub(crate) fn hooks() -> impl Iterator<Item = &'static str> {
-    HOOKS.iter().map(|hook| hook.name)
+/// The hooks that our programs are on.
+pub(crate) fn hooks() -> &'static [Hook] {
+    &HOOKS
 }
 
 /// The id of the program that the pinned link of a hook runs, if there is one.
 #[must_use]
-pub(crate) fn our_program(pin_dir: &Path, hook: &str) -> Option<u32> {
-    let link = sys::open_pin(&pin_dir.join(hook)).ok()?;
+pub(crate) fn our_program(pin_dir: &Path, hook: &Hook) -> Option<u32> {
+    let link = sys::open_pin(&pin_dir.join(hook.name)).ok()?;
     sys::link_info(link.as_fd()).ok().map(|info| info.program)
 }
 
 /// The programs on a cgroup itself at a hook, ours among them, in the order in which they run; none where the kernel
 /// has no BPF.
-pub(crate) fn programs(cgroup: &Path, hook: &str) -> io::Result<Vec<Attached>> {
-    let Some(hook) = HOOKS.iter().find(|known| known.name == hook) else {
-        return Ok(Vec::new());
-    };
+pub(crate) fn programs(cgroup: &Path, hook: &Hook) -> io::Result<Vec<Attached>> {
     match File::open(cgroup).and_then(|cgroup| sys::attached(cgroup.as_fd(), hook.attach_type)) {
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(Vec::new()),
         found => found,

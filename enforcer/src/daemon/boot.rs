@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::{About, Daemon, DaemonError, capabilities, confine, guard::Hold};
 use crate::{
-    backend::{InForce, ebpf, nftables},
+    backend::{self, InForce},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
     host,
@@ -192,7 +192,7 @@ impl LastRun {
         let (left, _) = SavedRun::load(&new.state_dir);
         match Daemon::begin(wanted, left) {
             Ok(daemon) => {
-                leave(&good.settings, &new);
+                backend::leave(&good.settings, &new);
                 Ok(daemon)
             }
             Err(error) => {
@@ -207,23 +207,6 @@ impl LastRun {
 /// Whether what enforces lies at other places than before.
 pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
     old.pin_dir != new.pin_dir || old.nft_table != new.nft_table
-}
-
-/// Removes what is active at places that are old ones, once the rest is active at the new ones.
-pub(super) fn leave(old: &Settings, new: &Settings) {
-    let removed = [
-        (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map(drop).map_err(|error| error.to_string())),
-        (old.nft_table != new.nft_table).then(|| {
-            nftables::unload(&old.nft_table)
-                .map(drop)
-                .map_err(|error| error.to_string())
-        }),
-        (nftables::jobs::comment(old) != nftables::jobs::comment(new))
-            .then(|| nftables::jobs::forget(old).map_err(|error| error.to_string())),
-    ];
-    for error in removed.into_iter().flatten().filter_map(Result::err) {
-        warn!("remove what was enforced at the places before: {error}");
-    }
 }
 
 impl Daemon {

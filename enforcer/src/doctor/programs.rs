@@ -31,7 +31,7 @@ pub(super) fn collect(cgroup: Option<&Path>, pin_dir: &Path, gaps: &mut Gaps) ->
     for hook in third_party::hooks() {
         let ours = third_party::our_program(pin_dir, hook);
         for (depth, path) in ancestors.iter().enumerate() {
-            let what = format!("programs of {hook} on {}", path.display());
+            let what = format!("programs of {} on {}", hook.name, path.display());
             let found = gaps.saw(&what, third_party::programs(path, hook)).unwrap_or_default();
             let position = found.iter().position(|one| Some(one.id) == ours);
             // Those of ancestors run later. Before ours are all that were attached earlier, and those that ask for it
@@ -40,7 +40,7 @@ pub(super) fn collect(cgroup: Option<&Path>, pin_dir: &Path, gaps: &mut Gaps) ->
             let others = found.into_iter().enumerate();
             let others = others.filter(|(index, _)| depth > 0 || position != Some(*index));
             programs.extend(others.map(|(index, attached)| Program {
-                hook,
+                hook: hook.name,
                 cgroup: path.to_path_buf(),
                 after: !attached.preorder && runs_after(index),
                 attached,

@@ -12,7 +12,7 @@ use super::{
     *,
 };
 use crate::{
-    backend::{Observed, ObservedTarget, SocketUsers, nftables::Denial},
+    backend::{Denial, Observed, ObservedTarget, SocketUsers},
     events,
     grants::{Asker, Grantee, Key},
     policy::{CgroupPath, Uid},

@@ -16,7 +16,7 @@ use super::{
 use crate::host::directory_id;
 
 /// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
-pub(in crate::backend) const HOOKS: [Hook; 4] = [
+pub(in crate::backend) static HOOKS: [Hook; 4] = [
     Hook {
         name: "connect4",
         attach_type: 10,
@@ -40,8 +40,8 @@ pub(in crate::backend) const HOOKS: [Hook; 4] = [
 ];
 
 /// Where a program runs.
-pub(in crate::backend) struct Hook {
-    pub(in crate::backend) name: &'static str,
+pub(crate) struct Hook {
+    pub(crate) name: &'static str,
     pub(in crate::backend) attach_type: u32,
     /// Attached only while some target asks for UDP.
     pub(super) udp_only: bool,
