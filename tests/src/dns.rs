@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use hickory_proto::{
     op::{Message, MessageType, OpCode, ResponseCode},
     rr::{
@@ -60,7 +60,9 @@ impl DnsServer {
                 setns(fs::File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
             }
             let place = SocketAddr::new(address, 53);
-            Ok((UdpSocket::bind(place)?, TcpListener::bind(place)?))
+            let udp = UdpSocket::bind(place).with_context(|| format!("serve DNS at {place} over UDP"))?;
+            let tcp = TcpListener::bind(place).with_context(|| format!("serve DNS at {place} over TCP"))?;
+            Ok((udp, tcp))
         });
         let (socket, listener) = bound
             .join()

@@ -980,11 +980,9 @@ impl Listener {
                 bound
             });
             ensure!(bound, "port {port} is taken");
-            tcp.listen(4096)?;
-            let udp = udp
-                .into_iter()
-                .map(|address| UdpSocket::bind((address, port)))
-                .collect::<io::Result<Vec<_>>>()?;
+            tcp.listen(4096).with_context(|| format!("listen on port {port}"))?;
+            let bind = |address| UdpSocket::bind((address, port)).with_context(|| format!("bind UDP {address}:{port}"));
+            let udp = udp.into_iter().map(bind).collect::<Result<Vec<_>>>()?;
             Ok((TcpListener::from(tcp), udp))
         });
         let (tcp, udp) = bound.join().map_err(|_| anyhow!("the listener's thread panicked"))??;

@@ -161,6 +161,9 @@ impl Server {
             options.use_hosts_file = ResolveHosts::Never; // It was asked before, for what DNS may not name (N6).
             options.attempts = 0; // Lost packets are sent again all the same; other failures go to the next server.
             options.timeout = patience;
+            // hickory's own choice, any port from 1024 on, may be a port that a job is about to listen on: the kernel
+            // keeps to ip_local_port_range and ip_local_reserved_ports, and chooses at random too.
+            options.os_port_selection = true;
             builder.build()
         });
         Ok(Self {

@@ -9,10 +9,7 @@
 use std::{
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
     thread,
 };
 
@@ -43,7 +40,8 @@ const NXDOMAIN: Reply = Reply::Code(ResponseCode::NXDomain);
 /// A server for the rest of the test, over UDP and TCP; its threads end with the process.
 struct Server {
     address: SocketAddr,
-    asked: Arc<AtomicUsize>,
+    /// Where questions over UDP came from.
+    asked: Arc<Mutex<Vec<SocketAddr>>>,
 }
 
 impl Server {
@@ -56,12 +54,12 @@ impl Server {
             Some((address, tcp, UdpSocket::bind(address).ok()?))
         };
         let (address, tcp, udp) = (0..16).find_map(|_| both()).expect("a port free for UDP and TCP");
-        let (reply, asked) = (Arc::new(reply), Arc::new(AtomicUsize::new(0)));
+        let (reply, asked) = (Arc::new(reply), Arc::<Mutex<Vec<_>>>::default());
         let (over_tcp, count) = (Arc::clone(&reply), Arc::clone(&asked));
         thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok((read, from)) = udp.recv_from(&mut buffer) {
-                count.fetch_add(1, Ordering::Relaxed);
+                count.lock().expect("the list").push(from);
                 if let Some(bytes) = answer(buffer.get(..read).unwrap_or_default(), &*reply, true) {
                     let _ = udp.send_to(&bytes, from);
                 }
@@ -90,6 +88,10 @@ impl Server {
             ("bus.test.", _) => EMPTY,
             _ => NXDOMAIN,
         })
+    }
+
+    fn asked(&self) -> Vec<SocketAddr> {
+        self.asked.lock().expect("the list").clone()
     }
 
     fn config(&self) -> NameServerConfig {
@@ -256,7 +258,7 @@ async fn servers_are_asked_in_order() {
         (found(&["10.0.0.1"], 30), Outcome::Empty),
         "the quicker one won"
     );
-    assert_eq!(public.asked.load(Ordering::Relaxed), 0);
+    assert_eq!(public.asked(), []);
 }
 
 #[tokio::test]
@@ -292,6 +294,24 @@ async fn a_closed_port_is_passed_over() {
     };
     let answer = ask(&[&closed, &Server::of_bus("127.0.0.3")], "", "bus.test").await;
     assert_eq!(answer.0, found(&["10.0.0.1"], 30));
+}
+
+/// Any other port may be one that a job is about to listen on.
+#[tokio::test]
+async fn questions_leave_from_ports_that_the_kernel_gives_out() {
+    let server = Server::of_bus("127.0.0.1");
+    for _ in 0..16 {
+        ask(&[&server], "", "bus.test").await;
+    }
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").expect("the kernel's range");
+    let mut range = range.split_whitespace().filter_map(|port| port.parse::<u16>().ok());
+    let range = range.next().expect("the first port")..=range.next().expect("the last port");
+    let asked = server.asked();
+    assert!(asked.len() >= 32, "{asked:?}");
+    assert!(
+        asked.iter().all(|from| range.contains(&from.port())),
+        "{asked:?} are not all within {range:?}"
+    );
 }
 
 #[tokio::test]
