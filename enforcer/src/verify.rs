@@ -100,6 +100,11 @@ impl Comparison {
         }
     }
 
+    /// Some object that differs; none where all that was compared is the same.
+    pub(crate) fn first(self) -> Option<Object> {
+        self.counts.into_keys().next()
+    }
+
     /// The whole answer.
     #[must_use]
     pub(crate) fn finish(self, against: Against, backend: ActiveBackend, generation: u64) -> Verification {

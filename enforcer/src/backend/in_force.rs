@@ -43,6 +43,21 @@ impl InForce {
         Ok((in_force, unread))
     }
 
+    /// Whether a rule set is active, whoever made it so. Which programs the links run takes `CAP_SYS_ADMIN` to tell, and
+    /// whoever asks replaces them; what a process killed between a switch and its cleaning up left of the rules before
+    /// does no harm, nor does a counter that nothing counts with.
+    pub(crate) fn holds(rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<bool, BackendError> {
+        let Some(mut found) = Self::open(settings)? else {
+            return Ok(false);
+        };
+        if let Some(reading) = &mut found.nftables {
+            reading.forget_the_other_slot();
+        }
+        let found = found.verify(rules, settings, cgroup)?;
+        let harmless = |object| matches!(object, &Object::Link | &Object::Counters);
+        Ok(found.counts.keys().all(harmless))
+    }
+
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub(crate) fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|pinned| pinned.observe(cgroup)).transpose()?;

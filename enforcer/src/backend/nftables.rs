@@ -27,12 +27,14 @@ use tracing::warn;
 use self::{
     image::{Header, Image, Loader},
     netlink::{Change, Dump, Failed, Netlink},
+    verify::difference,
 };
 use super::{Observed, ObservedTarget, SocketUsers};
 use crate::{
     config::Forward,
     policy::Protocol,
     ruleset::{Place, RuleSet, RuleTarget},
+    wire::Object,
 };
 
 pub(crate) use netlink::Changes;
@@ -68,8 +70,8 @@ pub(crate) enum NftablesError {
     ReadBack {
         /// The table.
         table: String,
-        /// Chain, set or counters.
-        what: String,
+        /// What of it.
+        what: Object,
     },
 }
 
@@ -184,7 +186,7 @@ impl Nftables {
             .and_then(|dump| dump.image.header())
             .map_or(0, |header| header.generation);
         let unchanged = self.lower(rules, number);
-        if let Some(dump) = before.as_ref().filter(|dump| dump.image == unchanged && !dump.dormant) {
+        if let Some(dump) = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none()) {
             self.held = Some((unchanged, dump.generation));
             self.rules = Some(rules.clone());
             return Ok(None);
@@ -225,10 +227,10 @@ impl Nftables {
     /// Reads back what was sent (F3).
     fn confirm(&mut self, image: Image) -> Result<(), NftablesError> {
         let found = self.read()?.unwrap_or_default();
-        if found.image != image || found.dormant {
+        if let Some(what) = difference(&image, &found) {
             return Err(NftablesError::ReadBack {
                 table: self.table.clone(),
-                what: difference(&image, &found.image),
+                what,
             });
         }
         self.held = Some((image, found.generation));
@@ -241,16 +243,13 @@ impl Nftables {
         let generation = generation.map_err(|error| failed(&self.table, "read the generation", error))?;
         match &self.held {
             Some((_, seen)) if *seen == generation => Ok(true),
-            Some((image, _)) => {
-                let image = image.clone();
-                let found = self.dump()?;
-                let whole = found
-                    .as_ref()
-                    .is_some_and(|found| found.image == image && !found.dormant);
-                if whole {
-                    self.held = Some((image, found.map_or(0, |found| found.generation)));
-                }
-                Ok(whole)
+            Some(_) => {
+                let found = dump(&mut self.netlink, &self.table)?.unwrap_or_default();
+                let held = self
+                    .held
+                    .as_mut()
+                    .filter(|(image, _)| difference(image, &found).is_none());
+                Ok(held.map(|(_, seen)| *seen = found.generation).is_some())
             }
             None => Ok(false),
         }
@@ -291,13 +290,11 @@ impl Nftables {
     pub(crate) fn observe(&mut self) -> Result<Observed, NftablesError> {
         let found = self.read()?.unwrap_or_default();
         let mut observed = observe(&found);
-        if let Some((image, _)) = &self.held
-            && (*image != found.image || found.dormant)
-        {
+        let changed = self.held.as_ref().and_then(|(image, _)| difference(image, &found));
+        if let Some(what) = changed {
+            let table = &self.table;
             observed.faults.push(format!(
-                "another process changed nftables table inet {}: {} differs",
-                self.table,
-                difference(image, &found.image)
+                "another process changed nftables table inet {table}: {what} differs"
             ));
         }
         Ok(observed)
@@ -388,6 +385,11 @@ impl Reading {
         observe(&self.0)
     }
 
+    /// Leaves out what belongs to the slot that is not active.
+    pub(crate) fn forget_the_other_slot(&mut self) {
+        self.0.image.forget_the_other_slot();
+    }
+
     /// The rules as read.
     #[must_use]
     pub(crate) fn image(&self) -> &Image {
@@ -426,22 +428,6 @@ fn failed(table: &str, step: &str, error: io::Error) -> NftablesError {
         step: if step.is_empty() { "replace it" } else { step }.to_owned(),
         error,
     }
-}
-
-/// The first thing in which two images differ.
-fn difference(wanted: &Image, found: &Image) -> String {
-    let chains = wanted
-        .chains
-        .iter()
-        .find(|(name, chain)| found.chains.get(*name) != Some(chain));
-    let sets = wanted
-        .sets
-        .iter()
-        .find(|(name, set)| found.sets.get(*name) != Some(set));
-    chains
-        .map(|(name, _)| format!("chain {name}"))
-        .or_else(|| sets.map(|(name, _)| format!("set {name}")))
-        .unwrap_or_else(|| "what it holds besides".to_owned())
 }
 
 /// One of everything that the kernel must be able to do.

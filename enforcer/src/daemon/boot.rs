@@ -8,7 +8,7 @@ use std::{
 use tokio::net::UnixListener;
 use tracing::{info, warn};
 
-use super::{About, Daemon, DaemonError, capabilities, confine, guard::Hold};
+use super::{About, Daemon, DaemonError, capabilities, confine};
 use crate::{
     backend::{self, InForce},
     config::{self, ConfigError, Settings},
@@ -16,8 +16,9 @@ use crate::{
     host,
     inputs::{HostConfig, InputError, SavedRun},
     policy::{BUS, Target},
+    ruleset::RuleSet,
     state::{self, LastGood, Mark},
-    wire::{Object, Status},
+    wire::Status,
 };
 
 /// Between two tries of a configuration that was refused at the start, at first and at last.
@@ -157,7 +158,7 @@ pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError
     };
     let wanted = HostConfig::of(path, &good)?;
     let mut daemon = Daemon::start(wanted, false, SavedRun::of(&good, Some(mark)))?;
-    daemon.apply_where_nothing_is()?;
+    daemon.resume()?;
     let mut status = daemon.status();
     status.daemon = crate::wire::DaemonStatus {
         running: false,
@@ -176,7 +177,7 @@ impl LastRun {
     fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
         let wanted = HostConfig::of(path, good)?;
         let mut daemon = Daemon::start(wanted, true, SavedRun::of(good, mark))?;
-        if let Some(generation) = daemon.apply_where_nothing_is()? {
+        if let Some(generation) = daemon.resume()? {
             info!("the last known good rule set is active, generation {generation}");
         }
         Ok(Self { daemon })
@@ -210,72 +211,41 @@ pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
 }
 
 impl Daemon {
-    /// Activates what was active last, unless something is.
-    fn apply_where_nothing_is(&mut self) -> Result<Option<u64>, DaemonError> {
-        if self.enforcement.observe()?.generation != 0 {
-            return Ok(None);
-        }
-        self.apply_now().map(Some)
+    /// Makes what was active last active, unless something is.
+    fn resume(&mut self) -> Result<Option<u64>, DaemonError> {
+        let applied = self.guard.resume(&mut self.enforcement, &self.inputs, Instant::now())?;
+        Ok(applied.map(|applied| self.applied(applied)))
     }
 
     /// Starts, and makes a configuration active.
     fn begin(wanted: HostConfig, left: SavedRun) -> Result<Self, DaemonError> {
         let mut daemon = Self::start(wanted, true, left)?;
         daemon.take_bus();
-        if daemon.would_forget()? {
-            daemon.guard.hold = Hold::UntilResolved;
-            let fault = "what was active last is not kept any more, and names of it have not been looked up yet; \
-                         what is active stays until they have been";
-            daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
-        } else {
-            daemon.apply_now()?;
+        let has_record = daemon.kept.mark().is_some();
+        let (guard, store) = (&mut daemon.guard, &mut daemon.enforcement);
+        match guard.begin(store, &daemon.inputs, has_record, Instant::now())? {
+            Some(applied) => drop(daemon.applied(applied)),
+            None => {
+                let fault = "what was active last is not kept any more, and names of it have not been looked up yet; \
+                             what is active stays until they have been";
+                daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
+            }
         }
         Ok(daemon)
     }
 
-    /// Whether the kernel guards addresses that only the last run knew: those of names that are not looked up yet, and
-    /// of a message bus that is not known (F1). Without what it kept they would be open until then.
-    fn would_forget(&mut self) -> Result<bool, DaemonError> {
-        let unknown: Vec<&str> = self.inputs.targets_unknown(Instant::now()).collect();
-        if self.kept.mark().is_some() || unknown.is_empty() {
-            return Ok(false);
-        }
-        let unknown: Vec<String> = unknown.into_iter().map(str::to_owned).collect();
-        let observed = self.enforcement.observe()?;
-        Ok(observed.generation != 0
-            && observed
-                .targets
-                .iter()
-                .any(|target| target.endpoints > 0 && unknown.contains(&target.name)))
-    }
-
-    /// Stays with the last known good rule set, as the configuration cannot be used (F4).
+    /// Stays with the last known good rules, as the configuration cannot be used (F4).
     fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
-        if !self.guard.is_active() {
-            // Something was active before this start: it is taken over if it is what is known of it, whoever put it
-            // there, else left alone (F1).
-            if self.is_in_force()? {
-                self.apply_now()?;
-            } else {
-                self.guard.hold = Hold::UntilConfigured;
-            }
+        let config = &self.inputs.config;
+        let cgroup = config.cgroup.as_deref().and_then(host::directory_id);
+        let is_active = |rules: &RuleSet| InForce::holds(rules, config.settings(), cgroup.unwrap_or_default());
+        let (guard, store) = (&mut self.guard, &mut self.enforcement);
+        if let Some(applied) = guard.fall_back(store, &self.inputs, is_active, Instant::now())? {
+            self.applied(applied);
         }
         self.pending = Some(Pending::new(&self.inputs.config.path));
         self.refused(error);
         Ok(())
-    }
-
-    /// Whether the kernel holds what is wanted now, as one who only reads finds it: a boot's rules have no daemon to
-    /// log to. Which programs its links run takes `CAP_SYS_ADMIN` to tell, and they are replaced by ours.
-    fn is_in_force(&self) -> Result<bool, DaemonError> {
-        let settings = &self.inputs.settings();
-        let Some(in_force) = InForce::open(settings)? else {
-            return Ok(false);
-        };
-        let rules = self.inputs.desired(Instant::now())?.rules;
-        let cgroup = self.inputs.config.cgroup.as_deref().and_then(host::directory_id);
-        let found = in_force.verify(&rules, settings, cgroup.unwrap_or_default())?;
-        Ok(found.counts.keys().all(|object| *object == Object::Link))
     }
 
     fn refused(&mut self, error: &DaemonError) {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{DaemonError, Drift};
 use crate::{
-    backend::{BackendError, Enforcement},
+    backend::{BackendError, Enforcement, Observed},
     inputs::{Desired, Inputs},
     policy::Policy,
     ruleset::{Host, Resolved, RuleSet},
@@ -20,6 +20,8 @@ pub(super) trait Store {
     fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
     /// How often something that others took or changed was put back.
     fn restored(&self) -> u64;
+    /// What is active, whoever made it so.
+    fn observe(&mut self) -> Result<Observed, BackendError>;
 }
 
 impl Store for Enforcement {
@@ -33,6 +35,10 @@ impl Store for Enforcement {
 
     fn restored(&self) -> u64 {
         self.restored()
+    }
+
+    fn observe(&mut self) -> Result<Observed, BackendError> {
+        self.observe()
     }
 }
 
@@ -90,6 +96,63 @@ impl Guard {
     /// Whether what is active stays as it is.
     pub(super) fn holds(&self) -> bool {
         self.hold != Hold::No
+    }
+
+    /// The first rules of a process that knows the last known good ones: what is active stays, and where nothing is,
+    /// these become so (F4).
+    pub(super) fn resume(
+        &mut self,
+        store: &mut impl Store,
+        last_good: &Inputs,
+        now: Instant,
+    ) -> Result<Option<Applied>, DaemonError> {
+        if store.observe()?.generation != 0 {
+            return Ok(None);
+        }
+        self.apply(store, last_good, now).map(Some)
+    }
+
+    /// The first rules of a process that has a configuration; none yet where the kernel guards addresses that only the
+    /// last run knew, as it left no record of them: those of names that are not looked up yet, and of a message bus that
+    /// is not known. They would be open until then (F1).
+    pub(super) fn begin(
+        &mut self,
+        store: &mut impl Store,
+        inputs: &Inputs,
+        has_record: bool,
+        now: Instant,
+    ) -> Result<Option<Applied>, DaemonError> {
+        let unknown: Vec<&str> = inputs.targets_unknown(now).collect();
+        if !has_record && !unknown.is_empty() {
+            let Observed {
+                generation, targets, ..
+            } = store.observe()?;
+            let mut guarded = targets.iter().filter(|target| target.endpoints > 0);
+            if generation != 0 && guarded.any(|target| unknown.contains(&target.name.as_str())) {
+                self.hold = Hold::UntilResolved;
+                return Ok(None);
+            }
+        }
+        self.apply(store, inputs, now).map(Some)
+    }
+
+    /// The first rules of a process whose configuration is refused, if it has made none active. What another process
+    /// made active before is taken over if it is the last known good rules, else left alone (F1).
+    pub(super) fn fall_back(
+        &mut self,
+        store: &mut impl Store,
+        last_good: &Inputs,
+        is_active: impl FnOnce(&RuleSet) -> Result<bool, BackendError>,
+        now: Instant,
+    ) -> Result<Option<Applied>, DaemonError> {
+        if self.is_active() {
+            return Ok(None);
+        }
+        if is_active(&last_good.desired(now)?.rules)? {
+            return self.apply(store, last_good, now).map(Some);
+        }
+        self.hold = Hold::UntilConfigured;
+        Ok(None)
     }
 
     /// Makes active what inputs come to.

@@ -1,7 +1,7 @@
 //! The links: each hook's program attached to the cgroup, pinned, kept so, and replaced in place.
 
 use std::{
-    io,
+    fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
@@ -48,8 +48,70 @@ pub(crate) struct Hook {
 }
 
 /// What a hook's pinned link is attached to, if it is one.
-pub(super) fn look_at(pins: &Pins, hook: &Hook) -> io::Result<LinkInfo> {
+fn look_at(pins: &Pins, hook: &Hook) -> io::Result<LinkInfo> {
     sys::link_info(sys::open_pin(&pins.path(hook.name))?.as_fd())
+}
+
+/// Whether a link does what it is there for.
+#[derive(Debug)]
+pub(super) enum LinkState {
+    /// It is attached to the cgroup to be evaluated, and runs our program.
+    Ours,
+    Detached,
+    /// Attached to this `enum bpf_attach_type`.
+    OtherHook(u32),
+    /// Attached to the cgroup of this id.
+    OtherCgroup(u64),
+    /// Runs this program.
+    OtherProgram(u32),
+    /// There is none, or nothing can be told of it.
+    Unknown(io::Error),
+}
+
+impl LinkState {
+    fn of(info: &LinkInfo, hook: &Hook, cgroup: Option<u64>, runs: impl FnOnce(u32) -> io::Result<bool>) -> Self {
+        if info.cgroup == 0 {
+            Self::Detached
+        } else if info.attach_type != hook.attach_type {
+            Self::OtherHook(info.attach_type)
+        } else if cgroup.is_some_and(|cgroup| cgroup != info.cgroup) {
+            Self::OtherCgroup(info.cgroup)
+        } else {
+            match runs(info.program) {
+                Ok(true) => Self::Ours,
+                Ok(false) => Self::OtherProgram(info.program),
+                Err(error) => Self::Unknown(error),
+            }
+        }
+    }
+}
+
+impl fmt::Display for LinkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ours => f.write_str("is attached and runs our program"),
+            Self::Detached => f.write_str("is not attached to any cgroup"),
+            Self::OtherHook(number) => write!(f, "is attached to another hook ({number})"),
+            Self::OtherCgroup(id) => write!(f, "is attached to another cgroup (id {id}) than the one configured"),
+            Self::OtherProgram(id) => write!(f, "runs a program that is not ours (id {id})"),
+            Self::Unknown(error) => write!(f, "cannot be examined: {error}"),
+        }
+    }
+}
+
+/// What all hooks' pinned links do; `cgroup` is the id of the one to be evaluated, where that is known, and `runs` tells
+/// whether a hook's program is ours, by its id.
+pub(super) fn states(
+    pins: &Pins,
+    udp: bool,
+    cgroup: Option<u64>,
+    runs: impl Fn(&Hook, u32) -> io::Result<bool>,
+) -> impl Iterator<Item = (&'static Hook, LinkState)> {
+    let hooks = HOOKS.iter().filter(move |hook| udp || !hook.udp_only);
+    hooks.map(move |hook| {
+        let state = look_at(pins, hook).map(|info| LinkState::of(&info, hook, cgroup, |program| runs(hook, program)));
+        (hook, state.unwrap_or_else(LinkState::Unknown))
+    })
 }
 
 /// Whether some program of ours, of whatever version, is attached.
@@ -108,25 +170,28 @@ impl Kernel {
             let link = sys::open_pin(&path).map_err(failed)?;
             let wanted = self.program_id(hook)?;
             let info = sys::link_info(link.as_fd()).map_err(failed)?;
-            if info.cgroup != self.cgroup_id || info.attach_type != hook.attach_type {
-                // Another cgroup, or detached: a new link first, then its pin over the old one, so that none is
-                // missing.
-                let new = self.create_link(hook)?;
-                let aside = format!("new_{}", hook.name);
-                self.pins.remove(&aside)?;
-                self.pin_link(new.as_fd(), &aside)?;
-                std::fs::rename(self.pins.path(&aside), &path).map_err(|error| BackendError::Io {
-                    action: "rename link to",
-                    object: path.clone(),
-                    error,
-                })?;
-            } else if info.program != wanted {
-                let program = self.program_fd(hook)?;
-                sys::link_update(link.as_fd(), program.as_fd()).map_err(|error| self.attach_error(hook, error))?;
-                if sys::link_info(link.as_fd()).map_err(failed)?.program != wanted {
-                    return Err(self.attach_error(hook, io::Error::other("the link kept its old program"))); // F3
+            match LinkState::of(&info, hook, Some(self.cgroup_id), |program| Ok(program == wanted)) {
+                LinkState::Ours => {}
+                // A new link first, then its pin over the old one, so that none is missing.
+                LinkState::Detached | LinkState::OtherHook(_) | LinkState::OtherCgroup(_) | LinkState::Unknown(_) => {
+                    let new = self.create_link(hook)?;
+                    let aside = format!("new_{}", hook.name);
+                    self.pins.remove(&aside)?;
+                    self.pin_link(new.as_fd(), &aside)?;
+                    std::fs::rename(self.pins.path(&aside), &path).map_err(|error| BackendError::Io {
+                        action: "rename link to",
+                        object: path.clone(),
+                        error,
+                    })?;
                 }
-                self.repaired += 1;
+                LinkState::OtherProgram(_) => {
+                    let program = self.program_fd(hook)?;
+                    sys::link_update(link.as_fd(), program.as_fd()).map_err(|error| self.attach_error(hook, error))?;
+                    if sys::link_info(link.as_fd()).map_err(failed)?.program != wanted {
+                        return Err(self.attach_error(hook, io::Error::other("the link kept its old program"))); // F3
+                    }
+                    self.repaired += 1;
+                }
             }
         }
         self.remove_old_maps()

@@ -11,7 +11,7 @@ use enforcer_ebpf::{
 use super::{
     BackendError, MAPS,
     image::{self, Image},
-    links::{self, HOOKS, Hook},
+    links::{self, Hook, LinkState},
     maps::{Maps, Outside},
     maps_name,
     pins::Pins,
@@ -255,27 +255,13 @@ pub(super) fn observe<'i>(
         }
         None => (Cow::Owned(Image::empty()), 0),
     };
-    let mut faults = Vec::new();
-    for hook in HOOKS
-        .iter()
-        .filter(|hook| slot.is_some() && (image.has_udp() || !hook.udp_only))
-    {
-        let fault = links::look_at(pins, hook).and_then(|info| {
-            Ok(if info.cgroup == 0 {
-                Some("is not attached to any cgroup".to_owned())
-            } else if info.attach_type != hook.attach_type {
-                Some("is one of another hook".to_owned())
-            } else if cgroup.is_some_and(|wanted| wanted != info.cgroup) {
-                Some("is attached to another cgroup than the one configured".to_owned())
-            } else if !runs(hook, info.program)? {
-                Some(format!("runs a program that is not ours (id {})", info.program))
-            } else {
-                None
-            })
-        });
-        let fault = fault.unwrap_or_else(|error| Some(format!("cannot be examined: {error}")));
-        faults.extend(fault.map(|fault| format!("the link of {} {fault}; enforcer run restores it", hook.name)));
-    }
+    let links = slot.map(|_| links::states(pins, image.has_udp(), cgroup, runs));
+    let faults = links
+        .into_iter()
+        .flatten()
+        .filter(|(_, state)| !matches!(state, LinkState::Ours))
+        .map(|(hook, state)| format!("the link of {} {state}; enforcer run restores it", hook.name));
+    let faults = faults.collect();
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);
     let mut targets = Vec::new();

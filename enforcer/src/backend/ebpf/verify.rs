@@ -8,7 +8,7 @@ use enforcer_ebpf::{Generation, Owners, TargetName, flag};
 use super::{
     BackendError, Kernel,
     image::{self, Image, Loader},
-    links::{self, HOOKS, Hook},
+    links::{self, HOOKS, Hook, LinkState},
     maps::Maps,
     maps_name,
     observe::Pinned,
@@ -115,19 +115,9 @@ fn compare(
     } else {
         entries(want, &found, comparison);
     }
-    for hook in HOOKS.iter().filter(|hook| want.has_udp() || !hook.udp_only) {
-        let found = match links::look_at(pins, hook) {
-            Ok(info) if info.cgroup == 0 => "detached".to_owned(),
-            Ok(info) if info.attach_type != hook.attach_type => format!("a link of hook {}", info.attach_type),
-            Ok(info) if info.cgroup != cgroup => format!("attached to cgroup {}", info.cgroup),
-            Ok(info) => match ours(hook, info.program) {
-                Ok(true) => OURS.to_owned(),
-                Ok(false) => format!("runs program {}, not ours", info.program),
-                Err(error) => format!("runs program {}, which cannot be examined: {error}", info.program),
-            },
-            Err(error) => format!("cannot be opened: {error}"),
-        };
-        comparison.words(&Object::Link, hook.name, OURS, &found);
+    for (hook, state) in links::states(pins, want.has_udp(), Some(cgroup), ours) {
+        let ours = LinkState::Ours.to_string();
+        comparison.words(&Object::Link, hook.name, &ours, &state.to_string());
     }
     modes(pins, want.has_udp(), comparison)?;
     Ok(number)
@@ -197,8 +187,6 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
     };
     comparison.entries(&Object::TargetsMap, names(want), names(found));
 }
-
-const OURS: &str = "attached, runs our program";
 
 /// Names, owners and modes of all that is pinned (F6).
 fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), BackendError> {

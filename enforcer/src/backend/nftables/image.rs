@@ -166,6 +166,11 @@ impl Slot {
         Self(if generation.is_multiple_of(2) { 'a' } else { 'b' })
     }
 
+    /// The slot of the generations before and after.
+    fn other(self) -> Self {
+        Self(if self.0 == 'a' { 'b' } else { 'a' })
+    }
+
     /// Looks a destination up.
     #[must_use]
     pub(crate) fn judge(self) -> String {
@@ -797,6 +802,13 @@ impl Image {
     #[must_use]
     pub(crate) fn slot(&self) -> Slot {
         Slot::of(self.header().map_or(0, |header| header.generation))
+    }
+
+    /// Leaves out chains and sets of the slot that is not active.
+    pub(crate) fn forget_the_other_slot(&mut self) {
+        let other = format!("_{}", self.slot().other());
+        self.chains.retain(|name, _| !name.ends_with(&other));
+        self.sets.retain(|name, _| !name.ends_with(&other));
     }
 
     /// Names of the targets, sorted.

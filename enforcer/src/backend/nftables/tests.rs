@@ -8,7 +8,9 @@ use proptest::prelude::*;
 
 use super::{
     check::decide,
-    image::{Loader, lower},
+    image::{Loader, Rule, lower},
+    netlink::Dump,
+    verify::difference,
 };
 use crate::{
     config::Forward,
@@ -133,6 +135,45 @@ proptest! {
             let owners: Vec<_> = expected.owners.iter().map(|(index, admits)| (format!("t{index}"), *admits)).collect();
             prop_assert_eq!(found.owners, owners);
         }
+    }
+
+    /// F5: the one comparison finds whatever is missing, changed or too much, and nothing where all is as it was sent.
+    #[test]
+    fn every_change_of_a_table_is_a_difference(rules in rules(), which in any::<prop::sample::Index>(), how in 0..4) {
+        let wanted = lower(&rules, 7, LOADER);
+        let mut found = Dump { image: wanted.clone(), ..Dump::default() };
+        prop_assert_eq!(difference(&wanted, &found), None);
+        let image = &mut found.image;
+        let key = |length: usize| which.index(length);
+        match how {
+            0 => drop(image.chains.remove(&image.chains.keys().nth(key(image.chains.len())).expect("a chain").clone())),
+            1 => {
+                let chains = image.chains.len();
+                let chain = image.chains.values_mut().nth(key(chains)).expect("a chain");
+                chain.rules.push(Rule { comment: "another".to_owned(), expressions: Vec::new() });
+            }
+            2 if !image.sets.is_empty() => {
+                let sets = image.sets.len();
+                let set = image.sets.values_mut().nth(key(sets)).expect("a set");
+                drop(set.elements.remove(key(set.elements.len())));
+            }
+            2 | 3 => found.dormant = true,
+            _ => unreachable!("all are above"),
+        }
+        prop_assert!(difference(&wanted, &found).is_some());
+    }
+
+    /// A process that was killed between a switch and its cleaning up leaves the slot before.
+    #[test]
+    fn what_is_left_of_the_slot_before_is_told_apart(before in rules(), rules in rules()) {
+        let wanted = lower(&rules, 8, LOADER);
+        let mut found = Dump { image: wanted.clone(), ..Dump::default() };
+        let left = lower(&before, 7, LOADER);
+        found.image.sets.extend(left.sets);
+        found.image.chains.extend(left.chains.into_iter().filter(|(name, _)| name.ends_with("_b")));
+        prop_assert!(difference(&wanted, &found).is_some());
+        found.image.forget_the_other_slot();
+        prop_assert_eq!(difference(&wanted, &found), None);
     }
 }
 

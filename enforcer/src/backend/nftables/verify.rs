@@ -60,6 +60,14 @@ fn knows_cgroups() -> bool {
     })
 }
 
+/// The first object of the table that is not as desired; none where it is desired whole.
+pub(super) fn difference(wanted: &Image, found: &Dump) -> Option<Object> {
+    let mut comparison = Comparison::default();
+    compare(wanted, found, &mut comparison);
+    comparison.first()
+}
+
+/// The one comparison: for what was just sent (F3), for what others may have changed (F5), and for `verify`.
 fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
     let state = if found.dormant { "dormant" } else { "active" };
     comparison.words(&Object::Table, "state", "active", state);
@@ -91,6 +99,10 @@ fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
         let Some(found) = image.sets.get(name) else { continue };
         let object = Object::Set(name.clone());
         comparison.one(&object, || "kind".to_owned(), Some(&set.kind), Some(&found.kind));
+        if set.elements == found.elements {
+            comparison.same(set.elements.len());
+            continue;
+        }
         let elements = |set: &image::Set| -> Vec<_> {
             let all = set.elements.iter();
             all.map(|element| ((element.key.clone(), element.last.clone()), element.value.clone()))

@@ -2,8 +2,11 @@
 
 use std::{fs, io, path::Path, time::Duration};
 
+use enforcer_ebpf::Counters;
+
 use super::*;
 use crate::{
+    backend::ObservedTarget,
     grants::{Asker, Grantee, Grants, Key, Term},
     inputs::{HostConfig, SavedRun},
     jobs::JobRules,
@@ -24,6 +27,19 @@ struct Fake {
     /// What others do to it before it is looked at next.
     drift: Option<Drifted>,
     restored: u64,
+    /// Targets of which the kernel holds an endpoint.
+    guards: &'static [&'static str],
+}
+
+impl Fake {
+    /// One in which an earlier process made generation 5 active, for these targets.
+    fn guarding(guards: &'static [&'static str]) -> Self {
+        Self {
+            generation: 5,
+            guards,
+            ..Self::default()
+        }
+    }
 }
 
 enum Drifted {
@@ -71,6 +87,23 @@ impl Store for Fake {
 
     fn restored(&self) -> u64 {
         self.restored
+    }
+
+    fn observe(&mut self) -> Result<Observed, BackendError> {
+        if self.refuses {
+            return Err(Self::refusal());
+        }
+        let target = |name: &&str| ObservedTarget {
+            name: (*name).to_owned(),
+            endpoints: 1,
+            allow: Vec::new(),
+            counters: Counters::default(),
+        };
+        Ok(Observed {
+            generation: self.generation,
+            targets: self.guards.iter().map(target).collect(),
+            ..Observed::default()
+        })
     }
 }
 
@@ -142,6 +175,116 @@ impl Scene {
         self.now += SECOND;
         self.guard.reconcile(&mut self.store, &self.inputs, again, self.now)
     }
+}
+
+/// A start: nothing is active of this process yet.
+struct Start {
+    store: Fake,
+    guard: Guard,
+    inputs: Inputs,
+    now: Instant,
+    _dir: tempfile::TempDir,
+}
+
+impl Start {
+    fn new(store: Fake, endpoint: &str) -> Result<Self, Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        Ok(Self {
+            store,
+            guard: Guard::default(),
+            inputs: inputs(dir.path(), &format!("\"{endpoint}\""))?,
+            now: Instant::now(),
+            _dir: dir,
+        })
+    }
+
+    fn begin(&mut self, has_record: bool) -> Result<Option<Applied>, DaemonError> {
+        self.guard.begin(&mut self.store, &self.inputs, has_record, self.now)
+    }
+
+    fn resume(&mut self) -> Result<Option<Applied>, DaemonError> {
+        self.guard.resume(&mut self.store, &self.inputs, self.now)
+    }
+
+    /// What the kernel holds is the last known good rules, or is not.
+    fn fall_back(&mut self, is_active: bool) -> Result<Option<Applied>, DaemonError> {
+        let holds = |_: &RuleSet| Ok(is_active);
+        self.guard.fall_back(&mut self.store, &self.inputs, holds, self.now)
+    }
+}
+
+const ADDRESS: &str = "tcp://192.0.2.1:4222";
+const NAME: &str = "tcp://bus.example:4222";
+
+#[test]
+fn a_first_start_makes_its_configuration_active() -> Test {
+    // Names without an address are no obstacle where nothing guards them.
+    for endpoint in [ADDRESS, NAME] {
+        let mut start = Start::new(Fake::default(), endpoint)?;
+        assert_eq!(start.begin(false)?.map(|applied| applied.generation), Some(1));
+        assert!(start.guard.is_active() && !start.guard.holds());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_start_without_a_record_opens_nothing_that_is_guarded() -> Test {
+    let mut start = Start::new(Fake::guarding(&["t"]), NAME)?;
+    assert!(start.begin(false)?.is_none());
+    assert_eq!(start.guard.hold, Hold::UntilResolved);
+    assert!(start.store.applied.is_empty() && !start.guard.is_active());
+    // Where the record tells the addresses, where all are known, and where other targets are guarded.
+    let mut others = [
+        (Start::new(Fake::guarding(&["t"]), NAME)?, true),
+        (Start::new(Fake::guarding(&["t"]), ADDRESS)?, false),
+        (Start::new(Fake::guarding(&["another"]), NAME)?, false),
+    ];
+    for (start, has_record) in &mut others {
+        assert_eq!(start.begin(*has_record)?.map(|applied| applied.generation), Some(6));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_start_that_the_kernel_refuses_is_none() -> Test {
+    let mut start = Start::new(Fake::default(), ADDRESS)?;
+    start.store.refuses = true;
+    assert!(start.begin(false).is_err() && start.resume().is_err());
+    assert!(!start.guard.is_active() && !start.guard.holds());
+    Ok(())
+}
+
+#[test]
+fn the_last_known_good_rules_become_active_where_none_are() -> Test {
+    let mut start = Start::new(Fake::default(), ADDRESS)?;
+    assert!(start.resume()?.is_some() && start.guard.is_active());
+    let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
+    assert!(start.resume()?.is_none());
+    assert!(start.store.applied.is_empty() && !start.guard.is_active() && !start.guard.holds());
+    Ok(())
+}
+
+#[test]
+fn a_refused_configuration_falls_back_to_what_is_active() -> Test {
+    // To what this process made active.
+    let mut start = Start::new(Fake::default(), ADDRESS)?;
+    start.resume()?;
+    assert!(start.fall_back(false)?.is_none() && !start.guard.holds());
+    // To what another one did, if it is the last known good rules.
+    let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
+    start.resume()?;
+    assert!(start.fall_back(true)?.is_some() && start.guard.is_active() && !start.guard.holds());
+    // If it is something else it stays, until a configuration is taken.
+    let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
+    start.resume()?;
+    assert!(start.fall_back(false)?.is_none());
+    assert_eq!(start.guard.hold, Hold::UntilConfigured);
+    assert!(start.store.applied.is_empty());
+    start
+        .guard
+        .apply_configured(&mut start.store, &start.inputs, start.now)?;
+    assert!(start.guard.is_active() && !start.guard.holds());
+    Ok(())
 }
 
 #[test]
