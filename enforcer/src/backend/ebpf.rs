@@ -6,6 +6,7 @@ pub(crate) mod btf;
 mod error;
 pub(crate) mod image;
 pub(super) mod links;
+mod load;
 #[cfg(test)]
 mod loops;
 pub(crate) mod maps;
@@ -30,25 +31,25 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf,
     maps::{MapData, RingBuf},
-    programs::ProgramType,
-    sys::{BpfHelper, is_helper_supported},
 };
 use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
+use tracing::warn;
 use zerocopy::FromBytes;
 
+pub(crate) use self::{
+    error::BackendError,
+    load::reads_kernel,
+    observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
+};
 use self::{
-    btf::Offsets,
-    image::{Image, Loader, Names, Sees},
+    image::{Image, Loader, Names},
     links::Hook,
+    load::{Sight, load},
     maps::{Maps, Part},
     observe::observe,
     pins::{Lock, Pins},
-};
-pub(crate) use self::{
-    error::BackendError,
-    observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
 };
 use crate::ruleset::RuleSet;
 
@@ -85,9 +86,6 @@ pub(crate) struct Kernel {
 const LOOK_AGAIN: Duration = Duration::from_millis(900);
 const SHARE: u32 = 100;
 
-/// The programs as built for the BPF target.
-static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-programs"));
-
 impl Kernel {
     /// Takes over what is pinned, or makes it. Nothing is judged differently before the first [`Kernel::apply`].
     pub(crate) fn take_over(pin_dir: &Path, cgroup: &Path, daemon: bool, log_level: u8) -> Result<Self, BackendError> {
@@ -100,7 +98,8 @@ impl Kernel {
             Ok(maps) => maps.is_none(),
             // Left by a start that was killed, or damaged since. Programs active may read these maps, so they are
             // set aside as another version's are: ours come into force first, and only then do those go (F1).
-            Err(BackendError::Damaged { .. }) => {
+            Err(error @ BackendError::Damaged { .. }) => {
+                warn!("{error}; what they hold is replaced by the first rules");
                 pins.rename(&maps_name(), &format!("{}_damaged", maps_name()))?;
                 pins.subdir(&maps_name())?;
                 true
@@ -304,6 +303,11 @@ impl Kernel {
         observe(&self.maps, &self.pins, Some(self.cgroup_id), runs, held)
     }
 
+    /// Whether programs are attached that rest on maps which cannot be read: another version's, or damaged ones.
+    pub(crate) fn replaces_unread(&self) -> Result<bool, BackendError> {
+        Ok(observe::other_layout(&self.pins)?.is_some())
+    }
+
     /// Denials that the ring buffer had no room for.
     pub(crate) fn lost(&self) -> Result<u64, BackendError> {
         self.maps.lost()
@@ -442,99 +446,6 @@ const MAPS: &str = "maps_v";
 
 fn maps_name() -> String {
     format!("{MAPS}{ABI}")
-}
-
-/// What this kernel lets the programs see. What it withholds costs only itself (D3).
-#[derive(Debug)]
-struct Sight {
-    /// `task_cred` is none where a task can only be read with [`Sight::reads`].
-    offsets: Offsets,
-    /// Whether `bpf_probe_read_kernel` is to be had: not under `lockdown=confidentiality`.
-    reads: bool,
-}
-
-impl Sight {
-    fn here() -> Result<Self, BackendError> {
-        let mut offsets = btf::offsets().map_err(|error| BackendError::Io {
-            action: "read",
-            object: "/sys/kernel/btf/vmlinux".into(),
-            error,
-        })?;
-        let has = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper);
-        // Where the kernel cannot tell whether it has the helper, the slower way does.
-        let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
-        if !typed || offsets.task_flags.is_none() || offsets.cred_uid.is_none() {
-            offsets.task_cred = None;
-        }
-        Ok(Self {
-            offsets,
-            reads: reads_kernel().unwrap_or(true),
-        })
-    }
-
-    fn sees(&self) -> Sees {
-        let Offsets {
-            sk_uid,
-            task_flags,
-            task_cred,
-            ..
-        } = self.offsets;
-        Sees {
-            tcp_owner: sk_uid.is_some(),
-            other_owner: sk_uid.is_some() && self.reads,
-            threads: task_cred.is_some() || task_flags.is_some() && self.reads,
-        }
-    }
-}
-
-/// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too,
-/// and have each call fail.
-pub(crate) fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
-    let locked =
-        std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"));
-    let has = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel);
-    has.map(|has| has && !locked)
-}
-
-fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendError> {
-    let Offsets {
-        sk_uid,
-        task_flags,
-        task_cred,
-        cred_uid,
-    } = sight.offsets;
-    // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are
-    // known.
-    let [sk_uid, task_flags, task_cred, cred_uid] =
-        [sk_uid, task_flags, task_cred, cred_uid].map(Option::unwrap_or_default);
-    EbpfLoader::new()
-        .btf(None)
-        .default_map_pin_directory(maps_dir)
-        .override_global("SK_UID_OFFSET", &sk_uid, true)
-        .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
-        .override_global("TASK_CRED_OFFSET", &task_cred, true)
-        .override_global("CRED_UID_OFFSET", &cred_uid, true)
-        .override_global("READS_KERNEL", &u32::from(sight.reads), true)
-        .override_global(aya_log::LEVEL, &log_level, true)
-        .load(PROGRAMS)
-        .map_err(|error| BackendError::Load {
-            program: "the programs",
-            source: Box::from(short(&error)),
-        })
-}
-
-/// An error and its causes on one line, without the verifier's log.
-fn short(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text.lines().next().unwrap_or_default().to_owned()
 }
 
 /// Removes all that is pinned, whatever made it and however much of it is left; the first failure is told at the end.

@@ -43,9 +43,9 @@ impl InForce {
         Ok((in_force, unread))
     }
 
-    /// Whether a rule set is active, whoever made it so. Which programs the links run takes `CAP_SYS_ADMIN` to tell, and
-    /// whoever asks replaces them; what a process killed between a switch and its cleaning up left of the rules before
-    /// does no harm, nor does a counter that nothing counts with.
+    /// Whether what is active comes from a rule set, whoever made it so, on one backend or more: whoever asks is about
+    /// to make it active on all. So no matter which programs the links run, which takes `CAP_SYS_ADMIN` to tell, and
+    /// what a process that was killed between a switch and its cleaning up left of the rules before.
     pub(crate) fn holds(rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<bool, BackendError> {
         let Some(mut found) = Self::open(settings)? else {
             return Ok(false);
@@ -54,7 +54,7 @@ impl InForce {
             reading.forget_the_other_slot();
         }
         let found = found.verify(rules, settings, cgroup)?;
-        let harmless = |object| matches!(object, &Object::Link | &Object::Counters);
+        let harmless = |object| matches!(object, &Object::Backend | &Object::Link | &Object::Counters);
         Ok(found.counts.keys().all(harmless))
     }
 

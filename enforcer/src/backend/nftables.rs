@@ -12,6 +12,7 @@ pub(crate) mod jobs;
 pub(crate) mod netlink;
 pub(crate) mod nflog;
 pub(crate) mod others;
+mod slot;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -494,7 +495,8 @@ fn observe(dump: &Dump) -> Observed {
         }
     });
     Observed {
-        generation: header.generation,
+        // No packet meets a dormant table.
+        generation: if dump.dormant { 0 } else { header.generation },
         audit: header.audit,
         by_daemon: header.daemon,
         socket_users: SocketUsers::All,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use tokio::net::UnixListener;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{About, Daemon, DaemonError, capabilities, confine};
 use crate::{
@@ -99,6 +99,9 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     }
     let wanted = HostConfig::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
     let (Some((run, listener)), Some(good)) = (early, good) else {
+        if let (Err(_), Some(fault)) = (&wanted, &left.fault) {
+            error!("{fault}"); // F4: the end of the process tells of the configuration alone.
+        }
         let wanted = wanted?;
         let listener = control::listen(&wanted.config.settings.socket)?;
         return Ok((Daemon::begin(wanted, left)?, listener));
@@ -223,13 +226,12 @@ impl Daemon {
         daemon.take_bus();
         let has_record = daemon.kept.mark().is_some();
         let (guard, store) = (&mut daemon.guard, &mut daemon.enforcement);
-        match guard.begin(store, &daemon.inputs, has_record, Instant::now())? {
-            Some(applied) => drop(daemon.applied(applied)),
-            None => {
-                let fault = "what was active last is not kept any more, and names of it have not been looked up yet; \
-                             what is active stays until they have been";
-                daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
-            }
+        if let Some(applied) = guard.begin(store, &daemon.inputs, has_record, Instant::now())? {
+            daemon.applied(applied);
+        } else {
+            let fault = "the saved rules are missing or damaged, and some DNS names have not been looked up yet; the \
+                         active rules stay until they have been";
+            daemon.faults.set(About::RuleSet, Some(fault.to_owned()));
         }
         Ok(daemon)
     }

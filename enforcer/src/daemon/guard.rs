@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{DaemonError, Drift};
 use crate::{
-    backend::{BackendError, Enforcement, Observed},
+    backend::{BackendError, Enforcement},
     inputs::{Desired, Inputs},
     policy::Policy,
     ruleset::{Host, Resolved, RuleSet},
@@ -20,8 +20,10 @@ pub(super) trait Store {
     fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
     /// How often something that others took or changed was put back.
     fn restored(&self) -> u64;
-    /// What is active, whoever made it so.
-    fn observe(&mut self) -> Result<Observed, BackendError>;
+    /// The number of the active rules, whoever made them so; 0 where there are none.
+    fn generation(&mut self) -> Result<u64, BackendError>;
+    /// Whether what is active may hold endpoints of one of these targets.
+    fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError>;
 }
 
 impl Store for Enforcement {
@@ -37,8 +39,12 @@ impl Store for Enforcement {
         self.restored()
     }
 
-    fn observe(&mut self) -> Result<Observed, BackendError> {
-        self.observe()
+    fn generation(&mut self) -> Result<u64, BackendError> {
+        Ok(self.observe()?.generation)
+    }
+
+    fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError> {
+        self.may_guard(targets)
     }
 }
 
@@ -106,15 +112,15 @@ impl Guard {
         last_good: &Inputs,
         now: Instant,
     ) -> Result<Option<Applied>, DaemonError> {
-        if store.observe()?.generation != 0 {
+        if store.generation()? != 0 {
             return Ok(None);
         }
         self.apply(store, last_good, now).map(Some)
     }
 
-    /// The first rules of a process that has a configuration; none yet where the kernel guards addresses that only the
-    /// last run knew, as it left no record of them: those of names that are not looked up yet, and of a message bus that
-    /// is not known. They would be open until then (F1).
+    /// The first rules of a process that has a configuration. None yet where the kernel may guard addresses of which
+    /// the last run left no record: those of names that are not looked up yet, and of a message bus that is not known.
+    /// They would be open until then (F1).
     pub(super) fn begin(
         &mut self,
         store: &mut impl Store,
@@ -123,21 +129,15 @@ impl Guard {
         now: Instant,
     ) -> Result<Option<Applied>, DaemonError> {
         let unknown: Vec<&str> = inputs.targets_unknown(now).collect();
-        if !has_record && !unknown.is_empty() {
-            let Observed {
-                generation, targets, ..
-            } = store.observe()?;
-            let mut guarded = targets.iter().filter(|target| target.endpoints > 0);
-            if generation != 0 && guarded.any(|target| unknown.contains(&target.name.as_str())) {
-                self.hold = Hold::UntilResolved;
-                return Ok(None);
-            }
+        if !has_record && !unknown.is_empty() && store.may_guard(&unknown)? {
+            self.hold = Hold::UntilResolved;
+            return Ok(None);
         }
         self.apply(store, inputs, now).map(Some)
     }
 
-    /// The first rules of a process whose configuration is refused, if it has made none active. What another process
-    /// made active before is taken over if it is the last known good rules, else left alone (F1).
+    /// The first rules of a process whose configuration is refused, if it has made none active. The rules that another
+    /// process made active are taken over if they are the last known good ones, and else left alone (F1).
     pub(super) fn fall_back(
         &mut self,
         store: &mut impl Store,

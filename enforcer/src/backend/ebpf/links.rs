@@ -8,9 +8,10 @@ use std::{
 use aya::programs::CgroupSockAddr;
 
 use super::{
-    BackendError, Kernel, MAPS, maps_name, open_cgroup,
+    BackendError, Kernel, MAPS,
+    load::short,
+    maps_name, open_cgroup,
     pins::Pins,
-    short,
     sys::{self, LinkInfo},
 };
 use crate::host::directory_id;
@@ -99,7 +100,7 @@ impl fmt::Display for LinkState {
     }
 }
 
-/// What all hooks' pinned links do; `cgroup` is the id of the one to be evaluated, where that is known, and `runs` tells
+/// What all hooks' pinned links do; `cgroup` is the id of the one to be evaluated, where that is known, and `runs`
 /// whether a hook's program is ours, by its id.
 pub(super) fn states(
     pins: &Pins,

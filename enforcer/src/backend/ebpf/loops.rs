@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use aya_obj::{Object, generated::bpf_insn};
 
-use super::PROGRAMS;
+use super::load::PROGRAMS;
 
 /// Instruction classes and operations (`linux/bpf_common.h`, `linux/bpf.h`).
 const JMP: u8 = 5;

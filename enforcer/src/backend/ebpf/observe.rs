@@ -167,7 +167,7 @@ impl Pinned {
 }
 
 /// The layout of another version's maps, if such are there and programs attached.
-fn other_layout(pins: &Pins) -> Result<Option<String>, BackendError> {
+pub(super) fn other_layout(pins: &Pins) -> Result<Option<String>, BackendError> {
     if !links::any_attached(pins) {
         return Ok(None);
     }

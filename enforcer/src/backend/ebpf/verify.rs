@@ -61,7 +61,7 @@ impl Pinned {
             netns: sys::netns_cookie().unwrap_or(0),
             // Whoever made it active may stay or not.
             daemon: found.flags & flag::DAEMON != 0,
-            sees: super::Sight::here()?.sees(),
+            sees: super::load::Sight::here()?.sees(),
         };
         let wanted = Wanted {
             image: image::lower(rules, &names, loader),

@@ -12,7 +12,8 @@ use ipnet::IpNet;
 
 use super::{
     expression::{self as is, Expression, FAR_OFFSET4, FRAGMENT4, IPV4, IPV6, OFFSET4, TCP, UDP, Verdict, goto},
-    image::{Element, Image, SetKind, Slot, UNREADABLE, Value, address, chain_of, number, sorted},
+    image::{Element, Image, SetKind, UNREADABLE, Value, address, chain_of, number, sorted},
+    slot::Slot,
 };
 use crate::{policy::Nat64, ruleset::RuleSet};
 

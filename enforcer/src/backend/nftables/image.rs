@@ -18,6 +18,7 @@ use ipnet::IpNet;
 use super::{
     expression::{self as is, Expression, IPV4, IPV6, TCP, UDP, Verdict, goto},
     foreign::Foreign,
+    slot::Slot,
 };
 use crate::{
     config::Forward,
@@ -153,136 +154,6 @@ pub(crate) mod chain {
     pub(crate) const FORWARD: &str = "forward";
     /// Packets that arrive, after NAT.
     pub(crate) const PREROUTING: &str = "prerouting";
-}
-
-/// Which of two places a generation is built in: each after the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Slot(char);
-
-impl Slot {
-    /// The slot of a generation.
-    #[must_use]
-    pub(crate) fn of(generation: u64) -> Self {
-        Self(if generation.is_multiple_of(2) { 'a' } else { 'b' })
-    }
-
-    /// The slot of the generations before and after.
-    fn other(self) -> Self {
-        Self(if self.0 == 'a' { 'b' } else { 'a' })
-    }
-
-    /// Looks a destination up.
-    #[must_use]
-    pub(crate) fn judge(self) -> String {
-        format!("judge_{self}")
-    }
-
-    /// The chain of a class.
-    #[must_use]
-    pub(crate) fn class(self, number: u32) -> String {
-        format!("class_{number}_{self}")
-    }
-
-    /// The chain that admits a user or goes to the refusal.
-    #[must_use]
-    pub(crate) fn target(self, target: &str) -> String {
-        format!("target_{target}_{self}")
-    }
-
-    /// The target of such a chain.
-    #[must_use]
-    pub(crate) fn target_of(self, chain: &str) -> Option<&str> {
-        chain.strip_prefix("target_")?.strip_suffix(self.0)?.strip_suffix('_')
-    }
-
-    /// The chain that refuses, or in audit mode only tells.
-    #[must_use]
-    pub(crate) fn refusal(self, target: &str) -> String {
-        format!("refuse_{target}_{self}")
-    }
-
-    /// The set of a target's users.
-    #[must_use]
-    pub(crate) fn users(self, target: &str) -> String {
-        format!("users_{target}_{self}")
-    }
-
-    /// The set of a target's cgroups of one depth that admit anybody.
-    #[must_use]
-    pub(crate) fn cgroups(self, target: &str, level: u32) -> String {
-        format!("cgroups_{target}_{level}_{self}")
-    }
-
-    /// Looks a destination up, for packets that have no socket here.
-    #[must_use]
-    pub(crate) fn judge_forwarded(self) -> String {
-        format!("judge_forwarded_{self}")
-    }
-
-    /// The map of the ports of names (N8).
-    #[must_use]
-    pub(crate) fn ports(self) -> String {
-        format!("ports_{self}")
-    }
-
-    /// Tells of a dial of a port, at an address that is no endpoint.
-    #[must_use]
-    pub(crate) fn dials(self, port: u16) -> String {
-        format!("dials_{port}_{self}")
-    }
-
-    /// What came in from elsewhere.
-    #[must_use]
-    pub(crate) fn arrived(self) -> String {
-        format!("arrived_{self}")
-    }
-
-    /// Picks what of that is for a loopback address.
-    #[must_use]
-    pub(crate) fn strays(self) -> String {
-        format!("strays_{self}")
-    }
-
-    /// The addresses of all endpoints of a family.
-    #[must_use]
-    pub(crate) fn addresses(self, family: u8) -> String {
-        format!("addresses{}_{self}", version(family))
-    }
-
-    /// Finds out whether a packet of a family, to an endpoint's address, hides what its verdict would rest on.
-    #[must_use]
-    pub(crate) fn unreadable_of(self, family: u8) -> String {
-        format!("{UNREADABLE}{}_{self}", version(family))
-    }
-
-    /// Refuses what cannot be read.
-    #[must_use]
-    pub(crate) fn unreadable(self) -> String {
-        format!("{UNREADABLE}_{self}")
-    }
-
-    /// The map of single endpoints, and that of ranges that do not overlap, to classes.
-    #[must_use]
-    pub(crate) fn endpoints(self, family: u8) -> [String; 2] {
-        ["endpoints", "ranges"].map(|what| format!("{what}{}_{self}", version(family)))
-    }
-
-    /// The same to refusals: the kernel does not let a forwarded packet come near a rule that asks for a socket's
-    /// cgroup.
-    #[must_use]
-    pub(crate) fn forwarded(self, family: u8) -> [String; 2] {
-        self.endpoints(family).map(|name| format!("forwarded_{name}"))
-    }
-}
-
-fn version(family: u8) -> u8 {
-    if family == IPV4 { 4 } else { 6 }
-}
-
-impl fmt::Display for Slot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
 }
 
 /// After NAT at each hook (dstnat is -100 and srcnat 100), and after other filters.

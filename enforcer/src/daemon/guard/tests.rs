@@ -2,11 +2,8 @@
 
 use std::{fs, io, path::Path, time::Duration};
 
-use enforcer_ebpf::Counters;
-
 use super::*;
 use crate::{
-    backend::ObservedTarget,
     grants::{Asker, Grantee, Grants, Key, Term},
     inputs::{HostConfig, SavedRun},
     jobs::JobRules,
@@ -89,21 +86,15 @@ impl Store for Fake {
         self.restored
     }
 
-    fn observe(&mut self) -> Result<Observed, BackendError> {
+    fn generation(&mut self) -> Result<u64, BackendError> {
         if self.refuses {
             return Err(Self::refusal());
         }
-        let target = |name: &&str| ObservedTarget {
-            name: (*name).to_owned(),
-            endpoints: 1,
-            allow: Vec::new(),
-            counters: Counters::default(),
-        };
-        Ok(Observed {
-            generation: self.generation,
-            targets: self.guards.iter().map(target).collect(),
-            ..Observed::default()
-        })
+        Ok(self.generation)
+    }
+
+    fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError> {
+        Ok(self.guards.iter().any(|guarded| targets.contains(guarded)))
     }
 }
 

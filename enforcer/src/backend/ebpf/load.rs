@@ -1,0 +1,111 @@
+//! The programs loaded, as this kernel lets them see.
+
+use std::path::Path;
+
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
+};
+
+use super::{
+    BackendError,
+    btf::{self, Offsets},
+    image::Sees,
+};
+
+/// The programs as built for the BPF target.
+pub(super) static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/enforcer-programs"));
+
+/// What this kernel lets the programs see. What it withholds costs only itself (D3).
+#[derive(Debug)]
+pub(super) struct Sight {
+    /// `task_cred` is none where a task can only be read with [`Sight::reads`].
+    offsets: Offsets,
+    /// Whether `bpf_probe_read_kernel` is to be had: not under `lockdown=confidentiality`.
+    reads: bool,
+}
+
+impl Sight {
+    pub(super) fn here() -> Result<Self, BackendError> {
+        let mut offsets = btf::offsets().map_err(|error| BackendError::Io {
+            action: "read",
+            object: "/sys/kernel/btf/vmlinux".into(),
+            error,
+        })?;
+        let has = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper);
+        // Where the kernel cannot tell whether it has the helper, the slower way does.
+        let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
+        if !typed || offsets.task_flags.is_none() || offsets.cred_uid.is_none() {
+            offsets.task_cred = None;
+        }
+        Ok(Self {
+            offsets,
+            reads: reads_kernel().unwrap_or(true),
+        })
+    }
+
+    pub(super) fn sees(&self) -> Sees {
+        let Offsets {
+            sk_uid,
+            task_flags,
+            task_cred,
+            ..
+        } = self.offsets;
+        Sees {
+            tcp_owner: sk_uid.is_some(),
+            other_owner: sk_uid.is_some() && self.reads,
+            threads: task_cred.is_some() || task_flags.is_some() && self.reads,
+        }
+    }
+}
+
+/// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too,
+/// and have each call fail.
+pub(crate) fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
+    let locked =
+        std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"));
+    let has = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel);
+    has.map(|has| has && !locked)
+}
+
+pub(super) fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendError> {
+    let Offsets {
+        sk_uid,
+        task_flags,
+        task_cred,
+        cred_uid,
+    } = sight.offsets;
+    // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are
+    // known.
+    let [sk_uid, task_flags, task_cred, cred_uid] =
+        [sk_uid, task_flags, task_cred, cred_uid].map(Option::unwrap_or_default);
+    EbpfLoader::new()
+        .btf(None)
+        .default_map_pin_directory(maps_dir)
+        .override_global("SK_UID_OFFSET", &sk_uid, true)
+        .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
+        .override_global("TASK_CRED_OFFSET", &task_cred, true)
+        .override_global("CRED_UID_OFFSET", &cred_uid, true)
+        .override_global("READS_KERNEL", &u32::from(sight.reads), true)
+        .override_global(aya_log::LEVEL, &log_level, true)
+        .load(PROGRAMS)
+        .map_err(|error| BackendError::Load {
+            program: "the programs",
+            source: Box::from(short(&error)),
+        })
+}
+
+/// An error and its causes on one line, without the verifier's log.
+pub(super) fn short(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text.lines().next().unwrap_or_default().to_owned()
+}
