@@ -12,6 +12,7 @@ mod boot;
 mod bosh;
 mod bpm;
 mod containers;
+mod damage;
 mod decision;
 mod delegated;
 mod detours;
@@ -126,7 +127,7 @@ macro_rules! files {
 }
 
 files! {
-    absent, boot, bosh, bpm, containers, decision, delegated, detours, dials, doctor, endurance, escapes, failover,
+    absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes, failover,
     faults, flood, fragments, grants, hardship, impostors, input, jobs, jobs_chain, kernel, kernel_sockets, later,
     lies, limits, migration, missing, monit, names, neighbours, nftables, parity, past_hooks, retention, routes,
     schemas, squatting, subjects, surfaces, sweep, takeover, translated, units, verify, visibility, whole_host,

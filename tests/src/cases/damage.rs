@@ -1,0 +1,123 @@
+//! F1, F4: starts at which several things are damaged at once, or something that looks active is not.
+
+use std::{fs, process::Command};
+
+use anyhow::{Result, ensure};
+
+use super::{
+    Case,
+    names::{Named, addresses},
+};
+use crate::{
+    backend::{BOTH, EBPF, NFTABLES},
+    dns::Zone,
+    world::{NOBODY, World, ask_raw, ran, until},
+};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(f4_a_dormant_table_is_not_active).on(NFTABLES),
+        case!(f4_a_backend_without_rules_gets_them).on(BOTH),
+        case!(f1_damaged_pins_and_state_open_no_name).on(EBPF),
+        case!(f4_a_bad_configuration_and_damaged_state_are_both_reported),
+    ]
+}
+
+/// The configuration as it was, and one that is refused in its place.
+fn broken(world: &World) -> Result<String> {
+    let toml = world.path("enforcer.toml");
+    let good = fs::read_to_string(&toml)?;
+    fs::write(&toml, format!("{good}bogus = 1\n"))?;
+    Ok(good)
+}
+
+fn status(world: &World) -> Result<String> {
+    ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")
+}
+
+fn nft(arguments: &[&str]) -> Result<String> {
+    Ok(ran(Command::new("nft").args(arguments))?.demand(0)?.stdout)
+}
+
+fn f4_a_dormant_table_is_not_active() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.daemon()?.kill()?;
+    world.attack(NOBODY).is_refused()?;
+    let dormant = format!("add table inet {} {{ flags dormant ; }}", world.name());
+    nft(&[&dormant])?;
+    world.attack(NOBODY).reaches()?;
+    broken(&world)?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()?;
+    let status = status(&world)?;
+    ensure!(
+        status.contains("degraded") && status.contains("the last known good rule set is active instead"),
+        "{status}"
+    );
+    Ok(())
+}
+
+fn f4_a_backend_without_rules_gets_them() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.daemon()?.kill()?;
+    nft(&["delete", "table", "inet", world.name()])?;
+    let tables = || nft(&["list", "tables"]);
+    ensure!(!tables()?.contains(world.name()), "the table is still there");
+    broken(&world)?;
+    let _daemon = world.daemon()?;
+    ensure!(tables()?.contains(world.name()), "nftables has no rules");
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()?;
+    let status = status(&world)?;
+    ensure!(
+        status.contains("the last known good rule set is active instead") && !status.contains("nothing is active"),
+        "{status}"
+    );
+    Ok(())
+}
+
+/// The maps that tell what is guarded cannot be read, and the file that tells it too cannot either.
+fn f1_damaged_pins_and_state_open_no_name() -> Result<()> {
+    let named = Named::new(&["bus.test"], "")?;
+    let world = &named.world;
+    let guarded = || world.attack(NOBODY).to(([10, 9, 0, 1], world.port).into()).is_refused();
+    named.dns.set("bus.test", addresses(&["10.9.0.1"]));
+    named.daemon()?.kill()?;
+    guarded()?;
+    let maps = world.pins().join(crate::world::maps_name());
+    fs::remove_file(maps.join("principals"))?;
+    fs::write(world.path("state/last-good.json"), "{")?;
+    named.dns.set("bus.test", Zone::Silence);
+    let daemon = named.daemon()?;
+    guarded()?;
+    ensure!(
+        daemon.log().contains("damaged") && status(world)?.contains("stay until they have been"),
+        "{}",
+        daemon.log()
+    );
+    named.dns.set("bus.test", addresses(&["10.9.0.2"]));
+    world.enforcer(&["refresh"])?;
+    until("the answer is active", || named.denied("10.9.0.2"))?;
+    until("all is well", || Ok(status(world)?.contains("\"enforcing\"")))
+}
+
+fn f4_a_bad_configuration_and_damaged_state_are_both_reported() -> Result<()> {
+    let world = World::new()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.daemon()?.kill()?;
+    fs::write(world.path("state/last-good.json"), "{")?;
+    let good = broken(&world)?;
+    let ended = world.enforcer(&["run"])?.demand(2)?;
+    ensure!(
+        ended.stderr.contains("bogus") && ended.stderr.contains("last-good.json"),
+        "{ended:?}"
+    );
+    fs::write(world.path("enforcer.toml"), good)?;
+    world.enforcer(&["unload"])?.demand(0)?;
+    Ok(())
+}
