@@ -24,7 +24,9 @@ use crate::{
     wire::{ActiveBackend, Against, Verification},
 };
 
-pub(crate) use ebpf::{BackendError, Checked, Kernel, Observed, ObservedTarget, Ring, SocketUsers};
+pub(crate) use ebpf::{
+    BackendError, Checked, Kernel, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
+};
 pub(crate) use in_force::InForce;
 pub(crate) use nftables::{Changes as NftChanges, Denial, Denials, Logged, Nftables, NftablesError, jobs};
 
@@ -256,6 +258,16 @@ impl Enforcement {
             }
             None => Ok(Some(kept)),
         }
+    }
+
+    /// A look at what others may have detached, to be taken in a thread of its own.
+    pub(crate) fn link_look(&self) -> Option<LinkLook> {
+        self.ebpf.as_ref().and_then(Kernel::link_look)
+    }
+
+    /// Takes what was found. True if [`Enforcement::keep`] has something to repair.
+    pub(crate) fn links_seen(&mut self, seen: LinksSeen) -> bool {
+        self.ebpf.as_mut().is_some_and(|kernel| kernel.links_seen(seen))
     }
 
     /// Begins to wait for what the next [`Enforcement::apply`] would have to wait for.

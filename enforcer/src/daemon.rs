@@ -55,7 +55,7 @@ use self::{
     users::UserLookups,
 };
 use crate::{
-    backend::{self, Enforcement, NftChanges, Start},
+    backend::{self, Enforcement, LinksSeen, NftChanges, Start},
     bosh::Watch,
     config::ConfigError,
     control::{self, Call},
@@ -98,6 +98,8 @@ struct Daemon {
     listed: Instant,
     lookups: JoinSet<Looked>,
     user_lookups: UserLookups,
+    /// At most one: it waits as long as the kernel makes it.
+    link_looks: JoinSet<LinksSeen>,
     /// The name and round of each lookup under way.
     under_way: HashMap<task::Id, (Name, u64)>,
     /// Whose answers count, and who waits for them.
@@ -230,6 +232,7 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
                 daemon.answer_waiting();
             }
             Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => daemon.users_found(&found),
+            Some(Ok(seen)) = daemon.link_looks.join_next() => daemon.links_seen(seen),
             () = tokio::time::sleep_until(due.into()) => daemon.look_up_due(Instant::now()),
             Ok(mut guard) = routes.readable(), if gather.is_none() => {
                 guard.get_inner().drain();
@@ -328,6 +331,7 @@ impl Daemon {
             listed: Instant::now(),
             lookups: JoinSet::new(),
             user_lookups: UserLookups::new(),
+            link_looks: JoinSet::new(),
             under_way: HashMap::new(),
             recent: Recent::default(),
             followers: broadcast::channel(KEPT_EVENTS).0,
@@ -455,10 +459,24 @@ impl Daemon {
         } else {
             self.look_at_host();
         }
+        self.look_at_links();
         self.look_at_users();
         self.look_at_kept();
         self.tell_denials();
         self.retry()
+    }
+
+    /// Has a thread look whether others have taken links away.
+    fn look_at_links(&mut self) {
+        if let Some(look) = self.enforcement.link_look().filter(|_| self.link_looks.is_empty()) {
+            self.link_looks.spawn_blocking(|| look.take());
+        }
+    }
+
+    fn links_seen(&mut self, seen: LinksSeen) {
+        if self.enforcement.links_seen(seen) {
+            self.apply_or_keep();
+        }
     }
 
     /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the

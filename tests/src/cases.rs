@@ -127,11 +127,11 @@ macro_rules! files {
 }
 
 files! {
-    absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes, failover,
-    faults, flood, fragments, grants, hardship, impostors, input, jobs, jobs_chain, kernel, kernel_sockets, later,
-    lies, limits, migration, missing, monit, names, neighbours, nftables, parity, past_hooks, retention, routes,
-    schemas, squatting, subjects, surfaces, sweep, takeover, translated, units, verify, visibility, whole_host,
-    writers
+    absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes,
+    failover, faults, flood, fragments, grants, hardship, impostors, input, jobs, jobs_chain, kernel,
+    kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables, parity,
+    past_hooks, retention, routes, schemas, squatting, subjects, surfaces, sweep, takeover, translated, units,
+    verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

@@ -40,12 +40,13 @@ use zerocopy::FromBytes;
 
 pub(crate) use self::{
     error::BackendError,
+    links::{LinkLook, LinksSeen},
     load::reads_kernel,
     observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
 };
 use self::{
     image::{Image, Loader, Names},
-    links::Hook,
+    links::Astray,
     load::{Sight, load},
     maps::{Maps, Part},
     observe::observe,
@@ -66,6 +67,8 @@ pub(crate) struct Kernel {
     loader: Loader,
     /// Whether the active rule set has UDP endpoints.
     udp: bool,
+    /// The links that are not as they were attached, by the last look at them; none before they were.
+    astray: Option<Astray>,
     /// What each slot holds; none where that is not known.
     slots: [Option<Image>; 2],
     /// Whether a program may still be reading the slot that is not active.
@@ -123,6 +126,7 @@ impl Kernel {
                 sees: sight.sees(),
             },
             udp: false,
+            astray: None,
             slots: if fresh {
                 [Some(Image::empty()), Some(Image::empty())]
             } else {
@@ -151,7 +155,7 @@ impl Kernel {
         if let Some(slot) = active
             && *self.held(slot)? == image
         {
-            self.attach(image.has_udp())?;
+            self.attach_again(image.has_udp())?;
             self.in_force = Some((slot, number));
             return Ok(number);
         }
@@ -175,7 +179,7 @@ impl Kernel {
         self.maps.activate(slot)?;
         self.in_force = Some((slot, number));
         self.flipped = true;
-        self.attach(image.has_udp())?;
+        self.attach_again(image.has_udp())?;
         if let Some(held) = self.slots.get_mut(usize::from(slot)) {
             *held = Some(image);
         }
@@ -218,7 +222,7 @@ impl Kernel {
             return Ok(None);
         }
         let kept = if self.is_whole()? { number } else { self.repair()? };
-        self.attach(self.udp)?;
+        self.attach_again(self.udp)?;
         Ok(Some(kept))
     }
 
@@ -289,18 +293,18 @@ impl Kernel {
     /// What the kernel holds now, read from it; `quick` takes the entries of maps from what was read back when they
     /// were written, as reading large maps takes tens of milliseconds.
     pub(crate) fn observe(&self, quick: bool) -> Result<Observed, BackendError> {
-        let runs = |hook: &Hook, program| {
-            let ours = self.programs.program(hook.name).map(aya::programs::Program::info);
-            let ours = ours.and_then(Result::ok);
-            Ok(ours.is_some_and(|ours| ours.id() == program))
-        };
         let held = |slot: u8| {
             self.slots
                 .get(usize::from(slot))
                 .and_then(Option::as_ref)
                 .filter(|_| quick)
         };
-        observe(&self.maps, &self.pins, Some(self.cgroup_id), runs, held)
+        let astray = self
+            .astray
+            .iter()
+            .flatten()
+            .map(|(hook, state)| (*hook, state.to_string()));
+        observe(&self.maps, |_| astray.collect(), held)
     }
 
     /// Whether programs are attached that rest on maps which cannot be read: another version's, or damaged ones.

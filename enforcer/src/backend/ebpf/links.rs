@@ -3,6 +3,7 @@
 use std::{
     fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
 };
 
 use aya::programs::CgroupSockAddr;
@@ -41,6 +42,7 @@ pub(in crate::backend) static HOOKS: [Hook; 4] = [
 ];
 
 /// Where a program runs.
+#[derive(Debug)]
 pub(crate) struct Hook {
     pub(crate) name: &'static str,
     pub(in crate::backend) attach_type: u32,
@@ -115,6 +117,44 @@ pub(super) fn states(
     })
 }
 
+/// Links that do not do what they are there for.
+pub(super) type Astray = Vec<(&'static Hook, LinkState)>;
+
+/// A look at the links, to be taken in a thread of its own: the kernel tells of a link under the lock of all cgroups
+/// (`bpf_cgroup_link_fill_link_info`). Whoever moves processes between cgroups holds that for a grace period each time,
+/// and the loop would wait for seconds where many do on a busy host, as any user with a cgroup of his own can (F10).
+#[derive(Debug)]
+pub(crate) struct LinkLook {
+    pins: Pins,
+    udp: bool,
+    cgroup: PathBuf,
+    /// By hook.
+    programs: Vec<(&'static str, u32)>,
+}
+
+/// What a look at the links has found.
+#[derive(Debug)]
+pub(crate) struct LinksSeen {
+    astray: Astray,
+    udp: bool,
+}
+
+impl LinkLook {
+    /// Takes it.
+    pub(crate) fn take(self) -> LinksSeen {
+        let Self {
+            pins,
+            udp,
+            cgroup,
+            programs,
+        } = self;
+        let ours = |hook: &Hook, program| Ok(programs.contains(&(hook.name, program)));
+        let states = states(&pins, udp, directory_id(&cgroup), ours);
+        let astray = states.filter(|(_, state)| !matches!(state, LinkState::Ours)).collect();
+        LinksSeen { astray, udp }
+    }
+}
+
 /// Whether some program of ours, of whatever version, is attached.
 pub(super) fn any_attached(pins: &Pins) -> bool {
     HOOKS
@@ -130,6 +170,48 @@ pub(super) fn detach_all(pins: &Pins) {
 }
 
 impl Kernel {
+    /// What [`Kernel::links_seen`] wants to know; none where the links are to be attached anyway.
+    pub(crate) fn link_look(&self) -> Option<LinkLook> {
+        self.astray.as_ref()?;
+        let programs = HOOKS.iter().filter_map(|hook| {
+            let info = self.programs.program(hook.name)?.info().ok()?;
+            Some((hook.name, info.id()))
+        });
+        Some(LinkLook {
+            pins: self.pins.clone(),
+            udp: self.udp,
+            cgroup: self.cgroup.clone(),
+            programs: programs.collect(),
+        })
+    }
+
+    /// Takes what a look has found, unless the links have been attached anew since. True if some do not do what they
+    /// are there for.
+    pub(crate) fn links_seen(&mut self, seen: LinksSeen) -> bool {
+        let LinksSeen { astray, udp } = seen;
+        let counts = self.astray.is_some() && udp == self.udp;
+        if counts {
+            self.astray = Some(astray);
+        }
+        counts && !self.are_attached()
+    }
+
+    fn are_attached(&self) -> bool {
+        self.astray.as_ref().is_some_and(Vec::is_empty)
+    }
+
+    /// As [`Kernel::attach`], where that is not known to be so: since it was done a look has found nothing else.
+    pub(super) fn attach_again(&mut self, udp: bool) -> Result<(), BackendError> {
+        self.attach_missing(udp)?;
+        if udp == self.udp && self.are_attached() {
+            return Ok(());
+        }
+        self.astray = None;
+        self.attach(udp)?;
+        self.astray = Some(Vec::new());
+        Ok(())
+    }
+
     /// Finds out whether a program loads and attaches here; what it attaches is gone at once, and judges nothing.
     pub(crate) fn try_out(&mut self) -> Result<(), BackendError> {
         let [hook, ..] = &HOOKS;
@@ -153,7 +235,7 @@ impl Kernel {
 
     /// Makes every wanted link run this program on this cgroup, and removes the others. After the flip: a link that
     /// runs a program with maps of another ABI goes on with those until ours are active.
-    pub(super) fn attach(&mut self, udp: bool) -> Result<(), BackendError> {
+    fn attach(&mut self, udp: bool) -> Result<(), BackendError> {
         self.udp = udp;
         self.follow_cgroup()?;
         self.attach_missing(udp)?;

@@ -1,6 +1,6 @@
 //! What the kernel holds, read from it; and `check`, the kernel's own decision over the kernel's own maps.
 
-use std::{borrow::Cow, io, path::Path};
+use std::{borrow::Cow, path::Path};
 
 use enforcer_ebpf::{
     Counters, Generation, TargetName, Verdict,
@@ -130,7 +130,12 @@ impl Pinned {
             let used = sys::program_maps(program)?;
             Ok(ours.iter().all(|map| used.contains(map)))
         };
-        observe(&self.maps, &self.pins, cgroup, runs, |_| None)
+        let astray = |udp| {
+            let states = links::states(&self.pins, udp, cgroup, runs);
+            let astray = states.filter(|(_, state)| !matches!(state, LinkState::Ours));
+            astray.map(|(hook, state)| (hook, state.to_string())).collect()
+        };
+        observe(&self.maps, astray, |_| None)
     }
 
     /// Runs the kernel's decision over the kernel's maps.
@@ -235,13 +240,11 @@ impl Subject for Asker {
     }
 }
 
-/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `runs` tells
-/// whether a hook's program is ours, by its id.
+/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `astray` has
+/// the links that do not do what they are there for, and what they do.
 pub(super) fn observe<'i>(
     maps: &Maps,
-    pins: &Pins,
-    cgroup: Option<u64>,
-    runs: impl Fn(&Hook, u32) -> io::Result<bool>,
+    astray: impl FnOnce(bool) -> Vec<(&'static Hook, String)>,
     held: impl Fn(u8) -> Option<&'i Image>,
 ) -> Result<Observed, BackendError> {
     let slot = maps.active_slot()?;
@@ -255,12 +258,8 @@ pub(super) fn observe<'i>(
         }
         None => (Cow::Owned(Image::empty()), 0),
     };
-    let links = slot.map(|_| links::states(pins, image.has_udp(), cgroup, runs));
-    let faults = links
-        .into_iter()
-        .flatten()
-        .filter(|(_, state)| !matches!(state, LinkState::Ours))
-        .map(|(hook, state)| format!("the link of {} {state}; enforcer run restores it", hook.name));
+    let astray = slot.map_or_else(Vec::new, |_| astray(image.has_udp())).into_iter();
+    let faults = astray.map(|(hook, does)| format!("the link of {} {does}; enforcer run restores it", hook.name));
     let faults = faults.collect();
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);

@@ -26,7 +26,7 @@ use crate::{
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// A pin directory that is ours.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Pins {
     dir: PathBuf,
 }
