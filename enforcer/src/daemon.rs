@@ -3,12 +3,14 @@
 mod boot;
 mod bus;
 mod capabilities;
+mod configure;
 mod confine;
 mod denials;
 mod dials;
 mod drift;
 mod error;
 mod faults;
+mod feed;
 mod grants;
 mod guard;
 mod jobs;
@@ -25,62 +27,49 @@ mod users;
 
 use std::{
     collections::HashMap,
-    io,
     path::Path,
     time::{Duration, Instant},
 };
 
 use tokio::{
-    io::unix::AsyncFd,
-    sync::{broadcast, mpsc},
+    sync::mpsc,
     task::{self, JoinSet},
 };
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use self::{
     boot::Pending,
     bus::Unfinished,
-    denials::{rest_after, send_events},
+    denials::send_events,
     dials::Dials,
     drift::Drift,
     faults::{About, Faults},
+    feed::Feed,
     guard::{Applied, Guard},
     jobs::Chain,
-    journal::Journal,
     keep::Kept,
-    recent::{KEPT_EVENTS, Origin, Recent},
     rounds::Rounds,
-    sources::{Ends, changed, readable, ready_to_read, ready_to_take},
-    tally::Tally,
+    sources::{Event, Sources},
     users::UserLookups,
 };
 use crate::{
-    backend::{self, Enforcement, LinksSeen, NftChanges, Start},
+    backend::{self, Enforcement, LinksSeen, Start},
     bosh::Watch,
-    config::ConfigError,
     control::{self, Call},
-    host::LocalChanges,
-    inputs::{HostConfig, InputError, Inputs, SavedRun},
+    inputs::{HostConfig, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
     resolve::Looked,
     sweep::{self, Job, Jobs},
-    wire::{ExistingStatus, Line, Lost, Reply, Request, Status, Verification},
+    wire::{ExistingStatus, Reply, Request, Status, Verification},
 };
 
 pub(crate) use self::{boot::apply_last_good, error::DaemonError};
 
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
-/// How long word of local routes is left to gather once some was taken: they may come by thousands.
-const GATHER: Duration = Duration::from_millis(100);
-/// How long changes of `nf_tables` are left to gather once one was looked at.
-const CALM: Duration = Duration::from_millis(20);
 /// How often what is local is listed without such word. Some routes go without any, with what they depended on.
 const LIST_AGAIN: Duration = Duration::from_mins(1);
-
-/// Connections of one user that a sweep logs one by one.
-const LOGGED_OF_SWEEP: usize = 16;
 
 /// What runs.
 struct Daemon {
@@ -107,16 +96,7 @@ struct Daemon {
     /// How much the kernel programs tell.
     log_level: u8,
     guard: Guard,
-    recent: Recent,
-    followers: broadcast::Sender<Line>,
-    journal: Journal,
-    tally: Tally,
-    /// Those that the kernel programs could not hand over, as far as they were told.
-    lost: Option<u64>,
-    /// Since when there was more to be taken than was taken at once.
-    flood: Option<Instant>,
-    /// Denials that nftables has logged and this process was too slow to take.
-    lost_logged: u64,
+    feed: Feed,
     dials: Dials,
     faults: Faults,
     /// Settings of the agent's that are being written.
@@ -179,105 +159,46 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no lookup is active before any; readiness waits for the names' first answers.
     let (mut daemon, listener) = boot::start(path)?;
     let socket = daemon.inputs.settings().socket.clone();
-    let failed = |action| move |error| DaemonError::Io { action, error };
-    let (mut hangup, mut ends) = (sources::hangup()?, Ends::new()?);
-    let routes = daemon.watch_routes().map_err(failed("watch local routes"))?;
-    let mut denials = daemon.denials()?;
-    let mut dials = daemon.dials()?;
-    let mut logged = daemon.logged()?;
-    let changes = NftChanges::subscribe().and_then(readable).ok();
+    let mut sources = Sources::open(&mut daemon, listener)?;
     if let Some(programs) = daemon.enforcement.programs() {
         trace::start(programs);
     }
-    let (calls, mut requests) = mpsc::channel(64);
-    tokio::spawn(control::serve(listener, calls));
-    let (reports, mut swept) = mpsc::channel(1);
-    tokio::spawn(sweep::run(daemon.sweeps.clone(), reports));
-
     daemon.enforcement.retire(daemon.inputs.settings());
     daemon.look_up_due(Instant::now());
-    let mut watch = daemon.watch(None);
     let mut ready = false;
-    let (mut again, mut missed) = (false, false);
-    let (mut rest, mut gather, mut calm) = (None, None, None);
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         if !ready && daemon.rounds.has_first_answers() && !daemon.is_unsettled() {
             ready = true;
             daemon.keep_now().await;
             daemon.ready()?;
         }
-        if std::mem::take(&mut again) {
-            // Another configuration may have brought another backend and other settings.
-            missed = !daemon.follow_denials(&mut denials, &mut dials, &mut logged);
-            watch = daemon.watch(watch);
-        }
-        let until_expiry = daemon.until_expiry();
-        let due = daemon.next_due().unwrap_or_else(|| Instant::now() + TICK);
-        let keep = daemon.kept.due();
-        tokio::select! {
-            _ = hangup.recv() => {
-                daemon.reload();
-                again = true;
+        let event = sources.next(&mut daemon).await;
+        match daemon.step(event, &mut sources) {
+            Step::Wait => {}
+            Step::Follow => sources.follow(&mut daemon),
+            Step::Stop => {
+                daemon.keep_now().await;
+                return daemon.stop(&socket).map(|()| End::Stopped);
             }
-            () = ends.recv() => break,
-            Some(joined) = daemon.lookups.join_next_with_id() => {
-                daemon.answered(joined);
-                // What else has come is made active with it: thousands of names are not as many rule sets.
-                while let Some(joined) = daemon.lookups.try_join_next_with_id() {
-                    daemon.answered(joined);
-                }
-                daemon.apply_or_keep();
-                daemon.answer_waiting();
-            }
-            Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => daemon.users_found(&found),
-            Some(Ok(seen)) = daemon.link_looks.join_next() => daemon.links_seen(seen),
-            () = tokio::time::sleep_until(due.into()) => daemon.look_up_due(Instant::now()),
-            Ok(mut guard) = routes.readable(), if gather.is_none() => {
-                guard.get_inner().drain();
-                guard.clear_ready();
-                daemon.look_at_routes();
-                gather = Some(Instant::now() + GATHER);
-            }
-            () = tokio::time::sleep_until(gather.unwrap_or(due).into()), if gather.is_some() => gather = None,
-            () = tokio::time::sleep_until(calm.unwrap_or(due).into()), if calm.is_some() => calm = None,
-            Some(Ok(mut guard)) = ready_to_read(changes.as_ref()), if calm.is_none() => {
-                guard.get_inner().drain();
-                guard.clear_ready();
-                daemon.look_at_host();
-                calm = Some(Instant::now() + CALM);
-            }
-            Some(Ok(mut guard)) = ready_to_take(denials.as_mut()), if rest.is_none() => {
-                let all = daemon.take_events(guard.get_inner_mut());
-                rest = rest_after(all, guard);
-            }
-            Some(Ok(mut guard)) = ready_to_take(logged.as_mut()), if rest.is_none() => {
-                let all = daemon.take_logged(guard.get_inner_mut());
-                rest = rest_after(all, guard);
-            }
-            Some(Ok(told)) = ready_to_take(dials.as_mut()) => daemon.take_dials(told),
-            () = tokio::time::sleep_until(rest.unwrap_or(due).into()), if rest.is_some() => rest = None,
-            () = changed(watch.as_mut()) => daemon.look_at_settings(watch.as_mut()),
-            () = tokio::time::sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => daemon.catch_up(),
-            saved = daemon.kept.saved() => daemon.was_kept(&saved),
-            _ = tick.tick() => {
-                again = daemon.tick(watch.as_mut()) || missed;
-                still_runs();
-            }
-            () = tokio::time::sleep(until_expiry) => daemon.look_at_host(),
-            Some(report) = swept.recv() => daemon.swept(report),
-            Some(call) = requests.recv() => if let Some(replies) = daemon.answer(call) {
+            Step::Unload(replies) => {
                 let result = daemon.unload();
                 // Who starts another one once it is told finds the place free.
                 let _ = std::fs::remove_file(&socket);
                 tell(&result, &replies).await;
                 return result.map(|()| End::Unloaded);
-            },
+            }
         }
     }
-    daemon.keep_now().await;
-    daemon.stop(&socket).map(|()| End::Stopped)
+}
+
+/// What the loop does after an event.
+enum Step {
+    Wait,
+    /// Another configuration may have brought another backend and other settings.
+    Follow,
+    Stop,
+    /// Unloads, and replies.
+    Unload(mpsc::Sender<Reply>),
 }
 
 /// Tells how unloading went.
@@ -333,13 +254,7 @@ impl Daemon {
             user_lookups: UserLookups::new(),
             link_looks: JoinSet::new(),
             under_way: HashMap::new(),
-            recent: Recent::default(),
-            followers: broadcast::channel(KEPT_EVENTS).0,
-            journal: Journal::default(),
-            tally: Tally::default(),
-            lost: None,
-            flood: None,
-            lost_logged: 0,
+            feed: Feed::default(),
             dials: Dials::default(),
             faults,
             unfinished: None,
@@ -348,6 +263,50 @@ impl Daemon {
             sweeps: Jobs::default(),
             existing: None,
         })
+    }
+
+    /// Has an event change what it is about, and what is active follow.
+    fn step(&mut self, event: Event, sources: &mut Sources) -> Step {
+        match event {
+            Event::Reload => {
+                self.reload();
+                return Step::Follow;
+            }
+            Event::Stop => return Step::Stop,
+            Event::Answer(joined) => {
+                self.answered(joined);
+                // What else has come is made active with it: thousands of names are not as many rule sets.
+                while let Some(joined) = self.lookups.try_join_next_with_id() {
+                    self.answered(joined);
+                }
+                self.apply_or_keep();
+                self.answer_waiting();
+            }
+            Event::Users(found) => self.users_found(&found),
+            Event::Links(seen) => self.links_seen(seen),
+            Event::Due => self.look_up_due(Instant::now()),
+            Event::Routes => self.look_at_routes(),
+            Event::Tables | Event::Expiry => self.look_at_host(),
+            Event::Denials => sources.take_denials(|source| self.take_events(source)),
+            Event::Logged => sources.take_logged(|source| self.take_logged(source)),
+            Event::Dials => sources.take_dials(|source| self.take_dials(source)),
+            Event::Settings => self.look_at_settings(sources.settings()),
+            Event::Save => self.catch_up(),
+            Event::Saved(saved) => self.was_kept(&saved),
+            Event::Swept(report) => self.swept(report),
+            Event::Tick => {
+                still_runs();
+                if self.tick(sources.settings()) || sources.misses_some() {
+                    return Step::Follow;
+                }
+            }
+            Event::Call(call) => {
+                if let Some(replies) = self.answer(call) {
+                    return Step::Unload(replies);
+                }
+            }
+        }
+        Step::Wait
     }
 
     /// Makes active what is desired now.
@@ -382,32 +341,6 @@ impl Daemon {
             local: self.inputs.host.local.clone(),
         });
         generation
-    }
-
-    /// Takes what a sweep found and did.
-    fn swept(&mut self, report: sweep::Report) {
-        self.faults.set(About::Sweep, report.fault);
-        let mut logged: HashMap<Origin, usize> = HashMap::new();
-        let mut more = 0_u64;
-        for existing in report.news {
-            let text = existing.to_string();
-            let line = Line::Existing(existing);
-            let of_user = logged.entry(Origin::from_line(&line)).or_default();
-            if *of_user < LOGGED_OF_SWEEP {
-                *of_user += 1;
-                warn!("{text}");
-            } else {
-                more += 1;
-            }
-            self.publish(line);
-        }
-        if more > 0 {
-            warn!("{more} more connections older than the rules are against them (see enforcer events)");
-        }
-        if report.lost > 0 {
-            self.publish(Line::Lost(Lost::new(report.lost)));
-        }
-        self.existing = Some(report.existing);
     }
 
     /// Sees to it that what is desired is active; a failure leaves active what is (F4).
@@ -479,102 +412,6 @@ impl Daemon {
         }
     }
 
-    /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the
-    /// defaults (F4).
-    fn take_configuration(&mut self) -> Result<(), DaemonError> {
-        let path = &self.inputs.config.path;
-        if self.inputs.config.from_file && !path.exists() {
-            return Err(InputError::from(ConfigError::Missing { path: path.clone() }).into());
-        }
-        let config = HostConfig::load_knowing(path, &self.inputs.config.users)?;
-        self.change_to(config)
-    }
-
-    fn reload(&mut self) {
-        let loaded = self.take_configuration();
-        match loaded {
-            Ok(()) => {
-                self.faults.put(About::Reload, None);
-                self.report_reload();
-            }
-            Err(error) => {
-                // Each time, not once a change: it answers a signal.
-                let fault = format!("reload: {error}; the rule set before stays active");
-                error!("{fault}");
-                self.faults.put(About::Reload, Some(fault));
-            }
-        }
-    }
-
-    /// Keys that hold for the whole run and are others in another configuration.
-    fn fixed_keys(&self, wanted: &HostConfig) -> Vec<&'static str> {
-        let (old, new) = (self.inputs.settings(), wanted.settings());
-        let fixed = [
-            ("cgroup", self.inputs.config.cgroup != wanted.cgroup),
-            ("pin_dir", old.pin_dir != new.pin_dir),
-            ("state_dir", old.state_dir != new.state_dir),
-            ("socket", old.socket != new.socket),
-            ("nft_table", old.nft_table != new.nft_table),
-        ];
-        let changed = fixed.iter().filter(|(_, changed)| *changed);
-        changed.map(|(key, _)| *key).collect()
-    }
-
-    /// Makes another configuration active, or keeps this one whole.
-    fn change_to(&mut self, config: HostConfig) -> Result<(), DaemonError> {
-        let keys = self.fixed_keys(&config);
-        if !keys.is_empty() {
-            return Err(DaemonError::FixedKeys {
-                path: config.path,
-                keys,
-            });
-        }
-        for warning in &config.warnings {
-            warn!("{warning}");
-        }
-        self.read_bus(config.config.bus_dir());
-        let mut inputs = self.inputs.clone();
-        inputs.set_config(config, Instant::now());
-        inputs.host.local = inputs.local()?;
-        let Inputs { config, jobs, .. } = &mut inputs;
-        if let Err(error) = self.chain.look(config, jobs) {
-            warn!("{error}; rules of jobs count as they were read last");
-        }
-        inputs.settle(Instant::now());
-        inputs.look_at_cgroups();
-        let start = Start {
-            settings: inputs.settings(),
-            cgroup: inputs.config.cgroup.as_deref(),
-            daemon: true,
-            log_level: self.log_level,
-        };
-        let (guard, store) = (&mut self.guard, &mut self.enforcement);
-        let extended = store.extend(start).map_err(DaemonError::from);
-        match extended.and_then(|()| guard.apply_configured(store, &inputs, Instant::now())) {
-            Ok(applied) => {
-                self.inputs = inputs;
-                self.applied(applied);
-            }
-            Err(error) => {
-                self.chain.unread();
-                // Goes back to what was needed before.
-                self.enforcement.retire(self.inputs.settings());
-                return Err(error);
-            }
-        }
-        self.enforcement.retire(self.inputs.settings());
-        self.keep_chain();
-        self.look_at_visibility();
-        self.faults.set(About::RuleSet, None);
-        self.faults.set(About::Host, None);
-        self.faults.set(About::Users, self.inputs.config.fault());
-        self.pending = None;
-        self.rounds.retain(&self.inputs.policy().names());
-        self.look_up_due(Instant::now());
-        self.answer_waiting();
-        Ok(())
-    }
-
     /// Has the policy follow what it is made of. True if the message bus is another one.
     fn settle(&mut self) -> bool {
         let settled = self.inputs.settle(Instant::now());
@@ -585,14 +422,6 @@ impl Daemon {
             self.rounds.retain(&self.inputs.policy().names());
         }
         settled.bus
-    }
-
-    /// Word of local routes, from now on.
-    fn watch_routes(&mut self) -> io::Result<AsyncFd<LocalChanges>> {
-        let routes = LocalChanges::subscribe().and_then(readable)?;
-        // Some may have changed before.
-        self.look_at_routes();
-        Ok(routes)
     }
 
     /// Local routes come and go.
@@ -638,8 +467,7 @@ impl Daemon {
                 self.answer_waiting();
             }
             Request::Events { follow } => {
-                let kept: Vec<Line> = self.recent.all().cloned().collect();
-                let live = follow.then(|| self.followers.subscribe());
+                let (kept, live) = self.feed.follow(follow);
                 tokio::spawn(send_events(kept, live, replies));
             }
             Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),

@@ -1,78 +1,50 @@
 //! Denials on their way from the kernel to those who asked for them.
 
 use std::{
-    os::fd::AsRawFd,
+    collections::HashMap,
     time::{Duration, Instant, SystemTime},
 };
 
 use enforcer_ebpf::{DialRecord, EventRecord};
-use tokio::{
-    io::unix::{AsyncFd, AsyncFdReadyMutGuard},
-    sync::{broadcast, mpsc},
-};
+use tokio::sync::{broadcast, mpsc};
+use tracing::warn;
 
-use tracing::info;
-
-use super::{About, Daemon, DaemonError, sources::readable, tally::Counts};
+use super::{About, Daemon, DaemonError, recent::Origin, tally::Counts};
 use crate::{
     backend::{Denials, Logged, Ring},
     events,
-    wire::{Event, Line, Lost, Reply},
+    sweep::Report,
+    wire::{Line, Lost, Reply},
 };
 
 /// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that
 /// follows, a flood takes no more than a tenth of one processor, however slow that is (F10).
 const EVENTS_AT_ONCE: usize = 1024;
 const EVENT_TIME: Duration = Duration::from_millis(5);
-/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
-const EVENT_REST: Duration = Duration::from_millis(50);
-/// How long a flood may go on before what is lost by it is told.
-const LONG_FLOOD: Duration = Duration::from_secs(2);
+/// Connections of one user that a sweep logs one by one.
+const LOGGED_OF_SWEEP: usize = 16;
 
 impl Daemon {
     /// The ring buffer of the kernel programs, where they are active.
-    pub(super) fn denials(&mut self) -> Result<Option<AsyncFd<Ring<EventRecord>>>, DaemonError> {
+    pub(super) fn denials(&mut self) -> Result<Option<Ring<EventRecord>>, DaemonError> {
         self.begin_to_count();
         let Some(source) = self.enforcement.events()? else {
             return Ok(None);
         };
-        let source = watched(source)?;
         // Pinned, it counts on from what was told before this process.
         let lost = self.enforcement.lost()?;
-        self.lost = Some(self.lost.map_or(lost, |told| told.min(lost)));
+        self.feed.lost = Some(self.feed.lost.map_or(lost, |told| told.min(lost)));
         Ok(Some(source))
     }
 
     /// The dials that the kernel programs tell of, where they are active (N8).
-    pub(super) fn dials(&mut self) -> Result<Option<AsyncFd<Ring<DialRecord>>>, DaemonError> {
-        self.enforcement.dials()?.map(watched).transpose()
+    pub(super) fn dials(&mut self) -> Result<Option<Ring<DialRecord>>, DaemonError> {
+        Ok(self.enforcement.dials()?)
     }
 
     /// The denials of nftables, where it has just begun to log them.
-    pub(super) fn logged(&mut self) -> Result<Option<AsyncFd<Denials>>, DaemonError> {
-        self.enforcement.logged().map(watched).transpose()
-    }
-
-    /// Opens anew where denials come from, as another configuration may have brought another backend. False where that
-    /// has to be tried again; what was open stays so (F4).
-    pub(super) fn follow_denials(
-        &mut self,
-        denials: &mut Option<AsyncFd<Ring<EventRecord>>>,
-        dials: &mut Option<AsyncFd<Ring<DialRecord>>>,
-        logged: &mut Option<AsyncFd<Denials>>,
-    ) -> bool {
-        let opened = self.denials().and_then(|fresh| {
-            *denials = fresh;
-            *dials = self.dials()?;
-            if let Some(fresh) = self.logged()? {
-                *logged = Some(fresh);
-            }
-            Ok(())
-        });
-        let fault = |error| format!("{error}; denials may be counted and not reported until this works");
-        let (followed, fault) = (opened.is_ok(), opened.err().map(fault));
-        self.faults.set(About::Denials, fault);
-        followed
+    pub(super) fn logged(&mut self) -> Option<Denials> {
+        self.enforcement.logged()
     }
 
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be
@@ -80,15 +52,15 @@ impl Daemon {
     pub(super) fn take_logged(&mut self, source: &mut Denials) -> bool {
         let all = helping(|| {
             match source.take()? {
-                Logged::Denial(denial) => self.denied(events::read_logged(&denial, SystemTime::now())),
+                Logged::Denial(denial) => self.feed.record(events::read_logged(&denial, SystemTime::now())),
                 Logged::Dial(dial) => self.dialled(dial),
             }
             Some(())
         });
         let lost = source.take_lost();
         if lost > 0 {
-            self.lost_logged += lost;
-            self.publish(Line::Lost(Lost::new(lost)));
+            self.feed.lost_logged += lost;
+            self.feed.publish(Line::Lost(Lost::new(lost)));
         }
         all
     }
@@ -99,62 +71,39 @@ impl Daemon {
         let Ok(boot) = events::boot_time() else { return true };
         let all = helping(|| {
             let record = source.take()?;
-            self.denied(events::read(&record, boot));
+            self.feed.record(events::read(&record, boot));
             Some(())
         });
-        // What was lost is younger than what was still to be read. In a flood without an end it is told all the same.
-        let since = *self.flood.get_or_insert_with(Instant::now);
-        if all || since.elapsed() > LONG_FLOOD {
-            self.flood = None;
-            self.tell_lost();
+        if self.feed.may_tell_lost(all, Instant::now())
+            && let Ok(lost) = self.enforcement.lost()
+        {
+            self.feed.tell_lost(lost);
         }
         all
-    }
-
-    fn tell_lost(&mut self) {
-        if let (Ok(lost), Some(told)) = (self.enforcement.lost(), self.lost)
-            && lost > told
-        {
-            self.publish(Line::Lost(Lost::new(lost - told)));
-            self.lost = Some(lost);
-        }
-    }
-
-    fn denied(&mut self, event: Event) {
-        let now = Instant::now();
-        self.tally.told(&event.target, now);
-        if let Some(line) = self.journal.take(&event, now) {
-            info!("{line}");
-        }
-        self.publish(Line::Event(event));
     }
 
     /// What was counted before this process is not its to tell.
     fn begin_to_count(&mut self) {
         if let Some(counts) = self.counted() {
-            self.tally.start(counts);
+            self.feed.tally.start(counts);
         }
     }
 
     /// Logs what is due: denials of kinds that went on, and of which targets more was denied than was told.
     pub(super) fn tell_denials(&mut self) {
         let now = Instant::now();
-        let lines = [self.journal.due(now), self.tally.compare()];
-        lines.iter().flatten().for_each(|line| info!("{line}"));
-        if self.tally.is_due(now)
+        self.feed.log_due(now);
+        if self.feed.tally.is_due(now)
             && let Some(counts) = self.counted()
         {
-            self.tally.take(counts);
+            self.feed.tally.take(counts);
         }
     }
 
     /// Logs what is not told yet, at the end.
     pub(super) fn tell_rest_of_denials(&mut self) {
-        if let Some(counts) = self.counted() {
-            self.tally.take(counts);
-        }
-        let lines = [self.journal.rest(Instant::now()), self.tally.compare()];
-        lines.iter().flatten().for_each(|line| info!("{line}"));
+        let counts = self.counted();
+        self.feed.log_rest(counts, Instant::now());
     }
 
     /// What the kernel has counted of each target; none where it cannot be read, which others report.
@@ -163,9 +112,30 @@ impl Daemon {
         self.enforcement.denied(targets.collect()).ok()
     }
 
-    pub(super) fn publish(&mut self, line: Line) {
-        self.recent.push(line.clone());
-        let _ = self.followers.send(line);
+    /// Takes what a sweep found and did.
+    pub(super) fn swept(&mut self, report: Report) {
+        self.faults.set(About::Sweep, report.fault);
+        let mut logged: HashMap<Origin, usize> = HashMap::new();
+        let mut more = 0_u64;
+        for existing in report.news {
+            let text = existing.to_string();
+            let line = Line::Existing(existing);
+            let of_user = logged.entry(Origin::from_line(&line)).or_default();
+            if *of_user < LOGGED_OF_SWEEP {
+                *of_user += 1;
+                warn!("{text}");
+            } else {
+                more += 1;
+            }
+            self.feed.publish(line);
+        }
+        if more > 0 {
+            warn!("{more} more connections older than the rules are against them (see enforcer events)");
+        }
+        if report.lost > 0 {
+            self.feed.publish(Line::Lost(Lost::new(report.lost)));
+        }
+        self.existing = Some(report.existing);
     }
 }
 
@@ -181,23 +151,6 @@ fn helping(mut take: impl FnMut() -> Option<()>) -> bool {
         }
     }
     false
-}
-
-/// A source of denials or dials that tells when there is something to read.
-fn watched<T: AsRawFd>(source: T) -> Result<AsyncFd<T>, DaemonError> {
-    readable(source).map_err(|error| DaemonError::Io {
-        action: "watch for denials",
-        error,
-    })
-}
-
-/// Until when to take no more: where not all was taken, there is more at once.
-pub(super) fn rest_after<T: AsRawFd>(all: bool, mut guard: AsyncFdReadyMutGuard<'_, T>) -> Option<Instant> {
-    if all {
-        guard.clear_ready();
-        return None;
-    }
-    Some(Instant::now() + EVENT_REST)
 }
 
 pub(super) async fn send_events(

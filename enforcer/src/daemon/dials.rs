@@ -7,7 +7,6 @@ use std::{
 };
 
 use enforcer_ebpf::DialRecord;
-use tokio::io::unix::AsyncFdReadyMutGuard;
 use tracing::debug;
 
 use super::{About, Daemon, DaemonError};
@@ -205,11 +204,10 @@ impl Daemon {
     }
 
     /// Takes what open gates have told: no more than there are such gates.
-    pub(super) fn take_dials(&mut self, mut told: AsyncFdReadyMutGuard<'_, Ring<DialRecord>>) {
-        while let Some(record) = told.get_inner_mut().take() {
+    pub(super) fn take_dials(&mut self, told: &mut Ring<DialRecord>) {
+        while let Some(record) = told.take() {
             self.dialled(record.into());
         }
-        told.clear_ready();
     }
 
     pub(super) fn dialled(&mut self, dial: Dial) {

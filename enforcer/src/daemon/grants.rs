@@ -391,7 +391,7 @@ impl Daemon {
 
     fn tell(&mut self, event: &GrantEvent) {
         info!("{event}");
-        self.publish(Line::Grant(event.clone()));
+        self.feed.publish(Line::Grant(event.clone()));
     }
 
     fn unknown(&self, target: &str) -> GrantError {

@@ -87,7 +87,7 @@ impl Daemon {
             names,
             dials: self.dials.report(),
             causes,
-            lost: self.lost_logged,
+            lost: self.feed.lost_logged,
             existing: self.existing.clone(),
             unread: observed.is_err(),
         };

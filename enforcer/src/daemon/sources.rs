@@ -1,76 +1,279 @@
-//! Descriptors that the loop waits for.
+//! All that the loop waits for: descriptors, signals, timers, calls, and what its own tasks bring. Each becomes an
+//! [`Event`].
 
-use std::{io, os::fd::AsRawFd};
-
-use tokio::{
-    io::{
-        Interest,
-        unix::{AsyncFd, AsyncFdReadyGuard, AsyncFdReadyMutGuard},
-    },
-    signal::unix::{Signal, SignalKind, signal},
+use std::{
+    io,
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
 };
 
-use super::DaemonError;
-use crate::bosh::Watch;
+use enforcer_ebpf::{DialRecord, EventRecord};
+use futures_util::FutureExt as _;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::UnixListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    task,
+    time::{Interval, MissedTickBehavior, interval, sleep, sleep_until},
+};
 
-/// The signals that end the daemon: SIGTERM and SIGINT.
-pub(super) struct Ends([Signal; 2]);
+use super::{About, Daemon, DaemonError, TICK, keep::Saved, users::Found};
+use crate::{
+    backend::{Denials, LinksSeen, NftChanges, Ring},
+    bosh::Watch,
+    control::{self, Call},
+    host::LocalChanges,
+    resolve::Looked,
+    sweep::{self, Report},
+};
 
-impl Ends {
-    pub(super) fn new() -> Result<Self, DaemonError> {
-        Ok(Self([
+/// How long word of local routes is left to gather once some was taken: they may come by thousands.
+const GATHER: Duration = Duration::from_millis(100);
+/// How long changes of `nf_tables` are left to gather once one was looked at.
+const CALM: Duration = Duration::from_millis(20);
+/// The rest between two helpings of denials, so that a flood does not keep the loop from its work.
+const EVENT_REST: Duration = Duration::from_millis(50);
+
+/// What the loop is woken by.
+pub(super) enum Event {
+    /// SIGHUP.
+    Reload,
+    /// SIGTERM or SIGINT.
+    Stop,
+    /// A lookup has ended.
+    Answer(Result<(task::Id, Looked), task::JoinError>),
+    /// Users have been looked up.
+    Users(Found),
+    /// Links have been looked at.
+    Links(LinksSeen),
+    /// A lookup is, or the end of an address, or of the rest after a dial.
+    Due,
+    /// Local routes have changed.
+    Routes,
+    /// `nf_tables` has changed.
+    Tables,
+    /// The kernel programs have denied something.
+    Denials,
+    /// nftables has.
+    Logged,
+    /// An open gate has told of a dial.
+    Dials,
+    /// The BOSH agent's settings may have changed.
+    Settings,
+    /// What is active is to be kept.
+    Save,
+    /// What was active has been kept, or could not be.
+    Saved(Saved),
+    /// A grant ends.
+    Expiry,
+    /// A sweep has ended.
+    Swept(Report),
+    /// Once a second.
+    Tick,
+    /// Somebody asks for something.
+    Call(Call),
+}
+
+/// What the loop waits for, but for its own tasks.
+pub(super) struct Sources {
+    hangup: Signal,
+    ends: [Signal; 2],
+    routes: Source<LocalChanges>,
+    gather: Pause,
+    tables: Source<NftChanges>,
+    calm: Pause,
+    denials: Source<Ring<EventRecord>>,
+    logged: Source<Denials>,
+    /// From denials of either backend.
+    rest: Pause,
+    dials: Source<Ring<DialRecord>>,
+    settings: Option<Watch>,
+    calls: mpsc::Receiver<Call>,
+    swept: mpsc::Receiver<Report>,
+    tick: Interval,
+    /// Some could not be opened.
+    misses_some: bool,
+}
+
+impl Sources {
+    /// Opens all of them, and has calls taken and sweeps made.
+    pub(super) fn open(daemon: &mut Daemon, listener: UnixListener) -> Result<Self, DaemonError> {
+        let failed = |error| DaemonError::Io {
+            action: "watch local routes",
+            error,
+        };
+        let hangup = waited("SIGHUP", SignalKind::hangup())?;
+        let ends = [
             waited("SIGTERM", SignalKind::terminate())?,
             waited("SIGINT", SignalKind::interrupt())?,
-        ]))
+        ];
+        let routes = LocalChanges::subscribe().and_then(Source::of).map_err(failed)?;
+        // Some may have changed before.
+        daemon.look_at_routes();
+        let (call, calls) = mpsc::channel(64);
+        let (report, swept) = mpsc::channel(1);
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let sources = Self {
+            hangup,
+            ends,
+            routes,
+            gather: Pause::default(),
+            denials: Source::some(daemon.denials()?)?,
+            dials: Source::some(daemon.dials()?)?,
+            logged: Source::some(daemon.logged())?,
+            rest: Pause::default(),
+            tables: NftChanges::subscribe().and_then(Source::of).unwrap_or(Source(None)),
+            calm: Pause::default(),
+            settings: daemon.watch(None),
+            calls,
+            swept,
+            tick,
+            misses_some: false,
+        };
+        tokio::spawn(control::serve(listener, call));
+        tokio::spawn(sweep::run(daemon.sweeps.clone(), report));
+        Ok(sources)
     }
 
-    /// Waits for one of them.
-    pub(super) async fn recv(&mut self) {
-        let Self([terminate, interrupt]) = self;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+    /// Waits until something happens.
+    pub(super) async fn next(&mut self, daemon: &mut Daemon) -> Event {
+        let due = daemon.next_due().unwrap_or_else(|| Instant::now() + TICK);
+        let until_expiry = daemon.until_expiry();
+        let keep = daemon.kept.due();
+        let [terminate, interrupt] = &mut self.ends;
+        loop {
+            tokio::select! {
+                _ = self.hangup.recv() => return Event::Reload,
+                _ = terminate.recv() => return Event::Stop,
+                _ = interrupt.recv() => return Event::Stop,
+                Some(joined) = daemon.lookups.join_next_with_id() => return Event::Answer(joined),
+                Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => return Event::Users(found),
+                Some(Ok(seen)) = daemon.link_looks.join_next() => return Event::Links(seen),
+                () = sleep_until(due.into()) => return Event::Due,
+                () = self.gather.over() => {}
+                () = self.routes.ready(), if !self.gather.is_on() => {
+                    self.routes.take(|routes| {
+                        routes.drain();
+                        true
+                    });
+                    self.gather.begin(GATHER);
+                    return Event::Routes;
+                }
+                () = self.calm.over() => {}
+                () = self.tables.ready(), if !self.calm.is_on() => {
+                    self.tables.take(|tables| {
+                        tables.drain();
+                        true
+                    });
+                    self.calm.begin(CALM);
+                    return Event::Tables;
+                }
+                () = self.rest.over() => {}
+                () = self.denials.ready(), if !self.rest.is_on() => return Event::Denials,
+                () = self.logged.ready(), if !self.rest.is_on() => return Event::Logged,
+                () = self.dials.ready() => return Event::Dials,
+                () = changed(self.settings.as_mut()) => return Event::Settings,
+                () = sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => return Event::Save,
+                saved = daemon.kept.saved() => return Event::Saved(saved),
+                () = sleep(until_expiry) => return Event::Expiry,
+                Some(report) = self.swept.recv() => return Event::Swept(report),
+                _ = self.tick.tick() => return Event::Tick,
+                Some(call) = self.calls.recv() => return Event::Call(call),
+            }
         }
     }
-}
 
-/// The signal that asks for a reload.
-pub(super) fn hangup() -> Result<Signal, DaemonError> {
-    waited("SIGHUP", SignalKind::hangup())
-}
+    /// Has denials of the kernel programs taken, a helping of them: `take` tells whether it was all there were.
+    pub(super) fn take_denials(&mut self, take: impl FnOnce(&mut Ring<EventRecord>) -> bool) {
+        if !self.denials.take(take) {
+            self.rest.begin(EVENT_REST);
+        }
+    }
 
-fn waited(name: &str, kind: SignalKind) -> Result<Signal, DaemonError> {
-    signal(kind).map_err(|error| DaemonError::Io {
-        action: "wait for signals",
-        error: io::Error::new(error.kind(), format!("{name}: {error}")),
-    })
-}
+    /// As [`Sources::take_denials`], of what nftables has logged.
+    pub(super) fn take_logged(&mut self, take: impl FnOnce(&mut Denials) -> bool) {
+        if !self.logged.take(take) {
+            self.rest.begin(EVENT_REST);
+        }
+    }
 
-/// Waits until there is something to read; for ever where there is no source.
-pub(super) async fn ready_to_read<T: AsRawFd>(
-    source: Option<&AsyncFd<T>>,
-) -> Option<io::Result<AsyncFdReadyGuard<'_, T>>> {
-    match source {
-        Some(source) => Some(source.readable().await),
-        None => std::future::pending().await,
+    /// Has all dials taken.
+    pub(super) fn take_dials(&mut self, take: impl FnOnce(&mut Ring<DialRecord>)) {
+        self.dials.take(|dials| {
+            take(dials);
+            true
+        });
+    }
+
+    /// The watched settings of a BOSH agent.
+    pub(super) fn settings(&mut self) -> Option<&mut Watch> {
+        self.settings.as_mut()
+    }
+
+    /// Whether [`Sources::follow`] is to be tried again.
+    pub(super) fn misses_some(&self) -> bool {
+        self.misses_some
+    }
+
+    /// Opens anew what depends on the configuration, as another one may have brought another backend or other settings.
+    /// What cannot be opened is tried again; what was open stays so (F4).
+    pub(super) fn follow(&mut self, daemon: &mut Daemon) {
+        let opened = self.follow_denials(daemon);
+        self.misses_some = opened.is_err();
+        let fault = |error| format!("{error}; denials may be counted and not reported until this works");
+        daemon.faults.set(About::Denials, opened.err().map(fault));
+        self.settings = daemon.watch(self.settings.take());
+    }
+
+    fn follow_denials(&mut self, daemon: &mut Daemon) -> Result<(), DaemonError> {
+        self.denials = Source::some(daemon.denials()?)?;
+        self.dials = Source::some(daemon.dials()?)?;
+        // Handed out once.
+        if let Some(logged) = daemon.logged() {
+            self.logged = Source::some(Some(logged))?;
+        }
+        Ok(())
     }
 }
 
-/// As [`ready_to_read`], for a source that reading changes.
-pub(super) async fn ready_to_take<T: AsRawFd>(
-    source: Option<&mut AsyncFd<T>>,
-) -> Option<io::Result<AsyncFdReadyMutGuard<'_, T>>> {
-    match source {
-        Some(source) => Some(source.readable_mut().await),
-        None => std::future::pending().await,
-    }
-}
+/// A descriptor that may have something to read, if there is one.
+struct Source<T: AsRawFd>(Option<AsyncFd<T>>);
 
-/// Waits until settings may have changed; for ever where none are watched.
-pub(super) async fn changed(watch: Option<&mut Watch>) {
-    match watch {
-        Some(watch) => watch.changed().await,
-        None => std::future::pending().await,
+impl<T: AsRawFd> Source<T> {
+    fn of(owner: T) -> io::Result<Self> {
+        readable(owner).map(|fd| Self(Some(fd)))
+    }
+
+    fn some(owner: Option<T>) -> Result<Self, DaemonError> {
+        let source = owner.map_or(Ok(Self(None)), Self::of);
+        source.map_err(|error| DaemonError::Io {
+            action: "watch for denials",
+            error,
+        })
+    }
+
+    /// Waits until there is something; for ever where there is no descriptor. It counts as read once it was taken.
+    async fn ready(&mut self) {
+        if let Some(fd) = &mut self.0
+            && fd.readable_mut().await.is_ok()
+        {
+            return;
+        }
+        std::future::pending::<()>().await;
+    }
+
+    /// Has taken what is there: `take` tells whether that was all, as this does then.
+    fn take(&mut self, take: impl FnOnce(&mut T) -> bool) -> bool {
+        let Some(Some(Ok(mut ready))) = self.0.as_mut().map(|fd| fd.readable_mut().now_or_never()) else {
+            return true;
+        };
+        let all = take(ready.get_inner_mut());
+        if all {
+            ready.clear_ready();
+        }
+        all
     }
 }
 
@@ -81,4 +284,42 @@ pub(super) async fn changed(watch: Option<&mut Watch>) {
 )]
 pub(super) fn readable<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(owner, Interest::READABLE)
+}
+
+/// For a while a source is not asked.
+#[derive(Default)]
+struct Pause(Option<Instant>);
+
+impl Pause {
+    fn begin(&mut self, length: Duration) {
+        self.0 = Some(Instant::now() + length);
+    }
+
+    fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Waits until it is over; for ever where there is none.
+    async fn over(&mut self) {
+        match self.0 {
+            Some(until) => sleep_until(until.into()).await,
+            None => std::future::pending().await,
+        }
+        self.0 = None;
+    }
+}
+
+fn waited(name: &str, kind: SignalKind) -> Result<Signal, DaemonError> {
+    signal(kind).map_err(|error| DaemonError::Io {
+        action: "wait for signals",
+        error: io::Error::new(error.kind(), format!("{name}: {error}")),
+    })
+}
+
+/// Waits until settings may have changed; for ever where none are watched.
+async fn changed(watch: Option<&mut Watch>) {
+    match watch {
+        Some(watch) => watch.changed().await,
+        None => std::future::pending().await,
+    }
 }

@@ -3,7 +3,7 @@
 use aya_log::EbpfLogger;
 use tracing::warn;
 
-use super::readable;
+use super::sources::readable;
 
 /// aya-log's number for the level trace.
 const TRACE_IN_KERNEL: u8 = 5;
