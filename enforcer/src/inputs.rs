@@ -1,5 +1,5 @@
-//! All that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`, the last
-//! known good rule set, `verify` and `doctor`.
+//! Everything that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`, the
+//! last known good rules, `verify` and (in part) `doctor`.
 
 mod error;
 mod host_config;

@@ -63,11 +63,11 @@ words! {
 words! {
     /// What becomes of an attempt.
     Verdict {
-        /// Nothing stands against it, or nobody asked.
+        /// Every target that contains the destination allows it, or no target does.
         Allow = "allow",
-        /// It is refused.
+        /// It is denied.
         Deny = "deny",
-        /// Audit mode lets it pass.
+        /// It would be denied, were it not for audit mode.
         WouldDeny = "would-deny",
     }
 }

@@ -1,8 +1,8 @@
-//! The nftables backend: one table of family inet, switched from one rule set to the next in one transaction of three
-//! (F2), read back and compared (F3).
+//! The nftables backend: one table of family inet, replaced in three transactions (lay out, switch, remove; F2), read
+//! back and compared (F3).
 //!
-//! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is
-//! not touched.
+//! Of TCP only packets that open a connection are looked at, of UDP every packet. No rule asks conntrack for anything:
+//! an established TCP connection is not touched.
 
 pub(crate) mod check;
 pub(crate) mod expression;
@@ -93,7 +93,7 @@ pub(crate) struct Nftables {
     netlink: Netlink,
     table: String,
     loader: Loader,
-    /// What the table holds, and the generation of all of `nf_tables` at which it was seen to.
+    /// What the table holds, and the generation of all of `nf_tables` at which that was last checked.
     held: Option<(Image, u32)>,
     /// What it was made from.
     rules: Option<RuleSet>,
@@ -153,7 +153,7 @@ impl Nftables {
         self.loader.cgroups
     }
 
-    /// The denials as they come, once.
+    /// The source of denials. Returned once: the first caller keeps it.
     pub(crate) fn denials(&mut self) -> Option<Denials> {
         self.denials.take()
     }
