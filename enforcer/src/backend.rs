@@ -357,8 +357,8 @@ impl Enforcement {
         self.restored
     }
 
-    /// The source of denials of the kernel programs, where these are in use. Each call opens another consumer of the same
-    /// buffer, and each record goes to one consumer only: keep one.
+    /// The source of denials of the kernel programs, where these are in use. Each call opens another consumer of the
+    /// same buffer, and each record goes to one consumer only: keep one.
     pub(crate) fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
         self.ebpf.as_ref().map(Kernel::events).transpose()
     }

@@ -193,7 +193,11 @@ impl fmt::Display for Line {
             Self::Event(event) => event.fmt(f),
             Self::Existing(existing) => existing.fmt(f),
             Self::Grant(grant) => grant.fmt(f),
-            Self::Lost(lost) => write!(f, "{} events were lost: more came than were read", lost.lost),
+            Self::Lost(lost) => write!(
+                f,
+                "{} events lost: they arrived faster than they could be read",
+                lost.lost
+            ),
         }
     }
 }
@@ -335,7 +339,7 @@ mod tests {
         }
         assert_eq!(
             Line::Lost(Lost::new(3)).to_string(),
-            "3 events were lost: more came than were read"
+            "3 events lost: they arrived faster than they could be read"
         );
     }
 }

@@ -225,7 +225,7 @@ fn n9_after_a_boot_names_mean_whom_the_host_names_now() -> Result<()> {
         for uid in [61_301, 61_302, 61_303, NOBODY] {
             denied(&world.attack(uid))?;
         }
-        let words = format!("user {:?} means another user now", moved.0);
+        let words = format!("user {:?} has a different UID than", moved.0);
         ensure!(log.contains(&words), "{log}");
         if by_apply {
             // The daemon that follows takes over what that boot has loaded, though it can take no configuration.
