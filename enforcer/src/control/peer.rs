@@ -56,7 +56,7 @@ pub(crate) enum CgroupError {
     )]
     Namespace { pid: u32 },
     /// It has ended.
-    #[error("process {pid} no longer exists; name a running process, or the cgroup with --cgroup")]
+    #[error("process {pid} does not exist; name a running process, or the cgroup with --cgroup")]
     Gone { pid: u32 },
     /// `/proc` shows others to root with `CAP_SYS_PTRACE` alone, or to a group (proc(5), `hidepid=`).
     #[error(
@@ -249,7 +249,7 @@ mod tests {
         check("0::/box/a\n", "/box", "/a");
         check("0::/boxes/a\n", "/box", "outside");
         check("0::/../other\n", "/", "outside");
-        check("0::/a (deleted)\n", "/", "no longer exists");
+        check("0::/a (deleted)\n", "/", "does not exist");
         check("0::/a\u{1b}b\n", "/", "control");
     }
 

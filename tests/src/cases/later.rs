@@ -169,7 +169,7 @@ fn b4_a_grant_goes_to_no_process_that_got_the_callers_number() -> Result<()> {
         Ok(log.contains("granted") || log.contains("grant main"))
     })?;
     if remembers_processes()? {
-        ensure!(log.contains("no longer exists"), "{log}");
+        ensure!(log.contains("does not exist"), "{log}");
         by(&others).is_refused()?;
         by(&callers).is_refused()?;
         let grants = world.enforcer(&["grants"])?.demand(0)?.stdout;

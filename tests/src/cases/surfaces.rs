@@ -333,11 +333,11 @@ fn check_explains() -> Result<()> {
         (vec!["root", &here, "--kernel"], 1, "kernel threads"),
         (vec!["nosuchuser", &here], 2, "nosuchuser"),
         (vec!["4294967294", &here], 1, "matches user 4294967294"),
-        (vec!["4294967295", &here], 2, "4294967295 is no user"),
+        (vec!["4294967295", &here], 2, "4294967295 is not a UID"),
         (
             vec!["root", &here, "--socket-user", "4294967295"],
             2,
-            "4294967295 is no user",
+            "4294967295 is not a UID",
         ),
         (vec!["root", "127.0.0.1"], 2, "127.0.0.1"),
         (vec!["root", &here, "--cgroup", "/no/such"], 2, "/no/such"),
