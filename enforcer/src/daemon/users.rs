@@ -98,7 +98,7 @@ impl Daemon {
         for (account, uids) in &wanted.users {
             let before = self.inputs.config.users.get(account);
             if before != Some(uids) {
-                info!("{account} is now {}, was {}", words(Some(uids)), words(before));
+                info!("{account} is now {} (was {})", words(Some(uids)), words(before));
             }
         }
         if let Err(error) = self.change_to(wanted) {

@@ -371,7 +371,7 @@ fn f1_a_restart_without_the_last_good_forgets_no_address() -> Result<()> {
         named.dns.set("bus.test", Zone::Silence);
         let _daemon = named.daemon()?;
         ensure!(named.denied("10.9.0.1")?, "a restart opened the address");
-        told(world, "what is active stays")?;
+        told(world, "the active rules stay")?;
         named.dns.set("bus.test", addresses(&["10.9.0.2"]));
         world.enforcer(&["refresh"])?;
         until("the answer is active", || named.denied("10.9.0.2"))?;
