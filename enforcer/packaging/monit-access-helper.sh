@@ -3,15 +3,15 @@
 #   source /var/vcap/bosh/etc/monit-access-helper.sh
 #   permit_monit_access
 #
-# Gives the calling shell a cgroup of its own below the one it is in, monit-api-access, and lets in whatever runs there: the shell, what
-# it starts, and what it becomes by exec. Where that cannot be, a line on stderr says why, and the caller goes on: it never fails.
+# Gives the calling shell a cgroup of its own below the one it is in, monit-api-access, and allows what runs there: the shell, what it
+# starts, and what it becomes by exec. Where that is not possible, a line on stderr says why, and the caller continues: it never fails.
 
-# What rules of earlier stemcells let through (cgroup v1, net_cls), and what their scripts in /etc/network/if-up.d source from here.
+# What rules of earlier stemcells allow (cgroup v1, net_cls), and what their scripts in /etc/network/if-up.d source from here.
 monit_isolation_classid=2958295041
 
 permit_monit_access() {
     permit_by_net_cls || true
-    # A child of whatever shell this runs in, a subshell or not: its parent is who is let in.
+    # A child of the shell that this runs in, a subshell or not: its parent is what is allowed.
     PATH="${PATH}:/usr/sbin" enforcer enable-monit-access --own-cgroup || true
 }
 

@@ -40,7 +40,7 @@ pub(crate) struct Enforcement {
     nftables: Option<Nftables>,
     /// Why `auto` took what it took, if that is not the first choice.
     reason: Option<String>,
-    /// How often something that others removed or changed was put back (F5).
+    /// How often a change that another process made to our rules was repaired (F5).
     restored: u64,
     /// That nobody else writes (F11).
     _writer: Option<Writer>,
@@ -363,14 +363,14 @@ impl Enforcement {
         self.nftables.as_ref().is_some_and(|nftables| !nftables.knows_cgroups())
     }
 
-    /// How often something that others removed or changed was put back (F5).
+    /// How often a change that another process made to our rules was repaired (F5).
     #[must_use]
     pub(crate) fn restored(&self) -> u64 {
         self.restored
     }
 
-    /// The denials of the kernel programs as they come, where these are in use. Each call opens another consumer of the
-    /// same buffer: keep one.
+    /// The source of denials of the kernel programs, where these are in use. Each call opens another consumer of the
+    /// same buffer, and each record goes to one consumer only: keep one.
     pub(crate) fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
         self.ebpf.as_ref().map(Kernel::events).transpose()
     }
@@ -380,7 +380,7 @@ impl Enforcement {
         self.ebpf.as_ref().map_or(Ok(0), Kernel::lost)
     }
 
-    /// The denials and dials that nftables logs, once.
+    /// The source of denials and dials that nftables logs. Returned once: the first caller keeps it.
     pub(crate) fn logged(&mut self) -> Option<Denials> {
         self.nftables.as_mut().and_then(Nftables::denials)
     }

@@ -258,7 +258,7 @@ fn apply_last_good(config: &Path) -> Result<Answer> {
     let _entered = runtime.enter();
     match daemon::apply_last_good(config)? {
         Some(status) => print(&status.render()),
-        None => print("nothing known yet: no rule set has been active on this host\n"),
+        None => print("no rules are saved: none have been active on this host yet\n"),
     }
 }
 
@@ -297,7 +297,7 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
-        Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
+        Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
         Err(error) if is_nobody(&error) => status_from_pins(settings)?,
         Err(error) => return Err(error.into()),
     };
@@ -305,8 +305,7 @@ fn show_status(config: &Path, json: &Json) -> Result<Answer> {
     Ok(answer_of(&status))
 }
 
-/// Whether no daemon was asked: then the kernel alone tells. That another user waits for such questions is worth a
-/// line.
+/// Whether no daemon was asked: then only the kernel can answer. Another user's socket is worth a warning.
 fn is_nobody(error: &AskError) -> bool {
     let is_impostor = matches!(error, AskError::Impostor { .. });
     if is_impostor {
@@ -363,7 +362,7 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
     let socket = place(config)?.socket;
     let asked = runtime()?.block_on(control::ask(&socket, &Request::Refresh, refresh.timeout.into()))?;
     let Reply::Status(status) = asked else {
-        bail!("the daemon answered something else than its status; is it another version?");
+        bail!("the daemon gave an unexpected answer; is it another version?");
     };
     print_one(&*status, &refresh.json, Status::render)?;
     Ok(answer_of(&status))
@@ -404,13 +403,13 @@ fn tell_what_stays(settings: &Settings) -> Result<Answer> {
     match (chain.exists, ours) {
         (false, _) => Ok(Answer::Yes),
         (true, 0) => print(&format!(
-            "nftables table inet {} stays, with the rules of others in it; ours are removed\n",
+            "nftables table inet {} stays, with third-party rules in it; enforcer's are removed\n",
             jobs::TABLE
         )),
         (true, ours) => {
             print(&format!(
-                "nftables table inet {} stays, and {ours} rules of ours in its chain {} could not be removed: they let \
-                 in whom monit was granted to; run this again, or remove them with nft\n",
+                "nftables table inet {} stays, and {ours} of enforcer's rules in its chain {} could not be removed: \
+                 they still allow what was granted; run this again, or remove them with nft\n",
                 jobs::TABLE,
                 jobs::CHAIN
             ))?;
@@ -442,8 +441,8 @@ async fn unprotected(path: &Path, asked: BTreeMap<Name, Answers>) -> Vec<String>
     let names: BTreeSet<Name> = lookups.join_all().await.into_iter().flatten().collect();
     let line = |name: Name| {
         format!(
-            "{}: name {name} has link-local addresses alone, which are not taken from DNS: it will never be protected; \
-             set answers = \"link-local\" in its target, or name the address",
+            "{}: name {name} resolves to link-local addresses only, which are not accepted from DNS: it will never be \
+             protected; set answers = \"link-local\" in its target, or use the address",
             path.display()
         )
     };
@@ -474,8 +473,9 @@ fn check_config(path: &Path, json: &Json) -> Result<Answer> {
             .iter()
             .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
         let absent = absent.iter().chain(unprotected).map(as_line);
-        let good = if whole { "good" } else { "good but for that" };
-        warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: {good}, {targets} targets"))
+        let but = if whole { "" } else { ", with the exceptions above" };
+        let s = if *targets == 1 { "" } else { "s" };
+        warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: valid{but}; {targets} target{s}"))
     })?;
     Ok(if whole { Answer::Yes } else { Answer::No })
 }

@@ -58,8 +58,8 @@ pub(crate) enum ControlError {
         error: io::Error,
     },
     /// Somebody else could replace the socket (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be root's and writable by \
-        nobody else", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be owned by root and writable \
+             by root only", path.display())]
     Untrusted { path: PathBuf, uid: u32, mode: u32 },
     /// Another daemon answers there.
     #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another \
@@ -124,7 +124,7 @@ pub(crate) async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
                 // A moment, as callers that are turned away hold a place until they have been told; no longer, as what
                 // waited here would be carried out when its caller has long given up.
                 let Ok(Ok(place)) = timeout(FULL_PATIENCE, places.clone().acquire_owned()).await else {
-                    let full = format!("{MAX_CALLERS} callers are being served, which is the most; try again");
+                    let full = format!("{MAX_CALLERS} callers are being served, which is the maximum; try again");
                     let _ = timeout(FULL_PATIENCE, send(&mut stream, &Reply::Error(full))).await;
                     continue;
                 };
@@ -195,7 +195,7 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
     let follows = matches!(request, Request::Events { follow: true });
     let single = !matches!(request, Request::Events { .. });
     let Ok(_place) = follows.then(|| followers.try_acquire_owned()).transpose() else {
-        let full = format!("{MAX_FOLLOWERS} callers follow events, which is the most; end one of them");
+        let full = format!("{MAX_FOLLOWERS} callers follow events, which is the maximum; end one of them");
         return send(&mut stream, &Reply::Error(full)).await;
     };
     let (replies, mut receiver) = mpsc::channel(64);

@@ -1,5 +1,5 @@
-//! All that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`, the last
-//! known good rule set, `verify` and `doctor`.
+//! Everything that decides which rules are desired, and the one place that puts it together: for the daemon, `apply`,
+//! the last known good rules, `verify` and (in part) `doctor`.
 
 mod error;
 mod host_config;
@@ -91,7 +91,7 @@ impl Inputs {
         let dir = &config.settings().state_dir;
         let (saved, _) = SavedRun::load(dir);
         if let Some(fault) = saved.fault {
-            return Err(failed("read what was active last")(io::Error::other(fault)));
+            return Err(failed("read the last known good rules")(io::Error::other(fault)));
         }
         let mut grants = grants::load(dir)
             .map_err(io::Error::other)

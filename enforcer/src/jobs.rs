@@ -58,10 +58,10 @@ impl fmt::Display for Ignored {
             Self::Elsewhere => f.write_str("it is not for an endpoint of target monit"),
             Self::Gone => f.write_str("no cgroup has that id at that level; the cgroup has gone"),
             Self::Everybody => f.write_str("it is for every process of the host"),
-            Self::Nobody => f.write_str("no user can have its number"),
+            Self::Nobody => f.write_str("no user can have its UID"),
             Self::TooMany => write!(
                 f,
-                "{MAX_GRANTS} rules before it let somebody in, which is the most; remove some of them"
+                "{MAX_GRANTS} rules before it allow somebody, which is the maximum; remove some of them"
             ),
             Self::Depth(why) => write!(f, "{why}"),
         }

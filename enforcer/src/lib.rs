@@ -1,6 +1,6 @@
 //! Lets only chosen local users open connections to a host's sensitive endpoints.
 //!
-//! Ground floor first: a room imports only from those before it. Public is what the program, the suites and the
+//! Ground floor first: a module imports only from those before it. Public is what the program, the suites and the
 //! package's pages use.
 
 mod text;

@@ -1,5 +1,5 @@
-//! The policy: `Config` read and meant. Every value here is proof that it was parsed; nothing is checked again later.
-//! Pure.
+//! What a configuration means: endpoints parsed, users resolved. Every value here is proof that it was parsed; nothing
+//! is checked again later. Pure, but for `users.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

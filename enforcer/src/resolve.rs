@@ -356,7 +356,7 @@ impl State {
             .map(canonical)
             .partition(|address| !address.is_unspecified() && !address.is_multicast()); // N6
         self.refused = refused;
-        let nothing = || "every address in the hosts file is refused".to_owned();
+        let nothing = || "every address in the hosts file is rejected".to_owned();
         self.stale = good.is_empty().then(nothing);
         self.note = None;
         if self.stale.is_some() {
@@ -412,7 +412,7 @@ impl State {
                 let (good, refused) = sift(addresses, self.accepted);
                 self.refused.extend(refused);
                 if good.is_empty() {
-                    return Err(format!("{kind}: every address in the answer is refused")); // N6
+                    return Err(format!("{kind}: every address in the answer is rejected")); // N6
                 }
                 Ok(Some(Usable { addresses: good, ttl }))
             }
@@ -469,22 +469,23 @@ impl fmt::Display for Note {
             |addresses: &BTreeSet<IpAddr>| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         match self {
             Self::Stale(name, cause) => {
-                write!(f, "name {name} is stale ({cause}); what is known of it stays protected")
+                write!(f, "name {name} is stale ({cause}); its known addresses stay protected")
             }
-            Self::Fresh(name) => write!(f, "name {name} is answered again"),
+            Self::Fresh(name) => write!(f, "name {name} resolves again"),
             Self::Refused(name, addresses) => {
                 write!(
                     f,
-                    "name {name}: refused {} (a DNS answer may not name loopback, multicast or unspecified addresses, \
+                    "name {name}: rejected {} (a DNS answer may not name loopback, multicast or unspecified addresses, \
                      and link-local ones only for a target with answers = \"link-local\")",
                     list(addresses)
                 )
             }
             Self::TooMany(name, over) => write!(
                 f,
-                "name {name}: {over} addresses beyond {MAX_ADDRESSES} are not protected; those known for longest are"
+                "name {name}: {over} addresses beyond {MAX_ADDRESSES} are not protected; the longest-known addresses \
+                 are protected"
             ),
-            Self::Changed(name, addresses) => write!(f, "name {name} is now {}", list(addresses)),
+            Self::Changed(name, addresses) => write!(f, "name {name} now resolves to {}", list(addresses)),
         }
     }
 }

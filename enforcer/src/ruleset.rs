@@ -51,7 +51,7 @@ pub struct Cgroup {
     pub level: u32,
 }
 
-/// An endpoint with nothing left to look up: a single address is a prefix of full length.
+/// An endpoint whose names are resolved. A single address is a prefix of full length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// Transport.
@@ -62,7 +62,7 @@ pub struct Place {
     pub net: IpNet,
 }
 
-/// A principal with nothing left to look up.
+/// A principal whose users and cgroups are resolved.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RulePrincipal {
     /// A user, anywhere or below a cgroup.

@@ -42,8 +42,8 @@ pub(crate) enum StateError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make it root's and \
-        writable by nobody else", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make root its owner \
+             and the only user who can write it", path.display())]
     Untrusted {
         /// The file or directory.
         path: PathBuf,
@@ -53,8 +53,8 @@ pub(crate) enum StateError {
         mode: u32,
     },
     /// Another version's.
-    #[error("{} is of another version ({schema}, not {SCHEMA}), so it is not used; remove it if this \
-        stays", path.display())]
+    #[error("{} is of another version ({schema}, not {SCHEMA}) and ignored; it is replaced once rules are active. If \
+             this message persists, remove the file", path.display())]
     OtherVersion {
         /// The file.
         path: PathBuf,
@@ -62,7 +62,8 @@ pub(crate) enum StateError {
         schema: String,
     },
     /// Not what we write.
-    #[error("{} is damaged ({fault}), so it is not used; remove it if this stays", path.display())]
+    #[error("{} is damaged ({fault}) and ignored; it is replaced once rules are active. If this message persists, \
+             remove the file", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -246,7 +247,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<(LastGood, Mark), StateError> {
     };
     let mark = Mark::of(content.get());
     if crc32 != format!("{:08x}", mark.crc) {
-        return Err(damaged("the checksum is another".to_owned()));
+        return Err(damaged("the checksum does not match".to_owned()));
     }
     let content: content::Content = serde_json::from_str(content.get()).map_err(|error| damaged(error.to_string()))?;
     Ok((content.into(), mark))

@@ -52,7 +52,7 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     for name in context.names.iter().filter(|name| name.cut > 0) {
         causes.push(format!(
             "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their \
-             prefix as an endpoint, or find out who lies",
+             prefix as an endpoint, or find out which server answers falsely",
             name.name, name.cut
         ));
     }
@@ -128,7 +128,7 @@ impl Status {
         let mut page = Page::default();
         let state = match self.state {
             State::Enforcing => "enforcing",
-            State::Audit => "audit: judging and counting, refusing nothing",
+            State::Audit => "audit: evaluating and counting, denying nothing",
             State::Degraded => "degraded",
             State::Off => "off",
         };
@@ -138,7 +138,7 @@ impl Status {
             line("", &format!("! {cause}"));
         }
         if self.state == State::Degraded && self.mode == Mode::Audit {
-            line("mode", "audit: nothing is refused");
+            line("mode", "audit: nothing is denied");
         }
         if self.generation != 0 {
             line(
@@ -169,13 +169,16 @@ impl Status {
         if self.backend == ActiveBackend::Nftables {
             line(
                 "covers",
-                "this network namespace, and what it forwards; no other's own connections",
+                "this network namespace and what it forwards; not connections made in other namespaces",
             );
         }
         if self.restored > 0 {
             line(
                 "restored",
-                &format!("{} times, after others removed or changed rules of ours", self.restored),
+                &format!(
+                    "{} times, after another process removed or changed enforcer's rules",
+                    self.restored
+                ),
             );
         }
         line(
@@ -259,18 +262,18 @@ impl DialStatus {
 impl ExistingStatus {
     fn sum(&self) -> String {
         let now = match self.found {
-            0 => "no connection older than these rules is against them".to_owned(),
-            1 => "1 connection older than these rules is against them".to_owned(),
-            found => format!("{found} connections older than these rules are against them"),
+            0 => "the rules would deny no existing connection".to_owned(),
+            1 => "the rules would deny 1 existing connection".to_owned(),
+            found => format!("the rules would deny {found} existing connections"),
         };
         match (self.action, self.cut) {
             (Existing::Report, 0) => match self.cuttable() {
                 0 => now,
-                all if all == self.found => format!("{now}; existing = \"cut\" would cut them"),
-                some => format!("{now}; existing = \"cut\" would cut {some} of those below"),
+                all if all == self.found => format!("{now}; existing = \"cut\" would terminate them"),
+                some => format!("{now}; existing = \"cut\" would terminate {some} of those below"),
             },
             (Existing::Cut, 0) => now,
-            (Existing::Report | Existing::Cut, cut) => format!("{now}; {cut} cut since the daemon started"),
+            (Existing::Report | Existing::Cut, cut) => format!("{now}; {cut} terminated since the daemon started"),
         }
     }
 
@@ -336,7 +339,7 @@ mod tests {
         assert!(!off.render().contains("audit"), "{}", off.render());
         off.mode = Mode::Audit;
         assert!(
-            off.render().contains("mode        audit: nothing is refused"),
+            off.render().contains("mode        audit: nothing is denied"),
             "{}",
             off.render()
         );
@@ -397,15 +400,15 @@ mod tests {
             };
             existing.sum()
         };
-        assert!(sum(vec![one(Verdict::Deny, None), one(Verdict::Deny, None)]).ends_with("would cut them"));
+        assert!(sum(vec![one(Verdict::Deny, None), one(Verdict::Deny, None)]).ends_with("would terminate them"));
         assert!(
             sum(vec![
                 one(Verdict::Deny, None),
                 one(Verdict::Deny, Some("it may be accepted"))
             ])
-            .ends_with("would cut 1 of those below")
+            .ends_with("would terminate 1 of those below")
         );
-        assert!(sum(vec![one(Verdict::Deny, Some("it may be accepted"))]).ends_with("against them"));
-        assert!(sum(vec![one(Verdict::WouldDeny, None)]).ends_with("against them"));
+        assert!(sum(vec![one(Verdict::Deny, Some("it may be accepted"))]).ends_with("1 existing connection"));
+        assert!(sum(vec![one(Verdict::WouldDeny, None)]).ends_with("1 existing connection"));
     }
 }

@@ -59,22 +59,28 @@ pub(crate) enum Doubt {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SweepError {
     /// The kernel does not list.
-    #[error("list {protocol} connections over {} by sock_diag: {error}; those older than the rules are not known: \
-        {}", version(*v6), list_remedy(*protocol, error))]
+    #[error("list {protocol} connections over {} by sock_diag: {error}; connections older than the rules are not \
+             found: {}", version(*v6), list_remedy(*protocol, error))]
     List {
         protocol: Protocol,
         v6: bool,
         error: io::Error,
     },
     /// The kernel does not cut.
-    #[error("cut a {protocol} connection to {remote}: {error}; it stays: {}", cut_remedy(error))]
+    #[error(
+        "terminate a {protocol} connection to {remote}: {error}; it stays: {}",
+        cut_remedy(error)
+    )]
     Cut {
         protocol: Protocol,
         remote: SocketAddr,
         error: io::Error,
     },
     /// The cgroups are not known.
-    #[error("list the cgroups below {mount}: {error}; connections that a cgroup decides on are reported, not cut")]
+    #[error(
+        "list the cgroups below {mount}: {error}; connections that a cgroup decides on are reported, not \
+             terminated"
+    )]
     Cgroups { mount: String, error: io::Error },
 }
 
@@ -207,10 +213,8 @@ impl Cgroups {
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Cgroup => "the cgroup that it was dialled from is not known, and decides",
-            Self::Accepted => {
-                "another socket waits for callers on its local port: it may have been accepted, not dialled"
-            }
+            Self::Cgroup => "the verdict depends on a cgroup that is not known",
+            Self::Accepted => "its local port has a listener: it may have been accepted",
         })
     }
 }

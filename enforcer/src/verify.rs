@@ -137,14 +137,14 @@ impl Verification {
     pub fn render(&self) -> String {
         let mut page = Page::default();
         let against = match self.against {
-            Against::Daemon => "what the daemon wants now",
-            Against::Configuration => "the configuration and the addresses known last; no daemon answers",
+            Against::Daemon => "what the daemon desires now",
+            Against::Configuration => "the configuration and the last known addresses; no daemon answers",
         };
         let total: u64 = self.counts.values().sum();
         if self.backend == ActiveBackend::None {
             let wanted = self.differences.first().and_then(|one| one.wanted.as_deref());
             page.line(format_args!(
-                "nothing is active; wanted: {}",
+                "nothing is active; desired: {}",
                 wanted.unwrap_or_default()
             ));
             page.line(format_args!("do: {START}, or run enforcer apply"));
@@ -169,8 +169,8 @@ impl Verification {
             page.line(format_args!("  {kind:<8}{object}: {entry}"));
             match (&difference.wanted, &difference.found) {
                 (Some(wanted), Some(found)) => {
-                    page.line(format_args!("          wanted {wanted}"));
-                    page.line(format_args!("          found  {found}"));
+                    page.line(format_args!("          desired {wanted}"));
+                    page.line(format_args!("          found   {found}"));
                 }
                 (Some(value), None) | (None, Some(value)) if *value != difference.entry => {
                     page.line(format_args!("          {value}"));

@@ -1,5 +1,5 @@
-//! The shapes of all that is printed or sent, and the words in them. It knows nothing of the rest: who has something to
-//! tell makes its shape here.
+//! The shapes of everything that is printed or sent, and the words in them. It knows nothing of the rest: the module
+//! that reports something fills in its shape here.
 //!
 //! A version of a schema only ever gains keys, and no word changes (`schemas.md`); requests are the client's.
 
@@ -63,11 +63,11 @@ words! {
 words! {
     /// What becomes of an attempt.
     Verdict {
-        /// Nothing stands against it, or nobody asked.
+        /// Every target that contains the destination allows it, or no target does.
         Allow = "allow",
-        /// It is refused.
+        /// It is denied.
         Deny = "deny",
-        /// Audit mode lets it pass.
+        /// It would be denied, were it not for audit mode.
         WouldDeny = "would-deny",
     }
 }
@@ -119,13 +119,13 @@ words! {
         /// Refuse what is denied.
         #[default]
         Enforce = "enforce",
-        /// Evaluate, count and report; refuse nothing.
+        /// Evaluate, count and report; deny nothing.
         Audit = "audit",
     }
 }
 
 words! {
-    /// What becomes of connections that are older than the rules that would refuse them (D9).
+    /// What becomes of connections that are older than the rules that would deny them (D9).
     Existing {
         /// They are reported, and stay.
         Report = "report",

@@ -54,8 +54,8 @@ pub enum AskError {
     },
     /// It is not root's, and was sent nothing (F6).
     #[error(
-        "{} is user {uid}'s, not root's: what answers there is no enforcer and was asked nothing; {START}, which takes \
-         its place",
+        "{} belongs to user {uid}, not root: whatever listens there is not enforcer and was sent nothing; {START}, \
+         which takes its place",
         path.display()
     )]
     Impostor {
@@ -70,14 +70,14 @@ pub enum AskError {
         path.display(),
         humantime::format_duration(*patience),
         match **request {
-            Request::Refresh => "it may still be looking names up: give it longer with --timeout",
+            Request::Refresh => "it may still be looking up names: allow more time with --timeout",
             Request::Status
             | Request::Events { .. }
             | Request::Grant(_)
             | Request::Revoke(_)
             | Request::Grants
             | Request::Verify
-            | Request::Unload => "its log may say why: restart it if this stays",
+            | Request::Unload => "its log may say why: restart it if this persists",
         }
     )]
     TimedOut {
@@ -95,7 +95,7 @@ pub enum AskError {
         path: PathBuf,
     },
     /// The daemon said something else than an answer.
-    #[error("the daemon on {} did not answer as asked; is it another version?", path.display())]
+    #[error("the daemon on {} gave an unexpected answer; is it another version?", path.display())]
     Protocol {
         /// The socket.
         path: PathBuf,

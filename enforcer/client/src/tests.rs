@@ -157,7 +157,7 @@ fn b3_an_answer_too_late_is_none_however_it_is_late() {
         fails(
             daemon.refresh(SHORT),
             is_late,
-            "within 200ms; it may still be looking names up",
+            "within 200ms; it may still be looking up names",
         );
         assert!(began.elapsed() < PATIENCE);
     }
@@ -188,7 +188,7 @@ fn f6_another_users_directory_or_daemon_is_asked_nothing() {
     daemon.listener.set_nonblocking(true).expect("no waiting");
     let is_impostor = |error: &AskError| matches!(error, AskError::Impostor { .. });
     let other = own_uid() + 1;
-    fails(asked(&daemon.socket, PATIENCE, other), is_impostor, "was asked nothing");
+    fails(asked(&daemon.socket, PATIENCE, other), is_impostor, "was sent nothing");
     assert!(daemon.listener.accept().is_err(), "it was connected to");
     let stream = UnixStream::connect(&daemon.socket).expect("a connection");
     assert_eq!(trust::foreign_listener(&stream, other).ok(), Some(Some(own_uid())));
@@ -198,7 +198,7 @@ fn f6_another_users_directory_or_daemon_is_asked_nothing() {
         fails(
             vec![refresh_blocking(&daemon.socket, PATIENCE)],
             is_impostor,
-            "not root's",
+            "not root:",
         );
         assert!(!ask::is_served(&daemon.socket));
     } else {
@@ -207,7 +207,7 @@ fn f6_another_users_directory_or_daemon_is_asked_nothing() {
         fails(
             vec![refresh_blocking(&daemon.socket, PATIENCE)],
             is_impostor,
-            "is user 1's, not root's",
+            "belongs to user 1, not root:",
         );
     }
 }

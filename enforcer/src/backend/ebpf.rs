@@ -102,7 +102,7 @@ impl Kernel {
             // Left by a start that was killed, or damaged since. Programs active may read these maps, so they are
             // set aside as another version's are: ours come into force first, and only then do those go (F1).
             Err(error @ BackendError::Damaged { .. }) => {
-                warn!("{error}; what they hold is replaced by the first rules");
+                warn!("{error}; its maps are replaced once rules are active");
                 pins.rename(&maps_name(), &format!("{}_damaged", maps_name()))?;
                 pins.subdir(&maps_name())?;
                 true

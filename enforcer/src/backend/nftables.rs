@@ -1,8 +1,8 @@
-//! The nftables backend: one table of family inet, switched from one rule set to the next in one transaction of three
-//! (F2), read back and compared (F3).
+//! The nftables backend: one table of family inet, replaced in three transactions (lay out, switch, remove; F2), read
+//! back and compared (F3).
 //!
-//! Only packets that open a connection are looked at, and no rule asks conntrack for anything: what is established is
-//! not touched.
+//! Of TCP only packets that open a connection are looked at, of UDP every packet. No rule asks conntrack for anything:
+//! an established TCP connection is not touched.
 
 pub(crate) mod check;
 pub(crate) mod expression;
@@ -65,8 +65,7 @@ pub(crate) enum NftablesError {
     },
     /// The kernel holds something else than was sent (F3).
     #[error(
-        "nftables table inet {table} does not hold what was sent: {what} differs; what was active before is active \
-         again"
+        "nftables table inet {table} does not hold what was sent: {what} differs; the previous rules are active again"
     )]
     ReadBack {
         /// The table.
@@ -82,7 +81,7 @@ fn hint(error: &io::Error) -> &'static str {
         Some(libc::EOPNOTSUPP | libc::ENOENT | libc::EPROTONOSUPPORT) => {
             "; this kernel lacks nf_tables or this expression: load its module, or use backend = \"ebpf\""
         }
-        Some(libc::ENOMEM | libc::ENOBUFS | libc::EMSGSIZE) => "; the kernel has no room for it: name fewer endpoints",
+        Some(libc::ENOMEM | libc::ENOBUFS | libc::EMSGSIZE) => "; the kernel has no room for it: use fewer endpoints",
         Some(_) | None => "",
     }
 }
@@ -93,7 +92,7 @@ pub(crate) struct Nftables {
     netlink: Netlink,
     table: String,
     loader: Loader,
-    /// What the table holds, and the generation of all of `nf_tables` at which it was seen to.
+    /// What the table holds, and the generation of all of `nf_tables` at which that was last checked.
     held: Option<(Image, u32)>,
     /// What it was made from.
     rules: Option<RuleSet>,
@@ -107,8 +106,9 @@ impl Nftables {
         let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
         // Only a daemon listens.
         let denials = daemon.then(|| Denials::bind(table)).and_then(|bound| {
-            let denied =
-                bound.map_err(|error| warn!("denials of nftables are counted, not told one by one: no nflog: {error}"));
+            let denied = bound.map_err(|error| {
+                warn!("nflog unavailable ({error}): nftables denials are counted but not reported individually");
+            });
             denied.ok()
         });
         let group = denials.as_ref().map(|denials| denials.group);
@@ -153,7 +153,7 @@ impl Nftables {
         self.loader.cgroups
     }
 
-    /// The denials as they come, once.
+    /// The source of denials. Returned once: the first caller keeps it.
     pub(crate) fn denials(&mut self) -> Option<Denials> {
         self.denials.take()
     }
@@ -505,7 +505,7 @@ fn observe(dump: &Dump) -> Observed {
         targets: targets.collect(),
         lost: 0,
         faults: if dump.dormant {
-            vec!["the nftables table is dormant: nothing of it is active".to_owned()]
+            vec!["the nftables table is dormant: none of its rules are active".to_owned()]
         } else {
             Vec::new()
         },

@@ -137,19 +137,19 @@ impl Feature {
                 "BTF with the socket's owner",
                 "Linux 5.4, CONFIG_DEBUG_INFO_BTF",
                 Ebpf,
-                May("the task's user decides alone"),
+                May("only the task's user is checked"),
             ),
             Self::KernelReads => (
                 "bpf_probe_read_kernel",
                 "no lockdown=confidentiality",
                 Ebpf,
-                May("of UDP and MPTCP sockets the task's user decides alone"),
+                May("for UDP and MPTCP sockets only the task's user is checked"),
             ),
             Self::NetnsCookie => (
                 "cookie of the network namespace",
                 "Linux 5.14",
                 Ebpf,
-                May("loopback is judged in every network namespace"),
+                May("loopback is evaluated in every network namespace"),
             ),
             Self::NfTables => (
                 "nf_tables, family inet",
@@ -173,7 +173,7 @@ impl Feature {
                 "nft log to nflog",
                 "CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG",
                 Nftables,
-                May("denials of nftables are counted, not told one by one"),
+                May("nftables denials are counted but not reported individually"),
             ),
             Self::NftSocketCgroup => (
                 "nft socket cgroupv2",
@@ -185,13 +185,13 @@ impl Feature {
                 "sockets listed by sock_diag",
                 "CONFIG_INET_DIAG",
                 Either,
-                May("connections older than the rules are not known"),
+                May("connections older than the rules are not found"),
             ),
             Self::SockDestroy => (
                 "sockets destroyed by sock_diag",
                 "Linux 4.5, CONFIG_INET_DIAG_DESTROY",
                 Either,
-                May("existing = \"cut\" cuts nothing"),
+                May("existing = \"cut\" terminates nothing"),
             ),
             Self::CapBpf => ("CAP_BPF or CAP_SYS_ADMIN", "run as root", Ebpf, Must),
             Self::CapPerfmon => ("CAP_PERFMON or CAP_SYS_ADMIN", "run as root", Ebpf, Must),
@@ -306,12 +306,12 @@ pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
     let (ebpf, nftables) = (&works.ebpf, &works.nftables);
     if let (Backend::Auto, Fact::Inconclusive(why)) = (wanted, ebpf) {
         return refused(format!(
-            "auto does not fall back to nftables, as this kernel is not what keeps ebpf from working: {why}; fix \
-             that, or name a backend"
+            "auto does not fall back to nftables, as the kernel is not the reason that ebpf does not work: {why}; fix \
+             that, or set a backend"
         ));
     }
     match (wanted, ebpf.obstacle(), nftables.obstacle()) {
-        (Backend::Auto, None, _) => chosen(Backend::Ebpf, "auto takes ebpf, which works here".to_owned()),
+        (Backend::Auto, None, _) => chosen(Backend::Ebpf, "auto chose ebpf, which works here".to_owned()),
         (Backend::Auto, Some(ebpf), None) => chosen(
             Backend::Nftables,
             format!("auto chose nftables, as ebpf does not work here: {ebpf}"),
@@ -319,18 +319,18 @@ pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
         (Backend::Auto, Some(ebpf), Some(nftables)) => {
             refused(format!("no backend works here; ebpf: {ebpf}; nftables: {nftables}"))
         }
-        (Backend::Ebpf, None, _) => chosen(Backend::Ebpf, "ebpf is asked for, and works here".to_owned()),
-        (Backend::Ebpf, Some(why), _) => refused(format!("ebpf is asked for, and does not work here: {why}")),
-        (Backend::Nftables, _, None) => chosen(Backend::Nftables, "nftables is asked for, and works here".to_owned()),
-        (Backend::Nftables, _, Some(why)) => refused(format!("nftables is asked for, and does not work here: {why}")),
-        (Backend::Both, None, None) => chosen(Backend::Both, "both are asked for, and work here".to_owned()),
+        (Backend::Ebpf, None, _) => chosen(Backend::Ebpf, "ebpf is configured and works here".to_owned()),
+        (Backend::Ebpf, Some(why), _) => refused(format!("ebpf is configured but does not work here: {why}")),
+        (Backend::Nftables, _, None) => chosen(Backend::Nftables, "nftables is configured and works here".to_owned()),
+        (Backend::Nftables, _, Some(why)) => refused(format!("nftables is configured but does not work here: {why}")),
+        (Backend::Both, None, None) => chosen(Backend::Both, "both are configured and work here".to_owned()),
         (Backend::Both, ebpf, nftables) => {
             let missing: Vec<String> = [("ebpf", ebpf), ("nftables", nftables)]
                 .into_iter()
                 .filter_map(|(name, why)| Some(format!("{name}: {}", why?)))
                 .collect();
             refused(format!(
-                "both are asked for, and do not work here; {}",
+                "both are configured but do not work here; {}",
                 missing.join("; ")
             ))
         }

@@ -22,16 +22,19 @@ pub struct BoshError {
 #[derive(Debug, Error)]
 pub enum BoshFault {
     /// It is not there, or not yet.
-    #[error("no such file, not there yet: the agent writes it; or name its directory with `dir` in [bosh]")]
+    #[error("no such file yet: the agent writes it; or set its directory with `dir` in [bosh]")]
     Missing,
     /// Whatever is behind it could be anybody's.
-    #[error("a symbolic link, which is not followed; put the file there itself")]
+    #[error("a symbolic link, which is not followed; put the file itself there")]
     Link,
     /// A directory, a FIFO.
     #[error("not a regular file; put the agent's settings there")]
     NotAFile,
     /// Another user could have written it.
-    #[error("owned by uid {uid} with mode {mode:04o}, so it is not trusted; make it root's and writable by root alone")]
+    #[error(
+        "owned by uid {uid} with mode {mode:04o}, so it is not trusted; make root its owner and the only user who \
+             can write it"
+    )]
     Untrusted {
         /// Its owner.
         uid: u32,
@@ -40,8 +43,8 @@ pub enum BoshFault {
     },
     /// Members of a group could have written it.
     #[error(
-        "mode {mode:04o} lets group {gid} write it, so it changes nothing that is known; make it writable by root \
-         alone (chmod g-w)"
+        "mode {mode:04o} lets group {gid} write it, so it changes nothing that is known; make it writable by root only \
+         (chmod g-w)"
     )]
     GroupWritable {
         /// The group.
@@ -50,13 +53,13 @@ pub enum BoshFault {
         mode: u32,
     },
     /// F7.
-    #[error("longer than {} MiB; no agent's settings are", MAX_BYTES >> 20)]
+    #[error("longer than {} MiB, which an agent's settings never are", MAX_BYTES >> 20)]
     TooLong,
     /// A file operation.
-    #[error("read: {0}; have the agent or the director write it anew")]
+    #[error("read: {0}; have the agent or the director write it again")]
     Read(io::Error),
     /// Not JSON. The parser gives line and column and quotes nothing.
-    #[error("not JSON, or not whole: {0}; have the agent or the director write it anew")]
+    #[error("invalid or incomplete JSON: {0}; have the agent or the director write it again")]
     Json(serde_json::Error),
     /// A value of another kind.
     #[error("{} is {found} instead of {expected}", if key.is_empty() { "the whole" } else { key })]
@@ -93,7 +96,7 @@ pub enum BoshFault {
 #[derive(Debug, Error)]
 pub enum UrlFault {
     /// `amqp://`.
-    #[error("the scheme is none of a message bus; use nats://, tls:// or tcp://")]
+    #[error("the scheme is not one of a message bus; use nats://, tls:// or tcp://")]
     Scheme,
     /// `10.0.0.0/8`, `local`.
     #[error("the host is neither an address nor a name; name each server")]

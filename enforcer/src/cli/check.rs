@@ -121,7 +121,7 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
             name: name.clone(),
             admits: *admits,
             reason: if *admits {
-                format!("admits {who}")
+                format!("allows {who}")
             } else {
                 format!("has no principal that matches {who}")
             },
@@ -134,9 +134,9 @@ fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
         .collect();
     let reason = match checked.verdict {
         Verdict::Unjudged => "not an endpoint of any target".to_owned(),
-        Verdict::Allow => format!("every target that owns the endpoint admits {who}"),
-        Verdict::Deny => format!("refused by {}", refusing.join(", ")),
-        Verdict::WouldDeny => format!("audit mode lets it pass; {} would refuse", refusing.join(", ")),
+        Verdict::Allow => format!("every target that contains the endpoint allows {who}"),
+        Verdict::Deny => format!("denied by {}", refusing.join(", ")),
+        Verdict::WouldDeny => format!("allowed in audit mode; {} would deny it", refusing.join(", ")),
     };
     let canonical = std::net::SocketAddr::new(attempt.address.to_canonical(), attempt.port);
     Ok(CheckReport {
@@ -157,7 +157,7 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
         Some(("tcp" | "nats" | "tls", rest)) => (Protocol::Tcp, rest),
         Some(("udp", rest)) => (Protocol::Udp, rest),
         Some(_) => {
-            bail!("destination {shown}: the scheme is no protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT")
+            bail!("destination {shown}: unknown protocol; use tcp://ADDRESS:PORT or udp://ADDRESS:PORT")
         }
         None => (Protocol::Tcp, text),
     };

@@ -85,7 +85,7 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
     }
     if events.is_empty() {
         if !revoke.json.json {
-            print("nothing was granted to them; enforcer grants lists what is\n")?;
+            print("no such grant; enforcer grants lists them\n")?;
         }
         return Ok(Answer::No);
     }
@@ -104,13 +104,13 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Reply> {
 }
 
 fn unexpected() -> Result<Answer> {
-    bail!("the daemon answered something else; is it another version?")
+    bail!("the daemon gave an unexpected answer; is it another version?")
 }
 
 pub(crate) fn render(report: &GrantsReport) -> String {
     let mut page = Page::default();
     if report.grants.is_empty() {
-        page.line("nothing is granted");
+        page.line("no grants");
     } else {
         granted(&mut page, report);
     }
@@ -123,7 +123,7 @@ pub(crate) fn render(report: &GrantsReport) -> String {
             } else {
                 whom(rule.user, rule.cgroup.as_deref())
             };
-            let note = rule.ignored.as_ref().map(|why| format!("lets nobody in: {why}"));
+            let note = rule.ignored.as_ref().map(|why| format!("allows nobody: {why}"));
             [rule.handle.to_string(), to, note.unwrap_or_default()]
         });
         page.table(["handle", "to", ""], rows);
@@ -158,9 +158,9 @@ fn note(grant: &GrantStatus) -> String {
     if !grant.active {
         "inactive: the target is not configured with grants = true".to_owned()
     } else if grant.cgroup_exists == Some(false) {
-        "the cgroup does not exist now".to_owned()
+        "the cgroup does not exist".to_owned()
     } else if let Some(by) = &grant.cgroup_writable {
-        format!("lets nobody in: {by}")
+        format!("allows nobody: {by}")
     } else {
         String::new()
     }

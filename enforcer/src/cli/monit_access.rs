@@ -73,7 +73,7 @@ pub(super) fn as_called(arguments: impl IntoIterator<Item = OsString>) -> Vec<Os
 /// starting.
 pub(super) fn run(config: &Path, access: &MonitAccess) -> Answer {
     if let Err(error) = enable(config, access) {
-        complain("warning", &format!("{error:#}; this job is not let in to monit"));
+        complain("warning", &format!("{error:#}; this job may not connect to monit"));
     }
     Answer::Yes
 }
@@ -104,7 +104,7 @@ fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
         seconds: None,
     });
     let Reply::Grant(_) = ask(&settings.socket, &request)? else {
-        bail!("the daemon answered something else; is it another version?")
+        bail!("the daemon gave an unexpected answer; is it another version?")
     };
     Ok(())
 }
@@ -127,7 +127,7 @@ fn reached(settings: &Settings) -> Result<Reached> {
         let error = match asked {
             Ok(Reply::Status(status)) if has_monit(&status) => return Ok(Reached::Daemon),
             Ok(Reply::Status(_)) => return Ok(Reached::Nothing),
-            Ok(_) => bail!("the daemon answered something else than its status; is it another version?"),
+            Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
             Err(error) if is_nobody(&error) => error,
             Err(error) => return Err(error.into()),
         };
@@ -198,7 +198,7 @@ fn own_cgroup() -> Result<Cgroup> {
     let id = host::directory_id(&dir).with_context(|| format!("look at {}", dir.display()))?;
     let depth = found
         .depth
-        .context("how deep this cgroup lies is not known from within its namespace")?;
+        .context("the depth of this cgroup is not known from within its namespace")?;
     let level = depth + u32::try_from(below.components().count())?;
     Ok(Cgroup { id, level })
 }
@@ -206,11 +206,10 @@ fn own_cgroup() -> Result<Cgroup> {
 /// The cgroup v2 hierarchy, and where below its mount this process is.
 fn own_place() -> Result<(Hierarchy, PathBuf)> {
     let found = Hierarchy::find().context("find the cgroup v2 hierarchy")?;
-    let found = found.context(
-        "cgroup v2 is not mounted here, so that only a user can be let in: enforcer grant monit --user USER",
-    )?;
+    let found = found
+        .context("cgroup v2 is not mounted here, so only a user can be allowed: enforcer grant monit --user USER")?;
     let text = fs::read("/proc/self/cgroup").context("read /proc/self/cgroup")?;
-    let own = host::cgroup2_of(&text).context("this process is in no cgroup of version 2")?;
+    let own = host::cgroup2_of(&text).context("this process is in no cgroup v2")?;
     let own = Path::new(std::ffi::OsStr::from_bytes(own));
     let below = own.strip_prefix(&found.shown).with_context(|| {
         format!(
@@ -251,7 +250,7 @@ fn move_caller(caller: Pid) -> Result<()> {
     let meta = fs::symlink_metadata(&dir).with_context(|| format!("look at {}", dir.display()))?;
     ensure!(
         meta.is_dir() && meta.uid() == 0 && meta.mode() & 0o022 == 0,
-        "{} is not root's alone",
+        "{} is writable by users other than root",
         dir.display()
     );
     let members = dir.join("cgroup.procs");

@@ -17,7 +17,7 @@ pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
     let socket = place(config)?.socket;
     let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE_FOR_WORK)) {
         Ok(Reply::Verification(verification)) => *verification,
-        Ok(_) => bail!("the daemon answered something else than a comparison; is it another version?"),
+        Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
         Err(error) if is_nobody(&error) => from_outside(config)?,
         Err(error) => return Err(error.into()),
     };

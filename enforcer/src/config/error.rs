@@ -18,8 +18,8 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// There was one, by what was active last.
-    #[error("{} is gone, and what it named was active last; write it again, or run enforcer unload and remove \
-        last-good.json in the state directory if the defaults are meant", path.display())]
+    #[error("{} is gone, but rules from it were active last; restore it, or, for the defaults, run enforcer unload and \
+             remove last-good.json from the state directory", path.display())]
     Gone {
         /// The file.
         path: PathBuf,
@@ -83,7 +83,7 @@ pub enum ConfigFault {
         key: &'static str,
     },
     /// A value of another kind.
-    #[error("is a value of kind {found}; write {expected}")]
+    #[error("is of type {found}; write {expected}")]
     Kind {
         /// TOML's name of the kind found.
         found: &'static str,
@@ -135,7 +135,7 @@ pub(super) enum ValueFault {
     #[error("has `..` or a control character in it; write the path without")]
     OddPath,
     /// bpffs keeps names with dots for itself.
-    #[error("has no last part or one with a dot, which bpffs refuses; write another")]
+    #[error("has no last part, or one with a dot, which a bpffs rejects; write another")]
     PinDir,
     /// F7.
     #[error("is a path of more than {MAX_SOCKET_PATH} bytes; choose a shorter one")]
@@ -156,7 +156,7 @@ pub(super) enum ValueFault {
     #[error("has a name {name} that is not 1 to {MAX_TARGET_NAME} letters, digits, - and _; rename it")]
     TargetName { name: String },
     /// `{ user = …, kernel = … }`, `{ kernel = false }`, `{ cgroup = … }`, `{}`.
-    #[error("is no principal; write {PRINCIPALS}")]
+    #[error("is not a principal; write {PRINCIPALS}")]
     Principal,
 }
 

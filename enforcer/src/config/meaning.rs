@@ -87,7 +87,7 @@ pub struct Understood {
 
 /// Why nobody is meant.
 #[derive(Debug, Error)]
-#[error("{error}{}; this principal matches nobody until then", unquoted(error))]
+#[error("{error}{}; this principal matches nobody until it exists", unquoted(error))]
 pub struct Nobody {
     /// Why.
     error: UserError,

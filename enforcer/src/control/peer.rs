@@ -56,7 +56,7 @@ pub(crate) enum CgroupError {
     )]
     Namespace { pid: u32 },
     /// It has ended.
-    #[error("process {pid} does not exist any more; name a process that runs, or the cgroup with --cgroup")]
+    #[error("process {pid} does not exist; name a running process, or the cgroup with --cgroup")]
     Gone { pid: u32 },
     /// `/proc` shows others to root with `CAP_SYS_PTRACE` alone, or to a group (proc(5), `hidepid=`).
     #[error(
@@ -68,12 +68,12 @@ pub(crate) enum CgroupError {
     #[error("read /proc/{pid}/cgroup: {error}; name the cgroup with --cgroup")]
     Proc { pid: u32, error: io::Error },
     /// No line `0::`.
-    #[error("process {pid} is in no cgroup of version 2; name one with --cgroup")]
+    #[error("process {pid} is in no cgroup v2; name one with --cgroup")]
     NoCgroup2 { pid: u32 },
     /// Not below the mount.
     #[error(
-        "process {pid} is in cgroup {cgroup}, which lies outside of what is mounted here; run enforcer on the host, \
-         not in a cgroup namespace"
+        "process {pid} is in cgroup {cgroup}, which is outside what is mounted here; run enforcer on the host, not in \
+         a cgroup namespace"
     )]
     Outside { pid: u32, cgroup: String },
     /// A path that no rule can name.
@@ -245,11 +245,11 @@ mod tests {
         check("0::/a/b\n", "/", "/a/b");
         check("12:memory:/v1\n1:name=systemd:/other\n0::/a\n", "/", "/a");
         check("0::/\n", "/", "/");
-        check("12:memory:/v1\n", "/", "no cgroup of version 2");
+        check("12:memory:/v1\n", "/", "no cgroup v2");
         check("0::/box/a\n", "/box", "/a");
         check("0::/boxes/a\n", "/box", "outside");
         check("0::/../other\n", "/", "outside");
-        check("0::/a (deleted)\n", "/", "does not exist any more");
+        check("0::/a (deleted)\n", "/", "does not exist");
         check("0::/a\u{1b}b\n", "/", "control");
     }
 

@@ -38,7 +38,7 @@ impl Daemon {
         let (watch, errors) = Watch::start(self.inputs.config.config.bus_dir()?);
         for error in errors {
             warn!(
-                "watch {}: {error}; it is looked at once a second",
+                "watch {}: {error}; it is read once a second instead",
                 watch.dir().display()
             );
         }
@@ -58,18 +58,18 @@ impl Daemon {
         {
             let list: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
             let list = if list.is_empty() {
-                "of a new director's own, nothing to protect".to_owned()
+                "a new director's own, nothing to protect".to_owned()
             } else {
                 list.join(", ")
             };
             let files: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
-            info!("message bus, by {}: {list}", files.join(" and "));
+            info!("message bus from {}: {list}", files.join(" and "));
             self.inputs.bus = Some(endpoints);
         }
         let fault = read.fault().map(|fault| match (&self.inputs.bus, read.is_missing()) {
             (None, _) => format!("message bus not known yet: {fault}; target nats protects nothing until it is"),
-            (Some(_), true) => format!("message bus not known yet: {fault}; the last one known stays protected"),
-            (Some(_), false) => format!("message bus: {fault}; what is known of it stays protected"),
+            (Some(_), true) => format!("message bus not known yet: {fault}; the last known one stays protected"),
+            (Some(_), false) => format!("message bus: {fault}; its known servers stay protected"),
         });
         let reported = self.unfinished.is_some_and(|unfinished| unfinished.reported);
         let unfinished = read

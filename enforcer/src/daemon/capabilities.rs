@@ -51,9 +51,7 @@ fn plan(supported: &CapsHashSet, held: &CapsHashSet, bounding: &CapsHashSet) -> 
         return Plan {
             keep: held.clone(),
             bounding: CapsHashSet::new(),
-            left: Some(
-                "this kernel has no CAP_BPF, so all are kept; it takes Linux 5.8 to give the others up".to_owned(),
-            ),
+            left: Some("this kernel has no CAP_BPF (Linux 5.8 has it), so all capabilities are kept".to_owned()),
         };
     }
     let keep: CapsHashSet = NEEDED.into_iter().filter(|needed| held.contains(needed)).collect();

@@ -27,8 +27,8 @@ pub(super) fn to(settings: &Settings) {
     match beneath(&places) {
         Ok(RulesetStatus::NotEnforced) => {
             info!(
-                "writing is not confined by Landlock: this kernel has none (Linux 5.13), or a filter of system calls \
-                 refuses it"
+                "writing is not confined by Landlock: this kernel lacks it (Linux 5.13 has it), or a system call \
+                 filter denies it"
             );
         }
         Ok(RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced) => {

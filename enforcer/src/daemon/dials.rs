@@ -249,7 +249,7 @@ impl Daemon {
     }
 
     fn look_up_dialled(&mut self, names: BTreeSet<Name>, port: u16) {
-        debug!("somebody dials port {port}, and no endpoint: its names are looked up");
+        debug!("port {port} was dialled at an address that is no endpoint: looking up its names");
         self.rounds.next();
         for name in names {
             self.look_up(name);
@@ -261,7 +261,7 @@ impl Daemon {
     }
 
     fn gates_set(&mut self, set: Result<(), DaemonError>) {
-        let fault = |error| format!("{error}; dials of unknown addresses have no names looked up until this works");
+        let fault = |error| format!("{error}; dials of unknown addresses do not trigger lookups until this works");
         self.faults.set(About::Dials, set.err().map(fault));
     }
 }

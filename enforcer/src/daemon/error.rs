@@ -19,11 +19,8 @@ pub(crate) enum DaemonError {
     /// The last known good rule set.
     #[error(transparent)]
     State(#[from] StateError),
-    /// What is active is not known here.
-    #[error(
-        "what is active is newer than the last known good rule set, and stays as it is until the configuration is \
-         repaired"
-    )]
+    /// The active rules are not those that this process knows.
+    #[error("the active rules differ from the last known good ones and stay until a valid configuration is loaded")]
     Frozen,
     /// Keys that hold for the whole run have changed.
     #[error("{}: {} cannot change while enforcer runs; restart it", path.display(), keys.join(", "))]

@@ -51,15 +51,15 @@ impl Faults {
             (None, About::Reload) => info!("the configuration was loaded without errors again"),
             (None, About::State) => info!("the active rules are saved for the next start again"),
             (None, About::Bus) => info!("the message bus is known"),
-            (None, About::Grants) => info!("grants are kept again"),
+            (None, About::Grants) => info!("grants are saved again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Denials) => info!("denials are reported again"),
-            (None, About::Dials) => info!("dials of unknown addresses have names looked up again"),
+            (None, About::Dials) => info!("dials of unknown addresses trigger lookups again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again, and is covered"),
             (None, About::JobRules) => info!("rules of jobs are followed again"),
-            (None, About::JobsChain) => info!("what was granted of monit is written for the BOSH agent's rules again"),
-            (None, About::Users) => info!("all users and groups that the configuration names exist"),
-            (None, About::Host) => info!("what is local to this host is followed again"),
+            (None, About::JobsChain) => info!("grants of monit are written to the BOSH agent's chain again"),
+            (None, About::Users) => info!("all users and groups that the configuration names exist now"),
+            (None, About::Host) => info!("changes of this host's addresses are followed again"),
         }
         self.put(about, fault);
     }

@@ -36,24 +36,24 @@ pub(super) enum GrantError {
         reload", path.display())]
     NotGrantable { target: String, path: PathBuf },
     #[error(
-        "{cgroup} holds every process that is judged here, so granting it would let everybody in; run this from the \
-         job's own cgroup, or name one with --cgroup, --job or --pid, or a user with --user"
+        "{cgroup} contains every process that is evaluated here, so granting it would allow everybody; run this from \
+         the job's own cgroup, or name one with --cgroup, --job or --pid, or a user with --user"
     )]
     Everybody { cgroup: CgroupPath },
-    #[error("cgroup {cgroup} does not exist below {}; make it first, or correct the path", mount.display())]
+    #[error("cgroup {cgroup} does not exist below {}; create it first, or correct the path", mount.display())]
     NoCgroup { cgroup: CgroupPath, mount: PathBuf },
     #[error(
-        "cgroup {cgroup} may not be granted: {by}, who could let in whom he likes; name a cgroup that is root's up to \
-         the root of the hierarchy, such as a system service's, or a user with --user"
+        "cgroup {cgroup} may not be granted: {by}, who could let in anyone; name a cgroup that only root can write, up \
+         to the root of the hierarchy, such as a system service's, or a user with --user"
     )]
     Writable { cgroup: CgroupPath, by: Writable },
     #[error(
-        "how deep cgroup {cgroup} lies is not known from within this cgroup namespace, so that a grant would let \
-         nobody in; run the daemon in the host's cgroup namespace, or grant a user with --user alone"
+        "the depth of cgroup {cgroup} is not known from within this cgroup namespace, so a grant would allow nobody; \
+         run the daemon in the host's cgroup namespace, or grant a user with --user alone"
     )]
     Unplaced { cgroup: CgroupPath },
     #[error(
-        "cgroup {cgroup} holds {what}, so granting it would let in more than the job; name the job's BPM container \
+        "cgroup {cgroup} contains {what}, so granting it would allow more than the job; name the job's BPM container \
          with --job JOB, or a user with --user"
     )]
     Shared { cgroup: CgroupPath, what: String },
@@ -68,7 +68,7 @@ pub(super) enum GrantError {
     #[error("a grant lasts from 1 s to {}", humantime::format_duration(MAX_TIME))]
     Time,
     #[error(
-        "this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can), so that the grant would let nobody in; \
+        "this kernel's nftables cannot match a socket's cgroup (Linux 5.13 can), so the grant would allow nobody; \
          grant a user with --user alone"
     )]
     CgroupsIgnored,
@@ -80,9 +80,9 @@ pub(super) enum GrantError {
     NotKept(FileError),
     #[error("granted, but {0}")]
     NotWritten(String),
-    #[error("{0}; the grant is revoked, but the rule set before stays active until this is fixed")]
+    #[error("{0}; the grant is revoked, but the previous rules stay active until this is fixed")]
     StillInForce(DaemonError),
-    #[error("{0}; the grant is revoked, but would return with a restart before this is repaired")]
+    #[error("{0}; the grant is revoked, but returns with a restart until this is fixed")]
     StillKept(FileError),
 }
 
@@ -102,7 +102,7 @@ impl Daemon {
         if !stays {
             for (key, _) in granted.without_end() {
                 let event = key.event(GrantAction::LeftOut, now, None, None);
-                warn!("{event}: nobody stays to end it; use enforcer run");
+                warn!("{event}: no daemon stays to end it; use enforcer run");
             }
         }
         (granted, None)
@@ -227,7 +227,7 @@ impl Daemon {
             self.tell(event);
         }
         if let Err(error) = in_force {
-            let fault = format!("{error}; the rule set before stays active");
+            let fault = format!("{error}; the previous rules stay active");
             self.faults.set(About::RuleSet, Some(fault));
             return Err(GrantError::StillInForce(error));
         }
@@ -375,7 +375,7 @@ impl Daemon {
     fn take_back(&mut self, before: Inputs) {
         if let Err(error) = self.put_in_force(before.clone()) {
             self.inputs = before;
-            let fault = format!("{error}; a grant that was taken back stays active until this is fixed");
+            let fault = format!("{error}; a revoked grant stays active until this is fixed");
             self.faults.set(About::RuleSet, Some(fault));
         }
     }

@@ -38,8 +38,8 @@ pub(super) enum ChainError {
     Nftables(#[from] NftablesError),
     /// What is written does not stay.
     #[error(
-        "another process keeps removing what was granted from nftables chain inet {TABLE} {CHAIN}; it is written again \
-         after a while"
+        "another process keeps removing grants from nftables chain inet {TABLE} {CHAIN}; they are written again after \
+         a pause"
     )]
     Undone,
 }
@@ -202,8 +202,8 @@ impl Chain {
         let news: Vec<_> = news.collect();
         for (handle, effect) in news.iter().take(LOGGED) {
             match effect {
-                Ok(grantee) => info!("rule {handle} of chain {CHAIN} lets {grantee} in to {MONIT}"),
-                Err(why) => warn!("rule {handle} of chain {CHAIN} lets nobody in to {MONIT}: {why}"),
+                Ok(grantee) => info!("rule {handle} of chain {CHAIN} allows {grantee} to connect to {MONIT}"),
+                Err(why) => warn!("rule {handle} of chain {CHAIN} allows nobody to connect to {MONIT}: {why}"),
             }
         }
         if let Some(more) = news.len().checked_sub(LOGGED).filter(|more| *more > 0) {
@@ -232,15 +232,14 @@ impl Daemon {
     pub(super) fn look_at_jobs(&mut self) {
         let Inputs { config, jobs, .. } = &mut self.inputs;
         let looked = self.chain.look(config, jobs);
-        let fault = |error| format!("{error}; rules of jobs count as they were read last");
+        let fault = |error| format!("{error}; the rules of jobs that were read last stay in use");
         self.faults.set(About::JobRules, looked.err().map(fault));
     }
 
     /// Sees to it that the chain is there, and says what was granted.
     pub(super) fn keep_chain(&mut self) {
         let kept = self.chain.keep(&mut self.inputs);
-        let fault =
-            |error| format!("{error}; where the BOSH agent's own rules are active, they drop whom monit is granted to");
+        let fault = |error| format!("{error}; the BOSH agent's own rules, if active, drop what grants of monit allow");
         self.faults.set(About::JobsChain, kept.err().map(fault));
     }
 

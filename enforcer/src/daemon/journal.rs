@@ -147,7 +147,7 @@ impl Journal {
             });
             if let Some(beyond) = budget.beyond.take_if(|beyond| is_due(beyond.since)) {
                 lines.push(format!(
-                    "{} more denials of {}, of more kinds than are told apart of one user (see enforcer events)",
+                    "{} more denials for {} not listed individually (too many distinct kinds); see `enforcer events`",
                     beyond.count,
                     caller.words()
                 ));
@@ -156,7 +156,7 @@ impl Journal {
         });
         if let Some(beyond) = self.beyond.take_if(|beyond| is_due(beyond.since)) {
             lines.push(format!(
-                "{} more denials, of more users than are told apart here (see enforcer events)",
+                "{} more denials by other users, not listed individually; see `enforcer events`",
                 beyond.count
             ));
         }
@@ -190,7 +190,7 @@ impl Caller {
         match self {
             Self::User(uid) => format!("uid {uid}"),
             Self::KernelThread => "a kernel thread".to_owned(),
-            Self::Nobody => "no user of this host".to_owned(),
+            Self::Nobody => "an unknown user (forwarded or kernel socket)".to_owned(),
         }
     }
 }
@@ -295,7 +295,7 @@ mod tests {
         let odd = event(Some(7), 1, Some("a\x1b[2J\n"));
         assert!(told(&odd).ends_with("by uid 7 (\"a\\u{1b}[2J\\n\")"), "{}", told(&odd));
         assert!(told(&event(Some(7), 1, None)).ends_with("by uid 7"));
-        assert!(told(&event(None, 1, None)).ends_with("by no user of this host"));
+        assert!(told(&event(None, 1, None)).ends_with("by an unknown user (forwarded or kernel socket)"));
         let other = Event {
             socket_uid: Some(8),
             ..event(Some(7), 1, Some("a"))
@@ -328,9 +328,9 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "984 more denials of uid 1, of more kinds than are told apart of one user (see enforcer events)"
+                "984 more denials for uid 1 not listed individually (too many distinct kinds); see `enforcer events`"
                     .to_owned(),
-                format!("{beyond} more denials, of more users than are told apart here (see enforcer events)")
+                format!("{beyond} more denials by other users, not listed individually; see `enforcer events`")
             ]
         );
         assert!(journal.users.is_empty());

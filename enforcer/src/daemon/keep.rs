@@ -79,7 +79,7 @@ impl Kept {
         match &mut self.saving {
             Some(saving) => (&mut saving.task)
                 .await
-                .unwrap_or_else(|error| Err(format!("write what is active: {error}"))),
+                .unwrap_or_else(|error| Err(format!("save the active rules: {error}"))),
             None => std::future::pending().await,
         }
     }
@@ -188,7 +188,7 @@ impl Daemon {
     }
 
     fn note_kept(&mut self, saved: &Saved) {
-        let fault = |error| format!("{error}; after a restart what was kept before is active until all is looked up");
+        let fault = |error| format!("{error}; until this is fixed, a restart begins with the previously saved rules");
         self.faults.set(About::State, saved.as_ref().err().map(fault));
         if let Ok(mark) = *saved {
             self.kept.mark = Some(mark);

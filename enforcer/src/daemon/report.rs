@@ -21,7 +21,7 @@ impl Daemon {
         self.faults.set(About::Visibility, found.fault());
         if self.visibility_unknown != found.unknown {
             if let Some(why) = &found.unknown {
-                warn!("it is not known whether the host sees pins, state and socket: {why}");
+                warn!("it is unknown whether the host sees pins, state and socket: {why}");
             }
             self.visibility_unknown = found.unknown;
         }
@@ -44,22 +44,21 @@ impl Daemon {
         let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
         for (path, by) in &self.inputs.host.writable {
             causes.push(format!(
-                "cgroup {path} matches nobody: {by}, who could let in whom he likes; make it root's, or name a cgroup \
-                 that is"
+                "cgroup {path} matches nobody: {by}, who could let in anyone; make root its owner and the only user \
+                 who can write it, or use a cgroup where that is so"
             ));
         }
         for path in self.inputs.config.policy.cgroups() {
             if !self.inputs.host.cgroups.contains_key(&path) && !self.inputs.host.writable.contains_key(&path) {
-                let just_made = || {
-                    format!("cgroup {path} has just been made; its principals match nobody until the rule set has it")
-                };
+                let just_made =
+                    || format!("cgroup {path} is new; its principals match nobody until the rules include it");
                 causes.push(self.inputs.config.why_nobody(&path).unwrap_or_else(just_made));
             }
         }
         if self.enforcement.ignores_cgroups() && !self.inputs.config.policy.cgroups().is_empty() {
             causes.push(
-                "this kernel's nftables cannot tell a socket's cgroup (Linux 5.13 can); principals with a \
-                cgroup match nobody"
+                "this kernel's nftables cannot match a socket's cgroup (Linux 5.13 can); principals with a cgroup \
+                 match nobody"
                     .to_owned(),
             );
         }

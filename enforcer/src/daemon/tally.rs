@@ -74,8 +74,8 @@ impl Tally {
             since.told += told.get(&target).copied().unwrap_or_default();
             if since.counted > since.told {
                 lines.push(format!(
-                    "the kernel counted {} denials of {target}, of which {} were told one by one: the others came too \
-                     fast",
+                    "kernel counted {} denials for target {target}; only {} were reported individually, the rest came \
+                     too fast",
                     since.counted, since.told
                 ));
                 *since = Since::default();
@@ -118,7 +118,7 @@ mod tests {
         tally.told("main", start);
         assert_eq!(
             tally.compare(),
-            ["the kernel counted 1002 denials of main, of which 3 were told one by one: the others came too fast"]
+            ["kernel counted 1002 denials for target main; only 3 were reported individually, the rest came too fast"]
         );
         assert!(tally.compare().is_empty());
         // A target made anew counts from nothing.

@@ -98,11 +98,11 @@ impl Daemon {
         for (account, uids) in &wanted.users {
             let before = self.inputs.config.users.get(account);
             if before != Some(uids) {
-                info!("{account} is {} now, and was {}", words(Some(uids)), words(before));
+                info!("{account} is now {} (was {})", words(Some(uids)), words(before));
             }
         }
         if let Err(error) = self.change_to(wanted) {
-            let fault = format!("{error}; the rule set before stays active");
+            let fault = format!("{error}; the previous rules stay active");
             self.faults.set(About::RuleSet, Some(fault));
         }
     }

@@ -119,8 +119,8 @@ pub(super) fn findings(members: &[Member], findings: &mut Findings) {
     findings.each(
         "bus-members",
         Weight::Medium,
-        "a message bus announces servers of its cluster that are not endpoints: who is denied at the one can connect \
-         to the others",
+        "a message bus announces servers of its cluster that are not endpoints: a user who is denied at one can \
+         connect to the others",
         items,
         "add them to the endpoints, or a name or prefix that covers all servers; or set client_advertise and \
          no_advertise in the servers to what clients are to use",

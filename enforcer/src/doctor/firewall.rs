@@ -64,8 +64,8 @@ impl Firewall {
         findings.each(
             "nat-onto-endpoint",
             High,
-            "NAT rules redirect connections to an endpoint: ebpf evaluates only the original destination, so whoever \
-             connects to that reaches the endpoint",
+            "NAT rules redirect connections to an endpoint: ebpf evaluates only the original destination, so any user \
+             who connects to that reaches the endpoint",
             onto.map(|(_, place)| place),
             "set backend = \"both\", which evaluates after NAT; or remove the rules, or add their original destination \
              to the endpoints",

@@ -67,8 +67,8 @@ pub enum FileError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so no grant in it is trusted; make it root's and closed to \
-        others, or remove it", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so no grant in it is trusted; make root its owner with \
+             mode 0600, or remove it", path.display())]
     Untrusted {
         /// The file or its directory.
         path: PathBuf,

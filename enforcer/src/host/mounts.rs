@@ -53,7 +53,7 @@ impl Mounts {
     pub fn host() -> io::Result<Self> {
         if std::process::id() == 1 {
             return Err(io::Error::other(
-                "this process is PID 1 of its container, so the host cannot be looked at",
+                "this process is PID 1 of its container, so the host cannot be inspected",
             ));
         }
         let read = fs::read("/proc/1/mountinfo").map(|text| Self::parse(&text));

@@ -124,7 +124,7 @@ fn replace(dir: &Path, uid: u32) -> io::Result<()> {
                 format!("; what was there is now {}", theirs.display())
             };
             warn!(
-                "user {uid} had made {} before enforcer: it was replaced{left}",
+                "user {uid} had created {} before enforcer: it was replaced{left}",
                 dir.display()
             );
             Ok(())

@@ -122,10 +122,10 @@ impl HostConfig {
         match FileUsers::below(Path::new("/")) {
             Ok(files) => {
                 for account in policy.name_again(&mut listed, &files) {
-                    warn!("{account} means another user now than when the last rules were kept");
+                    warn!("{account} has a different UID than when the last rules were saved");
                 }
             }
-            Err(error) => warn!("read /etc/passwd: {error}; users have the numbers that they had"),
+            Err(error) => warn!("cannot read /etc/passwd: {error}; keeping the saved UIDs"),
         }
         let (cgroup, mount) = cgroups(&good.settings, &policy)?;
         Ok(Self {
@@ -190,9 +190,8 @@ impl HostConfig {
                 "cgroup {cgroup} does not exist below {mount}; its principals match nobody until it does"
             )),
             Err(NoMatch::Unplaced) => Some(format!(
-                "how deep cgroup {cgroup} lies is not known, as {mount} is the root of a cgroup namespace alone; its \
-                 principals match \
-                 nobody: run enforcer in the host's cgroup namespace"
+                "the depth of cgroup {cgroup} is not known, as {mount} is only the root of a cgroup namespace; its \
+                 principals match nobody; run enforcer in the host's cgroup namespace"
             )),
             Err(NoMatch::Writable(_)) | Ok(_) => None,
         }

@@ -71,7 +71,7 @@ pub enum EndpointFault {
     #[error("brackets hold an IPv6 address or prefix and nothing else; write [IPV6]:PORT")]
     Brackets,
     /// `fe80::1%eth0`.
-    #[error("an address with a zone cannot be judged; remove the zone")]
+    #[error("an address with a zone cannot be evaluated; remove the zone")]
     Zone,
     /// `name/8`.
     #[error("a prefix is ADDRESS/LENGTH; correct the part before the port")]
@@ -83,12 +83,12 @@ pub enum EndpointFault {
         max: u8,
     },
     /// `10.8.0.1/16`.
-    #[error("the prefix has bits set behind its length; write {0}")]
+    #[error("the prefix has bits set beyond its length; write {0}")]
     HostBits(IpNet),
     /// `0.0.0.0` or `::` (D5).
     #[error(
-        "an unspecified address is no endpoint; use local:PORT for every address of this host, \
-        0.0.0.0/0:PORT and [::/0]:PORT for every address there is"
+        "an unspecified address is not an endpoint; use local:PORT for every address of this host, 0.0.0.0/0:PORT and \
+         [::/0]:PORT for every address there is"
     )]
     Unspecified,
     /// TCP to many.

@@ -45,7 +45,7 @@ pub enum UserError {
         group: Account,
     },
     /// The name service failed.
-    #[error("look up {account}: {cause}; repair the name service, or give the UID")]
+    #[error("look up {account}: {cause}; fix the name service, or give the UID")]
     Lookup {
         /// As given.
         account: Account,
@@ -53,13 +53,13 @@ pub enum UserError {
         cause: io::Error,
     },
     /// A number that is no user.
-    #[error("{uid} is no user; a UID is a number from 0 to 4294967294")]
+    #[error("{uid} is not a UID; a UID is a number from 0 to 4294967294")]
     Number {
         /// As given or looked up.
         uid: i64,
     },
     /// A number that is no group.
-    #[error("{gid} is no group; a GID is a number from 0 to 4294967295")]
+    #[error("{gid} is not a GID; a GID is a number from 0 to 4294967295")]
     GroupNumber {
         /// As given.
         gid: i64,

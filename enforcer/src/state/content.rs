@@ -1,4 +1,5 @@
-//! A known good rule set as JSON: canonical, without credentials, with nothing left to look up.
+//! The last known good rules as JSON: canonical, without credentials, with the addresses of names and the UIDs of
+//! users. Only users are looked up again when it is read (N9).
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -30,7 +30,7 @@ pub struct HostReport {
     pub kernel: String,
     /// The configuration file.
     pub config: String,
-    /// The cgroup to judge below.
+    /// The cgroup below which attempts are evaluated.
     pub cgroup: Option<String>,
     /// Process id of the daemon.
     pub daemon: Option<u32>,
@@ -120,9 +120,9 @@ words! {
 words! {
     /// How much something weakens protection.
     Weight {
-        /// Who is not allowed may get through.
+        /// A user who is not allowed may connect.
         High = "high",
-        /// It may come to that, or an allowed user be refused.
+        /// It may come to that, or an allowed user may be denied.
         Medium = "medium",
         /// Worth knowing.
         Low = "low",

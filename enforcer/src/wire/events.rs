@@ -1,4 +1,4 @@
-//! What is told as it happens: denials, older connections, grants, and losses of these.
+//! Events as they are reported: denials, older connections, grants, and how many events were lost.
 
 use std::fmt;
 
@@ -18,7 +18,7 @@ pub enum Line {
     Existing(ExistingEvent),
     /// A grant made or ended.
     Grant(GrantEvent),
-    /// Denials that nobody could be told of.
+    /// Events dropped before they could be delivered.
     Lost(Lost),
 }
 
@@ -27,7 +27,7 @@ pub enum Line {
 pub struct Event {
     /// Which of them it is.
     pub schema: Schema,
-    /// RFC 3339, UTC.
+    /// RFC 3339, UTC; with nftables when the daemon read it.
     pub time: String,
     /// A denial of either kind.
     pub verdict: Verdict,
@@ -53,17 +53,17 @@ pub struct Event {
     pub source: Option<String>,
     /// Transport.
     pub protocol: Protocol,
-    /// Destination as given to the call.
+    /// Destination as given to the call; with nftables the packet's, after NAT.
     pub dialled: String,
-    /// Destination as judged.
+    /// Destination as evaluated: canonical.
     pub judged: String,
-    /// First of the targets that refused.
+    /// First of the targets that denied it.
     pub target: String,
     /// Generation of the rule set that decided.
     pub generation: u64,
 }
 
-/// A connection that the rules would refuse, and that is older than they are (D9).
+/// A connection that the rules would deny, and that is older than they are (D9).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExistingEvent {
     /// Which of them it is.
@@ -88,7 +88,7 @@ pub struct ExistingEvent {
     pub uid: Option<u32>,
     /// cgroup v2 id of where the socket was made, if known.
     pub cgroup_id: Option<u64>,
-    /// First of the targets that refuse.
+    /// First of the targets that deny it.
     pub target: String,
     /// Generation of the rule set that decided.
     pub generation: u64,
@@ -105,7 +105,7 @@ pub struct GrantEvent {
     pub action: GrantAction,
     /// The target.
     pub target: String,
-    /// The user let in; absent for everybody in the cgroup.
+    /// The user who was granted; absent for everybody in the cgroup.
     pub user: Option<u32>,
     /// The cgroup below which they are; absent for anywhere.
     pub cgroup: Option<String>,
@@ -121,7 +121,7 @@ pub struct GrantEvent {
     pub comm: Option<String>,
 }
 
-/// Denials that nobody could be told of.
+/// Events dropped before they could be delivered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lost {
     /// Which of them it is.
@@ -193,7 +193,11 @@ impl fmt::Display for Line {
             Self::Event(event) => event.fmt(f),
             Self::Existing(existing) => existing.fmt(f),
             Self::Grant(grant) => grant.fmt(f),
-            Self::Lost(lost) => write!(f, "{} events were lost: more came than were read", lost.lost),
+            Self::Lost(lost) => write!(
+                f,
+                "{} events lost: they arrived faster than they could be read",
+                lost.lost
+            ),
         }
     }
 }
@@ -335,7 +339,7 @@ mod tests {
         }
         assert_eq!(
             Line::Lost(Lost::new(3)).to_string(),
-            "3 events were lost: more came than were read"
+            "3 events lost: they arrived faster than they could be read"
         );
     }
 }

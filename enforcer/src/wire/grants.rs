@@ -24,7 +24,7 @@ pub struct GrantsReport {
 pub struct JobRuleStatus {
     /// As `nft -a list chain inet bosh_agent monit_access_jobs` shows it.
     pub handle: u64,
-    /// The user let in; absent for everybody in the cgroup, and where `ignored` says why nobody is.
+    /// The user who is allowed; absent for everybody in the cgroup, and where `ignored` says why nobody is.
     pub user: Option<u32>,
     /// The cgroup below which they are; absent for anywhere.
     pub cgroup: Option<String>,
@@ -37,7 +37,7 @@ pub struct JobRuleStatus {
 pub struct GrantStatus {
     /// The target.
     pub target: String,
-    /// The user let in; absent for everybody in the cgroup.
+    /// The user who is allowed; absent for everybody in the cgroup.
     pub user: Option<u32>,
     /// The cgroup below which they are; absent for anywhere.
     pub cgroup: Option<String>,

@@ -19,13 +19,13 @@ pub struct Status {
     pub backend_reason: Option<String>,
     /// Whose user is checked (D3).
     pub subject: SubjectKind,
-    /// Whether anything is refused.
+    /// Whether anything is denied.
     pub mode: Mode,
     /// Number of the active rule set, 0 for none.
     pub generation: u64,
     /// The daemon.
     pub daemon: DaemonStatus,
-    /// The cgroup whose tasks are judged.
+    /// The cgroup whose tasks are evaluated.
     pub cgroup: String,
     /// Where the pins lie.
     pub pin_dir: String,
@@ -42,7 +42,7 @@ pub struct Status {
     /// Ports of names that were dialled at other addresses (N8); only the daemon knows them.
     #[serde(default)]
     pub dials: Vec<DialStatus>,
-    /// Denials that nobody could be told of.
+    /// Denials dropped before they could be delivered.
     pub events_lost: u64,
     /// Connections older than the rules; only the daemon knows them.
     #[serde(default)]
@@ -67,11 +67,11 @@ pub struct TargetStatus {
     pub endpoints: u64,
     /// Its principals.
     pub allow: Vec<String>,
-    /// Attempts it admitted.
+    /// Attempts it allowed.
     pub allowed: u64,
-    /// Attempts it refused.
+    /// Attempts it denied.
     pub denied: u64,
-    /// Attempts it would have refused, in audit mode.
+    /// Attempts it would have denied, in audit mode.
     pub would_deny: u64,
 }
 
@@ -99,7 +99,7 @@ pub struct DialStatus {
     pub port: u16,
     /// How often dials had its names looked up since the daemon started.
     pub lookups: u64,
-    /// The address that was dialled last, as far as it was told.
+    /// The address of the last dial that was reported.
     pub last: String,
     /// Who dialled it, where that is known.
     pub uid: Option<u32>,
@@ -107,7 +107,7 @@ pub struct DialStatus {
     pub time: String,
 }
 
-/// Connections older than the rules that would refuse them, as of the last sweep (D9).
+/// Connections older than the rules that would deny them, as of the last sweep (D9).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExistingStatus {
     /// What becomes of them.

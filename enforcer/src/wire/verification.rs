@@ -11,7 +11,7 @@ use super::{ActiveBackend, Schema};
 pub struct Verification {
     /// `enforcer/verify/1`.
     pub schema: Schema,
-    /// Whether the kernel holds exactly what is wanted.
+    /// Whether the kernel holds exactly what is desired.
     pub identical: bool,
     /// Compared with what.
     pub against: Against,
@@ -36,7 +36,7 @@ pub struct Difference {
     pub kind: DifferenceKind,
     /// Which entry.
     pub entry: String,
-    /// As wanted; null for what is extra.
+    /// As desired; null for what is extra.
     pub wanted: Option<String>,
     /// As found; null for what is missing.
     pub found: Option<String>,

@@ -124,7 +124,7 @@ fn f8_what_exists_is_enforced_at_a_first_start() -> Result<()> {
     denied(&world.attack(0))?;
     ensure!(!causes(&world)?.contains(&user.0), "{}", causes(&world)?);
     ensure!(
-        daemon.log().contains(&format!("user {:?} is uid 61001 now", user.0)),
+        daemon.log().contains(&format!("user {:?} is now uid 61001", user.0)),
         "{}",
         daemon.log()
     );
@@ -225,7 +225,7 @@ fn n9_after_a_boot_names_mean_whom_the_host_names_now() -> Result<()> {
         for uid in [61_301, 61_302, 61_303, NOBODY] {
             denied(&world.attack(uid))?;
         }
-        let words = format!("user {:?} means another user now", moved.0);
+        let words = format!("user {:?} has a different UID than", moved.0);
         ensure!(log.contains(&words), "{log}");
         if by_apply {
             // The daemon that follows takes over what that boot has loaded, though it can take no configuration.
@@ -281,7 +281,7 @@ fn n9_a_group_is_its_members() -> Result<()> {
         Ok(world.attack(61_201).run()?.errno.is_some())
     })?;
     world.attack(61_202).reaches()?;
-    let line = format!("group {:?} is uid 61202 now", group.0);
+    let line = format!("group {:?} is now uid 61202", group.0);
     ensure!(daemon.log().contains(&line), "{}", daemon.log());
     allow(&format!("{{ group = {GID} }}"))?;
     daemon.reload()?;

@@ -200,9 +200,9 @@ fn b2_bad_settings_leave_in_force_what_is() -> Result<()> {
     let huge = format!("{{\"x\":\"{}\"}}", "x".repeat(9 << 20));
     let no_port = format!("{{\"mbus\":\"nats://me:{SECRET}@127.200.0.2:x\"}}");
     let texts = [
-        ("a file cut short", half, "settings.json: not JSON"),
-        ("no JSON", "never mind", "settings.json: not JSON"),
-        ("nothing", "", "settings.json: not JSON"),
+        ("a file cut short", half, "settings.json: invalid or incomplete JSON"),
+        ("no JSON", "never mind", "settings.json: invalid or incomplete JSON"),
+        ("nothing", "", "settings.json: invalid or incomplete JSON"),
         ("another kind", "{\"mbus\":[1]}", "mbus[0] is a number"),
         ("no port", &no_port, "the port is not a number"),
         ("too much", &huge, "8 MiB"),
@@ -290,7 +290,7 @@ fn b2_n7_the_last_bus_known_is_protected_after_a_reboot() -> Result<()> {
     agent.world.attack(0).to(agent.bus(1)).reaches()?;
     let causes = agent.causes()?;
     ensure!(
-        causes.contains("not known yet") && causes.contains("the last one known stays protected"),
+        causes.contains("not known yet") && causes.contains("the last known one stays protected"),
         "{causes}"
     );
     agent.put("settings/settings.json", agent.mbus(2))?;

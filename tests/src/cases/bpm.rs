@@ -346,7 +346,7 @@ fn b4_bpm_a_container_without_rights_is_told() -> Result<()> {
         for word in [
             "CAP_NET_ADMIN",
             "on the host run enforcer grant monit --job JOB",
-            "not let in",
+            "may not connect to monit",
         ] {
             ensure!(asked.stderr.contains(word), "{word}: {asked:?}");
         }

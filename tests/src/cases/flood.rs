@@ -163,9 +163,9 @@ fn f10_what_came_too_fast_to_be_told_is_counted() -> Result<()> {
     ensure!(denied == refused, "{denied} of {refused}");
     daemon.signal(Signal::SIGTERM)?;
     ensure!(daemon.wait()? == 0, "{}", daemon.log());
-    let line = format!("the kernel counted {denied} denials of main, of which ");
+    let line = format!("kernel counted {denied} denials for target main; only ");
     ensure!(daemon.log().contains(&line), "{denied}: {}", daemon.log());
-    ensure!(!daemon.log().contains("denials of other"), "{}", daemon.log());
+    ensure!(!daemon.log().contains("denials for target other"), "{}", daemon.log());
     if Backend::current().is_nftables() {
         ensure!(daemon.log().contains("denied at least "), "{}", daemon.log());
     }

@@ -410,10 +410,10 @@ fn b4_what_would_let_everybody_in_is_refused() -> Result<()> {
     for (arguments, says) in [
         (
             &["main", "--cgroup", "/"][..],
-            "let everybody in; run this from the job's own cgroup",
+            "allow everybody; run this from the job's own cgroup",
         ),
-        (&["main", "--cgroup", &judged], "let everybody in"),
-        (&["main", "--pid", &outside], "let everybody in"),
+        (&["main", "--cgroup", &judged], "allow everybody"),
+        (&["main", "--pid", &outside], "allow everybody"),
         (
             &["main", "--cgroup", "/no/such/cgroup"],
             "/no/such/cgroup does not exist below",
@@ -447,7 +447,7 @@ fn b4_what_would_let_everybody_in_is_refused() -> Result<()> {
     command.args(["-c", "echo $$ > \"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]);
     command.arg(root).arg(binary("enforcer")?).arg("--config");
     let ran = ran(command.arg(job.world.path("enforcer.toml")).args(["grant", "main"]))?.demand(2)?;
-    ensure!(ran.stderr.contains("let everybody in"), "{ran:?}");
+    ensure!(ran.stderr.contains("allow everybody"), "{ran:?}");
     job.world.enforcer(&["revoke", "nosuch"])?.demand(2)?;
     ensure!(job.grants()?.is_empty(), "{:?}", job.grants()?);
     ensure!(

@@ -122,7 +122,7 @@ fn f6_who_answers_on_a_users_socket_is_asked_nothing() -> Result<()> {
     let liar = thread::spawn(move || lie(&listener));
     // Nothing is active, and that is what is said.
     let status = world.enforcer(&["status"])?.demand(1)?;
-    let named = format!("{} is user {NOBODY}'s, not root's", socket.display());
+    let named = format!("{} belongs to user {NOBODY}, not root", socket.display());
     ensure!(status.stderr.contains(&named), "{status:?}");
     world.apply()?;
     world.attack(NOBODY).is_refused()?;

@@ -259,7 +259,7 @@ fn never_fail(backend: &'static str) -> Result<()> {
     }
     // Who is not root may not ask.
     let asked = ran(host.world.enforcer_as(NOBODY)?.arg("enable-monit-access"))?.demand(0)?;
-    ensure!(asked.stderr.contains("not let in to monit"), "{asked:?}");
+    ensure!(asked.stderr.contains("may not connect to monit"), "{asked:?}");
     host.is_refused(&host.inside(NOBODY)?)?;
     // The daemon is away, and the rules stay: it is waited for, and the caller goes on.
     daemon.kill()?;
@@ -342,7 +342,7 @@ fn f6_the_monit_helper_enters_no_users_cgroup() -> Result<()> {
     chown(&trap, Some(NOBODY), None)?;
     let text = format!("set -e; source {helper}; permit_monit_access; cat /proc/self/cgroup");
     let called = host.script(&host.cgroup, &text)?.demand(0)?;
-    ensure!(called.stderr.contains("not root's alone"), "{called:?}");
+    ensure!(called.stderr.contains("users other than root"), "{called:?}");
     ensure!(!called.stdout.contains("monit-api-access"), "{called:?}");
     ensure!(host.grants()?.is_empty(), "{:?}", host.grants()?);
     host.is_refused(&host.outside(NOBODY)?.in_cgroup(&trap))

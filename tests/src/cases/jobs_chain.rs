@@ -417,7 +417,7 @@ fn b5_rules_of_other_shapes_let_nobody_in() -> Result<()> {
         ensure!(shown.contains(why), "{why} is not in {shown}");
     }
     let log = daemon.log();
-    ensure!(log.matches("lets nobody in to monit").count() == rules.len(), "{log}");
+    ensure!(log.matches("allows nobody to connect").count() == rules.len(), "{log}");
     // Beside them one of the known shape counts.
     host.rule(&user)?;
     comes_in("a rule of the known shape", &nobody)?;

@@ -373,7 +373,7 @@ fn n6_answers_that_name_this_host_are_refused() -> Result<()> {
         ensure!(!named.denied(address)?, "{address} was taken from DNS");
     }
     ensure!(
-        daemon.log().contains("refused") && daemon.log().contains("169.254.169.254"),
+        daemon.log().contains("rejected") && daemon.log().contains("169.254.169.254"),
         "{}",
         daemon.log()
     );

@@ -313,16 +313,16 @@ fn check_explains() -> Result<()> {
     world.apply()?;
     let (here, port) = (world.here().to_string(), world.port);
     for (arguments, code, says) in [
-        (vec!["root", &here], 0, "admits user 0"),
-        (vec!["0", &format!("tcp://{here}")], 0, "admits user 0"),
+        (vec!["root", &here], 0, "allows user 0"),
+        (vec!["0", &format!("tcp://{here}")], 0, "allows user 0"),
         (vec!["nobody", &here], 1, "no principal that matches user 65534"),
         (
             vec!["nobody", &format!("[::ffff:{}]:{port}", world.address())],
             1,
-            "refused by main",
+            "denied by main",
         ),
-        (vec!["nobody", &format!("0.0.0.0:{port}")], 1, "refused by main"),
-        (vec!["nobody", &format!("[::]:{port}")], 1, "refused by main"),
+        (vec!["nobody", &format!("0.0.0.0:{port}")], 1, "denied by main"),
+        (vec!["nobody", &format!("[::]:{port}")], 1, "denied by main"),
         (vec!["nobody", &here, "--foreign-netns"], 0, "not an endpoint"),
         (vec!["nobody", &format!("udp://{here}")], 0, "not an endpoint"),
         (
@@ -333,11 +333,11 @@ fn check_explains() -> Result<()> {
         (vec!["root", &here, "--kernel"], 1, "kernel threads"),
         (vec!["nosuchuser", &here], 2, "nosuchuser"),
         (vec!["4294967294", &here], 1, "matches user 4294967294"),
-        (vec!["4294967295", &here], 2, "4294967295 is no user"),
+        (vec!["4294967295", &here], 2, "4294967295 is not a UID"),
         (
             vec!["root", &here, "--socket-user", "4294967295"],
             2,
-            "4294967295 is no user",
+            "4294967295 is not a UID",
         ),
         (vec!["root", "127.0.0.1"], 2, "127.0.0.1"),
         (vec!["root", &here, "--cgroup", "/no/such"], 2, "/no/such"),
@@ -374,7 +374,7 @@ fn f4_a_bad_file_keeps_nobody_from_asking() -> Result<()> {
         world
             .enforcer(&["revoke", "main", "--all"])?
             .stdout
-            .contains("nothing was granted"),
+            .contains("no such grant"),
         "revoke did not ask the daemon"
     );
     daemon.reload()?;
@@ -504,7 +504,7 @@ fn control_socket_full_is_told_and_unload_frees_the_place() -> Result<()> {
         stream.set_read_timeout(Some(Duration::from_millis(500)))?;
         let mut said = String::new();
         let _ = stream.read_to_string(&mut said);
-        Ok(said.contains("which is the most"))
+        Ok(said.contains("which is the maximum"))
     })?;
     // Followers never keep others out.
     world.enforcer(&["status"])?.demand(0)?;

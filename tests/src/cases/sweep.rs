@@ -132,7 +132,10 @@ fn d9_older_connections_are_reported_and_stay() -> Result<()> {
     let status = world.status()?;
     ensure!(status["state"] == "enforcing", "{status}");
     let text = world.enforcer(&["status"])?.demand(0)?.stdout;
-    ensure!(text.contains("2 connections older") && text.contains("65534"), "{text}");
+    ensure!(
+        text.contains("deny 2 existing connections") && text.contains("65534"),
+        "{text}"
+    );
     ensure!(events(&world)?.len() == 2, "{:?}", events(&world)?);
     // It looks again shortly after, and says nothing twice.
     std::thread::sleep(std::time::Duration::from_millis(1500));
@@ -191,7 +194,7 @@ fn d9_apply_sweeps_too() -> Result<()> {
     let (nobody, mut root) = (world.attack(NOBODY).hold()?, world.attack(0).hold()?);
     configure(&world, world.here(), "existing = \"cut\"", r#"["root"]"#)?;
     let said = world.enforcer(&["apply"])?.demand(0)?;
-    ensure!(said.stdout.contains("1 cut"), "{said:?}");
+    ensure!(said.stdout.contains("1 terminated"), "{said:?}");
     nobody.is_cut()?;
     root.stays()
 }

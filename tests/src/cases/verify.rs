@@ -286,7 +286,7 @@ fn verify_says_what_is_missing_and_what_it_cannot() -> Result<()> {
     tells(&verify(&world, 1)?, "backend", "changed")?;
     let text = world.enforcer(&["verify"])?.demand(1)?.stdout;
     ensure!(
-        text.starts_with("nothing is active; wanted: ") && !text.contains("find out who"),
+        text.starts_with("nothing is active; desired: ") && !text.contains("find out who"),
         "{text}"
     );
     let gone = world.path("gone.toml").display().to_string();

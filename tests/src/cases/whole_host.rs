@@ -141,7 +141,7 @@ fn f9_in_a_cgroup_namespace_it_says_what_is_not_covered() -> Result<()> {
         status["state"] == "degraded" && causes.contains("only processes below cgroup"),
         "{status}"
     );
-    ensure!(causes.contains("how deep cgroup /inner lies is not known"), "{status}");
+    ensure!(causes.contains("the depth of cgroup /inner is not known"), "{status}");
     let found = left.ask(&unshare, own, &["doctor"])?.demand(1)?.stdout;
 
     ensure!(

@@ -1,5 +1,5 @@
-//! Which room of `enforcer/src` imports which: only what stands below it, in the order that
-//! `enforcer/docs/architecture.md` gives, and nothing that the room's line there names besides. Tests may import
+//! Which module of `enforcer/src` imports which: only what stands below it, in the order that
+//! `enforcer/docs/architecture.md` gives, and nothing that the module's line there names besides. Tests may import
 //! whatever they compare with.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,17 +10,17 @@ use super::{
     source::{Source, Token},
 };
 
-/// The page that has the rooms.
+/// The page that has the modules.
 const PAGE: &str = "enforcer/docs/architecture.md";
 /// The heading of the list.
 const HEADING: &str = "### From the ground up";
-/// Where rooms are.
+/// Where modules are.
 const SOURCES: &str = "enforcer/src/";
 
-/// A room, as the list has it.
+/// A top-level module, as the list has it.
 struct Room<'a> {
     name: &'a str,
-    /// Rooms below that it must not import all the same, or parts of them.
+    /// Modules below that it must not import all the same, or parts of them.
     never: Vec<&'a str>,
     line: usize,
 }
@@ -52,7 +52,7 @@ pub(super) fn check(files: &Files, sources: &[Source], exceptions: &Exceptions) 
         }
         complaints.extend(faults.into_iter().map(|(line, to, why)| {
             let what = format!("{room} imports {to}, {why}");
-            let remedy = "move what both use into a room below both, or this into one above";
+            let remedy = "move what both use into a module below both, or this into one above";
             Complaint::new(&source.path, line, what, remedy)
         }));
     }
@@ -66,7 +66,7 @@ pub(super) fn check(files: &Files, sources: &[Source], exceptions: &Exceptions) 
     complaints
 }
 
-/// The list: of each numbered line the names in backticks, the room's first.
+/// The list: of each numbered line the names in backticks, the module's first.
 fn list(page: &str) -> Vec<Room<'_>> {
     let lines = page
         .lines()
@@ -87,7 +87,7 @@ fn list(page: &str) -> Vec<Room<'_>> {
     rooms.collect()
 }
 
-/// The list against the table above it and the rooms that there are.
+/// The list against the table above it and the modules that there are.
 fn compare(page: &str, rooms: &[Room<'_>], sources: &[Source]) -> Vec<Complaint> {
     let mut complaints = Vec::new();
     let there: BTreeMap<&str, &str> = sources
@@ -100,7 +100,7 @@ fn compare(page: &str, rooms: &[Room<'_>], sources: &[Source]) -> Vec<Complaint>
             complaints.push(Complaint::new(
                 path,
                 1,
-                format!("{room} is a room that stands nowhere"),
+                format!("module {room} is not in the list"),
                 remedy,
             ));
         } else if !page.lines().any(|line| line.starts_with(&format!("| `{room}.rs`"))) {
@@ -108,7 +108,7 @@ fn compare(page: &str, rooms: &[Room<'_>], sources: &[Source]) -> Vec<Complaint>
             complaints.push(Complaint::new(
                 PAGE,
                 1,
-                format!("the table of rooms has no {room}"),
+                format!("the table of modules has no {room}"),
                 remedy,
             ));
         }
@@ -117,21 +117,21 @@ fn compare(page: &str, rooms: &[Room<'_>], sources: &[Source]) -> Vec<Complaint>
         complaints.push(Complaint::new(
             PAGE,
             room.line,
-            format!("there is no room {}", room.name),
+            format!("there is no module {}", room.name),
             "remove this line",
         ));
     }
     complaints
 }
 
-/// The room that a file is in; what has all of them together is in none.
+/// The top-level module that a file is in; what has all of them together is in none.
 fn room_of(path: &str) -> Option<&str> {
     let name = path.strip_prefix(SOURCES)?.split('/').next()?;
     let name = name.strip_suffix(".rs").unwrap_or(name);
     (!["lib", "main"].contains(&name)).then_some(name)
 }
 
-/// What of an import the room on a floor must not have, and why.
+/// What of an import the module on a floor must not have, and why.
 fn fault<'a>(rooms: &[Room<'a>], floor: usize, path: &[&str]) -> Option<(&'a str, &'static str)> {
     let of = rooms.get(floor)?;
     let to = path.first()?;
@@ -142,7 +142,7 @@ fn fault<'a>(rooms: &[Room<'a>], floor: usize, path: &[&str]) -> Option<(&'a str
             .all(|(at, part)| path.get(at) == Some(&part))
     };
     if let Some(never) = of.never.iter().find(forbidden) {
-        return Some((never, "which its line in the list of rooms forbids"));
+        return Some((never, "which its line in the list of modules forbids"));
     }
     let above = rooms.get(floor + 1..)?.iter().find(|room| room.name == *to)?;
     Some((above.name, "which stands above it"))

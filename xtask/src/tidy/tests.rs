@@ -31,7 +31,7 @@ fn complaints(tree: &[(&str, &str)]) -> Result<Vec<String>> {
     Ok(complaints.iter().map(ToString::to_string).collect())
 }
 
-/// A tree of rooms in the order a, b, c, where b must not import `a::secret`.
+/// A tree of modules in the order a, b, c, where b must not import `a::secret`.
 fn rooms(b: &str, exceptions: &str) -> Result<Vec<String>> {
     let page = "| `a.rs` |\n| `b.rs` |\n| `c.rs` |\n\n### From the ground up\n\n1. `a`\n2. `b`, never `a::secret`\n\
         3. `c`\n\n## Next\n";
@@ -149,7 +149,7 @@ fn rooms_import_what_is_below_them() -> Result<()> {
         [""; 0]
     );
     let up = "enforcer/src/b/part.rs:4: b imports c, which stands above it; \
-        move what both use into a room below both, or this into one above";
+        move what both use into a module below both, or this into one above";
     assert_eq!(
         rooms(
             "//! B.\nuse crate::{\n    a::{one, two},\n    c::{self, three},\n};\n",
@@ -162,8 +162,8 @@ fn rooms_import_what_is_below_them() -> Result<()> {
     assert_eq!(
         rooms("//! B.\nuse crate::a::{open, secret::thing};\n", "")?,
         [
-            "enforcer/src/b/part.rs:2: b imports a::secret, which its line in the list of rooms forbids; \
-            move what both use into a room below both, or this into one above"
+            "enforcer/src/b/part.rs:2: b imports a::secret, which its line in the list of modules forbids; \
+            move what both use into a module below both, or this into one above"
         ]
     );
     Ok(())
@@ -192,11 +192,11 @@ fn every_room_has_its_place() -> Result<()> {
     assert_eq!(
         found,
         [
-            "enforcer/docs/architecture.md:1: the table of rooms has no a; write a line that begins with \"| `a.rs` \
+            "enforcer/docs/architecture.md:1: the table of modules has no a; write a line that begins with \"| `a.rs` \
              |\"",
-            "enforcer/src/d/part.rs:1: d is a room that stands nowhere; \
+            "enforcer/src/d/part.rs:1: module d is not in the list; \
                 put it where it belongs below \"### From the ground up\" in enforcer/docs/architecture.md",
-            "enforcer/docs/architecture.md:7: there is no room c; remove this line",
+            "enforcer/docs/architecture.md:7: there is no module c; remove this line",
         ]
     );
     Ok(())

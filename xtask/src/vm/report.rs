@@ -188,7 +188,7 @@ fn junit(rows: &[Row], time: Duration) -> Report {
 pub(super) fn capabilities(rows: &[Row]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
-    table.set_header(["kernel", "cgroup v2", "`auto` takes", "who is judged", "reduced"]);
+    table.set_header(["kernel", "cgroup v2", "`auto` takes", "who is checked", "reduced"]);
     for row in rows {
         let Ok(outcome) = &row.outcome else { continue };
         for (layout, auto) in outcome.auto.iter().filter(|(layout, _)| layout != SYSTEMD) {
@@ -200,7 +200,7 @@ pub(super) fn capabilities(rows: &[Row]) -> String {
             let subject = match text("subject") {
                 "task+socket" => "task and socket's owner",
                 "task+tcp-socket" => "task, and owner of TCP sockets",
-                "task" => "task alone",
+                "task" => "task only",
                 "file" => "whoever opened the socket",
                 other => other,
             };
@@ -243,11 +243,11 @@ fn reduced(entry: &Entry, layout: &str) -> Vec<&'static str> {
         .into_iter()
         .filter_map(|lack| match lack {
             "bpf" => Some("no BPF"),
-            "cgroup2" => Some("principals with a cgroup are refused"),
-            "netns-cookie" => Some("loopback is judged in every network namespace"),
+            "cgroup2" => Some("principals with a cgroup are rejected"),
+            "netns-cookie" => Some("loopback is evaluated in every network namespace"),
             "socket-cgroup" => Some("with nftables, principals with a cgroup match nobody"),
-            "mptcp" => Some("no MPTCP to judge"),
-            "kernel-reads" => Some("of UDP and MPTCP sockets the task's user decides alone"),
+            "mptcp" => Some("no MPTCP"),
+            "kernel-reads" => Some("for UDP and MPTCP sockets only the task's user is checked"),
             // Without BPF nobody asks for types.
             _ => None,
         })

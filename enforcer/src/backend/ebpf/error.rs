@@ -85,10 +85,10 @@ impl fmt::Display for BackendError {
         f.write_str(match self {
             Self::Io { error, .. } | Self::Map { error, .. } => remedy(error),
             Self::Untrusted { .. } => {
-                "; it must be a directory of root's with mode 0700: remove it, or name another pin_dir"
+                "; it must be a directory owned by root with mode 0700: remove it, or set another pin_dir"
             }
             Self::NotBpffs { .. } => {
-                "; mount one there (mount -t bpf bpf DIRECTORY), or name a pin_dir directly below /sys/fs/bpf"
+                "; mount one there (mount -t bpf bpf DIRECTORY), or set a pin_dir directly below /sys/fs/bpf"
             }
             Self::PrivateMounts { .. } => {
                 "; mount it on the host (mount -t bpf bpf /sys/fs/bpf), then start enforcer again"
@@ -100,7 +100,7 @@ impl fmt::Display for BackendError {
                 "; what is active stays: restart the daemon, which takes over without a gap, or run enforcer unload"
             }
             Self::OtherVersion { .. } => return write!(f, "; to take over with this one, {START}"),
-            Self::ReadBack { .. } => "; reload enforcer; if it stays, run enforcer verify",
+            Self::ReadBack { .. } => "; reload enforcer; if this persists, run enforcer verify",
             Self::Cgroup { .. } => "; name a directory of the cgroup v2 hierarchy with `cgroup`",
             Self::NoCgroup2 => "; mount one (mount -t cgroup2 none /sys/fs/cgroup)",
             Self::Load { .. } => "; enforcer needs Linux 5.8 with BPF, and root (CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN)",
@@ -108,7 +108,7 @@ impl fmt::Display for BackendError {
                 " (another program there or above forbids sharing the cgroup: list them with `bpftool cgroup show`, \
                  and have its owner attach with BPF_F_ALLOW_MULTI; or CAP_NET_ADMIN is missing)"
             }
-            Self::Half { .. } => "; the rule set before stays active on both",
+            Self::Half { .. } => "; the previous rules stay active on both",
             Self::Attach { .. } | Self::Nftables(_) | Self::Neither { .. } => "",
         })
     }
@@ -131,7 +131,7 @@ impl BackendError {
             }
             Self::Damaged { path } => {
                 format!(
-                    "{} is missing, or is no map of this version of enforcer",
+                    "{} is missing, or is not a map of this version of enforcer",
                     path.display()
                 )
             }

@@ -4,8 +4,9 @@
 //! targets; a class's chain jumps to the chain of each of its targets, which returns if it admits the user and ends in
 //! a refusal if not (D2).
 //!
-//! Names of all but the base chains and the counters end in the slot of their generation, so that a rule set is built
-//! beside the active one: a packet that is under way finds every set and chain that it began with (F2).
+//! Names of all but the base chains, the chain `about` and the counters end in the slot of their generation, so that a
+//! rule set is built beside the active one: a packet that is under way finds every set and chain that it began with
+//! (F2).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -69,13 +70,13 @@ pub(crate) struct Rule {
 /// A set or map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Set {
-    /// What it maps to what.
+    /// The types of its keys and values.
     pub kind: SetKind,
     /// Sorted.
     pub elements: Vec<Element>,
 }
 
-/// What a set maps to what.
+/// The keys of a set, and of a map its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SetKind {
     /// Address, protocol and port to the chain of a class.
@@ -85,7 +86,7 @@ pub(crate) enum SetKind {
         /// Ranges of addresses instead of single ones.
         ranges: bool,
     },
-    /// Ports to the chain that tells of their dials.
+    /// Port to the chain that logs its dials.
     Ports,
     /// Users.
     Users,

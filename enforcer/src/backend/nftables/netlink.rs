@@ -1,4 +1,5 @@
-//! `Image` ⇄ kernel, over netlink: one transaction out, by nftnl, and dumps back.
+//! `Image` ⇄ kernel, over netlink: a table replaced in three transactions (lay out, switch, remove), by nftnl, and
+//! dumped back.
 //!
 //! A netlink request is answered before the call that sends it returns, so every answer is there to be read without
 //! waiting.

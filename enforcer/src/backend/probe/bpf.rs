@@ -45,7 +45,7 @@ fn socket_owner() -> Fact {
     match btf::offsets() {
         Ok(offsets) if offsets.sk_uid.is_some() => Fact::Supported,
         Ok(_) => Fact::Missing {
-            why: "/sys/kernel/btf/vmlinux is missing, or tells nothing of sk_uid".to_owned(),
+            why: "/sys/kernel/btf/vmlinux is missing, or does not list sk_uid".to_owned(),
         },
         Err(error) => Fact::Inconclusive(format!("read /sys/kernel/btf/vmlinux: {error}")),
     }

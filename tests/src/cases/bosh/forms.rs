@@ -235,12 +235,12 @@ fn b2_a_file_that_is_made_first_and_written_then() -> Result<()> {
     if took <= PATIENCE {
         agent.is_well(&daemon)?;
     }
-    let reported = daemon.log().matches("not JSON").count();
+    let reported = daemon.log().matches("invalid or incomplete JSON").count();
     // What stays without an end is reported, and opens nothing.
     fs::write(&path, half)?;
     let started = Instant::now();
     until("a file without an end is reported", || {
-        Ok(agent.causes()?.contains("settings.json: not JSON"))
+        Ok(agent.causes()?.contains("settings.json: invalid or incomplete JSON"))
     })?;
     println!("    a file without an end: reported after {:?}", started.elapsed());
     agent.attacks(&[2], false)?;
@@ -248,7 +248,7 @@ fn b2_a_file_that_is_made_first_and_written_then() -> Result<()> {
     agent.at_once(3, "a file that is whole at last")?;
     let log = daemon.log();
     ensure!(
-        log.matches("not JSON").count() == reported + 1,
+        log.matches("invalid or incomplete JSON").count() == reported + 1,
         "not reported once: {log}"
     );
     Ok(())

@@ -33,7 +33,7 @@ impl Netlink {
         self.ask(INET, libc::NFT_MSG_GETGEN, 0, &[], |_, generation| {
             found = Some(generation.number(nfta::GEN_ID));
         })?;
-        found.ok_or_else(|| io::Error::other("nf_tables did not tell its generation"))
+        found.ok_or_else(|| io::Error::other("nf_tables did not report its generation"))
     }
 
     /// Reads a table back; none if there is none.
