@@ -1,8 +1,8 @@
 //! What carries a rule set in the kernel: eBPF, nftables, or both as one. Taken over at the start; then applied, kept,
 //! observed, verified; unloaded.
 
+mod active_rules;
 mod ebpf;
-mod in_force;
 mod nftables;
 pub(crate) mod probe;
 pub(crate) mod third_party;
@@ -24,20 +24,20 @@ use crate::{
     wire::{ActiveBackend, Against, Verification},
 };
 
+pub(crate) use active_rules::ActiveRules;
 pub(crate) use ebpf::{
-    BackendError, Checked, Kernel, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
+    BackendError, Checked, EbpfBackend, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
 };
-pub(crate) use in_force::InForce;
-pub(crate) use nftables::{Changes as NftChanges, Denial, Denials, Logged, Nftables, NftablesError, jobs};
+pub(crate) use nftables::{Logged, LoggedDenial, NflogListener, NftChanges, NftablesBackend, NftablesError, jobs};
 
-use probe::{Fact, Works};
+use probe::{Fact, Usability};
 use writer::Writer;
 
 /// What is active in the kernel, for the process that writes it.
 #[derive(Debug)]
 pub(crate) struct Enforcement {
-    ebpf: Option<Kernel>,
-    nftables: Option<Nftables>,
+    ebpf: Option<EbpfBackend>,
+    nftables: Option<NftablesBackend>,
     /// Why `auto` took what it took, if that is not the first choice.
     reason: Option<String>,
     /// How often a change that another process made to our rules was repaired (F5).
@@ -80,14 +80,14 @@ pub(crate) struct Start<'a> {
 }
 
 impl Start<'_> {
-    fn ebpf(&self) -> Result<Kernel, BackendError> {
+    fn ebpf(&self) -> Result<EbpfBackend, BackendError> {
         let cgroup = self.cgroup.ok_or(BackendError::NoCgroup2)?;
-        Kernel::take_over(&self.settings.pin_dir, cgroup, self.daemon, self.log_level)
+        EbpfBackend::take_over(&self.settings.pin_dir, cgroup, self.daemon, self.log_level)
     }
 
-    fn nftables(&self) -> Result<Nftables, BackendError> {
+    fn nftables(&self) -> Result<NftablesBackend, BackendError> {
         let Settings { nft_table, forward, .. } = self.settings;
-        Ok(Nftables::take_over(nft_table, *forward, self.daemon)?)
+        Ok(NftablesBackend::take_over(nft_table, *forward, self.daemon)?)
     }
 }
 
@@ -145,7 +145,7 @@ impl Enforcement {
     /// matters.
     fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
         let tried = start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel));
-        let mut works = Works {
+        let mut works = Usability {
             ebpf: tried.as_ref().map_or_else(Fact::from_backend, |_| Fact::Supported),
             nftables: Fact::Inconclusive("not tried".to_owned()),
         };
@@ -241,7 +241,7 @@ impl Enforcement {
     /// Sees to it that the generation made active last, of this number, is so whole, putting back what others took or
     /// changed (F5): the active number then, another one where rules or entries were written anew; with both backends
     /// eBPF's. None if another generation was made active last.
-    pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+    pub(crate) fn ensure_active(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         let mut kept = number;
         if let Some(nftables) = &mut self.nftables
             && !nftables.is_whole()?
@@ -252,7 +252,7 @@ impl Enforcement {
         match &mut self.ebpf {
             Some(kernel) => {
                 let before = kernel.repaired();
-                let kept = kernel.keep(number);
+                let kept = kernel.ensure_active(number);
                 self.restored += u64::from(kernel.repaired() != before);
                 kept
             }
@@ -262,18 +262,18 @@ impl Enforcement {
 
     /// A look at what others may have detached, to be taken in a thread of its own.
     pub(crate) fn link_look(&self) -> Option<LinkLook> {
-        self.ebpf.as_ref().and_then(Kernel::link_look)
+        self.ebpf.as_ref().and_then(EbpfBackend::link_look)
     }
 
-    /// Takes what was found. True if [`Enforcement::keep`] has something to repair.
+    /// Takes what was found. True if [`Enforcement::ensure_active`] has something to repair.
     pub(crate) fn links_seen(&mut self, seen: LinksSeen) -> bool {
         self.ebpf.as_mut().is_some_and(|kernel| kernel.links_seen(seen))
     }
 
     /// Begins to wait for what the next [`Enforcement::apply`] would have to wait for.
-    pub(crate) fn begin_to_settle(&mut self) {
+    pub(crate) fn begin_to_wait_for_readers(&mut self) {
         if let Some(kernel) = &mut self.ebpf {
-            kernel.begin_to_settle();
+            kernel.begin_to_wait_for_readers();
         }
     }
 
@@ -302,7 +302,7 @@ impl Enforcement {
 
     fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
-        let nftables = self.nftables.as_mut().map(Nftables::observe).transpose()?;
+        let nftables = self.nftables.as_mut().map(NftablesBackend::observe).transpose()?;
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
@@ -324,7 +324,7 @@ impl Enforcement {
 
     /// What the kernel has counted as denied, or as to be denied in audit mode, of each of these targets, and nothing
     /// else: reading large sets takes long.
-    pub(crate) fn denied(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
+    pub(crate) fn denial_counts(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(true)).transpose()?;
         let mut counts: BTreeMap<String, u64> = targets.into_iter().map(|target| (target, 0)).collect();
         for target in ebpf.into_iter().flat_map(|observed| observed.targets) {
@@ -372,22 +372,22 @@ impl Enforcement {
     /// The source of denials of the kernel programs, where these are in use. Each call opens another consumer of the
     /// same buffer, and each record goes to one consumer only: keep one.
     pub(crate) fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
-        self.ebpf.as_ref().map(Kernel::events).transpose()
+        self.ebpf.as_ref().map(EbpfBackend::events).transpose()
     }
 
     /// Denials that the ring buffer of the kernel programs had no room for.
     pub(crate) fn lost(&self) -> Result<u64, BackendError> {
-        self.ebpf.as_ref().map_or(Ok(0), Kernel::lost)
+        self.ebpf.as_ref().map_or(Ok(0), EbpfBackend::lost)
     }
 
     /// The source of denials and dials that nftables logs. Returned once: the first caller keeps it.
-    pub(crate) fn logged(&mut self) -> Option<Denials> {
-        self.nftables.as_mut().and_then(Nftables::denials)
+    pub(crate) fn logged(&mut self) -> Option<NflogListener> {
+        self.nftables.as_mut().and_then(NftablesBackend::denials)
     }
 
     /// The dials that open gates tell of (N8). As [`Enforcement::events`].
     pub(crate) fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
-        self.ebpf.as_ref().map(Kernel::dials).transpose()
+        self.ebpf.as_ref().map(EbpfBackend::dials).transpose()
     }
 
     /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).
@@ -402,7 +402,7 @@ impl Enforcement {
 
     /// The programs, for their log.
     pub(crate) fn programs(&mut self) -> Option<&mut aya::Ebpf> {
-        self.ebpf.as_mut().map(Kernel::programs)
+        self.ebpf.as_mut().map(EbpfBackend::programs)
     }
 
     /// Gives back what loading has left behind.
@@ -417,7 +417,7 @@ impl Enforcement {
         if let Some(nftables) = self.nftables {
             nftables.unload()?;
         }
-        self.ebpf.map_or(Ok(()), Kernel::unload)
+        self.ebpf.map_or(Ok(()), EbpfBackend::unload)
     }
 }
 
@@ -446,17 +446,17 @@ pub(crate) fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11
     // What one half meets keeps nothing of the active other.
     let nftables = nftables::unload(&settings.nft_table);
-    let jobs = nftables::jobs::leave(settings);
+    let jobs = nftables::jobs::remove_all_ours(settings);
     let ebpf = ebpf::unload(&settings.pin_dir)?;
     jobs?;
     Ok(nftables? || ebpf)
 }
 
 /// Removes what is active at places that are old ones, once the rest is active at the new ones.
-pub(crate) fn leave(old: &Settings, new: &Settings) {
+pub(crate) fn remove_old_places(old: &Settings, new: &Settings) {
     let pins = (old.pin_dir != new.pin_dir).then(|| ebpf::unload(&old.pin_dir).map(drop));
     let table = (old.nft_table != new.nft_table).then(|| nftables::unload(&old.nft_table).map(drop));
-    let chain = (jobs::comment(old) != jobs::comment(new)).then(|| jobs::forget(old));
+    let chain = (jobs::comment(old) != jobs::comment(new)).then(|| jobs::remove_rules(old));
     let of_nftables = [table, chain].into_iter().flatten();
     let removed = pins
         .into_iter()

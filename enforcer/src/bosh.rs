@@ -52,7 +52,7 @@ const PLACES: [(&str, &[&[&str]]); 2] = [
 
 /// What the settings say now.
 #[derive(Debug, Default)]
-pub struct Settings {
+pub struct AgentSettings {
     /// The message bus by files that only root can write, where one of them names any.
     pub bus: Option<Bus>,
     /// The message bus by files of root's that a group can write too.
@@ -70,7 +70,7 @@ pub struct Bus {
     pub files: Vec<PathBuf>,
 }
 
-impl Settings {
+impl AgentSettings {
     /// The bus that follows one that was known. Settings with a fault add to that and take nothing away: what they do
     /// not name may be what is damaged (F4, F8). What a group can write counts only where nothing is known: it is
     /// better than nothing, and opens nothing.
@@ -187,13 +187,13 @@ fn join(bus: &mut Option<Bus>, endpoints: Option<BTreeSet<Endpoint>>, file: Path
 
 /// Reads what is in `dir`, or in `settings` below it, which on some stemcells is a tmpfs and counts first.
 #[must_use]
-pub fn read(dir: &Path) -> Settings {
+pub fn read(dir: &Path) -> AgentSettings {
     read_of(ROOT, dir)
 }
 
 /// As [`read`], but waits a moment for the end of a file that is being written.
 #[must_use]
-pub fn read_whole(dir: &Path) -> Settings {
+pub fn read_whole(dir: &Path) -> AgentSettings {
     let started = Instant::now();
     loop {
         let settings = read(dir);
@@ -205,8 +205,8 @@ pub fn read_whole(dir: &Path) -> Settings {
 }
 
 /// As [`read`], from files of `owner`'s.
-fn read_of(owner: u32, dir: &Path) -> Settings {
-    let mut settings = Settings::default();
+fn read_of(owner: u32, dir: &Path) -> AgentSettings {
+    let mut settings = AgentSettings::default();
     for (name, keys) in PLACES {
         settings.add(owner, dir, name, keys);
     }

@@ -21,12 +21,12 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::{
-    backend::{self, InForce, jobs},
+    backend::{self, ActiveRules, jobs},
     config::{self, Config, ConfigError, Settings},
     control::{self, AskError},
     daemon, host,
     inputs::HostConfig,
-    policy::{Answers, Name},
+    policy::{AcceptedAnswers, Name},
     resolve::{Names, lookup},
     status::{Context, status},
     text::{self, Log},
@@ -145,8 +145,8 @@ enum ConfigCommand {
     Show(Json),
 }
 
-/// What a command answered.
-enum Answer {
+/// How a command ends.
+enum ExitStatus {
     Yes,
     No,
     /// The answer itself says that it is not whole.
@@ -169,10 +169,10 @@ pub fn main() -> ExitCode {
     };
     start_log(cli.log_format, cli.log_level);
     match run(&cli) {
-        Ok(Answer::Yes) => ExitCode::SUCCESS,
-        Ok(Answer::No) => ExitCode::from(1),
-        Ok(Answer::Unknown) => ExitCode::from(2),
-        Ok(Answer::Unloaded) => ExitCode::from(3),
+        Ok(ExitStatus::Yes) => ExitCode::SUCCESS,
+        Ok(ExitStatus::No) => ExitCode::from(1),
+        Ok(ExitStatus::Unknown) => ExitCode::from(2),
+        Ok(ExitStatus::Unloaded) => ExitCode::from(3),
         Err(error) => {
             complain("error", &format!("{error:#}"));
             ExitCode::from(2)
@@ -192,7 +192,7 @@ fn start_log(format: LogFormat, level: tracing::Level) {
     }
 }
 
-fn run(cli: &Cli) -> Result<Answer> {
+fn run(cli: &Cli) -> Result<ExitStatus> {
     let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
     // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be
     // there.
@@ -203,8 +203,8 @@ fn run(cli: &Cli) -> Result<Answer> {
         Command::Run => runtime()?
             .block_on(daemon::run(config))
             .map(|end| match end {
-                daemon::End::Stopped => Answer::Yes,
-                daemon::End::Unloaded => Answer::Unloaded,
+                daemon::End::Stopped => ExitStatus::Yes,
+                daemon::End::Unloaded => ExitStatus::Unloaded,
             })
             .map_err(Into::into),
         Command::Apply(Apply { last_good: false }) => apply(config),
@@ -247,13 +247,13 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .context("start the runtime")
 }
 
-fn apply(config: &Path) -> Result<Answer> {
+fn apply(config: &Path) -> Result<ExitStatus> {
     let status = runtime()?.block_on(daemon::apply_once(config))?;
     print(&status.render())?;
     Ok(answer_of(&status))
 }
 
-fn apply_last_good(config: &Path) -> Result<Answer> {
+fn apply_last_good(config: &Path) -> Result<ExitStatus> {
     let runtime = runtime()?;
     let _entered = runtime.enter();
     match daemon::apply_last_good(config)? {
@@ -262,10 +262,10 @@ fn apply_last_good(config: &Path) -> Result<Answer> {
     }
 }
 
-fn answer_of(status: &Status) -> Answer {
+fn answer_of(status: &Status) -> ExitStatus {
     match status.state {
-        State::Enforcing | State::Audit => Answer::Yes,
-        State::Degraded | State::Off => Answer::No,
+        State::Enforcing | State::Audit => ExitStatus::Yes,
+        State::Degraded | State::Off => ExitStatus::No,
     }
 }
 
@@ -292,7 +292,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
     Ok(settings)
 }
 
-fn show_status(config: &Path, json: &Json) -> Result<Answer> {
+fn show_status(config: &Path, json: &Json) -> Result<ExitStatus> {
     let settings = &place(config)?;
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
     let status = match asked {
@@ -320,7 +320,7 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         Some(cgroup) => cgroup.clone(),
         None => host::cgroup2_mount()?.unwrap_or_default(),
     };
-    let (in_force, unread) = InForce::open_as_far_as_possible(settings)?;
+    let (in_force, unread) = ActiveRules::open_as_far_as_possible(settings)?;
     let observed = in_force
         .as_ref()
         .map(|in_force| in_force.observe(host::directory_id(&cgroup)))
@@ -333,7 +333,7 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         cgroup: cgroup.display().to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
         nft_table: settings.nft_table.clone(),
-        backend: in_force.as_ref().map_or(ActiveBackend::Ebpf, InForce::backend),
+        backend: in_force.as_ref().map_or(ActiveBackend::Ebpf, ActiveRules::backend),
         unread: unread.is_some(),
         causes: unread.iter().map(ToString::to_string).chain(hidden).collect(),
         ..Context::default()
@@ -341,7 +341,7 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
     Ok(status(observed.as_ref(), context))
 }
 
-fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
+fn show_events(config: &Path, events: &EventsArgs) -> Result<ExitStatus> {
     let socket = place(config)?.socket;
     let request = Request::Events { follow: events.follow };
     runtime()?.block_on(control::ask_many(&socket, &request, |reply| {
@@ -355,10 +355,10 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<Answer> {
         out.write_all(line.as_bytes())?;
         out.flush()
     }))?;
-    Ok(Answer::Yes)
+    Ok(ExitStatus::Yes)
 }
 
-fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
+fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {
     let socket = place(config)?.socket;
     let asked = runtime()?.block_on(control::ask(&socket, &Request::Refresh, refresh.timeout.into()))?;
     let Reply::Status(status) = asked else {
@@ -371,7 +371,7 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<Answer> {
 /// What reads or removes thousands of entries waits for the kernel, and on a busy host for the disk, too.
 const PATIENCE_FOR_WORK: Duration = Duration::from_secs(30);
 
-fn unload(config: &Path) -> Result<Answer> {
+fn unload(config: &Path) -> Result<ExitStatus> {
     // Nothing may be said to be gone that lies elsewhere.
     let settings = &place_or(config, false)?;
     match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, PATIENCE_FOR_WORK)) {
@@ -393,15 +393,15 @@ fn unload(config: &Path) -> Result<Answer> {
 }
 
 /// B5: the rules that jobs and the BOSH agent have in their table are theirs.
-fn tell_what_stays(settings: &Settings) -> Result<Answer> {
+fn tell_what_stays(settings: &Settings) -> Result<ExitStatus> {
     let chain = jobs::read(settings).unwrap_or_default();
     let ours = chain
         .rules
         .iter()
-        .filter(|rule| rule.writer == jobs::Writer::Grants)
+        .filter(|rule| rule.writer == jobs::RuleOrigin::Grants)
         .count();
     match (chain.exists, ours) {
-        (false, _) => Ok(Answer::Yes),
+        (false, _) => Ok(ExitStatus::Yes),
         (true, 0) => print(&format!(
             "nftables table inet {} stays, with third-party rules in it; enforcer's are removed\n",
             jobs::TABLE
@@ -413,7 +413,7 @@ fn tell_what_stays(settings: &Settings) -> Result<Answer> {
                 jobs::TABLE,
                 jobs::CHAIN
             ))?;
-            Ok(Answer::No)
+            Ok(ExitStatus::No)
         }
     }
 }
@@ -430,7 +430,7 @@ struct Shown {
 const PATIENCE_FOR_NAMES: Duration = Duration::from_secs(2);
 
 /// Names to which DNS answers what no target of theirs takes (N6).
-async fn unprotected(path: &Path, asked: BTreeMap<Name, Answers>) -> Vec<String> {
+async fn unprotected(path: &Path, asked: BTreeMap<Name, AcceptedAnswers>) -> Vec<String> {
     let mut lookups = JoinSet::new();
     for (name, accepted) in asked {
         lookups.spawn(async move {
@@ -449,7 +449,7 @@ async fn unprotected(path: &Path, asked: BTreeMap<Name, Answers>) -> Vec<String>
     names.into_iter().map(line).collect()
 }
 
-fn check_config(path: &Path, json: &Json) -> Result<Answer> {
+fn check_config(path: &Path, json: &Json) -> Result<ExitStatus> {
     let wanted = HostConfig::load(path)?;
     let checked = ConfigCheck {
         schema: Schema::ConfigCheck,
@@ -477,10 +477,10 @@ fn check_config(path: &Path, json: &Json) -> Result<Answer> {
         let s = if *targets == 1 { "" } else { "s" };
         warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: valid{but}; {targets} target{s}"))
     })?;
-    Ok(if whole { Answer::Yes } else { Answer::No })
+    Ok(if whole { ExitStatus::Yes } else { ExitStatus::No })
 }
 
-fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<Answer> {
+fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<ExitStatus> {
     if json.json {
         print(&(text::json(value)? + "\n"))
     } else {
@@ -499,9 +499,9 @@ fn complain(kind: &str, cause: &str) {
 }
 
 /// Writes to stdout; a reader that has gone is no error.
-fn print(page: &str) -> Result<Answer> {
+fn print(page: &str) -> Result<ExitStatus> {
     match io::stdout().lock().write_all(text::lines(page).as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("write to stdout"),
-        Ok(()) | Err(_) => Ok(Answer::Yes),
+        Ok(()) | Err(_) => Ok(ExitStatus::Yes),
     }
 }

@@ -13,7 +13,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    policy::{Answers, BUS, Dns, Mode, Nat64, shown},
+    policy::{AcceptedAnswers, BUS, Dns, Mode, Nat64, shown},
     wire::words,
 };
 
@@ -75,7 +75,7 @@ pub struct Config {
     pub bosh: Option<Bosh>,
     /// By name, those of the file.
     #[serde(rename = "target", deserialize_with = "value::targets")]
-    pub targets: BTreeMap<String, Target>,
+    pub targets: BTreeMap<String, TargetSection>,
 }
 
 /// The section `[bosh]`: adds the targets `monit` and `nats` where the file has none of that name.
@@ -130,20 +130,20 @@ pub const MAX_TABLE_NAME: usize = 64;
 /// A section `[target.NAME]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section [target.NAME]")]
-pub struct Target {
+pub struct TargetSection {
     /// The line of its name.
     #[serde(skip)]
     pub line: usize,
     /// Endpoints as written.
-    pub endpoints: Vec<Line<EndpointText>>,
+    pub endpoints: Vec<Located<EndpointText>>,
     /// Who may connect.
-    pub allow: Vec<Line<Allow>>,
+    pub allow: Vec<Located<Allow>>,
     /// Whether others may be let in while it is active (B4).
     #[serde(default)]
     pub grants: bool,
     /// What DNS may answer for its names (N6).
     #[serde(default)]
-    pub answers: Answers,
+    pub answers: AcceptedAnswers,
 }
 
 /// Who may connect, as written.
@@ -151,18 +151,18 @@ pub struct Target {
 #[serde(untagged)]
 pub enum Allow {
     /// A user, anywhere.
-    User(User),
+    User(NameOrId),
     /// A user below a cgroup.
     Within {
         /// The user.
-        user: User,
+        user: NameOrId,
         /// The cgroup's path.
         cgroup: String,
     },
     /// The members of a group, perhaps below a cgroup.
     Group {
         /// The group.
-        group: User,
+        group: NameOrId,
         /// The cgroup's path.
         #[serde(skip_serializing_if = "Option::is_none")]
         cgroup: Option<String>,
@@ -178,7 +178,7 @@ pub enum Allow {
     untagged,
     expecting = "is neither a name nor a number; write \"NAME\" or a number without quotes"
 )]
-pub enum User {
+pub enum NameOrId {
     /// By name.
     Name(String),
     /// By number, not yet known to be one.
@@ -190,13 +190,17 @@ pub enum User {
 pub struct EndpointText(String);
 
 /// A value and the line it came from, counted from 1.
+// `config/tree.rs` knows the type by its name, as serde tells it: LOCATED is renamed with it.
 #[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Line<T> {
+pub struct Located<T> {
     /// The value.
     pub value: T,
     /// Its line.
     pub line: usize,
 }
+
+/// The name of [`Located`].
+const LOCATED: &str = "Located";
 
 impl Config {
     /// Reads the configuration file at `path`. No file at [`DEFAULT_PATH`] is as an empty one (B1).
@@ -315,18 +319,18 @@ impl fmt::Debug for EndpointText {
     }
 }
 
-impl<T> Line<T> {
+impl<T> Located<T> {
     /// Another value at the same line.
-    pub fn with<U>(&self, value: U) -> Line<U> {
-        Line { value, line: self.line }
+    pub fn with<U>(&self, value: U) -> Located<U> {
+        Located { value, line: self.line }
     }
 }
 
-impl<T: PartialEq> PartialEq for Line<T> {
+impl<T: PartialEq> PartialEq for Located<T> {
     /// Where a value stands does not matter to what it is.
     fn eq(&self, other: &Self) -> bool {
         self.value == other.value
     }
 }
 
-impl<T: Eq> Eq for Line<T> {}
+impl<T: Eq> Eq for Located<T> {}

@@ -106,7 +106,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 }
 
 /// Fails where a daemon has the socket: it alone writes what is active, and would take ours for somebody's mischief.
-pub(crate) fn nobody_listens(path: &Path) -> Result<(), ControlError> {
+pub(crate) fn ensure_socket_free(path: &Path) -> Result<(), ControlError> {
     if enforcer_client::ask::is_served(path) {
         return Err(ControlError::Busy { path: path.into() });
     }

@@ -15,11 +15,11 @@ mod grants;
 mod guard;
 mod jobs;
 mod journal;
-mod keep;
 mod lookups;
 mod recent;
 mod report;
 mod rounds;
+mod save;
 mod sources;
 mod tally;
 mod trace;
@@ -46,10 +46,10 @@ use self::{
     faults::{About, Faults},
     feed::Feed,
     guard::{Applied, Guard},
-    jobs::Chain,
-    keep::Kept,
+    jobs::ChainKeeper,
     rounds::Rounds,
-    sources::{Event, Sources},
+    save::StateKeeper,
+    sources::{Sources, Wakeup},
     users::UserLookups,
 };
 use crate::{
@@ -59,8 +59,8 @@ use crate::{
     inputs::{HostConfig, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
-    resolve::Looked,
-    sweep::{self, Job, Jobs},
+    resolve::PartialAnswer,
+    sweep::{self, SweepJob, SweepQueue},
     wire::{ExistingStatus, Reply, Request, Status, Verification},
 };
 
@@ -75,7 +75,7 @@ const LIST_AGAIN: Duration = Duration::from_mins(1);
 struct Daemon {
     /// What rules are made from.
     inputs: Inputs,
-    chain: Chain,
+    chain: ChainKeeper,
     /// The file does not hold the grants as they are.
     grants_unsaved: bool,
     enforcement: Enforcement,
@@ -85,7 +85,7 @@ struct Daemon {
     visibility_unknown: Option<String>,
     /// When what is local was listed last.
     listed: Instant,
-    lookups: JoinSet<Looked>,
+    lookups: JoinSet<PartialAnswer>,
     user_lookups: UserLookups,
     /// At most one: it waits as long as the kernel makes it.
     link_looks: JoinSet<LinksSeen>,
@@ -101,23 +101,23 @@ struct Daemon {
     faults: Faults,
     /// Settings of the agent's that are being written.
     unfinished: Option<Unfinished>,
-    kept: Kept,
+    kept: StateKeeper,
     /// A configuration that was refused at the start.
     pending: Option<Pending>,
     /// What is to be swept by (D9), and what came of it.
-    sweeps: Jobs,
+    sweeps: SweepQueue,
     existing: Option<ExistingStatus>,
 }
 
 /// Makes a configuration active once, looking every name up, and returns what is then active.
 pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = HostConfig::load(path)?;
-    control::nobody_listens(&wanted.config.settings.socket)?;
+    control::ensure_socket_free(&wanted.config.settings.socket)?;
     let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
-    let wanted = boot::has_not_gone(wanted, good.as_ref())?;
+    let wanted = boot::ensure_file_present(wanted, good.as_ref())?;
     let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
-        control::nobody_listens(&good.settings.socket)?;
+        control::ensure_socket_free(&good.settings.socket)?;
     }
     let mut daemon = Daemon::start(wanted, false, left)?;
     daemon.take_whole_bus().await;
@@ -128,15 +128,15 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     // Lookups take their time.
     daemon.take_host();
     daemon.apply_now()?;
-    daemon.keep_chain();
+    daemon.sync_chain();
     daemon.enforcement.retire(daemon.inputs.settings());
     if let Some(good) = moved {
-        backend::leave(&good.settings, daemon.inputs.settings());
+        backend::remove_old_places(&good.settings, daemon.inputs.settings());
     }
     if let Some(report) = sweep::once(&daemon.sweeps).await {
         daemon.swept(report);
     }
-    daemon.keep_now().await;
+    daemon.save_now().await;
     let mut status = daemon.status();
     status.daemon = crate::wire::DaemonStatus {
         running: false,
@@ -169,15 +169,15 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     loop {
         if !ready && daemon.rounds.has_first_answers() && !daemon.is_unsettled() {
             ready = true;
-            daemon.keep_now().await;
+            daemon.save_now().await;
             daemon.ready()?;
         }
-        let event = sources.next(&mut daemon).await;
-        match daemon.step(event, &mut sources) {
+        let wakeup = sources.next(&mut daemon).await;
+        match daemon.step(wakeup, &mut sources) {
             Step::Wait => {}
             Step::Follow => sources.follow(&mut daemon),
             Step::Stop => {
-                daemon.keep_now().await;
+                daemon.save_now().await;
                 return daemon.stop(&socket).map(|()| End::Stopped);
             }
             Step::Unload(replies) => {
@@ -229,14 +229,14 @@ impl Daemon {
         let (grants, fault) = Self::load_grants(&settings.state_dir, stays);
         faults.set(About::Grants, fault); // F4
         faults.set(About::Users, wanted.fault()); // F8
-        let mut chain = Chain::new();
+        let mut chain = ChainKeeper::new();
         let mut jobs = JobRules::default();
         if let Err(error) = chain.look(&wanted, &mut jobs) {
-            warn!("{error}; rules of jobs let nobody in until they can be read");
+            warn!("{error}; rules of jobs allow nobody until they can be read");
         }
         let inputs = Inputs::new(wanted, &left, grants, jobs, Instant::now())?;
         let fault = left.fault.map(|error| {
-            format!("{error}; what was active before is not known, nor the addresses of names until they are looked up")
+            format!("{error}; the saved rules are lost: DNS names have no addresses until the first lookup")
         });
         faults.set(About::State, fault.clone()); // F4
         Ok(Self {
@@ -258,22 +258,22 @@ impl Daemon {
             dials: Dials::default(),
             faults,
             unfinished: None,
-            kept: Kept::new(left.mark, fault.is_some()),
+            kept: StateKeeper::new(left.mark, fault.is_some()),
             pending: None,
-            sweeps: Jobs::default(),
+            sweeps: SweepQueue::default(),
             existing: None,
         })
     }
 
-    /// Has an event change what it is about, and what is active follow.
-    fn step(&mut self, event: Event, sources: &mut Sources) -> Step {
-        match event {
-            Event::Reload => {
+    /// Has what happened change what it is about, and what is active follow.
+    fn step(&mut self, wakeup: Wakeup, sources: &mut Sources) -> Step {
+        match wakeup {
+            Wakeup::Reload => {
                 self.reload();
                 return Step::Follow;
             }
-            Event::Stop => return Step::Stop,
-            Event::Answer(joined) => {
+            Wakeup::Stop => return Step::Stop,
+            Wakeup::Answer(joined) => {
                 self.answered(joined);
                 // What else has come is made active with it: thousands of names are not as many rule sets.
                 while let Some(joined) = self.lookups.try_join_next_with_id() {
@@ -282,25 +282,25 @@ impl Daemon {
                 self.apply_or_keep();
                 self.answer_waiting();
             }
-            Event::Users(found) => self.users_found(&found),
-            Event::Links(seen) => self.links_seen(seen),
-            Event::Due => self.look_up_due(Instant::now()),
-            Event::Routes => self.look_at_routes(),
-            Event::Tables | Event::Expiry => self.look_at_host(),
-            Event::Denials => sources.take_denials(|source| self.take_events(source)),
-            Event::Logged => sources.take_logged(|source| self.take_logged(source)),
-            Event::Dials => sources.take_dials(|source| self.take_dials(source)),
-            Event::Settings => self.look_at_settings(sources.settings()),
-            Event::Save => self.catch_up(),
-            Event::Saved(saved) => self.was_kept(&saved),
-            Event::Swept(report) => self.swept(report),
-            Event::Tick => {
-                still_runs();
+            Wakeup::Users(found) => self.users_found(&found),
+            Wakeup::Links(seen) => self.links_seen(seen),
+            Wakeup::Due => self.look_up_due(Instant::now()),
+            Wakeup::Routes => self.look_at_routes(),
+            Wakeup::Tables | Wakeup::Expiry => self.look_at_host(),
+            Wakeup::Denials => sources.take_denials(|source| self.take_events(source)),
+            Wakeup::Logged => sources.take_logged(|source| self.take_logged(source)),
+            Wakeup::Dials => sources.take_dials(|source| self.take_dials(source)),
+            Wakeup::Settings => self.look_at_settings(sources.settings()),
+            Wakeup::Save => self.catch_up(),
+            Wakeup::Saved(saved) => self.was_kept(&saved),
+            Wakeup::Swept(report) => self.swept(report),
+            Wakeup::Tick => {
+                feed_watchdog();
                 if self.tick(sources.settings()) || sources.misses_some() {
                     return Step::Follow;
                 }
             }
-            Event::Call(call) => {
+            Wakeup::Call(call) => {
                 if let Some(replies) = self.answer(call) {
                     return Step::Unload(replies);
                 }
@@ -330,7 +330,7 @@ impl Daemon {
         if self.stays {
             self.follow_dials();
         }
-        self.sweeps.set(Job {
+        self.sweeps.set(SweepJob {
             generation,
             rules,
             action: self.inputs.settings().existing,
@@ -362,17 +362,18 @@ impl Daemon {
             .map(|applied| applied.map(|applied| self.applied(applied)));
         let fault = applied
             .err()
-            .map(|error| format!("{error}; the rule set before stays active"));
+            .map(|error| format!("{error}; the previous rules stay active"));
         self.faults.set(About::RuleSet, fault);
     }
 
     fn ready(&mut self) -> Result<(), DaemonError> {
-        self.keep_chain();
+        self.sync_chain();
         self.look_at_visibility();
         let observed = self.enforcement.observe()?;
         self.enforcement.trim_memory();
         info!(
-            "enforcing generation {}: {} endpoints of {} targets on {}",
+            "{} generation {}: {} endpoints of {} targets on {}",
+            if observed.audit { "auditing" } else { "enforcing" },
             observed.generation,
             observed.endpoints,
             observed.targets.len(),
@@ -432,7 +433,7 @@ impl Daemon {
                 self.inputs.host.local = local;
                 None
             }
-            Err(error) => Some(format!("{error}; what comes and goes is not followed")),
+            Err(error) => Some(format!("{error}; changes are not followed until this works")),
         };
         self.faults.set(About::Host, fault);
         self.look_at_host();
@@ -443,7 +444,7 @@ impl Daemon {
         self.end_expired();
         self.take_host();
         self.apply_or_keep();
-        self.keep_chain();
+        self.sync_chain();
         self.answer_waiting();
     }
 
@@ -496,7 +497,7 @@ impl Daemon {
         self.tell_rest_of_denials();
         self.enforcement.unload()?;
         // Nothing is enforced any more: what stays there only lets in.
-        if let Err(error) = self.chain.leave(self.inputs.settings()) {
+        if let Err(error) = self.chain.remove_all_ours(self.inputs.settings()) {
             warn!("{error}; rules that were written there for grants stay");
         }
         info!("unloaded: nothing is active any more");
@@ -515,7 +516,7 @@ impl Daemon {
 
 /// Tells the service manager that the loop turns, where that asked for it (`WATCHDOG_USEC`, man 3
 /// `sd_watchdog_enabled`).
-fn still_runs() {
+fn feed_watchdog() {
     if sd_notify::watchdog_enabled().is_some() {
         // Whoever does not hear it will restart us.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);

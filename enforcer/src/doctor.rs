@@ -23,7 +23,7 @@ mod render;
 mod tests;
 
 use crate::{
-    backend::probe::{Facts, Place, choose, probe},
+    backend::probe::{Facts, TrialSite, choose, probe},
     wire::{
         ActiveBackend, Backend,
         doctor::{HostReport, Report},
@@ -33,7 +33,7 @@ use findings::{Findings, Gaps};
 
 /// What was seen of this host.
 #[derive(Clone, Debug, Default)]
-struct Seen {
+struct Observations {
     kernel: String,
     instance: instance::Instance,
     features: Facts,
@@ -46,12 +46,12 @@ struct Seen {
     gaps: Gaps,
 }
 
-impl Seen {
+impl Observations {
     async fn collect(config: &Path) -> Self {
         let mut gaps = Gaps::default();
         let instance = instance::Instance::collect(config, &mut gaps).await;
         let (cgroup, settings) = (instance.cgroup.as_deref(), &instance.settings);
-        let place = Place {
+        let place = TrialSite {
             cgroup,
             pin_dir: &settings.pin_dir,
         };
@@ -109,7 +109,7 @@ impl Seen {
 
 /// Looks at this host.
 pub(crate) async fn host(config: &Path) -> Report {
-    Seen::collect(config).await.report()
+    Observations::collect(config).await.report()
 }
 
 /// Looks at an unpacked image, of which nothing is run.

@@ -6,15 +6,15 @@ use std::{
 };
 
 use crate::{
-    backend::Denial,
-    wire::{ActiveBackend, Event, Protocol, Schema, Verdict, rfc3339},
+    backend::LoggedDenial,
+    wire::{ActiveBackend, Denial, Protocol, Schema, Verdict, rfc3339},
 };
 
 use enforcer_ebpf::{Address, EventRecord, NO_UID, UDP, is_v4};
 
 /// Reads a record; `boot` is the time at which `CLOCK_BOOTTIME` was zero.
 #[must_use]
-pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Event {
+pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Denial {
     let port = u16::from_be(record.port);
     let dialled = match record.family {
         4 => IpAddr::V4(Ipv4Addr::from(u32::from_be(first(record.dialled)))),
@@ -31,7 +31,7 @@ pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Event {
         .position(|byte| *byte == 0)
         .unwrap_or(record.task.len());
     let time = boot + Duration::from_nanos(record.time);
-    Event {
+    Denial {
         schema: Schema::Event,
         time: rfc3339(time),
         verdict: if record.verdict == enforcer_ebpf::Verdict::WouldDeny as u8 {
@@ -63,8 +63,8 @@ pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Event {
 
 /// Reads a denial of nftables, logged just before `now`.
 #[must_use]
-pub(crate) fn read_logged(denial: &Denial, now: SystemTime) -> Event {
-    Event {
+pub(crate) fn read_logged(denial: &LoggedDenial, now: SystemTime) -> Denial {
+    Denial {
         schema: Schema::Event,
         time: rfc3339(now),
         verdict: if denial.denied {

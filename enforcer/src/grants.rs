@@ -104,7 +104,7 @@ pub struct Grants {
 
 /// What a grant did to one that was there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum GrantOutcome {
     /// There was none.
     New,
     /// There was one, which would have ended then.
@@ -155,7 +155,7 @@ impl Grants {
 
     /// Grants, or gives what was granted another end. What was granted first keeps its beginning, unless the wall clock
     /// was set back behind it.
-    pub fn grant(&mut self, key: Key, term: Term) -> Result<Change, LimitError> {
+    pub fn grant(&mut self, key: Key, term: Term) -> Result<GrantOutcome, LimitError> {
         if let Some(known) = self.all.get_mut(&key) {
             let expired = known.expires;
             *known = Term {
@@ -165,14 +165,14 @@ impl Grants {
                 ..term
             };
             self.latest.remove(&key);
-            return Ok(Change::Renewed { expired });
+            return Ok(GrantOutcome::Renewed { expired });
         }
         if self.all.len() >= MAX_GRANTS {
             return Err(LimitError::Grants);
         }
         self.all.insert(key, term);
         self.revision += 1;
-        Ok(Change::New)
+        Ok(GrantOutcome::New)
     }
 
     /// Ends one grant, or all of a target's; tells which.

@@ -150,7 +150,7 @@ impl Inputs {
     pub(crate) fn local(&self) -> Result<BTreeSet<IpNet>, InputError> {
         match host::local() {
             Ok(local) => Ok(local),
-            Err(_) if !self.policy.names_this_host() => Ok(BTreeSet::new()),
+            Err(_) if !self.policy.has_local_endpoint() => Ok(BTreeSet::new()),
             Err(error) => Err(InputError::Io {
                 action: "list what is local to this host",
                 error,

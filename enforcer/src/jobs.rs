@@ -11,7 +11,7 @@ use std::{
 use enforcer_ebpf::NO_UID;
 
 use crate::{
-    backend::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
+    backend::jobs::{Accept, ChainDump, JobRule, RuleDestination, RuleOrigin, RuleSubject, Unknown},
     grants::{self, Grantee, Grants, LimitError, MAX_GRANTS},
     host::{self, hierarchy},
     policy::{self, CgroupPath, Endpoint, MONIT, Policy, Protocol, Target, Uid},
@@ -21,7 +21,7 @@ use crate::{
 /// What the chain holds, and which cgroups its rules mean.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct JobRules {
-    chain: Jobs,
+    chain: ChainDump,
     /// The cgroups that rules name by id, as far as they were found.
     paths: BTreeMap<Cgroup, CgroupPath>,
     /// Those of them that are there still: a cgroup made again under the same path has another id.
@@ -74,7 +74,7 @@ pub(crate) type Effect<'a> = (&'a JobRule, Result<Grantee, Ignored>);
 impl JobRules {
     /// Takes the chain as it is now: looks up the cgroups that are new in it below a mount, and whether all are still
     /// there.
-    pub(crate) fn take(&mut self, chain: Jobs, mount: &Path) {
+    pub(crate) fn take(&mut self, chain: ChainDump, mount: &Path) {
         let is_same = chain.exists == self.chain.exists && chain.rules == self.chain.rules;
         self.chain = chain;
         if !is_same {
@@ -108,7 +108,7 @@ impl JobRules {
 
     /// What the chain holds.
     #[must_use]
-    pub(crate) fn chain(&self) -> &Jobs {
+    pub(crate) fn chain(&self) -> &ChainDump {
         &self.chain
     }
 
@@ -170,7 +170,7 @@ impl JobRules {
         if !monit.endpoints.iter().any(|endpoint| leads_to(&accept.to, endpoint)) {
             return Err(Ignored::Elsewhere);
         }
-        let Subject { user, cgroup } = accept.subject;
+        let RuleSubject { user, cgroup } = accept.subject;
         if user == Some(NO_UID) {
             return Err(Ignored::Nobody);
         }
@@ -193,20 +193,20 @@ impl JobRules {
         let mut found = BTreeSet::new();
         let stale = self.chain.rules.iter().filter(|rule| match rule.writer {
             // Once is enough.
-            Writer::Grants => !rule
+            RuleOrigin::Grants => !rule
                 .accepts
                 .as_ref()
                 .is_ok_and(|accept| wanted.contains(accept) && found.insert(*accept)),
             // Its container has ended; the next one has another id.
-            Writer::Container => self.sees && cgroup_of(rule).is_some_and(|id| !self.there.contains(&id)),
-            Writer::Other => false,
+            RuleOrigin::Container => self.sees && cgroup_of(rule).is_some_and(|id| !self.there.contains(&id)),
+            RuleOrigin::Other => false,
         });
         let stale = stale.map(|rule| rule.handle).collect();
         (stale, wanted.difference(&found).copied().collect())
     }
 
     fn of_others(&self) -> impl Iterator<Item = &JobRule> {
-        self.chain.rules.iter().filter(|rule| rule.writer != Writer::Grants)
+        self.chain.rules.iter().filter(|rule| rule.writer != RuleOrigin::Grants)
     }
 }
 
@@ -226,7 +226,7 @@ pub(crate) fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSe
             None => None,
         };
         let user = key.to.user().map(|uid| uid.0);
-        Some(Subject { user, cgroup })
+        Some(RuleSubject { user, cgroup })
     });
     subjects
         .flat_map(|subject| to.iter().map(move |to| Accept { subject, to: *to }))
@@ -235,12 +235,12 @@ pub(crate) fn rules_of(grants: &Grants, policy: &Policy, host: &Host) -> BTreeSe
 
 /// A target's endpoints as such rules name them: of whatever is no single address, the port.
 #[must_use]
-pub(crate) fn destinations(target: &Target) -> Vec<Destination> {
+pub(crate) fn destinations(target: &Target) -> Vec<RuleDestination> {
     let endpoints = target
         .endpoints
         .iter()
         .filter(|endpoint| endpoint.protocol == Protocol::Tcp);
-    let destination = |endpoint: &Endpoint| Destination {
+    let destination = |endpoint: &Endpoint| RuleDestination {
         address: match endpoint.destination {
             policy::Destination::Address(address) => Some(address),
             policy::Destination::Prefix(_) | policy::Destination::Local | policy::Destination::Name(_) => None,
@@ -252,7 +252,7 @@ pub(crate) fn destinations(target: &Target) -> Vec<Destination> {
 
 /// Whether a rule lets through to an endpoint of monit. To no more than a part of a prefix or of this host is enough: a
 /// rule names an address.
-pub(crate) fn leads_to(to: &Destination, endpoint: &Endpoint) -> bool {
+pub(crate) fn leads_to(to: &RuleDestination, endpoint: &Endpoint) -> bool {
     let is_there = |address: IpAddr| match &endpoint.destination {
         policy::Destination::Address(own) => *own == address,
         policy::Destination::Prefix(net) => net.contains(&address),

@@ -34,7 +34,7 @@ pub const MAX_TARGETS: usize = enforcer_ebpf::MAX_TARGETS as usize;
 pub const MAX_ENDPOINTS: usize = enforcer_ebpf::MAX_ENDPOINTS as usize;
 
 /// Most principals of one target (F7).
-pub const MAX_PRINCIPALS: usize = 1024;
+pub const MAX_TARGET_PRINCIPALS: usize = 1024;
 
 /// The target that a BOSH agent's message bus is (B1).
 pub const BUS: &str = "nats";
@@ -120,13 +120,13 @@ pub struct Target {
     pub grants: bool,
     /// What DNS may answer for its names (N6).
     #[serde(default, with = "SavedAnswers")]
-    pub answers: Answers,
+    pub answers: AcceptedAnswers,
 }
 
 words! {
     /// What DNS may answer for the names of a target (N6).
     #[derive(Default)]
-    Answers {
+    AcceptedAnswers {
         /// Neither link-local addresses nor any of those that nobody may.
         #[default]
         Routable = "routable",
@@ -137,7 +137,7 @@ words! {
 
 /// As the saved state has always spelt them.
 #[derive(Serialize, Deserialize)]
-#[serde(remote = "Answers", rename_all = "lowercase")]
+#[serde(remote = "AcceptedAnswers", rename_all = "lowercase")]
 enum SavedAnswers {
     Routable,
     LinkLocal,
@@ -196,12 +196,12 @@ impl Policy {
 
     /// The names to resolve, and what DNS may answer for each: what some target of it lets it.
     #[must_use]
-    pub fn asked(&self) -> BTreeMap<Name, Answers> {
+    pub fn asked(&self) -> BTreeMap<Name, AcceptedAnswers> {
         let mut asked = BTreeMap::new();
         for target in &self.targets {
             for endpoint in &target.endpoints {
                 if let Destination::Name(name) = &endpoint.destination {
-                    let most: &mut Answers = asked.entry(name.clone()).or_default();
+                    let most: &mut AcceptedAnswers = asked.entry(name.clone()).or_default();
                     *most = target.answers.max(*most);
                 }
             }
@@ -223,7 +223,7 @@ impl Policy {
 
     /// Whether some endpoint is this host, whatever its addresses (D7).
     #[must_use]
-    pub fn names_this_host(&self) -> bool {
+    pub fn has_local_endpoint(&self) -> bool {
         let mut endpoints = self.targets.iter().flat_map(|target| &target.endpoints);
         endpoints.any(|endpoint| endpoint.destination == Destination::Local)
     }

@@ -14,9 +14,9 @@ use std::{
 };
 
 use self::addresses::Addresses;
-pub(crate) use self::lookup::{LOOKUP_TIMEOUT, Looked, lookup, lookup_early};
+pub(crate) use self::lookup::{LOOKUP_TIMEOUT, PartialAnswer, lookup, lookup_early};
 use crate::{
-    policy::{Answers, Dns, Name, canonical},
+    policy::{AcceptedAnswers, Dns, Name, canonical},
     ruleset::Resolved,
     wire::NameStatus,
 };
@@ -31,7 +31,7 @@ const MAX_RETRY: Duration = Duration::from_mins(2);
 
 /// What a lookup brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
+pub(crate) enum LookupAnswer {
     /// The hosts file names it; DNS was not asked.
     Hosts(BTreeSet<IpAddr>),
     /// DNS was asked, each family on its own (N1).
@@ -43,7 +43,7 @@ pub(crate) enum Answer {
     },
 }
 
-impl Answer {
+impl LookupAnswer {
     /// All addresses, and why there is none where that is so.
     #[must_use]
     pub(crate) fn into_addresses(self) -> (BTreeSet<IpAddr>, String) {
@@ -138,7 +138,7 @@ struct State {
     note: Option<String>,
     refused: BTreeSet<IpAddr>,
     /// What DNS may answer (N6).
-    accepted: Answers,
+    accepted: AcceptedAnswers,
     due: Instant,
     in_flight: bool,
 }
@@ -166,7 +166,7 @@ impl Names {
     }
 
     /// Takes another set of names; those that stay keep what is known of them, new ones are due at once.
-    pub(crate) fn set(&mut self, names: BTreeMap<Name, Answers>, now: Instant) {
+    pub(crate) fn set(&mut self, names: BTreeMap<Name, AcceptedAnswers>, now: Instant) {
         self.states.retain(|name, _| names.contains_key(name));
         for (name, accepted) in names {
             let state = self.states.entry(name).or_insert_with(|| State {
@@ -200,14 +200,16 @@ impl Names {
 
     /// Whether DNS has answered nothing but link-local addresses, which its targets do not take (N6).
     #[must_use]
-    pub(crate) fn needs_link_local(accepted: Answers, answer: &Answer) -> bool {
-        let Answer::Dns { a, aaaa } = answer else { return false };
+    pub(crate) fn needs_link_local(accepted: AcceptedAnswers, answer: &LookupAnswer) -> bool {
+        let LookupAnswer::Dns { a, aaaa } = answer else {
+            return false;
+        };
         let found = [a, aaaa].into_iter().filter_map(|outcome| match outcome {
             Outcome::Found { addresses, .. } => Some(addresses),
             Outcome::Empty | Outcome::Missing | Outcome::Failed(_) | Outcome::Awaited => None,
         });
         let (good, refused) = sift(found.flatten().copied(), accepted);
-        good.is_empty() && !sift(refused, Answers::LinkLocal).0.is_empty()
+        good.is_empty() && !sift(refused, AcceptedAnswers::LinkLocal).0.is_empty()
     }
 
     /// What is known now, for [`Names::restore`].
@@ -256,9 +258,9 @@ impl Names {
 
     /// Takes what one family says while the other is awaited: what is wrong is said of the whole answer, as are the
     /// times.
-    pub(crate) fn answered_in_part(&mut self, now: Instant, name: &Name, answer: &Answer) -> Vec<Note> {
+    pub(crate) fn answered_in_part(&mut self, now: Instant, name: &Name, answer: &LookupAnswer) -> Vec<Note> {
         let most = self.dns.max_refresh;
-        let (Some(state), Answer::Dns { a, aaaa }) = (self.states.get_mut(name), answer) else {
+        let (Some(state), LookupAnswer::Dns { a, aaaa }) = (self.states.get_mut(name), answer) else {
             return Vec::new();
         };
         let (before, accepted) = (state.addresses.all(), state.accepted);
@@ -276,7 +278,7 @@ impl Names {
     }
 
     /// Takes an answer: only a newer positive one changes anything (N3).
-    pub(crate) fn answered(&mut self, now: Instant, name: &Name, answer: Answer) -> Vec<Note> {
+    pub(crate) fn answered(&mut self, now: Instant, name: &Name, answer: LookupAnswer) -> Vec<Note> {
         let Some(state) = self.states.get_mut(name) else {
             return Vec::new();
         };
@@ -287,8 +289,8 @@ impl Names {
         // An answer counts until the next one is due at the latest: what kept that one away may be a liar's doing.
         let most = self.dns.max_refresh;
         let ttl = match answer {
-            Answer::Hosts(addresses) => state.take_hosts(addresses, now, most).then_some(self.dns.max_refresh),
-            Answer::Dns { a, aaaa } => state.take_dns(a, aaaa, now, most),
+            LookupAnswer::Hosts(addresses) => state.take_hosts(addresses, now, most).then_some(self.dns.max_refresh),
+            LookupAnswer::Dns { a, aaaa } => state.take_dns(a, aaaa, now, most),
         };
         let jitter = 0.9 + 0.2 * (self.random)();
         let refresh = ttl.map(|ttl| {
@@ -427,19 +429,22 @@ impl State {
 }
 
 /// The addresses of an answer that may be taken, and those that may not.
-fn sift(addresses: impl IntoIterator<Item = IpAddr>, accepted: Answers) -> (BTreeSet<IpAddr>, BTreeSet<IpAddr>) {
+fn sift(
+    addresses: impl IntoIterator<Item = IpAddr>,
+    accepted: AcceptedAnswers,
+) -> (BTreeSet<IpAddr>, BTreeSet<IpAddr>) {
     let all = addresses.into_iter().map(canonical);
     all.partition(|address| may_be_answered(*address, accepted))
 }
 
 /// N6: what no DNS answer may name, lest a resolver turn our own rules against this host.
-fn may_be_answered(address: IpAddr, accepted: Answers) -> bool {
+fn may_be_answered(address: IpAddr, accepted: AcceptedAnswers) -> bool {
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
     };
     let broadcast = address == IpAddr::V4(Ipv4Addr::BROADCAST);
-    !(link_local && accepted == Answers::Routable
+    !(link_local && accepted == AcceptedAnswers::Routable
         || broadcast
         || address.is_loopback()
         || address.is_multicast()

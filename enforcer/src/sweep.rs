@@ -21,7 +21,7 @@ mod rounds;
 mod tests;
 
 pub(crate) use crate::host::sock_diag::{Connection, Listener};
-pub(crate) use rounds::{Job, Jobs, Report, listening, once, run};
+pub(crate) use rounds::{SweepJob, SweepQueue, SweepReport, listening, once, run};
 
 /// The cgroups of this host, as far as they matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub(crate) struct Cgroups {
 
 /// A connection that the rules would refuse.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Found {
+pub(crate) struct OffendingConnection {
     pub connection: Connection,
     /// Whose it is: none for the kernel.
     pub user: Option<Uid>,
@@ -86,7 +86,7 @@ pub(crate) enum SweepError {
 
 /// Whether the rules would refuse a connection, had it to be opened now.
 #[must_use]
-pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Option<Found> {
+pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection) -> Option<OffendingConnection> {
     let Connection { protocol, remote, .. } = *connection;
     let owners = owners(rules, protocol, remote.ip(), remote.port());
     if owners == 0 {
@@ -122,7 +122,7 @@ pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection)
         Some(_) => known.is_none() || everywhere(),
         None => known.is_none() && everywhere(),
     };
-    Some(Found {
+    Some(OffendingConnection {
         connection: connection.clone(),
         user: users,
         verdict: explanation.verdict,
@@ -134,7 +134,11 @@ pub(crate) fn judge(rules: &RuleSet, cgroups: &Cgroups, connection: &Connection)
 /// Looks again at what was found, now that it is known who listens; `local` is what this host delivers to itself. What
 /// nobody holds and somebody accepts is left out: it was never dialled here.
 #[must_use]
-pub(crate) fn without_accepted(found: Vec<Found>, listeners: &[Listener], local: &BTreeSet<IpNet>) -> Vec<Found> {
+pub(crate) fn mark_accepted(
+    found: Vec<OffendingConnection>,
+    listeners: &[Listener],
+    local: &BTreeSet<IpNet>,
+) -> Vec<OffendingConnection> {
     let mut kept = found;
     kept.retain_mut(|one| {
         let accepted = accepted(&one.connection, listeners, local);

@@ -10,13 +10,13 @@ use crate::{
     config::Settings,
     host::{
         hierarchy,
-        mounts::{Seen, seen_by_host},
+        mounts::{HostView, seen_by_host},
     },
 };
 
 /// What must outlive the process, or be found by another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kept {
+pub(crate) enum Asset {
     /// Pins, which keep links and maps.
     Pins,
     /// Saved rules, names and grants.
@@ -32,7 +32,7 @@ pub(crate) enum Kept {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hidden {
     /// What it is.
-    pub kept: Kept,
+    pub kept: Asset,
     /// Where it is.
     pub path: PathBuf,
 }
@@ -54,12 +54,12 @@ impl Visibility {
     /// runs.
     #[must_use]
     pub(crate) fn of(settings: &Settings, ebpf_on: Option<&Path>, daemon: bool) -> Self {
-        let mut all = vec![(Kept::State, settings.state_dir.as_path())];
+        let mut all = vec![(Asset::State, settings.state_dir.as_path())];
         if daemon {
-            all.push((Kept::Socket, &settings.socket));
+            all.push((Asset::Socket, &settings.socket));
         }
         if let Some(cgroup) = ebpf_on {
-            all.extend([(Kept::Pins, settings.pin_dir.as_path()), (Kept::Cgroups, cgroup)]);
+            all.extend([(Asset::Pins, settings.pin_dir.as_path()), (Asset::Cgroups, cgroup)]);
         }
         let part = ebpf_on.filter(|cgroup| settings.cgroup.is_none() && !hierarchy::is_root(cgroup));
         let mut found = Self {
@@ -68,12 +68,12 @@ impl Visibility {
         };
         for (kept, path) in all {
             match seen_by_host(path) {
-                Seen::Same => {}
-                Seen::Other => found.hidden.push(Hidden {
+                HostView::Same => {}
+                HostView::Other => found.hidden.push(Hidden {
                     kept,
                     path: path.into(),
                 }),
-                Seen::Unknown(why) => found.unknown = Some(why),
+                HostView::Unknown(why) => found.unknown = Some(why),
             }
         }
         found
@@ -102,26 +102,26 @@ impl fmt::Display for Hidden {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
         match self.kept {
-            Kept::Pins => write!(
+            Asset::Pins => write!(
                 f,
                 "pin directory {path} is on a bpffs that exists only in this mount namespace: enforcement ends with \
                  the namespace, and commands \
                  outside it do not see it; mount the bpffs on the host (mount -t bpf bpf /sys/fs/bpf), then restart \
                  enforcer"
             ),
-            Kept::State => write!(
+            Asset::State => write!(
                 f,
                 "state directory {path} is a different one on the host: a start outside this mount namespace does not \
                  find the saved rules; \
                  set state_dir to a directory that the host shares"
             ),
-            Kept::Socket => write!(
+            Asset::Socket => write!(
                 f,
                 "control socket {path} is not visible on the host: commands outside this mount namespace do not reach \
                  the daemon; set \
                  socket to a path that the host shares"
             ),
-            Kept::Cgroups => write!(
+            Asset::Cgroups => write!(
                 f,
                 "cgroup {path} is not visible on the host: commands outside this mount namespace do not find it; mount \
                  cgroup v2 on the \

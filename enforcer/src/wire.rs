@@ -37,7 +37,7 @@ mod tests;
 mod verification;
 
 pub use enforcer_client::wire::{GrantRequest, Request, RevokeRequest, Selector, State};
-pub use events::{Event, ExistingAction, ExistingEvent, GrantAction, GrantEvent, Line, Lost, SocketState};
+pub use events::{Denial, Event, ExistingAction, ExistingEvent, GrantAction, GrantEvent, Lost, SocketState};
 pub use grants::{GrantStatus, GrantsReport, JobRuleStatus};
 pub use status::{DaemonStatus, DialStatus, ExistingStatus, NameStatus, Status, SubjectKind, TargetStatus};
 pub use verification::{Against, Difference, DifferenceKind, Object, Verification};
@@ -142,7 +142,7 @@ pub enum Reply {
     /// To `status` and `refresh`.
     Status(Box<Status>),
     /// To `events`.
-    Event(Line),
+    Event(Event),
     /// To `grant`.
     Grant(Box<GrantEvent>),
     /// To `revoke`.

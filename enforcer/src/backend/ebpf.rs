@@ -45,7 +45,7 @@ pub(crate) use self::{
     observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
 };
 use self::{
-    image::{Image, Loader, Names},
+    image::{Image, Loader, TargetNames},
     links::Astray,
     load::{Sight, load},
     maps::{Maps, Part},
@@ -56,7 +56,7 @@ use crate::ruleset::RuleSet;
 
 /// What we hold in the kernel, for the process that writes it.
 #[derive(Debug)]
-pub(crate) struct Kernel {
+pub(crate) struct EbpfBackend {
     programs: Ebpf,
     maps: Maps,
     pins: Pins,
@@ -89,8 +89,8 @@ pub(crate) struct Kernel {
 const LOOK_AGAIN: Duration = Duration::from_millis(900);
 const SHARE: u32 = 100;
 
-impl Kernel {
-    /// Takes over what is pinned, or makes it. Nothing is judged differently before the first [`Kernel::apply`].
+impl EbpfBackend {
+    /// Takes over what is pinned, or makes it. Nothing is judged differently before the first [`EbpfBackend::apply`].
     pub(crate) fn take_over(pin_dir: &Path, cgroup: &Path, daemon: bool, log_level: u8) -> Result<Self, BackendError> {
         let (cgroup_fd, cgroup_id) = open_cgroup(cgroup)?;
         let pins = Pins::create(pin_dir)?;
@@ -163,9 +163,15 @@ impl Kernel {
     }
 
     /// Writes an image to the slot that is not active, and makes it active under a number.
-    fn put(&mut self, image: Image, active: Option<u8>, previous: &Names, number: u64) -> Result<u64, BackendError> {
+    fn put(
+        &mut self,
+        image: Image,
+        active: Option<u8>,
+        previous: &TargetNames,
+        number: u64,
+    ) -> Result<u64, BackendError> {
         let slot = active.map_or(0, |slot| 1 - slot);
-        self.settle()?;
+        self.wait_for_readers()?;
         self.held(slot)?;
         // Not known again until it is written whole.
         let have = self
@@ -186,10 +192,10 @@ impl Kernel {
         Ok(number)
     }
 
-    /// Begins to wait as [`Kernel::settle`] does, so that the next change finds it done. The kernel's own threads end a
-    /// grace period, and wait for a processor as all others do: tens of milliseconds, and seconds where some user keeps
-    /// the host busy, for which nobody else is to wait (F10).
-    pub(crate) fn begin_to_settle(&mut self) {
+    /// Begins to wait as [`EbpfBackend::wait_for_readers`] does, so that the next change finds it done. The kernel's
+    /// own threads end a grace period, and wait for a processor as all others do: tens of milliseconds, and seconds
+    /// where some user keeps the host busy, for which nobody else is to wait (F10).
+    pub(crate) fn begin_to_wait_for_readers(&mut self) {
         if self.flipped && self.settling.is_none() {
             // Without a thread the next change waits.
             self.settling = thread::Builder::new().spawn(sys::wait_for_programs).ok();
@@ -197,7 +203,7 @@ impl Kernel {
     }
 
     /// Waits until no verdict in flight reads the slot that was active before (F2).
-    fn settle(&mut self) -> Result<(), BackendError> {
+    fn wait_for_readers(&mut self) -> Result<(), BackendError> {
         if self.flipped {
             let waited = match self.settling.take() {
                 Some(thread) => thread
@@ -217,7 +223,7 @@ impl Kernel {
 
     /// Makes sure that the rule set of a number is active whole and every link in place (F5): its number, another one
     /// where it had to be written anew. None if it is not the one that was made active last.
-    pub(crate) fn keep(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+    pub(crate) fn ensure_active(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         if self.in_force.is_none_or(|(_, put)| put != number) {
             return Ok(None);
         }
@@ -322,7 +328,7 @@ impl Kernel {
         self.ring("events")
     }
 
-    /// The dials that open gates tell of (N8). As [`Kernel::events`].
+    /// The dials that open gates tell of (N8). As [`EbpfBackend::events`].
     pub(crate) fn dials(&self) -> Result<Ring<DialRecord>, BackendError> {
         self.ring("dials")
     }
@@ -380,7 +386,7 @@ impl Kernel {
     }
 
     /// Bits that change hands start to count from zero.
-    fn clear_reused_counters(&self, previous: &Names, names: &Names) -> Result<(), BackendError> {
+    fn clear_reused_counters(&self, previous: &TargetNames, names: &TargetNames) -> Result<(), BackendError> {
         let reused = (0..)
             .zip(previous.iter().zip(names))
             .filter(|(_, (before, now))| before != now && **now != TargetName::NONE)

@@ -27,7 +27,7 @@ use tracing::warn;
 
 use self::{
     image::{Header, Image, Loader},
-    netlink::{Change, Dump, Failed, Netlink},
+    netlink::{Dump, Netlink, TableUpdate, TransactionError},
     verify::difference,
 };
 use super::{Observed, ObservedTarget, SocketUsers};
@@ -38,8 +38,8 @@ use crate::{
     wire::Object,
 };
 
-pub(crate) use netlink::Changes;
-pub(crate) use nflog::{Denial, Denials, Logged};
+pub(crate) use netlink::NftChanges;
+pub(crate) use nflog::{Logged, LoggedDenial, NflogListener};
 
 /// Why `nf_tables` does not hold what was asked for. What was active before still is (F4).
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +88,7 @@ fn hint(error: &io::Error) -> &'static str {
 
 /// The table, for the process that writes it.
 #[derive(Debug)]
-pub(crate) struct Nftables {
+pub(crate) struct NftablesBackend {
     netlink: Netlink,
     table: String,
     loader: Loader,
@@ -97,15 +97,15 @@ pub(crate) struct Nftables {
     /// What it was made from.
     rules: Option<RuleSet>,
     /// Until the loop takes it.
-    denials: Option<Denials>,
+    denials: Option<NflogListener>,
 }
 
-impl Nftables {
-    /// Finds out what the kernel can do. Nothing is judged differently before the first [`Nftables::apply`].
+impl NftablesBackend {
+    /// Finds out what the kernel can do. Nothing is judged differently before the first [`NftablesBackend::apply`].
     pub(crate) fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
         let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
         // Only a daemon listens.
-        let denials = daemon.then(|| Denials::bind(table)).and_then(|bound| {
+        let denials = daemon.then(|| NflogListener::bind(table)).and_then(|bound| {
             let denied = bound.map_err(|error| {
                 warn!("nflog unavailable ({error}): nftables denials are counted but not reported individually");
             });
@@ -114,7 +114,7 @@ impl Nftables {
         let group = denials.as_ref().map(|denials| denials.group);
         let trial = format!("enforcer_trial_{}", std::process::id());
         // `socket cgroupv2` came with Linux 5.13, nflog may be left out of a kernel; all else is needed.
-        let mut result = Err(Failed {
+        let mut result = Err(TransactionError {
             step: String::new(),
             error: io::ErrorKind::Unsupported.into(),
         });
@@ -132,7 +132,7 @@ impl Nftables {
                 Ok(()) | Err(_) => break,
             }
         }
-        result.map_err(|Failed { step, error }| {
+        result.map_err(|TransactionError { step, error }| {
             failed(table, &["try what is needed", &step].map(str::trim).join(" "), error)
         })?;
         let mut this = Self {
@@ -154,7 +154,7 @@ impl Nftables {
     }
 
     /// The source of denials. Returned once: the first caller keeps it.
-    pub(crate) fn denials(&mut self) -> Option<Denials> {
+    pub(crate) fn denials(&mut self) -> Option<NflogListener> {
         self.denials.take()
     }
 
@@ -188,7 +188,7 @@ impl Nftables {
             .map_or(0, |header| header.generation);
         let unchanged = self.lower(rules, number);
         if let Some(dump) = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none()) {
-            self.held = Some((unchanged, dump.generation));
+            self.held = Some((unchanged, dump.genid));
             self.rules = Some(rules.clone());
             return Ok(None);
         }
@@ -196,13 +196,13 @@ impl Nftables {
         Ok(Some(Plan { image, before }))
     }
 
-    /// What the table holds, to be given to [`Nftables::restore`].
-    pub(crate) fn save(&mut self) -> Result<Option<Saved>, NftablesError> {
-        Ok(self.read()?.map(Saved))
+    /// What the table holds, to be given to [`NftablesBackend::put_back`].
+    pub(crate) fn save(&mut self) -> Result<Option<TableBackup>, NftablesError> {
+        Ok(self.read()?.map(TableBackup))
     }
 
     /// Puts back what was saved.
-    pub(crate) fn put_back(&mut self, saved: Option<Saved>) -> Result<(), NftablesError> {
+    pub(crate) fn put_back(&mut self, saved: Option<TableBackup>) -> Result<(), NftablesError> {
         self.restore(saved.map(|saved| saved.0))
     }
 
@@ -215,13 +215,13 @@ impl Nftables {
     }
 
     fn put(&mut self, image: Image, before: Option<&Dump>) -> Result<(), NftablesError> {
-        let change = Change {
+        let change = TableUpdate {
             table: &self.table,
             image: &image,
             found: before,
         };
         let sent = self.netlink.replace(change);
-        sent.map_err(|Failed { step, error }| failed(&self.table, &step, error))?;
+        sent.map_err(|TransactionError { step, error }| failed(&self.table, &step, error))?;
         self.confirm(image)
     }
 
@@ -234,23 +234,23 @@ impl Nftables {
                 what,
             });
         }
-        self.held = Some((image, found.generation));
+        self.held = Some((image, found.genid));
         Ok(())
     }
 
     /// Whether the table still is as it was put; a look at one number, unless somebody changed some table (F5).
     pub(crate) fn is_whole(&mut self) -> Result<bool, NftablesError> {
-        let generation = self.netlink.generation();
-        let generation = generation.map_err(|error| failed(&self.table, "read the generation", error))?;
+        let genid = self.netlink.genid();
+        let genid = genid.map_err(|error| failed(&self.table, "read the generation", error))?;
         match &self.held {
-            Some((_, seen)) if *seen == generation => Ok(true),
+            Some((_, seen)) if *seen == genid => Ok(true),
             Some(_) => {
                 let found = dump(&mut self.netlink, &self.table)?.unwrap_or_default();
                 let held = self
                     .held
                     .as_mut()
                     .filter(|(image, _)| difference(image, &found).is_none());
-                Ok(held.map(|(_, seen)| *seen = found.generation).is_some())
+                Ok(held.map(|(_, seen)| *seen = found.genid).is_some())
             }
             None => Ok(false),
         }
@@ -316,7 +316,7 @@ impl Nftables {
 
     fn remove(&mut self) -> Result<(), NftablesError> {
         let removed = self.netlink.remove(&self.table);
-        removed.map_err(|Failed { step, error }| failed(&self.table, &step, error))
+        removed.map_err(|TransactionError { step, error }| failed(&self.table, &step, error))
     }
 
     fn lower(&self, rules: &RuleSet, number: u64) -> Image {
@@ -347,7 +347,7 @@ struct Plan {
 
 /// What a table held.
 #[derive(Debug)]
-pub(crate) struct Saved(Dump);
+pub(crate) struct TableBackup(Dump);
 
 /// The table for those who only read it; none where nothing of ours is there.
 pub(crate) fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
@@ -360,7 +360,7 @@ pub(crate) fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
 /// A way to ask `nf_tables`; none where the kernel has none, and so no table. That it may not be asked is an error:
 /// nothing is known then.
 fn reach(table: &str) -> Result<Option<Netlink>, NftablesError> {
-    match Netlink::open().and_then(|mut netlink| netlink.generation().map(|_| netlink)) {
+    match Netlink::open().and_then(|mut netlink| netlink.genid().map(|_| netlink)) {
         Ok(netlink) => Ok(Some(netlink)),
         Err(error) if is_missing(&error) => Ok(None),
         Err(error) => Err(failed(table, "look for the table", error)),
@@ -407,7 +407,7 @@ pub(crate) fn unload(table: &str) -> Result<bool, NftablesError> {
         return Ok(false);
     }
     let removed = netlink.remove(table);
-    removed.map_err(|Failed { step, error }| failed(table, &step, error))?;
+    removed.map_err(|TransactionError { step, error }| failed(table, &step, error))?;
     Ok(true)
 }
 

@@ -1,7 +1,7 @@
 //! What this kernel can do, found by trying, and the pure choice of a backend from it.
 //!
 //! The whole probe is for `enforcer doctor`: it loads the programs and takes a hundred milliseconds. A start knows the
-//! two facts that it chooses by from what it does anyway ([`Works`]).
+//! two facts that it chooses by from what it does anyway ([`Usability`]).
 
 use std::{fmt, path::Path};
 
@@ -76,7 +76,7 @@ pub(crate) enum Need {
 
 /// A feature described.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct About {
+pub(crate) struct FeatureInfo {
     /// In a few words.
     pub title: &'static str,
     /// The first Linux that has it, by the kernel's own history, and the option that leaves it out.
@@ -121,7 +121,7 @@ impl Feature {
 
     /// What it is, and who needs it.
     #[must_use]
-    pub(crate) const fn about(self) -> About {
+    pub(crate) const fn about(self) -> FeatureInfo {
         use Need::{May, Must};
         use Side::{Ebpf, Either, Nftables};
         let (title, since, side, need) = match self {
@@ -197,7 +197,7 @@ impl Feature {
             Self::CapPerfmon => ("CAP_PERFMON or CAP_SYS_ADMIN", "run as root", Ebpf, Must),
             Self::CapNetAdmin => ("CAP_NET_ADMIN", "run as root", Either, Must),
         };
-        About {
+        FeatureInfo {
             title,
             since,
             side,
@@ -208,7 +208,7 @@ impl Feature {
 
 /// Where to try.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place<'a> {
+pub(crate) struct TrialSite<'a> {
     /// The cgroup to attach to; none where there is no cgroup v2.
     pub cgroup: Option<&'a Path>,
     /// The pin directory as configured.
@@ -220,7 +220,7 @@ pub(crate) struct Place<'a> {
 pub(crate) struct Facts(Vec<(Feature, Fact)>);
 
 /// Tries everything. Leaves nothing behind, and judges nothing meanwhile.
-pub(crate) async fn probe(place: Place<'_>) -> Facts {
+pub(crate) async fn probe(place: TrialSite<'_>) -> Facts {
     let mut facts = Facts::default();
     bpf::probe(place, &mut facts);
     nft::probe(&mut facts);
@@ -247,7 +247,7 @@ impl Facts {
 
     /// Whether each backend works: all that it must have does. Pure.
     #[must_use]
-    pub(crate) fn works(&self) -> Works {
+    pub(crate) fn works(&self) -> Usability {
         let of = |side: Side| {
             let mut worst = Fact::Supported;
             for (feature, fact) in self.iter() {
@@ -268,7 +268,7 @@ impl Facts {
             }
             worst
         };
-        Works {
+        Usability {
             ebpf: of(Side::Ebpf),
             nftables: of(Side::Nftables),
         }
@@ -277,7 +277,7 @@ impl Facts {
 
 /// Whether each backend works here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Works {
+pub(crate) struct Usability {
     /// eBPF.
     pub ebpf: Fact,
     /// nftables; it matters only where eBPF does not work, or both are wanted.
@@ -297,7 +297,7 @@ pub(crate) struct Choice {
 /// kernel lacks is a reason to fall back: a mistake of the configuration, or what could not be found out, is repaired,
 /// not evaded. What is asked for by name is not replaced. Pure.
 #[must_use]
-pub(crate) fn choose(works: &Works, wanted: Backend) -> Choice {
+pub(crate) fn choose(works: &Usability, wanted: Backend) -> Choice {
     let chosen = |backend, reason: String| Choice {
         backend: Some(backend),
         reason,
@@ -418,8 +418,8 @@ mod tests {
         Fact::Missing { why: why.to_owned() }
     }
 
-    fn works(ebpf: &Fact, nftables: &Fact) -> Works {
-        Works {
+    fn works(ebpf: &Fact, nftables: &Fact) -> Usability {
+        Usability {
             ebpf: ebpf.clone(),
             nftables: nftables.clone(),
         }
@@ -471,7 +471,7 @@ mod tests {
         for feature in Feature::ALL {
             let mut facts = all.clone();
             facts.set(feature, missing("gone"));
-            let About { side, need, title, .. } = feature.about();
+            let FeatureInfo { side, need, title, .. } = feature.about();
             let works = facts.works();
             for (fact, of) in [(works.ebpf, Side::Ebpf), (works.nftables, Side::Nftables)] {
                 let concerned = need == Need::Must && (side == of || side == Side::Either);

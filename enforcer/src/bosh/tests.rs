@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use super::{MAX_BYTES, Settings, Watch, read_of};
+use super::{AgentSettings, MAX_BYTES, Watch, read_of};
 use crate::policy::Endpoint;
 
 type Test = Result<(), Box<dyn std::error::Error>>;
@@ -18,7 +18,7 @@ fn me() -> u32 {
     nix::unistd::geteuid().as_raw()
 }
 
-fn read(dir: &Path) -> Settings {
+fn read(dir: &Path) -> AgentSettings {
     read_of(me(), dir)
 }
 
@@ -26,17 +26,17 @@ fn dir() -> Result<tempfile::TempDir, std::io::Error> {
     tempfile::tempdir()
 }
 
-fn endpoints(settings: &Settings) -> Option<Vec<String>> {
+fn endpoints(settings: &AgentSettings) -> Option<Vec<String>> {
     let bus = settings.bus.as_ref()?;
     Some(bus.endpoints.iter().map(ToString::to_string).collect())
 }
 
-fn fault(settings: &Settings) -> String {
+fn fault(settings: &AgentSettings) -> String {
     settings.fault().unwrap_or_default()
 }
 
 /// What is found with these two files, `-` for none.
-fn found(update: &str, main: &str) -> Result<Settings, std::io::Error> {
+fn found(update: &str, main: &str) -> Result<AgentSettings, std::io::Error> {
     let dir = dir()?;
     for (name, text) in [("update_settings.json", update), ("settings.json", main)] {
         if text != "-" {
@@ -395,7 +395,7 @@ fn b2_the_directory_below_counts_first() -> Test {
 async fn told(watch: &mut Watch, what: &str) {
     let told = tokio::time::timeout(std::time::Duration::from_secs(5), watch.changed()).await;
     assert!(told.is_ok(), "{what} was not told");
-    watch.look();
+    watch.poll_changed();
 }
 
 #[tokio::test]
@@ -404,7 +404,7 @@ async fn what_comes_late_and_by_rename_is_told() -> Test {
     let agent = dir.path().join("var/vcap/bosh");
     let (mut watch, errors) = Watch::start(&agent);
     assert!(errors.is_empty(), "{errors:?}");
-    assert!(watch.look() && !watch.look());
+    assert!(watch.poll_changed() && !watch.poll_changed());
     for part in ["var", "var/vcap", "var/vcap/bosh", "var/vcap/bosh/settings"] {
         fs::create_dir(dir.path().join(part))?;
         told(&mut watch, part).await;
@@ -416,7 +416,7 @@ async fn what_comes_late_and_by_rename_is_told() -> Test {
         told(&mut watch, "a rename").await;
         fs::write(&aside, "{ }")?;
         replace(&aside, &at)?;
-        assert!(watch.look(), "another file of the same name");
+        assert!(watch.poll_changed(), "another file of the same name");
         fs::write(&at, "{}")?;
         told(&mut watch, "a write").await;
     }

@@ -37,7 +37,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches; what cannot be watched only [`Watch::look`] tells, and the errors say why.
+    /// Watches; what cannot be watched only [`Watch::poll_changed`] tells, and the errors say why.
     #[must_use]
     pub fn start(dir: &Path) -> (Self, Vec<io::Error>) {
         let mut errors = Vec::new();
@@ -67,7 +67,7 @@ impl Watch {
         self.due = after.map(|after| Instant::now() + after);
     }
 
-    /// Waits until something happens there; then it is time to [`Watch::look`].
+    /// Waits until something happens there; then it is time to [`Watch::poll_changed`].
     pub async fn changed(&mut self) {
         let due = self.due;
         tokio::select! {
@@ -89,7 +89,7 @@ impl Watch {
     }
 
     /// Whether the files may be others than at the last look. Follows directories that have come or gone.
-    pub fn look(&mut self) -> bool {
+    pub fn poll_changed(&mut self) -> bool {
         // Before the look: what comes between the two is told.
         self.follow();
         let now = fingerprint(&self.dir);

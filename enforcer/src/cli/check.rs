@@ -6,9 +6,9 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
 
-use super::{Answer, Json, print_one, runtime};
+use super::{ExitStatus, Json, print_one, runtime};
 use crate::{
-    backend::InForce,
+    backend::ActiveRules,
     config::Config,
     host::{self, START},
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, shown},
@@ -45,10 +45,10 @@ pub(super) struct Check {
     json: Json,
 }
 
-pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
+pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
     let config = Config::load(config)?;
     let settings = &config.settings;
-    let pinned = InForce::open(settings)?.ok_or_else(|| {
+    let pinned = ActiveRules::open(settings)?.ok_or_else(|| {
         anyhow!(
             "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
             settings.pin_dir.display(),
@@ -74,7 +74,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
         cgroups,
     };
     let (protocol, addresses, port) = destination(&check.destination)?;
-    let mut answer = Answer::Yes;
+    let mut answer = ExitStatus::Yes;
     for address in addresses {
         let attempt = Attempt {
             protocol,
@@ -85,7 +85,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<Answer> {
         };
         let report = judge(&pinned, &attempt)?;
         if report.verdict != wire::Verdict::Allow {
-            answer = Answer::No;
+            answer = ExitStatus::No;
         }
         print_one(&report, &check.json, CheckReport::render)?;
     }
@@ -103,7 +103,7 @@ impl CheckReport {
     }
 }
 
-fn judge(pinned: &InForce, attempt: &Attempt) -> Result<CheckReport> {
+fn judge(pinned: &ActiveRules, attempt: &Attempt) -> Result<CheckReport> {
     let checked = pinned.check(attempt)?;
     let subject = &checked.subject;
     let who = match (subject.kernel_thread, subject.socket) {

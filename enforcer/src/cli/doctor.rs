@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
-use super::{Answer, Json, print_one, runtime};
+use super::{ExitStatus, Json, print_one, runtime};
 use crate::{doctor, wire::doctor::Report};
 
 #[derive(Debug, Args)]
@@ -17,7 +17,7 @@ pub(super) struct Doctor {
     json: Json,
 }
 
-pub(super) fn run(config: &Path, arguments: &Doctor) -> Result<Answer> {
+pub(super) fn run(config: &Path, arguments: &Doctor) -> Result<ExitStatus> {
     let report = if let Some(root) = &arguments.root {
         doctor::image(root, config).with_context(|| format!("check the image {}", root.display()))?
     } else {
@@ -29,8 +29,8 @@ pub(super) fn run(config: &Path, arguments: &Doctor) -> Result<Answer> {
     };
     print_one(&report, &arguments.json, Report::render)?;
     Ok(match report.code() {
-        0 => Answer::Yes,
-        1 => Answer::No,
-        _ => Answer::Unknown,
+        0 => ExitStatus::Yes,
+        1 => ExitStatus::No,
+        _ => ExitStatus::Unknown,
     })
 }

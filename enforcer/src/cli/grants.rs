@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{Answer, Json, as_line, place, print, print_one, runtime};
+use super::{ExitStatus, Json, as_line, place, print, print_one, runtime};
 use crate::{
     control,
     text::{self, Page},
@@ -57,7 +57,7 @@ pub(super) struct Revoke {
     json: Json,
 }
 
-pub(super) fn grant(config: &Path, grant: &Grant) -> Result<Answer> {
+pub(super) fn grant(config: &Path, grant: &Grant) -> Result<ExitStatus> {
     let request = Request::Grant(GrantRequest {
         target: grant.target.clone(),
         to: grant.who.selector(),
@@ -71,7 +71,7 @@ pub(super) fn grant(config: &Path, grant: &Grant) -> Result<Answer> {
     print_one(&*event, &grant.json, as_line)
 }
 
-pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
+pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<ExitStatus> {
     let request = Request::Revoke(RevokeRequest {
         target: revoke.target.clone(),
         to: revoke.who.selector(),
@@ -87,12 +87,12 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<Answer> {
         if !revoke.json.json {
             print("no such grant; enforcer grants lists them\n")?;
         }
-        return Ok(Answer::No);
+        return Ok(ExitStatus::No);
     }
-    Ok(Answer::Yes)
+    Ok(ExitStatus::Yes)
 }
 
-pub(super) fn list(config: &Path, json: &Json) -> Result<Answer> {
+pub(super) fn list(config: &Path, json: &Json) -> Result<ExitStatus> {
     let Reply::Grants(report) = ask(&place(config)?.socket, &Request::Grants)? else {
         return unexpected();
     };
@@ -103,7 +103,7 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Reply> {
     Ok(runtime()?.block_on(control::ask(socket, request, PATIENCE))?)
 }
 
-fn unexpected() -> Result<Answer> {
+fn unexpected() -> Result<ExitStatus> {
     bail!("the daemon gave an unexpected answer; is it another version?")
 }
 

@@ -16,9 +16,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use nix::unistd::{Pid, geteuid, getppid};
 
-use super::{Answer, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
+use super::{ExitStatus, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
 use crate::{
-    backend::jobs::{Accept, CHAIN, Destination, JobsChain, Subject, TABLE},
+    backend::jobs::{Accept, CHAIN, JobsChain, RuleDestination, RuleSubject, TABLE},
     config::Settings,
     control, grants,
     host::{self, hierarchy::Hierarchy},
@@ -71,11 +71,11 @@ pub(super) fn as_called(arguments: impl IntoIterator<Item = OsString>) -> Vec<Os
 
 /// Whoever calls goes on: a job that is not let in is told by monit, and one that needs nothing must not be kept from
 /// starting.
-pub(super) fn run(config: &Path, access: &MonitAccess) -> Answer {
+pub(super) fn run(config: &Path, access: &MonitAccess) -> ExitStatus {
     if let Err(error) = enable(config, access) {
         complain("warning", &format!("{error:#}; this job may not connect to monit"));
     }
-    Answer::Yes
+    ExitStatus::Yes
 }
 
 fn enable(config: &Path, access: &MonitAccess) -> Result<()> {
@@ -166,14 +166,14 @@ fn write_to_chain(config: &Path, settings: &Settings, access: &MonitAccess) -> R
         .map(|user| Uid::parse(user, &HostUsers))
         .transpose()?;
     let cgroup = if user.is_some() { None } else { Some(own_cgroup()?) };
-    let subject = Subject {
+    let subject = RuleSubject {
         user: user.map(|uid| uid.0),
         cgroup,
     };
     // The configuration may be hidden from here, too.
     let configured = HostConfig::load(config).ok();
     let monit = configured.as_ref().and_then(|wanted| wanted.policy().target(MONIT));
-    let usual = Destination {
+    let usual = RuleDestination {
         address: Some(Ipv4Addr::LOCALHOST.into()),
         port: Some(MONIT_PORT.get()),
     };

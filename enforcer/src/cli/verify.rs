@@ -4,16 +4,16 @@ use std::{path::Path, time::Instant};
 
 use anyhow::{Result, bail};
 
-use super::{Answer, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime};
+use super::{ExitStatus, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime};
 use crate::{
-    backend::InForce,
+    backend::ActiveRules,
     control,
     inputs::{HostConfig, Inputs},
     verify::Comparison,
     wire::{ActiveBackend, Against, Object, Reply, Request, Verification},
 };
 
-pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
+pub(super) fn run(config: &Path, json: &Json) -> Result<ExitStatus> {
     let socket = place(config)?.socket;
     let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE_FOR_WORK)) {
         Ok(Reply::Verification(verification)) => *verification,
@@ -23,9 +23,9 @@ pub(super) fn run(config: &Path, json: &Json) -> Result<Answer> {
     };
     print_one(&verification, json, Verification::render)?;
     Ok(if verification.identical {
-        Answer::Yes
+        ExitStatus::Yes
     } else {
-        Answer::No
+        ExitStatus::No
     })
 }
 
@@ -35,7 +35,7 @@ fn from_outside(config: &Path) -> Result<Verification> {
     let rules = inputs.desired(Instant::now())?.rules;
     let cgroup = inputs.config.cgroup_id()?;
     let settings = inputs.settings();
-    if let Some(in_force) = InForce::open(settings)? {
+    if let Some(in_force) = ActiveRules::open(settings)? {
         return Ok(in_force.verify(&rules, settings, cgroup)?);
     }
     let mut comparison = Comparison::default();

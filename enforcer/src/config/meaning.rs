@@ -5,10 +5,11 @@ use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{Allow, Config, Line, User};
+use super::{Allow, Config, Located, NameOrId};
 use crate::policy::{
-    Account, Answers, BUS, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed, MAX_ENDPOINTS,
-    MAX_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, Policy, Principal, Protocol, Target, Uid, UserError, Users,
+    AcceptedAnswers, Account, BUS, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed,
+    MAX_ENDPOINTS, MAX_TARGET_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, Policy, Principal, Protocol, Target, Uid,
+    UserError, Users,
 };
 
 #[cfg(test)]
@@ -50,7 +51,7 @@ pub enum PolicyFault {
     #[error("this is one endpoint more than the limit of {MAX_ENDPOINTS}; use prefixes")]
     Endpoints,
     /// F7.
-    #[error("this is one principal more than the limit of {MAX_PRINCIPALS}; allow fewer")]
+    #[error("this is one principal more than the limit of {MAX_TARGET_PRINCIPALS}; allow fewer")]
     Principals,
     /// An endpoint that is none.
     #[error(transparent)]
@@ -190,21 +191,21 @@ fn bosh() -> [Target; 2] {
             endpoints: [monit].into(),
             principals: root(),
             grants: true,
-            answers: Answers::Routable,
+            answers: AcceptedAnswers::Routable,
         },
         Target {
             name: BUS.to_owned(),
             endpoints: BTreeSet::new(),
             principals: root(),
             grants: false,
-            answers: Answers::Routable,
+            answers: AcceptedAnswers::Routable,
         },
     ]
 }
 
-type Fault = Line<PolicyFault>;
+type Fault = Located<PolicyFault>;
 
-fn endpoints(source: &super::Target, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
+fn endpoints(source: &super::TargetSection, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
     let mut endpoints = BTreeSet::new();
     for text in &source.endpoints {
         let parsed =
@@ -222,10 +223,10 @@ fn endpoints(source: &super::Target, room: usize) -> Result<BTreeSet<Endpoint>, 
 struct Meant {
     principals: BTreeSet<Principal>,
     listed: Vec<Listed>,
-    absent: Vec<Line<UserError>>,
+    absent: Vec<Located<UserError>>,
 }
 
-fn principals(target: &str, source: &super::Target, users: &dyn Users) -> Result<Meant, Fault> {
+fn principals(target: &str, source: &super::TargetSection, users: &dyn Users) -> Result<Meant, Fault> {
     let mut all = Meant::default();
     for allow in &source.allow {
         match principal(target, &allow.value, users) {
@@ -239,7 +240,7 @@ fn principals(target: &str, source: &super::Target, users: &dyn Users) -> Result
             }) => all.absent.push(allow.with(error)),
             Err(fault) => return Err(allow.with(fault)),
         }
-        if all.principals.len() > MAX_PRINCIPALS {
+        if all.principals.len() > MAX_TARGET_PRINCIPALS {
             return Err(allow.with(PolicyFault::Principals));
         }
     }
@@ -269,20 +270,20 @@ fn principal(target: &str, allow: &Allow, users: &dyn Users) -> Result<Option<Li
 }
 
 /// What is to be looked up again, and who it is.
-type Found = (Option<Account>, BTreeSet<Uid>);
+type AccountUids = (Option<Account>, BTreeSet<Uid>);
 
-fn members(group: &User, users: &dyn Users) -> Result<Found, UserError> {
+fn members(group: &NameOrId, users: &dyn Users) -> Result<AccountUids, UserError> {
     let group = match group {
-        User::Name(name) => Account::Group(name.clone()),
-        User::Number(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
+        NameOrId::Name(name) => Account::Group(name.clone()),
+        NameOrId::Number(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
     };
     Ok((Some(group.clone()), Uid::of_group(group, users)?))
 }
 
-fn user(user: &User, users: &dyn Users) -> Result<Found, UserError> {
+fn user(user: &NameOrId, users: &dyn Users) -> Result<AccountUids, UserError> {
     Ok(match user {
-        User::Number(uid) => (None, BTreeSet::from([Uid::from_number(*uid)?])),
-        User::Name(name) => (
+        NameOrId::Number(uid) => (None, BTreeSet::from([Uid::from_number(*uid)?])),
+        NameOrId::Name(name) => (
             Some(Account::User(name.clone())),
             BTreeSet::from([Uid::of_name(name, users)?]),
         ),

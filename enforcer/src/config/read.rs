@@ -9,7 +9,7 @@ use toml::{
 
 use super::{
     Config, ConfigError, ConfigFault,
-    tree::{Fault, Known, Lines, bare},
+    tree::{Fault, KnownKeys, Lines, bare},
 };
 use crate::policy::MAX_NAT64;
 
@@ -25,7 +25,7 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
 fn read(text: &str, path: &Path) -> Result<Config, Fault> {
     let lines = Lines::new(text);
     let root = DeTable::parse(text).map_err(|error| syntax(text, &lines, &error))?;
-    let (root, known) = (root.get_ref(), Known::default());
+    let (root, known) = (root.get_ref(), KnownKeys::default());
     let mut config: Config = known.take(root, &lines)?;
     config.path = path.into();
     config.settings = known.take(root, &lines)?;

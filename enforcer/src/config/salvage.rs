@@ -11,7 +11,7 @@ use toml::de::DeTable;
 
 use super::{
     DEFAULT_PATH, MAX_BYTES, Settings, open,
-    tree::{Known, Lines},
+    tree::{KnownKeys, Lines},
     value,
 };
 
@@ -107,6 +107,6 @@ fn line_of<T: DeserializeOwned>(text: &str, key: &str) -> Result<Option<T>, Unre
 
 /// What the table says, if it has the key.
 fn with_key<T: DeserializeOwned>(table: &DeTable<'_>, key: &str) -> Result<Option<T>, Unread> {
-    let read = || Known::default().take(table, &Lines::new("")).map_err(|_| Unread);
+    let read = || KnownKeys::default().take(table, &Lines::new("")).map_err(|_| Unread);
     table.contains_key(key).then(read).transpose()
 }

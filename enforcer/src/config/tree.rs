@@ -137,9 +137,9 @@ impl Lines {
 
 /// The keys of a table that structs have taken.
 #[derive(Default)]
-pub(super) struct Known(RefCell<Vec<&'static str>>);
+pub(super) struct KnownKeys(RefCell<Vec<&'static str>>);
 
-impl Known {
+impl KnownKeys {
     /// What a struct has of a table that others share: its own keys.
     pub(super) fn take<'de, T: Deserialize<'de>>(&self, table: &DeTable<'_>, lines: &Lines) -> Result<T, Fault> {
         T::deserialize(Node {
@@ -185,7 +185,7 @@ struct Node<'a, 't> {
 
 #[derive(Clone, Copy)]
 enum Shape<'a, 't> {
-    Shared(&'a DeTable<'t>, &'a Known),
+    Shared(&'a DeTable<'t>, &'a KnownKeys),
     Key(&'a str),
     Value(&'a DeValue<'t>),
     /// The line that the part begins in.
@@ -303,7 +303,8 @@ impl<'de> Deserializer<'de> for Node<'_, '_> {
         keys: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Fault> {
-        if name == "Line" {
+        // The name of the type `config::Located`: serde has no other way to ask for a line.
+        if name == crate::config::LOCATED {
             let shape = Shape::Line;
             let parts = [("value", self), ("line", Self { shape, ..self })];
             return visitor.visit_map(MapDeserializer::new(parts.into_iter()));

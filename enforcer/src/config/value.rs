@@ -15,8 +15,8 @@ use serde::{
 };
 
 use super::{
-    Allow, EndpointText, Line, MAX_REFRESH, MAX_RETAIN, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION,
-    Target, User,
+    Allow, EndpointText, Located, MAX_REFRESH, MAX_RETAIN, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME,
+    MIN_DURATION, NameOrId, TargetSection,
     error::{PRINCIPALS, ValueFault},
     tree::{bare, is_bare},
 };
@@ -154,9 +154,9 @@ impl<'de> Deserialize<'de> for TargetName {
 }
 
 /// By name, each with the line of its name.
-pub(super) fn targets<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, Target>, D::Error> {
-    let named = BTreeMap::<TargetName, Line<Target>>::deserialize(from)?.into_iter();
-    let lined = named.map(|(name, Line { value, line })| (name.0, Target { line, ..value }));
+pub(super) fn targets<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, TargetSection>, D::Error> {
+    let named = BTreeMap::<TargetName, Located<TargetSection>>::deserialize(from)?.into_iter();
+    let lined = named.map(|(name, Located { value, line })| (name.0, TargetSection { line, ..value }));
     Ok(lined.collect())
 }
 
@@ -176,7 +176,7 @@ impl Serialize for EndpointText {
     }
 }
 
-impl<T: Serialize> Serialize for Line<T> {
+impl<T: Serialize> Serialize for Located<T> {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         self.value.serialize(to)
     }
@@ -186,17 +186,17 @@ impl<T: Serialize> Serialize for Line<T> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Parts {
-    user: Option<User>,
-    group: Option<User>,
+    user: Option<NameOrId>,
+    group: Option<NameOrId>,
     cgroup: Option<String>,
     kernel: Option<bool>,
 }
 
 impl<'de> Deserialize<'de> for Allow {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Principal;
+        struct AllowVisitor;
 
-        impl<'de> Visitor<'de> for Principal {
+        impl<'de> Visitor<'de> for AllowVisitor {
             type Value = Allow;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -204,11 +204,11 @@ impl<'de> Deserialize<'de> for Allow {
             }
 
             fn visit_str<E>(self, name: &str) -> Result<Allow, E> {
-                Ok(Allow::User(User::Name(name.to_owned())))
+                Ok(Allow::User(NameOrId::Name(name.to_owned())))
             }
 
             fn visit_i64<E>(self, number: i64) -> Result<Allow, E> {
-                Ok(Allow::User(User::Number(number)))
+                Ok(Allow::User(NameOrId::Number(number)))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, parts: A) -> Result<Allow, A::Error> {
@@ -225,7 +225,7 @@ impl<'de> Deserialize<'de> for Allow {
             }
         }
 
-        from.deserialize_any(Principal)
+        from.deserialize_any(AllowVisitor)
     }
 }
 

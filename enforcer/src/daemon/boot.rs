@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 
 use super::{About, Daemon, DaemonError, capabilities, confine};
 use crate::{
-    backend::{self, InForce},
+    backend::{self, ActiveRules},
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
     host,
@@ -97,7 +97,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
             Err(error) => warn!("the last known good rules cannot be applied: {error}"),
         }
     }
-    let wanted = HostConfig::load(path).and_then(|wanted| has_not_gone(wanted, good.as_ref()));
+    let wanted = HostConfig::load(path).and_then(|wanted| ensure_file_present(wanted, good.as_ref()));
     let (Some((run, listener)), Some(good)) = (early, good) else {
         if let (Err(_), Some(fault)) = (&wanted, &left.fault) {
             error!("{fault}"); // F4: the end of the process tells of the configuration alone.
@@ -110,7 +110,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
         Ok(wanted) if run.daemon.fixed_keys(&wanted).is_empty() => {
             let mut daemon = run.daemon;
             if let Err(error) = daemon.change_to(wanted) {
-                daemon.refuse(&error)?;
+                daemon.stay_with_last_good(&error)?;
             }
             daemon
         }
@@ -118,7 +118,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
         Err(error) => {
             let mut daemon = run.daemon;
             daemon.inputs.config.from_file |= matches!(error, InputError::Config(ConfigError::Gone { .. }));
-            daemon.refuse(&error.into())?;
+            daemon.stay_with_last_good(&error.into())?;
             daemon
         }
     };
@@ -137,7 +137,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
 
 /// F4: a file that named targets which were active last, and has gone, is a mistake, not the wish for the defaults
 /// (B1).
-pub(super) fn has_not_gone(wanted: HostConfig, good: Option<&LastGood>) -> Result<HostConfig, InputError> {
+pub(super) fn ensure_file_present(wanted: HostConfig, good: Option<&LastGood>) -> Result<HostConfig, InputError> {
     let named_still = |target: &Target| {
         let now = wanted.policy.target(&target.name);
         now.is_some_and(|now| target.name == BUS || target.endpoints.is_subset(&now.endpoints))
@@ -181,7 +181,7 @@ impl LastRun {
         let wanted = HostConfig::of(path, good)?;
         let mut daemon = Daemon::start(wanted, true, SavedRun::of(good, mark))?;
         if let Some(generation) = daemon.resume()? {
-            info!("the last known good rule set is active, generation {generation}");
+            info!("the last known good rules are active, generation {generation}");
         }
         Ok(Self { daemon })
     }
@@ -196,12 +196,12 @@ impl LastRun {
         let (left, _) = SavedRun::load(&new.state_dir);
         match Daemon::begin(wanted, left) {
             Ok(daemon) => {
-                backend::leave(&good.settings, &new);
+                backend::remove_old_places(&good.settings, &new);
                 Ok(daemon)
             }
             Err(error) => {
                 let mut daemon = Self::take_over(&path, good, mark)?.daemon;
-                daemon.refuse(&error)?;
+                daemon.stay_with_last_good(&error)?;
                 Ok(daemon)
             }
         }
@@ -237,10 +237,10 @@ impl Daemon {
     }
 
     /// Stays with the last known good rules, as the configuration cannot be used (F4).
-    fn refuse(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
+    fn stay_with_last_good(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         let config = &self.inputs.config;
         let cgroup = config.cgroup.as_deref().and_then(host::directory_id);
-        let is_active = |rules: &RuleSet| InForce::holds(rules, config.settings(), cgroup.unwrap_or_default());
+        let is_active = |rules: &RuleSet| ActiveRules::holds(rules, config.settings(), cgroup.unwrap_or_default());
         let (guard, store) = (&mut self.guard, &mut self.enforcement);
         if let Some(applied) = guard.fall_back(store, &self.inputs, is_active, Instant::now())? {
             self.applied(applied);
@@ -251,10 +251,10 @@ impl Daemon {
     }
 
     fn refused(&mut self, error: &DaemonError) {
-        let stays = if self.guard.holds() {
-            "what was active before the start stays, and names are not followed until this is fixed"
+        let stays = if self.guard.is_held() {
+            "the rules that were active before the start stay, and names are not followed until this is fixed"
         } else {
-            "the last known good rule set is active instead"
+            "the last known good rules are active instead"
         };
         let fault = format!("{error}; {stays}");
         self.faults.set(About::Reload, Some(fault));

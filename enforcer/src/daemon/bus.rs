@@ -83,7 +83,7 @@ impl Daemon {
             Some(Unfinished { reported: false, .. }) => {
                 // Known or not, that is no news; where nothing is known, `status` does not hide it.
                 if self.inputs.bus.is_none() && self.faults.of(About::Bus).is_none() {
-                    self.faults.put(About::Bus, fault);
+                    self.faults.set_silently(About::Bus, fault);
                 }
             }
             // Where such a file ends is no news.
@@ -97,7 +97,7 @@ impl Daemon {
         let overdue = self
             .unfinished
             .is_some_and(|unfinished| !unfinished.reported && unfinished.is_overdue());
-        let changed = watch.as_deref_mut().is_some_and(Watch::look);
+        let changed = watch.as_deref_mut().is_some_and(Watch::poll_changed);
         if (changed || overdue) && self.take_bus() {
             self.look_up_due(Instant::now());
             self.answer_waiting();

@@ -27,14 +27,14 @@ impl Daemon {
         let loaded = self.take_configuration();
         match loaded {
             Ok(()) => {
-                self.faults.put(About::Reload, None);
+                self.faults.set_silently(About::Reload, None);
                 self.report_reload();
             }
             Err(error) => {
                 // Each time, not once a change: it answers a signal.
-                let fault = format!("reload: {error}; the rule set before stays active");
+                let fault = format!("reload: {error}; the previous rules stay active");
                 error!("{fault}");
-                self.faults.put(About::Reload, Some(fault));
+                self.faults.set_silently(About::Reload, Some(fault));
             }
         }
     }
@@ -71,7 +71,7 @@ impl Daemon {
         inputs.host.local = inputs.local()?;
         let Inputs { config, jobs, .. } = &mut inputs;
         if let Err(error) = self.chain.look(config, jobs) {
-            warn!("{error}; rules of jobs count as they were read last");
+            warn!("{error}; the rules of jobs that were read last stay in use");
         }
         inputs.settle(Instant::now());
         inputs.look_at_cgroups();
@@ -96,7 +96,7 @@ impl Daemon {
             }
         }
         self.enforcement.retire(self.inputs.settings());
-        self.keep_chain();
+        self.sync_chain();
         self.look_at_visibility();
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);

@@ -11,10 +11,10 @@ use tracing::warn;
 
 use super::{About, Daemon, DaemonError, recent::Origin, tally::Counts};
 use crate::{
-    backend::{Denials, Logged, Ring},
+    backend::{Logged, NflogListener, Ring},
     events,
-    sweep::Report,
-    wire::{Line, Lost, Reply},
+    sweep::SweepReport,
+    wire::{Event, Lost, Reply},
 };
 
 /// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that
@@ -43,14 +43,14 @@ impl Daemon {
     }
 
     /// The denials of nftables, where it has just begun to log them.
-    pub(super) fn logged(&mut self) -> Option<Denials> {
+    pub(super) fn logged(&mut self) -> Option<NflogListener> {
         self.enforcement.logged()
     }
 
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be
     /// many.
-    pub(super) fn take_logged(&mut self, source: &mut Denials) -> bool {
-        let all = helping(|| {
+    pub(super) fn take_logged(&mut self, source: &mut NflogListener) -> bool {
+        let all = take_batch(|| {
             match source.take()? {
                 Logged::Denial(denial) => self.feed.record(events::read_logged(&denial, SystemTime::now())),
                 Logged::Dial(dial) => self.dialled(dial),
@@ -60,7 +60,7 @@ impl Daemon {
         let lost = source.take_lost();
         if lost > 0 {
             self.feed.lost_logged += lost;
-            self.feed.publish(Line::Lost(Lost::new(lost)));
+            self.feed.publish(Event::Lost(Lost::new(lost)));
         }
         all
     }
@@ -69,7 +69,7 @@ impl Daemon {
     /// taken.
     pub(super) fn take_events(&mut self, source: &mut Ring<EventRecord>) -> bool {
         let Ok(boot) = events::boot_time() else { return true };
-        let all = helping(|| {
+        let all = take_batch(|| {
             let record = source.take()?;
             self.feed.record(events::read(&record, boot));
             Some(())
@@ -109,17 +109,17 @@ impl Daemon {
     /// What the kernel has counted of each target; none where it cannot be read, which others report.
     fn counted(&mut self) -> Option<Counts> {
         let targets = self.inputs.policy().targets.iter().map(|target| target.name.clone());
-        self.enforcement.denied(targets.collect()).ok()
+        self.enforcement.denial_counts(targets.collect()).ok()
     }
 
     /// Takes what a sweep found and did.
-    pub(super) fn swept(&mut self, report: Report) {
+    pub(super) fn swept(&mut self, report: SweepReport) {
         self.faults.set(About::Sweep, report.fault);
         let mut logged: HashMap<Origin, usize> = HashMap::new();
         let mut more = 0_u64;
         for existing in report.news {
             let text = existing.to_string();
-            let line = Line::Existing(existing);
+            let line = Event::Existing(existing);
             let of_user = logged.entry(Origin::from_line(&line)).or_default();
             if *of_user < LOGGED_OF_SWEEP {
                 *of_user += 1;
@@ -130,17 +130,17 @@ impl Daemon {
             self.feed.publish(line);
         }
         if more > 0 {
-            warn!("{more} more connections older than the rules are against them (see enforcer events)");
+            warn!("the rules would deny {more} more existing connections (see enforcer events)");
         }
         if report.lost > 0 {
-            self.feed.publish(Line::Lost(Lost::new(report.lost)));
+            self.feed.publish(Event::Lost(Lost::new(report.lost)));
         }
         self.existing = Some(report.existing);
     }
 }
 
 /// Takes so many as may be taken at once; true if no more are there.
-fn helping(mut take: impl FnMut() -> Option<()>) -> bool {
+fn take_batch(mut take: impl FnMut() -> Option<()>) -> bool {
     let until = Instant::now() + EVENT_TIME;
     for _ in 0..EVENTS_AT_ONCE {
         if take().is_none() {
@@ -154,8 +154,8 @@ fn helping(mut take: impl FnMut() -> Option<()>) -> bool {
 }
 
 pub(super) async fn send_events(
-    kept: Vec<Line>,
-    live: Option<broadcast::Receiver<Line>>,
+    kept: Vec<Event>,
+    live: Option<broadcast::Receiver<Event>>,
     replies: mpsc::Sender<Reply>,
 ) {
     for line in kept {
@@ -167,7 +167,7 @@ pub(super) async fn send_events(
     loop {
         let line = match live.recv().await {
             Ok(line) => line,
-            Err(broadcast::error::RecvError::Lagged(lost)) => Line::Lost(Lost::new(lost)),
+            Err(broadcast::error::RecvError::Lagged(lost)) => Event::Lost(Lost::new(lost)),
             Err(broadcast::error::RecvError::Closed) => return,
         };
         if replies.send(Reply::Event(line)).await.is_err() {
@@ -189,7 +189,7 @@ mod tests {
             taken += 1;
             (left >= 0).then_some(())
         };
-        assert!(helping(&mut take));
+        assert!(take_batch(&mut take));
         assert_eq!(taken, 11);
         let mut taken = 0;
         let more = |taken: &mut usize, wait| {
@@ -197,10 +197,10 @@ mod tests {
             std::thread::sleep(wait);
             Some(())
         };
-        assert!(!helping(|| more(&mut taken, EVENT_TIME)));
+        assert!(!take_batch(|| more(&mut taken, EVENT_TIME)));
         assert!(taken <= 2, "{taken}");
         let mut taken = 0;
-        assert!(!helping(|| more(&mut taken, Duration::ZERO)));
+        assert!(!take_batch(|| more(&mut taken, Duration::ZERO)));
         assert!(taken <= EVENTS_AT_ONCE);
     }
 }

@@ -26,7 +26,7 @@ impl Drift {
     }
 
     /// Whether to leave things as they are for now: 1, 2, 4, 8, at most 16 s after the last time.
-    pub(super) fn rests(&self, now: Instant) -> bool {
+    pub(super) fn is_paused(&self, now: Instant) -> bool {
         let Some((last, over)) = self.last.zip(self.repeats.checked_sub(Self::AT_ONCE)) else {
             return false;
         };
@@ -44,22 +44,22 @@ mod tests {
         let mut now = Instant::now();
         for _ in 0..4 {
             drift.happened(now);
-            assert!(!drift.rests(now));
+            assert!(!drift.is_paused(now));
         }
         let mut last = now;
         for wait in [1, 2, 4, 8, 16, 16] {
             drift.happened(now);
             last = now;
-            assert!(drift.rests(now));
-            assert!(drift.rests(now + Duration::from_millis(wait * 1000 - 1)));
+            assert!(drift.is_paused(now));
+            assert!(drift.is_paused(now + Duration::from_millis(wait * 1000 - 1)));
             now += Duration::from_secs(wait);
-            assert!(!drift.rests(now));
+            assert!(!drift.is_paused(now));
         }
         // `status` is degraded for 30 s.
         assert!(drift.is_recent(last + Duration::from_millis(29_999)));
         now = last + Duration::from_secs(30);
         assert!(!drift.is_recent(now));
         drift.happened(now);
-        assert!(!drift.rests(now));
+        assert!(!drift.is_paused(now));
     }
 }

@@ -61,11 +61,11 @@ impl Faults {
             (None, About::Users) => info!("all users and groups that the configuration names exist now"),
             (None, About::Host) => info!("changes of this host's addresses are followed again"),
         }
-        self.put(about, fault);
+        self.set_silently(about, fault);
     }
 
     /// As `set`, where the caller has logged it.
-    pub(super) fn put(&mut self, about: About, fault: Option<String>) {
+    pub(super) fn set_silently(&mut self, about: About, fault: Option<String>) {
         match fault {
             Some(fault) => drop(self.0.insert(about, fault)),
             None => drop(self.0.remove(&about)),

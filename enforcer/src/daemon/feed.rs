@@ -11,7 +11,7 @@ use super::{
     recent::{KEPT_EVENTS, Recent},
     tally::{Counts, Tally},
 };
-use crate::wire::{Event, Line, Lost};
+use crate::wire::{Denial, Event, Lost};
 
 /// How long a flood may go on before what is lost by it is told.
 const LONG_FLOOD: Duration = Duration::from_secs(2);
@@ -20,7 +20,7 @@ const LONG_FLOOD: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Feed {
     recent: Recent,
-    followers: broadcast::Sender<Line>,
+    followers: broadcast::Sender<Event>,
     journal: Journal,
     pub(super) tally: Tally,
     /// Those that the kernel programs could not hand over, as far as they were told.
@@ -47,22 +47,22 @@ impl Default for Feed {
 
 impl Feed {
     /// A denial: published, and logged where it is not one of too many.
-    pub(super) fn record(&mut self, event: Event) {
+    pub(super) fn record(&mut self, event: Denial) {
         let now = Instant::now();
         self.tally.told(&event.target, now);
         if let Some(line) = self.journal.take(&event, now) {
             info!("{line}");
         }
-        self.publish(Line::Event(event));
+        self.publish(Event::Denial(event));
     }
 
-    pub(super) fn publish(&mut self, line: Line) {
+    pub(super) fn publish(&mut self, line: Event) {
         self.recent.push(line.clone());
         let _ = self.followers.send(line);
     }
 
     /// What happened last, and what happens from now on if that is asked for.
-    pub(super) fn follow(&self, live: bool) -> (Vec<Line>, Option<broadcast::Receiver<Line>>) {
+    pub(super) fn follow(&self, live: bool) -> (Vec<Event>, Option<broadcast::Receiver<Event>>) {
         let kept = self.recent.all().cloned().collect();
         (kept, live.then(|| self.followers.subscribe()))
     }
@@ -81,7 +81,7 @@ impl Feed {
     /// Tells how many the kernel programs could not hand over, of so many in all.
     pub(super) fn tell_lost(&mut self, lost: u64) {
         if let Some(told) = self.lost.filter(|told| lost > *told) {
-            self.publish(Line::Lost(Lost::new(lost - told)));
+            self.publish(Event::Lost(Lost::new(lost - told)));
             self.lost = Some(lost);
         }
     }
@@ -133,9 +133,9 @@ mod tests {
     #[test]
     fn a_follower_hears_what_comes_after_what_was_kept() {
         let mut feed = Feed::default();
-        feed.publish(Line::Lost(Lost::new(1)));
+        feed.publish(Event::Lost(Lost::new(1)));
         let (kept, live) = feed.follow(true);
-        feed.publish(Line::Lost(Lost::new(2)));
+        feed.publish(Event::Lost(Lost::new(2)));
         assert_eq!(kept.len(), 1);
         assert!(live.is_some_and(|mut live| live.try_recv().is_ok() && live.try_recv().is_err()));
         assert_eq!(feed.follow(false).0.len(), 2);

@@ -11,14 +11,14 @@ use tracing::{info, warn};
 use super::{About, Daemon, DaemonError};
 use crate::{
     control::{CgroupError, Peer},
-    grants::{self, Asker, Change, FileError, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
+    grants::{self, Asker, FileError, GrantOutcome, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
     inputs::Inputs,
     policy::{CgroupPath, CgroupPathError, HostUsers, MONIT, Uid, UserError},
     ruleset::{Cgroup, Writable},
     text,
     wire::{
-        GrantAction, GrantEvent, GrantRequest, GrantStatus, GrantsReport, Line, Reply, RevokeRequest, Schema, Selector,
+        Event, GrantAction, GrantEvent, GrantRequest, GrantStatus, GrantsReport, Reply, RevokeRequest, Schema, Selector,
     },
 };
 
@@ -156,7 +156,7 @@ impl Daemon {
         };
         let expires = term.expires;
         let mut inputs = self.inputs.clone();
-        let changes: Vec<Change> = (keys.iter())
+        let changes: Vec<GrantOutcome> = (keys.iter())
             .map(|key| inputs.grants.grant(key.clone(), term.clone()))
             .collect::<Result<_, _>>()?;
         grants::check_depths(&inputs.granted().depths())?;
@@ -180,8 +180,8 @@ impl Daemon {
         let mut told = None;
         for (key, change) in keys.iter().zip(changes) {
             let (action, was) = match change {
-                Change::New => (GrantAction::Granted, None),
-                Change::Renewed { expired } => (GrantAction::Renewed, Some(expired)),
+                GrantOutcome::New => (GrantAction::Granted, None),
+                GrantOutcome::Renewed { expired } => (GrantAction::Renewed, Some(expired)),
             };
             let event = GrantEvent {
                 expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
@@ -367,7 +367,7 @@ impl Daemon {
         let before = self.commit(inputs)?;
         self.chain.log(&self.inputs);
         self.faults.set(About::RuleSet, None);
-        self.keep_chain();
+        self.sync_chain();
         Ok(before)
     }
 
@@ -391,7 +391,7 @@ impl Daemon {
 
     fn tell(&mut self, event: &GrantEvent) {
         info!("{event}");
-        self.feed.publish(Line::Grant(event.clone()));
+        self.feed.publish(Event::Grant(event.clone()));
     }
 
     fn unknown(&self, target: &str) -> GrantError {

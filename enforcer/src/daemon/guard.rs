@@ -17,7 +17,7 @@ pub(super) trait Store {
     fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError>;
     /// Sees to it that this generation is active whole (F5). Returns the number that it has then; none if another one
     /// is active.
-    fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
+    fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
     /// How often something that others took or changed was put back.
     fn restored(&self) -> u64;
     /// The number of the active rules, whoever made them so; 0 where there are none.
@@ -31,8 +31,8 @@ impl Store for Enforcement {
         self.apply(rules)
     }
 
-    fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
-        self.keep(generation)
+    fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
+        self.ensure_active(generation)
     }
 
     fn restored(&self) -> u64 {
@@ -100,7 +100,7 @@ impl Guard {
     }
 
     /// Whether what is active stays as it is.
-    pub(super) fn holds(&self) -> bool {
+    pub(super) fn is_held(&self) -> bool {
         self.hold != Hold::No
     }
 
@@ -162,7 +162,7 @@ impl Guard {
         inputs: &Inputs,
         now: Instant,
     ) -> Result<Applied, DaemonError> {
-        if self.holds() {
+        if self.is_held() {
             return Err(DaemonError::Frozen);
         }
         let Desired { resolved, rules } = inputs.desired(now)?;
@@ -199,12 +199,12 @@ impl Guard {
         if self.hold == Hold::UntilResolved && inputs.targets_unknown(now).next().is_none() {
             self.hold = Hold::No;
         }
-        if self.holds() || self.drift.rests(now) {
+        if self.is_held() || self.drift.is_paused(now) {
             return None;
         }
         let restored = store.restored();
         let kept = match &mut self.active {
-            Some(active) if !again && active.is_of(inputs, now) => store.keep(active.generation).map(|kept| {
+            Some(active) if !again && active.is_of(inputs, now) => store.ensure_active(active.generation).map(|kept| {
                 active.generation = kept.unwrap_or(active.generation);
                 kept.is_some()
             }),

@@ -12,7 +12,7 @@ use super::{About, Daemon, Drift, grants::writable};
 use crate::{
     backend::{
         NftablesError,
-        jobs::{Accept, CHAIN, Jobs, JobsChain, TABLE},
+        jobs::{Accept, CHAIN, ChainDump, JobsChain, TABLE},
     },
     config::Settings,
     grants::Grantee,
@@ -46,7 +46,7 @@ pub(super) enum ChainError {
 
 /// The chain, and what it said last.
 #[derive(Debug)]
-pub(super) struct Chain {
+pub(super) struct ChainKeeper {
     way: Option<JobsChain>,
     /// When the kernel had no `nf_tables`.
     missing: Option<Instant>,
@@ -72,7 +72,7 @@ enum Held {
     Nothing,
 }
 
-impl Chain {
+impl ChainKeeper {
     pub(super) fn new() -> Self {
         Self {
             way: None,
@@ -99,7 +99,7 @@ impl Chain {
         if !may_be_granted(&config.policy) {
             self.seen = None;
             if rules.chain().exists {
-                rules.take(Jobs::default(), &config.mount);
+                rules.take(ChainDump::default(), &config.mount);
             }
             return Ok(());
         }
@@ -107,11 +107,11 @@ impl Chain {
         let Some(way) = self.way(config.settings())? else {
             return Ok(());
         };
-        if seen == Some(way.generation()?) {
+        if seen == Some(way.genid()?) {
             rules.look(&config.mount);
         } else {
             let found = way.read()?;
-            self.seen = Some(found.generation);
+            self.seen = Some(found.genid);
             rules.take(found, &config.mount);
         }
         Ok(())
@@ -147,7 +147,7 @@ impl Chain {
             let exists = chain.exists;
             let is_undone = self.written.as_ref() == Some(&granted) && (!exists || !add.is_empty());
             // As with rules of our own, who fights us is not fought without pause (F5).
-            if is_undone && self.drift.rests(Instant::now()) {
+            if is_undone && self.drift.is_paused(Instant::now()) {
                 return Err(ChainError::Undone);
             }
             self.seen = None;
@@ -183,8 +183,8 @@ impl Chain {
         }
         if let Some(way) = self.way(settings)? {
             match held {
-                Held::Ours => way.leave()?,
-                Held::Unknown | Held::Nothing => drop(way.forget()?),
+                Held::Ours => way.remove_all_ours()?,
+                Held::Unknown | Held::Nothing => drop(way.remove_rules()?),
             }
         }
         (self.held, self.written) = (Held::Nothing, None);
@@ -218,8 +218,8 @@ impl Chain {
     }
 
     /// Removes what is ours.
-    pub(super) fn leave(&mut self, settings: &Settings) -> Result<(), NftablesError> {
-        self.way(settings)?.map_or(Ok(()), JobsChain::leave)
+    pub(super) fn remove_all_ours(&mut self, settings: &Settings) -> Result<(), NftablesError> {
+        self.way(settings)?.map_or(Ok(()), JobsChain::remove_all_ours)
     }
 }
 
@@ -237,7 +237,7 @@ impl Daemon {
     }
 
     /// Sees to it that the chain is there, and says what was granted.
-    pub(super) fn keep_chain(&mut self) {
+    pub(super) fn sync_chain(&mut self) {
         let kept = self.chain.keep(&mut self.inputs);
         let fault = |error| format!("{error}; the BOSH agent's own rules, if active, drop what grants of monit allow");
         self.faults.set(About::JobsChain, kept.err().map(fault));

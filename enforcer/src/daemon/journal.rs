@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     text,
-    wire::{ActiveBackend, Event, Protocol, Verdict},
+    wire::{ActiveBackend, Denial, Protocol, Verdict},
 };
 
 /// Between two lines of one kind.
@@ -47,7 +47,7 @@ struct Kind {
 }
 
 #[derive(Debug)]
-struct Seen {
+struct KindCount {
     since: Instant,
     /// Not told yet.
     count: u64,
@@ -66,7 +66,7 @@ struct Beyond {
 /// One user's kinds.
 #[derive(Debug, Default)]
 struct Budget {
-    kinds: BTreeMap<Kind, Seen>,
+    kinds: BTreeMap<Kind, KindCount>,
     /// Of kinds beyond the limit.
     beyond: Option<Beyond>,
 }
@@ -81,7 +81,7 @@ pub(super) struct Journal {
 
 impl Journal {
     /// Takes a denial; a line, if it is the first of its kind.
-    pub(super) fn take(&mut self, event: &Event, now: Instant) -> Option<String> {
+    pub(super) fn take(&mut self, event: &Denial, now: Instant) -> Option<String> {
         let caller = Caller::of(event);
         if !self.users.contains_key(&caller) && !self.has_room(caller) {
             add(&mut self.beyond, now);
@@ -98,7 +98,7 @@ impl Journal {
             add(&mut budget.beyond, now);
             return None;
         }
-        let seen = Seen {
+        let seen = KindCount {
             since: now,
             count: 0,
             comm: event.comm.clone(),
@@ -169,7 +169,7 @@ fn add(beyond: &mut Option<Beyond>, now: Instant) {
 }
 
 impl Caller {
-    pub(super) fn of(event: &Event) -> Self {
+    pub(super) fn of(event: &Denial) -> Self {
         if event.kernel_thread {
             return Self::KernelThread;
         }
@@ -196,7 +196,7 @@ impl Caller {
 }
 
 impl Kind {
-    fn of(event: &Event) -> Self {
+    fn of(event: &Denial) -> Self {
         let owner = event
             .socket_uid
             .filter(|owner| event.task_uid.is_some_and(|uid| uid != *owner));
@@ -210,7 +210,7 @@ impl Kind {
         }
     }
 
-    fn line(&self, caller: Caller, count: u64, seen: &Seen) -> String {
+    fn line(&self, caller: Caller, count: u64, seen: &KindCount) -> String {
         let refused = match self.verdict {
             Verdict::Deny => "denied",
             Verdict::Allow | Verdict::WouldDeny => "would deny",
@@ -241,8 +241,8 @@ mod tests {
     use super::*;
     use crate::wire::Schema;
 
-    fn event(uid: Option<u32>, port: u16, comm: Option<&str>) -> Event {
-        Event {
+    fn event(uid: Option<u32>, port: u16, comm: Option<&str>) -> Denial {
+        Denial {
             schema: Schema::Event,
             time: String::new(),
             verdict: Verdict::Deny,
@@ -291,17 +291,17 @@ mod tests {
 
     #[test]
     fn who_it_was_in_words() {
-        let told = |event: &Event| Journal::default().take(event, Instant::now()).unwrap_or_default();
+        let told = |event: &Denial| Journal::default().take(event, Instant::now()).unwrap_or_default();
         let odd = event(Some(7), 1, Some("a\x1b[2J\n"));
         assert!(told(&odd).ends_with("by uid 7 (\"a\\u{1b}[2J\\n\")"), "{}", told(&odd));
         assert!(told(&event(Some(7), 1, None)).ends_with("by uid 7"));
         assert!(told(&event(None, 1, None)).ends_with("by an unknown user (forwarded or kernel socket)"));
-        let other = Event {
+        let other = Denial {
             socket_uid: Some(8),
             ..event(Some(7), 1, Some("a"))
         };
         assert!(told(&other).ends_with("by uid 7 with a socket of uid 8 (a)"));
-        let audit = Event {
+        let audit = Denial {
             verdict: Verdict::WouldDeny,
             kernel_thread: true,
             ..event(Some(0), 1, Some("kworker"))
@@ -339,7 +339,7 @@ mod tests {
     #[test]
     fn what_is_logged_in_part_is_the_least_there_was() {
         let (mut journal, start) = (Journal::default(), Instant::now());
-        let logged = Event {
+        let logged = Denial {
             backend: ActiveBackend::Nftables,
             ..event(Some(7), 1, None)
         };

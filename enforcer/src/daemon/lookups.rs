@@ -8,7 +8,7 @@ use tracing::{error, info, warn};
 use super::{About, Daemon, guard::Hold};
 use crate::{
     policy::Name,
-    resolve::{Answer, LOOKUP_TIMEOUT, Looked, Note, Outcome, lookup_early},
+    resolve::{LOOKUP_TIMEOUT, LookupAnswer, Note, Outcome, PartialAnswer, lookup_early},
     wire::Reply,
 };
 
@@ -47,15 +47,15 @@ impl Daemon {
     }
 
     /// Takes the answer to a lookup, unless a later one was answered before it.
-    pub(super) fn answered(&mut self, joined: Result<(task::Id, Looked), task::JoinError>) {
-        let (id, Looked { answer, rest }) = match joined {
+    pub(super) fn answered(&mut self, joined: Result<(task::Id, PartialAnswer), task::JoinError>) {
+        let (id, PartialAnswer { answer, rest }) = match joined {
             Ok((id, answer)) => (id, answer),
             Err(error) => {
                 let failed = Outcome::Failed("the lookup ended by itself".to_owned());
                 error!("a lookup ended by itself: {error}");
                 (
                     error.id(),
-                    Looked::from(Answer::Dns {
+                    PartialAnswer::from(LookupAnswer::Dns {
                         a: failed.clone(),
                         aaaa: failed,
                     }),

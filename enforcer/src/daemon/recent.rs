@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::journal::Caller;
-use crate::wire::Line;
+use crate::wire::Event;
 
 /// How many are kept.
 pub(super) const KEPT_EVENTS: usize = 1024;
@@ -20,13 +20,13 @@ pub(super) enum Origin {
 /// The events, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
-    lines: VecDeque<Line>,
+    lines: VecDeque<Event>,
     counts: HashMap<Origin, usize>,
 }
 
 impl Recent {
     /// Adds an event. When it is full the oldest of whoever has most goes.
-    pub(super) fn push(&mut self, line: Line) {
+    pub(super) fn push(&mut self, line: Event) {
         if self.lines.len() >= KEPT_EVENTS {
             self.drop_one();
         }
@@ -34,7 +34,7 @@ impl Recent {
         self.lines.push_back(line);
     }
 
-    pub(super) fn all(&self) -> impl Iterator<Item = &Line> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Event> {
         self.lines.iter()
     }
 
@@ -54,12 +54,12 @@ impl Recent {
 }
 
 impl Origin {
-    pub(super) fn from_line(line: &Line) -> Self {
+    pub(super) fn from_line(line: &Event) -> Self {
         match line {
-            Line::Event(event) => Self::from_caller(Caller::of(event)),
+            Event::Denial(event) => Self::from_caller(Caller::of(event)),
             // A user opens as many connections as there is room for, and a sweep finds them all.
-            Line::Existing(existing) => Self::from_caller(Caller::of_socket(existing.uid)),
-            Line::Grant(_) | Line::Lost(_) => Self::Daemon,
+            Event::Existing(existing) => Self::from_caller(Caller::of_socket(existing.uid)),
+            Event::Grant(_) | Event::Lost(_) => Self::Daemon,
         }
     }
 
@@ -77,34 +77,34 @@ mod tests {
     use super::*;
     use crate::wire::Lost;
 
-    fn event(uid: u32, port: usize) -> Line {
+    fn event(uid: u32, port: usize) -> Event {
         let text = format!(
             r#"{{"schema":"enforcer/event/1","time":"","verdict":"deny","backend":"ebpf","pid":1,"tid":1,"comm":"a","kernel_thread":false,
             "task_uid":{uid},"socket_uid":{uid},"cgroup_id":1,"netns_cookie":1,"source":null,"protocol":"tcp","dialled":"{port}",
             "judged":"","target":"","generation":1}}"#
         );
-        serde_json::from_str(&text).unwrap_or(Line::Lost(Lost::new(0)))
+        serde_json::from_str(&text).unwrap_or(Event::Lost(Lost::new(0)))
     }
 
-    fn existing(uid: u32, port: usize) -> Line {
+    fn existing(uid: u32, port: usize) -> Event {
         let text = format!(
             r#"{{"schema":"enforcer/existing/1","time":"","verdict":"deny","action":"reported","reason":null,"protocol":"tcp","state":"established","local":"{port}",
             "remote":"","uid":{uid},"cgroup_id":null,"target":"","generation":1}}"#
         );
-        serde_json::from_str(&text).unwrap_or(Line::Lost(Lost::new(0)))
+        serde_json::from_str(&text).unwrap_or(Event::Lost(Lost::new(0)))
     }
 
     #[test]
     fn a_flood_pushes_out_its_own() {
         let mut recent = Recent::default();
-        let others = [event(7, 0), Line::Lost(Lost::new(3)), event(8, 0), existing(7, 0)];
+        let others = [event(7, 0), Event::Lost(Lost::new(3)), event(8, 0), existing(7, 0)];
         for line in &others {
             recent.push(line.clone());
         }
         (0..3000).for_each(|port| recent.push(existing(1000, port)));
         (0..3000).for_each(|port| recent.push(event(1000, port)));
         (0..3000).for_each(|uid| recent.push(event(100_000 + uid, 1)));
-        let kept: Vec<&Line> = recent.all().collect();
+        let kept: Vec<&Event> = recent.all().collect();
         assert_eq!(kept.len(), KEPT_EVENTS);
         assert!(others.iter().all(|line| kept.contains(&line)));
         // The newest of the flood, in order.

@@ -1,5 +1,5 @@
 //! All that the loop waits for: descriptors, signals, timers, calls, and what its own tasks bring. Each becomes an
-//! [`Event`].
+//! [`Wakeup`].
 
 use std::{
     io,
@@ -18,14 +18,14 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval, sleep, sleep_until},
 };
 
-use super::{About, Daemon, DaemonError, TICK, keep::Saved, users::Found};
+use super::{About, Daemon, DaemonError, TICK, save::SaveResult, users::UserAnswers};
 use crate::{
-    backend::{Denials, LinksSeen, NftChanges, Ring},
+    backend::{LinksSeen, NflogListener, NftChanges, Ring},
     bosh::Watch,
     control::{self, Call},
     host::LocalChanges,
-    resolve::Looked,
-    sweep::{self, Report},
+    resolve::PartialAnswer,
+    sweep::{self, SweepReport},
 };
 
 /// How long word of local routes is left to gather once some was taken: they may come by thousands.
@@ -36,15 +36,15 @@ const CALM: Duration = Duration::from_millis(20);
 const EVENT_REST: Duration = Duration::from_millis(50);
 
 /// What the loop is woken by.
-pub(super) enum Event {
+pub(super) enum Wakeup {
     /// SIGHUP.
     Reload,
     /// SIGTERM or SIGINT.
     Stop,
     /// A lookup has ended.
-    Answer(Result<(task::Id, Looked), task::JoinError>),
+    Answer(Result<(task::Id, PartialAnswer), task::JoinError>),
     /// Users have been looked up.
-    Users(Found),
+    Users(UserAnswers),
     /// Links have been looked at.
     Links(LinksSeen),
     /// A lookup is, or the end of an address, or of the rest after a dial.
@@ -64,11 +64,11 @@ pub(super) enum Event {
     /// What is active is to be kept.
     Save,
     /// What was active has been kept, or could not be.
-    Saved(Saved),
+    Saved(SaveResult),
     /// A grant ends.
     Expiry,
     /// A sweep has ended.
-    Swept(Report),
+    Swept(SweepReport),
     /// Once a second.
     Tick,
     /// Somebody asks for something.
@@ -84,13 +84,13 @@ pub(super) struct Sources {
     tables: Source<NftChanges>,
     calm: Pause,
     denials: Source<Ring<EventRecord>>,
-    logged: Source<Denials>,
+    logged: Source<NflogListener>,
     /// From denials of either backend.
     rest: Pause,
     dials: Source<Ring<DialRecord>>,
     settings: Option<Watch>,
     calls: mpsc::Receiver<Call>,
-    swept: mpsc::Receiver<Report>,
+    swept: mpsc::Receiver<SweepReport>,
     tick: Interval,
     /// Some could not be opened.
     misses_some: bool,
@@ -138,20 +138,20 @@ impl Sources {
     }
 
     /// Waits until something happens.
-    pub(super) async fn next(&mut self, daemon: &mut Daemon) -> Event {
+    pub(super) async fn next(&mut self, daemon: &mut Daemon) -> Wakeup {
         let due = daemon.next_due().unwrap_or_else(|| Instant::now() + TICK);
         let until_expiry = daemon.until_expiry();
         let keep = daemon.kept.due();
         let [terminate, interrupt] = &mut self.ends;
         loop {
             tokio::select! {
-                _ = self.hangup.recv() => return Event::Reload,
-                _ = terminate.recv() => return Event::Stop,
-                _ = interrupt.recv() => return Event::Stop,
-                Some(joined) = daemon.lookups.join_next_with_id() => return Event::Answer(joined),
-                Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => return Event::Users(found),
-                Some(Ok(seen)) = daemon.link_looks.join_next() => return Event::Links(seen),
-                () = sleep_until(due.into()) => return Event::Due,
+                _ = self.hangup.recv() => return Wakeup::Reload,
+                _ = terminate.recv() => return Wakeup::Stop,
+                _ = interrupt.recv() => return Wakeup::Stop,
+                Some(joined) = daemon.lookups.join_next_with_id() => return Wakeup::Answer(joined),
+                Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => return Wakeup::Users(found),
+                Some(Ok(seen)) = daemon.link_looks.join_next() => return Wakeup::Links(seen),
+                () = sleep_until(due.into()) => return Wakeup::Due,
                 () = self.gather.over() => {}
                 () = self.routes.ready(), if !self.gather.is_on() => {
                     self.routes.take(|routes| {
@@ -159,7 +159,7 @@ impl Sources {
                         true
                     });
                     self.gather.begin(GATHER);
-                    return Event::Routes;
+                    return Wakeup::Routes;
                 }
                 () = self.calm.over() => {}
                 () = self.tables.ready(), if !self.calm.is_on() => {
@@ -168,19 +168,19 @@ impl Sources {
                         true
                     });
                     self.calm.begin(CALM);
-                    return Event::Tables;
+                    return Wakeup::Tables;
                 }
                 () = self.rest.over() => {}
-                () = self.denials.ready(), if !self.rest.is_on() => return Event::Denials,
-                () = self.logged.ready(), if !self.rest.is_on() => return Event::Logged,
-                () = self.dials.ready() => return Event::Dials,
-                () = changed(self.settings.as_mut()) => return Event::Settings,
-                () = sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => return Event::Save,
-                saved = daemon.kept.saved() => return Event::Saved(saved),
-                () = sleep(until_expiry) => return Event::Expiry,
-                Some(report) = self.swept.recv() => return Event::Swept(report),
-                _ = self.tick.tick() => return Event::Tick,
-                Some(call) = self.calls.recv() => return Event::Call(call),
+                () = self.denials.ready(), if !self.rest.is_on() => return Wakeup::Denials,
+                () = self.logged.ready(), if !self.rest.is_on() => return Wakeup::Logged,
+                () = self.dials.ready() => return Wakeup::Dials,
+                () = changed(self.settings.as_mut()) => return Wakeup::Settings,
+                () = sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => return Wakeup::Save,
+                saved = daemon.kept.saved() => return Wakeup::Saved(saved),
+                () = sleep(until_expiry) => return Wakeup::Expiry,
+                Some(report) = self.swept.recv() => return Wakeup::Swept(report),
+                _ = self.tick.tick() => return Wakeup::Tick,
+                Some(call) = self.calls.recv() => return Wakeup::Call(call),
             }
         }
     }
@@ -193,7 +193,7 @@ impl Sources {
     }
 
     /// As [`Sources::take_denials`], of what nftables has logged.
-    pub(super) fn take_logged(&mut self, take: impl FnOnce(&mut Denials) -> bool) {
+    pub(super) fn take_logged(&mut self, take: impl FnOnce(&mut NflogListener) -> bool) {
         if !self.logged.take(take) {
             self.rest.begin(EVENT_REST);
         }

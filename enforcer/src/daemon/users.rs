@@ -20,9 +20,9 @@ const PERIOD: Duration = Duration::from_mins(1);
 const FILES: [&str; 2] = ["/etc/passwd", "/etc/group"];
 
 /// What was looked up.
-pub(super) type Found = BTreeMap<Account, io::Result<Option<BTreeSet<Uid>>>>;
+pub(super) type UserAnswers = BTreeMap<Account, io::Result<Option<BTreeSet<Uid>>>>;
 
-impl Users for Found {
+impl Users for UserAnswers {
     fn uids(&self, account: &Account) -> io::Result<Option<BTreeSet<Uid>>> {
         match self.get(account) {
             Some(Ok(uids)) => Ok(uids.clone()),
@@ -33,14 +33,14 @@ impl Users for Found {
 }
 
 /// The files as they were when users were looked up last.
-type Seen = [Option<(u64, i64, i64, u64)>; 2];
+type Fingerprint = [Option<(u64, i64, i64, u64)>; 2];
 
 /// When to look users up, and the lookup under way: on a thread of its own, as a name service may take its time.
 #[derive(Debug)]
 pub(super) struct UserLookups {
-    seen: Seen,
+    seen: Fingerprint,
     last: Instant,
-    pub(super) under_way: JoinSet<Found>,
+    pub(super) under_way: JoinSet<UserAnswers>,
 }
 
 impl UserLookups {
@@ -53,7 +53,7 @@ impl UserLookups {
     }
 }
 
-fn seen() -> Seen {
+fn seen() -> Fingerprint {
     FILES.map(|file| {
         let meta = fs::metadata(file).ok()?;
         Some((meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.len()))
@@ -82,7 +82,7 @@ impl Daemon {
     }
 
     /// A name that means another number now is a change of rules.
-    pub(super) fn users_found(&mut self, found: &Found) {
+    pub(super) fn users_found(&mut self, found: &UserAnswers) {
         let wanted = match self.inputs.config.with_users(found) {
             Ok(wanted) => wanted,
             Err(error) => return error!("look up the configuration's users again: {error}"),

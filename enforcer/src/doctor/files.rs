@@ -16,7 +16,7 @@ use crate::{
     host::{self, hierarchy},
     ruleset::Host,
     text,
-    visibility::{Kept, Visibility},
+    visibility::{Asset, Visibility},
     wire::{
         ActiveBackend,
         doctor::Weight::{High, Low, Medium},
@@ -131,7 +131,7 @@ impl Files {
         }
         // What must outlive the process, or be found by others (F1).
         let hidden = &self.visibility.hidden;
-        let pins = hidden.iter().any(|hidden| hidden.kept == Kept::Pins);
+        let pins = hidden.iter().any(|hidden| hidden.kept == Asset::Pins);
         findings.each(
             "hidden-from-host",
             if pins { High } else { Medium },

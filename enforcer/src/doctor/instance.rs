@@ -13,8 +13,8 @@ use super::{
 };
 use crate::{
     backend::{
-        InForce,
-        jobs::{self, Jobs},
+        ActiveRules,
+        jobs::{self, ChainDump},
     },
     bosh,
     config::{Config, Settings},
@@ -53,7 +53,7 @@ pub(super) struct Instance {
     /// Whether somebody was granted monit, there now or not.
     pub(super) grants_monit: bool,
     /// The chain that rules of jobs are in (B5).
-    pub(super) jobs: Jobs,
+    pub(super) jobs: ChainDump,
     /// Whether the port of a name that never resolved is protected on every address.
     pub(super) closes: bool,
     /// Names that do not resolve, and why.
@@ -251,7 +251,7 @@ async fn ask_daemon(settings: &Settings, gaps: &mut Gaps) -> Option<Status> {
 }
 
 fn active(settings: &Settings, gaps: &mut Gaps) -> Option<ActiveBackend> {
-    let opened = InForce::open_as_far_as_possible(settings);
+    let opened = ActiveRules::open_as_far_as_possible(settings);
     let (active, unread) = gaps.saw("what is active", opened)?;
     if let Some(unread) = unread {
         gaps.add("what is active", unread);

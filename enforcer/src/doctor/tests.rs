@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::IpAddr, slice};
 
 use super::{
-    Seen,
+    Observations,
     buses::Member,
     cycles::Cycle,
     files::{Kind, Owned},
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     backend::{
-        jobs::{Accept, Destination, JobRule, Subject, Writer},
+        jobs::{Accept, JobRule, RuleDestination, RuleOrigin, RuleSubject},
         probe::{Fact, Facts, Feature},
         third_party::{Attached, ForeignRule, Nat, To},
     },
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// A host where all is well: ebpf is active, a daemon, monit on 127.0.0.1:2822.
-fn well() -> Seen {
+fn well() -> Observations {
     let mut features = Facts::default();
     for feature in Feature::ALL {
         features.set(feature, Fact::Supported);
@@ -61,25 +61,25 @@ fn well() -> Seen {
         )),
         ..Instance::default()
     };
-    Seen {
+    Observations {
         instance,
         features,
-        ..Seen::default()
+        ..Observations::default()
     }
 }
 
-fn ids(seen: Seen) -> Vec<&'static str> {
+fn ids(seen: Observations) -> Vec<&'static str> {
     seen.report().findings.iter().map(|finding| finding.id).collect()
 }
 
-fn check(change: impl FnOnce(&mut Seen), found: &[&str]) {
+fn check(change: impl FnOnce(&mut Observations), found: &[&str]) {
     let mut seen = well();
     change(&mut seen);
     assert_eq!(ids(seen.clone()), found, "{seen:#?}");
 }
 
 /// The same where a backend is active.
-fn check_with(backend: ActiveBackend, change: impl FnOnce(&mut Seen), found: &[&str]) {
+fn check_with(backend: ActiveBackend, change: impl FnOnce(&mut Observations), found: &[&str]) {
     check(
         |seen| {
             change(seen);
@@ -127,7 +127,8 @@ fn nothing_is_found_where_all_is_well() {
 
 #[test]
 fn translation_is_found_where_it_leads_onto_an_endpoint_and_ebpf_is_alone() {
-    let nat = |to, port| move |seen: &mut Seen| seen.firewall.rules.push(rule("nat", Some(Nat { to, port }), &[]));
+    let nat =
+        |to, port| move |seen: &mut Observations| seen.firewall.rules.push(rule("nat", Some(Nat { to, port }), &[]));
     let monit = To::Address(IpAddr::from([127, 0, 0, 1]));
     let elsewhere = To::Address(IpAddr::from([10, 0, 0, 1]));
     check(nat(monit, Some(2822)), &["nat-onto-endpoint"]);
@@ -176,7 +177,7 @@ fn ordering_cycles_are_named_with_what_was_added() {
         units: ["enforcer.service", "network-online.target"].map(str::to_owned).into(),
         drop_ins: drop_ins.iter().map(|path| (*path).to_owned()).collect(),
     };
-    let seen = Seen {
+    let seen = Observations {
         cycles: vec![cycle(&[]), cycle(&["/etc/systemd/system/enforcer.service.d/x.conf"])],
         ..well()
     };
@@ -192,13 +193,13 @@ fn ordering_cycles_are_named_with_what_was_added() {
 
 #[test]
 fn a_listener_is_found_where_it_is_reached_beside_the_endpoint() {
-    let listens = |at| move |seen: &mut Seen| seen.network.listeners.push(listener(at));
+    let listens = |at| move |seen: &mut Observations| seen.network.listeners.push(listener(at));
     check(listens("127.0.0.1:2822"), &[]);
     check(listens("[::]:2822"), &["listener-beyond-endpoint"]);
     check(listens("[::1]:2822"), &["listener-beyond-endpoint"]);
     check(listens("0.0.0.0:2822"), &[]);
     check(listens("[::]:80"), &[]);
-    let routable = |seen: &mut Seen| {
+    let routable = |seen: &mut Observations| {
         seen.instance.host.local.insert(IpAddr::from([10, 0, 0, 5]).into());
         seen.network.listeners.push(listener("0.0.0.0:2822"));
     };
@@ -250,11 +251,11 @@ fn each_other_fact_is_found() {
     check(|seen| seen.instance.unresolved.push(unresolved), &["name-unresolved"]);
     let lacks = |feature| {
         let why = "old".to_owned();
-        move |seen: &mut Seen| seen.features.set(feature, Fact::Missing { why })
+        move |seen: &mut Observations| seen.features.set(feature, Fact::Missing { why })
     };
     check(lacks(Feature::SocketOwner), &["feature-missing"]);
     check(lacks(Feature::RingBuffer), &[]);
-    let none = |seen: &mut Seen| {
+    let none = |seen: &mut Observations| {
         seen.instance.settings.backend = Backend::Ebpf;
         lacks(Feature::RingBuffer)(seen);
     };
@@ -266,15 +267,15 @@ fn ways_past_one_backend_are_found_where_it_is_alone() {
     let eth0 = || "eth0".to_owned();
     check(|seen| seen.network.source_route.push(eth0()), &["source-route"]);
     check(|seen| seen.network.segment_routing.push(eth0()), &["segment-routing"]);
-    let passing = |seen: &mut Seen| seen.namespaces.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
+    let passing = |seen: &mut Observations| seen.namespaces.passing.push("macvlan eth0 of runc (pid 7)".to_owned());
     check_with(ActiveBackend::Nftables, passing, &["past-ip-hooks"]);
     check_with(ActiveBackend::Both, passing, &[]);
     check_with(ActiveBackend::Ebpf, passing, &[]);
-    let namespaces = |seen: &mut Seen| seen.namespaces.others.push("runc".to_owned());
+    let namespaces = |seen: &mut Observations| seen.namespaces.others.push("runc".to_owned());
     check_with(ActiveBackend::Ebpf, namespaces, &["other-network-namespaces"]);
     check_with(ActiveBackend::Both, namespaces, &[]);
     let endpoint = |protocol, net: &'static str| {
-        move |seen: &mut Seen| {
+        move |seen: &mut Observations| {
             let net = net.parse().map(|net| (protocol, 53, net));
             let place = net.map(|(protocol, port, net)| Place { protocol, port, net });
             let rules = seen.instance.rules.iter_mut();
@@ -287,7 +288,7 @@ fn ways_past_one_backend_are_found_where_it_is_alone() {
     check_with(ActiveBackend::Ebpf, endpoint(Protocol::Udp, "10.0.0.5/32"), &[]);
     check_with(ActiveBackend::Ebpf, endpoint(Protocol::Tcp, "2001:db8::5/128"), &[]);
     let localnet = |net| {
-        move |seen: &mut Seen| {
+        move |seen: &mut Observations| {
             seen.network.route_localnet.push("eth0".to_owned());
             endpoint(Protocol::Tcp, net)(seen);
         }
@@ -330,13 +331,13 @@ fn rules_of_the_agent_weigh_by_whom_they_drop() {
         seen.instance.jobs.rules.extend(accepted.map(|user| JobRule {
             handle: 1,
             accepts: Ok(Accept {
-                subject: Subject {
+                subject: RuleSubject {
                     user: Some(user),
                     cgroup: None,
                 },
-                to: Destination::default(),
+                to: RuleDestination::default(),
             }),
-            writer: Writer::Grants,
+            writer: RuleOrigin::Grants,
         }));
         seen.firewall.chains = chains.to_vec();
         if let Some(rules) = &mut seen.instance.rules {

@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 
 use super::{
-    Asker, Change, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term, check_depths,
+    Asker, GrantOutcome, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term, check_depths,
     file::{Fault, parse, text},
 };
 use crate::policy::{CgroupPath, Dns, Mode, Policy, Principal, Target, Uid};
@@ -67,7 +67,7 @@ fn policy() -> Policy {
         endpoints: BTreeSet::new(),
         principals: BTreeSet::new(),
         grants,
-        answers: crate::policy::Answers::Routable,
+        answers: crate::policy::AcceptedAnswers::Routable,
     };
     Policy {
         mode: Mode::Enforce,
@@ -81,7 +81,7 @@ fn policy() -> Policy {
 fn only_targets_that_may_be_granted_are_changed() {
     let mut grants = Grants::default();
     for target in ["open", "closed", "gone"] {
-        assert_eq!(grants.grant(key(target, "/a"), term(1, None)), Ok(Change::New));
+        assert_eq!(grants.grant(key(target, "/a"), term(1, None)), Ok(GrantOutcome::New));
     }
     let granted = grants.add_to(&policy());
     let principals: Vec<_> = granted.targets.iter().map(|target| &target.principals).collect();
@@ -92,10 +92,10 @@ fn only_targets_that_may_be_granted_are_changed() {
 #[test]
 fn a_second_grant_changes_the_end_and_keeps_the_beginning() {
     let mut grants = Grants::default();
-    assert_eq!(grants.grant(key("t", "/a"), term(1, Some(10))), Ok(Change::New));
+    assert_eq!(grants.grant(key("t", "/a"), term(1, Some(10))), Ok(GrantOutcome::New));
     let revision = grants.revision();
     let renewed = grants.grant(key("t", "/a"), term(5, None));
-    assert_eq!(renewed, Ok(Change::Renewed { expired: Some(at(10)) }));
+    assert_eq!(renewed, Ok(GrantOutcome::Renewed { expired: Some(at(10)) }));
     assert_eq!(grants.iter().next(), Some((&key("t", "/a"), &term(1, None))));
     assert_eq!(grants.revision(), revision, "whom they let in is the same");
     assert_eq!(grants.until_expiry(Clocks::new().at(5, 0)), None);
@@ -105,7 +105,7 @@ fn a_second_grant_changes_the_end_and_keeps_the_beginning() {
 fn what_has_an_end_ends() {
     let mut grants = Grants::default();
     for (cgroup, end) in [("/a", Some(10)), ("/b", Some(20)), ("/c", None)] {
-        assert_eq!(grants.grant(key("t", cgroup), term(1, end)), Ok(Change::New));
+        assert_eq!(grants.grant(key("t", cgroup), term(1, end)), Ok(GrantOutcome::New));
     }
     let clocks = Clocks::new();
     assert_eq!(grants.until_expiry(clocks.at(7, 7)), Some(Duration::from_secs(3)));
@@ -124,7 +124,7 @@ const YEAR: i64 = 365 * 24 * 3600;
 fn ten_seconds() -> Grants {
     let mut grants = Grants::default();
     let granted = grants.grant(key("t", "/a"), term(YEAR, Some(YEAR + 10)));
-    assert_eq!(granted, Ok(Change::New));
+    assert_eq!(granted, Ok(GrantOutcome::New));
     grants
 }
 
@@ -170,7 +170,7 @@ fn a_renewal_counts_from_itself_whatever_the_clock_was() {
     let renewed = grants.grant(key("t", "/a"), term(5, Some(25)));
     assert_eq!(
         renewed,
-        Ok(Change::Renewed {
+        Ok(GrantOutcome::Renewed {
             expired: Some(at(YEAR + 10))
         })
     );
@@ -182,7 +182,7 @@ fn a_renewal_counts_from_itself_whatever_the_clock_was() {
 #[test]
 fn what_never_ends_stays_whatever_the_clock() {
     let (mut grants, clocks) = (Grants::default(), Clocks::new());
-    assert_eq!(grants.grant(key("t", "/a"), term(YEAR, None)), Ok(Change::New));
+    assert_eq!(grants.grant(key("t", "/a"), term(YEAR, None)), Ok(GrantOutcome::New));
     for wall in [0, YEAR, 3 * YEAR] {
         assert_eq!(grants.expire(clocks.at(wall, 0)), []);
         assert_eq!(grants.until_expiry(clocks.at(wall, 0)), None);
@@ -194,7 +194,7 @@ fn limits_name_themselves() {
     let mut grants = Grants::default();
     for number in 0..MAX_GRANTS {
         let granted = grants.grant(key("t", &format!("/{number}")), term(1, None));
-        assert_eq!(granted, Ok(Change::New));
+        assert_eq!(granted, Ok(GrantOutcome::New));
     }
     let full = grants.clone();
     let refused = grants.grant(key("t", "/more"), term(1, None));
@@ -203,7 +203,7 @@ fn limits_name_themselves() {
     assert_eq!(grants, full);
     assert!(matches!(
         grants.grant(key("t", "/0"), term(2, None)),
-        Ok(Change::Renewed { .. })
+        Ok(GrantOutcome::Renewed { .. })
     ));
 
     let mut deep = policy();

@@ -34,7 +34,7 @@ pub enum NoMatch {
 /// The cgroup that a path names now. It and each ancestor have to be root's: the directory, by which children are made
 /// and removed, and the files by which processes and threads are moved.
 pub fn cgroup(mount: &Path, path: &CgroupPath) -> Result<Cgroup, NoMatch> {
-    Looks::new(mount, ROOT).cgroup(path)
+    CgroupLookup::new(mount, ROOT).cgroup(path)
 }
 
 /// The user who may own cgroups.
@@ -45,7 +45,7 @@ pub(super) fn all(
     mount: &Path,
     paths: &BTreeSet<CgroupPath>,
 ) -> (BTreeMap<CgroupPath, Cgroup>, BTreeMap<CgroupPath, Writable>) {
-    let mut looks = Looks::new(mount, ROOT);
+    let mut looks = CgroupLookup::new(mount, ROOT);
     let (mut found, mut writable) = (BTreeMap::new(), BTreeMap::new());
     for path in paths {
         match looks.cgroup(path) {
@@ -58,7 +58,7 @@ pub(super) fn all(
 }
 
 /// Looks at cgroups once each: many paths have ancestors in common.
-struct Looks<'m> {
+struct CgroupLookup<'m> {
     mount: &'m Path,
     owner: u32,
     /// How deep the mount's own root lies.
@@ -66,7 +66,7 @@ struct Looks<'m> {
     known: BTreeMap<PathBuf, Result<u64, NoMatch>>,
 }
 
-impl<'m> Looks<'m> {
+impl<'m> CgroupLookup<'m> {
     fn new(mount: &'m Path, owner: u32) -> Self {
         Self {
             mount,
@@ -164,7 +164,7 @@ mod tests {
 
     fn look(root: &tempfile::TempDir, owner: u32, path: &str) -> Result<Cgroup, NoMatch> {
         let path = CgroupPath::parse(path).expect("a path");
-        Looks::new(root.path(), owner).cgroup(&path)
+        CgroupLookup::new(root.path(), owner).cgroup(&path)
     }
 
     #[test]

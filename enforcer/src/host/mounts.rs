@@ -34,7 +34,7 @@ pub struct Mount {
 
 /// What another process finds at a path of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum HostView {
     /// The same file system and the same directory of it.
     Same,
     /// Something else.
@@ -146,13 +146,13 @@ fn unescape(text: &str) -> PathBuf {
 
 /// Whether the host finds at a path what this process finds there.
 #[must_use]
-pub fn seen_by_host(path: &Path) -> Seen {
+pub fn seen_by_host(path: &Path) -> HostView {
     compare(path, same)
 }
 
 /// Whether the host would see a file system that this process mounts at a path.
 #[must_use]
-pub fn host_would_see_mount(path: &Path) -> Seen {
+pub fn host_would_see_mount(path: &Path) -> HostView {
     compare(path, reaches)
 }
 
@@ -171,12 +171,12 @@ fn reaches(own: &Mounts, host: &Mounts, path: &Path) -> bool {
     }
 }
 
-fn compare(path: &Path, is_so: fn(&Mounts, &Mounts, &Path) -> bool) -> Seen {
+fn compare(path: &Path, is_so: fn(&Mounts, &Mounts, &Path) -> bool) -> HostView {
     let tables = Mounts::own().and_then(|own| Ok((own, Mounts::host()?)));
     match tables {
-        Ok((own, host)) if is_so(&own, &host, &resolved(path)) => Seen::Same,
-        Ok(_) => Seen::Other,
-        Err(error) => Seen::Unknown(error.to_string()),
+        Ok((own, host)) if is_so(&own, &host, &resolved(path)) => HostView::Same,
+        Ok(_) => HostView::Other,
+        Err(error) => HostView::Unknown(error.to_string()),
     }
 }
 

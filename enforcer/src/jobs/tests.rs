@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, net::Ipv4Addr, path::Path};
 
 use super::{Ignored, JobRules, rules_of};
 use crate::{
-    backend::jobs::{Accept, Destination, JobRule, Jobs, Subject, Unknown, Writer},
+    backend::jobs::{Accept, ChainDump, JobRule, RuleDestination, RuleOrigin, RuleSubject, Unknown},
     grants::{Asker, Grantee, Grants, Key, MAX_GRANTS, Term},
     host,
     policy::{CgroupPath, Dns, Endpoint, MONIT, Mode, Policy, Target, Uid},
@@ -26,7 +26,7 @@ fn policy(endpoints: &[&str], grants: bool) -> Policy {
         endpoints,
         principals: BTreeSet::new(),
         grants,
-        answers: crate::policy::Answers::Routable,
+        answers: crate::policy::AcceptedAnswers::Routable,
     };
     Policy {
         mode: Mode::Enforce,
@@ -42,31 +42,31 @@ fn monit() -> Policy {
 
 fn accept(user: Option<u32>, cgroup: Option<Cgroup>) -> Accept {
     Accept {
-        subject: Subject { user, cgroup },
-        to: Destination {
+        subject: RuleSubject { user, cgroup },
+        to: RuleDestination {
             address: Some(Ipv4Addr::LOCALHOST.into()),
             port: Some(2822),
         },
     }
 }
 
-fn rules(accepts: impl IntoIterator<Item = Result<Accept, Unknown>>) -> Jobs {
+fn rules(accepts: impl IntoIterator<Item = Result<Accept, Unknown>>) -> ChainDump {
     let rule = |(handle, accepts)| JobRule {
         handle,
         accepts,
-        writer: Writer::Other,
+        writer: RuleOrigin::Other,
     };
-    Jobs {
+    ChainDump {
         exists: true,
         agents: true,
         is_alone: false,
-        generation: 1,
+        genid: 1,
         rules: (1..).zip(accepts).map(rule).collect(),
     }
 }
 
 /// What becomes of the rules of a chain, the cgroups of which lie below a directory.
-fn effects(mount: &Path, jobs: Jobs, policy: &Policy) -> Vec<Result<Grantee, Ignored>> {
+fn effects(mount: &Path, jobs: ChainDump, policy: &Policy) -> Vec<Result<Grantee, Ignored>> {
     let mut rules = JobRules::default();
     rules.take(jobs, mount);
     rules.effects(policy).into_iter().map(|(_, effect)| effect).collect()
@@ -129,7 +129,7 @@ fn b5_a_cgroup_made_again_is_another_one() {
 
 #[test]
 fn b5_a_rule_counts_where_it_leads_to_monit() {
-    let at = |address: Option<&str>, port| Destination {
+    let at = |address: Option<&str>, port| RuleDestination {
         address: address.map(|text| text.parse().expect("an address")),
         port,
     };
@@ -233,11 +233,11 @@ fn b5_what_was_granted_is_written_once_and_removed_with_its_grant() {
     // By handle: one of a job, which stays; ours, twice; one whose grant has ended; one of a container that has gone.
     let mut chain = rules([user, user, user, accept(Some(7), None), accept(None, Some(there))].map(Ok));
     for (rule, writer) in chain.rules.iter_mut().zip([
-        Writer::Other,
-        Writer::Grants,
-        Writer::Grants,
-        Writer::Grants,
-        Writer::Container,
+        RuleOrigin::Other,
+        RuleOrigin::Grants,
+        RuleOrigin::Grants,
+        RuleOrigin::Grants,
+        RuleOrigin::Container,
     ]) {
         rule.writer = writer;
     }

@@ -24,7 +24,7 @@ use hickory_resolver::{
 use tokio::time::{Instant, timeout};
 
 use super::{
-    Answer, Outcome,
+    LookupAnswer, Outcome,
     resolv_conf::ResolvConf,
     runtime::{Interface, Runtime},
 };
@@ -41,16 +41,16 @@ const LATE: &str = "no answer in time";
 const GRACE: Duration = Duration::from_millis(300);
 
 /// What a lookup has brought, and what it may bring yet.
-pub(crate) struct Looked {
+pub(crate) struct PartialAnswer {
     /// Where one family was answered and the other was not in a short time, that one, and [`Outcome::Awaited`].
-    pub answer: Answer,
+    pub answer: LookupAnswer,
     /// Brings the whole answer then.
-    pub rest: Option<Pin<Box<dyn Future<Output = Answer> + Send>>>,
+    pub rest: Option<Pin<Box<dyn Future<Output = LookupAnswer> + Send>>>,
 }
 
-impl Looked {
+impl PartialAnswer {
     /// Waits for the whole answer.
-    pub(crate) async fn whole(self) -> Answer {
+    pub(crate) async fn whole(self) -> LookupAnswer {
         match self.rest {
             Some(rest) => rest.await,
             None => self.answer,
@@ -58,25 +58,25 @@ impl Looked {
     }
 }
 
-impl From<Answer> for Looked {
-    fn from(answer: Answer) -> Self {
+impl From<LookupAnswer> for PartialAnswer {
+    fn from(answer: LookupAnswer) -> Self {
         Self { answer, rest: None }
     }
 }
 
 /// Looks a name up. `/etc/resolv.conf` and `/etc/hosts` are read anew each time, so that changes of them count at once.
-pub(crate) async fn lookup(name: &Name, patience: Duration) -> Answer {
+pub(crate) async fn lookup(name: &Name, patience: Duration) -> LookupAnswer {
     lookup_early(name, patience).await.whole().await
 }
 
 /// As [`lookup`], with the first word as soon as that means something.
-pub(crate) async fn lookup_early(name: &Name, patience: Duration) -> Looked {
+pub(crate) async fn lookup_early(name: &Name, patience: Duration) -> PartialAnswer {
     let Ok(dns_name) = DnsName::from_ascii(name.as_str()) else {
         return both(&Outcome::Failed("not a DNS name".to_owned())).into();
     };
     // Without a readable file DNS is asked, as the C library does.
     if let Some(addresses) = fs::read(HOSTS).ok().and_then(|text| in_hosts_file(&text, &dns_name)) {
-        return Answer::Hosts(addresses).into();
+        return LookupAnswer::Hosts(addresses).into();
     }
     let text = match fs::read(RESOLV_CONF) {
         // As an empty one.
@@ -212,7 +212,7 @@ impl Stub {
     }
 
     /// A and AAAA at once, each on its own (N1). The first candidate with an address of either family ends the search.
-    async fn ask(self: Arc<Self>, name: &DnsName, patience: Duration) -> Looked {
+    async fn ask(self: Arc<Self>, name: &DnsName, patience: Duration) -> PartialAnswer {
         let deadline = Instant::now() + patience;
         let mut negative: Option<(Outcome, Outcome)> = None;
         for candidate in self.candidates(name) {
@@ -224,17 +224,17 @@ impl Stub {
             let (a, aaaa) = match select(a, aaaa).await {
                 Either::Left((a, rest)) if found(&a) => match within_grace(rest).await {
                     Ok(aaaa) => (a, aaaa),
-                    Err(rest) => return early(a, rest, |a, aaaa| Answer::Dns { a, aaaa }),
+                    Err(rest) => return early(a, rest, |a, aaaa| LookupAnswer::Dns { a, aaaa }),
                 },
                 Either::Right((aaaa, rest)) if found(&aaaa) => match within_grace(rest).await {
                     Ok(a) => (a, aaaa),
-                    Err(rest) => return early(aaaa, rest, |aaaa, a| Answer::Dns { a, aaaa }),
+                    Err(rest) => return early(aaaa, rest, |aaaa, a| LookupAnswer::Dns { a, aaaa }),
                 },
                 Either::Left((a, rest)) => (a, rest.await),
                 Either::Right((aaaa, rest)) => (rest.await, aaaa),
             };
             if found(&a) || found(&aaaa) {
-                return Answer::Dns { a, aaaa }.into();
+                return LookupAnswer::Dns { a, aaaa }.into();
             }
             negative = Some(match negative {
                 None => (a, aaaa),
@@ -243,7 +243,7 @@ impl Stub {
         }
         let nothing = || Outcome::Failed("too long for a DNS name".to_owned());
         let (a, aaaa) = negative.unwrap_or_else(|| (nothing(), nothing()));
-        Answer::Dns { a, aaaa }.into()
+        LookupAnswer::Dns { a, aaaa }.into()
     }
 
     /// The full names to try: with enough dots as it is first, else last (resolv.conf(5), `ndots`).
@@ -309,9 +309,9 @@ async fn within_grace<F: Future<Output = Outcome> + Unpin>(mut rest: F) -> Resul
 fn early(
     first: Outcome,
     rest: impl Future<Output = Outcome> + Send + 'static,
-    answer: impl Fn(Outcome, Outcome) -> Answer + Send + 'static,
-) -> Looked {
-    Looked {
+    answer: impl Fn(Outcome, Outcome) -> LookupAnswer + Send + 'static,
+) -> PartialAnswer {
+    PartialAnswer {
         answer: answer(first.clone(), Outcome::Awaited),
         rest: Some(Box::pin(async move {
             let rest = rest.await;
@@ -350,8 +350,8 @@ fn negative(error: &NetError) -> Outcome {
     })
 }
 
-fn both(outcome: &Outcome) -> Answer {
-    Answer::Dns {
+fn both(outcome: &Outcome) -> LookupAnswer {
+    LookupAnswer::Dns {
         a: outcome.clone(),
         aaaa: outcome.clone(),
     }

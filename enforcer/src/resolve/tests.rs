@@ -8,8 +8,8 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{Answer, Known, KnownName, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
-use crate::policy::{Answers, Dns, Name, Unresolved};
+use super::{Known, KnownName, LookupAnswer, MAX_ADDRESSES, MAX_RETRY, Names, Note, Outcome, RETRY};
+use crate::policy::{AcceptedAnswers, Dns, Name, Unresolved};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -26,8 +26,11 @@ fn name(text: &str) -> Name {
     Name(text.to_owned())
 }
 
-fn asked(names: impl IntoIterator<Item = Name>) -> BTreeMap<Name, Answers> {
-    names.into_iter().map(|name| (name, Answers::Routable)).collect()
+fn asked(names: impl IntoIterator<Item = Name>) -> BTreeMap<Name, AcceptedAnswers> {
+    names
+        .into_iter()
+        .map(|name| (name, AcceptedAnswers::Routable))
+        .collect()
 }
 
 fn names(start: Instant) -> Names {
@@ -50,7 +53,7 @@ fn found(list: &[&str], ttl: u32) -> Outcome {
 
 fn answer(names: &mut Names, now: Instant, to: &str, a: Outcome, aaaa: Outcome) {
     names.begin(&name(to));
-    names.answered(now, &name(to), Answer::Dns { a, aaaa });
+    names.answered(now, &name(to), LookupAnswer::Dns { a, aaaa });
 }
 
 fn known(names: &Names, now: Instant, of: &str) -> BTreeSet<IpAddr> {
@@ -155,7 +158,7 @@ fn a_dns_answer_may_not_name_this_host() {
     let bad6 = ["::1", "fe80::1", "ff02::1", "::", "::ffff:127.0.0.1"];
     answer(&mut names, start, "bus", found(&bad, 30), found(&bad6, 30));
     assert_eq!(known(&names, start, "bus"), ips(&[]));
-    names.answered(start, &name("bus"), Answer::Hosts(ips(&["127.0.0.1", "::1"])));
+    names.answered(start, &name("bus"), LookupAnswer::Hosts(ips(&["127.0.0.1", "::1"])));
     assert_eq!(
         known(&names, start, "bus"),
         ips(&["127.0.0.1", "::1"]),
@@ -438,10 +441,14 @@ fn the_hosts_file_may_not_name_everything() {
     names.answered(
         start,
         &name("bus"),
-        Answer::Hosts(ips(&["10.0.0.1", "0.0.0.0", "ff02::1"])),
+        LookupAnswer::Hosts(ips(&["10.0.0.1", "0.0.0.0", "ff02::1"])),
     );
     assert_eq!(known(&names, start, "bus"), ips(&["10.0.0.1"]));
-    let notes = names.answered(start, &name("bus"), Answer::Hosts(ips(&["::", "::ffff:224.0.0.1"])));
+    let notes = names.answered(
+        start,
+        &name("bus"),
+        LookupAnswer::Hosts(ips(&["::", "::ffff:224.0.0.1"])),
+    );
     assert_eq!(known(&names, start, "bus"), ips(&["10.0.0.1"]), "N3");
     assert!(notes.iter().any(|note| matches!(note, Note::Stale(..))), "{notes:?}");
 }
@@ -479,7 +486,7 @@ fn an_answer_too_large_by_itself_is_cut_and_reported_once() {
     };
     let first = many.iter().copied().take(MAX_ADDRESSES).collect();
     for reports in [1, 0] {
-        let dns = Answer::Dns {
+        let dns = LookupAnswer::Dns {
             a: all(),
             aaaa: Outcome::Empty,
         };

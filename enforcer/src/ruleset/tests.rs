@@ -22,7 +22,7 @@ fn principals(targets: u32, each: u32, level: impl Fn(u32) -> Option<u32>) -> Re
         endpoints: BTreeSet::new(),
         principals: (0..each).map(|number| principal(target * each + number)).collect(),
         grants: false,
-        answers: crate::policy::Answers::Routable,
+        answers: crate::policy::AcceptedAnswers::Routable,
     });
     let policy = Policy {
         mode: Mode::Enforce,
@@ -79,7 +79,7 @@ fn places(literal: &str, answer: &str) -> BTreeSet<String> {
             endpoints: [literal, Destination::Name(name.clone())].map(endpoint).into(),
             principals: BTreeSet::new(),
             grants: false,
-            answers: crate::policy::Answers::Routable,
+            answers: crate::policy::AcceptedAnswers::Routable,
         }],
     };
     let resolved = Resolved::from([(name, BTreeSet::from([answer.parse().expect("an address")]))]);

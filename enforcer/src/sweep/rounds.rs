@@ -16,7 +16,9 @@ use enforcer_ebpf::Verdict;
 use tokio::sync::{Notify, mpsc};
 use tracing::debug;
 
-use super::{Cgroups, Connection, Doubt, Found, Listener, SweepError, judge, principal_cgroups, without_accepted};
+use super::{
+    Cgroups, Connection, Doubt, Listener, OffendingConnection, SweepError, judge, mark_accepted, principal_cgroups,
+};
 use crate::{
     host::{self, sock_diag},
     policy::Protocol,
@@ -40,7 +42,7 @@ const MAX_EVENTS: usize = 1024;
 
 /// A rule set made active, and what else sweeping by it needs.
 #[derive(Debug)]
-pub(crate) struct Job {
+pub(crate) struct SweepJob {
     pub generation: u64,
     pub rules: RuleSet,
     /// Report, or cut too.
@@ -55,17 +57,17 @@ pub(crate) struct Job {
 
 /// The next job: a later one takes the place of one that nobody has begun.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Jobs(Arc<Place>);
+pub(crate) struct SweepQueue(Arc<JobSlot>);
 
 #[derive(Debug, Default)]
-struct Place {
-    job: Mutex<Option<Job>>,
+struct JobSlot {
+    job: Mutex<Option<SweepJob>>,
     news: Notify,
 }
 
 /// What a round came to.
 #[derive(Clone, Debug)]
-pub(crate) struct Report {
+pub(crate) struct SweepReport {
     /// For `status`.
     pub existing: ExistingStatus,
     /// What was not reported before.
@@ -76,14 +78,14 @@ pub(crate) struct Report {
     pub fault: Option<String>,
 }
 
-impl Jobs {
+impl SweepQueue {
     /// Sets the next job.
-    pub(crate) fn set(&self, job: Job) {
+    pub(crate) fn set(&self, job: SweepJob) {
         *self.0.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
         self.0.news.notify_one();
     }
 
-    fn take(&self) -> Option<Job> {
+    fn take(&self) -> Option<SweepJob> {
         self.0.job.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
@@ -95,13 +97,13 @@ impl Jobs {
 }
 
 /// Sweeps once by the job that waits, if one does.
-pub(crate) async fn once(jobs: &Jobs) -> Option<Report> {
+pub(crate) async fn once(jobs: &SweepQueue) -> Option<SweepReport> {
     let job = jobs.take()?;
     Some(Rounds::default().round(&job).await.0)
 }
 
 /// Sweeps by every job, until nobody takes the reports.
-pub(crate) async fn run(jobs: Jobs, reports: mpsc::Sender<Report>) {
+pub(crate) async fn run(jobs: SweepQueue, reports: mpsc::Sender<SweepReport>) {
     let mut rounds = Rounds::default();
     let mut job = None;
     let mut rechecked = false;
@@ -162,7 +164,7 @@ enum Fate {
 
 impl Rounds {
     /// Facts, decision, effect. True with it if more was found than one round can cut, and there was progress.
-    async fn round(&mut self, job: &Job) -> (Report, bool) {
+    async fn round(&mut self, job: &SweepJob) -> (SweepReport, bool) {
         let mut fault = None;
         let mut note = |error: SweepError| {
             fault.get_or_insert_with(|| error.to_string());
@@ -203,7 +205,7 @@ impl Rounds {
             found
         } else {
             let listeners = listeners(&found, &mut note).await;
-            without_accepted(found, &listeners, &job.local)
+            mark_accepted(found, &listeners, &job.local)
         };
         let before = self.cut;
         let mut judged = Vec::with_capacity(found.len());
@@ -219,8 +221,8 @@ impl Rounds {
     /// None if it had ended by itself.
     async fn cut(
         &mut self,
-        job: &Job,
-        found: &Found,
+        job: &SweepJob,
+        found: &OffendingConnection,
         unable: &mut Option<String>,
         note: &mut impl FnMut(SweepError),
     ) -> Option<Fate> {
@@ -253,7 +255,13 @@ impl Rounds {
         }
     }
 
-    fn report(&mut self, job: &Job, judged: &[(Found, Fate)], more: u64, fault: Option<String>) -> Report {
+    fn report(
+        &mut self,
+        job: &SweepJob,
+        judged: &[(OffendingConnection, Fate)],
+        more: u64,
+        fault: Option<String>,
+    ) -> SweepReport {
         let time = rfc3339(SystemTime::now());
         let mut known = HashSet::new();
         let mut connections = Vec::new();
@@ -280,7 +288,7 @@ impl Rounds {
             }
         }
         self.known = known;
-        Report {
+        SweepReport {
             existing: ExistingStatus {
                 action: job.action,
                 time,
@@ -296,7 +304,7 @@ impl Rounds {
     }
 }
 
-fn event(job: &Job, found: &Found, fate: &Fate, time: &str) -> ExistingEvent {
+fn event(job: &SweepJob, found: &OffendingConnection, fate: &Fate, time: &str) -> ExistingEvent {
     let Connection {
         protocol,
         state,
@@ -345,7 +353,7 @@ fn protocols(rules: &RuleSet) -> Vec<(Protocol, bool)> {
 }
 
 /// Who waits for callers at an end of something found.
-async fn listeners(found: &[Found], note: &mut impl FnMut(SweepError)) -> Vec<Listener> {
+async fn listeners(found: &[OffendingConnection], note: &mut impl FnMut(SweepError)) -> Vec<Listener> {
     let ports: HashSet<u16> = found
         .iter()
         .flat_map(|one| [one.connection.local.port(), one.connection.remote.port()])
@@ -378,7 +386,7 @@ pub(crate) async fn listening(protocol: Protocol) -> Result<Vec<Listener>, Sweep
 }
 
 /// The cgroups, where they matter: where not all is judged, or a principal names one.
-fn cgroups(job: &Job) -> Result<Cgroups, SweepError> {
+fn cgroups(job: &SweepJob) -> Result<Cgroups, SweepError> {
     /// Inode of the root of the whole hierarchy (`kernfs_create_root`).
     const ROOT: u64 = 1;
     let failed = |error| SweepError::Cgroups {

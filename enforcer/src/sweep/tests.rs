@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use proptest::prelude::*;
 
-use super::{Cgroups, Connection, Doubt, Listener, judge, without_accepted};
+use super::{Cgroups, Connection, Doubt, Listener, judge, mark_accepted};
 use crate::{
     policy::{CgroupPath, Mode, Protocol, Uid},
     ruleset::{Attempt, Cgroup, Place, RulePrincipal, RuleSet, RuleTarget, Subject, explain, owners},
@@ -202,7 +202,7 @@ fn what_may_have_been_accepted_is_in_doubt() {
             ..connection(9, "10.0.0.5:4222")
         };
         let found = judge(&rules(vec![user(0)]), &Cgroups::default(), &connection);
-        let kept = without_accepted(found.into_iter().collect(), &listeners, local);
+        let kept = mark_accepted(found.into_iter().collect(), &listeners, local);
         kept.first().map(|found| found.doubt)
     };
     assert_eq!(doubt(&[], &local, true), Some(None));

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use unicode_general_category::{GeneralCategory, get_general_category};
 
 use super::*;
-use crate::wire::{Event, Line, Status, Verification};
+use crate::wire::{Denial, Event, Status, Verification};
 
 /// Control, format and separator characters, by Unicode's table and not by ours.
 fn steers(c: char) -> bool {
@@ -103,8 +103,8 @@ fn every_string_of_a_report_stays_within_its_line() -> Result<(), Box<dyn std::e
     check(STATUS, Status::render)?;
     check(VERIFICATION, Verification::render)?;
     check(GRANTS, crate::cli::grants::render)?;
-    check::<Event>(EVENT, |event| {
-        line(&Line::Event(event.clone()).to_string()).into_owned()
+    check::<Denial>(EVENT, |event| {
+        line(&Event::Denial(event.clone()).to_string()).into_owned()
     })
 }
 

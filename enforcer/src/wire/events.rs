@@ -11,9 +11,9 @@ use crate::text;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 #[allow(clippy::large_enum_variant, reason = "losses are rare, denials the rule")]
-pub enum Line {
+pub enum Event {
     /// A denial.
-    Event(Event),
+    Denial(Denial),
     /// A connection older than the rules.
     Existing(ExistingEvent),
     /// A grant made or ended.
@@ -24,7 +24,7 @@ pub enum Line {
 
 /// A denial.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Event {
+pub struct Denial {
     /// Which of them it is.
     pub schema: Schema,
     /// RFC 3339, UTC; with nftables when the daemon read it.
@@ -187,10 +187,10 @@ words! {
     }
 }
 
-impl fmt::Display for Line {
+impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Event(event) => event.fmt(f),
+            Self::Denial(event) => event.fmt(f),
             Self::Existing(existing) => existing.fmt(f),
             Self::Grant(grant) => grant.fmt(f),
             Self::Lost(lost) => write!(
@@ -202,7 +202,7 @@ impl fmt::Display for Line {
     }
 }
 
-impl fmt::Display for Event {
+impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.time, self.verdict)?;
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.task_uid) {
@@ -338,7 +338,7 @@ mod tests {
             assert_eq!(told(action, expires, before), words);
         }
         assert_eq!(
-            Line::Lost(Lost::new(3)).to_string(),
+            Event::Lost(Lost::new(3)).to_string(),
             "3 events lost: they arrived faster than they could be read"
         );
     }

@@ -12,7 +12,7 @@ use super::{
     *,
 };
 use crate::{
-    backend::{Denial, Observed, ObservedTarget, SocketUsers},
+    backend::{LoggedDenial, Observed, ObservedTarget, SocketUsers},
     events,
     grants::{Asker, Grantee, Key},
     policy::{CgroupPath, Uid},
@@ -83,7 +83,7 @@ fn denials(made: &mut Made) -> Result {
         kernel_thread: 0,
         zero: 0,
     };
-    made.sent(&Line::Event(events::read(&record, boot)))?;
+    made.sent(&Event::Denial(events::read(&record, boot)))?;
     let record = EventRecord {
         dialled: [0x2001_0db8_u32.to_be(), 0, 0, 1_u32.to_be()],
         judged: [0x2001_0db8_u32.to_be(), 0, 0, 1_u32.to_be()],
@@ -94,8 +94,8 @@ fn denials(made: &mut Made) -> Result {
         kernel_thread: 1,
         ..record
     };
-    made.sent(&Reply::Event(Line::Event(events::read(&record, boot))))?;
-    let denial = Denial {
+    made.sent(&Reply::Event(Event::Denial(events::read(&record, boot))))?;
+    let denial = LoggedDenial {
         denied: true,
         generation: 3,
         target: "monit".to_owned(),
@@ -104,15 +104,15 @@ fn denials(made: &mut Made) -> Result {
         from: SocketAddr::from(([127, 0, 0, 1], 40_000)),
         user: Some(1000),
     };
-    made.sent(&Line::Event(events::read_logged(&denial, boot)))?;
-    let denial = Denial {
+    made.sent(&Event::Denial(events::read_logged(&denial, boot)))?;
+    let denial = LoggedDenial {
         denied: false,
         protocol: Protocol::Udp,
         user: None,
         ..denial
     };
-    made.sent(&Line::Event(events::read_logged(&denial, boot)))?;
-    made.sent(&Line::Lost(Lost::new(9)))
+    made.sent(&Event::Denial(events::read_logged(&denial, boot)))?;
+    made.sent(&Event::Lost(Lost::new(9)))
 }
 
 fn existing(verdict: &str, action: &str, state: &str) -> Result<ExistingEvent> {
@@ -146,9 +146,9 @@ fn grants(made: &mut Made) -> Result {
     let revoked = event(within.clone(), GrantAction::Revoked, Some(&by));
     made.sent(&Reply::Grant(Box::new(granted)))?;
     made.sent(&Reply::Revoked(vec![revoked]))?;
-    made.sent(&Line::Grant(renewed))?;
-    made.sent(&Line::Grant(event(within.clone(), GrantAction::Expired, None)))?;
-    made.sent(&Line::Grant(event(within, GrantAction::Dropped, None)))?;
+    made.sent(&Event::Grant(renewed))?;
+    made.sent(&Event::Grant(event(within.clone(), GrantAction::Expired, None)))?;
+    made.sent(&Event::Grant(event(within, GrantAction::Dropped, None)))?;
     made.sent(&Reply::Grants(GrantsReport {
         schema: Schema::Grants,
         limit: 1024,

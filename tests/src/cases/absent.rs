@@ -233,7 +233,7 @@ fn n9_after_a_boot_names_mean_whom_the_host_names_now() -> Result<()> {
             let daemon = world.daemon()?;
             let said = crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")?;
             ensure!(
-                said.contains("the last known good rule set is active instead"),
+                said.contains("the last known good rules are active instead"),
                 "{said} {}",
                 daemon.log()
             );

@@ -89,7 +89,7 @@ fn f4_a_bad_configuration_at_boot_leaves_the_last_good() -> Result<()> {
             fs::write(&toml, format!("{good}{bad}"))?;
             let daemon = world.daemon()?;
             guarded(&world)?;
-            told(&world, "the last known good rule set is active instead")?;
+            told(&world, "the last known good rules are active instead")?;
             unload_raw(&world, daemon)?;
             world.attack(NOBODY).reaches()?;
         }
@@ -300,7 +300,7 @@ fn f1_f4_a_newer_rule_set_is_not_replaced_by_the_last_good() -> Result<()> {
     let daemon = world.daemon()?;
     guarded(&world)?;
     elsewhere_guarded()?;
-    told(&world, "what was active before the start stays")?;
+    told(&world, "the rules that were active before the start stay")?;
     // Nothing makes the older one active later.
     std::thread::sleep(std::time::Duration::from_millis(2500));
     elsewhere_guarded()?;
@@ -419,7 +419,7 @@ fn followed_after(by_early_unit: bool) -> Result<()> {
     } else {
         named.daemon()?
     };
-    told(world, "the last known good rule set is active instead")?;
+    told(world, "the last known good rules are active instead")?;
     until("the name is followed", || denied("10.9.0.2"))?;
     ensure!(denied("10.9.0.1")?, "the address before is open");
     Ok(())
@@ -441,7 +441,7 @@ fn f4_a_state_directory_in_quotes_is_found() -> Result<()> {
     fs::write(&toml, format!("{text}bogus = 1\n"))?;
     let daemon = world.daemon()?;
     guarded(&world)?;
-    told(&world, "the last known good rule set is active instead")?;
+    told(&world, "the last known good rules are active instead")?;
     unload_raw(&world, daemon)
 }
 
@@ -483,7 +483,7 @@ fn b1_f4_a_default_file_that_has_gone_is_not_the_defaults() -> Result<()> {
             start; echo gone; knock; "$enforcer" status || true
             sleep 3; echo later; knock
             cp "$etc/kept" "$toml"
-            for _ in $(seq 200); do "$enforcer" status | grep -q "known good rule set is active instead" || break; sleep 0.1; done
+            for _ in $(seq 200); do "$enforcer" status | grep -q "known good rules are active instead" || break; sleep 0.1; done
             echo again; "$enforcer" status || true; knock
             "$enforcer" unload; wait "$daemon" || true
         ' sh "$2" "$3" "$4" "$5"

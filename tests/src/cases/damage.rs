@@ -54,7 +54,7 @@ fn f4_a_dormant_table_is_not_active() -> Result<()> {
     world.attack(0).reaches()?;
     let status = status(&world)?;
     ensure!(
-        status.contains("degraded") && status.contains("the last known good rule set is active instead"),
+        status.contains("degraded") && status.contains("the last known good rules are active instead"),
         "{status}"
     );
     Ok(())
@@ -75,7 +75,7 @@ fn f4_a_backend_without_rules_gets_them() -> Result<()> {
     world.attack(0).reaches()?;
     let status = status(&world)?;
     ensure!(
-        status.contains("the last known good rule set is active instead") && !status.contains("nothing is active"),
+        status.contains("the last known good rules are active instead") && !status.contains("nothing is active"),
         "{status}"
     );
     Ok(())

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Names by bit of [`Owners`].
-pub(crate) type Names = [TargetName; MAX_TARGETS as usize];
+pub(crate) type TargetNames = [TargetName; MAX_TARGETS as usize];
 
 /// What one slot of the maps holds; keys are those of slot 0, each list sorted by key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub(crate) struct Image {
     /// Principals.
     pub principals: Vec<(PrincipalKey, Owners)>,
     /// Names of the targets.
-    pub names: Names,
+    pub names: TargetNames,
 }
 
 /// No NAT64 prefix.
@@ -81,12 +81,12 @@ pub(crate) struct Loader {
     /// Whether it stays.
     pub daemon: bool,
     /// What its programs see.
-    pub sees: Sees,
+    pub sees: KernelVisibility,
 }
 
 /// What the kernel lets the programs see (D3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Sees {
+pub(crate) struct KernelVisibility {
     /// The owner of a TCP socket.
     pub tcp_owner: bool,
     /// The owner of any other.
@@ -97,7 +97,7 @@ pub(crate) struct Sees {
 
 /// Lowers a rule set. A target that `previous` names keeps its bit, so that its counters go on.
 #[must_use]
-pub(crate) fn lower(rules: &RuleSet, previous: &Names, loader: Loader) -> Image {
+pub(crate) fn lower(rules: &RuleSet, previous: &TargetNames, loader: Loader) -> Image {
     let names = assign_bits(rules, previous);
     let bits: Vec<Owners> = rules
         .targets
@@ -226,14 +226,14 @@ fn words(address: Ipv6Addr) -> enforcer_ebpf::Address {
 }
 
 /// Bits for the targets: those of targets that go on first, then the lowest that were free, then the rest.
-fn assign_bits(rules: &RuleSet, previous: &Names) -> Names {
+fn assign_bits(rules: &RuleSet, previous: &TargetNames) -> TargetNames {
     let wanted: Vec<TargetName> = rules.targets.iter().map(|target| target_name(&target.name)).collect();
     let mut names = previous.map(|name| if wanted.contains(&name) { name } else { TargetName::NONE });
     for name in wanted {
         if names.contains(&name) {
             continue;
         }
-        let free = |names: &Names, fresh: bool| {
+        let free = |names: &TargetNames, fresh: bool| {
             names
                 .iter()
                 .zip(previous)

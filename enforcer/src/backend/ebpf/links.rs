@@ -9,7 +9,7 @@ use std::{
 use aya::programs::CgroupSockAddr;
 
 use super::{
-    BackendError, Kernel, MAPS,
+    BackendError, EbpfBackend, MAPS,
     load::short,
     maps_name, open_cgroup,
     pins::Pins,
@@ -169,8 +169,8 @@ pub(super) fn detach_all(pins: &Pins) {
     }
 }
 
-impl Kernel {
-    /// What [`Kernel::links_seen`] wants to know; none where the links are to be attached anyway.
+impl EbpfBackend {
+    /// What [`EbpfBackend::links_seen`] wants to know; none where the links are to be attached anyway.
     pub(crate) fn link_look(&self) -> Option<LinkLook> {
         self.astray.as_ref()?;
         let programs = HOOKS.iter().filter_map(|hook| {
@@ -200,7 +200,7 @@ impl Kernel {
         self.astray.as_ref().is_some_and(Vec::is_empty)
     }
 
-    /// As [`Kernel::attach`], where that is not known to be so: since it was done a look has found nothing else.
+    /// As [`EbpfBackend::attach`], where that is not known to be so: since it was done a look has found nothing else.
     pub(super) fn attach_again(&mut self, udp: bool) -> Result<(), BackendError> {
         self.attach_missing(udp)?;
         if udp == self.udp && self.are_attached() {

@@ -11,7 +11,7 @@ use aya::{
 use super::{
     BackendError,
     btf::{self, Offsets},
-    image::Sees,
+    image::KernelVisibility,
 };
 
 /// The programs as built for the BPF target.
@@ -45,14 +45,14 @@ impl Sight {
         })
     }
 
-    pub(super) fn sees(&self) -> Sees {
+    pub(super) fn sees(&self) -> KernelVisibility {
         let Offsets {
             sk_uid,
             task_flags,
             task_cred,
             ..
         } = self.offsets;
-        Sees {
+        KernelVisibility {
             tcp_owner: sk_uid.is_some(),
             other_owner: sk_uid.is_some() && self.reads,
             threads: task_cred.is_some() || task_flags.is_some() && self.reads,

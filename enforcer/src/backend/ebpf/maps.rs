@@ -15,8 +15,8 @@ pub(crate) use self::outside::Outside;
 use self::table::Table;
 use super::{
     BackendError,
-    image::{Image, Names},
-    sys::{Element, Map},
+    image::{Image, TargetNames},
+    sys::{ElementOp, Map},
 };
 
 /// A part of a slot, to be read by itself.
@@ -120,7 +120,7 @@ impl Maps {
     }
 
     /// Names of a slot's targets.
-    pub(crate) fn names(&self, slot: u8) -> Result<Names, BackendError> {
+    pub(crate) fn names(&self, slot: u8) -> Result<TargetNames, BackendError> {
         let mut names = [TargetName::NONE; MAX_TARGETS as usize];
         for (index, name) in (name_index(slot, 0)..).zip(&mut names) {
             *name = self.targets.get(&index)?.unwrap_or(TargetName::NONE);
@@ -361,7 +361,7 @@ pub(crate) fn deactivate(dir: &Path) -> io::Result<()> {
     if active.shape().0 != MapType::Array {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    active.element(Element::Put(&[0; 4], &vec![0; active.value_bytes()]))
+    active.element(ElementOp::Put(&[0; 4], &vec![0; active.value_bytes()]))
 }
 
 fn nat64_index(slot: u8) -> u32 {

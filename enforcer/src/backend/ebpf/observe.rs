@@ -152,7 +152,7 @@ impl Pinned {
             Some(slot) => self.maps.generation_of(slot)?,
             None => Generation::default(),
         };
-        let asker = Asker::new(attempt, &generation);
+        let asker = SimulatedSubject::new(attempt, &generation);
         let tables = Outside::new(&self.maps);
         let decision = decide::decide(&tables, &asker, &destination);
         tables.finish()?;
@@ -185,13 +185,13 @@ pub(super) fn other_layout(pins: &Pins) -> Result<Option<String>, BackendError> 
 }
 
 /// An attempt described from outside, as the decision's subject.
-pub(super) struct Asker {
+pub(super) struct SimulatedSubject {
     foreign_netns: bool,
     subject: crate::ruleset::Subject,
     home: u64,
 }
 
-impl Asker {
+impl SimulatedSubject {
     /// The attempt as the programs that a generation was loaded with see it.
     pub(super) fn new(attempt: &Attempt, generation: &Generation) -> Self {
         let mut subject = attempt.subject.clone();
@@ -212,7 +212,7 @@ impl Asker {
     }
 }
 
-impl Subject for Asker {
+impl Subject for SimulatedSubject {
     fn netns(&self) -> u64 {
         if self.foreign_netns { !self.home } else { self.home }
     }

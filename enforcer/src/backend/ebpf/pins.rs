@@ -17,7 +17,7 @@ use super::BackendError;
 use crate::{
     backend::writer,
     host::{
-        mounts::{Seen, host_would_see_mount},
+        mounts::{HostView, host_would_see_mount},
         own_dir,
     },
 };
@@ -69,7 +69,7 @@ impl Pins {
     }
 
     /// Whether [`Pins::create`] would find a place that it can use. Makes nothing.
-    pub(crate) fn look(dir: &Path) -> Result<(), BackendError> {
+    pub(crate) fn check_usable(dir: &Path) -> Result<(), BackendError> {
         let parent = dir.parent().unwrap_or(Path::new("/"));
         if misses_bpffs(parent) {
             return may_mount();
@@ -164,11 +164,11 @@ fn misses_bpffs(parent: &Path) -> bool {
 /// enforcement.
 fn may_mount() -> Result<(), BackendError> {
     match host_would_see_mount(Path::new(BPFFS)) {
-        Seen::Same => Ok(()),
-        Seen::Other => Err(BackendError::PrivateMounts {
+        HostView::Same => Ok(()),
+        HostView::Other => Err(BackendError::PrivateMounts {
             why: "one mounted here would end with this mount namespace, which is not the host's".to_owned(),
         }),
-        Seen::Unknown(why) => Err(BackendError::PrivateMounts {
+        HostView::Unknown(why) => Err(BackendError::PrivateMounts {
             why: format!("it is not known whether one mounted here would outlive this process ({why})"),
         }),
     }

@@ -42,7 +42,7 @@ use nix::{
 };
 
 pub(crate) use self::{
-    map::{Batch, Element, Map},
+    map::{Batch, ElementOp, Map},
     programs::{Attached, attached, program_maps},
     trial::{CONNECT4, MapKind, load_passing, try_batch, try_map},
 };
@@ -65,7 +65,7 @@ pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 
 /// Pins a map, program or link (Linux 4.4); the pin's mode is 0600 less the umask.
 pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
-    change(Change::Pin(object, &c_path(path)?))
+    change(ObjectOp::Pin(object, &c_path(path)?))
 }
 
 /// Attaches a program to a cgroup by a link (Linux 5.7). The link behaves as `BPF_F_ALLOW_MULTI`.
@@ -75,12 +75,12 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, attac
 
 /// Replaces a link's program at once (Linux 5.7).
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    change(Change::Program(link, program))
+    change(ObjectOp::Program(link, program))
 }
 
 /// Detaches a link at once, whoever else holds it (Linux 5.9).
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
-    change(Change::Detach(link))
+    change(ObjectOp::Detach(link))
 }
 
 /// Asks what a link is attached to.
@@ -107,7 +107,7 @@ pub(crate) fn wait_for_programs() -> io::Result<()> {
     let inner = make(Make::Map(BPF_MAP_TYPE_ARRAY, [4, 4, 1], None))?;
     let outer = make(Make::Map(BPF_MAP_TYPE_ARRAY_OF_MAPS, [4, 4, 1], Some(inner.as_fd())))?;
     let outer = Map::new(outer)?;
-    outer.element(Element::Put(&[0; 4], &inner.as_raw_fd().to_ne_bytes()))
+    outer.element(ElementOp::Put(&[0; 4], &inner.as_raw_fd().to_ne_bytes()))
 }
 
 /// Gives freed memory back to the system: loading leaves tens of megabytes behind that are never wanted again.
@@ -209,26 +209,26 @@ fn make(what: Make<'_>) -> io::Result<OwnedFd> {
 
 /// What is done with an object.
 #[derive(Clone, Copy)]
-enum Change<'a> {
+enum ObjectOp<'a> {
     Pin(BorrowedFd<'a>, &'a CStr),
     /// Makes a link run a program.
     Program(BorrowedFd<'a>, BorrowedFd<'a>),
     Detach(BorrowedFd<'a>),
 }
 
-fn change(what: Change<'_>) -> io::Result<()> {
+fn change(what: ObjectOp<'_>) -> io::Result<()> {
     let set = |attr: &mut bpf_attr| match what {
-        Change::Pin(object, path) => {
+        ObjectOp::Pin(object, path) => {
             attr.__bindgen_anon_4.bpf_fd = raw(object);
             attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
             BPF_OBJ_PIN
         }
-        Change::Program(link, program) => {
+        ObjectOp::Program(link, program) => {
             attr.link_update.link_fd = raw(link);
             attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
             BPF_LINK_UPDATE
         }
-        Change::Detach(link) => {
+        ObjectOp::Detach(link) => {
             attr.link_detach.link_fd = raw(link);
             BPF_LINK_DETACH
         }

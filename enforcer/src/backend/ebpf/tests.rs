@@ -15,8 +15,8 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::{
-    image::{Image, Loader, Sees, canonical_words, lower},
-    observe::Asker,
+    image::{Image, KernelVisibility, Loader, canonical_words, lower},
+    observe::SimulatedSubject,
 };
 use crate::{
     policy::{CgroupPath, Destination, Dns, Endpoint, Mode, Policy, Principal, Protocol, Target, Uid, Unresolved},
@@ -99,7 +99,7 @@ const NETNS: u64 = 7;
 const LOADER: Loader = Loader {
     netns: NETNS,
     daemon: true,
-    sees: Sees {
+    sees: KernelVisibility {
         tcp_owner: true,
         other_owner: true,
         threads: true,
@@ -115,7 +115,11 @@ fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>
         port: attempt.port.to_be(),
         address: canonical_words(attempt.address),
     };
-    let decision = decide::decide(&Plain(image), &Asker::new(attempt, &generation(image)), &dialled);
+    let decision = decide::decide(
+        &Plain(image),
+        &SimulatedSubject::new(attempt, &generation(image)),
+        &dialled,
+    );
     let owners = (0..)
         .zip(&image.names)
         .filter(|(bit, _)| decision.owners >> bit & 1 == 1)
@@ -225,7 +229,7 @@ fn policy() -> impl Strategy<Value = Policy> {
                 endpoints,
                 principals,
                 grants: false,
-                answers: crate::policy::Answers::Routable,
+                answers: crate::policy::AcceptedAnswers::Routable,
             })
             .collect(),
     })
@@ -321,7 +325,7 @@ proptest! {
         };
         // No kernel shows these and hides TCP's.
         let other_owner = other_owner && tcp_owner;
-        let sees = Sees { tcp_owner, other_owner, threads };
+        let sees = KernelVisibility { tcp_owner, other_owner, threads };
         let blind = Loader { sees, ..LOADER };
         let image = lower(&rules, &Image::empty().names, blind);
         for attempt in attempts {

@@ -6,7 +6,7 @@ use aya::maps::MapInfo;
 use enforcer_ebpf::{Generation, Owners, TargetName, flag};
 
 use super::{
-    BackendError, Kernel,
+    BackendError, EbpfBackend,
     image::{self, Image, Loader},
     links::{self, HOOKS, Hook, LinkState},
     maps::Maps,
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{ruleset::RuleSet, verify::Comparison, wire::Object};
 
-impl Kernel {
+impl EbpfBackend {
     /// Compares with a rule set; the number is that of the rule set found active.
     pub(crate) fn verify(&self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, BackendError> {
         // What the target names should be is known by heart: the kernel's own may have been changed.
@@ -45,7 +45,7 @@ impl Kernel {
 }
 
 impl Pinned {
-    /// As [`Kernel::verify`], by who only reads; the cgroup is the id of the one to be judged.
+    /// As [`EbpfBackend::verify`], by who only reads; the cgroup is the id of the one to be judged.
     pub(crate) fn verify(
         &self,
         rules: &RuleSet,

@@ -72,14 +72,14 @@ pub(crate) enum Expression {
     /// the packet.
     Prohibit,
     /// Ends the rule.
-    Verdict(Verdict),
+    Verdict(NftVerdict),
     /// None of ours.
     Other(String),
 }
 
 /// Where evaluation goes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum NftVerdict {
     /// The packet passes this hook.
     Accept,
     /// Back to where this chain was jumped from.
@@ -509,7 +509,7 @@ pub(crate) fn below_the_root() -> Vec<Expression> {
 /// Goes to a chain for good.
 #[must_use]
 pub(crate) fn goto(chain: &str) -> Expression {
-    Expression::Verdict(Verdict::Goto(chain.to_owned()))
+    Expression::Verdict(NftVerdict::Goto(chain.to_owned()))
 }
 
 /// Only packets of which a property is this.

@@ -11,7 +11,7 @@ use std::net::Ipv4Addr;
 use ipnet::IpNet;
 
 use super::{
-    expression::{self as is, Expression, FAR_OFFSET4, FRAGMENT4, IPV4, IPV6, OFFSET4, TCP, UDP, Verdict, goto},
+    expression::{self as is, Expression, FAR_OFFSET4, FRAGMENT4, IPV4, IPV6, NftVerdict, OFFSET4, TCP, UDP, goto},
     image::{Element, Image, SetKind, UNREADABLE, Value, address, chain_of, number, sorted},
     slot::Slot,
 };
@@ -170,7 +170,7 @@ impl Foreign {
 }
 
 fn accept() -> Expression {
-    Expression::Verdict(Verdict::Accept)
+    Expression::Verdict(NftVerdict::Accept)
 }
 
 /// Ranges of all endpoints' addresses of a family, of whatever protocol and port: no two of them touch.

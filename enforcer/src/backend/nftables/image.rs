@@ -17,7 +17,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    expression::{self as is, Expression, IPV4, IPV6, TCP, UDP, Verdict, goto},
+    expression::{self as is, Expression, IPV4, IPV6, NftVerdict, TCP, UDP, goto},
     foreign::Foreign,
     slot::Slot,
 };
@@ -264,9 +264,9 @@ pub(crate) fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
 
     for (number, mask) in (1..).zip(&endpoints.masks) {
         let owners: Vec<&RuleTarget> = owners(rules, *mask).collect();
-        let jump = |target: &&RuleTarget| vec![Expression::Verdict(Verdict::Jump(slot.target(&target.name)))];
+        let jump = |target: &&RuleTarget| vec![Expression::Verdict(NftVerdict::Jump(slot.target(&target.name)))];
         let mut steps: Vec<_> = owners.iter().map(jump).collect();
-        steps.push(vec![Expression::Verdict(Verdict::Accept)]);
+        steps.push(vec![Expression::Verdict(NftVerdict::Accept)]);
         image.chains.insert(slot.class(number), chain_of(None, steps));
     }
     for target in &rules.targets {
@@ -429,7 +429,10 @@ fn add_target(image: &mut Image, target: &RuleTarget, header: Header, cgroups: b
     let slot = Slot::of(header.generation);
     let refusal = slot.refusal(&target.name);
     let admit = |mut when: Vec<Expression>| {
-        when.extend([Expression::Count(allowed.clone()), Expression::Verdict(Verdict::Return)]);
+        when.extend([
+            Expression::Count(allowed.clone()),
+            Expression::Verdict(NftVerdict::Return),
+        ]);
         when
     };
     let (mut users, mut below, mut kernel) = (Vec::new(), Vec::new(), false);
@@ -698,7 +701,7 @@ impl Image {
         rules
             .iter()
             .filter_map(|rule| match rule.expressions.as_slice() {
-                [Expression::Verdict(Verdict::Jump(chain))] => self.slot().target_of(chain),
+                [Expression::Verdict(NftVerdict::Jump(chain))] => self.slot().target_of(chain),
                 _ => None,
             })
             .collect()

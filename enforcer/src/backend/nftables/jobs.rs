@@ -15,9 +15,9 @@ use nftnl::{MsgType, Rule as NlRule};
 
 use super::{
     NftablesError,
-    expression::{self as is, Expression, IPV4, IPV6, REGISTER, TCP, Verdict, base, meta},
+    expression::{self as is, Expression, IPV4, IPV6, NftVerdict, REGISTER, TCP, base, meta},
     failed,
-    netlink::{Failed, Found, Netlink, Steps, chain_message, inet, rule_message},
+    netlink::{DumpedRule, Netlink, Steps, TransactionError, chain_message, inet, rule_message},
     reach,
 };
 use crate::{config::Settings, ruleset::Cgroup};
@@ -33,7 +33,7 @@ const OF_CONTAINER: &str = "enforcer: a job's container";
 
 /// Whom a rule accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Subject {
+pub(crate) struct RuleSubject {
     /// The user to whom the socket belongs.
     pub user: Option<u32>,
     /// The cgroup below which the socket was made.
@@ -42,7 +42,7 @@ pub(crate) struct Subject {
 
 /// Where a rule lets through to; what is absent may be anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Destination {
+pub(crate) struct RuleDestination {
     /// The address.
     pub address: Option<IpAddr>,
     /// The TCP port.
@@ -53,9 +53,9 @@ pub(crate) struct Destination {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Accept {
     /// Whom.
-    pub subject: Subject,
+    pub subject: RuleSubject,
     /// Where to.
-    pub to: Destination,
+    pub to: RuleDestination,
 }
 
 /// Why a rule is none of the known shapes.
@@ -96,12 +96,12 @@ pub(crate) struct JobRule {
     /// What it accepts, or why that is not known.
     pub accepts: Result<Accept, Unknown>,
     /// Whose it is.
-    pub writer: Writer,
+    pub writer: RuleOrigin,
 }
 
 /// Who wrote a rule, by its comment: only root writes any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Writer {
+pub(crate) enum RuleOrigin {
     /// This instance, for a grant.
     Grants,
     /// A job's container, with our help.
@@ -112,7 +112,7 @@ pub(crate) enum Writer {
 
 /// The chain as read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Jobs {
+pub(crate) struct ChainDump {
     /// Whether it is there.
     pub exists: bool,
     /// Whether the agent's own chain is there.
@@ -122,7 +122,7 @@ pub(crate) struct Jobs {
     /// In the chain's order.
     pub rules: Vec<JobRule>,
     /// The generation of all of `nf_tables` at which it was read.
-    pub generation: u32,
+    pub genid: u32,
 }
 
 /// The way to the chain.
@@ -141,14 +141,14 @@ impl JobsChain {
     }
 
     /// The generation of all of `nf_tables`: while it is the same, so is the chain.
-    pub(crate) fn generation(&mut self) -> Result<u32, NftablesError> {
+    pub(crate) fn genid(&mut self) -> Result<u32, NftablesError> {
         self.netlink
-            .generation()
+            .genid()
             .map_err(|error| failed(TABLE, "read the generation", error))
     }
 
     /// What is there now.
-    pub(crate) fn read(&mut self) -> Result<Jobs, NftablesError> {
+    pub(crate) fn read(&mut self) -> Result<ChainDump, NftablesError> {
         let found = self.netlink.at_one_generation(|netlink| {
             let chains = netlink.chains(TABLE)?;
             let rules = if chains.contains_key(CHAIN) {
@@ -158,23 +158,22 @@ impl JobsChain {
             };
             Ok((chains, rules))
         });
-        let ((chains, rules), generation) =
-            found.map_err(|error| failed(TABLE, &format!("read chain {CHAIN}"), error))?;
-        let rule = |found: Found| JobRule {
+        let ((chains, rules), genid) = found.map_err(|error| failed(TABLE, &format!("read chain {CHAIN}"), error))?;
+        let rule = |found: DumpedRule| JobRule {
             handle: found.handle,
             accepts: decode(&found.rule.expressions),
             writer: match found.rule.comment.as_str() {
-                OF_CONTAINER => Writer::Container,
-                comment if comment == self.comment => Writer::Grants,
-                _ => Writer::Other,
+                OF_CONTAINER => RuleOrigin::Container,
+                comment if comment == self.comment => RuleOrigin::Grants,
+                _ => RuleOrigin::Other,
             },
         };
-        Ok(Jobs {
+        Ok(ChainDump {
             exists: chains.contains_key(CHAIN),
             agents: chains.contains_key(AGENTS),
             is_alone: chains.keys().all(|name| name == CHAIN),
             rules: rules.into_iter().map(rule).collect(),
-            generation,
+            genid,
         })
     }
 
@@ -217,13 +216,13 @@ impl JobsChain {
             batch.add(&format!("add a rule to chain {CHAIN}"), &rule, MsgType::Add);
         }
         let sent = self.netlink.commit(batch);
-        sent.map_err(|Failed { step, error }| failed(TABLE, &step, error))
+        sent.map_err(|TransactionError { step, error }| failed(TABLE, &step, error))
     }
 
     /// Removes our rules, and says what else is there.
-    pub(crate) fn forget(&mut self) -> Result<Jobs, NftablesError> {
+    pub(crate) fn remove_rules(&mut self) -> Result<ChainDump, NftablesError> {
         let mut found = self.read()?;
-        let ours = found.rules.extract_if(.., |rule| rule.writer == Writer::Grants);
+        let ours = found.rules.extract_if(.., |rule| rule.writer == RuleOrigin::Grants);
         let ours: Vec<u64> = ours.map(|rule| rule.handle).collect();
         if !ours.is_empty() {
             self.change(&ours, &[])?;
@@ -232,8 +231,8 @@ impl JobsChain {
     }
 
     /// Removes our rules; the chain and the table too, where nothing else is in them.
-    pub(crate) fn leave(&mut self) -> Result<(), NftablesError> {
-        let left = self.forget()?;
+    pub(crate) fn remove_all_ours(&mut self) -> Result<(), NftablesError> {
+        let left = self.remove_rules()?;
         if !left.exists || !left.rules.is_empty() || !left.is_alone {
             return Ok(());
         }
@@ -245,8 +244,10 @@ impl JobsChain {
         batch.remove_if_empty("remove the table", &table);
         match self.netlink.commit(batch) {
             // It is in use now, or has gone.
-            Err(Failed { error, .. }) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT)) => Ok(()),
-            done => done.map_err(|Failed { step, error }| failed(TABLE, &step, error)),
+            Err(TransactionError { error, .. }) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT)) => {
+                Ok(())
+            }
+            done => done.map_err(|TransactionError { step, error }| failed(TABLE, &step, error)),
         }
     }
 }
@@ -259,23 +260,23 @@ pub(crate) fn comment(settings: &Settings) -> String {
 }
 
 /// Removes what is ours, for an instance that does not run.
-pub(crate) fn leave(settings: &Settings) -> Result<(), NftablesError> {
-    JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.leave())
+pub(crate) fn remove_all_ours(settings: &Settings) -> Result<(), NftablesError> {
+    JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.remove_all_ours())
 }
 
 /// Removes the rules of an instance that goes on under another name.
-pub(crate) fn forget(settings: &Settings) -> Result<(), NftablesError> {
-    JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.forget().map(drop))
+pub(crate) fn remove_rules(settings: &Settings) -> Result<(), NftablesError> {
+    JobsChain::open(settings)?.map_or(Ok(()), |mut chain| chain.remove_rules().map(drop))
 }
 
 /// What is in the chain, for those who only read; nothing where the kernel has no `nf_tables`.
-pub(crate) fn read(settings: &Settings) -> Result<Jobs, NftablesError> {
-    JobsChain::open(settings)?.map_or_else(|| Ok(Jobs::default()), |mut chain| chain.read())
+pub(crate) fn read(settings: &Settings) -> Result<ChainDump, NftablesError> {
+    JobsChain::open(settings)?.map_or_else(|| Ok(ChainDump::default()), |mut chain| chain.read())
 }
 
 /// What a rule accepts. Whatever narrows it and is not understood makes it unknown: it would let in more than it says.
 fn decode(expressions: &[Expression]) -> Result<Accept, Unknown> {
-    let Some((Expression::Verdict(Verdict::Accept), conditions)) = expressions.split_last() else {
+    let Some((Expression::Verdict(NftVerdict::Accept), conditions)) = expressions.split_last() else {
         return Err(Unknown::Verdict);
     };
     let (mut user, mut cgroup, mut address, mut port) = (None, None, None, None);
@@ -321,8 +322,8 @@ fn decode(expressions: &[Expression]) -> Result<Accept, Unknown> {
         return Err(Unknown::Nobody);
     }
     Ok(Accept {
-        subject: Subject { user, cgroup },
-        to: Destination { address, port },
+        subject: RuleSubject { user, cgroup },
+        to: RuleDestination { address, port },
     })
 }
 
@@ -443,7 +444,7 @@ fn encode(accept: &Accept) -> Vec<Expression> {
         all.extend(is::transport(TCP));
         all.extend(is::to_port(port));
     }
-    all.push(Expression::Verdict(Verdict::Accept));
+    all.push(Expression::Verdict(NftVerdict::Accept));
     all
 }
 
@@ -453,8 +454,8 @@ mod tests {
 
     fn at_monit(user: Option<u32>, cgroup: Option<Cgroup>) -> Accept {
         Accept {
-            subject: Subject { user, cgroup },
-            to: Destination {
+            subject: RuleSubject { user, cgroup },
+            to: RuleDestination {
                 address: Some(Ipv4Addr::LOCALHOST.into()),
                 port: Some(2822),
             },
@@ -469,14 +470,14 @@ mod tests {
             at_monit(None, Some(cgroup)),
             at_monit(Some(0), Some(cgroup)),
             Accept {
-                to: Destination {
+                to: RuleDestination {
                     address: Some(Ipv6Addr::LOCALHOST.into()),
                     port: None,
                 },
                 ..at_monit(Some(1), None)
             },
             Accept {
-                to: Destination::default(),
+                to: RuleDestination::default(),
                 ..at_monit(Some(1), None)
             },
         ] {
@@ -537,7 +538,7 @@ mod tests {
         assert_eq!(change(7, equals(&[17])), Err(Unknown::Transport));
         let last = known.len() - 1;
         assert_eq!(
-            change(last, Expression::Verdict(Verdict::Return)),
+            change(last, Expression::Verdict(NftVerdict::Return)),
             Err(Unknown::Verdict)
         );
         assert_eq!(decode(known.get(2..).unwrap_or_default()), Err(Unknown::Nobody));

@@ -31,7 +31,7 @@ use super::image::{Chain, Image, chain::ABOUT};
 
 pub(super) use self::{
     attributes::{Attributes, nfta},
-    dumps::Found,
+    dumps::DumpedRule,
     expressions::each_expression,
     messages::{Steps, chain_message, inet, rule_message},
 };
@@ -50,7 +50,7 @@ pub(crate) struct Netlink {
 
 /// What a transaction failed at.
 #[derive(Debug)]
-pub(crate) struct Failed {
+pub(crate) struct TransactionError {
     /// The step, as words; empty if it was not one of them.
     pub step: String,
     /// Why.
@@ -67,7 +67,7 @@ pub(crate) struct Dump {
     /// Whether it is switched off (`NFT_TABLE_F_DORMANT`).
     pub dormant: bool,
     /// Generation of all of `nf_tables` at which it was read: any change of any table is another.
-    pub generation: u32,
+    pub genid: u32,
 }
 
 impl Netlink {
@@ -82,7 +82,7 @@ impl Netlink {
 
     /// Makes the table an image, whole or not at all, given what it holds. What the image does not name goes
     /// afterwards, when no packet can be under way that began with it; counters that stay go on counting.
-    pub(crate) fn replace(&mut self, change: Change<'_>) -> Result<(), Failed> {
+    pub(crate) fn replace(&mut self, change: TableUpdate<'_>) -> Result<(), TransactionError> {
         match self.replace_in_steps(change) {
             // Somebody has bent the table so that it cannot be changed piece by piece.
             Err(failed) if failed.is_about_contents() => match change.found {
@@ -93,7 +93,7 @@ impl Netlink {
         }
     }
 
-    fn replace_in_steps(&mut self, change: Change<'_>) -> Result<(), Failed> {
+    fn replace_in_steps(&mut self, change: TableUpdate<'_>) -> Result<(), TransactionError> {
         let mut stale = change.parts(|wanted| wanted);
         stale.counters.clear();
         self.remove_parts(change.table, &stale)?;
@@ -109,8 +109,8 @@ impl Netlink {
     /// Builds an image beside what is active. A transaction of its own: the kernel fills sets with ranges only after
     /// it has switched rules (`nft_set_commit_update`), so that in one with the switch packets would find them empty
     /// for a moment.
-    fn lay_out(&mut self, change: Change<'_>) -> Result<(), Failed> {
-        let Change { table, image, found } = change;
+    fn lay_out(&mut self, change: TableUpdate<'_>) -> Result<(), TransactionError> {
+        let TableUpdate { table, image, found } = change;
         let none = BTreeMap::new();
         let counts = found.map_or(&none, |found| &found.counts);
         let table = inet(table);
@@ -125,8 +125,8 @@ impl Netlink {
     }
 
     /// Lets the base chains lead to what was laid out, in one transaction.
-    fn switch(&mut self, change: Change<'_>) -> Result<(), Failed> {
-        let Change { table, image, found } = change;
+    fn switch(&mut self, change: TableUpdate<'_>) -> Result<(), TransactionError> {
+        let TableUpdate { table, image, found } = change;
         let table = inet(table);
         let front = |name: &str, chain: &Chain| chain.base.is_some() || name == ABOUT;
         let there = |name: &str| found.is_some_and(|found| found.image.chains.contains_key(name));
@@ -144,7 +144,7 @@ impl Netlink {
         self.commit(batch)
     }
 
-    fn remove_parts(&mut self, table: &str, parts: &Parts) -> Result<(), Failed> {
+    fn remove_parts(&mut self, table: &str, parts: &Parts) -> Result<(), TransactionError> {
         if parts.is_empty() {
             return Ok(());
         }
@@ -178,7 +178,12 @@ impl Netlink {
 
     /// Replaces the table in one transaction. A packet under way may find the old one's sets emptied: only for a bent
     /// table.
-    fn make_anew(&mut self, table: &str, image: &Image, counts: &BTreeMap<String, u64>) -> Result<(), Failed> {
+    fn make_anew(
+        &mut self,
+        table: &str,
+        image: &Image,
+        counts: &BTreeMap<String, u64>,
+    ) -> Result<(), TransactionError> {
         let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
@@ -189,7 +194,7 @@ impl Netlink {
     }
 
     /// Removes the table.
-    pub(crate) fn remove(&mut self, table: &str) -> Result<(), Failed> {
+    pub(crate) fn remove(&mut self, table: &str) -> Result<(), TransactionError> {
         let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make the table", &table, MsgType::Add);
@@ -199,7 +204,7 @@ impl Netlink {
 
     /// Finds out whether the kernel takes an image: it is built and taken back in one transaction, so that it never is
     /// active.
-    pub(crate) fn attempt(&mut self, table: &str, image: &Image) -> Result<(), Failed> {
+    pub(crate) fn attempt(&mut self, table: &str, image: &Image) -> Result<(), TransactionError> {
         let table = inet(table);
         let mut batch = Steps::new();
         batch.add("make a table", &table, MsgType::Add);
@@ -209,8 +214,8 @@ impl Netlink {
     }
 
     /// Sends a batch, which the kernel carries out whole or not at all.
-    pub(super) fn commit(&mut self, steps: Steps) -> Result<(), Failed> {
-        let failed = |error| Failed {
+    pub(super) fn commit(&mut self, steps: Steps) -> Result<(), TransactionError> {
+        let failed = |error| TransactionError {
             step: String::new(),
             error,
         };
@@ -233,28 +238,28 @@ impl Netlink {
     }
 
     /// Reads every acknowledgement: all must be there, none an error (F3).
-    fn acknowledged(&mut self, batch: &FinalizedBatch, names: &BTreeMap<u32, String>) -> Result<(), Failed> {
+    fn acknowledged(&mut self, batch: &FinalizedBatch, names: &BTreeMap<u32, String>) -> Result<(), TransactionError> {
         let mut missing: BTreeSet<u32> = batch.sequence_numbers().collect();
-        let mut first: Option<Failed> = None;
+        let mut first: Option<TransactionError> = None;
         self.receive(|message| {
             if message.message_type() == NLMSG_ERROR {
                 let number = message.sequence_number();
                 missing.remove(&number);
                 if let Err(error) = outcome(&message) {
                     let step = names.get(&number).cloned().unwrap_or_default();
-                    first.get_or_insert(Failed { step, error });
+                    first.get_or_insert(TransactionError { step, error });
                 }
             }
             true
         })
-        .map_err(|error| Failed {
+        .map_err(|error| TransactionError {
             step: "read the acknowledgements".to_owned(),
             error,
         })?;
         match first {
             Some(failed) => Err(failed),
             None if missing.is_empty() => Ok(()),
-            None => Err(Failed {
+            None => Err(TransactionError {
                 step: String::new(),
                 error: io::Error::other(format!("{} steps were not acknowledged", missing.len())),
             }),
@@ -354,9 +359,9 @@ fn outcome(message: &NetlinkBuffer<&[u8]>) -> io::Result<()> {
 }
 
 /// Becomes readable when any `nf_tables` transaction of this network namespace is committed.
-pub(crate) struct Changes(Socket);
+pub(crate) struct NftChanges(Socket);
 
-impl Changes {
+impl NftChanges {
     /// Subscribes (`NFNLGRP_NFTABLES`).
     pub(crate) fn subscribe() -> io::Result<Self> {
         const NFNLGRP_NFTABLES: u32 = 7;
@@ -373,7 +378,7 @@ impl Changes {
     }
 }
 
-impl std::os::fd::AsRawFd for Changes {
+impl std::os::fd::AsRawFd for NftChanges {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.0.as_raw_fd()
     }
@@ -381,7 +386,7 @@ impl std::os::fd::AsRawFd for Changes {
 
 /// A table on its way to be an image.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Change<'a> {
+pub(crate) struct TableUpdate<'a> {
     /// Its name.
     pub table: &'a str,
     /// What it is to hold.
@@ -390,7 +395,7 @@ pub(crate) struct Change<'a> {
     pub found: Option<&'a Dump>,
 }
 
-impl Change<'_> {
+impl TableUpdate<'_> {
     /// Parts that it holds, but for what leads packets to them, by whether the image names them.
     fn parts(&self, goes: fn(bool) -> bool) -> Parts {
         let empty = Dump::default();
@@ -419,7 +424,7 @@ impl Parts {
     }
 }
 
-impl Failed {
+impl TransactionError {
     /// Whether the table's contents stand in the way, and not the kernel or our rights.
     fn is_about_contents(&self) -> bool {
         let codes = [libc::EBUSY, libc::EEXIST, libc::ENOENT, libc::EOPNOTSUPP, libc::EINVAL];

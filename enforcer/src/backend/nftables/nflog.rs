@@ -29,7 +29,7 @@ const DELAY: Duration = Duration::from_millis(20);
 
 /// The listener to one group.
 #[derive(Debug)]
-pub(crate) struct Denials {
+pub(crate) struct NflogListener {
     socket: Socket,
     /// The group.
     pub group: u16,
@@ -45,14 +45,14 @@ pub(crate) struct Denials {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Logged {
     /// Somebody was refused, or would have been.
-    Denial(Denial),
+    Denial(LoggedDenial),
     /// Somebody dials a port of names, and no endpoint (N8).
     Dial(Dial),
 }
 
 /// A denial that a rule has logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Denial {
+pub(crate) struct LoggedDenial {
     /// Refused, or in audit mode let through.
     pub denied: bool,
     /// Generation that decided.
@@ -77,7 +77,7 @@ impl std::fmt::Debug for Socket {
     }
 }
 
-impl Denials {
+impl NflogListener {
     /// Listens to the first group that nobody else listens to; names make instances begin at different ones.
     pub(crate) fn bind(table: &str) -> io::Result<Self> {
         let sum = table
@@ -144,7 +144,7 @@ impl Denials {
     }
 }
 
-impl AsRawFd for Denials {
+impl AsRawFd for NflogListener {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.0.as_raw_fd()
     }
@@ -220,7 +220,7 @@ fn logged(parts: &[PacketNla]) -> Option<Logged> {
     }
     let mut words = text.splitn(3, ' ');
     let (verdict, generation, target) = (words.next()?, words.next()?, words.next()?);
-    Some(Logged::Denial(Denial {
+    Some(Logged::Denial(LoggedDenial {
         denied: verdict == "deny",
         generation: generation.parse().ok()?,
         target: target.to_owned(),

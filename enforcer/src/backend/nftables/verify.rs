@@ -1,13 +1,13 @@
 //! Compares the whole table with what a rule set asks for. Changes nothing.
 
 use super::{
-    Nftables, NftablesError, Reading, failed,
+    NftablesBackend, NftablesError, Reading, failed,
     image::{self, Image, Loader},
     netlink::{Dump, Netlink},
 };
 use crate::{config::Forward, ruleset::RuleSet, verify::Comparison, wire::Object};
 
-impl Nftables {
+impl NftablesBackend {
     /// Compares with a rule set; the number is that of the rule set found active.
     pub(crate) fn verify(&mut self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, NftablesError> {
         let found = self.dump()?.unwrap_or_default();
@@ -20,7 +20,7 @@ impl Nftables {
 }
 
 impl Reading {
-    /// As [`Nftables::verify`], by who only reads.
+    /// As [`NftablesBackend::verify`], by who only reads.
     pub(crate) fn verify(&self, rules: &RuleSet, forward: Forward, comparison: &mut Comparison) -> u64 {
         let header = self.0.image.header();
         let generation = header.map_or(0, |header| header.generation);

@@ -12,13 +12,13 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use super::{Fact, Facts, Feature, Place};
+use super::{Fact, Facts, Feature, TrialSite};
 use crate::backend::{
     BackendError,
     ebpf::{self, btf, pins::Pins, sys},
 };
 
-pub(super) fn probe(place: Place<'_>, facts: &mut Facts) {
+pub(super) fn probe(place: TrialSite<'_>, facts: &mut Facts) {
     facts.set(Feature::BpfSyscall, Fact::from_errno(sys::try_map(sys::MapKind::Array)));
     facts.set(
         Feature::RingBuffer,
@@ -80,9 +80,9 @@ fn link(cgroup: Option<&Path>) -> Fact {
 
 /// Loads and attaches what a start would, with its pins on a bpffs that only this thread sees: whatever happens, the
 /// kernel takes all of it back. Its maps makes nothing active, so that it judges nothing.
-fn own_programs(place: Place<'_>, facts: &mut Facts) {
+fn own_programs(place: TrialSite<'_>, facts: &mut Facts) {
     // The private bpffs would hide that a start has none there.
-    if let Err(error) = Pins::look(place.pin_dir) {
+    if let Err(error) = Pins::check_usable(place.pin_dir) {
         facts.set(Feature::Bpffs, Fact::from_backend(&error));
         for feature in [Feature::Programs, Feature::Attach] {
             facts.set(feature, untried());
@@ -109,7 +109,7 @@ fn in_private(parent: &Path, cgroup: Option<&Path>) -> (Fact, Fact, Fact) {
     let Some(cgroup) = cgroup else {
         return (Fact::Supported, untried(), untried());
     };
-    let tried = ebpf::Kernel::take_over(&pins, cgroup, false, 0).and_then(|mut kernel| kernel.try_out());
+    let tried = ebpf::EbpfBackend::take_over(&pins, cgroup, false, 0).and_then(|mut kernel| kernel.try_out());
     let (programs, attach) = match tried {
         Ok(()) => (Fact::Supported, Fact::Supported),
         Err(error @ BackendError::Attach { .. }) => (Fact::Supported, Fact::from_backend(&error)),

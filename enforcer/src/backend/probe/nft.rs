@@ -3,9 +3,9 @@
 
 use super::{Fact, Facts, Feature};
 use crate::backend::nftables::{
-    expression::{self as is, Expression, IPV4, TCP, Verdict},
+    expression::{self as is, Expression, IPV4, NftVerdict, TCP},
     image::{Base, Chain, Element, Image, Rule, Set, SetKind, Value},
-    netlink::{Failed, Netlink},
+    netlink::{Netlink, TransactionError},
 };
 
 pub(super) fn probe(facts: &mut Facts) {
@@ -21,7 +21,7 @@ pub(super) fn probe(facts: &mut Facts) {
         // Nothing that the kernel lacks is looked for twice.
         let fact = match netlink.attempt(&table, &image) {
             Ok(()) => Fact::Supported,
-            Err(Failed { step, error }) => match Fact::from_errno(Err(error)) {
+            Err(TransactionError { step, error }) => match Fact::from_errno(Err(error)) {
                 Fact::Supported => Fact::Supported,
                 Fact::Missing { why } => Fact::Missing {
                     why: format!("{step}: {why}"),
@@ -36,7 +36,7 @@ pub(super) fn probe(facts: &mut Facts) {
 /// One table for each feature, with no more in it than that takes.
 fn trials() -> Vec<(Feature, Image)> {
     let transport = || is::transport(TCP);
-    let accept = || vec![Expression::Verdict(Verdict::Accept)];
+    let accept = || vec![Expression::Verdict(NftVerdict::Accept)];
     let count = "probe".to_owned();
     vec![
         (

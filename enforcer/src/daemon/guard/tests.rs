@@ -66,7 +66,7 @@ impl Store for Fake {
         Ok(self.generation)
     }
 
-    fn keep(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
+    fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
         self.kept.push(generation);
         match self.drift.take() {
             None => Ok(Some(generation)),
@@ -213,7 +213,7 @@ fn a_first_start_makes_its_configuration_active() -> Test {
     for endpoint in [ADDRESS, NAME] {
         let mut start = Start::new(Fake::default(), endpoint)?;
         assert_eq!(start.begin(false)?.map(|applied| applied.generation), Some(1));
-        assert!(start.guard.is_active() && !start.guard.holds());
+        assert!(start.guard.is_active() && !start.guard.is_held());
     }
     Ok(())
 }
@@ -241,7 +241,7 @@ fn a_start_that_the_kernel_refuses_is_none() -> Test {
     let mut start = Start::new(Fake::default(), ADDRESS)?;
     start.store.refuses = true;
     assert!(start.begin(false).is_err() && start.resume().is_err());
-    assert!(!start.guard.is_active() && !start.guard.holds());
+    assert!(!start.guard.is_active() && !start.guard.is_held());
     Ok(())
 }
 
@@ -251,7 +251,7 @@ fn the_last_known_good_rules_become_active_where_none_are() -> Test {
     assert!(start.resume()?.is_some() && start.guard.is_active());
     let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
     assert!(start.resume()?.is_none());
-    assert!(start.store.applied.is_empty() && !start.guard.is_active() && !start.guard.holds());
+    assert!(start.store.applied.is_empty() && !start.guard.is_active() && !start.guard.is_held());
     Ok(())
 }
 
@@ -260,11 +260,11 @@ fn a_refused_configuration_falls_back_to_what_is_active() -> Test {
     // To what this process made active.
     let mut start = Start::new(Fake::default(), ADDRESS)?;
     start.resume()?;
-    assert!(start.fall_back(false)?.is_none() && !start.guard.holds());
+    assert!(start.fall_back(false)?.is_none() && !start.guard.is_held());
     // To what another one did, if it is the last known good rules.
     let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
     start.resume()?;
-    assert!(start.fall_back(true)?.is_some() && start.guard.is_active() && !start.guard.holds());
+    assert!(start.fall_back(true)?.is_some() && start.guard.is_active() && !start.guard.is_held());
     // If it is something else it stays, until a configuration is taken.
     let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
     start.resume()?;
@@ -274,7 +274,7 @@ fn a_refused_configuration_falls_back_to_what_is_active() -> Test {
     start
         .guard
         .apply_configured(&mut start.store, &start.inputs, start.now)?;
-    assert!(start.guard.is_active() && !start.guard.holds());
+    assert!(start.guard.is_active() && !start.guard.is_held());
     Ok(())
 }
 
@@ -405,12 +405,12 @@ fn what_is_held_until_a_configuration_is_taken_stays() -> Test {
             .apply_configured(&mut scene.store, &scene.inputs, scene.now)
             .is_err()
     );
-    assert!(scene.guard.holds(), "a refused configuration lets nothing go");
+    assert!(scene.guard.is_held(), "a refused configuration lets nothing go");
     scene.store.refuses = false;
     scene
         .guard
         .apply_configured(&mut scene.store, &scene.inputs, scene.now)?;
-    assert!(!scene.guard.holds());
+    assert!(!scene.guard.is_held());
     Ok(())
 }
 
@@ -425,7 +425,7 @@ fn what_is_held_until_names_are_known_goes_on_by_itself() -> Test {
     scene
         .inputs
         .names
-        .answered(scene.now, &name, crate::resolve::Answer::Hosts(addresses));
+        .answered(scene.now, &name, crate::resolve::LookupAnswer::Hosts(addresses));
     assert!(matches!(scene.step(false).ok_or("it rests")?.applied, Ok(Some(_))));
     Ok(())
 }

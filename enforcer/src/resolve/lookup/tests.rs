@@ -135,8 +135,8 @@ async fn ask(servers: &[&Server], more: &str, name: &str) -> (Outcome, Outcome) 
     let stub = Stub::new(conf, servers, PATIENCE).expect("a resolver");
     let name = DnsName::from_ascii(name).expect("a name");
     match Arc::new(stub).ask(&name, PATIENCE).await.whole().await {
-        Answer::Dns { a, aaaa } => (a, aaaa),
-        Answer::Hosts(addresses) => panic!("nobody read a hosts file: {addresses:?}"),
+        LookupAnswer::Dns { a, aaaa } => (a, aaaa),
+        LookupAnswer::Hosts(addresses) => panic!("nobody read a hosts file: {addresses:?}"),
     }
 }
 

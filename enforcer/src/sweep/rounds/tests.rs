@@ -4,12 +4,12 @@ use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration}
 
 use enforcer_ebpf::Verdict;
 
-use super::{Fate, Job, Rounds, event, until_next};
+use super::{Fate, Rounds, SweepJob, event, until_next};
 use crate::{
     config::Existing,
     policy::{Mode, Protocol, Uid},
     ruleset::RuleSet,
-    sweep::{Connection, Found},
+    sweep::{Connection, OffendingConnection},
     wire::SocketState,
 };
 
@@ -26,8 +26,8 @@ fn a_second_sweep_follows_and_then_one_a_minute_while_something_is_found() {
     }
 }
 
-fn job() -> Job {
-    Job {
+fn job() -> SweepJob {
+    SweepJob {
         generation: 3,
         rules: RuleSet {
             mode: Mode::Enforce,
@@ -43,8 +43,8 @@ fn job() -> Job {
     }
 }
 
-fn found(number: u64) -> Found {
-    Found {
+fn found(number: u64) -> OffendingConnection {
+    OffendingConnection {
         connection: Connection {
             protocol: Protocol::Tcp,
             state: SocketState::Established,
@@ -80,8 +80,8 @@ fn of_one_sweep_1024_are_told_and_256_listed_each_once() {
 
 #[test]
 fn what_is_told_of_each_is_as_it_was() -> serde_json::Result<()> {
-    let one = |state, fate, change: fn(&mut Found)| {
-        let mut found = Found {
+    let one = |state, fate, change: fn(&mut OffendingConnection)| {
+        let mut found = OffendingConnection {
             connection: Connection {
                 state,
                 ..found(1).connection
@@ -91,7 +91,7 @@ fn what_is_told_of_each_is_as_it_was() -> serde_json::Result<()> {
         change(&mut found);
         serde_json::to_string(&event(&job(), &found, &fate, "T"))
     };
-    let nothing = |_: &mut Found| {};
+    let nothing = |_: &mut OffendingConnection| {};
     assert_eq!(
         one(SocketState::SynReceived, Fate::Stays, |found| {
             found.connection.protocol = Protocol::Udp;

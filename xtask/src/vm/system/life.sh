@@ -272,7 +272,7 @@ nothing_but_the_state_is_there() {
     fails getent ahosts bus.test
     [ ! -e "$settings" ] || { echo "$settings is there"; return 1; }
     # What the early unit has loaded is taken over, and names are followed.
-    enforcer status | grep 'the last known good rule set is active instead' || { enforcer status; return 1; }
+    enforcer status | grep 'the last known good rules are active instead' || { enforcer status; return 1; }
 }
 # The early unit is done before any network; the daemon is ready before whoever waits for the network or for it.
 boot_is_in_order() {

@@ -29,7 +29,7 @@ impl<'a> Outside<'a> {
         self.error.into_inner().map_or(Ok(()), Err)
     }
 
-    fn keep<T>(&self, result: Result<Option<T>, BackendError>) -> Option<T> {
+    fn note_error<T>(&self, result: Result<Option<T>, BackendError>) -> Option<T> {
         result.unwrap_or_else(|error| {
             self.error.borrow_mut().get_or_insert(error);
             None
@@ -39,16 +39,16 @@ impl<'a> Outside<'a> {
 
 impl Tables for Outside<'_> {
     fn port(&self, port: u16) -> bool {
-        self.keep(self.maps.ports.get(&u32::from(port)))
+        self.note_error(self.maps.ports.get(&u32::from(port)))
             .is_some_and(|slots| slots != 0)
     }
 
     fn active(&self) -> Option<u8> {
-        self.keep(self.maps.active_slot())
+        self.note_error(self.maps.active_slot())
     }
 
     fn generation(&self, slot: u8) -> Option<Generation> {
-        self.keep(self.maps.generation_of(slot).map(Some))
+        self.note_error(self.maps.generation_of(slot).map(Some))
     }
 
     fn few(&self, slot: u8, user: u32) -> Option<Owners> {
@@ -56,21 +56,21 @@ impl Tables for Outside<'_> {
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {
-        self.keep(self.maps.endpoints.get(key))
+        self.note_error(self.maps.endpoints.get(key))
     }
 
     fn prefix(&self, key: &EndpointKey) -> Option<Owners> {
-        self.keep(self.maps.prefixes.get(&PrefixKey {
+        self.note_error(self.maps.prefixes.get(&PrefixKey {
             bits: KEY_BITS + 128,
             key: *key,
         }))
     }
 
     fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
-        self.keep(self.maps.nat64.get(&(nat64_index(slot) + number)))
+        self.note_error(self.maps.nat64.get(&(nat64_index(slot) + number)))
     }
 
     fn principal(&self, key: &PrincipalKey) -> Option<Owners> {
-        self.keep(self.maps.principals.get(key))
+        self.note_error(self.maps.principals.get(key))
     }
 }

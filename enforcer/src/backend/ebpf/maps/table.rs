@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::open_checked;
 use crate::backend::ebpf::{
     BackendError,
-    sys::{Batch, Element, Map, found},
+    sys::{Batch, ElementOp, Map, found},
 };
 
 /// Entries moved by one batch call.
@@ -70,7 +70,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
     }
 
     fn get_bytes(&self, key: &K, value: &mut [u8]) -> Result<bool, BackendError> {
-        found(self.map.element(Element::Get(key.as_bytes(), value))).map_err(self.failed("read"))
+        found(self.map.element(ElementOp::Get(key.as_bytes(), value))).map_err(self.failed("read"))
     }
 
     pub(super) fn put(&self, key: &K, value: V) -> Result<(), BackendError> {
@@ -79,7 +79,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
 
     /// Writes the values of all CPUs.
     pub(super) fn put_all(&self, key: &K, values: &[V]) -> Result<(), BackendError> {
-        let put = Element::Put(key.as_bytes(), values.as_bytes());
+        let put = ElementOp::Put(key.as_bytes(), values.as_bytes());
         self.map.element(put).map_err(self.failed("write"))
     }
 
@@ -96,7 +96,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         let mut keys = Vec::new();
         let mut next = K::new_zeroed();
         loop {
-            let after = Element::Next(keys.last().map(K::as_bytes), next.as_mut_bytes());
+            let after = ElementOp::Next(keys.last().map(K::as_bytes), next.as_mut_bytes());
             if !found(self.map.element(after)).map_err(self.failed("list"))? {
                 return Ok(keys);
             }
@@ -123,7 +123,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
 
     /// From `have` to `want`, both sorted, and read back: one by one while few change, in batches beyond.
     pub(super) fn replace(&self, have: &[(K, V)], want: &[(K, V)], place: impl Fn(K) -> K) -> Result<(), BackendError> {
-        let Change { gone, new } = change(have, want);
+        let Diff { gone, new } = change(have, want);
         if gone.len() + new.len() <= FEW {
             return self.replace_each(have, want, place);
         }
@@ -164,10 +164,10 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         want: &[(K, V)],
         place: impl Fn(K) -> K,
     ) -> Result<(), BackendError> {
-        let Change { gone, new } = change(have, want);
+        let Diff { gone, new } = change(have, want);
         for key in gone {
             let key = place(key);
-            let delete = Element::Delete(key.as_bytes());
+            let delete = ElementOp::Delete(key.as_bytes());
             found(self.map.element(delete)).map_err(self.failed("delete from"))?;
         }
         for (key, value) in new {
@@ -183,18 +183,18 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
 }
 
 /// What must be removed and what written.
-struct Change<K, V> {
+struct Diff<K, V> {
     gone: Vec<K>,
     new: Vec<(K, V)>,
 }
 
 /// The difference of two sorted lists.
-fn change<K: Copy + Ord, V: Copy + PartialEq>(have: &[(K, V)], want: &[(K, V)]) -> Change<K, V> {
+fn change<K: Copy + Ord, V: Copy + PartialEq>(have: &[(K, V)], want: &[(K, V)]) -> Diff<K, V> {
     let (mut gone, mut new) = (Vec::new(), Vec::new());
     let (mut have, mut want) = (have.iter().peekable(), want.iter().peekable());
     loop {
         match (have.peek(), want.peek()) {
-            (None, None) => return Change { gone, new },
+            (None, None) => return Diff { gone, new },
             (Some((key, _)), None) => {
                 gone.push(*key);
                 have.next();

@@ -33,7 +33,7 @@ pub(crate) struct Map {
 }
 
 /// What is done with one element.
-pub(crate) enum Element<'a> {
+pub(crate) enum ElementOp<'a> {
     Get(&'a [u8], &'a mut [u8]),
     Put(&'a [u8], &'a [u8]),
     Delete(&'a [u8]),
@@ -97,12 +97,12 @@ impl Map {
     }
 
     /// Reads, writes, removes or looks for one element. `ENOENT` where there is none.
-    pub(crate) fn element(&self, what: Element<'_>) -> io::Result<()> {
+    pub(crate) fn element(&self, what: ElementOp<'_>) -> io::Result<()> {
         let (command, key, other, size) = match what {
-            Element::Get(key, value) => (BPF_MAP_LOOKUP_ELEM, read(key), write(value), self.value),
-            Element::Put(key, value) => (BPF_MAP_UPDATE_ELEM, read(key), read(value), self.value),
-            Element::Delete(key) => (BPF_MAP_DELETE_ELEM, read(key), (0, 0), 0),
-            Element::Next(key, next) => {
+            ElementOp::Get(key, value) => (BPF_MAP_LOOKUP_ELEM, read(key), write(value), self.value),
+            ElementOp::Put(key, value) => (BPF_MAP_UPDATE_ELEM, read(key), read(value), self.value),
+            ElementOp::Delete(key) => (BPF_MAP_DELETE_ELEM, read(key), (0, 0), 0),
+            ElementOp::Next(key, next) => {
                 let key = key.map_or((0, self.key), read);
                 (BPF_MAP_GET_NEXT_KEY, key, write(next), self.key)
             }

@@ -17,7 +17,7 @@ use crate::backend::nftables::{
 
 /// A rule as read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Found {
+pub(crate) struct DumpedRule {
     /// The chain that it is in.
     pub(crate) chain: String,
     /// What the kernel calls it, for as long as it is there.
@@ -28,19 +28,19 @@ pub(crate) struct Found {
 
 impl Netlink {
     /// The generation of all of `nf_tables`.
-    pub(crate) fn generation(&mut self) -> io::Result<u32> {
+    pub(crate) fn genid(&mut self) -> io::Result<u32> {
         let mut found = None;
-        self.ask(INET, libc::NFT_MSG_GETGEN, 0, &[], |_, generation| {
-            found = Some(generation.number(nfta::GEN_ID));
+        self.ask(INET, libc::NFT_MSG_GETGEN, 0, &[], |_, genid| {
+            found = Some(genid.number(nfta::GEN_ID));
         })?;
         found.ok_or_else(|| io::Error::other("nf_tables did not report its generation"))
     }
 
     /// Reads a table back; none if there is none.
     pub(crate) fn read(&mut self, table: &str) -> io::Result<Option<Dump>> {
-        let (mut found, generation) = self.at_one_generation(|netlink| netlink.read_once(table))?;
+        let (mut found, genid) = self.at_one_generation(|netlink| netlink.read_once(table))?;
         if let Some(dump) = &mut found {
-            dump.generation = generation;
+            dump.genid = genid;
         }
         Ok(found)
     }
@@ -48,14 +48,14 @@ impl Netlink {
     /// Reads with several requests until all of them were answered at one generation, which is returned too.
     pub(crate) fn at_one_generation<T>(&mut self, read: impl Fn(&mut Self) -> io::Result<T>) -> io::Result<(T, u32)> {
         for _ in 0..100 {
-            let before = self.generation()?;
+            let before = self.genid()?;
             match read(self) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Gone between two requests: look again.
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.generation()? != before => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.genid()? != before => {}
                 found => {
                     let found = found?;
-                    if self.generation()? == before {
+                    if self.genid()? == before {
                         return Ok((found, before));
                     }
                 }
@@ -73,7 +73,7 @@ impl Netlink {
             ..Dump::default()
         };
         dump.image.chains = self.chains(table)?;
-        for Found { chain, rule, .. } in self.rules(table, None)? {
+        for DumpedRule { chain, rule, .. } in self.rules(table, None)? {
             dump.image.chains.entry(chain).or_default().rules.push(rule);
         }
         for (name, kind) in self.sets(table)? {
@@ -117,7 +117,7 @@ impl Netlink {
     }
 
     /// The rules of a table, or of one chain of it.
-    pub(crate) fn rules(&mut self, table: &str, chain: Option<&str>) -> io::Result<Vec<Found>> {
+    pub(crate) fn rules(&mut self, table: &str, chain: Option<&str>) -> io::Result<Vec<DumpedRule>> {
         let mut found = Vec::new();
         let within = [
             Some((nfta::RULE_TABLE, table)),
@@ -127,7 +127,7 @@ impl Netlink {
         self.dump(libc::NFT_MSG_GETRULE, &within, |rule| {
             let name = rule.text(nfta::RULE_CHAIN);
             if rule.text(nfta::RULE_TABLE) == table && chain.is_none_or(|chain| chain == name) {
-                found.push(Found {
+                found.push(DumpedRule {
                     chain: name,
                     handle: u64::from_be_bytes(rule.fixed(nfta::RULE_HANDLE)),
                     rule: Rule {

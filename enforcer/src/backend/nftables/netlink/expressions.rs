@@ -20,7 +20,7 @@ use super::{
     owned::Owned,
     text, within_registers,
 };
-use crate::backend::nftables::expression::{Expression, REGISTER, Verdict};
+use crate::backend::nftables::expression::{Expression, NftVerdict, REGISTER};
 
 /// `NFT_REJECT_TCP_RST` and `NFT_REJECT_ICMPX_UNREACH`.
 const TCP_RESET: u32 = 1;
@@ -163,11 +163,11 @@ fn attributes(expression: &Expression) -> (&'static CStr, Vec<(u32, Vec<u8>)>) {
         ),
         Expression::Verdict(verdict) => {
             let (code, chain) = match verdict {
-                Verdict::Accept => (libc::NF_ACCEPT, None),
-                Verdict::Return => (libc::NFT_RETURN, None),
-                Verdict::Jump(chain) => (libc::NFT_JUMP, Some(chain)),
-                Verdict::Goto(chain) => (libc::NFT_GOTO, Some(chain)),
-                Verdict::Other(code) => (*code, None),
+                NftVerdict::Accept => (libc::NF_ACCEPT, None),
+                NftVerdict::Return => (libc::NFT_RETURN, None),
+                NftVerdict::Jump(chain) => (libc::NFT_JUMP, Some(chain)),
+                NftVerdict::Goto(chain) => (libc::NFT_GOTO, Some(chain)),
+                NftVerdict::Other(code) => (*code, None),
             };
             let mut all = vec![
                 (sys::NFTNL_EXPR_IMM_DREG, number(0)),
@@ -248,11 +248,11 @@ fn expression(name: String, of: Attributes<'_>) -> Expression {
             let chain = || verdict.text(nfta::VERDICT_CHAIN);
             Some(Expression::Verdict(
                 match verdict.number(nfta::VERDICT_CODE).cast_signed() {
-                    libc::NF_ACCEPT => Verdict::Accept,
-                    libc::NFT_RETURN => Verdict::Return,
-                    libc::NFT_JUMP => Verdict::Jump(chain()),
-                    libc::NFT_GOTO => Verdict::Goto(chain()),
-                    code => Verdict::Other(code),
+                    libc::NF_ACCEPT => NftVerdict::Accept,
+                    libc::NFT_RETURN => NftVerdict::Return,
+                    libc::NFT_JUMP => NftVerdict::Jump(chain()),
+                    libc::NFT_GOTO => NftVerdict::Goto(chain()),
+                    code => NftVerdict::Other(code),
                 },
             ))
         }

@@ -14,7 +14,7 @@ use crate::state::{self, LastGoodRef, Mark, Record};
 
 /// What the file holds.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct StateKeeper {
     /// None where there is no file, or none that can be used.
     mark: Option<Mark>,
     /// Whether there is a file that cannot be used: its owner may want to see it.
@@ -29,20 +29,20 @@ pub(super) struct Kept {
 
 #[derive(Debug)]
 struct Saving {
-    task: JoinHandle<Saved>,
+    task: JoinHandle<SaveResult>,
     /// Whether a reload is to be reported with it.
     reloaded: bool,
 }
 
 /// What was written, or why it was not.
-pub(super) type Saved = Result<Mark, String>;
+pub(super) type SaveResult = Result<Mark, String>;
 
 /// How long after a change: whoever waits for the kernel does not wait for the disk (B3).
 const DELAY: Duration = Duration::from_millis(50);
 /// How long after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
-impl Kept {
+impl StateKeeper {
     pub(super) fn new(mark: Option<Mark>, damaged: bool) -> Self {
         Self {
             mark,
@@ -75,7 +75,7 @@ impl Kept {
 
     /// Waits until what is being written is, for [`Daemon::was_kept`]; for ever where nothing is. Nothing is lost if
     /// nobody waits on.
-    pub(super) async fn saved(&mut self) -> Saved {
+    pub(super) async fn saved(&mut self) -> SaveResult {
         match &mut self.saving {
             Some(saving) => (&mut saving.task)
                 .await
@@ -107,13 +107,13 @@ impl Daemon {
 
     /// Begins what is put off until nobody waits for it.
     pub(super) fn catch_up(&mut self) {
-        self.keep_for_next_start();
-        self.enforcement.begin_to_settle();
+        self.save_for_next_start();
+        self.enforcement.begin_to_wait_for_readers();
     }
 
     /// Begins to keep what is active now, if it has changed. What fails is tried again; what changes meanwhile is kept
     /// afterwards.
-    fn keep_for_next_start(&mut self) {
+    fn save_for_next_start(&mut self) {
         if self.kept.saving.is_some() {
             return;
         }
@@ -133,10 +133,10 @@ impl Daemon {
         });
     }
 
-    /// As [`Daemon::keep_for_next_start`], and returns when the disk has it.
-    pub(super) async fn keep_now(&mut self) {
+    /// As [`Daemon::save_for_next_start`], and returns when the disk has it.
+    pub(super) async fn save_now(&mut self) {
         self.end_saving().await;
-        self.keep_for_next_start();
+        self.save_for_next_start();
         self.end_saving().await;
     }
 
@@ -148,7 +148,7 @@ impl Daemon {
     }
 
     /// Takes note of what was written.
-    pub(super) fn was_kept(&mut self, saved: &Saved) {
+    pub(super) fn was_kept(&mut self, saved: &SaveResult) {
         let reloaded = self.kept.saving.take().is_some_and(|saving| saving.reloaded);
         self.note_kept(saved);
         self.reloaded(reloaded);
@@ -187,7 +187,7 @@ impl Daemon {
         }
     }
 
-    fn note_kept(&mut self, saved: &Saved) {
+    fn note_kept(&mut self, saved: &SaveResult) {
         let fault = |error| format!("{error}; until this is fixed, a restart begins with the previously saved rules");
         self.faults.set(About::State, saved.as_ref().err().map(fault));
         if let Ok(mark) = *saved {

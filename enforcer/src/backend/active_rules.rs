@@ -15,12 +15,12 @@ use crate::{
 
 /// What is active, for those who only read it.
 #[derive(Debug)]
-pub(crate) struct InForce {
+pub(crate) struct ActiveRules {
     ebpf: Option<Pinned>,
     nftables: Option<nftables::Reading>,
 }
 
-impl InForce {
+impl ActiveRules {
     /// Reads what is active; none where nothing is.
     pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
         match Self::open_as_far_as_possible(settings)? {
