@@ -18,6 +18,7 @@ mod journal;
 mod lookups;
 mod recent;
 mod report;
+mod requests;
 mod rounds;
 mod save;
 mod sources;
@@ -40,7 +41,6 @@ use tracing::{info, warn};
 use self::{
     boot::Pending,
     bus::Unfinished,
-    denials::send_events,
     dials::Dials,
     drift::Drift,
     faults::{About, Faults},
@@ -55,13 +55,13 @@ use self::{
 use crate::{
     backend::{self, Enforcement, LinksSeen, Start},
     bosh::Watch,
-    control::{self, Call},
+    control,
     inputs::{HostConfig, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
     resolve::PartialAnswer,
     sweep::{self, SweepJob, SweepQueue},
-    wire::{ExistingStatus, Reply, Request, Status, Verification},
+    wire::{ExistingStatus, Reply, Status},
 };
 
 pub(crate) use self::{boot::apply_last_good, error::DaemonError};
@@ -453,43 +453,6 @@ impl Daemon {
         self.look_at_jobs();
         self.settle();
         self.inputs.look_at_cgroups();
-    }
-
-    /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
-    fn answer(&mut self, call: Call) -> Option<mpsc::Sender<Reply>> {
-        let Call { request, peer, replies } = call;
-        match request {
-            Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
-            Request::Refresh => {
-                let names = self.inputs.config.policy.names();
-                self.rounds.next();
-                self.look_up_all();
-                self.rounds.wait(names, replies);
-                self.answer_waiting();
-            }
-            Request::Events { follow } => {
-                let (kept, live) = self.feed.follow(follow);
-                tokio::spawn(send_events(kept, live, replies));
-            }
-            Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
-            Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
-            Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
-            Request::Verify => {
-                let reply = match self.verify() {
-                    Ok(verification) => Reply::Verification(Box::new(verification)),
-                    Err(error) => Reply::Error(error.to_string()),
-                };
-                drop(replies.try_send(reply));
-            }
-            Request::Unload => return Some(replies),
-        }
-        None
-    }
-
-    /// Compares all that the kernel holds with what is wanted now.
-    fn verify(&mut self) -> Result<Verification, DaemonError> {
-        let desired = self.inputs.desired(Instant::now())?;
-        Ok(self.enforcement.verify(&desired.rules)?)
     }
 
     /// Ends, with everything of ours removed.

@@ -1,0 +1,50 @@
+//! Requests of the control socket, answered.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::{Daemon, DaemonError, denials::send_events};
+use crate::{
+    control::Call,
+    wire::{Reply, Request, Verification},
+};
+
+impl Daemon {
+    /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
+    pub(super) fn answer(&mut self, call: Call) -> Option<mpsc::Sender<Reply>> {
+        let Call { request, peer, replies } = call;
+        match request {
+            Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
+            Request::Refresh => {
+                let names = self.inputs.config.policy.names();
+                self.rounds.next();
+                self.look_up_all();
+                self.rounds.wait(names, replies);
+                self.answer_waiting();
+            }
+            Request::Events { follow } => {
+                let (kept, live) = self.feed.follow(follow);
+                tokio::spawn(send_events(kept, live, replies));
+            }
+            Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
+            Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
+            Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
+            Request::Verify => {
+                let reply = match self.verify() {
+                    Ok(verification) => Reply::Verification(Box::new(verification)),
+                    Err(error) => Reply::Error(error.to_string()),
+                };
+                drop(replies.try_send(reply));
+            }
+            Request::Unload => return Some(replies),
+        }
+        None
+    }
+
+    /// Compares all that the kernel holds with what is wanted now.
+    fn verify(&mut self) -> Result<Verification, DaemonError> {
+        let desired = self.inputs.desired(Instant::now())?;
+        Ok(self.enforcement.verify(&desired.rules)?)
+    }
+}
