@@ -30,6 +30,7 @@ pub(crate) use ebpf::{
 };
 pub(crate) use nftables::{Logged, LoggedDenial, NflogListener, NftChanges, NftablesBackend, NftablesError, jobs};
 
+use nftables::image::counters_of;
 use probe::{Fact, Usability};
 use writer::Writer;
 
@@ -333,13 +334,13 @@ impl Enforcement {
             }
         }
         if let Some(nftables) = &mut self.nftables {
-            for (counter, count) in nftables.counters()? {
-                let target = ["denied_", "would_deny_"]
+            let found = nftables.counters()?;
+            for (target, sum) in &mut counts {
+                let [_, denied, would_deny] = counters_of(target);
+                *sum += [denied, would_deny]
                     .iter()
-                    .find_map(|of| counter.strip_prefix(of));
-                if let Some(sum) = target.and_then(|target| counts.get_mut(target)) {
-                    *sum += count;
-                }
+                    .filter_map(|name| found.get(name))
+                    .sum::<u64>();
             }
         }
         Ok(counts)

@@ -302,11 +302,11 @@ impl NftablesBackend {
     }
 
     /// What the counters have counted.
-    pub(crate) fn counters(&mut self) -> Result<Vec<(String, u64)>, NftablesError> {
+    pub(crate) fn counters(&mut self) -> Result<BTreeMap<String, u64>, NftablesError> {
         let table = &self.table;
         let found = self.netlink.at_one_generation(|netlink| netlink.counters(table));
         let (found, _) = found.map_err(|error| failed(table, "read the counters", error))?;
-        Ok(found.into_iter().collect())
+        Ok(found)
     }
 
     /// Removes the table.
