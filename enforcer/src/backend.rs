@@ -307,22 +307,6 @@ impl Enforcement {
         Ok(merged(ebpf, nftables).unwrap_or_default())
     }
 
-    /// Whether what is active may hold endpoints of one of these targets: it does, or it cannot be read.
-    pub(crate) fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError> {
-        if let Some(kernel) = &self.ebpf
-            && kernel.replaces_unread()?
-        {
-            return Ok(true);
-        }
-        let Observed {
-            generation,
-            targets: guarded,
-            ..
-        } = self.observe()?;
-        let mut guarded = guarded.iter().filter(|target| target.endpoints > 0);
-        Ok(generation != 0 && guarded.any(|target| targets.contains(&target.name.as_str())))
-    }
-
     /// What the kernel has counted as denied, or as to be denied in audit mode, of each of these targets, and nothing
     /// else: reading large sets takes long.
     pub(crate) fn denial_counts(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {

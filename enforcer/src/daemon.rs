@@ -282,11 +282,22 @@ impl Daemon {
                 self.apply_or_keep();
                 self.answer_waiting();
             }
-            Wakeup::Users(found) => self.users_found(&found),
+            Wakeup::Users(found) => {
+                if self.users_found(&found) {
+                    return Step::Follow;
+                }
+            }
             Wakeup::Links(seen) => self.links_seen(seen),
             Wakeup::Due => self.look_up_due(Instant::now()),
-            Wakeup::Routes => self.look_at_routes(),
-            Wakeup::Tables | Wakeup::Expiry => self.look_at_host(),
+            Wakeup::Routes => {
+                self.look_at_routes();
+                sources.gather_routes();
+            }
+            Wakeup::Tables => {
+                self.look_at_host();
+                sources.gather_tables();
+            }
+            Wakeup::Expiry => self.look_at_host(),
             Wakeup::Denials => sources.take_denials(|source| self.take_events(source)),
             Wakeup::Logged => sources.take_logged(|source| self.take_logged(source)),
             Wakeup::Dials => sources.take_dials(|source| self.take_dials(source)),

@@ -43,19 +43,48 @@ impl ActiveRules {
         Ok((in_force, unread))
     }
 
+    /// Whether rules are active on some backend.
+    pub(crate) fn are_there(settings: &Settings) -> Result<bool, BackendError> {
+        let (found, _) = Self::open_as_far_as_possible(settings)?;
+        Ok(found.is_some_and(|found| {
+            found.ebpf.is_some_and(|pinned| pinned.is_attached())
+                || found.nftables.is_some_and(|reading| reading.observe().generation != 0)
+        }))
+    }
+
+    /// Whether some backend may hold endpoints of one of these targets: it does, or what it holds cannot be read.
+    pub(crate) fn may_guard(settings: &Settings, targets: &[&str]) -> Result<bool, BackendError> {
+        let (found, unread) = Self::open_as_far_as_possible(settings)?;
+        let Some(Self { ebpf, nftables }) = found else {
+            return Ok(unread.is_some());
+        };
+        let ebpf = ebpf.map(|pinned| pinned.observe(None)).transpose()?;
+        let nftables = nftables.map(|reading| reading.observe());
+        let guards = |observed: Observed| {
+            let mut guarded = observed.targets.into_iter().filter(|target| target.endpoints > 0);
+            observed.generation != 0 && guarded.any(|target| targets.contains(&target.name.as_str()))
+        };
+        Ok(unread.is_some() || [ebpf, nftables].into_iter().flatten().any(guards))
+    }
+
     /// Whether what is active comes from a rule set, whoever made it so, on one backend or more: whoever asks is about
-    /// to make it active on all. So no matter which programs the links run, which takes `CAP_SYS_ADMIN` to tell, and
+    /// to make it active on all. So no matter which links and pins are there, or a table that is dormant beside it; nor
     /// what a process that was killed between a switch and its cleaning up left of the rules before.
     pub(crate) fn holds(rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<bool, BackendError> {
-        let Some(mut found) = Self::open(settings)? else {
+        let Some(Self { ebpf, nftables }) = Self::open(settings)? else {
             return Ok(false);
         };
-        if let Some(reading) = &mut found.nftables {
+        let mut nftables = nftables.filter(|reading| ebpf.is_none() || !reading.is_dormant());
+        if let Some(reading) = &mut nftables {
             reading.forget_the_other_slot();
         }
-        let found = found.verify(rules, settings, cgroup)?;
-        let harmless = |object| matches!(object, &Object::Backend | &Object::Link | &Object::Counters);
-        Ok(found.counts.keys().all(harmless))
+        let found = Self { ebpf, nftables }.verify(rules, settings, cgroup)?;
+        Ok(found.counts.keys().all(|object| {
+            matches!(
+                object,
+                Object::Backend | Object::Link | Object::PinDirectory | Object::Counters
+            )
+        }))
     }
 
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.

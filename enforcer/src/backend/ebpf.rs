@@ -305,17 +305,12 @@ impl EbpfBackend {
                 .and_then(Option::as_ref)
                 .filter(|_| quick)
         };
-        let astray = self
-            .astray
-            .iter()
-            .flatten()
-            .map(|(hook, state)| (*hook, state.to_string()));
-        observe(&self.maps, |_| astray.collect(), held)
-    }
-
-    /// Whether programs are attached that rest on maps which cannot be read: another version's, or damaged ones.
-    pub(crate) fn replaces_unread(&self) -> Result<bool, BackendError> {
-        Ok(observe::other_layout(&self.pins)?.is_some())
+        let astray = |udp| match &self.astray {
+            Some(astray) => astray.iter().map(|(hook, state)| (*hook, state.to_string())).collect(),
+            // Before this process has attached any: those of another one, whose programs are its own.
+            None => links::astray(&self.pins, udp, Some(self.cgroup_id), |_, _| Ok(true)),
+        };
+        observe(&self.maps, astray, held)
     }
 
     /// Denials that the ring buffer had no room for.

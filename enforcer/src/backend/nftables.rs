@@ -386,6 +386,11 @@ impl Reading {
         observe(&self.0)
     }
 
+    /// Whether no packet meets it.
+    pub(crate) fn is_dormant(&self) -> bool {
+        self.0.dormant
+    }
+
     /// Leaves out what belongs to the slot that is not active.
     pub(crate) fn forget_the_other_slot(&mut self) {
         self.0.image.forget_the_other_slot();

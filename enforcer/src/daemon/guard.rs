@@ -5,7 +5,8 @@ use std::{sync::Arc, time::Instant};
 
 use super::{DaemonError, Drift};
 use crate::{
-    backend::{BackendError, Enforcement},
+    backend::{ActiveRules, BackendError, Enforcement},
+    config::Settings,
     inputs::{Desired, Inputs},
     policy::Policy,
     ruleset::{Host, Resolved, RuleSet},
@@ -20,10 +21,10 @@ pub(super) trait Store {
     fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
     /// How often something that others took or changed was put back.
     fn restored(&self) -> u64;
-    /// The number of the active rules, whoever made them so; 0 where there are none.
-    fn generation(&mut self) -> Result<u64, BackendError>;
-    /// Whether what is active may hold endpoints of one of these targets.
-    fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError>;
+    /// Whether rules are active on some backend, whoever made them so.
+    fn is_active(&self, settings: &Settings) -> Result<bool, BackendError>;
+    /// Whether such rules may hold endpoints of one of these targets: they do, or they cannot be read.
+    fn may_guard(&self, settings: &Settings, targets: &[&str]) -> Result<bool, BackendError>;
 }
 
 impl Store for Enforcement {
@@ -39,12 +40,12 @@ impl Store for Enforcement {
         self.restored()
     }
 
-    fn generation(&mut self) -> Result<u64, BackendError> {
-        Ok(self.observe()?.generation)
+    fn is_active(&self, settings: &Settings) -> Result<bool, BackendError> {
+        ActiveRules::are_there(settings)
     }
 
-    fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError> {
-        self.may_guard(targets)
+    fn may_guard(&self, settings: &Settings, targets: &[&str]) -> Result<bool, BackendError> {
+        ActiveRules::may_guard(settings, targets)
     }
 }
 
@@ -112,7 +113,7 @@ impl Guard {
         last_good: &Inputs,
         now: Instant,
     ) -> Result<Option<Applied>, DaemonError> {
-        if store.generation()? != 0 {
+        if store.is_active(last_good.settings())? {
             return Ok(None);
         }
         self.apply(store, last_good, now).map(Some)
@@ -129,7 +130,7 @@ impl Guard {
         now: Instant,
     ) -> Result<Option<Applied>, DaemonError> {
         let unknown: Vec<&str> = inputs.targets_unknown(now).collect();
-        if !has_record && !unknown.is_empty() && store.may_guard(&unknown)? {
+        if !has_record && !unknown.is_empty() && store.may_guard(inputs.settings(), &unknown)? {
             self.hold = Hold::UntilResolved;
             return Ok(None);
         }

@@ -158,7 +158,6 @@ impl Sources {
                         routes.drain();
                         true
                     });
-                    self.gather.begin(GATHER);
                     return Wakeup::Routes;
                 }
                 () = self.calm.over() => {}
@@ -167,7 +166,6 @@ impl Sources {
                         tables.drain();
                         true
                     });
-                    self.calm.begin(CALM);
                     return Wakeup::Tables;
                 }
                 () = self.rest.over() => {}
@@ -183,6 +181,16 @@ impl Sources {
                 Some(call) = self.calls.recv() => return Wakeup::Call(call),
             }
         }
+    }
+
+    /// Leaves word of local routes to gather, once what came was looked at.
+    pub(super) fn gather_routes(&mut self) {
+        self.gather.begin(GATHER);
+    }
+
+    /// As [`Sources::gather_routes`], changes of `nf_tables`.
+    pub(super) fn gather_tables(&mut self) {
+        self.calm.begin(CALM);
     }
 
     /// Has denials of the kernel programs taken, a helping of them: `take` tells whether it was all there were.

@@ -81,14 +81,17 @@ impl Daemon {
         });
     }
 
-    /// A name that means another number now is a change of rules.
-    pub(super) fn users_found(&mut self, found: &UserAnswers) {
+    /// A name that means another number now is a change of rules. True if another configuration was taken by it.
+    pub(super) fn users_found(&mut self, found: &UserAnswers) -> bool {
         let wanted = match self.inputs.config.with_users(found) {
             Ok(wanted) => wanted,
-            Err(error) => return error!("look up the configuration's users again: {error}"),
+            Err(error) => {
+                error!("look up the configuration's users again: {error}");
+                return false;
+            }
         };
         if wanted.users == self.inputs.config.users {
-            return;
+            return false;
         }
         let words = |uids: Option<&Option<BTreeSet<Uid>>>| {
             let uids = uids.and_then(Option::as_ref).filter(|uids| !uids.is_empty());
@@ -101,9 +104,12 @@ impl Daemon {
                 info!("{account} is now {} (was {})", words(Some(uids)), words(before));
             }
         }
-        if let Err(error) = self.change_to(wanted) {
-            let fault = format!("{error}; the previous rules stay active");
-            self.faults.set(About::RuleSet, Some(fault));
+        let changed = self.change_to(wanted);
+        let fault = |error| format!("{error}; the previous rules stay active");
+        let (taken, fault) = (changed.is_ok(), changed.err().map(fault));
+        if fault.is_some() {
+            self.faults.set(About::RuleSet, fault);
         }
+        taken
     }
 }

@@ -18,6 +18,9 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(f4_a_dormant_table_is_not_active).on(NFTABLES),
         case!(f4_a_backend_without_rules_gets_them).on(BOTH),
+        case!(f4_a_dormant_table_beside_ebpf_is_made_anew).on(BOTH),
+        case!(f4_a_link_that_is_gone_is_made_again).on(EBPF),
+        case!(f4_rules_without_a_link_are_not_active).on(EBPF),
         case!(f1_damaged_pins_and_state_open_no_name).on(EBPF),
         case!(f4_a_bad_configuration_and_damaged_state_are_both_reported),
     ]
@@ -79,6 +82,59 @@ fn f4_a_backend_without_rules_gets_them() -> Result<()> {
         "{status}"
     );
     Ok(())
+}
+
+fn f4_a_dormant_table_beside_ebpf_is_made_anew() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.daemon()?.kill()?;
+    nft(&[&format!("add table inet {} {{ flags dormant ; }}", world.name())])?;
+    let dormant = || -> Result<bool> { Ok(nft(&["list", "table", "inet", world.name()])?.contains("flags dormant")) };
+    ensure!(dormant()?, "the table is not dormant");
+    broken(&world)?;
+    let _daemon = world.daemon()?;
+    ensure!(!dormant()?, "the table is dormant still");
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()
+}
+
+/// The maps hold the last known good rules, and a link has gone with its pin.
+fn f4_a_link_that_is_gone_is_made_again() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.daemon()?.kill()?;
+    world.attack(NOBODY).is_refused()?;
+    fs::remove_file(world.pins().join("connect4"))?;
+    until("the link is gone", || Ok(world.attack(NOBODY).reaches().is_ok()))?;
+    broken(&world)?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()
+}
+
+/// The maps hold rules that are not the last known good ones, and nothing runs by them.
+fn f4_rules_without_a_link_are_not_active() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let daemon = world.daemon()?;
+    let file = world.path("state/last-good.json");
+    let older = fs::read(&file)?;
+    let both = [format!("tcp://{}", world.here()), "tcp://192.0.2.1:4222".to_owned()];
+    world.configure_one(&both, r#"["root"]"#)?;
+    daemon.reload()?;
+    daemon.kill()?;
+    fs::write(&file, older)?;
+    for hook in ["connect4", "connect6"] {
+        fs::remove_file(world.pins().join(hook))?;
+    }
+    until("the links are gone", || Ok(world.attack(NOBODY).reaches().is_ok()))?;
+    broken(&world)?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    world.attack(0).reaches()
 }
 
 /// The maps that tell what is guarded cannot be read, and the file that tells it too cannot either.

@@ -117,6 +117,17 @@ pub(super) fn states(
     })
 }
 
+/// The links that do not do what they are there for, and what they do; as [`states`].
+pub(super) fn astray(
+    pins: &Pins,
+    udp: bool,
+    cgroup: Option<u64>,
+    runs: impl Fn(&Hook, u32) -> io::Result<bool>,
+) -> Vec<(&'static Hook, String)> {
+    let astray = states(pins, udp, cgroup, runs).filter(|(_, state)| !matches!(state, LinkState::Ours));
+    astray.map(|(hook, state)| (hook, state.to_string())).collect()
+}
+
 /// Links that do not do what they are there for.
 pub(super) type Astray = Vec<(&'static Hook, LinkState)>;
 

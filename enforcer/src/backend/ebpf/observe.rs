@@ -11,7 +11,7 @@ use enforcer_ebpf::{
 use super::{
     BackendError, MAPS,
     image::{self, Image},
-    links::{self, Hook, LinkState},
+    links::{self, Hook},
     maps::{Maps, Outside},
     maps_name,
     pins::Pins,
@@ -118,6 +118,11 @@ impl Pinned {
         Ok(maps?.map(|maps| Self { maps, pins }))
     }
 
+    /// Whether any program rests on them.
+    pub(crate) fn is_attached(&self) -> bool {
+        links::any_attached(&self.pins)
+    }
+
     /// The maps and the directory.
     pub(super) fn parts(&self) -> (&Maps, &Pins) {
         (&self.maps, &self.pins)
@@ -130,12 +135,7 @@ impl Pinned {
             let used = sys::program_maps(program)?;
             Ok(ours.iter().all(|map| used.contains(map)))
         };
-        let astray = |udp| {
-            let states = links::states(&self.pins, udp, cgroup, runs);
-            let astray = states.filter(|(_, state)| !matches!(state, LinkState::Ours));
-            astray.map(|(hook, state)| (hook, state.to_string())).collect()
-        };
-        observe(&self.maps, astray, |_| None)
+        observe(&self.maps, |udp| links::astray(&self.pins, udp, cgroup, runs), |_| None)
     }
 
     /// Runs the kernel's decision over the kernel's maps.
@@ -172,7 +172,7 @@ impl Pinned {
 }
 
 /// The layout of another version's maps, if such are there and programs attached.
-pub(super) fn other_layout(pins: &Pins) -> Result<Option<String>, BackendError> {
+fn other_layout(pins: &Pins) -> Result<Option<String>, BackendError> {
     if !links::any_attached(pins) {
         return Ok(None);
     }

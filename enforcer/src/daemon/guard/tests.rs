@@ -86,14 +86,14 @@ impl Store for Fake {
         self.restored
     }
 
-    fn generation(&mut self) -> Result<u64, BackendError> {
+    fn is_active(&self, _: &Settings) -> Result<bool, BackendError> {
         if self.refuses {
             return Err(Self::refusal());
         }
-        Ok(self.generation)
+        Ok(self.generation != 0)
     }
 
-    fn may_guard(&mut self, targets: &[&str]) -> Result<bool, BackendError> {
+    fn may_guard(&self, _: &Settings, targets: &[&str]) -> Result<bool, BackendError> {
         Ok(self.guards.iter().any(|guarded| targets.contains(guarded)))
     }
 }
