@@ -305,12 +305,12 @@ impl EbpfBackend {
                 .and_then(Option::as_ref)
                 .filter(|_| quick)
         };
-        let astray = |udp| match &self.astray {
-            Some(astray) => astray.iter().map(|(hook, state)| (*hook, state.to_string())).collect(),
+        let faults = |udp| match &self.astray {
+            Some(astray) => links::faults(astray),
             // Before this process has attached any: those of another one, whose programs are its own.
-            None => links::astray(&self.pins, udp, Some(self.cgroup_id), |_, _| Ok(true)),
+            None => links::faults(&links::astray(&self.pins, udp, Some(self.cgroup_id), |_, _| Ok(true))),
         };
-        observe(&self.maps, astray, held)
+        observe(&self.maps, faults, held)
     }
 
     /// Denials that the ring buffer had no room for.

@@ -1,4 +1,4 @@
-//! All that the loop waits for: descriptors, signals, timers, calls, and what its own tasks bring. Each becomes an
+//! All that the loop waits for: descriptors, signals, timers, calls, and what its own tasks bring. Each becomes a
 //! [`Wakeup`].
 
 use std::{
@@ -154,18 +154,12 @@ impl Sources {
                 () = sleep_until(due.into()) => return Wakeup::Due,
                 () = self.gather.over() => {}
                 () = self.routes.ready(), if !self.gather.is_on() => {
-                    self.routes.take(|routes| {
-                        routes.drain();
-                        true
-                    });
+                    self.routes.take_all(|routes| routes.drain());
                     return Wakeup::Routes;
                 }
                 () = self.calm.over() => {}
                 () = self.tables.ready(), if !self.calm.is_on() => {
-                    self.tables.take(|tables| {
-                        tables.drain();
-                        true
-                    });
+                    self.tables.take_all(|tables| tables.drain());
                     return Wakeup::Tables;
                 }
                 () = self.rest.over() => {}
@@ -209,10 +203,7 @@ impl Sources {
 
     /// Has all dials taken.
     pub(super) fn take_dials(&mut self, take: impl FnOnce(&mut Ring<DialRecord>)) {
-        self.dials.take(|dials| {
-            take(dials);
-            true
-        });
+        self.dials.take_all(take);
     }
 
     /// The watched settings of a BOSH agent.
@@ -282,6 +273,13 @@ impl<T: AsRawFd> Source<T> {
             ready.clear_ready();
         }
         all
+    }
+
+    fn take_all(&mut self, take: impl FnOnce(&mut T)) {
+        self.take(|source| {
+            take(source);
+            true
+        });
     }
 }
 

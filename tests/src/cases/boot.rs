@@ -16,7 +16,7 @@ use crate::{
     world::{Daemon, Listener, NOBODY, World, ran, until},
 };
 
-const FILE: &str = "last-good.json";
+pub(super) const FILE: &str = "last-good.json";
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
@@ -56,7 +56,7 @@ fn unload(world: &World, daemon: Daemon) -> Result<()> {
     Ok(())
 }
 
-fn guarded(world: &World) -> Result<()> {
+pub(super) fn guarded(world: &World) -> Result<()> {
     world.attack(NOBODY).is_refused()?;
     world.attack(0).reaches()
 }
@@ -72,7 +72,7 @@ fn told(world: &World, says: &str) -> Result<()> {
 }
 
 /// Asked of the daemon itself: the configuration that tells the command where it is may be broken.
-fn asked(world: &World) -> Result<String> {
+pub(super) fn asked(world: &World) -> Result<String> {
     crate::world::ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")
 }
 

@@ -6,12 +6,13 @@ use anyhow::{Result, ensure};
 
 use super::{
     Case,
+    boot::{FILE, asked, guarded},
     names::{Named, addresses},
 };
 use crate::{
     backend::{BOTH, EBPF, NFTABLES},
     dns::Zone,
-    world::{NOBODY, World, ask_raw, ran, until},
+    world::{Listener, NOBODY, World, ran, until},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -34,8 +35,14 @@ fn broken(world: &World) -> Result<String> {
     Ok(good)
 }
 
-fn status(world: &World) -> Result<String> {
-    ask_raw(&world.path("run/control.sock"), b"{\"request\":\"status\"}\n")
+/// A world whose rules a daemon left active when it was killed.
+fn left_active() -> Result<(World, Listener)> {
+    let world = World::new()?;
+    let listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.daemon()?.kill()?;
+    world.attack(NOBODY).is_refused()?;
+    Ok((world, listener))
 }
 
 fn nft(arguments: &[&str]) -> Result<String> {
@@ -43,19 +50,14 @@ fn nft(arguments: &[&str]) -> Result<String> {
 }
 
 fn f4_a_dormant_table_is_not_active() -> Result<()> {
-    let world = World::new()?;
-    let _listener = world.listen()?;
-    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
-    world.daemon()?.kill()?;
-    world.attack(NOBODY).is_refused()?;
+    let (world, _listener) = left_active()?;
     let dormant = format!("add table inet {} {{ flags dormant ; }}", world.name());
     nft(&[&dormant])?;
     world.attack(NOBODY).reaches()?;
     broken(&world)?;
     let _daemon = world.daemon()?;
-    world.attack(NOBODY).is_refused()?;
-    world.attack(0).reaches()?;
-    let status = status(&world)?;
+    guarded(&world)?;
+    let status = asked(&world)?;
     ensure!(
         status.contains("degraded") && status.contains("the last known good rules are active instead"),
         "{status}"
@@ -64,19 +66,15 @@ fn f4_a_dormant_table_is_not_active() -> Result<()> {
 }
 
 fn f4_a_backend_without_rules_gets_them() -> Result<()> {
-    let world = World::new()?;
-    let _listener = world.listen()?;
-    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
-    world.daemon()?.kill()?;
+    let (world, _listener) = left_active()?;
     nft(&["delete", "table", "inet", world.name()])?;
     let tables = || nft(&["list", "tables"]);
     ensure!(!tables()?.contains(world.name()), "the table is still there");
     broken(&world)?;
     let _daemon = world.daemon()?;
     ensure!(tables()?.contains(world.name()), "nftables has no rules");
-    world.attack(NOBODY).is_refused()?;
-    world.attack(0).reaches()?;
-    let status = status(&world)?;
+    guarded(&world)?;
+    let status = asked(&world)?;
     ensure!(
         status.contains("the last known good rules are active instead") && !status.contains("nothing is active"),
         "{status}"
@@ -85,33 +83,24 @@ fn f4_a_backend_without_rules_gets_them() -> Result<()> {
 }
 
 fn f4_a_dormant_table_beside_ebpf_is_made_anew() -> Result<()> {
-    let world = World::new()?;
-    let _listener = world.listen()?;
-    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
-    world.daemon()?.kill()?;
+    let (world, _listener) = left_active()?;
     nft(&[&format!("add table inet {} {{ flags dormant ; }}", world.name())])?;
     let dormant = || -> Result<bool> { Ok(nft(&["list", "table", "inet", world.name()])?.contains("flags dormant")) };
     ensure!(dormant()?, "the table is not dormant");
     broken(&world)?;
     let _daemon = world.daemon()?;
     ensure!(!dormant()?, "the table is dormant still");
-    world.attack(NOBODY).is_refused()?;
-    world.attack(0).reaches()
+    guarded(&world)
 }
 
 /// The maps hold the last known good rules, and a link has gone with its pin.
 fn f4_a_link_that_is_gone_is_made_again() -> Result<()> {
-    let world = World::new()?;
-    let _listener = world.listen()?;
-    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
-    world.daemon()?.kill()?;
-    world.attack(NOBODY).is_refused()?;
+    let (world, _listener) = left_active()?;
     fs::remove_file(world.pins().join("connect4"))?;
     until("the link is gone", || Ok(world.attack(NOBODY).reaches().is_ok()))?;
     broken(&world)?;
     let _daemon = world.daemon()?;
-    world.attack(NOBODY).is_refused()?;
-    world.attack(0).reaches()
+    guarded(&world)
 }
 
 /// The maps hold rules that are not the last known good ones, and nothing runs by them.
@@ -120,7 +109,7 @@ fn f4_rules_without_a_link_are_not_active() -> Result<()> {
     let _listener = world.listen()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
     let daemon = world.daemon()?;
-    let file = world.path("state/last-good.json");
+    let file = world.path("state").join(FILE);
     let older = fs::read(&file)?;
     let both = [format!("tcp://{}", world.here()), "tcp://192.0.2.1:4222".to_owned()];
     world.configure_one(&both, r#"["root"]"#)?;
@@ -133,44 +122,43 @@ fn f4_rules_without_a_link_are_not_active() -> Result<()> {
     until("the links are gone", || Ok(world.attack(NOBODY).reaches().is_ok()))?;
     broken(&world)?;
     let _daemon = world.daemon()?;
-    world.attack(NOBODY).is_refused()?;
-    world.attack(0).reaches()
+    guarded(&world)
 }
 
 /// The maps that tell what is guarded cannot be read, and the file that tells it too cannot either.
 fn f1_damaged_pins_and_state_open_no_name() -> Result<()> {
     let named = Named::new(&["bus.test"], "")?;
     let world = &named.world;
-    let guarded = || world.attack(NOBODY).to(([10, 9, 0, 1], world.port).into()).is_refused();
+    let refused = || world.attack(NOBODY).to(([10, 9, 0, 1], world.port).into()).is_refused();
     named.dns.set("bus.test", addresses(&["10.9.0.1"]));
     named.daemon()?.kill()?;
-    guarded()?;
+    refused()?;
     let maps = world.pins().join(crate::world::maps_name());
     fs::remove_file(maps.join("principals"))?;
-    fs::write(world.path("state/last-good.json"), "{")?;
+    fs::write(world.path("state").join(FILE), "{")?;
     named.dns.set("bus.test", Zone::Silence);
     let daemon = named.daemon()?;
-    guarded()?;
+    refused()?;
     ensure!(
-        daemon.log().contains("damaged") && status(world)?.contains("stay until they have been"),
+        daemon.log().contains("damaged") && asked(world)?.contains("stay until they have been"),
         "{}",
         daemon.log()
     );
     named.dns.set("bus.test", addresses(&["10.9.0.2"]));
     world.enforcer(&["refresh"])?;
     until("the answer is active", || named.denied("10.9.0.2"))?;
-    until("all is well", || Ok(status(world)?.contains("\"enforcing\"")))
+    until("all is well", || Ok(asked(world)?.contains("\"enforcing\"")))
 }
 
 fn f4_a_bad_configuration_and_damaged_state_are_both_reported() -> Result<()> {
     let world = World::new()?;
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
     world.daemon()?.kill()?;
-    fs::write(world.path("state/last-good.json"), "{")?;
+    fs::write(world.path("state").join(FILE), "{")?;
     let good = broken(&world)?;
     let ended = world.enforcer(&["run"])?.demand(2)?;
     ensure!(
-        ended.stderr.contains("bogus") && ended.stderr.contains("last-good.json"),
+        ended.stderr.contains("bogus") && ended.stderr.contains(FILE),
         "{ended:?}"
     );
     fs::write(world.path("enforcer.toml"), good)?;

@@ -117,19 +117,26 @@ pub(super) fn states(
     })
 }
 
-/// The links that do not do what they are there for, and what they do; as [`states`].
+/// Links that do not do what they are there for.
+pub(super) type Astray = Vec<(&'static Hook, LinkState)>;
+
+/// Those of [`states`].
 pub(super) fn astray(
     pins: &Pins,
     udp: bool,
     cgroup: Option<u64>,
     runs: impl Fn(&Hook, u32) -> io::Result<bool>,
-) -> Vec<(&'static Hook, String)> {
-    let astray = states(pins, udp, cgroup, runs).filter(|(_, state)| !matches!(state, LinkState::Ours));
-    astray.map(|(hook, state)| (hook, state.to_string())).collect()
+) -> Astray {
+    let states = states(pins, udp, cgroup, runs);
+    states.filter(|(_, state)| !matches!(state, LinkState::Ours)).collect()
 }
 
-/// Links that do not do what they are there for.
-pub(super) type Astray = Vec<(&'static Hook, LinkState)>;
+/// As `status` reports them.
+pub(super) fn faults(astray: &Astray) -> Vec<String> {
+    let fault =
+        |(hook, state): &(&Hook, LinkState)| format!("the link of {} {state}; enforcer run restores it", hook.name);
+    astray.iter().map(fault).collect()
+}
 
 /// A look at the links, to be taken in a thread of its own: the kernel tells of a link under the lock of all cgroups
 /// (`bpf_cgroup_link_fill_link_info`). Whoever moves processes between cgroups holds that for a grace period each time,
@@ -160,9 +167,10 @@ impl LinkLook {
             programs,
         } = self;
         let ours = |hook: &Hook, program| Ok(programs.contains(&(hook.name, program)));
-        let states = states(&pins, udp, directory_id(&cgroup), ours);
-        let astray = states.filter(|(_, state)| !matches!(state, LinkState::Ours)).collect();
-        LinksSeen { astray, udp }
+        LinksSeen {
+            astray: astray(&pins, udp, directory_id(&cgroup), ours),
+            udp,
+        }
     }
 }
 

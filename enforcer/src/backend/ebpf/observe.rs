@@ -135,7 +135,11 @@ impl Pinned {
             let used = sys::program_maps(program)?;
             Ok(ours.iter().all(|map| used.contains(map)))
         };
-        observe(&self.maps, |udp| links::astray(&self.pins, udp, cgroup, runs), |_| None)
+        observe(
+            &self.maps,
+            |udp| links::faults(&links::astray(&self.pins, udp, cgroup, runs)),
+            |_| None,
+        )
     }
 
     /// Runs the kernel's decision over the kernel's maps.
@@ -240,11 +244,11 @@ impl Subject for SimulatedSubject {
     }
 }
 
-/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `astray` has
-/// the links that do not do what they are there for, and what they do.
+/// Reads all of it, but for entries that `held` has: those that the caller wrote to a slot and read back. `faults` has
+/// what is wrong with the links, given whether UDP is judged.
 pub(super) fn observe<'i>(
     maps: &Maps,
-    astray: impl FnOnce(bool) -> Vec<(&'static Hook, String)>,
+    faults: impl FnOnce(bool) -> Vec<String>,
     held: impl Fn(u8) -> Option<&'i Image>,
 ) -> Result<Observed, BackendError> {
     let slot = maps.active_slot()?;
@@ -258,9 +262,7 @@ pub(super) fn observe<'i>(
         }
         None => (Cow::Owned(Image::empty()), 0),
     };
-    let astray = slot.map_or_else(Vec::new, |_| astray(image.has_udp())).into_iter();
-    let faults = astray.map(|(hook, does)| format!("the link of {} {does}; enforcer run restores it", hook.name));
-    let faults = faults.collect();
+    let faults = slot.map_or_else(Vec::new, |_| faults(image.has_udp()));
     let placed = |owners: u64, bit: u32| owners >> bit & 1 == 1;
     let real = || image.endpoints.iter().filter(|(key, _)| key.address != [0; 4]);
     let mut targets = Vec::new();
