@@ -5,6 +5,7 @@ mod active_rules;
 mod ebpf;
 mod nftables;
 pub(crate) mod probe;
+mod store;
 pub(crate) mod third_party;
 mod writer;
 
@@ -29,6 +30,11 @@ pub(crate) use ebpf::{
     BackendError, Checked, EbpfBackend, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
 };
 pub(crate) use nftables::{Logged, LoggedDenial, NflogListener, NftChanges, NftablesBackend, NftablesError, jobs};
+
+pub(crate) use store::Store;
+
+#[cfg(test)]
+pub(crate) use nftables::unload as remove_table;
 
 use nftables::image::counters_of;
 use probe::{Fact, Usability};
@@ -93,8 +99,8 @@ impl Start<'_> {
 }
 
 impl Enforcement {
-    /// Takes over what is there, or makes it. Nothing is judged differently before the first [`Enforcement::apply`].
-    pub(crate) fn take_over(start: Start<'_>) -> Result<Self, BackendError> {
+    /// Takes over what is there, or makes it. Nothing is judged differently before the first [`Store::apply`].
+    pub(crate) fn take_over(start: Start<'_>) -> Result<Box<dyn Store>, BackendError> {
         let mut this = Self {
             ebpf: None,
             nftables: None,
@@ -103,11 +109,49 @@ impl Enforcement {
             _writer: Writer::of(&start.settings.state_dir, true)?,
         };
         this.extend(start)?;
-        Ok(this)
+        Ok(Box::new(this))
     }
 
-    /// Adds what another choice of backend needs; what it no longer needs stays until [`Enforcement::retire`].
-    pub(crate) fn extend(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it
+    /// matters.
+    fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+        let tried = start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel));
+        let mut works = Usability {
+            ebpf: tried.as_ref().map_or_else(Fact::from_backend, |_| Fact::Supported),
+            nftables: Fact::Inconclusive("not tried".to_owned()),
+        };
+        if let Fact::Missing { why } = &works.ebpf {
+            if self.nftables.is_none() {
+                self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
+                    ebpf: why.as_str().into(),
+                    nftables: Box::new(nftables),
+                })?);
+            }
+            works.nftables = Fact::Supported;
+        }
+        let choice = probe::choose(&works, Backend::Auto);
+        let ebpf = match (choice.backend, tried) {
+            (Some(_), tried) => tried.ok(),
+            (None, Ok(_)) => None,
+            (None, Err(error)) => return Err(error),
+        };
+        self.ebpf = ebpf;
+        if choice.backend == Some(Backend::Nftables) {
+            warn!("{}", choice.reason);
+            self.reason = Some(choice.reason);
+        }
+        Ok(())
+    }
+
+    fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
+        let nftables = self.nftables.as_mut().map(NftablesBackend::observe).transpose()?;
+        Ok(merged(ebpf, nftables).unwrap_or_default())
+    }
+}
+
+impl Store for Enforcement {
+    fn extend(&mut self, start: Start<'_>) -> Result<(), BackendError> {
         let half = |name| {
             move |error| BackendError::Half {
                 name,
@@ -142,39 +186,7 @@ impl Enforcement {
         Ok(())
     }
 
-    /// Takes what `auto` chooses, by the two facts that this start finds: the second is looked for only where it
-    /// matters.
-    fn choose(&mut self, start: Start<'_>) -> Result<(), BackendError> {
-        let tried = start.ebpf().and_then(|mut kernel| kernel.try_out().map(|()| kernel));
-        let mut works = Usability {
-            ebpf: tried.as_ref().map_or_else(Fact::from_backend, |_| Fact::Supported),
-            nftables: Fact::Inconclusive("not tried".to_owned()),
-        };
-        if let Fact::Missing { why } = &works.ebpf {
-            if self.nftables.is_none() {
-                self.nftables = Some(start.nftables().map_err(|nftables| BackendError::Neither {
-                    ebpf: why.as_str().into(),
-                    nftables: Box::new(nftables),
-                })?);
-            }
-            works.nftables = Fact::Supported;
-        }
-        let choice = probe::choose(&works, Backend::Auto);
-        let ebpf = match (choice.backend, tried) {
-            (Some(_), tried) => tried.ok(),
-            (None, Ok(_)) => None,
-            (None, Err(error)) => return Err(error),
-        };
-        self.ebpf = ebpf;
-        if choice.backend == Some(Backend::Nftables) {
-            warn!("{}", choice.reason);
-            self.reason = Some(choice.reason);
-        }
-        Ok(())
-    }
-
-    /// Removes what the choice no longer needs, once the rest is active: no gap. Also what an earlier process left.
-    pub(crate) fn retire(&mut self, settings: &Settings) {
+    fn retire(&mut self, settings: &Settings) {
         let (ebpf, nftables) = match settings.backend {
             Backend::Ebpf => (true, false),
             Backend::Nftables => (false, true),
@@ -204,8 +216,7 @@ impl Enforcement {
         }
     }
 
-    /// Makes a rule set active on all halves or on none (F2). Returns its generation number.
-    pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
         let both = self.ebpf.is_some() && self.nftables.is_some();
         let half = |name, error: BackendError| {
             if both {
@@ -239,10 +250,7 @@ impl Enforcement {
         Ok(number)
     }
 
-    /// Sees to it that the generation made active last, of this number, is so whole, putting back what others took or
-    /// changed (F5): the active number then, another one where rules or entries were written anew; with both backends
-    /// eBPF's. None if another generation was made active last.
-    pub(crate) fn ensure_active(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
+    fn ensure_active(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
         let mut kept = number;
         if let Some(nftables) = &mut self.nftables
             && !nftables.is_whole()?
@@ -261,25 +269,21 @@ impl Enforcement {
         }
     }
 
-    /// A look at what others may have detached, to be taken in a thread of its own.
-    pub(crate) fn link_look(&self) -> Option<LinkLook> {
+    fn link_look(&self) -> Option<LinkLook> {
         self.ebpf.as_ref().and_then(EbpfBackend::link_look)
     }
 
-    /// Takes what was found. True if [`Enforcement::ensure_active`] has something to repair.
-    pub(crate) fn links_seen(&mut self, seen: LinksSeen) -> bool {
+    fn links_seen(&mut self, seen: LinksSeen) -> bool {
         self.ebpf.as_mut().is_some_and(|kernel| kernel.links_seen(seen))
     }
 
-    /// Begins to wait for what the next [`Enforcement::apply`] would have to wait for.
-    pub(crate) fn begin_to_wait_for_readers(&mut self) {
+    fn begin_to_wait_for_readers(&mut self) {
         if let Some(kernel) = &mut self.ebpf {
             kernel.begin_to_wait_for_readers();
         }
     }
 
-    /// Compares all that the kernel holds with what a rule set asks for. Changes nothing.
-    pub(crate) fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
+    fn verify(&mut self, rules: &RuleSet) -> Result<Verification, BackendError> {
         let mut comparison = Comparison::default();
         let mut number = 0;
         if let Some(nftables) = &mut self.nftables {
@@ -291,25 +295,15 @@ impl Enforcement {
         Ok(comparison.finish(Against::Daemon, self.backend(), number))
     }
 
-    /// What the kernel holds now, read from it.
-    pub(crate) fn observe(&mut self) -> Result<Observed, BackendError> {
+    fn observe(&mut self) -> Result<Observed, BackendError> {
         self.observed(false)
     }
 
-    /// As [`Enforcement::observe`], but for entries of large maps: those as read back when they were written.
-    pub(crate) fn observe_quickly(&mut self) -> Result<Observed, BackendError> {
+    fn observe_quickly(&mut self) -> Result<Observed, BackendError> {
         self.observed(true)
     }
 
-    fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
-        let nftables = self.nftables.as_mut().map(NftablesBackend::observe).transpose()?;
-        Ok(merged(ebpf, nftables).unwrap_or_default())
-    }
-
-    /// What the kernel has counted as denied, or as to be denied in audit mode, of each of these targets, and nothing
-    /// else: reading large sets takes long.
-    pub(crate) fn denial_counts(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
+    fn denial_counts(&mut self, targets: Vec<String>) -> Result<BTreeMap<String, u64>, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(true)).transpose()?;
         let mut counts: BTreeMap<String, u64> = targets.into_iter().map(|target| (target, 0)).collect();
         for target in ebpf.into_iter().flat_map(|observed| observed.targets) {
@@ -330,79 +324,73 @@ impl Enforcement {
         Ok(counts)
     }
 
-    /// What enforces.
-    #[must_use]
-    pub(crate) fn backend(&self) -> ActiveBackend {
+    fn backend(&self) -> ActiveBackend {
         ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
-    /// Why `auto` took nftables, if it did.
-    #[must_use]
-    pub(crate) fn reason(&self) -> Option<&str> {
+    fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
 
-    /// Whether principals with a cgroup match nobody, as this kernel's nftables cannot tell a socket's cgroup.
-    #[must_use]
-    pub(crate) fn ignores_cgroups(&self) -> bool {
+    fn ignores_cgroups(&self) -> bool {
         self.nftables.as_ref().is_some_and(|nftables| !nftables.knows_cgroups())
     }
 
-    /// How often a change that another process made to our rules was repaired (F5).
-    #[must_use]
-    pub(crate) fn restored(&self) -> u64 {
+    fn restored(&self) -> u64 {
         self.restored
     }
 
-    /// The source of denials of the kernel programs, where these are in use. Each call opens another consumer of the
-    /// same buffer, and each record goes to one consumer only: keep one.
-    pub(crate) fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
+    fn events(&self) -> Result<Option<Ring<EventRecord>>, BackendError> {
         self.ebpf.as_ref().map(EbpfBackend::events).transpose()
     }
 
-    /// Denials that the ring buffer of the kernel programs had no room for.
-    pub(crate) fn lost(&self) -> Result<u64, BackendError> {
+    fn lost(&self) -> Result<u64, BackendError> {
         self.ebpf.as_ref().map_or(Ok(0), EbpfBackend::lost)
     }
 
-    /// The source of denials and dials that nftables logs. Returned once: the first caller keeps it.
-    pub(crate) fn logged(&mut self) -> Option<NflogListener> {
+    fn logged(&mut self) -> Option<NflogListener> {
         self.nftables.as_mut().and_then(NftablesBackend::denials)
     }
 
-    /// The dials that open gates tell of (N8). As [`Enforcement::events`].
-    pub(crate) fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
+    fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
         self.ebpf.as_ref().map(EbpfBackend::dials).transpose()
     }
 
-    /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).
-    pub(crate) fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
+    fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
         self.ebpf.as_ref().map_or(Ok(()), |kernel| kernel.set_gate(port, open))
     }
 
-    /// Whether others dialled a port after the one that was told.
-    pub(crate) fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
+    fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
         self.ebpf.as_ref().map_or(Ok(false), |kernel| kernel.take_knock(port))
     }
 
-    /// The programs, for their log.
-    pub(crate) fn programs(&mut self) -> Option<&mut aya::Ebpf> {
+    fn programs(&mut self) -> Option<&mut aya::Ebpf> {
         self.ebpf.as_mut().map(EbpfBackend::programs)
     }
 
-    /// Gives back what loading has left behind.
-    pub(crate) fn trim_memory(&self) {
+    fn trim_memory(&self) {
         if let Some(kernel) = &self.ebpf {
             kernel.trim_memory();
         }
     }
 
-    /// Removes all of ours from the kernel.
-    pub(crate) fn unload(self) -> Result<(), BackendError> {
+    fn unload(self: Box<Self>) -> Result<(), BackendError> {
         if let Some(nftables) = self.nftables {
             nftables.unload()?;
         }
         self.ebpf.map_or(Ok(()), EbpfBackend::unload)
+    }
+
+    fn is_active(&self, settings: &Settings) -> Result<bool, BackendError> {
+        ActiveRules::are_there(settings)
+    }
+
+    fn may_guard(&self, settings: &Settings, targets: &[&str]) -> Result<bool, BackendError> {
+        ActiveRules::may_guard(settings, targets)
+    }
+
+    fn holds(&self, rules: &RuleSet, settings: &Settings, cgroup: u64) -> Result<bool, BackendError> {
+        ActiveRules::holds(rules, settings, cgroup)
     }
 }
 

@@ -1,13 +1,13 @@
 //! The commands: arguments become a request, the request an effect, the effect text or JSON and an exit code.
 
 mod check;
+mod configuration;
 mod doctor;
 pub(crate) mod grants;
 mod monit_access;
 mod verify;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     fmt::Display,
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -18,20 +18,16 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
-use tokio::task::JoinSet;
 
 use crate::{
     backend::{self, ActiveRules, jobs},
     config::{self, Config, ConfigError, Settings},
     control::{self, AskError},
     daemon, host,
-    inputs::HostConfig,
-    policy::{AcceptedAnswers, Name},
-    resolve::{Names, lookup},
     status::{Context, status},
     text::{self, Log},
     visibility::Visibility,
-    wire::{ActiveBackend, Reply, Request, Schema, State, Status, check::ConfigCheck},
+    wire::{ActiveBackend, Reply, Request, State, Status},
 };
 
 /// Allows only chosen local users to connect to this host's sensitive endpoints.
@@ -100,7 +96,7 @@ enum Command {
     Verify(Json),
     /// Check or show the configuration
     #[command(subcommand)]
-    Config(ConfigCommand),
+    Config(configuration::ConfigCommand),
 }
 
 #[derive(Debug, Args)]
@@ -137,15 +133,8 @@ struct Refresh {
     json: Json,
 }
 
-#[derive(Debug, Subcommand)]
-enum ConfigCommand {
-    /// Report what is wrong with the configuration
-    Check(Json),
-    /// Print the full configuration, with defaults and an explanation of each key
-    Show(Json),
-}
-
 /// How a command ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ExitStatus {
     Yes,
     No,
@@ -220,18 +209,7 @@ fn run(cli: &Cli) -> Result<ExitStatus> {
         Command::Unload => unload(config),
         Command::Doctor(doctor) => doctor::run(config, doctor),
         Command::Verify(json) => verify::run(config, json),
-        Command::Config(ConfigCommand::Check(json)) => check_config(config, json),
-        Command::Config(ConfigCommand::Show(json)) => {
-            let config = Config::load(config)?;
-            print_one(
-                &Shown {
-                    schema: Schema::Config,
-                    config: config.tree(),
-                },
-                json,
-                |_| text::toml_text(&config.show()).into_owned(),
-            )
-        }
+        Command::Config(command) => configuration::run(config, command),
     }
 }
 
@@ -418,68 +396,6 @@ fn tell_what_stays(settings: &Settings) -> Result<ExitStatus> {
     }
 }
 
-/// `enforcer config show --json`.
-#[derive(Serialize)]
-struct Shown {
-    schema: Schema,
-    #[serde(flatten)]
-    config: toml::Table,
-}
-
-/// How long `config check` waits for DNS: where that is away, it says nothing of names.
-const PATIENCE_FOR_NAMES: Duration = Duration::from_secs(2);
-
-/// Names to which DNS answers what no target of theirs takes (N6).
-async fn unprotected(path: &Path, asked: BTreeMap<Name, AcceptedAnswers>) -> Vec<String> {
-    let mut lookups = JoinSet::new();
-    for (name, accepted) in asked {
-        lookups.spawn(async move {
-            let answer = lookup(&name, PATIENCE_FOR_NAMES).await;
-            Names::needs_link_local(accepted, &answer).then_some(name)
-        });
-    }
-    let names: BTreeSet<Name> = lookups.join_all().await.into_iter().flatten().collect();
-    let line = |name: Name| {
-        format!(
-            "{}: name {name} resolves to link-local addresses only, which are not accepted from DNS: it will never be \
-             protected; set answers = \"link-local\" in its target, or use the address",
-            path.display()
-        )
-    };
-    names.into_iter().map(line).collect()
-}
-
-fn check_config(path: &Path, json: &Json) -> Result<ExitStatus> {
-    let wanted = HostConfig::load(path)?;
-    let checked = ConfigCheck {
-        schema: Schema::ConfigCheck,
-        path: path.display().to_string(),
-        targets: wanted.policy().targets.len(),
-        warnings: wanted.warnings().to_vec(),
-        absent: wanted.absent(),
-        unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
-    };
-    let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
-    print_one(&checked, json, |checked| {
-        let ConfigCheck {
-            path,
-            targets,
-            warnings,
-            absent,
-            unprotected,
-            ..
-        } = checked;
-        let warnings = warnings
-            .iter()
-            .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
-        let absent = absent.iter().chain(unprotected).map(as_line);
-        let but = if whole { "" } else { ", with the exceptions above" };
-        let s = if *targets == 1 { "" } else { "s" };
-        warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: valid{but}; {targets} target{s}"))
-    })?;
-    Ok(if whole { ExitStatus::Yes } else { ExitStatus::No })
-}
-
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<ExitStatus> {
     if json.json {
         print(&(text::json(value)? + "\n"))
@@ -505,3 +421,6 @@ fn print(page: &str) -> Result<ExitStatus> {
         Ok(()) | Err(_) => Ok(ExitStatus::Yes),
     }
 }
+
+#[cfg(test)]
+mod tests;

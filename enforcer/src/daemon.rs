@@ -9,6 +9,8 @@ mod denials;
 mod dials;
 mod drift;
 mod error;
+#[cfg(test)]
+mod fake;
 mod faults;
 mod feed;
 mod grants;
@@ -16,6 +18,7 @@ mod guard;
 mod jobs;
 mod journal;
 mod lookups;
+mod machine;
 mod recent;
 mod report;
 mod requests;
@@ -47,25 +50,31 @@ use self::{
     feed::Feed,
     guard::{Applied, Guard},
     jobs::ChainKeeper,
+    machine::Machine,
     rounds::Rounds,
     save::StateKeeper,
     sources::{Sources, Wakeup},
     users::UserLookups,
 };
 use crate::{
-    backend::{self, Enforcement, LinksSeen, Start},
+    backend::{LinksSeen, Start, Store},
     bosh::Watch,
-    control,
+    control::{self, Call},
     inputs::{HostConfig, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
     resolve::PartialAnswer,
-    sweep::{self, SweepJob, SweepQueue},
-    wire::{ExistingStatus, Reply, Status},
+    sweep::{SweepJob, SweepQueue},
+    wire::{ExistingStatus, Reply},
 };
 
-pub(crate) use self::{boot::apply_last_good, error::DaemonError};
+pub(crate) use self::{
+    boot::{apply_last_good, apply_once},
+    error::DaemonError,
+};
 
+/// Requests that may wait for the loop.
+const CALLS: usize = 64;
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
 /// How often what is local is listed without such word. Some routes go without any, with what they depended on.
@@ -78,7 +87,7 @@ struct Daemon {
     chain: ChainKeeper,
     /// The file does not hold the grants as they are.
     grants_unsaved: bool,
-    enforcement: Enforcement,
+    enforcement: Box<dyn Store>,
     /// Whether this process goes on after its first rule set.
     stays: bool,
     /// Why it is not known whether the host sees what this process keeps.
@@ -109,42 +118,6 @@ struct Daemon {
     existing: Option<ExistingStatus>,
 }
 
-/// Makes a configuration active once, looking every name up, and returns what is then active.
-pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
-    let wanted = HostConfig::load(path)?;
-    control::ensure_socket_free(&wanted.config.settings.socket)?;
-    let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
-    let wanted = boot::ensure_file_present(wanted, good.as_ref())?;
-    let moved = good.filter(|good| boot::lies_elsewhere(&good.settings, &wanted.config.settings));
-    if let Some(good) = &moved {
-        control::ensure_socket_free(&good.settings.socket)?;
-    }
-    let mut daemon = Daemon::start(wanted, false, left)?;
-    daemon.take_whole_bus().await;
-    daemon.look_up_all();
-    while let Some(joined) = daemon.lookups.join_next_with_id().await {
-        daemon.answered(joined);
-    }
-    // Lookups take their time.
-    daemon.take_host();
-    daemon.apply_now()?;
-    daemon.sync_chain();
-    daemon.enforcement.retire(daemon.inputs.settings());
-    if let Some(good) = moved {
-        backend::remove_old_places(&good.settings, daemon.inputs.settings());
-    }
-    if let Some(report) = sweep::once(&daemon.sweeps).await {
-        daemon.swept(report);
-    }
-    daemon.save_now().await;
-    let mut status = daemon.status();
-    status.daemon = crate::wire::DaemonStatus {
-        running: false,
-        pid: None,
-    };
-    Ok(status)
-}
-
 /// Why a daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -157,9 +130,16 @@ pub(crate) enum End {
 /// Runs until SIGTERM or SIGINT, which leave enforcement active (F1), or until it is to unload.
 pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no lookup is active before any; readiness waits for the names' first answers.
-    let (mut daemon, listener) = boot::start(path)?;
+    let (daemon, listener) = boot::start(path)?;
+    let (call, calls) = mpsc::channel(CALLS);
+    tokio::spawn(control::serve(listener, call));
+    turn(daemon, calls).await
+}
+
+/// The loop, until the daemon is to end.
+async fn turn(mut daemon: Daemon, calls: mpsc::Receiver<Call>) -> Result<End, DaemonError> {
     let socket = daemon.inputs.settings().socket.clone();
-    let mut sources = Sources::open(&mut daemon, listener)?;
+    let mut sources = Sources::open(&mut daemon, calls)?;
     if let Some(programs) = daemon.enforcement.programs() {
         trace::start(programs);
     }
@@ -213,13 +193,13 @@ async fn tell(result: &Result<(), DaemonError>, replies: &mpsc::Sender<Reply>) {
 }
 
 impl Daemon {
-    fn start(wanted: HostConfig, stays: bool, left: SavedRun) -> Result<Self, DaemonError> {
+    fn start(machine: &impl Machine, wanted: HostConfig, stays: bool, left: SavedRun) -> Result<Self, DaemonError> {
         for warning in &wanted.warnings {
             warn!("{warning}");
         }
         let settings = wanted.settings();
         let level = trace::level();
-        let enforcement = Enforcement::take_over(Start {
+        let enforcement = machine.take_over(Start {
             settings,
             cgroup: wanted.cgroup.as_deref(),
             daemon: stays,
@@ -322,13 +302,13 @@ impl Daemon {
 
     /// Makes active what is desired now.
     fn apply_now(&mut self) -> Result<u64, DaemonError> {
-        let applied = self.guard.apply(&mut self.enforcement, &self.inputs, Instant::now())?;
+        let applied = self.guard.apply(&mut *self.enforcement, &self.inputs, Instant::now())?;
         Ok(self.applied(applied))
     }
 
     /// Makes active what other inputs come to, or leaves everything as it is. Returns the inputs before.
     fn commit(&mut self, inputs: Inputs) -> Result<Inputs, DaemonError> {
-        let applied = self.guard.apply(&mut self.enforcement, &inputs, Instant::now())?;
+        let applied = self.guard.apply(&mut *self.enforcement, &inputs, Instant::now())?;
         let before = std::mem::replace(&mut self.inputs, inputs);
         self.applied(applied);
         Ok(before)
@@ -358,7 +338,7 @@ impl Daemon {
     fn apply_or_keep(&mut self) {
         let again = self.faults.of(About::RuleSet).is_some();
         let now = Instant::now();
-        let Some(found) = self.guard.reconcile(&mut self.enforcement, &self.inputs, again, now) else {
+        let Some(found) = self.guard.reconcile(&mut *self.enforcement, &self.inputs, again, now) else {
             return;
         };
         if found.drifted {
@@ -496,3 +476,6 @@ fn feed_watchdog() {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
 }
+
+#[cfg(test)]
+mod tests;

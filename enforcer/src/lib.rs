@@ -35,3 +35,6 @@ mod daemon;
 mod doctor;
 
 pub mod cli;
+
+#[cfg(test)]
+mod testing;

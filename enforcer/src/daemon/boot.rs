@@ -8,17 +8,20 @@ use std::{
 use tokio::net::UnixListener;
 use tracing::{error, info, warn};
 
-use super::{About, Daemon, DaemonError, capabilities, confine};
+use super::{
+    About, Daemon, DaemonError, capabilities, confine,
+    machine::{Machine, ThisMachine},
+};
 use crate::{
-    backend::{self, ActiveRules},
+    backend,
     config::{self, ConfigError, Settings},
     control::{self, ControlError},
     host,
     inputs::{HostConfig, InputError, SavedRun},
     policy::{BUS, Target},
-    ruleset::RuleSet,
     state::{self, LastGood, Mark},
-    wire::Status,
+    sweep,
+    wire::{DaemonStatus, Status},
 };
 
 /// Between two tries of a configuration that was refused at the start, at first and at last.
@@ -67,14 +70,14 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
 /// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it
 /// needs.
 pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
-    let (daemon, listener) = enforce(path)?;
+    let (daemon, listener) = enforce(&ThisMachine, path)?;
     // Nothing that follows, lookups above all, runs with more.
     capabilities::reduce()?;
     confine::to(daemon.inputs.settings());
     Ok((daemon, listener))
 }
 
-fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
+pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     if path != Path::new(config::DEFAULT_PATH) && !path.exists() {
         // Whose instance it is cannot be told.
         return Err(InputError::from(ConfigError::Missing { path: path.into() }).into());
@@ -87,11 +90,11 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     let mut early = None;
     if let Some(good) = &good {
         // The socket first: whoever has it enforces there.
-        let listener = match control::listen(&good.settings.socket) {
+        let listener = match machine.listen(&good.settings.socket) {
             Err(error @ ControlError::Busy { .. }) => return Err(error.into()),
             listener => listener.ok(),
         };
-        match LastRun::take_over(path, good, left.mark) {
+        match LastRun::take_over(machine, path, good, left.mark) {
             Ok(run) => early = Some((run, listener)),
             Err(DaemonError::Backend(error)) if error.is_busy() => return Err(error.into()),
             Err(error) => warn!("the last known good rules cannot be applied: {error}"),
@@ -103,8 +106,8 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
             error!("{fault}"); // F4: the end of the process tells of the configuration alone.
         }
         let wanted = wanted?;
-        let listener = control::listen(&wanted.config.settings.socket)?;
-        return Ok((Daemon::begin(wanted, left)?, listener));
+        let listener = machine.listen(&wanted.config.settings.socket)?;
+        return Ok((Daemon::begin(machine, wanted, left)?, listener));
     };
     let mut daemon = match wanted {
         Ok(wanted) if run.daemon.fixed_keys(&wanted).is_empty() => {
@@ -114,7 +117,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
             }
             daemon
         }
-        Ok(wanted) => run.move_to(wanted, &good)?,
+        Ok(wanted) => run.move_to(machine, wanted, &good)?,
         Err(error) => {
             let mut daemon = run.daemon;
             daemon.inputs.config.from_file |= matches!(error, InputError::Config(ConfigError::Gone { .. }));
@@ -127,7 +130,7 @@ fn enforce(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
     let socket = &daemon.inputs.settings().socket;
     let listener = match listener.filter(|_| *socket == good.settings.socket) {
         Some(listener) => listener,
-        None => control::listen(socket)?,
+        None => machine.listen(socket)?,
     };
     if *socket != good.settings.socket {
         let _ = std::fs::remove_file(&good.settings.socket);
@@ -150,6 +153,45 @@ pub(super) fn ensure_file_present(wanted: HostConfig, good: Option<&LastGood>) -
     }
 }
 
+/// Of a status: this process does not stay.
+const NO_DAEMON: DaemonStatus = DaemonStatus {
+    running: false,
+    pid: None,
+};
+
+/// Makes a configuration active once, looking every name up, and returns what is then active.
+pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
+    let wanted = HostConfig::load(path)?;
+    control::ensure_socket_free(&wanted.config.settings.socket)?;
+    let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
+    let wanted = ensure_file_present(wanted, good.as_ref())?;
+    let moved = good.filter(|good| lies_elsewhere(&good.settings, &wanted.config.settings));
+    if let Some(good) = &moved {
+        control::ensure_socket_free(&good.settings.socket)?;
+    }
+    let mut daemon = Daemon::start(&ThisMachine, wanted, false, left)?;
+    daemon.take_whole_bus().await;
+    daemon.look_up_all();
+    while let Some(joined) = daemon.lookups.join_next_with_id().await {
+        daemon.answered(joined);
+    }
+    // Lookups take their time.
+    daemon.take_host();
+    daemon.apply_now()?;
+    daemon.sync_chain();
+    daemon.enforcement.retire(daemon.inputs.settings());
+    if let Some(good) = moved {
+        backend::remove_old_places(&good.settings, daemon.inputs.settings());
+    }
+    if let Some(report) = sweep::once(&daemon.sweeps).await {
+        daemon.swept(report);
+    }
+    daemon.save_now().await;
+    let mut status = daemon.status();
+    status.daemon = NO_DAEMON;
+    Ok(status)
+}
+
 /// Makes the last known good rule set active: no configuration, no lookup. None where there is none yet; a generation
 /// that is active already stays.
 pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
@@ -160,13 +202,10 @@ pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError
         return Ok(None);
     };
     let wanted = HostConfig::of(path, &good)?;
-    let mut daemon = Daemon::start(wanted, false, SavedRun::of(&good, Some(mark)))?;
+    let mut daemon = Daemon::start(&ThisMachine, wanted, false, SavedRun::of(&good, Some(mark)))?;
     daemon.resume()?;
     let mut status = daemon.status();
-    status.daemon = crate::wire::DaemonStatus {
-        running: false,
-        pid: None,
-    };
+    status.daemon = NO_DAEMON;
     Ok(Some(status))
 }
 
@@ -177,9 +216,14 @@ struct LastRun {
 
 impl LastRun {
     /// Sees to it that something is active: what is, else the last known good rule set.
-    fn take_over(path: &Path, good: &LastGood, mark: Option<Mark>) -> Result<Self, DaemonError> {
+    fn take_over(
+        machine: &impl Machine,
+        path: &Path,
+        good: &LastGood,
+        mark: Option<Mark>,
+    ) -> Result<Self, DaemonError> {
         let wanted = HostConfig::of(path, good)?;
-        let mut daemon = Daemon::start(wanted, true, SavedRun::of(good, mark))?;
+        let mut daemon = Daemon::start(machine, wanted, true, SavedRun::of(good, mark))?;
         if let Some(generation) = daemon.resume()? {
             info!("the last known good rules are active, generation {generation}");
         }
@@ -187,20 +231,20 @@ impl LastRun {
     }
 
     /// Goes on at other places, which the configuration names; where that fails, at the old ones.
-    fn move_to(self, wanted: HostConfig, good: &LastGood) -> Result<Daemon, DaemonError> {
+    fn move_to(self, machine: &impl Machine, wanted: HostConfig, good: &LastGood) -> Result<Daemon, DaemonError> {
         let Self { daemon } = self;
         let (path, mark) = (daemon.inputs.config.path.clone(), daemon.kept.mark());
         // Lets go of the pins' lock; what is active stays.
         drop(daemon);
         let new = wanted.config.settings.clone();
         let (left, _) = SavedRun::load(&new.state_dir);
-        match Daemon::begin(wanted, left) {
+        match Daemon::begin(machine, wanted, left) {
             Ok(daemon) => {
                 backend::remove_old_places(&good.settings, &new);
                 Ok(daemon)
             }
             Err(error) => {
-                let mut daemon = Self::take_over(&path, good, mark)?.daemon;
+                let mut daemon = Self::take_over(machine, &path, good, mark)?.daemon;
                 daemon.stay_with_last_good(&error)?;
                 Ok(daemon)
             }
@@ -216,16 +260,18 @@ pub(super) fn lies_elsewhere(old: &Settings, new: &Settings) -> bool {
 impl Daemon {
     /// Makes what was active last active, unless something is.
     fn resume(&mut self) -> Result<Option<u64>, DaemonError> {
-        let applied = self.guard.resume(&mut self.enforcement, &self.inputs, Instant::now())?;
+        let applied = self
+            .guard
+            .resume(&mut *self.enforcement, &self.inputs, Instant::now())?;
         Ok(applied.map(|applied| self.applied(applied)))
     }
 
     /// Starts, and makes a configuration active.
-    fn begin(wanted: HostConfig, left: SavedRun) -> Result<Self, DaemonError> {
-        let mut daemon = Self::start(wanted, true, left)?;
+    fn begin(machine: &impl Machine, wanted: HostConfig, left: SavedRun) -> Result<Self, DaemonError> {
+        let mut daemon = Self::start(machine, wanted, true, left)?;
         daemon.take_bus();
         let has_record = daemon.kept.mark().is_some();
-        let (guard, store) = (&mut daemon.guard, &mut daemon.enforcement);
+        let (guard, store) = (&mut daemon.guard, &mut *daemon.enforcement);
         if let Some(applied) = guard.begin(store, &daemon.inputs, has_record, Instant::now())? {
             daemon.applied(applied);
         } else {
@@ -240,9 +286,8 @@ impl Daemon {
     fn stay_with_last_good(&mut self, error: &DaemonError) -> Result<(), DaemonError> {
         let config = &self.inputs.config;
         let cgroup = config.cgroup.as_deref().and_then(host::directory_id);
-        let is_active = |rules: &RuleSet| ActiveRules::holds(rules, config.settings(), cgroup.unwrap_or_default());
-        let (guard, store) = (&mut self.guard, &mut self.enforcement);
-        if let Some(applied) = guard.fall_back(store, &self.inputs, is_active, Instant::now())? {
+        let (guard, store) = (&mut self.guard, &mut *self.enforcement);
+        if let Some(applied) = guard.fall_back(store, &self.inputs, cgroup.unwrap_or_default(), Instant::now())? {
             self.applied(applied);
         }
         self.pending = Some(Pending::new(&self.inputs.config.path));

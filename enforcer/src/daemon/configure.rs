@@ -81,7 +81,7 @@ impl Daemon {
             daemon: true,
             log_level: self.log_level,
         };
-        let (guard, store) = (&mut self.guard, &mut self.enforcement);
+        let (guard, store) = (&mut self.guard, &mut *self.enforcement);
         let extended = store.extend(start).map_err(DaemonError::from);
         match extended.and_then(|()| guard.apply_configured(store, &inputs, Instant::now())) {
             Ok(applied) => {

@@ -5,49 +5,11 @@ use std::{sync::Arc, time::Instant};
 
 use super::{DaemonError, Drift};
 use crate::{
-    backend::{ActiveRules, BackendError, Enforcement},
-    config::Settings,
+    backend::Store,
     inputs::{Desired, Inputs},
     policy::Policy,
     ruleset::{Host, Resolved, RuleSet},
 };
-
-/// What enforces.
-pub(super) trait Store {
-    /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
-    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError>;
-    /// Sees to it that this generation is active whole (F5). Returns the number that it has then; none if another one
-    /// is active.
-    fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError>;
-    /// How often something that others took or changed was put back.
-    fn restored(&self) -> u64;
-    /// Whether rules are active on some backend, whoever made them so.
-    fn is_active(&self, settings: &Settings) -> Result<bool, BackendError>;
-    /// Whether such rules may hold endpoints of one of these targets: they do, or they cannot be read.
-    fn may_guard(&self, settings: &Settings, targets: &[&str]) -> Result<bool, BackendError>;
-}
-
-impl Store for Enforcement {
-    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
-        self.apply(rules)
-    }
-
-    fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
-        self.ensure_active(generation)
-    }
-
-    fn restored(&self) -> u64 {
-        self.restored()
-    }
-
-    fn is_active(&self, settings: &Settings) -> Result<bool, BackendError> {
-        ActiveRules::are_there(settings)
-    }
-
-    fn may_guard(&self, settings: &Settings, targets: &[&str]) -> Result<bool, BackendError> {
-        ActiveRules::may_guard(settings, targets)
-    }
-}
 
 /// Why what is active is left as it is: it is newer than all that this process knows (F1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -109,7 +71,7 @@ impl Guard {
     /// these become so (F4).
     pub(super) fn resume(
         &mut self,
-        store: &mut impl Store,
+        store: &mut dyn Store,
         last_good: &Inputs,
         now: Instant,
     ) -> Result<Option<Applied>, DaemonError> {
@@ -124,7 +86,7 @@ impl Guard {
     /// They would be open until then (F1).
     pub(super) fn begin(
         &mut self,
-        store: &mut impl Store,
+        store: &mut dyn Store,
         inputs: &Inputs,
         has_record: bool,
         now: Instant,
@@ -138,18 +100,19 @@ impl Guard {
     }
 
     /// The first rules of a process whose configuration is refused, if it has made none active. The rules that another
-    /// process made active are taken over if they are the last known good ones, and else left alone (F1).
+    /// process made active are taken over if they are the last known good ones, and else left alone (F1). The cgroup is
+    /// the id of the one to be evaluated.
     pub(super) fn fall_back(
         &mut self,
-        store: &mut impl Store,
+        store: &mut dyn Store,
         last_good: &Inputs,
-        is_active: impl FnOnce(&RuleSet) -> Result<bool, BackendError>,
+        cgroup: u64,
         now: Instant,
     ) -> Result<Option<Applied>, DaemonError> {
         if self.is_active() {
             return Ok(None);
         }
-        if is_active(&last_good.desired(now)?.rules)? {
+        if store.holds(&last_good.desired(now)?.rules, last_good.settings(), cgroup)? {
             return self.apply(store, last_good, now).map(Some);
         }
         self.hold = Hold::UntilConfigured;
@@ -159,7 +122,7 @@ impl Guard {
     /// Makes active what inputs come to.
     pub(super) fn apply(
         &mut self,
-        store: &mut impl Store,
+        store: &mut dyn Store,
         inputs: &Inputs,
         now: Instant,
     ) -> Result<Applied, DaemonError> {
@@ -180,7 +143,7 @@ impl Guard {
     /// Makes active what another configuration comes to, whatever is held: it is what was waited for.
     pub(super) fn apply_configured(
         &mut self,
-        store: &mut impl Store,
+        store: &mut dyn Store,
         inputs: &Inputs,
         now: Instant,
     ) -> Result<Applied, DaemonError> {
@@ -192,7 +155,7 @@ impl Guard {
     /// is held or, after a fight with others, for a pause.
     pub(super) fn reconcile(
         &mut self,
-        store: &mut impl Store,
+        store: &mut dyn Store,
         inputs: &Inputs,
         again: bool,
         now: Instant,

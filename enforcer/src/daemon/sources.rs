@@ -11,7 +11,6 @@ use enforcer_ebpf::{DialRecord, EventRecord};
 use futures_util::FutureExt as _;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    net::UnixListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     task,
@@ -22,7 +21,7 @@ use super::{About, Daemon, DaemonError, TICK, save::SaveResult, users::UserAnswe
 use crate::{
     backend::{LinksSeen, NflogListener, NftChanges, Ring},
     bosh::Watch,
-    control::{self, Call},
+    control::Call,
     host::LocalChanges,
     resolve::PartialAnswer,
     sweep::{self, SweepReport},
@@ -97,8 +96,8 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    /// Opens all of them, and has calls taken and sweeps made.
-    pub(super) fn open(daemon: &mut Daemon, listener: UnixListener) -> Result<Self, DaemonError> {
+    /// Opens all of them but for the calls, and has sweeps made.
+    pub(super) fn open(daemon: &mut Daemon, calls: mpsc::Receiver<Call>) -> Result<Self, DaemonError> {
         let failed = |error| DaemonError::Io {
             action: "watch local routes",
             error,
@@ -111,7 +110,6 @@ impl Sources {
         let routes = LocalChanges::subscribe().and_then(Source::of).map_err(failed)?;
         // Some may have changed before.
         daemon.look_at_routes();
-        let (call, calls) = mpsc::channel(64);
         let (report, swept) = mpsc::channel(1);
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -132,7 +130,6 @@ impl Sources {
             tick,
             misses_some: false,
         };
-        tokio::spawn(control::serve(listener, call));
         tokio::spawn(sweep::run(daemon.sweeps.clone(), report));
         Ok(sources)
     }

@@ -22,8 +22,9 @@ use crate::{
 };
 
 /// Who may run what: the longest path that a file's begins with decides. All have the minimal system besides.
-const SCOPES: [(&str, &[&[Package]]); 10] = [
+const SCOPES: [(&str, &[&[Package]]); 11] = [
     ("enforcer/", &[HOST]),
+    ("enforcer/src/testing.rs", &[BASE]),
     ("tests/", &[BASE]),
     // Inside a virtual machine.
     ("tests/src/guest", &[BASE, VM, GUEST]),

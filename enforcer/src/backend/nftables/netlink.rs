@@ -224,10 +224,14 @@ impl Netlink {
         let pages: Vec<IoSlice<'_>> = batch.iter().map(IoSlice::new).collect();
         let length: usize = pages.iter().map(|page| page.len()).sum();
         let room = |bytes: usize| bytes.min(i32::MAX as usize / 2);
-        setsockopt(&self.socket, sockopt::SndBufForce, &room(length * 2 + 65_536))
+        // Beyond the host's limits (`net.core.wmem_max`) only for root of the host: root of a user namespace, such as a
+        // container's, is left with what fits into these.
+        let (sent, answers) = (room(length * 2 + 65_536), room((names.len() + 2) * 2048 + 65_536));
+        setsockopt(&self.socket, sockopt::SndBufForce, &sent)
+            .or_else(|_| setsockopt(&self.socket, sockopt::SndBuf, &sent))
+            .and_then(|()| setsockopt(&self.socket, sockopt::RcvBufForce, &answers))
+            .or_else(|_| setsockopt(&self.socket, sockopt::RcvBuf, &answers))
             .map_err(|error| failed(error.into()))?;
-        let answers = (names.len() + 2) * 2048 + 65_536;
-        setsockopt(&self.socket, sockopt::RcvBufForce, &room(answers)).map_err(|error| failed(error.into()))?;
         let to = Some(&NetlinkAddr::new(0, 0));
         let sent = sendmsg(self.socket.as_raw_fd(), &pages, &[], MsgFlags::empty(), to);
         let sent = sent.map_err(|error| failed(error.into()))?;

@@ -1,9 +1,10 @@
 //! Repair, pauses, refusals and what is held, over a store that is made up.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use super::*;
 use crate::{
+    daemon::fake::{Drifted, Fake},
     grants::{Asker, Grantee, Grants, Key, Term},
     inputs::{HostConfig, SavedRun},
     jobs::JobRules,
@@ -13,90 +14,6 @@ use crate::{
 type Test = Result<(), Box<dyn std::error::Error>>;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// A store that remembers what it was asked, and fails when it is told to.
-#[derive(Default)]
-struct Fake {
-    generation: u64,
-    applied: Vec<RuleSet>,
-    kept: Vec<u64>,
-    refuses: bool,
-    /// What others do to it before it is looked at next.
-    drift: Option<Drifted>,
-    restored: u64,
-    /// Targets of which the kernel holds an endpoint.
-    guards: &'static [&'static str],
-}
-
-impl Fake {
-    /// One in which an earlier process made generation 5 active, for these targets.
-    fn guarding(guards: &'static [&'static str]) -> Self {
-        Self {
-            generation: 5,
-            guards,
-            ..Self::default()
-        }
-    }
-}
-
-enum Drifted {
-    /// They remove a part, which can be put back.
-    Part,
-    /// They make another generation active.
-    Replaced,
-}
-
-impl Fake {
-    fn refusal() -> BackendError {
-        BackendError::Io {
-            action: "apply",
-            object: "fake".into(),
-            error: io::ErrorKind::OutOfMemory.into(),
-        }
-    }
-}
-
-impl Store for Fake {
-    fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
-        if self.refuses {
-            return Err(Self::refusal());
-        }
-        self.applied.push(rules.clone());
-        self.generation += 1;
-        Ok(self.generation)
-    }
-
-    fn ensure_active(&mut self, generation: u64) -> Result<Option<u64>, BackendError> {
-        self.kept.push(generation);
-        match self.drift.take() {
-            None => Ok(Some(generation)),
-            Some(Drifted::Replaced) => Ok(None),
-            Some(Drifted::Part) => {
-                self.restored += 1;
-                if self.refuses {
-                    return Err(Self::refusal());
-                }
-                self.generation += 1;
-                Ok(Some(self.generation))
-            }
-        }
-    }
-
-    fn restored(&self) -> u64 {
-        self.restored
-    }
-
-    fn is_active(&self, _: &Settings) -> Result<bool, BackendError> {
-        if self.refuses {
-            return Err(Self::refusal());
-        }
-        Ok(self.generation != 0)
-    }
-
-    fn may_guard(&self, _: &Settings, targets: &[&str]) -> Result<bool, BackendError> {
-        Ok(self.guards.iter().any(|guarded| targets.contains(guarded)))
-    }
-}
 
 fn inputs(dir: &Path, endpoints: &str) -> Result<Inputs, Box<dyn std::error::Error>> {
     let path = dir.join("enforcer.toml");
@@ -199,8 +116,11 @@ impl Start {
 
     /// What the kernel holds is the last known good rules, or is not.
     fn fall_back(&mut self, is_active: bool) -> Result<Option<Applied>, DaemonError> {
-        let holds = |_: &RuleSet| Ok(is_active);
-        self.guard.fall_back(&mut self.store, &self.inputs, holds, self.now)
+        if is_active {
+            let rules = self.inputs.desired(self.now)?.rules;
+            self.store.kernel().applied.push(rules);
+        }
+        self.guard.fall_back(&mut self.store, &self.inputs, 0, self.now)
     }
 }
 
@@ -223,7 +143,7 @@ fn a_start_without_a_record_opens_nothing_that_is_guarded() -> Test {
     let mut start = Start::new(Fake::guarding(&["t"]), NAME)?;
     assert!(start.begin(false)?.is_none());
     assert_eq!(start.guard.hold, Hold::UntilResolved);
-    assert!(start.store.applied.is_empty() && !start.guard.is_active());
+    assert!(start.store.kernel().applied.is_empty() && !start.guard.is_active());
     // Where the record tells the addresses, where all are known, and where other targets are guarded.
     let mut others = [
         (Start::new(Fake::guarding(&["t"]), NAME)?, true),
@@ -239,7 +159,7 @@ fn a_start_without_a_record_opens_nothing_that_is_guarded() -> Test {
 #[test]
 fn a_start_that_the_kernel_refuses_is_none() -> Test {
     let mut start = Start::new(Fake::default(), ADDRESS)?;
-    start.store.refuses = true;
+    start.store.kernel().refuses = true;
     assert!(start.begin(false).is_err() && start.resume().is_err());
     assert!(!start.guard.is_active() && !start.guard.is_held());
     Ok(())
@@ -251,7 +171,7 @@ fn the_last_known_good_rules_become_active_where_none_are() -> Test {
     assert!(start.resume()?.is_some() && start.guard.is_active());
     let mut start = Start::new(Fake::guarding(&["t"]), ADDRESS)?;
     assert!(start.resume()?.is_none());
-    assert!(start.store.applied.is_empty() && !start.guard.is_active() && !start.guard.is_held());
+    assert!(start.store.kernel().applied.is_empty() && !start.guard.is_active() && !start.guard.is_held());
     Ok(())
 }
 
@@ -270,7 +190,7 @@ fn a_refused_configuration_falls_back_to_what_is_active() -> Test {
     start.resume()?;
     assert!(start.fall_back(false)?.is_none());
     assert_eq!(start.guard.hold, Hold::UntilConfigured);
-    assert!(start.store.applied.is_empty());
+    assert!(start.store.kernel().applied.is_empty());
     start
         .guard
         .apply_configured(&mut start.store, &start.inputs, start.now)?;
@@ -283,14 +203,13 @@ fn what_has_not_changed_is_kept_and_what_has_is_applied() -> Test {
     let mut scene = Scene::new()?;
     let found = scene.step(false).ok_or("it rests")?;
     assert!(matches!(found.applied, Ok(None)));
-    assert_eq!(
-        (scene.store.applied.len(), scene.store.kept.as_slice()),
-        (1, [1].as_slice())
-    );
+    assert_eq!(scene.store.kernel().applied.len(), 1);
+    assert_eq!(scene.store.kernel().kept, [1]);
     grant(&mut scene.inputs, 7, scene.now)?;
     let applied = scene.step(false).ok_or("it rests")?.applied?.ok_or("it is kept")?;
     assert_eq!(applied.generation, 2);
-    assert_ne!(scene.store.applied.first(), scene.store.applied.last());
+    let applied = scene.store.kernel().applied.clone();
+    assert_ne!(applied.first(), applied.last());
     assert!(matches!(scene.step(false).ok_or("it rests")?.applied, Ok(None)));
     Ok(())
 }
@@ -299,10 +218,10 @@ fn what_has_not_changed_is_kept_and_what_has_is_applied() -> Test {
 fn a_refused_change_leaves_active_what_is_and_is_tried_again() -> Test {
     let mut scene = Scene::new()?;
     grant(&mut scene.inputs, 7, scene.now)?;
-    scene.store.refuses = true;
+    scene.store.kernel().refuses = true;
     assert!(scene.step(false).ok_or("it rests")?.applied.is_err());
     assert!(scene.step(true).ok_or("it rests")?.applied.is_err());
-    scene.store.refuses = false;
+    scene.store.kernel().refuses = false;
     assert_eq!(
         scene
             .step(true)
@@ -320,10 +239,10 @@ fn inputs_that_return_after_a_refusal_are_what_is_active() -> Test {
     let mut scene = Scene::new()?;
     let before = scene.inputs.clone();
     grant(&mut scene.inputs, 7, scene.now)?;
-    scene.store.refuses = true;
+    scene.store.kernel().refuses = true;
     assert!(scene.guard.apply(&mut scene.store, &scene.inputs, scene.now).is_err());
     scene.inputs = before;
-    scene.store.refuses = false;
+    scene.store.kernel().refuses = false;
     assert!(
         matches!(scene.step(false).ok_or("it rests")?.applied, Ok(None)),
         "nothing is to be applied"
@@ -342,7 +261,7 @@ fn inputs_that_return_after_they_were_replaced_are_applied() -> Test {
     grant(&mut scene.inputs, 8, scene.now)?;
     assert!(matches!(scene.step(false).ok_or("it rests")?.applied, Ok(Some(_))));
     assert_eq!(
-        scene.store.applied.last(),
+        scene.store.kernel().applied.last(),
         Some(&scene.inputs.desired(scene.now)?.rules)
     );
     Ok(())
@@ -352,7 +271,7 @@ fn inputs_that_return_after_they_were_replaced_are_applied() -> Test {
 fn what_others_take_is_put_back_at_once_but_not_for_ever() -> Test {
     let mut scene = Scene::new()?;
     for _ in 0..5 {
-        scene.store.drift = Some(Drifted::Part);
+        scene.store.kernel().drift = Some(Drifted::Part);
         let found = scene.step(false).ok_or("it rests")?;
         assert!(found.drifted && matches!(found.applied, Ok(None)));
     }
@@ -370,7 +289,7 @@ fn what_others_take_is_put_back_at_once_but_not_for_ever() -> Test {
 #[test]
 fn another_generation_is_replaced() -> Test {
     let mut scene = Scene::new()?;
-    scene.store.drift = Some(Drifted::Replaced);
+    scene.store.kernel().drift = Some(Drifted::Replaced);
     let found = scene.step(false).ok_or("it rests")?;
     assert_eq!(found.applied?.ok_or("it is kept")?.generation, 2);
     Ok(())
@@ -379,11 +298,11 @@ fn another_generation_is_replaced() -> Test {
 #[test]
 fn what_cannot_be_put_back_is_said_and_made_anew() -> Test {
     let mut scene = Scene::new()?;
-    scene.store.drift = Some(Drifted::Part);
-    scene.store.refuses = true;
+    scene.store.kernel().drift = Some(Drifted::Part);
+    scene.store.kernel().refuses = true;
     let found = scene.step(false).ok_or("it rests")?;
     assert!(found.drifted && found.applied.is_err());
-    scene.store.refuses = false;
+    scene.store.kernel().refuses = false;
     assert!(matches!(scene.step(true).ok_or("it rests")?.applied, Ok(Some(_))));
     Ok(())
 }
@@ -398,7 +317,7 @@ fn what_is_held_until_a_configuration_is_taken_stays() -> Test {
         scene.guard.apply(&mut scene.store, &scene.inputs, scene.now),
         Err(DaemonError::Frozen)
     ));
-    scene.store.refuses = true;
+    scene.store.kernel().refuses = true;
     assert!(
         scene
             .guard
@@ -406,7 +325,7 @@ fn what_is_held_until_a_configuration_is_taken_stays() -> Test {
             .is_err()
     );
     assert!(scene.guard.is_held(), "a refused configuration lets nothing go");
-    scene.store.refuses = false;
+    scene.store.kernel().refuses = false;
     scene
         .guard
         .apply_configured(&mut scene.store, &scene.inputs, scene.now)?;

@@ -1,0 +1,108 @@
+//! `enforcer config`: what is wrong with the configuration, and what it is with all defaults.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::Result;
+use clap::Subcommand;
+use serde::Serialize;
+use tokio::task::JoinSet;
+
+use super::{ExitStatus, Json, as_line, print_one, runtime};
+use crate::{
+    config::Config,
+    inputs::HostConfig,
+    policy::{AcceptedAnswers, Name},
+    resolve::{Names, lookup},
+    text,
+    wire::{Schema, check::ConfigCheck},
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigCommand {
+    /// Report what is wrong with the configuration
+    Check(Json),
+    /// Print the full configuration, with defaults and an explanation of each key
+    Show(Json),
+}
+
+pub(super) fn run(path: &Path, command: &ConfigCommand) -> Result<ExitStatus> {
+    match command {
+        ConfigCommand::Check(json) => check(path, json),
+        ConfigCommand::Show(json) => show(path, json),
+    }
+}
+
+fn show(path: &Path, json: &Json) -> Result<ExitStatus> {
+    let config = Config::load(path)?;
+    let shown = Shown {
+        schema: Schema::Config,
+        config: config.tree(),
+    };
+    print_one(&shown, json, |_| text::toml_text(&config.show()).into_owned())
+}
+
+/// `enforcer config show --json`.
+#[derive(Serialize)]
+struct Shown {
+    schema: Schema,
+    #[serde(flatten)]
+    config: toml::Table,
+}
+
+/// How long `config check` waits for DNS: where that is away, it says nothing of names.
+const PATIENCE_FOR_NAMES: Duration = Duration::from_secs(2);
+
+/// Names to which DNS answers what no target of theirs takes (N6).
+async fn unprotected(path: &Path, asked: BTreeMap<Name, AcceptedAnswers>) -> Vec<String> {
+    let mut lookups = JoinSet::new();
+    for (name, accepted) in asked {
+        lookups.spawn(async move {
+            let answer = lookup(&name, PATIENCE_FOR_NAMES).await;
+            Names::needs_link_local(accepted, &answer).then_some(name)
+        });
+    }
+    let names: BTreeSet<Name> = lookups.join_all().await.into_iter().flatten().collect();
+    let line = |name: Name| {
+        format!(
+            "{}: name {name} resolves to link-local addresses only, which are not accepted from DNS: it will never be \
+             protected; set answers = \"link-local\" in its target, or use the address",
+            path.display()
+        )
+    };
+    names.into_iter().map(line).collect()
+}
+
+fn check(path: &Path, json: &Json) -> Result<ExitStatus> {
+    let wanted = HostConfig::load(path)?;
+    let checked = ConfigCheck {
+        schema: Schema::ConfigCheck,
+        path: path.display().to_string(),
+        targets: wanted.policy().targets.len(),
+        warnings: wanted.warnings().to_vec(),
+        absent: wanted.absent(),
+        unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
+    };
+    let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
+    print_one(&checked, json, |checked| {
+        let ConfigCheck {
+            path,
+            targets,
+            warnings,
+            absent,
+            unprotected,
+            ..
+        } = checked;
+        let warnings = warnings
+            .iter()
+            .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
+        let absent = absent.iter().chain(unprotected).map(as_line);
+        let but = if whole { "" } else { ", with the exceptions above" };
+        let s = if *targets == 1 { "" } else { "s" };
+        warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: valid{but}; {targets} target{s}"))
+    })?;
+    Ok(if whole { ExitStatus::Yes } else { ExitStatus::No })
+}

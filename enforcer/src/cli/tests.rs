@@ -1,0 +1,335 @@
+//! The commands as an operator uses them: with a daemon, without one, and with something broken.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use clap::Parser as _;
+use nix::{
+    sys::signal::{Signal, raise},
+    unistd::{dup, dup2_stdout},
+};
+use serde_json::Value;
+
+use super::{Cli, ExitStatus, run};
+use crate::testing::{Test, on_a_host_of_its_own};
+
+/// How long something may take that takes moments.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A place that root may connect to, and one that it may not.
+const OPEN: &str = "127.0.0.9:4222";
+const CLOSED: &str = "127.0.0.9:4333";
+
+type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Who sits at the terminal.
+struct Operator {
+    config: PathBuf,
+}
+
+/// What a command said, and how it ended.
+#[derive(Debug)]
+struct Answer {
+    end: ExitStatus,
+    text: String,
+}
+
+impl Answer {
+    #[track_caller]
+    fn expect(self, end: ExitStatus, parts: &[&str]) -> Self {
+        assert_eq!(self.end, end, "{}", self.text);
+        for part in parts {
+            assert!(self.text.contains(part), "no {part:?} in:\n{}", self.text);
+        }
+        self
+    }
+
+    /// A value of its JSON, by its JSON pointer (RFC 6901).
+    fn value(&self, pointer: &str) -> Fallible<Value> {
+        let found: Value = serde_json::from_str(self.text.lines().next().ok_or("no line")?)?;
+        Ok(found
+            .pointer(pointer)
+            .ok_or_else(|| format!("no {pointer} in {found}"))?
+            .clone())
+    }
+}
+
+fn configuration(targets: &str) -> String {
+    format!(
+        "backend = \"nftables\"\nstate_dir = \"/run/state\"\nsocket = \"/run/enforcer/control.sock\"\n\
+         pin_dir = \"/run/pins\"\n{targets}"
+    )
+}
+
+fn two_targets() -> String {
+    configuration(&format!(
+        "[target.open]\nendpoints = [\"tcp://{OPEN}\", \"tcp://bus.test:4244\"]\nallow = [\"root\"]\ngrants = true\n\
+         [target.closed]\nendpoints = [\"tcp://{CLOSED}\"]\nallow = [\"daemon\"]\n"
+    ))
+}
+
+impl Operator {
+    fn new(text: &str) -> Fallible<Self> {
+        let operator = Self {
+            config: "/run/enforcer.toml".into(),
+        };
+        operator.configure(text)?;
+        Ok(operator)
+    }
+
+    fn configure(&self, text: &str) -> io::Result<()> {
+        fs::write(&self.config, text)
+    }
+
+    /// Runs a command as the program does, after its arguments are read.
+    fn try_run(&self, arguments: &[&str]) -> anyhow::Result<Answer> {
+        let config = self.config.display().to_string();
+        let words = ["enforcer", "--config", &config].into_iter();
+        let cli = Cli::try_parse_from(words.chain(arguments.iter().copied()))?;
+        io::stdout().flush()?;
+        let (terminal, mut page) = (dup(io::stdout())?, tempfile::tempfile_in("/run")?);
+        dup2_stdout(&page)?;
+        let end = run(&cli);
+        dup2_stdout(&terminal)?;
+        let mut text = String::new();
+        page.rewind()?;
+        page.read_to_string(&mut text)?;
+        Ok(Answer { end: end?, text })
+    }
+
+    #[track_caller]
+    fn run(&self, arguments: &[&str]) -> Answer {
+        match self.try_run(arguments) {
+            Ok(answer) => answer,
+            Err(error) => panic!("{arguments:?}: {error:#}"),
+        }
+    }
+
+    /// The error that a command ends with.
+    #[track_caller]
+    fn fails(&self, arguments: &[&str]) -> String {
+        match self.try_run(arguments) {
+            Ok(answer) => panic!("{arguments:?}: {answer:?}"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    /// Asks until the answer has something in it.
+    #[track_caller]
+    fn until(&self, arguments: &[&str], part: &str) -> Answer {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.try_run(arguments);
+            match answer {
+                Ok(answer) if answer.text.contains(part) => return answer,
+                answer => assert!(Instant::now() < end, "no {part:?} in {answer:?}"),
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// A daemon, in a thread that has its own rights.
+    fn start(&self) -> JoinHandle<Result<ExitStatus, String>> {
+        let config = self.config.display().to_string();
+        let words = ["enforcer".to_owned(), "--config".to_owned(), config, "run".to_owned()];
+        thread::spawn(move || {
+            let cli = Cli::try_parse_from(words).map_err(|error| error.to_string())?;
+            run(&cli).map_err(|error| format!("{error:#}"))
+        })
+    }
+}
+
+fn ended(daemon: JoinHandle<Result<ExitStatus, String>>) -> Fallible<ExitStatus> {
+    let end = Instant::now() + PATIENCE;
+    while !daemon.is_finished() {
+        assert!(Instant::now() < end, "the daemon runs on");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(daemon.join().map_err(|_| "the daemon panicked")??)
+}
+
+fn dial(to: &str) -> io::Result<()> {
+    let to: SocketAddr = to.parse().map_err(io::Error::other)?;
+    TcpStream::connect_timeout(&to, Duration::from_secs(5)).map(drop)
+}
+
+#[test]
+fn a_day_with_the_daemon() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        let listeners = [TcpListener::bind(OPEN)?, TcpListener::bind(CLOSED)?];
+        dial(CLOSED)?;
+        operator.run(&["status"]).expect(ExitStatus::No, &["off"]);
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        dial(OPEN)?;
+        let denied = dial(CLOSED).map_err(|error| error.kind());
+        assert!(denied.is_err(), "root is not the user daemon");
+        let events = operator.until(&["events", "--json"], "4333");
+        assert_eq!(events.value("/schema")?, "enforcer/event/1");
+        assert_eq!(events.value("/target")?, "closed");
+        operator.run(&["events"]).expect(ExitStatus::Yes, &[CLOSED]);
+
+        operator
+            .run(&["check", "root", OPEN])
+            .expect(ExitStatus::Yes, &["allow"]);
+        operator
+            .run(&["check", "root", CLOSED])
+            .expect(ExitStatus::No, &["deny", "closed"]);
+        operator
+            .run(&["check", "65534", "127.0.0.9:22"])
+            .expect(ExitStatus::Yes, &[]);
+        let check = operator
+            .run(&["check", "--json", "daemon", OPEN])
+            .expect(ExitStatus::No, &[]);
+        assert_eq!(check.value("/verdict")?, "deny");
+        operator.run(&["verify"]).expect(ExitStatus::Yes, &["identical"]);
+        operator.run(&["refresh"]).expect(ExitStatus::Yes, &["bus.test"]);
+
+        operator.run(&["grants"]).expect(ExitStatus::Yes, &[]);
+        operator
+            .run(&["grant", "open", "--user", "daemon", "--for", "1h"])
+            .expect(ExitStatus::Yes, &["open"]);
+        operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::Yes, &[]);
+        let grants = operator.run(&["grants", "--json"]).expect(ExitStatus::Yes, &[]);
+        assert_eq!(grants.value("/grants/0/user")?, 1);
+        operator.run(&["grants"]).expect(ExitStatus::Yes, &["open"]);
+        operator
+            .run(&["revoke", "open", "--user", "daemon"])
+            .expect(ExitStatus::Yes, &[]);
+        operator
+            .run(&["revoke", "open", "--user", "daemon"])
+            .expect(ExitStatus::No, &[]);
+        operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::No, &[]);
+        for (arguments, part) in [
+            (["grant", "closed", "--user", "daemon"], "grants = true"),
+            (
+                ["grant", "elsewhere", "--user", "daemon"],
+                "there is no target elsewhere",
+            ),
+            (
+                ["grant", "open", "--user", "nobody-of-that-name"],
+                "nobody-of-that-name",
+            ),
+            (["grant", "open", "--cgroup", "not/there"], "begin it with /"),
+            (
+                ["revoke", "elsewhere", "--user", "daemon"],
+                "there is no target elsewhere",
+            ),
+        ] {
+            let error = operator.fails(&arguments);
+            assert!(error.contains(part), "{error}");
+        }
+        operator.run(&["doctor", "--json"]).value("/findings")?;
+        operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
+        assert_eq!(ended(daemon)?, ExitStatus::Unloaded);
+        dial(CLOSED)?;
+        drop(listeners);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_broken_while_the_daemon_runs() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        // A configuration that is wrong changes nothing, and one that is right again is taken.
+        operator.configure(&configuration(
+            "[target.closed]\nendpoints = [\"tcp://nowhere\"]\nallow = [\"root\"]\n",
+        ))?;
+        raise(Signal::SIGHUP)?;
+        operator
+            .until(&["status"], "degraded")
+            .expect(ExitStatus::No, &["nowhere", "closed"]);
+        operator.run(&["check", "root", CLOSED]).expect(ExitStatus::No, &[]);
+        let other = two_targets().replace(CLOSED, "127.0.0.9:4444");
+        operator.configure(&other)?;
+        raise(Signal::SIGHUP)?;
+        operator.until(&["status"], "enforcing");
+        operator
+            .run(&["check", "root", "127.0.0.9:4444"])
+            .expect(ExitStatus::No, &[]);
+        operator.run(&["check", "root", CLOSED]).expect(ExitStatus::Yes, &[]);
+        // What another process removes comes back.
+        assert!(crate::backend::remove_table("enforcer")?);
+        operator.until(&["status"], "another process");
+        operator
+            .run(&["check", "root", "127.0.0.9:4444"])
+            .expect(ExitStatus::No, &[]);
+        operator.run(&["verify"]).expect(ExitStatus::Yes, &["identical"]);
+        // What is kept is kept again; the daemon's own end leaves all as it is.
+        fs::remove_file("/run/state/last-good.json")?;
+        let end = Instant::now() + PATIENCE;
+        while !Path::new("/run/state/last-good.json").exists() {
+            assert!(Instant::now() < end, "nothing is saved");
+            thread::sleep(Duration::from_millis(20));
+        }
+        raise(Signal::SIGTERM)?;
+        assert_eq!(ended(daemon)?, ExitStatus::Yes);
+        operator.run(&["status"]).expect(ExitStatus::No, &["degraded"]);
+        operator
+            .run(&["check", "root", "127.0.0.9:4444"])
+            .expect(ExitStatus::No, &[]);
+        // A start with a damaged configuration goes on with what was good.
+        operator.configure("backend = \"nftables")?;
+        let error = operator.fails(&["config", "check"]);
+        assert!(error.contains("enforcer.toml:1"), "{error}");
+        operator.configure(&other)?;
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        operator.run(&["unload"]).expect(ExitStatus::Yes, &[]);
+        assert_eq!(ended(daemon)?, ExitStatus::Unloaded);
+        Ok(())
+    })
+}
+
+#[test]
+fn without_a_daemon() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        operator
+            .run(&["apply", "--last-good"])
+            .expect(ExitStatus::Yes, &["no rules are saved"]);
+        operator.run(&["apply"]).expect(ExitStatus::Yes, &["enforcing"]);
+        operator
+            .run(&["status"])
+            .expect(ExitStatus::Yes, &["enforcing", "not running"]);
+        operator
+            .run(&["check", "root", CLOSED])
+            .expect(ExitStatus::No, &["deny"]);
+        operator.run(&["verify"]).expect(ExitStatus::Yes, &["identical"]);
+        let error = operator.fails(&["grant", "open", "--user", "daemon"]);
+        assert!(error.contains("enforcer.service") || error.contains("start"), "{error}");
+        // The next boot begins with what was active.
+        assert!(crate::backend::remove_table("enforcer")?);
+        let error = operator.fails(&["check", "root", CLOSED]);
+        assert!(error.contains("nothing is active"), "{error}");
+        operator.run(&["apply", "--last-good"]);
+        operator.run(&["check", "root", CLOSED]).expect(ExitStatus::No, &[]);
+        operator
+            .run(&["config", "check"])
+            .expect(ExitStatus::Yes, &["valid; 2 targets"]);
+        assert_eq!(operator.run(&["config", "check", "--json"]).value("/targets")?, 2);
+        operator
+            .run(&["config", "show"])
+            .expect(ExitStatus::Yes, &["[target.closed]", CLOSED]);
+        operator
+            .run(&["config", "show", "--json"])
+            .value("/target/open/grants")?;
+        operator.run(&["doctor"]);
+        operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
+        operator
+            .run(&["unload"])
+            .expect(ExitStatus::Yes, &["nothing was active"]);
+        operator.run(&["status"]).expect(ExitStatus::No, &["off"]);
+        assert!(File::open("/run/state/last-good.json").is_ok());
+        Ok(())
+    })
+}
