@@ -5,6 +5,8 @@ mod configuration;
 mod doctor;
 pub(crate) mod grants;
 mod monit_access;
+mod reload;
+mod unload;
 mod verify;
 
 use std::{
@@ -16,11 +18,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    error::{ContextKind, ContextValue},
+};
 use serde::Serialize;
 
 use crate::{
-    backend::{self, ActiveRules, jobs},
+    backend::ActiveRules,
     config::{self, Config, ConfigError, Settings},
     control::{self, AskError},
     daemon, host,
@@ -70,6 +75,11 @@ enum Command {
     Status(Json),
     /// Show whether USER may connect to DESTINATION, and why, evaluated against the rules in the kernel
     Check(check::Check),
+    /// Take the configuration file as it is now, and print what changes; return when it is enforced
+    ///
+    /// An endpoint that is no longer in the file is no longer protected. See what would change with --dry-run first.
+    /// Exit codes: 0 enforced; 1 taken, but degraded; 2 rejected: the previous rules stay active.
+    Reload(reload::Reload),
     /// Show denials and other events
     Events(EventsArgs),
     /// Look up all names now; return when the kernel holds the result
@@ -84,7 +94,9 @@ enum Command {
     #[command(alias = "bosh-enable-monit-access")]
     EnableMonitAccess(monit_access::MonitAccess),
     /// Stop the daemon and remove all enforcement from the kernel; nothing is protected afterwards
-    Unload,
+    ///
+    /// On a terminal it asks first.
+    Unload(unload::Unload),
     /// Diagnose this host: kernel features, the backend that would be used, weaknesses and how to fix them
     ///
     /// Exit codes: 0 no weaknesses; 1 weaknesses; 2 none found, but something could not be checked.
@@ -152,7 +164,8 @@ pub fn main() -> ExitCode {
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => {
             // An argument may be a path or a name that others chose.
-            let _ = write!(io::stderr(), "{}", text::lines(&error.render().to_string()));
+            let error = without_unload(error).render().to_string();
+            let _ = write!(io::stderr(), "{}", text::lines(&error));
             return ExitCode::from(2);
         }
     };
@@ -167,6 +180,17 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// Nobody who mistypes is led to the command that ends all protection.
+fn without_unload(mut error: clap::Error) -> clap::Error {
+    if let Some(ContextValue::Strings(mut similar)) = error.remove(ContextKind::SuggestedSubcommand) {
+        similar.retain(|command| command != "unload");
+        if !similar.is_empty() {
+            error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(similar));
+        }
+    }
+    error
 }
 
 fn start_log(format: LogFormat, level: tracing::Level) {
@@ -200,13 +224,14 @@ fn run(cli: &Cli) -> Result<ExitStatus> {
         Command::Apply(Apply { last_good: true }) => apply_last_good(config),
         Command::Status(json) => show_status(config, json),
         Command::Check(check) => check::run(config, check),
+        Command::Reload(reload) => reload::run(config, reload),
         Command::Events(events) => show_events(config, events),
         Command::Refresh(refresh) => run_refresh(config, refresh),
         Command::Grant(grant) => grants::grant(config, grant),
         Command::Revoke(revoke) => grants::revoke(config, revoke),
         Command::Grants(json) => grants::list(config, json),
         Command::EnableMonitAccess(access) => Ok(monit_access::run(config, access)),
-        Command::Unload => unload(config),
+        Command::Unload(unload) => unload::run(config, unload),
         Command::Doctor(doctor) => doctor::run(config, doctor),
         Command::Verify(json) => verify::run(config, json),
         Command::Config(command) => configuration::run(config, command),
@@ -348,53 +373,6 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {
 
 /// What reads or removes thousands of entries waits for the kernel, and on a busy host for the disk, too.
 const PATIENCE_FOR_WORK: Duration = Duration::from_secs(30);
-
-fn unload(config: &Path) -> Result<ExitStatus> {
-    // Nothing may be said to be gone that lies elsewhere.
-    let settings = &place_or(config, false)?;
-    match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, PATIENCE_FOR_WORK)) {
-        Ok(_) => {
-            print("unloaded: nothing is active any more; the daemon has ended\n")?;
-            tell_what_stays(settings)
-        }
-        Err(error) if is_nobody(&error) => {
-            let was = backend::unload(settings)?;
-            print(if was {
-                "unloaded: nothing is active any more\n"
-            } else {
-                "nothing was active\n"
-            })?;
-            tell_what_stays(settings)
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// B5: the rules that jobs and the BOSH agent have in their table are theirs.
-fn tell_what_stays(settings: &Settings) -> Result<ExitStatus> {
-    let chain = jobs::read(settings).unwrap_or_default();
-    let ours = chain
-        .rules
-        .iter()
-        .filter(|rule| rule.writer == jobs::RuleOrigin::Grants)
-        .count();
-    match (chain.exists, ours) {
-        (false, _) => Ok(ExitStatus::Yes),
-        (true, 0) => print(&format!(
-            "nftables table inet {} stays, with third-party rules in it; enforcer's are removed\n",
-            jobs::TABLE
-        )),
-        (true, ours) => {
-            print(&format!(
-                "nftables table inet {} stays, and {ours} of enforcer's rules in its chain {} could not be removed: \
-                 they still allow what was granted; run this again, or remove them with nft\n",
-                jobs::TABLE,
-                jobs::CHAIN
-            ))?;
-            Ok(ExitStatus::No)
-        }
-    }
-}
 
 fn print_one<T: Serialize>(value: &T, json: &Json, render: impl Fn(&T) -> String) -> Result<ExitStatus> {
     if json.json {

@@ -17,6 +17,7 @@ use crate::{
     wire::words,
 };
 
+mod changes;
 mod error;
 mod meaning;
 mod read;
@@ -128,7 +129,7 @@ words! {
 pub const MAX_TABLE_NAME: usize = 64;
 
 /// A section `[target.NAME]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a section [target.NAME]")]
 pub struct TargetSection {
     /// The line of its name.

@@ -249,7 +249,7 @@ impl Daemon {
     fn step(&mut self, wakeup: Wakeup, sources: &mut Sources) -> Step {
         match wakeup {
             Wakeup::Reload => {
-                self.reload();
+                self.reload(None);
                 return Step::Follow;
             }
             Wakeup::Stop => return Step::Stop,
@@ -291,11 +291,7 @@ impl Daemon {
                     return Step::Follow;
                 }
             }
-            Wakeup::Call(call) => {
-                if let Some(replies) = self.answer(call) {
-                    return Step::Unload(replies);
-                }
-            }
+            Wakeup::Call(call) => return self.answer(call),
         }
         Step::Wait
     }

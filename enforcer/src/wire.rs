@@ -31,6 +31,7 @@ pub mod check;
 pub mod doctor;
 mod events;
 mod grants;
+mod reload;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ mod verification;
 pub use enforcer_client::wire::{GrantRequest, Request, RevokeRequest, Selector, State};
 pub use events::{Denial, Event, ExistingAction, ExistingEvent, GrantAction, GrantEvent, Lost, SocketState};
 pub use grants::{GrantStatus, GrantsReport, JobRuleStatus};
+pub use reload::{ReloadReport, SettingChange, UnprotectedEndpoint};
 pub use status::{DaemonStatus, DialStatus, ExistingStatus, NameStatus, Status, SubjectKind, TargetStatus};
 pub use verification::{Against, Difference, DifferenceKind, Object, Verification};
 
@@ -55,6 +57,7 @@ words! {
         Grant = "enforcer/grant/1",
         Grants = "enforcer/grants/1",
         Lost = "enforcer/lost/1",
+        Reload = "enforcer/reload/1",
         Status = "enforcer/status/1",
         Verify = "enforcer/verify/1",
     }
@@ -151,6 +154,8 @@ pub enum Reply {
     Grants(GrantsReport),
     /// To `verify`.
     Verification(Box<Verification>),
+    /// To `reload`.
+    Reload(Box<ReloadReport>),
     /// To `unload`.
     Done,
     /// It could not be done.

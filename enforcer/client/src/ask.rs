@@ -77,6 +77,7 @@ pub enum AskError {
             | Request::Revoke(_)
             | Request::Grants
             | Request::Verify
+            | Request::Reload { .. }
             | Request::Unload => "its log may say why: restart it if this persists",
         }
     )]

@@ -3,6 +3,8 @@
 //! [`Request`] is all that can be asked. Of the answers only what a caller of
 //! [`refresh_blocking`](crate::refresh_blocking) needs is here: a caller that asks for more brings a type for it.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// What can be asked.
@@ -27,6 +29,12 @@ pub enum Request {
     Grants,
     /// Compare all that the kernel holds with what is desired.
     Verify,
+    /// Take the configuration file as it is now; answered when the kernel and the disk hold the result.
+    Reload {
+        /// Only compare: nothing changes.
+        #[serde(default)]
+        dry_run: bool,
+    },
     /// Remove everything from the kernel and end.
     Unload,
 }
@@ -89,6 +97,17 @@ pub struct Status {
     pub causes: Vec<String>,
     /// Number of the active rule set, 0 for none; grows with every change.
     pub generation: u64,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enforcing => "enforcing",
+            Self::Audit => "audit",
+            Self::Degraded => "degraded",
+            Self::Off => "off",
+        })
+    }
 }
 
 /// The state in a word.

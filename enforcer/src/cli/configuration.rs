@@ -11,7 +11,7 @@ use clap::Subcommand;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use super::{ExitStatus, Json, as_line, print_one, runtime};
+use super::{ExitStatus, Json, as_line, print_one, reload, runtime};
 use crate::{
     config::Config,
     inputs::HostConfig,
@@ -25,6 +25,8 @@ use crate::{
 pub(super) enum ConfigCommand {
     /// Report what is wrong with the configuration
     Check(Json),
+    /// Print what a reload would change, compared with what the daemon has; exit code 1 if anything
+    Diff(Json),
     /// Print the full configuration, with defaults and an explanation of each key
     Show(Json),
 }
@@ -32,6 +34,7 @@ pub(super) enum ConfigCommand {
 pub(super) fn run(path: &Path, command: &ConfigCommand) -> Result<ExitStatus> {
     match command {
         ConfigCommand::Check(json) => check(path, json),
+        ConfigCommand::Diff(json) => reload::diff(path, json),
         ConfigCommand::Show(json) => show(path, json),
     }
 }

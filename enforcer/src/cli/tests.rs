@@ -333,3 +333,81 @@ fn without_a_daemon() -> Test {
         Ok(())
     })
 }
+
+#[test]
+fn a_reload_says_what_it_changes() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        operator.run(&["config", "diff"]).expect(
+            ExitStatus::Yes,
+            &["/run/enforcer.toml: valid; a reload changes nothing"],
+        );
+        let other = format!("mode = \"audit\"\n{}", two_targets().replace(CLOSED, "127.0.0.9:4444"));
+        operator.configure(&other)?;
+        let changes = [
+            "- mode = \"enforce\"",
+            "+ mode = \"audit\"",
+            "- [target.closed] endpoints = \"tcp://127.0.0.9:4333\"",
+            "+ [target.closed] endpoints = \"tcp://127.0.0.9:4444\"",
+        ];
+        let would = "warning: tcp://127.0.0.9:4333 of target closed would no longer be protected";
+        operator.run(&["config", "diff"]).expect(ExitStatus::No, &changes);
+        operator.run(&["reload", "--dry-run"]).expect(ExitStatus::Yes, &changes);
+        operator.run(&["config", "diff"]).expect(ExitStatus::No, &[would]);
+        operator.run(&["check", "root", CLOSED]).expect(ExitStatus::No, &[]);
+        let reloaded = operator.run(&["reload"]).expect(ExitStatus::Yes, &changes);
+        reloaded.expect(
+            ExitStatus::Yes,
+            &[
+                "/run/enforcer.toml: reloaded\n",
+                "warning: tcp://127.0.0.9:4333 of target closed is no longer protected",
+                "audit, generation ",
+            ],
+        );
+        operator.run(&["check", "root", CLOSED]).expect(ExitStatus::Yes, &[]);
+        let again = operator.run(&["reload", "--json"]).expect(ExitStatus::Yes, &[]);
+        assert_eq!(again.value("/schema")?, "enforcer/reload/1");
+        assert_eq!(again.value("/changes/0").ok(), None, "nothing changes");
+        // A target less, and a name that does not exist.
+        operator.configure(&configuration(
+            "[target.open]\nendpoints = [\"tcp://never.test:1\"]\nallow = [\"root\"]\n",
+        ))?;
+        operator.run(&["reload"]).expect(
+            ExitStatus::No,
+            &[
+                "- [target.open] grants = true",
+                "- [target.closed] allow = \"daemon\"",
+                "degraded, generation",
+                "never.test",
+            ],
+        );
+        operator.configure("mode = \"of\"\n")?;
+        for arguments in [&["reload"][..], &["reload", "--dry-run"], &["config", "diff"]] {
+            let error = operator.fails(arguments);
+            assert!(error.contains("enforcer.toml:1") && error.contains("mode"), "{error}");
+        }
+        operator
+            .run(&["status"])
+            .expect(ExitStatus::No, &["the previous rules stay active"]);
+        operator
+            .run(&["unload", "--yes"])
+            .expect(ExitStatus::Yes, &["unloaded"]);
+        assert_eq!(ended(daemon)?, ExitStatus::Unloaded);
+        let error = operator.fails(&["config", "diff"]);
+        assert!(error.contains("no daemon answers"), "{error}");
+        Ok(())
+    })
+}
+
+#[test]
+fn no_tip_leads_to_the_end_of_protection() {
+    for typed in ["reloads", "load", "unblock", "unlod", "un"] {
+        let error = match Cli::try_parse_from(["enforcer", typed]) {
+            Ok(cli) => panic!("{cli:?}"),
+            Err(error) => super::without_unload(error).render().to_string(),
+        };
+        assert!(error.contains(typed) && !error.contains("'unload'"), "{error}");
+    }
+}

@@ -1,42 +1,145 @@
-//! Another configuration: read on a signal or when users mean other numbers, and made active whole or not at all (F4).
+//! Another configuration: read on a signal, on request or when users mean other numbers, and made active whole or not
+//! at all (F4).
 
-use std::time::Instant;
+use std::{collections::BTreeSet, time::Instant};
 
-use tracing::{error, warn};
+use tokio::sync::mpsc;
+use tracing::{error, info, warn};
 
 use super::{About, Daemon, DaemonError};
 use crate::{
     backend::Start,
     config::ConfigError,
     inputs::{HostConfig, InputError, Inputs},
+    policy::Endpoint,
+    wire::{ReloadReport, Reply, Schema, UnprotectedEndpoint},
 };
+
+/// Changes that are logged one by one.
+const LOGGED_CHANGES: usize = 32;
+
+/// A reload that is to be reported once the disk has what it made active.
+#[derive(Debug)]
+pub(super) struct Reloaded {
+    report: ReloadReport,
+    /// Who waits for that; nobody after a signal.
+    replies: Option<mpsc::Sender<Reply>>,
+}
 
 impl Daemon {
     /// Takes the configuration as it is now. A file that was there and has gone is a mistake, not the wish for the
     /// defaults (F4).
     pub(super) fn take_configuration(&mut self) -> Result<(), DaemonError> {
+        let config = self.read_configuration()?;
+        self.change_to(config)
+    }
+
+    fn read_configuration(&self) -> Result<HostConfig, DaemonError> {
         let path = &self.inputs.config.path;
         if self.inputs.config.from_file && !path.exists() {
             return Err(InputError::from(ConfigError::Missing { path: path.clone() }).into());
         }
-        let config = HostConfig::load_knowing(path, &self.inputs.config.users)?;
-        self.change_to(config)
+        Ok(HostConfig::load_knowing(path, &self.inputs.config.users)?)
     }
 
-    pub(super) fn reload(&mut self) {
-        let loaded = self.take_configuration();
-        match loaded {
+    /// Takes the configuration for a signal, or for somebody who waits for a reply.
+    pub(super) fn reload(&mut self, replies: Option<mpsc::Sender<Reply>>) {
+        let before = self.inputs.clone();
+        match self.take_configuration() {
             Ok(()) => {
                 self.faults.set_silently(About::Reload, None);
-                self.report_reload();
+                let report = ReloadReport {
+                    applied: true,
+                    ..self.compare(&before, &self.inputs)
+                };
+                self.report_reload(Reloaded { report, replies });
             }
             Err(error) => {
                 // Each time, not once a change: it answers a signal.
                 let fault = format!("reload: {error}; the previous rules stay active");
                 error!("{fault}");
+                if let Some(replies) = replies {
+                    let _ = replies.try_send(Reply::Error(fault.clone()));
+                }
                 self.faults.set_silently(About::Reload, Some(fault));
             }
         }
+    }
+
+    /// What a reload would change. Nothing is changed.
+    pub(super) fn preview(&self) -> Result<ReloadReport, DaemonError> {
+        let config = self.read_configuration()?;
+        self.ensure_same_place(&config)?;
+        let now = Instant::now();
+        let mut inputs = self.inputs.clone();
+        inputs.set_config(config, now);
+        inputs.settle(now);
+        inputs.look_at_cgroups();
+        inputs.desired(now)?;
+        Ok(self.compare(&self.inputs, &inputs))
+    }
+
+    /// What differs between two inputs, for whoever has changed the configuration.
+    fn compare(&self, old: &Inputs, new: &Inputs) -> ReloadReport {
+        let of = |inputs: &Inputs| -> BTreeSet<(Endpoint, String)> {
+            let targets = inputs.policy().targets.iter();
+            let all = targets.flat_map(|target| target.endpoints.iter().map(|endpoint| (endpoint, &target.name)));
+            all.map(|(endpoint, name)| (endpoint.clone(), name.clone())).collect()
+        };
+        let protected: BTreeSet<Endpoint> = of(new).into_iter().map(|(endpoint, _)| endpoint).collect();
+        let gone = of(old)
+            .into_iter()
+            .filter(|(endpoint, _)| !protected.contains(endpoint));
+        ReloadReport {
+            schema: Schema::Reload,
+            path: new.config.path.display().to_string(),
+            applied: false,
+            generation: self.guard.generation(),
+            changes: old.config.config.changes(&new.config.config),
+            unprotected: gone
+                .map(|(endpoint, target)| UnprotectedEndpoint {
+                    endpoint: endpoint.to_string(),
+                    target,
+                })
+                .collect(),
+            warnings: new.config.warnings.clone(),
+            state: None,
+            causes: Vec::new(),
+        }
+    }
+
+    /// Logs what a reload has changed, and replies to whoever waits.
+    pub(super) fn reloaded(reload: Reloaded) {
+        let Reloaded { report, replies } = reload;
+        info!("reloaded {}", report.path);
+        for line in report.lines().take(LOGGED_CHANGES) {
+            info!("reloaded: {line}");
+        }
+        let more = report.lines().count().saturating_sub(LOGGED_CHANGES);
+        if more > 0 {
+            info!("reloaded: {more} more changes");
+        }
+        for UnprotectedEndpoint { endpoint, target } in report.unprotected.iter().take(LOGGED_CHANGES) {
+            warn!("{endpoint} of target {target} is no longer protected");
+        }
+        let more = report.unprotected.len().saturating_sub(LOGGED_CHANGES);
+        if more > 0 {
+            warn!("{more} more endpoints are no longer protected");
+        }
+        if let Some(replies) = replies {
+            let _ = replies.try_send(Reply::Reload(Box::new(report)));
+        }
+    }
+
+    fn ensure_same_place(&self, wanted: &HostConfig) -> Result<(), DaemonError> {
+        let keys = self.fixed_keys(wanted);
+        if keys.is_empty() {
+            return Ok(());
+        }
+        Err(DaemonError::FixedKeys {
+            path: wanted.path.clone(),
+            keys,
+        })
     }
 
     /// Keys that hold for the whole run and are others in another configuration.
@@ -55,13 +158,7 @@ impl Daemon {
 
     /// Makes another configuration active, or keeps this one whole.
     pub(super) fn change_to(&mut self, config: HostConfig) -> Result<(), DaemonError> {
-        let keys = self.fixed_keys(&config);
-        if !keys.is_empty() {
-            return Err(DaemonError::FixedKeys {
-                path: config.path,
-                keys,
-            });
-        }
+        self.ensure_same_place(&config)?;
         for warning in &config.warnings {
             warn!("{warning}");
         }

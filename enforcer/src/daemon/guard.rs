@@ -62,6 +62,11 @@ impl Guard {
         self.active.is_some()
     }
 
+    /// The number of the rules that this process made active; 0 before.
+    pub(super) fn generation(&self) -> u64 {
+        self.active.as_ref().map_or(0, |active| active.generation)
+    }
+
     /// Whether what is active stays as it is.
     pub(super) fn is_held(&self) -> bool {
         self.hold != Hold::No

@@ -2,17 +2,15 @@
 
 use std::time::Instant;
 
-use tokio::sync::mpsc;
-
-use super::{Daemon, DaemonError, denials::send_events};
+use super::{Daemon, DaemonError, Step, denials::send_events};
 use crate::{
     control::Call,
     wire::{Reply, Request, Verification},
 };
 
 impl Daemon {
-    /// Answers a request, but for `unload`, which is the end of the loop: that answer's way is returned.
-    pub(super) fn answer(&mut self, call: Call) -> Option<mpsc::Sender<Reply>> {
+    /// Answers a request, but for `unload`, which is the end of the loop.
+    pub(super) fn answer(&mut self, call: Call) -> Step {
         let Call { request, peer, replies } = call;
         match request {
             Request::Status => drop(replies.try_send(Reply::Status(Box::new(self.status())))),
@@ -37,9 +35,20 @@ impl Daemon {
                 };
                 drop(replies.try_send(reply));
             }
-            Request::Unload => return Some(replies),
+            Request::Reload { dry_run: true } => {
+                let reply = match self.preview() {
+                    Ok(report) => Reply::Reload(Box::new(report)),
+                    Err(error) => Reply::Error(error.to_string()),
+                };
+                drop(replies.try_send(reply));
+            }
+            Request::Reload { dry_run: false } => {
+                self.reload(Some(replies));
+                return Step::Follow;
+            }
+            Request::Unload => return Step::Unload(replies),
         }
-        None
+        Step::Wait
     }
 
     /// Compares all that the kernel holds with what is wanted now.

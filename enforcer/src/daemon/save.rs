@@ -7,9 +7,9 @@ use std::{
 };
 
 use tokio::task::{self, JoinHandle};
-use tracing::{info, warn};
+use tracing::warn;
 
-use super::{About, Daemon};
+use super::{About, Daemon, configure::Reloaded};
 use crate::state::{self, LastGoodRef, Mark, Record};
 
 /// What the file holds.
@@ -23,15 +23,15 @@ pub(super) struct StateKeeper {
     due: Option<Instant>,
     /// What is being written: one at a time.
     saving: Option<Saving>,
-    /// A reload is to be reported once what it made active is kept.
-    reloaded: bool,
+    /// Reloads that are to be reported once what they made active is kept.
+    reloaded: Vec<Reloaded>,
 }
 
 #[derive(Debug)]
 struct Saving {
     task: JoinHandle<SaveResult>,
-    /// Whether a reload is to be reported with it.
-    reloaded: bool,
+    /// Reloads that are to be reported with it.
+    reloaded: Vec<Reloaded>,
 }
 
 /// What was written, or why it was not.
@@ -49,7 +49,7 @@ impl StateKeeper {
             damaged,
             due: None,
             saving: None,
-            reloaded: false,
+            reloaded: Vec::new(),
         }
     }
 
@@ -100,8 +100,8 @@ impl Daemon {
     }
 
     /// Reports a reload once what it made active is kept: whoever reads so may count on it over a crash.
-    pub(super) fn report_reload(&mut self) {
-        self.kept.reloaded = true;
+    pub(super) fn report_reload(&mut self, reloaded: Reloaded) {
+        self.kept.reloaded.push(reloaded);
         self.catch_up();
     }
 
@@ -119,7 +119,7 @@ impl Daemon {
         }
         let reloaded = std::mem::take(&mut self.kept.reloaded);
         let Some(record) = self.record_to_keep() else {
-            self.reloaded(reloaded);
+            reloaded.into_iter().for_each(Self::reloaded);
             return;
         };
         let dir = self.inputs.settings().state_dir.clone();
@@ -149,9 +149,9 @@ impl Daemon {
 
     /// Takes note of what was written.
     pub(super) fn was_kept(&mut self, saved: &SaveResult) {
-        let reloaded = self.kept.saving.take().is_some_and(|saving| saving.reloaded);
+        let reloaded = self.kept.saving.take().map(|saving| saving.reloaded);
         self.note_kept(saved);
-        self.reloaded(reloaded);
+        reloaded.into_iter().flatten().for_each(Self::reloaded);
     }
 
     /// What is to be written; nothing where the file holds it, or what is active is not to be kept.
@@ -196,12 +196,6 @@ impl Daemon {
         } else {
             self.kept.mark = None;
             self.kept.due = Some(Instant::now() + RETRY);
-        }
-    }
-
-    fn reloaded(&self, reloaded: bool) {
-        if reloaded {
-            info!("reloaded {}", self.inputs.config.path.display());
         }
     }
 }

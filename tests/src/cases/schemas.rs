@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// The keys of each schema besides `schema`, those of objects inside by their path. What is here never goes while its
 /// schema has that version; what is new is entered here, and in `schemas.md`.
-const SCHEMAS: [(&str, &str); 11] = [
+const SCHEMAS: [(&str, &str); 12] = [
     (
         "enforcer/status/1",
         "state causes backend subject mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
@@ -85,6 +85,11 @@ const SCHEMAS: [(&str, &str); 11] = [
          dns.max_refresh \
          dns.retain dns.unresolved bosh bosh.dir target target.main target.main.endpoints target.main.allow \
          target.main.grants target.main.answers",
+    ),
+    (
+        "enforcer/reload/1",
+        "path applied generation changes changes.section changes.key changes.removed changes.added unprotected \
+         unprotected.endpoint unprotected.target warnings state causes",
     ),
     ("enforcer/config-check/1", "absent path targets unprotected warnings"),
 ];
@@ -257,6 +262,12 @@ fn every_read_has_json_of_the_documented_keys() -> Result<()> {
         for answer in answers {
             check(&answer, &mut seen).with_context(|| format!("{words:?}"))?;
         }
+    }
+    world.configure("[target.other]\nendpoints = [\"tcp://10.9.0.2:4222\"]\nallow = [\"root\"]\n")?;
+    for answer in read(&["config", "diff"])?.into_iter().chain(read(&["reload"])?) {
+        let gone = answer["unprotected"].as_array().map_or(0, Vec::len);
+        ensure!(gone > 1, "main is gone: {answer}");
+        check(&answer, &mut seen)?;
     }
     let all: BTreeSet<&str> = SCHEMAS.iter().map(|(schema, _)| *schema).collect();
     ensure!(seen == all, "of {all:?} only {seen:?} were seen");

@@ -1,0 +1,61 @@
+//! `enforcer reload` and `enforcer config diff`: what another configuration changes, or would.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use super::{ExitStatus, Json, PATIENCE_FOR_WORK, answer_of, place, print_one, runtime};
+use crate::{
+    control,
+    wire::{ReloadReport, Reply, Request},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Reload {
+    /// Print what would change, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// How long to wait for the first lookup of new names
+    #[arg(long, value_name = "DURATION", default_value = "10s")]
+    timeout: humantime::Duration,
+    #[command(flatten)]
+    json: Json,
+}
+
+pub(super) fn run(config: &Path, reload: &Reload) -> Result<ExitStatus> {
+    let socket = place(config)?.socket;
+    let mut report = ask(&socket, reload.dry_run)?;
+    let mut answer = ExitStatus::Yes;
+    if !reload.dry_run {
+        // What names mean is part of what was asked for.
+        let timeout: Duration = reload.timeout.into();
+        let Reply::Status(status) = runtime()?.block_on(control::ask(&socket, &Request::Refresh, timeout))? else {
+            bail!("the daemon gave an unexpected answer; is it another version?");
+        };
+        answer = answer_of(&status);
+        report.generation = status.generation;
+        report.state = Some(status.state);
+        report.causes = status.causes;
+    }
+    print_one(&report, &reload.json, ReloadReport::render)?;
+    Ok(answer)
+}
+
+/// As `diff`: whether a reload would change anything.
+pub(super) fn diff(config: &Path, json: &Json) -> Result<ExitStatus> {
+    let report = ask(&place(config)?.socket, true)?;
+    print_one(&report, json, ReloadReport::render)?;
+    Ok(if report.is_same() {
+        ExitStatus::Yes
+    } else {
+        ExitStatus::No
+    })
+}
+
+fn ask(socket: &Path, dry_run: bool) -> Result<ReloadReport> {
+    match runtime()?.block_on(control::ask(socket, &Request::Reload { dry_run }, PATIENCE_FOR_WORK))? {
+        Reply::Reload(report) => Ok(*report),
+        _ => bail!("the daemon gave an unexpected answer; is it another version?"),
+    }
+}

@@ -1,0 +1,87 @@
+//! `enforcer unload`: the end of all enforcement.
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+use super::{ExitStatus, PATIENCE_FOR_WORK, is_nobody, place_or, print, runtime};
+use crate::{
+    backend::{self, jobs},
+    config::Settings,
+    control,
+    wire::Request,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Unload {
+    /// Do not ask
+    #[arg(long, short)]
+    yes: bool,
+}
+
+/// Whether whoever sits at the terminal says so.
+fn is_meant() -> Result<bool> {
+    let mut terminal = io::stderr().lock();
+    terminal
+        .write_all(b"Remove all enforcement? Every local user can reach every endpoint afterwards. [y/N] ")
+        .and_then(|()| terminal.flush())
+        .context("write to stderr")?;
+    let mut line = String::new();
+    io::stdin().read_line(&mut line).context("read the answer")?;
+    Ok(matches!(line.trim(), "y" | "Y" | "yes"))
+}
+
+pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
+    // Nothing may be said to be gone that lies elsewhere.
+    let settings = &place_or(config, false)?;
+    if !unload.yes && io::stdin().is_terminal() && !is_meant()? {
+        print("nothing was changed\n")?;
+        return Ok(ExitStatus::No);
+    }
+    match runtime()?.block_on(control::ask(&settings.socket, &Request::Unload, PATIENCE_FOR_WORK)) {
+        Ok(_) => {
+            print("unloaded: nothing is active any more; the daemon has ended\n")?;
+            tell_what_stays(settings)
+        }
+        Err(error) if is_nobody(&error) => {
+            let was = backend::unload(settings)?;
+            print(if was {
+                "unloaded: nothing is active any more\n"
+            } else {
+                "nothing was active\n"
+            })?;
+            tell_what_stays(settings)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// B5: the rules that jobs and the BOSH agent have in their table are theirs.
+fn tell_what_stays(settings: &Settings) -> Result<ExitStatus> {
+    let chain = jobs::read(settings).unwrap_or_default();
+    let ours = chain
+        .rules
+        .iter()
+        .filter(|rule| rule.writer == jobs::RuleOrigin::Grants)
+        .count();
+    match (chain.exists, ours) {
+        (false, _) => Ok(ExitStatus::Yes),
+        (true, 0) => print(&format!(
+            "nftables table inet {} stays, with third-party rules in it; enforcer's are removed\n",
+            jobs::TABLE
+        )),
+        (true, ours) => {
+            print(&format!(
+                "nftables table inet {} stays, and {ours} of enforcer's rules in its chain {} could not be removed: \
+                 they still allow what was granted; run this again, or remove them with nft\n",
+                jobs::TABLE,
+                jobs::CHAIN
+            ))?;
+            Ok(ExitStatus::No)
+        }
+    }
+}
