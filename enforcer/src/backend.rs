@@ -22,7 +22,7 @@ use crate::{
     config::{Backend, Settings},
     ruleset::RuleSet,
     verify::Comparison,
-    wire::{ActiveBackend, Against, Verification},
+    wire::{ActiveBackend, Against, ConditionId, Verification},
 };
 
 pub(crate) use active_rules::ActiveRules;
@@ -49,6 +49,8 @@ pub(crate) struct Enforcement {
     reason: Option<String>,
     /// How often a change that another process made to our rules was repaired (F5).
     restored: u64,
+    /// The highest number of the rules of any backend so far: numbers grow when backends change, too.
+    highest: u64,
     /// That nobody else writes (F11).
     _writer: Option<Writer>,
 }
@@ -106,6 +108,7 @@ impl Enforcement {
             nftables: None,
             reason: None,
             restored: 0,
+            highest: 0,
             _writer: Writer::of(&start.settings.state_dir, true)?,
         };
         this.extend(start)?;
@@ -143,6 +146,15 @@ impl Enforcement {
         Ok(())
     }
 
+    /// As `highest`, of what the backends hold now, too.
+    fn highest(&mut self) -> Result<u64, BackendError> {
+        let ebpf = self.ebpf.as_ref().map_or(Ok(0), EbpfBackend::generation)?;
+        let nftables = self.nftables.as_ref().map_or(0, NftablesBackend::generation);
+        // A number that another process has written must not end the counting.
+        self.highest = self.highest.max(nftables).max(ebpf.min(u64::MAX / 2));
+        Ok(self.highest)
+    }
+
     fn observed(&mut self, quick: bool) -> Result<Observed, BackendError> {
         let ebpf = self.ebpf.as_ref().map(|kernel| kernel.observe(quick)).transpose()?;
         let nftables = self.nftables.as_mut().map(NftablesBackend::observe).transpose()?;
@@ -152,6 +164,7 @@ impl Enforcement {
 
 impl Store for Enforcement {
     fn extend(&mut self, start: Start<'_>) -> Result<(), BackendError> {
+        self.highest()?;
         let half = |name| {
             move |error| BackendError::Half {
                 name,
@@ -213,6 +226,10 @@ impl Store for Enforcement {
         }
         if ebpf {
             self.reason = None;
+        } else if let Some(nftables) = &mut self.nftables
+            && let Err(error) = nftables.number_above(self.highest)
+        {
+            warn!("{error}; the rules have a lower generation number than before");
         }
     }
 
@@ -228,16 +245,19 @@ impl Store for Enforcement {
                 error
             }
         };
+        let above = self.highest()?;
         let mut number = 0;
         let mut saved = None;
         if let Some(nftables) = &mut self.nftables {
             if both {
                 saved = nftables.save()?;
             }
-            number = nftables.apply(rules).map_err(|error| half("nftables", error.into()))?;
+            number = nftables
+                .apply(rules, above)
+                .map_err(|error| half("nftables", error.into()))?;
         }
         if let Some(kernel) = &mut self.ebpf {
-            match kernel.apply(rules) {
+            match kernel.apply(rules, above) {
                 Ok(applied) => number = applied,
                 Err(error) => {
                     if let Some(nftables) = &mut self.nftables {
@@ -265,7 +285,8 @@ impl Store for Enforcement {
                 self.restored += u64::from(kernel.repaired() != before);
                 kept
             }
-            None => Ok(Some(kept)),
+            // Alone it may have been numbered anew.
+            None => Ok(Some(self.nftables.as_ref().map_or(kept, NftablesBackend::generation))),
         }
     }
 
@@ -352,6 +373,10 @@ impl Store for Enforcement {
         self.nftables.as_mut().and_then(NftablesBackend::denials)
     }
 
+    fn unlogged(&self) -> Option<&str> {
+        self.nftables.as_ref().and_then(NftablesBackend::unlogged)
+    }
+
     fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
         self.ebpf.as_ref().map(EbpfBackend::dials).transpose()
     }
@@ -408,7 +433,7 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     }
     if other.generation == 0 && one.generation != 0 {
         one.faults
-            .push("nothing is active in nftables; restart enforcer".to_owned());
+            .push(ConditionId::Table.because("nothing is active in nftables; restart enforcer"));
     }
     one.faults.extend(other.faults);
     Some(one)

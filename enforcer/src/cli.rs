@@ -32,7 +32,7 @@ use crate::{
     status::{Context, status},
     text::{self, Log},
     visibility::Visibility,
-    wire::{ActiveBackend, Reply, Request, State, Status},
+    wire::{ActiveBackend, ConditionId, Reply, Request, Severity, State, Status},
 };
 
 /// Allows only chosen local users to connect to this host's sensitive endpoints.
@@ -72,7 +72,7 @@ enum Command {
     /// Apply the configuration once and exit; the rules stay active
     Apply(Apply),
     /// Show the active rules and whether they match the configuration; exit code 1 if degraded or off
-    Status(Json),
+    Status(StatusArgs),
     /// Show whether USER may connect to DESTINATION, and why, evaluated against the rules in the kernel
     Check(check::Check),
     /// Take the configuration file as it is now, and print what changes; return when it is enforced
@@ -116,6 +116,23 @@ struct Json {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    /// Exit with 1 only if a condition is at least as severe as this, for monitoring [default: if degraded or off]
+    #[arg(long, value_enum, value_name = "SEVERITY")]
+    exit_on: Option<ExitOn>,
+    #[command(flatten)]
+    json: Json,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ExitOn {
+    /// Something that the rules rest on fails
+    Warning,
+    /// Something is not protected, or may soon not be
+    Critical,
 }
 
 #[derive(Debug, Args)]
@@ -222,7 +239,7 @@ fn run(cli: &Cli) -> Result<ExitStatus> {
             .map_err(Into::into),
         Command::Apply(Apply { last_good: false }) => apply(config),
         Command::Apply(Apply { last_good: true }) => apply_last_good(config),
-        Command::Status(json) => show_status(config, json),
+        Command::Status(status) => show_status(config, status),
         Command::Check(check) => check::run(config, check),
         Command::Reload(reload) => reload::run(config, reload),
         Command::Events(events) => show_events(config, events),
@@ -295,7 +312,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
     Ok(settings)
 }
 
-fn show_status(config: &Path, json: &Json) -> Result<ExitStatus> {
+fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Result<ExitStatus> {
     let settings = &place(config)?;
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
     let status = match asked {
@@ -305,7 +322,18 @@ fn show_status(config: &Path, json: &Json) -> Result<ExitStatus> {
         Err(error) => return Err(error.into()),
     };
     print_one(&status, json, Status::render)?;
-    Ok(answer_of(&status))
+    let Some(least) = exit_on else {
+        return Ok(answer_of(&status));
+    };
+    let least = match least {
+        ExitOn::Warning => Severity::Warning,
+        ExitOn::Critical => Severity::Critical,
+    };
+    Ok(if status.conditions.iter().any(|one| one.severity >= least) {
+        ExitStatus::No
+    } else {
+        ExitStatus::Yes
+    })
 }
 
 /// Whether no daemon was asked: then only the kernel can answer. Another user's socket is worth a warning.
@@ -338,7 +366,11 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         nft_table: settings.nft_table.clone(),
         backend: in_force.as_ref().map_or(ActiveBackend::Ebpf, ActiveRules::backend),
         unread: unread.is_some(),
-        causes: unread.iter().map(ToString::to_string).chain(hidden).collect(),
+        conditions: unread
+            .iter()
+            .map(|error| ConditionId::Unreadable.because(error.to_string()))
+            .chain(hidden.map(|hidden| ConditionId::HiddenFromHost.because(hidden)))
+            .collect(),
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))

@@ -339,7 +339,7 @@ impl Key {
             target: self.target.clone(),
             user: self.to.user().map(|uid| uid.0),
             cgroup: self.to.cgroup().map(ToString::to_string),
-            expires: expires.map(|end| end.to_string()),
+            expires: expires.map(|end| rfc3339(end.into())),
             expires_before: None,
             pid: by.map(|by| by.pid),
             uid: by.map(|by| by.uid),

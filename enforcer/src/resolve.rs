@@ -2,23 +2,26 @@
 
 mod addresses;
 pub(crate) mod lookup;
+mod note;
 mod resolv_conf;
 mod runtime;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
     hash::{BuildHasher, Hasher},
     net::{IpAddr, Ipv4Addr},
     time::{Duration, Instant},
 };
 
 use self::addresses::Addresses;
-pub(crate) use self::lookup::{LOOKUP_TIMEOUT, PartialAnswer, lookup, lookup_early};
+pub(crate) use self::{
+    lookup::{LOOKUP_TIMEOUT, PartialAnswer, lookup, lookup_early},
+    note::Note,
+};
 use crate::{
-    policy::{AcceptedAnswers, Dns, Name, canonical},
+    policy::{AcceptedAnswers, Dns, Name, Unresolved, canonical},
     ruleset::Resolved,
-    wire::NameStatus,
+    wire::{NameProtection, NameStatus},
 };
 
 /// Most current addresses of a name, and most retained ones (N4).
@@ -87,21 +90,6 @@ pub(crate) enum Outcome {
     Failed(String),
     /// No answer yet, beside one of the other family.
     Awaited,
-}
-
-/// Something an operator should read once.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Note {
-    /// The name went stale, or its cause changed.
-    Stale(Name, String),
-    /// The name is answered again.
-    Fresh(Name),
-    /// Addresses that no DNS answer may hold (N6).
-    Refused(Name, BTreeSet<IpAddr>),
-    /// So many more than [`MAX_ADDRESSES`] in the last answers, which are not protected.
-    TooMany(Name, usize),
-    /// The addresses changed.
-    Changed(Name, BTreeSet<IpAddr>),
 }
 
 /// What is known of each name, without times: what a restart can take over (N7).
@@ -314,7 +302,7 @@ impl Names {
         }
         if state.stale != stale_before {
             notes.push(match &state.stale {
-                Some(cause) => Note::Stale(name.clone(), cause.clone()),
+                Some(cause) => Note::Stale(name.clone(), cause.clone(), state.protects(self.dns.unresolved)),
                 None => Note::Fresh(name.clone()),
             });
         }
@@ -345,12 +333,22 @@ impl Names {
             cut: state.addresses.cut(),
             stale: state.stale.is_some(),
             cause: state.stale.as_ref().or(state.note.as_ref()).cloned(),
+            protects: state.protects(self.dns.unresolved),
         };
         self.states.iter().map(report).collect()
     }
 }
 
 impl State {
+    /// What is protected for the name (N5).
+    fn protects(&self, unresolved: Unresolved) -> NameProtection {
+        match unresolved {
+            _ if !self.addresses.all().is_empty() => NameProtection::Addresses,
+            Unresolved::Open => NameProtection::Nothing,
+            Unresolved::Closed => NameProtection::Port,
+        }
+    }
+
     /// Takes what the hosts file says; false if it says nothing usable.
     fn take_hosts(&mut self, addresses: BTreeSet<IpAddr>, now: Instant, most: Duration) -> bool {
         let (good, refused): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) = addresses
@@ -455,44 +453,6 @@ fn random_bits() -> u32 {
     #[allow(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
     let bits = std::hash::RandomState::new().build_hasher().finish() as u32;
     bits
-}
-
-impl Note {
-    /// Whether something is wrong.
-    #[must_use]
-    pub(crate) fn is_fault(&self) -> bool {
-        match self {
-            Self::Stale(..) | Self::Refused(..) | Self::TooMany(..) => true,
-            Self::Fresh(_) | Self::Changed(..) => false,
-        }
-    }
-}
-
-impl fmt::Display for Note {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list =
-            |addresses: &BTreeSet<IpAddr>| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        match self {
-            Self::Stale(name, cause) => {
-                write!(f, "name {name} is stale ({cause}); its known addresses stay protected")
-            }
-            Self::Fresh(name) => write!(f, "name {name} resolves again"),
-            Self::Refused(name, addresses) => {
-                write!(
-                    f,
-                    "name {name}: rejected {} (a DNS answer may not name loopback, multicast or unspecified addresses, \
-                     and link-local ones only for a target with answers = \"link-local\")",
-                    list(addresses)
-                )
-            }
-            Self::TooMany(name, over) => write!(
-                f,
-                "name {name}: {over} addresses beyond {MAX_ADDRESSES} are not protected; the longest-known addresses \
-                 are protected"
-            ),
-            Self::Changed(name, addresses) => write!(f, "name {name} now resolves to {}", list(addresses)),
-        }
-    }
 }
 
 #[cfg(test)]

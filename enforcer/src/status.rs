@@ -4,10 +4,10 @@ use crate::{
     backend::{Observed, ObservedTarget, SocketUsers},
     host::START,
     resolve::MAX_ADDRESSES,
-    text::Page,
+    text::{Page, counted},
     wire::{
-        ActiveBackend, DaemonStatus, DialStatus, Existing, ExistingStatus, Mode, NameStatus, Schema, State, Status,
-        SubjectKind, TargetStatus, Verdict,
+        ActiveBackend, Condition, ConditionId, DaemonStatus, DialStatus, Existing, ExistingStatus, Mode,
+        NameProtection, NameStatus, Schema, Severity, State, Status, SubjectKind, TargetStatus, Verdict,
     },
 };
 
@@ -27,8 +27,8 @@ pub(crate) struct Context {
     pub restored: u64,
     pub names: Vec<NameStatus>,
     pub dials: Vec<DialStatus>,
-    /// What else is wrong.
-    pub causes: Vec<String>,
+    /// What else is not as asked for.
+    pub conditions: Vec<Condition>,
     /// Denials that were lost on their way to the daemon, besides those that the kernel programs count.
     pub lost: u64,
     pub existing: Option<ExistingStatus>,
@@ -39,43 +39,52 @@ pub(crate) struct Context {
 /// Puts both together.
 #[must_use]
 pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
-    let mut causes = context.causes;
+    let mut conditions = context.conditions;
     for name in context.names.iter().filter(|name| name.stale) {
         let why = name.cause.as_deref().unwrap_or("the last lookup failed");
-        let kept = if name.addresses.is_empty() {
-            "nothing is protected for it"
-        } else {
-            "its last addresses stay protected"
-        };
-        causes.push(format!("name {} is stale ({why}); {kept}", name.name));
+        let text = name.protects.fault(&name.name, why);
+        conditions.push(match name.protects {
+            NameProtection::Addresses => ConditionId::NameStale.because(text),
+            NameProtection::Nothing => ConditionId::NameUnresolved.because(text),
+            NameProtection::Port => ConditionId::NameUnresolved.because(text).with(Severity::Warning),
+        });
     }
     for name in context.names.iter().filter(|name| name.cut > 0) {
-        causes.push(format!(
-            "name {} has {} addresses more than the maximum of {MAX_ADDRESSES}, which are not protected; name their \
-             prefix as an endpoint, or find out which server answers falsely",
+        conditions.push(ConditionId::NameTruncated.because(format!(
+            "name {} has more addresses than the maximum of {MAX_ADDRESSES}: {} are not protected; name their prefix \
+             as an endpoint, or find out which server answers falsely",
             name.name, name.cut
-        ));
+        )));
     }
     if let Some(observed) = observed {
-        causes.extend(observed.faults.iter().cloned());
+        conditions.extend(observed.faults.iter().cloned());
         if observed.by_daemon && context.daemon.is_none() {
-            causes.push(format!(
-                "the daemon is not running; its rules stay active, but DNS names are not refreshed: \
-                {START}"
-            ));
+            conditions.push(ConditionId::DaemonNotRunning.because(format!(
+                "the daemon is not running; its rules stay active, but DNS names are not refreshed: {START}"
+            )));
         }
     }
+    let is_degraded = conditions.iter().any(|one| one.severity > Severity::Info);
     let on = observed.filter(|observed| observed.generation != 0);
     let state = match on {
         None if context.unread => State::Degraded,
         None => State::Off,
-        Some(_) if !causes.is_empty() => State::Degraded,
+        Some(_) if is_degraded => State::Degraded,
         Some(observed) if observed.audit => State::Audit,
         Some(_) => State::Enforcing,
     };
-    if state == State::Off && causes.is_empty() {
-        causes.push(format!("nothing is active; {START}, or run enforcer apply"));
+    if state == State::Off && !is_degraded {
+        let text = format!("nothing is active; {START}, or run enforcer apply");
+        conditions.push(ConditionId::NothingActive.because(text));
     }
+    let causes = conditions.iter().filter(|one| one.severity > Severity::Info);
+    let causes = causes.map(|one| one.text.clone()).collect();
+    // Told apart from the causes, as nothing is wrong with it.
+    let fallback = context
+        .backend_reason
+        .clone()
+        .map(|why| ConditionId::BackendFallback.because(why));
+    conditions.extend(fallback);
     let targets = on
         .map(|observed| observed.targets.iter().map(target).collect())
         .unwrap_or_default();
@@ -83,6 +92,7 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         schema: Schema::Status,
         state,
         causes,
+        conditions,
         subject: match observed {
             _ if context.backend == ActiveBackend::Nftables => SubjectKind::File,
             Some(observed) => match observed.socket_users {
@@ -134,8 +144,8 @@ impl Status {
         };
         let mut line = |key: &str, value: &str| page.line(format_args!("{key:<12}{value}"));
         line("state", state);
-        for cause in &self.causes {
-            line("", &format!("! {cause}"));
+        for condition in self.conditions_shown() {
+            line("", &condition);
         }
         if self.state == State::Degraded && self.mode == Mode::Audit {
             line("mode", "audit: nothing is denied");
@@ -143,7 +153,11 @@ impl Status {
         if self.generation != 0 {
             line(
                 "rule set",
-                &format!("generation {}, {} endpoints", self.generation, self.endpoints),
+                &format!(
+                    "generation {}, {}",
+                    self.generation,
+                    counted(self.endpoints, "endpoint")
+                ),
             );
         }
         let subject = match self.subject {
@@ -176,8 +190,8 @@ impl Status {
             line(
                 "restored",
                 &format!(
-                    "{} times, after another process removed or changed enforcer's rules",
-                    self.restored
+                    "{}, after another process removed or changed enforcer's rules",
+                    counted(self.restored, "time")
                 ),
             );
         }
@@ -192,8 +206,8 @@ impl Status {
             line(
                 "events",
                 &format!(
-                    "{} denials were lost (they came faster than they were read)",
-                    self.events_lost
+                    "{} lost (they came faster than they were read)",
+                    counted(self.events_lost, "denial")
                 ),
             );
         }
@@ -222,6 +236,20 @@ impl Status {
     }
 }
 
+impl Status {
+    /// A line for each; why `auto` took what it took is told with the backend.
+    fn conditions_shown(&self) -> impl Iterator<Item = String> {
+        let told = self
+            .conditions
+            .iter()
+            .filter(|one| one.id != ConditionId::BackendFallback);
+        told.map(|one| {
+            let mark = if one.severity > Severity::Info { '!' } else { '-' };
+            format!("{mark} {}: {}", one.severity, one.text)
+        })
+    }
+}
+
 impl TargetStatus {
     fn row(&self) -> [String; 6] {
         let allow = if self.allow.is_empty() {
@@ -242,7 +270,12 @@ impl TargetStatus {
 
 impl NameStatus {
     fn row(&self) -> [String; 3] {
-        let note = if self.stale { "stale" } else { "" };
+        let note = match (self.stale, self.protects) {
+            (false, _) => "",
+            (true, NameProtection::Addresses) => "stale",
+            (true, NameProtection::Nothing) => "unresolved: not protected",
+            (true, NameProtection::Port) => "unresolved: its port is protected everywhere",
+        };
         [self.name.clone(), self.addresses.join(", "), note.to_owned()]
     }
 }

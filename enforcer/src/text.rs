@@ -33,6 +33,13 @@ pub(crate) fn lines(text: &str) -> Cow<'_, str> {
     })
 }
 
+/// A number of things of a kind, in words: `1 endpoint`, `2 endpoints`.
+pub(crate) fn counted(number: impl TryInto<u64>, kind: &str) -> String {
+    let number = number.try_into().unwrap_or(u64::MAX);
+    let s = if number == 1 { "" } else { "s" };
+    format!("{number} {kind}{s}")
+}
+
 /// JSON, in which such characters stand within strings alone, and as `\u001b`.
 pub(crate) fn json_text(json: &str) -> Cow<'_, str> {
     replace(json, |c, out| {

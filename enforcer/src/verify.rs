@@ -166,7 +166,11 @@ impl Verification {
             let Difference {
                 kind, object, entry, ..
             } = difference;
-            page.line(format_args!("  {kind:<8}{object}: {entry}"));
+            if *object == Object::PinDirectory {
+                page.line(format_args!("  {kind:<8}{entry}, in the pin directory"));
+            } else {
+                page.line(format_args!("  {kind:<8}{object}: {entry}"));
+            }
             match (&difference.wanted, &difference.found) {
                 (Some(wanted), Some(found)) => {
                     page.line(format_args!("          desired {wanted}"));
@@ -182,16 +186,32 @@ impl Verification {
         if total > listed {
             page.line(format_args!("  … and {} more", total - listed));
         }
-        if !self.identical {
-            let remedy = if self.against == Against::Daemon {
-                "the daemon restores this within seconds; find out who changed it (nft monitor, bpftool, the audit log)"
-                    .to_owned()
-            } else {
-                format!("{START}, or run enforcer apply, to make the desired rules active; find out who changed it")
-            };
+        for remedy in self.remedies() {
             page.line(format_args!("do: {remedy}"));
         }
         page.into_text()
+    }
+}
+
+impl Verification {
+    /// What to do about what differs; nothing where it is identical.
+    fn remedies(&self) -> BTreeSet<String> {
+        let remedy = |one: &Difference| match (&one.object, one.kind, self.against) {
+            (Object::Pin, _, _) => "give pins their owner and mode again (chown root, chmod)".to_owned(),
+            (Object::PinDirectory, DifferenceKind::Extra, _) => {
+                "remove what is not enforcer's from the pin directory".to_owned()
+            }
+            (Object::PinnedMap, DifferenceKind::Changed, Against::Daemon) => {
+                "restart the daemon, which leaves a pin alone that another process has put there".to_owned()
+            }
+            (_, _, Against::Daemon) => "the daemon restores what differs within seconds, or status says why not; find \
+                                        out who changed it (nft monitor, bpftool, the audit log)"
+                .to_owned(),
+            (_, _, Against::Configuration) => {
+                format!("{START}, or run enforcer apply, to make the desired rules active; find out who changed it")
+            }
+        };
+        self.differences.iter().map(remedy).collect()
     }
 }
 

@@ -16,6 +16,11 @@ macro_rules! words {
             $($(#[$of])* #[serde(rename = $word)] $variant,)+
         }
 
+        impl $name {
+            /// All there are.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+        }
+
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.pad(match self {
@@ -28,6 +33,7 @@ macro_rules! words {
 pub(crate) use words;
 
 pub mod check;
+mod conditions;
 pub mod doctor;
 mod events;
 mod grants;
@@ -37,11 +43,14 @@ mod status;
 mod tests;
 mod verification;
 
+pub use conditions::{Condition, ConditionId, Severity};
 pub use enforcer_client::wire::{GrantRequest, Request, RevokeRequest, Selector, State};
 pub use events::{Denial, Event, ExistingAction, ExistingEvent, GrantAction, GrantEvent, Lost, SocketState};
 pub use grants::{GrantStatus, GrantsReport, JobRuleStatus};
 pub use reload::{ReloadReport, SettingChange, UnprotectedEndpoint};
-pub use status::{DaemonStatus, DialStatus, ExistingStatus, NameStatus, Status, SubjectKind, TargetStatus};
+pub use status::{
+    DaemonStatus, DialStatus, ExistingStatus, NameProtection, NameStatus, Status, SubjectKind, TargetStatus,
+};
 pub use verification::{Against, Difference, DifferenceKind, Object, Verification};
 
 words! {

@@ -50,6 +50,7 @@ mod squatting;
 mod subjects;
 mod surfaces;
 mod sweep;
+mod switching;
 mod takeover;
 mod translated;
 mod units;
@@ -130,8 +131,8 @@ files! {
     absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes,
     failover, faults, flood, fragments, grants, hardship, impostors, input, jobs, jobs_chain, kernel,
     kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables, parity,
-    past_hooks, retention, routes, schemas, squatting, subjects, surfaces, sweep, takeover, translated, units,
-    verify, visibility, whole_host, writers
+    past_hooks, retention, routes, schemas, squatting, subjects, surfaces, sweep, switching, takeover, translated,
+    units, verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

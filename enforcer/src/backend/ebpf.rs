@@ -140,26 +140,33 @@ impl EbpfBackend {
         })
     }
 
-    /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
-    pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, BackendError> {
+    /// The number of the rules that are active, whoever made them so; 0 for none.
+    pub(crate) fn generation(&self) -> Result<u64, BackendError> {
+        match self.maps.active_slot()? {
+            Some(slot) => Ok(self.maps.generation_of(slot)?.number),
+            None => Ok(0),
+        }
+    }
+
+    /// Makes a rule set active, whole or not at all (F2). Returns its number: that of the active one if it is the same,
+    /// else one greater than `above`, as it is where the active one's is less.
+    pub(crate) fn apply(&mut self, rules: &RuleSet, above: u64) -> Result<u64, BackendError> {
         let active = self.maps.active_slot()?;
         let previous = match active {
             Some(slot) => self.maps.names(slot)?,
             None => Image::empty().names,
         };
         let image = image::lower(rules, &previous, self.loader);
-        let number = match active {
-            Some(slot) => self.maps.generation_of(slot)?.number,
-            None => 0,
-        };
+        let number = self.generation()?;
         if let Some(slot) = active
+            && number >= above
             && *self.held(slot)? == image
         {
             self.attach_again(image.has_udp())?;
             self.in_force = Some((slot, number));
             return Ok(number);
         }
-        self.put(image, active, &previous, number + 1)
+        self.put(image, active, &previous, number.min(MAX_TOLD).max(above) + 1)
     }
 
     /// Writes an image to the slot that is not active, and makes it active under a number.
@@ -228,8 +235,27 @@ impl EbpfBackend {
             return Ok(None);
         }
         let kept = if self.is_whole()? { number } else { self.repair()? };
+        self.pin_missing_maps()?;
         self.attach_again(self.udp)?;
         Ok(Some(kept))
+    }
+
+    /// Pins maps again whose pins others have removed: whoever starts next takes over what is pinned (F1).
+    fn pin_missing_maps(&mut self) -> Result<(), BackendError> {
+        for (name, map) in self.maps.all() {
+            let path = self.pins.path(&maps_name()).join(name);
+            if path.exists() {
+                continue;
+            }
+            self.pins.subdir(&maps_name())?;
+            map.pin(&path).map_err(|error| BackendError::Io {
+                action: "pin map",
+                object: path,
+                error,
+            })?;
+            self.repaired += 1;
+        }
+        Ok(())
     }
 
     /// Whether the maps hold what was made active: a look at two entries, and now and then at all of them.

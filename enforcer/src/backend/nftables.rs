@@ -5,6 +5,7 @@
 //! an established TCP connection is not touched.
 
 pub(crate) mod check;
+mod error;
 pub(crate) mod expression;
 mod foreign;
 pub(crate) mod image;
@@ -35,56 +36,12 @@ use crate::{
     config::Forward,
     policy::Protocol,
     ruleset::{Place, RuleSet, RuleTarget},
-    wire::Object,
+    wire::ConditionId,
 };
 
+pub(crate) use error::NftablesError;
 pub(crate) use netlink::NftChanges;
 pub(crate) use nflog::{Logged, LoggedDenial, NflogListener};
-
-/// Why `nf_tables` does not hold what was asked for. What was active before still is (F4).
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum NftablesError {
-    /// A transaction or a dump failed.
-    #[error("nftables table inet {table}: {step}: {error}{}", hint(error))]
-    Netlink {
-        /// The table.
-        table: String,
-        /// What was tried.
-        step: String,
-        /// Why not.
-        error: io::Error,
-    },
-    /// The table is somebody else's.
-    #[error(
-        "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: \
-         nft delete table inet {table}"
-    )]
-    Foreign {
-        /// The table.
-        table: String,
-    },
-    /// The kernel holds something else than was sent (F3).
-    #[error(
-        "nftables table inet {table} does not hold what was sent: {what} differs; the previous rules are active again"
-    )]
-    ReadBack {
-        /// The table.
-        table: String,
-        /// What of it.
-        what: Object,
-    },
-}
-
-fn hint(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => "; run as root (CAP_NET_ADMIN)",
-        Some(libc::EOPNOTSUPP | libc::ENOENT | libc::EPROTONOSUPPORT) => {
-            "; this kernel lacks nf_tables or this expression: load its module, or use backend = \"ebpf\""
-        }
-        Some(libc::ENOMEM | libc::ENOBUFS | libc::EMSGSIZE) => "; the kernel has no room for it: use fewer endpoints",
-        Some(_) | None => "",
-    }
-}
 
 /// The table, for the process that writes it.
 #[derive(Debug)]
@@ -98,6 +55,10 @@ pub(crate) struct NftablesBackend {
     rules: Option<RuleSet>,
     /// Until the loop takes it.
     denials: Option<NflogListener>,
+    /// Why denials are only counted, for a daemon that would report them.
+    unlogged: Option<String>,
+    /// The generation that was active at the start.
+    found: u64,
 }
 
 impl NftablesBackend {
@@ -105,12 +66,12 @@ impl NftablesBackend {
     pub(crate) fn take_over(table: &str, forward: Forward, daemon: bool) -> Result<Self, NftablesError> {
         let mut netlink = Netlink::open().map_err(|error| failed(table, "open a netlink socket", error))?;
         // Only a daemon listens.
-        let denials = daemon.then(|| NflogListener::bind(table)).and_then(|bound| {
-            let denied = bound.map_err(|error| {
-                warn!("nflog unavailable ({error}): nftables denials are counted but not reported individually");
-            });
-            denied.ok()
-        });
+        let bound = daemon.then(|| NflogListener::bind(table)).transpose();
+        let mut unlogged = bound
+            .as_ref()
+            .err()
+            .map(|error| format!("nflog is unavailable: {error}"));
+        let denials = bound.ok().flatten();
         let group = denials.as_ref().map(|denials| denials.group);
         let trial = format!("enforcer_trial_{}", std::process::id());
         // `socket cgroupv2` came with Linux 5.13, nflog may be left out of a kernel; all else is needed.
@@ -135,6 +96,13 @@ impl NftablesBackend {
         result.map_err(|TransactionError { step, error }| {
             failed(table, &["try what is needed", &step].map(str::trim).join(" "), error)
         })?;
+        if loader.log.is_none() && group.is_some() {
+            unlogged = Some("this kernel's nftables cannot log".to_owned());
+        }
+        let unlogged = unlogged.map(|why| format!("nftables denials are counted, but not reported one by one: {why}"));
+        if let Some(why) = &unlogged {
+            warn!("{why}");
+        }
         let mut this = Self {
             netlink,
             table: table.to_owned(),
@@ -142,8 +110,12 @@ impl NftablesBackend {
             held: None,
             rules: None,
             denials: denials.filter(|_| loader.log.is_some()),
+            unlogged,
+            found: 0,
         };
-        this.read()?;
+        let found = this.read()?;
+        let header = found.as_ref().and_then(|dump| dump.image.header());
+        this.found = header.map_or(0, |header| header.generation);
         Ok(this)
     }
 
@@ -151,6 +123,11 @@ impl NftablesBackend {
     #[must_use]
     pub(crate) fn knows_cgroups(&self) -> bool {
         self.loader.cgroups
+    }
+
+    /// Why denials are only counted, where they are.
+    pub(crate) fn unlogged(&self) -> Option<&str> {
+        self.unlogged.as_deref()
     }
 
     /// The source of denials. Returned once: the first caller keeps it.
@@ -163,9 +140,10 @@ impl NftablesBackend {
         self.loader.forward = forward;
     }
 
-    /// Makes a rule set active, whole or not at all (F2). Returns its generation number.
-    pub(crate) fn apply(&mut self, rules: &RuleSet) -> Result<u64, NftablesError> {
-        let Some(Plan { image, before }) = self.plan(rules)? else {
+    /// Makes a rule set active, whole or not at all (F2). Returns its number: that of the active one if it is the same,
+    /// else one greater than `above`.
+    pub(crate) fn apply(&mut self, rules: &RuleSet, above: u64) -> Result<u64, NftablesError> {
+        let Some(Plan { image, before }) = self.plan(rules, above)? else {
             return Ok(self.generation());
         };
         self.held = None;
@@ -179,20 +157,31 @@ impl NftablesBackend {
         })
     }
 
+    /// Gives the active rules a number of at least this, as others may have had it: beside eBPF it is eBPF's that counts.
+    pub(crate) fn number_above(&mut self, least: u64) -> Result<(), NftablesError> {
+        let Some(rules) = self.rules.clone().filter(|_| self.generation() < least) else {
+            return Ok(());
+        };
+        let before = self.read()?;
+        let image = self.lower(&rules, least);
+        self.put(image, before.as_ref())
+    }
+
     /// What the table is to become for a rule set; none where it is that already.
-    fn plan(&mut self, rules: &RuleSet) -> Result<Option<Plan>, NftablesError> {
+    fn plan(&mut self, rules: &RuleSet, above: u64) -> Result<Option<Plan>, NftablesError> {
         let before = self.read()?;
         let number = before
             .as_ref()
             .and_then(|dump| dump.image.header())
             .map_or(0, |header| header.generation);
         let unchanged = self.lower(rules, number);
-        if let Some(dump) = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none()) {
+        let same = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none());
+        if let Some(dump) = same {
             self.held = Some((unchanged, dump.genid));
             self.rules = Some(rules.clone());
             return Ok(None);
         }
-        let image = self.lower(rules, number + 1);
+        let image = self.lower(rules, number.max(above) + 1);
         Ok(Some(Plan { image, before }))
     }
 
@@ -281,10 +270,10 @@ impl NftablesBackend {
         Ok(number)
     }
 
-    /// The generation that was made active; 0 before any was.
+    /// The generation that was made active, or found so at the start; 0 for none.
     pub(super) fn generation(&self) -> u64 {
         let header = self.held.as_ref().and_then(|(image, _)| image.header());
-        header.map_or(0, |header| header.generation)
+        header.map_or(self.found, |header| header.generation)
     }
 
     /// What the kernel holds now, read from it.
@@ -294,9 +283,9 @@ impl NftablesBackend {
         let changed = self.held.as_ref().and_then(|(image, _)| difference(image, &found));
         if let Some(what) = changed {
             let table = &self.table;
-            observed.faults.push(format!(
+            observed.faults.push(ConditionId::Table.because(format!(
                 "another process changed nftables table inet {table}: {what} differs"
-            ));
+            )));
         }
         Ok(observed)
     }
@@ -510,7 +499,7 @@ fn observe(dump: &Dump) -> Observed {
         targets: targets.collect(),
         lost: 0,
         faults: if dump.dormant {
-            vec!["the nftables table is dormant: none of its rules are active".to_owned()]
+            vec![ConditionId::Table.because("the nftables table is dormant: none of its rules are active")]
         } else {
             Vec::new()
         },

@@ -54,6 +54,8 @@ pub(crate) trait Store {
     fn lost(&self) -> Result<u64, BackendError>;
     /// The source of denials and dials that nftables logs. Returned once: the first caller keeps it.
     fn logged(&mut self) -> Option<NflogListener>;
+    /// Why denials of nftables are counted, and not logged one by one, where that is so.
+    fn unlogged(&self) -> Option<&str>;
     /// The dials that open gates tell of (N8). As [`Store::events`].
     fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError>;
     /// Has the next dial of a port told, at an address that is no endpoint, or none (N8).

@@ -54,8 +54,9 @@ pub(super) fn diff(config: &Path, json: &Json) -> Result<ExitStatus> {
 }
 
 fn ask(socket: &Path, dry_run: bool) -> Result<ReloadReport> {
-    match runtime()?.block_on(control::ask(socket, &Request::Reload { dry_run }, PATIENCE_FOR_WORK))? {
-        Reply::Reload(report) => Ok(*report),
-        _ => bail!("the daemon gave an unexpected answer; is it another version?"),
-    }
+    let asked = runtime()?.block_on(control::ask(socket, &Request::Reload { dry_run }, PATIENCE_FOR_WORK))?;
+    let Reply::Reload(report) = asked else {
+        bail!("the daemon gave an unexpected answer; is it another version?");
+    };
+    Ok(*report)
 }

@@ -40,15 +40,17 @@ impl Config {
     fn values(&self) -> BTreeMap<Place, Vec<String>> {
         let mut values = BTreeMap::new();
         for (name, value) in self.tree() {
-            match value {
-                Value::Table(targets) if name == "target" => {
-                    for (target, section) in targets {
-                        let said = section.as_table().cloned().unwrap_or_default();
-                        take(&mut values, &format!("target.{target}"), without_defaults(said));
-                    }
-                }
-                Value::Table(section) => take(&mut values, &name, section),
-                value => take(&mut values, "", Table::from_iter([(name, value)])),
+            let Value::Table(section) = value else {
+                take(&mut values, "", Table::from_iter([(name, value)]));
+                continue;
+            };
+            if name != "target" {
+                take(&mut values, &name, section);
+                continue;
+            }
+            for (target, section) in section {
+                let said = section.as_table().cloned().unwrap_or_default();
+                take(&mut values, &format!("target.{target}"), without_defaults(said));
             }
         }
         values
@@ -57,9 +59,9 @@ impl Config {
 
 fn take(values: &mut BTreeMap<Place, Vec<String>>, section: &str, keys: Table) {
     for (key, value) in keys {
-        let elements = match value {
-            Value::Array(elements) => elements.iter().map(ToString::to_string).collect(),
-            value => vec![value.to_string()],
+        let elements = match value.as_array() {
+            Some(elements) => elements.iter().map(ToString::to_string).collect(),
+            None => vec![value.to_string()],
         };
         values.insert((section.to_owned(), key), elements);
     }

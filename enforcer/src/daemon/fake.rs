@@ -234,6 +234,10 @@ impl Store for Fake {
         None
     }
 
+    fn unlogged(&self) -> Option<&str> {
+        None
+    }
+
     fn dials(&self) -> Result<Option<Ring<DialRecord>>, BackendError> {
         Ok(None)
     }

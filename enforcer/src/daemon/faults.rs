@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use tracing::{error, info};
 
+use crate::wire::{Condition, ConditionId};
+
 /// What something can be wrong with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum About {
@@ -33,6 +35,26 @@ pub(super) enum About {
     JobsChain,
     /// What must outlive this process is hidden from the host.
     Visibility,
+}
+
+impl About {
+    fn id(self) -> ConditionId {
+        match self {
+            Self::RuleSet => ConditionId::RulesNotApplied,
+            Self::Reload => ConditionId::ConfigurationRejected,
+            Self::State => ConditionId::SavedRules,
+            Self::Bus => ConditionId::MessageBus,
+            Self::Host => ConditionId::LocalAddresses,
+            Self::Grants => ConditionId::Grants,
+            Self::Sweep => ConditionId::ExistingConnections,
+            Self::Users => ConditionId::UnknownUsers,
+            Self::Denials => ConditionId::DenialsNotReported,
+            Self::Dials => ConditionId::DialsNotFollowed,
+            Self::JobRules => ConditionId::JobRules,
+            Self::JobsChain => ConditionId::JobsChain,
+            Self::Visibility => ConditionId::HiddenFromHost,
+        }
+    }
 }
 
 /// At most one fault about each.
@@ -78,7 +100,7 @@ impl Faults {
     }
 
     /// All that is wrong.
-    pub(super) fn all(&self) -> impl Iterator<Item = &str> {
-        self.0.values().map(String::as_str)
+    pub(super) fn all(&self) -> impl Iterator<Item = Condition> {
+        self.0.iter().map(|(about, fault)| about.id().because(fault))
     }
 }

@@ -18,7 +18,8 @@ use crate::{
     ruleset::{Cgroup, Writable},
     text,
     wire::{
-        Event, GrantAction, GrantEvent, GrantRequest, GrantStatus, GrantsReport, Reply, RevokeRequest, Schema, Selector,
+        Event, GrantAction, GrantEvent, GrantRequest, GrantStatus, GrantsReport, Reply, RevokeRequest, Schema,
+        Selector, rfc3339,
     },
 };
 
@@ -100,9 +101,9 @@ impl Daemon {
             info!("{}", key.event(GrantAction::Expired, now, None, None));
         }
         if !stays {
-            for (key, _) in granted.without_end() {
-                let event = key.event(GrantAction::LeftOut, now, None, None);
-                warn!("{event}: no daemon stays to end it; use enforcer run");
+            for (key, term) in granted.without_end() {
+                let event = key.event(GrantAction::LeftOut, now, term.expires, None);
+                warn!("{event}: no daemon stays to end it; it is allowed once enforcer run has started");
             }
         }
         (granted, None)
@@ -184,7 +185,7 @@ impl Daemon {
                 GrantOutcome::Renewed { expired } => (GrantAction::Renewed, Some(expired)),
             };
             let event = GrantEvent {
-                expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| end.to_string())),
+                expires_before: was.map(|was| was.map_or_else(|| "never".to_owned(), |end| rfc3339(end.into()))),
                 ..key.event(action, Timestamp::now(), expires, Some(&by))
             };
             self.tell(&event);
@@ -291,8 +292,8 @@ impl Daemon {
                 cgroup_exists: found.as_ref().map(|found| !matches!(found, Err(NoMatch::Missing))),
                 cgroup_writable: found.as_ref().and_then(writable),
                 active: target.is_some_and(|target| target.grants) && found != Some(Err(NoMatch::Unplaced)),
-                since: term.since.to_string(),
-                expires: term.expires.map(|end| end.to_string()),
+                since: rfc3339(term.since.into()),
+                expires: term.expires.map(|end| rfc3339(end.into())),
                 pid: term.by.pid,
                 uid: term.by.uid,
                 comm: term.by.comm.clone(),

@@ -8,8 +8,9 @@ use super::{About, Daemon, Drift};
 use crate::{
     backend::{BackendError, Observed},
     status::{Context, status},
+    text::counted,
     visibility::Visibility,
-    wire::Status,
+    wire::{Condition, ConditionId, Severity, Status},
 };
 
 impl Daemon {
@@ -41,37 +42,46 @@ impl Daemon {
     }
 
     fn status_of(&self, observed: &Result<Observed, BackendError>) -> Status {
-        let mut causes: Vec<String> = self.faults.all().map(ToOwned::to_owned).collect();
+        let mut conditions: Vec<Condition> = self.faults.all().collect();
+        // A bus that was never known is open.
+        for one in conditions.iter_mut().filter(|one| one.id == ConditionId::MessageBus) {
+            if self.inputs.bus.is_none() {
+                one.severity = Severity::Critical;
+            }
+        }
         for (path, by) in &self.inputs.host.writable {
-            causes.push(format!(
+            conditions.push(ConditionId::CgroupWritable.because(format!(
                 "cgroup {path} matches nobody: {by}, who could let in anyone; make root its owner and the only user \
                  who can write it, or use a cgroup where that is so"
-            ));
+            )));
         }
         for path in self.inputs.config.policy.cgroups() {
             if !self.inputs.host.cgroups.contains_key(&path) && !self.inputs.host.writable.contains_key(&path) {
                 let just_made =
                     || format!("cgroup {path} is new; its principals match nobody until the rules include it");
-                causes.push(self.inputs.config.why_nobody(&path).unwrap_or_else(just_made));
+                let why = self.inputs.config.why_nobody(&path).unwrap_or_else(just_made);
+                conditions.push(ConditionId::CgroupMissing.because(why));
             }
         }
         if self.enforcement.ignores_cgroups() && !self.inputs.config.policy.cgroups().is_empty() {
-            causes.push(
+            conditions.push(ConditionId::CgroupsIgnored.because(
                 "this kernel's nftables cannot match a socket's cgroup (Linux 5.13 can); principals with a cgroup \
-                 match nobody"
-                    .to_owned(),
-            );
-        }
-        if self.guard.drift.is_recent(Instant::now()) {
-            causes.push(format!(
-                "another process removed or changed enforcer's rules ({} times, last within {} s); find it with nft \
-                 monitor or bpftool",
-                self.enforcement.restored(),
-                Drift::MEMORY.as_secs()
+                 match nobody",
             ));
         }
+        if self.guard.drift.is_recent(Instant::now()) {
+            conditions.push(ConditionId::ChangedByOthers.because(format!(
+                "another process removed or changed enforcer's rules ({}, last within {} s); find it with nft \
+                 monitor or bpftool",
+                counted(self.enforcement.restored(), "time"),
+                Drift::MEMORY.as_secs()
+            )));
+        }
+        if let Some(why) = self.enforcement.unlogged() {
+            conditions.push(ConditionId::DenialsNotReported.because(why).with(Severity::Info));
+        }
         if let Err(error) = observed {
-            causes.push(error.to_string());
+            conditions.push(ConditionId::Unreadable.because(error.to_string()));
         }
         let names = self.inputs.names.report();
         let settings = &self.inputs.settings();
@@ -85,7 +95,7 @@ impl Daemon {
             restored: self.enforcement.restored(),
             names,
             dials: self.dials.report(),
-            causes,
+            conditions,
             lost: self.feed.lost_logged,
             existing: self.existing.clone(),
             unread: observed.is_err(),

@@ -226,9 +226,11 @@ impl Sources {
     fn follow_denials(&mut self, daemon: &mut Daemon) -> Result<(), DaemonError> {
         self.denials = Source::some(daemon.denials()?)?;
         self.dials = Source::some(daemon.dials()?)?;
-        // Handed out once.
+        // Handed out once. A listener of a table that has gone would keep its group from the next one.
         if let Some(logged) = daemon.logged() {
             self.logged = Source::some(Some(logged))?;
+        } else if !daemon.enforcement.backend().has_nftables() {
+            self.logged = Source(None);
         }
         Ok(())
     }

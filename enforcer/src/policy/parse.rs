@@ -9,135 +9,22 @@ use std::{
 };
 
 use ipnet::IpNet;
-use thiserror::Error;
 
+use self::fault::{MAX_PORTS, PORT};
 use super::{CgroupPath, Destination, Endpoint, Name, Protocol};
 
+mod fault;
 mod servers;
 mod shown;
 #[cfg(test)]
 mod tests;
 
+pub use fault::{CgroupPathError, EndpointError, EndpointFault, NameError};
 pub(crate) use servers::{Server, servers};
 pub use shown::shown;
 
 /// The longest cgroup path, in bytes: what `PATH_MAX` leaves of 4096 for the terminating zero.
 pub const MAX_CGROUP_PATH: usize = 4095;
-
-/// An endpoint that cannot be protected as written.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("endpoint {shown}: {fault}")]
-pub struct EndpointError {
-    /// The endpoint as written, without credentials (B2).
-    pub shown: String,
-    /// What is wrong with it.
-    pub fault: EndpointFault,
-}
-
-/// What is wrong with an endpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum EndpointFault {
-    /// A scheme that names no protocol we judge.
-    #[error("unknown scheme; use tcp://, udp://, nats:// or tls://")]
-    Scheme,
-    /// Credentials outside a message-bus URL.
-    #[error("only nats:// and tls:// URLs may carry credentials; remove them")]
-    Credentials,
-    /// Credentials that leave open where the host begins.
-    #[error("/, ? and # in credentials are ambiguous; percent-encode them")]
-    AmbiguousCredentials,
-    /// Several servers, or credentials with a comma, where one server belongs.
-    #[error("a comma separates servers, of nats:// and tls:// URLs in a configuration only; write each by itself")]
-    Several,
-    /// Credentials that leave open how many servers there are.
-    #[error("a comma separates servers; write one in credentials as %2C")]
-    Comma,
-    /// A server without scheme, credentials and port: it may be anything.
-    #[error("no scheme; begin it with nats://")]
-    NoScheme,
-    /// Nothing before the port.
-    #[error("no host; write ADDRESS:PORT, [IPV6]:PORT, NAME:PORT or local:PORT")]
-    NoHost,
-    /// Nothing after the host (B2).
-    #[error("no port; end it with :PORT")]
-    NoPort,
-    /// A port that none can listen on.
-    #[error("the port is not a number from 1 to 65535; correct it")]
-    Port,
-    /// An IPv6 address among colons.
-    #[error("an IPv6 address needs brackets; write [{0}]:PORT")]
-    Unbracketed(Ipv6Addr),
-    /// Brackets around something else.
-    #[error("brackets hold an IPv6 address or prefix and nothing else; write [IPV6]:PORT")]
-    Brackets,
-    /// `fe80::1%eth0`.
-    #[error("an address with a zone cannot be evaluated; remove the zone")]
-    Zone,
-    /// `name/8`.
-    #[error("a prefix is ADDRESS/LENGTH; correct the part before the port")]
-    Prefix,
-    /// `10.0.0.0/33`.
-    #[error("the prefix length is not a number from 0 to {max}; correct it")]
-    PrefixLength {
-        /// The longest of the family.
-        max: u8,
-    },
-    /// `10.8.0.1/16`.
-    #[error("the prefix has bits set beyond its length; write {0}")]
-    HostBits(IpNet),
-    /// `0.0.0.0` or `::` (D5).
-    #[error(
-        "an unspecified address is not an endpoint; use local:PORT for every address of this host, 0.0.0.0/0:PORT and \
-         [::/0]:PORT for every address there is"
-    )]
-    Unspecified,
-    /// TCP to many.
-    #[error("TCP has no multicast or broadcast; name the address of a host")]
-    Multicast,
-    /// Neither an address nor a name.
-    #[error(transparent)]
-    Name(#[from] NameError),
-}
-
-/// What is wrong with a DNS name (RFC 1123, with the underscore that hosts files and service names use).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum NameError {
-    /// More than 253 characters.
-    #[error("a name has at most 253 characters; shorten it")]
-    Length,
-    /// An empty label, or one of more than 63 characters.
-    #[error("between dots a name has 1 to 63 characters; correct it")]
-    Label,
-    /// Something else than a letter, digit, `-` or `_`.
-    #[error("a name has letters, digits, - and _ only, none beginning or ending with -; write other names as xn--…")]
-    Character,
-    /// `127.1`, `010.0.0.1`, `0x7f.1`: some resolvers read these as addresses, each in its own way.
-    #[error("neither a name nor an IPv4 address of four decimal numbers; write it as a.b.c.d without leading zeros")]
-    Numeric,
-    /// `local.`
-    #[error("`local` means this host and is no name; write local:PORT or the name of the host")]
-    Local,
-}
-
-/// What is wrong with the path of a cgroup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum CgroupPathError {
-    /// No leading slash.
-    #[error("a cgroup path starts at the root of the hierarchy; begin it with /")]
-    Relative,
-    /// `//`, `/./` or `/../`.
-    #[error("a cgroup path has no empty, `.` or `..` part; remove it")]
-    Part,
-    /// A control character: the kernel allows none that we would have to print.
-    #[error("a cgroup path has no control characters; remove them")]
-    Control,
-    /// Bytes that are no text: written as text they would be the path of another cgroup.
-    #[error("a cgroup path is UTF-8; rename the cgroup")]
-    Encoding,
-    /// Longer than the kernel takes.
-    #[error("a cgroup path has at most {MAX_CGROUP_PATH} bytes; shorten it")]
-    Length,
-}
 
 impl Endpoint {
     /// Reads `[SCHEME://]ADDR:PORT`, SCHEME one of `tcp` (the default), `udp`, `nats` and `tls` (both TCP, credentials
@@ -149,13 +36,16 @@ impl Endpoint {
         })
     }
 
-    /// As [`Endpoint::parse`], of each server where a message-bus URL has several, with commas between them (B2).
+    /// As [`Endpoint::parse`], of each port where PORT is a range or a list of ports and ranges, such as
+    /// `2379-2380,2382`, and of each server where a message-bus URL has several, with commas between them (B2).
     pub fn parse_all(text: &str) -> Result<Vec<Self>, EndpointError> {
         if text.contains(',') && is_bus_url(text) {
-            servers(text).map(|server| server?.configured()).collect()
-        } else {
-            Ok(vec![Self::parse(text)?])
+            return servers(text).map(|server| server?.configured()).collect();
         }
+        endpoints(text).map_err(|fault| EndpointError {
+            shown: shown(text),
+            fault,
+        })
     }
 }
 
@@ -220,10 +110,42 @@ pub(crate) fn is_bus_url(text: &str) -> bool {
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, EndpointFault> {
-    // No part but credentials could hold one, and those of a first server would hide it.
-    if text.contains(',') {
+    let (protocol, destination, port) = parts(text)?;
+    if port.contains(',') {
         return Err(EndpointFault::Several);
     }
+    Ok(Endpoint {
+        protocol,
+        destination,
+        port: number(port).ok_or(EndpointFault::Port)?,
+    })
+}
+
+/// One endpoint for each port.
+fn endpoints(text: &str) -> Result<Vec<Endpoint>, EndpointFault> {
+    let (protocol, destination, ports) = parts(text)?;
+    let mut all = Vec::new();
+    for range in ports.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last) = number(first).zip(number(last)).ok_or(EndpointFault::Ports)?;
+        let ports = first.get()..=last.get();
+        if ports.is_empty() {
+            return Err(EndpointFault::Ports);
+        }
+        if all.len() + ports.len() > MAX_PORTS {
+            return Err(EndpointFault::TooManyPorts);
+        }
+        all.extend(ports.filter_map(NonZeroU16::new).map(|port| Endpoint {
+            protocol,
+            destination: destination.clone(),
+            port,
+        }));
+    }
+    Ok(all)
+}
+
+/// Protocol, destination, and what follows the colon.
+fn parts(text: &str) -> Result<(Protocol, Destination, &str), EndpointFault> {
     let (protocol, bus, rest) = match text.split_once("://") {
         None => (Protocol::Tcp, false, text),
         Some((scheme, rest)) => match scheme.to_ascii_lowercase().as_str() {
@@ -233,17 +155,34 @@ fn endpoint(text: &str) -> Result<Endpoint, EndpointFault> {
             _ => return Err(EndpointFault::Scheme),
         },
     };
-    let rest = if bus {
-        rest.strip_suffix('/').unwrap_or(rest)
-    } else {
-        rest
-    };
+    // Of a bus no part but credentials could hold one, and those of a first server would hide it.
+    if bus && text.contains(',') {
+        return Err(EndpointFault::Several);
+    }
+    let rest = rest.strip_suffix('/').unwrap_or(rest);
     let (host, port) = split(authority(rest, bus)?)?;
-    Ok(Endpoint {
-        protocol,
-        destination: destination(host, protocol)?,
-        port: number(port)?,
-    })
+    if matches!(host, Host::Plain(host) if host.contains(',')) {
+        return Err(EndpointFault::Several);
+    }
+    let destination = destination(host, protocol).map_err(|fault| fault.with_port(port))?;
+    match port.find(['/', '?', '#']) {
+        Some(end) if number(port.get(..end).unwrap_or_default()).is_some() => Err(EndpointFault::Path),
+        Some(_) | None => Ok((protocol, destination, port)),
+    }
+}
+
+/// A prefix as endpoints have it.
+fn written(net: IpNet) -> String {
+    match net {
+        IpNet::V4(net) => net.to_string(),
+        IpNet::V6(net) => format!("[{net}]"),
+    }
+}
+
+/// An IPv6 address or prefix as it is to be written, from one without brackets.
+fn bracketed(address: Ipv6Addr, length: Option<&str>) -> String {
+    let net = length.and_then(|length| IpNet::new(address.into(), length.parse().ok()?).ok());
+    net.map_or_else(|| format!("[{address}]"), |net| written(net.trunc()))
 }
 
 /// What follows the credentials.
@@ -284,8 +223,26 @@ fn split(authority: &str) -> Result<(Host<'_>, &str), EndpointFault> {
         };
         (host, port)
     } else {
-        if let Ok(address) = authority.parse::<Ipv6Addr>() {
-            return Err(EndpointFault::Unbracketed(address)); // `::1:80` is an address, and so is `::1`
+        if let Ok(whole) = authority.parse::<Ipv6Addr>() {
+            // `::1:80` is an address, and so is `::1`.
+            let last = authority.rsplit_once(':');
+            let last = last.and_then(|(host, port)| host.parse().ok().zip(number(port)));
+            return Err(match last {
+                Some((host, port)) => EndpointFault::PortOrPart {
+                    host,
+                    port: port.get(),
+                    whole,
+                },
+                None => EndpointFault::Unbracketed(format!("[{whole}]:{PORT}")),
+            });
+        }
+        if let Some((address, length)) = authority.split_once('/')
+            && let Ok(address) = address.parse()
+            && !length.contains(':')
+        {
+            return Err(EndpointFault::Unbracketed(
+                bracketed(address, Some(length)) + ":" + PORT,
+            ));
         }
         match authority.rsplit_once(':') {
             None => (Host::Plain(authority), ""),
@@ -299,10 +256,10 @@ fn split(authority: &str) -> Result<(Host<'_>, &str), EndpointFault> {
     }
 }
 
-fn number(port: &str) -> Result<NonZeroU16, EndpointFault> {
+fn number(port: &str) -> Option<NonZeroU16> {
     // `parse` would take `+80`.
     let digits = port.bytes().all(|byte| byte.is_ascii_digit());
-    port.parse().ok().filter(|_| digits).ok_or(EndpointFault::Port)
+    port.parse().ok().filter(|_| digits)
 }
 
 fn destination(host: Host<'_>, protocol: Protocol) -> Result<Destination, EndpointFault> {
@@ -326,16 +283,26 @@ fn plain(host: &str, protocol: Protocol) -> Result<Destination, EndpointFault> {
     if let Some((address, length)) = host.split_once('/') {
         return match address.parse() {
             Ok(IpAddr::V4(address)) => prefix(address.into(), length, protocol),
-            Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(address)),
+            Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(bracketed(address, Some(length)))),
             Err(_) => Err(EndpointFault::Prefix),
         };
+    }
+    if host == "*" {
+        return Err(EndpointFault::Unspecified);
+    }
+    let is_v4 = |text: &str| text.parse::<Ipv4Addr>().is_ok();
+    if host
+        .split_once('-')
+        .is_some_and(|(first, last)| is_v4(first) && is_v4(last))
+    {
+        return Err(EndpointFault::AddressRange);
     }
     if host.contains(':') && host.contains('%') {
         return Err(EndpointFault::Zone);
     }
     match host.parse() {
         Ok(IpAddr::V4(address)) => single(address.into(), protocol),
-        Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(address)),
+        Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(bracketed(address, None))),
         Err(_) => Ok(Destination::Name(Name::parse(host)?)),
     }
 }
@@ -369,7 +336,7 @@ fn prefix(address: IpAddr, length: &str, protocol: Protocol) -> Result<Destinati
         (IpAddr::V4(_) | IpAddr::V6(_), _) => net,
     };
     if net.trunc() != net {
-        return Err(EndpointFault::HostBits(net.trunc()));
+        return Err(EndpointFault::HostBits(written(net.trunc())));
     }
     if net.prefix_len() == net.max_prefix_len() {
         return single(net.addr(), protocol);

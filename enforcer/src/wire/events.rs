@@ -187,16 +187,17 @@ words! {
     }
 }
 
+/// A line of `enforcer events`: the time first. What happened alone is a line of the log, which has a time of its own.
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Denial(event) => event.fmt(f),
-            Self::Existing(existing) => existing.fmt(f),
-            Self::Grant(grant) => grant.fmt(f),
+            Self::Denial(event) => write!(f, "{} {event}", event.time),
+            Self::Existing(existing) => write!(f, "{} {existing}", existing.time),
+            Self::Grant(grant) => write!(f, "{} {grant}", grant.time),
             Self::Lost(lost) => write!(
                 f,
-                "{} events lost: they arrived faster than they could be read",
-                lost.lost
+                "{} lost: they arrived faster than they could be read",
+                text::counted(lost.lost, "event")
             ),
         }
     }
@@ -204,7 +205,7 @@ impl fmt::Display for Event {
 
 impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.time, self.verdict)?;
+        self.verdict.fmt(f)?;
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.task_uid) {
             write!(f, " {}[{pid}] uid {uid}", text::name(comm))?;
             if self.kernel_thread {
@@ -230,7 +231,7 @@ impl fmt::Display for Denial {
 
 impl fmt::Display for ExistingEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} existing ", self.time, self.verdict)?;
+        write!(f, "{} existing ", self.verdict)?;
         match self.uid {
             Some(uid) => write!(f, "uid {uid}")?,
             None => f.write_str("kernel")?,
@@ -246,14 +247,12 @@ impl fmt::Display for ExistingEvent {
 
 impl fmt::Display for GrantEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            time, action, target, ..
-        } = self;
+        let Self { action, target, .. } = self;
         match action {
-            GrantAction::Revoked => write!(f, "{time} {action} {target} for ")?,
-            GrantAction::Expired | GrantAction::Dropped => write!(f, "{time} the grant of {target} to ")?,
+            GrantAction::Revoked => write!(f, "{action} {target} for ")?,
+            GrantAction::Expired | GrantAction::Dropped => write!(f, "the grant of {target} to ")?,
             GrantAction::Granted | GrantAction::Renewed | GrantAction::LeftOut => {
-                write!(f, "{time} {action} {target} to ")?;
+                write!(f, "{action} {target} to ")?;
             }
         }
         match (self.user, &self.cgroup) {
@@ -309,30 +308,25 @@ mod tests {
             .to_string()
         };
         for (action, expires, before, words) in [
-            (
-                GrantAction::Granted,
-                Some("T"),
-                None,
-                "NOW granted monit to user 7 until T",
-            ),
+            (GrantAction::Granted, Some("T"), None, "granted monit to user 7 until T"),
             (
                 GrantAction::Granted,
                 None,
                 None,
-                "NOW granted monit to user 7 until it is revoked",
+                "granted monit to user 7 until it is revoked",
             ),
             (
                 GrantAction::Renewed,
                 Some("T"),
                 Some("never"),
-                "NOW renewed monit to user 7 until T (before: until it is revoked)",
+                "renewed monit to user 7 until T (before: until it is revoked)",
             ),
-            (GrantAction::Revoked, Some("T"), None, "NOW revoked monit for user 7"),
+            (GrantAction::Revoked, Some("T"), None, "revoked monit for user 7"),
             (
                 GrantAction::Expired,
                 Some("T"),
                 None,
-                "NOW the grant of monit to user 7 ended",
+                "the grant of monit to user 7 ended",
             ),
         ] {
             assert_eq!(told(action, expires, before), words);

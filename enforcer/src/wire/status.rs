@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ActiveBackend, Existing, ExistingEvent, Mode, Schema, State};
+use super::{ActiveBackend, Condition, Existing, ExistingEvent, Mode, Schema, State};
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,8 +11,11 @@ pub struct Status {
     pub schema: Schema,
     /// The state in a word.
     pub state: State,
-    /// Why it is degraded, or off.
+    /// Why it is degraded, or off: the texts of its conditions that are no mere information.
     pub causes: Vec<String>,
+    /// What is not as asked for, or worth knowing.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
     /// What enforces.
     pub backend: ActiveBackend,
     /// Why `auto` took nftables, if it did.
@@ -86,9 +89,39 @@ pub struct NameStatus {
     pub stale: bool,
     /// Why.
     pub cause: Option<String>,
+    /// What is protected for it.
+    #[serde(default)]
+    pub protects: NameProtection,
     /// How many addresses of its last answer are not protected, as it has more than a name may have (N4).
     #[serde(default)]
     pub cut: usize,
+}
+
+words! {
+    /// What is protected for a name.
+    #[derive(Default)]
+    NameProtection {
+        /// Its addresses.
+        #[default]
+        Addresses = "addresses",
+        /// Nothing: it has none, and `unresolved = "open"`.
+        Nothing = "nothing",
+        /// Its port on every address: it has none, and `unresolved = "closed"`.
+        Port = "port",
+    }
+}
+
+impl NameProtection {
+    /// What is wrong with a name whose last lookup failed.
+    pub(crate) fn fault(self, name: &str, why: &str) -> String {
+        match self {
+            Self::Addresses => format!("name {name} is stale ({why}); its last addresses stay protected"),
+            Self::Nothing => format!("name {name} is unresolved ({why}); nothing is protected for it"),
+            Self::Port => {
+                format!("name {name} is unresolved ({why}); its port is protected on every address until it resolves")
+            }
+        }
+    }
 }
 
 /// Dials of a port of names, at addresses that were no endpoints then: each has the names looked up, or soon after

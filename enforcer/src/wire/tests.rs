@@ -209,6 +209,7 @@ fn statuses(made: &mut Made) -> Result {
             addresses: vec!["10.0.0.1".to_owned()],
             stale: true,
             cause: Some("C".to_owned()),
+            protects: NameProtection::Addresses,
             cut: 1,
         }],
         dials: vec![DialStatus {
@@ -397,4 +398,17 @@ fn objects_are_in_the_order_of_their_names_and_read_back() {
     assert!(names.is_sorted(), "{names:?}");
     assert!(all.iter().all(|object| named(object).as_ref() == Ok(object)));
     assert!(Object::try_from("map".to_owned()).is_err());
+}
+
+#[test]
+fn every_condition_is_documented() {
+    let document = include_str!("../../docs/schemas.md");
+    for id in ConditionId::ALL {
+        let row = document.lines().find(|line| line.starts_with(&format!("| `{id}` | ")));
+        let severity = id.because("").severity.to_string();
+        assert!(
+            row.is_some_and(|row| row.contains(&severity)),
+            "{id}: {severity}, {row:?}"
+        );
+    }
 }

@@ -30,9 +30,11 @@ pub(super) fn cases() -> Vec<Case> {
 const SCHEMAS: [(&str, &str); 12] = [
     (
         "enforcer/status/1",
-        "state causes backend subject mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
+        "state causes conditions conditions.id conditions.severity conditions.text backend subject \
+         mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
          backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
-         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.cut dials \
+         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.protects \
+         names.cut dials \
          dials.port dials.lookups dials.last dials.uid dials.time events_lost \
          existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
          existing.connections.schema existing.connections.time existing.connections.verdict \

@@ -185,6 +185,40 @@ fn verify_tells_links_and_pins() -> Result<()> {
     fs::remove_file(&pin)?;
     tells(&verify(&world, 1)?, "link", "changed")?;
     world.apply()?;
+    // Each map, and what is not ours.
+    let mut maps = Vec::new();
+    for entry in fs::read_dir(world.pins())? {
+        let dir = entry?.path();
+        if dir.is_dir() {
+            maps.extend(
+                fs::read_dir(dir)?
+                    .map(|pin| Ok(pin?.path()))
+                    .collect::<Result<Vec<_>>>()?,
+            );
+        }
+    }
+    ensure!(maps.len() == 13, "{maps:?}");
+    let daemon = world.daemon()?;
+    for map in &maps {
+        fs::remove_file(map)?;
+    }
+    until("the daemon pins its maps again", || {
+        Ok(maps.iter().all(|map| map.exists()))
+    })?;
+    verify(&world, 0)?;
+    ensure!(world.status()?["restored"].as_u64() >= Some(1), "that is not counted");
+    daemon.kill()?;
+    // Who starts next goes on with the same maps, and a pin that nobody restores is told of.
+    let _daemon = world.daemon()?;
+    verify(&world, 0)?;
+    let link = world.pins().join("somebody");
+    fs::create_dir(&link)?;
+    let text = world.enforcer(&["verify"])?.demand(1)?.stdout;
+    ensure!(
+        text.contains("extra   somebody, in the pin directory") && text.contains("do: remove what is not enforcer's"),
+        "{text}"
+    );
+    fs::remove_dir(&link)?;
     verify(&world, 0).map(drop)
 }
 

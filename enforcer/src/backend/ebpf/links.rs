@@ -15,7 +15,10 @@ use super::{
     pins::Pins,
     sys::{self, LinkInfo},
 };
-use crate::host::directory_id;
+use crate::{
+    host::directory_id,
+    wire::{Condition, ConditionId},
+};
 
 /// The hooks, by pin name, which is the program's name too, and `enum bpf_attach_type`.
 pub(in crate::backend) static HOOKS: [Hook; 4] = [
@@ -132,9 +135,11 @@ pub(super) fn astray(
 }
 
 /// As `status` reports them.
-pub(super) fn faults(astray: &Astray) -> Vec<String> {
-    let fault =
-        |(hook, state): &(&Hook, LinkState)| format!("the link of {} {state}; enforcer run restores it", hook.name);
+pub(super) fn faults(astray: &Astray) -> Vec<Condition> {
+    let fault = |(hook, state): &(&Hook, LinkState)| {
+        let text = format!("the link of {} {state}; the daemon restores it", hook.name);
+        ConditionId::Link.because(text)
+    };
     astray.iter().map(fault).collect()
 }
 

@@ -42,6 +42,8 @@ pub(crate) struct Maps {
     counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
     gates: Table<u32, u8>,
+    events: Map,
+    dials: Map,
 }
 
 impl Maps {
@@ -59,9 +61,9 @@ impl Maps {
                 });
             }
         }
-        open_checked(dir, "events", (MapType::RingBuf, 0, 0, EVENT_BYTES))?;
-        open_checked(dir, "dials", (MapType::RingBuf, 0, 0, DIAL_BYTES))?;
         Ok(Some(Self {
+            events: open_checked(dir, "events", (MapType::RingBuf, 0, 0, EVENT_BYTES))?,
+            dials: open_checked(dir, "dials", (MapType::RingBuf, 0, 0, DIAL_BYTES))?,
             active: Table::open(dir, "active", MapType::Array, entries::ACTIVE)?,
             generations: Table::open(dir, "generations", MapType::Array, entries::GENERATIONS)?,
             ports: Table::open(dir, "ports", MapType::Array, entries::PORTS)?,
@@ -108,10 +110,23 @@ impl Maps {
         ]
     }
 
-    /// The id of the one that only the programs of IPv6 ask.
-    #[must_use]
-    pub(crate) fn nat64_id(&self) -> u32 {
-        self.nat64.id()
+    /// All of them, by the names of their pins: whoever starts next takes over what is pinned.
+    pub(crate) fn all(&self) -> [(&'static str, &Map); 13] {
+        [
+            self.active.named(),
+            self.generations.named(),
+            self.ports.named(),
+            self.endpoints.named(),
+            self.prefixes.named(),
+            self.principals.named(),
+            self.nat64.named(),
+            self.targets.named(),
+            self.counters.named(),
+            self.lost.named(),
+            self.gates.named(),
+            ("events", &self.events),
+            ("dials", &self.dials),
+        ]
     }
 
     /// What holds for all of a slot.

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     policy::{Protocol, Uid},
     ruleset::Attempt,
+    wire::Condition,
 };
 
 /// What the kernel holds.
@@ -42,7 +43,7 @@ pub(crate) struct Observed {
     /// Denials that the ring buffer had no room for.
     pub lost: u64,
     /// What is not as it should be.
-    pub faults: Vec<String>,
+    pub faults: Vec<Condition>,
 }
 
 /// Sockets of which the owner is checked.
@@ -248,7 +249,7 @@ impl Subject for SimulatedSubject {
 /// what is wrong with the links, given whether UDP is judged.
 pub(super) fn observe<'i>(
     maps: &Maps,
-    faults: impl FnOnce(bool) -> Vec<String>,
+    faults: impl FnOnce(bool) -> Vec<Condition>,
     held: impl Fn(u8) -> Option<&'i Image>,
 ) -> Result<Observed, BackendError> {
     let slot = maps.active_slot()?;

@@ -224,16 +224,8 @@ fn modes(pins: &Pins, udp: bool, comparison: &mut Comparison) -> Result<(), Back
 /// Whether the pins are the maps that we hold: who starts next takes over what is pinned.
 fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) {
     let dir = maps_name();
-    let names = [
-        "active",
-        "generations",
-        "ports",
-        "endpoints",
-        "prefixes",
-        "principals",
-        "nat64",
-    ];
-    for (name, id) in names.into_iter().zip(maps.ids().into_iter().chain([maps.nat64_id()])) {
+    for (name, map) in maps.all() {
+        let id = map.id();
         let found = MapInfo::from_pin(pins.path(&dir).join(name)).map_err(sys::cause);
         let found = found.map_or_else(|error| error.to_string(), |info| format!("map {}", info.id()));
         comparison.words(&Object::PinnedMap, name, &format!("map {id}"), &found);

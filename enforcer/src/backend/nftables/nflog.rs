@@ -110,7 +110,8 @@ impl NflogListener {
                 }
                 Err(error) => last = error,
             }
-            if last.raw_os_error() != Some(libc::EBUSY) {
+            // A group of another socket's: `EBUSY`, and `EPERM` of another process's.
+            if !matches!(last.raw_os_error(), Some(libc::EBUSY | libc::EPERM)) {
                 break;
             }
         }

@@ -121,3 +121,148 @@ proptest! {
         let _ = CgroupPath::parse(&text);
     }
 }
+
+/// Texts that are wrong, what is said of them, and what they meant: an endpoint, or several, that the message names,
+/// with a port of 80 in place of PORT. None where nobody can tell.
+const WRONG: [(&str, &str, &[&str]); 24] = [
+    (
+        "tcp://fd99::/64:80",
+        "an IPv6 address needs brackets; write [fd99::/64]:80",
+        &["[fd99::/64]:80"],
+    ),
+    (
+        "tcp://fd99::1/64:80",
+        "an IPv6 address needs brackets; write [fd99::/64]:80",
+        &["[fd99::/64]:80"],
+    ),
+    (
+        "tcp://fd99::/64",
+        "an IPv6 address needs brackets; write [fd99::/64]:PORT",
+        &["[fd99::/64]:80"],
+    ),
+    (
+        "fd99::7",
+        "an IPv6 address needs brackets; write [fd99::7]:PORT",
+        &["[fd99::7]:80"],
+    ),
+    (
+        "2001:db8::5:5432",
+        "an IPv6 address needs brackets; write [2001:db8::5]:5432, or [2001:db8::5:5432]:PORT if 5432 is part of the \
+         address",
+        &["[2001:db8::5]:5432", "[2001:db8::5:5432]:80"],
+    ),
+    (
+        "::1:80",
+        "an IPv6 address needs brackets; write [::1]:80, or [::1:80]:PORT if 80 is part of the address",
+        &["[::1]:80", "[::1:80]:80"],
+    ),
+    (
+        "tcp://[fd99::1/64]:80",
+        "the prefix has bits set beyond its length; write [fd99::/64]:80",
+        &["[fd99::/64]:80"],
+    ),
+    (
+        "[fd99::1]/64:80",
+        "the prefix has bits set beyond its length; write [fd99::/64]:80",
+        &["[fd99::/64]:80"],
+    ),
+    (
+        "[::ffff:10.0.0.1/112]:80",
+        "the prefix has bits set beyond its length; write 10.0.0.0/16:80",
+        &["10.0.0.0/16:80"],
+    ),
+    (
+        "10.8.0.1/16:443",
+        "the prefix has bits set beyond its length; write 10.8.0.0/16:443",
+        &["10.8.0.0/16:443"],
+    ),
+    (
+        "10.8.0.1/16:https",
+        "the prefix has bits set beyond its length; write 10.8.0.0/16:PORT",
+        &["10.8.0.0/16:80"],
+    ),
+    (
+        "10.0.0.1-10.0.0.9:80",
+        "a range of addresses is no endpoint; write the prefixes that it consists of, each as an endpoint",
+        &[],
+    ),
+    (
+        "tcp://*:80",
+        "an unspecified address is not an endpoint; use local:PORT for every address of this host, 0.0.0.0/0:PORT and \
+         [::/0]:PORT for every address there is",
+        &["local:80", "0.0.0.0/0:80", "[::/0]:80"],
+    ),
+    (
+        "https://api.example",
+        "unknown scheme; use tcp://, udp://, nats:// or tls:// (only host and port matter: https://HOST is \
+         tcp://HOST:443)",
+        &[],
+    ),
+    ("tcp://10.0.0.1", "no port; end it with :PORT", &[]),
+    (
+        "tcp://10.0.0.1:80/metrics",
+        "nothing may follow the port; remove what begins with / or ?",
+        &[],
+    ),
+    (
+        "tcp://10.0.0.1:80?x",
+        "nothing may follow the port; remove what begins with / or ?",
+        &[],
+    ),
+    ("10.0.0.1:0", PORTS, &[]),
+    ("10.0.0.1:65536", PORTS, &[]),
+    ("10.0.0.1:http", PORTS, &[]),
+    ("10.0.0.1:*", PORTS, &[]),
+    ("10.0.0.1:2380-2379", PORTS, &[]),
+    ("10.0.0.1:80,", PORTS, &[]),
+    (
+        "10.0.0.1:1-65535",
+        "an endpoint has at most 1024 ports; narrow the range, or divide it into several endpoints",
+        &[],
+    ),
+];
+const PORTS: &str = "the port is not a number from 1 to 65535, nor a range such as 2379-2380 or a list such as 80,443; \
+                     service names and * are no ports";
+
+#[test]
+fn what_is_wrong_is_told_with_a_remedy_that_protects_no_less() {
+    for (text, told, meant) in WRONG {
+        let error = Endpoint::parse_all(text).map_err(|error| error.fault.to_string());
+        assert_eq!(error, Err(told.to_owned()), "{text}");
+        let told = told.replace("PORT", "80");
+        for meant in meant {
+            assert!(
+                told.contains(meant) && Endpoint::parse(meant).is_ok(),
+                "{text}: {told}: {meant}"
+            );
+        }
+    }
+}
+
+#[test]
+fn ports_are_ranges_and_lists() {
+    let all = |text: &str| -> Result<Vec<String>, String> {
+        let endpoints = Endpoint::parse_all(text).map_err(|error| error.to_string())?;
+        Ok(endpoints.iter().map(ToString::to_string).collect())
+    };
+    let ports = |expected: &[&str]| Ok(expected.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+    assert_eq!(
+        all("10.0.0.1:2379-2380,2382"),
+        ports(&["tcp://10.0.0.1:2379", "tcp://10.0.0.1:2380", "tcp://10.0.0.1:2382"])
+    );
+    assert_eq!(
+        all("udp://[fd99::/64]:53,53"),
+        ports(&["udp://[fd99::/64]:53", "udp://[fd99::/64]:53"])
+    );
+    assert_eq!(all("tcp://local:7-7"), ports(&["tcp://local:7"]));
+    assert_eq!(all("etcd.example:1-1024").map(|all| all.len()), Ok(1024));
+    // Where one is asked for.
+    for text in ["10.0.0.1:1-2", "10.0.0.1:1,2"] {
+        assert!(Endpoint::parse(text).is_err(), "{text}");
+    }
+    // A password is none of these, whatever follows it.
+    for text in ["nats://u:1-2,3@h:4222", "tcp://u:1-2@h:4222", "nats://u:p@h:hunter2-3"] {
+        let error = all(text).err().unwrap_or_default();
+        assert!(!error.contains("1-2") && !error.contains("hunter"), "{error}");
+    }
+}

@@ -46,6 +46,10 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         })
     }
 
+    pub(super) fn named(&self) -> (&'static str, &Map) {
+        (self.name, &self.map)
+    }
+
     pub(super) fn id(&self) -> u32 {
         self.map.id()
     }

@@ -15,7 +15,7 @@ use aya_obj::generated::{
     },
 };
 
-use super::{bpf, cause, found, open_pin, raw};
+use super::{bpf, cause, found, open_pin, pin, raw};
 
 /// What a map is: its type, bytes of a key, bytes of a value, and most entries.
 pub(crate) type Shape = (MapType, u32, u32, u32);
@@ -53,6 +53,11 @@ pub(crate) enum Batch<'a> {
 }
 
 impl Map {
+    /// Pins it.
+    pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
+        pin(self.data.fd().as_fd(), path)
+    }
+
     /// Opens a pin.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         Self::new(open_pin(path)?)
