@@ -35,6 +35,9 @@ use crate::{
     wire::{ActiveBackend, ConditionId, Reply, Request, Severity, State, Status},
 };
 
+/// Options that every command has.
+const COMMON: &str = "Common options";
+
 /// Allows only chosen local users to connect to this host's sensitive endpoints.
 ///
 /// Exit codes: 0 success; 1 negative answer (denied, degraded, drifted, not active, weaknesses found); 2 error; 3
@@ -44,13 +47,15 @@ use crate::{
 pub struct Cli {
     /// Configuration file [default: /etc/enforcer/enforcer.toml; without that file, BOSH's monit and message bus are
     /// protected]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", help_heading = COMMON, display_order = 900)]
     config: Option<PathBuf>,
     /// Log format, on stderr
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(help_heading = COMMON, display_order = 901)]
     log_format: LogFormat,
     /// Minimum level to log: error, warn, info, debug, trace
     #[arg(long, global = true, value_name = "LEVEL", default_value = "info")]
+    #[arg(help_heading = COMMON, display_order = 902)]
     log_level: tracing::Level,
     #[command(subcommand)]
     command: Command,
@@ -399,7 +404,7 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {
     let Reply::Status(status) = asked else {
         bail!("the daemon gave an unexpected answer; is it another version?");
     };
-    print_one(&*status, &refresh.json, Status::render)?;
+    print_one(&*status, &refresh.json, Status::render_refreshed)?;
     Ok(answer_of(&status))
 }
 

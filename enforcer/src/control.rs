@@ -67,8 +67,55 @@ pub(crate) enum ControlError {
     Busy { path: PathBuf },
 }
 
+/// The control socket, bound. Its file goes with it, unless another one lies there by then.
+#[derive(Debug)]
+pub(crate) struct ControlSocket {
+    listener: Arc<UnixListener>,
+    path: PathBuf,
+    id: Option<(u64, u64)>,
+}
+
+impl ControlSocket {
+    /// Of a listener that is bound to a path.
+    pub(crate) fn of(listener: UnixListener, path: &Path) -> Self {
+        Self {
+            listener: Arc::new(listener),
+            path: path.into(),
+            id: id_of(path),
+        }
+    }
+
+    /// What callers connect to.
+    pub(crate) fn listener(&self) -> Arc<UnixListener> {
+        Arc::clone(&self.listener)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether callers find it: nobody has removed or replaced its file.
+    pub(crate) fn is_reachable(&self) -> bool {
+        self.id.is_some() && id_of(&self.path) == self.id
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        if self.is_reachable() {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Device and inode of what lies at a path.
+fn id_of(path: &Path) -> Option<(u64, u64)> {
+    let meta = fs::symlink_metadata(path).ok()?;
+    Some((meta.dev(), meta.ino()))
+}
+
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).
-pub(crate) fn listen(path: &Path) -> Result<UnixListener, ControlError> {
+pub(crate) fn listen(path: &Path) -> Result<ControlSocket, ControlError> {
     let failed = |action| {
         move |error| ControlError::Io {
             action,
@@ -101,8 +148,9 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     let listener = UnixListener::bind(path);
     nix::sys::stat::umask(umask);
     let listener = listener.map_err(failed("bind"))?;
+    let socket = ControlSocket::of(listener, path);
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of"))?;
-    Ok(listener)
+    Ok(socket)
 }
 
 /// Fails where a daemon has the socket: it alone writes what is active, and would take ours for somebody's mischief.
@@ -114,7 +162,7 @@ pub(crate) fn ensure_socket_free(path: &Path) -> Result<(), ControlError> {
 }
 
 /// Accepts callers for ever and hands their requests to the loop.
-pub(crate) async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
+pub(crate) async fn serve(listener: Arc<UnixListener>, calls: mpsc::Sender<Call>) {
     let places = Arc::new(Semaphore::new(MAX_CALLERS));
     let followers = Arc::new(Semaphore::new(MAX_FOLLOWERS));
     let mut logged: Option<Instant> = None;

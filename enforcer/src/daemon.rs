@@ -7,6 +7,7 @@ mod configure;
 mod confine;
 mod denials;
 mod dials;
+mod door;
 mod drift;
 mod error;
 #[cfg(test)]
@@ -45,6 +46,7 @@ use self::{
     boot::Pending,
     bus::Unfinished,
     dials::Dials,
+    door::Door,
     drift::Drift,
     faults::{About, Faults},
     feed::Feed,
@@ -59,7 +61,7 @@ use self::{
 use crate::{
     backend::{LinksSeen, Start, Store},
     bosh::Watch,
-    control::{self, Call},
+    control::ControlSocket,
     inputs::{HostConfig, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
@@ -73,8 +75,6 @@ pub(crate) use self::{
     error::DaemonError,
 };
 
-/// Requests that may wait for the loop.
-const CALLS: usize = 64;
 /// How often links and cgroups are looked at.
 const TICK: Duration = Duration::from_secs(1);
 /// How often what is local is listed without such word. Some routes go without any, with what they depended on.
@@ -130,15 +130,13 @@ pub(crate) enum End {
 /// Runs until SIGTERM or SIGINT, which leave enforcement active (F1), or until it is to unload.
 pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
     // What needs no lookup is active before any; readiness waits for the names' first answers.
-    let (daemon, listener) = boot::start(path)?;
-    let (call, calls) = mpsc::channel(CALLS);
-    tokio::spawn(control::serve(listener, call));
-    turn(daemon, calls).await
+    let (daemon, socket) = boot::start(path)?;
+    turn(daemon, socket).await
 }
 
 /// The loop, until the daemon is to end.
-async fn turn(mut daemon: Daemon, calls: mpsc::Receiver<Call>) -> Result<End, DaemonError> {
-    let socket = daemon.inputs.settings().socket.clone();
+async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonError> {
+    let (mut door, calls) = Door::open(socket);
     let mut sources = Sources::open(&mut daemon, calls)?;
     if let Some(programs) = daemon.enforcement.programs() {
         trace::start(programs);
@@ -153,17 +151,20 @@ async fn turn(mut daemon: Daemon, calls: mpsc::Receiver<Call>) -> Result<End, Da
             daemon.ready()?;
         }
         let wakeup = sources.next(&mut daemon).await;
+        if matches!(wakeup, Wakeup::Tick) {
+            daemon.faults.set(About::Socket, door.keep_open());
+        }
         match daemon.step(wakeup, &mut sources) {
             Step::Wait => {}
             Step::Follow => sources.follow(&mut daemon),
             Step::Stop => {
                 daemon.save_now().await;
-                return daemon.stop(&socket).map(|()| End::Stopped);
+                return daemon.stop(door).map(|()| End::Stopped);
             }
             Step::Unload(replies) => {
                 let result = daemon.unload();
                 // Who starts another one once it is told finds the place free.
-                let _ = std::fs::remove_file(&socket);
+                drop(door);
                 tell(&result, &replies).await;
                 return result.map(|()| End::Unloaded);
             }
@@ -455,9 +456,9 @@ impl Daemon {
     }
 
     /// Ends, and leaves active what is (F1).
-    fn stop(mut self, socket: &Path) -> Result<(), DaemonError> {
+    fn stop(mut self, door: Door) -> Result<(), DaemonError> {
         self.tell_rest_of_denials();
-        let _ = std::fs::remove_file(socket);
+        drop(door);
         let generation = self.enforcement.observe_quickly()?.generation;
         info!("stopping; generation {generation} stays active");
         Ok(())

@@ -32,7 +32,7 @@ const ROOT: u32 = 0;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StateError {
     /// A file operation.
-    #[error("{action} {}: {error}; free space there, or mount it writable", path.display())]
+    #[error("{action} {}: {error}{}", path.display(), remedy(error))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -42,8 +42,8 @@ pub(crate) enum StateError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it, or make root its owner \
-             and the only user who can write it", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; make root its owner and the only \
+             user who can write it (chown root, chmod go-w)", path.display())]
     Untrusted {
         /// The file or directory.
         path: PathBuf,
@@ -127,6 +127,15 @@ fn load_of(owner: u32, dir: &Path) -> Result<Option<(LastGood, Mark)>, StateErro
         return Ok(None);
     };
     parse(&bytes, &path).map(Some)
+}
+
+/// What to do about a disk that refuses.
+pub(crate) fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => "; free space there",
+        Some(libc::EROFS) => "; mount it writable",
+        Some(_) | None => crate::host::remedy(error),
+    }
 }
 
 /// Removes what another user has put where the directory belongs (F6).

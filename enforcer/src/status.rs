@@ -237,6 +237,20 @@ impl Status {
 }
 
 impl Status {
+    /// What a refresh comes to: the state, and what names mean now.
+    #[must_use]
+    pub(crate) fn render_refreshed(&self) -> String {
+        let mut page = Page::default();
+        page.line(format_args!("{}, generation {}", self.state, self.generation));
+        for condition in self.conditions_shown() {
+            page.line(format_args!("  {condition}"));
+        }
+        if !self.names.is_empty() {
+            page.table(["name", "addresses", ""], self.names.iter().map(NameStatus::row));
+        }
+        page.into_text()
+    }
+
     /// A line for each; why `auto` took what it took is told with the backend.
     fn conditions_shown(&self) -> impl Iterator<Item = String> {
         let told = self

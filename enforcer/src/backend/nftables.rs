@@ -12,6 +12,7 @@ pub(crate) mod image;
 pub(crate) mod jobs;
 pub(crate) mod netlink;
 pub(crate) mod nflog;
+mod observe;
 pub(crate) mod others;
 mod slot;
 #[cfg(test)]
@@ -23,12 +24,12 @@ use std::{
     io,
 };
 
-use enforcer_ebpf::Counters;
 use tracing::warn;
 
 use self::{
-    image::{Header, Image, Loader},
+    image::{Image, Loader},
     netlink::{Dump, Netlink, TableUpdate, TransactionError},
+    observe::observe,
     verify::difference,
 };
 use super::{Observed, ObservedTarget, SocketUsers};
@@ -157,7 +158,7 @@ impl NftablesBackend {
         })
     }
 
-    /// Gives the active rules a number of at least this, as others may have had it: beside eBPF it is eBPF's that counts.
+    /// Gives the active rules a number of at least this: beside eBPF it was eBPF's that counted.
     pub(crate) fn number_above(&mut self, least: u64) -> Result<(), NftablesError> {
         let Some(rules) = self.rules.clone().filter(|_| self.generation() < least) else {
             return Ok(());
@@ -448,60 +449,5 @@ fn sample() -> RuleSet {
         places: places.collect(),
         nat64: Vec::new(),
         named_ports: BTreeSet::new(),
-    }
-}
-
-fn observe(dump: &Dump) -> Observed {
-    let image = &dump.image;
-    let header = image.header().unwrap_or(Header {
-        generation: 0,
-        audit: false,
-        daemon: false,
-        log: None,
-    });
-    let mut per_class: BTreeMap<&str, u64> = BTreeMap::new();
-    let slot = image.slot();
-    let maps = [expression::IPV4, expression::IPV6].map(|family| slot.endpoints(family));
-    let endpoints = maps.iter().flatten().filter_map(|name| image.sets.get(name));
-    for element in endpoints.flat_map(|set| &set.elements) {
-        if let image::Value::Goto(class) = &element.value {
-            *per_class.entry(class).or_default() += 1;
-        }
-    }
-    let count = |name: &String| dump.counts.get(name).copied().unwrap_or_default();
-    let targets = image.targets().into_iter().map(|target| {
-        let [allowed, denied, would_deny] = image::counters_of(target);
-        let owned = per_class
-            .iter()
-            .filter(|(class, _)| image.owners_of(class).contains(&target));
-        ObservedTarget {
-            name: target.to_owned(),
-            endpoints: owned.map(|(_, count)| count).sum(),
-            allow: check::principals(image, target)
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
-            counters: Counters {
-                allowed: count(&allowed),
-                denied: count(&denied),
-                would_deny: count(&would_deny),
-            },
-        }
-    });
-    Observed {
-        // No packet meets a dormant table.
-        generation: if dump.dormant { 0 } else { header.generation },
-        audit: header.audit,
-        by_daemon: header.daemon,
-        socket_users: SocketUsers::All,
-        netns: true,
-        endpoints: per_class.values().sum(),
-        targets: targets.collect(),
-        lost: 0,
-        faults: if dump.dormant {
-            vec![ConditionId::Table.because("the nftables table is dormant: none of its rules are active")]
-        } else {
-            Vec::new()
-        },
     }
 }

@@ -81,7 +81,8 @@ fn open(state_dir: &Path, make: bool) -> io::Result<File> {
     let untrusted = |what, meta: &Metadata| {
         let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
         io::Error::other(format!(
-            "{what} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; remove it"
+            "{what} is owned by uid {uid} with mode {mode:04o}, so it is not trusted; make root its owner and the only \
+             user who can write it (chown root, chmod go-w)"
         ))
     };
     // What is at the path may be another directory at each look; this one stays.

@@ -11,13 +11,13 @@ use clap::Subcommand;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use super::{ExitStatus, Json, as_line, print_one, reload, runtime};
+use super::{ExitStatus, Json, print_one, reload, runtime};
 use crate::{
     config::Config,
     inputs::HostConfig,
     policy::{AcceptedAnswers, Name},
     resolve::{Names, lookup},
-    text,
+    text::{self, Page, counted},
     wire::{Schema, check::ConfigCheck},
 };
 
@@ -84,28 +84,44 @@ fn check(path: &Path, json: &Json) -> Result<ExitStatus> {
     let checked = ConfigCheck {
         schema: Schema::ConfigCheck,
         path: path.display().to_string(),
+        exists: wanted.from_file,
         targets: wanted.policy().targets.len(),
         warnings: wanted.warnings().to_vec(),
         absent: wanted.absent(),
         unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
     };
     let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
-    print_one(&checked, json, |checked| {
-        let ConfigCheck {
+    print_one(&checked, json, ConfigCheck::render)?;
+    Ok(if whole { ExitStatus::Yes } else { ExitStatus::No })
+}
+
+impl ConfigCheck {
+    fn render(&self) -> String {
+        let Self {
             path,
             targets,
             warnings,
             absent,
             unprotected,
             ..
-        } = checked;
-        let warnings = warnings
-            .iter()
-            .map(|warning| as_line(&format_args!("{path}: warning: {warning}")));
-        let absent = absent.iter().chain(unprotected).map(as_line);
-        let but = if whole { "" } else { ", with the exceptions above" };
-        let s = if *targets == 1 { "" } else { "s" };
-        warnings.chain(absent).collect::<String>() + &as_line(&format_args!("{path}: valid{but}; {targets} target{s}"))
-    })?;
-    Ok(if whole { ExitStatus::Yes } else { ExitStatus::No })
+        } = self;
+        let mut page = Page::default();
+        for warning in warnings {
+            page.line(format_args!("warning: {warning}"));
+        }
+        for line in absent.iter().chain(unprotected) {
+            page.line(line);
+        }
+        let targets = counted(*targets, "target");
+        if !self.exists {
+            page.line(format_args!(
+                "{path}: there is no such file; the defaults, for a BOSH VM, are valid: {targets}"
+            ));
+        } else if absent.is_empty() && unprotected.is_empty() {
+            page.line(format_args!("{path}: valid; {targets}"));
+        } else {
+            page.line(format_args!("{path}: valid, with the exceptions above; {targets}"));
+        }
+        page.into_text()
+    }
 }

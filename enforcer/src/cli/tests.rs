@@ -411,3 +411,86 @@ fn no_tip_leads_to_the_end_of_protection() {
         assert!(error.contains(typed) && !error.contains("'unload'"), "{error}");
     }
 }
+
+/// The README's section on the roll-out.
+fn roll_out() -> Fallible<&'static str> {
+    let readme = include_str!("../../../README.md");
+    let section = readme.split("\n## ").find(|section| section.starts_with("Roll it out"));
+    Ok(section.ok_or("the README has no such section")?)
+}
+
+/// What the README's block of a language holds.
+fn block(language: &str) -> Fallible<&'static str> {
+    let start = format!("```{language}\n");
+    let block = roll_out()?
+        .split(start.as_str())
+        .nth(1)
+        .and_then(|rest| rest.split("```").next());
+    Ok(block.ok_or("the section has no such block")?)
+}
+
+#[test]
+fn the_roll_out_of_the_readme() -> Test {
+    on_a_host_of_its_own(|| {
+        let rules = block("toml")?;
+        let operator = Operator::new(&two_targets())?;
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        // A user who is not allowed: here it is root who is not the etcd's.
+        let (before, after) = (
+            rules.replace("\"root\", \"daemon\"", "\"daemon\""),
+            OPEN.replace("4222", "2379"),
+        );
+        let listener = TcpListener::bind(&after)?;
+        let top = configuration("");
+        operator.configure(&before.replace("mode = \"audit\"", &format!("mode = \"audit\"\n{top}")))?;
+        let mut commands = Vec::new();
+        for line in block("sh")?.lines() {
+            let words: Vec<&str> = line
+                .split('#')
+                .next()
+                .unwrap_or_default()
+                .split_whitespace()
+                .skip(1)
+                .collect();
+            let answer = operator.run(&words);
+            match *words.as_slice() {
+                ["config", "check"] => answer.expect(ExitStatus::Yes, &["valid; 3 targets"]),
+                ["config", "diff"] => answer.expect(ExitStatus::No, &["+ mode = \"audit\"", "no longer be protected"]),
+                ["reload"] => {
+                    dial(&after)?;
+                    operator.until(&["events"], "would-deny");
+                    answer.expect(ExitStatus::Yes, &["+ [target.etcd] endpoints", "audit, generation"])
+                }
+                ["status"] => answer.expect(ExitStatus::Yes, &["audit", "etcd", "metadata"]),
+                ["events"] => answer.expect(ExitStatus::Yes, &["would-deny", ":2379, target etcd"]),
+                _ => return Err(format!("{line}: not tried here").into()),
+            };
+            commands.push(words);
+        }
+        assert_eq!(commands.len(), 5);
+        // Whoever is needed is allowed, and the rest denied.
+        operator.configure(&(top.clone() + &rules.replace("mode = \"audit\"", "")))?;
+        operator
+            .run(&["reload"])
+            .expect(ExitStatus::Yes, &["+ mode = \"enforce\"", "enforcing, generation"]);
+        dial(&after)?;
+        operator.configure(&(top + &before.replace("mode = \"audit\"", "")))?;
+        operator
+            .run(&["reload"])
+            .expect(ExitStatus::Yes, &["- [target.etcd] allow = \"root\""]);
+        let refused = dial(&after).map_err(|error| error.kind());
+        assert_eq!(
+            refused,
+            Err(io::ErrorKind::ConnectionRefused),
+            "as the README says of nftables"
+        );
+        operator
+            .run(&["status", "--exit-on", "critical"])
+            .expect(ExitStatus::Yes, &[]);
+        operator.run(&["unload", "--yes"]).expect(ExitStatus::Yes, &[]);
+        assert_eq!(ended(daemon)?, ExitStatus::Unloaded);
+        drop(listener);
+        Ok(())
+    })
+}

@@ -69,7 +69,7 @@ pub enum ConfigFault {
     #[error("appears twice; keep one")]
     Twice,
     /// A key that means nothing.
-    #[error("has an unknown key `{key}`; known keys are {}", known.join(", "))]
+    #[error("has an unknown key `{key}`; {}known keys are {}", belongs(key, known), known.join(", "))]
     UnknownKey {
         /// The key.
         key: String,
@@ -125,6 +125,31 @@ pub enum ConfigFault {
     },
 }
 
+/// Where a key belongs that is known elsewhere.
+fn belongs(key: &str, known: &[&str]) -> &'static str {
+    const TOP: [&str; 10] = [
+        "mode",
+        "backend",
+        "existing",
+        "forward",
+        "cgroup",
+        "pin_dir",
+        "state_dir",
+        "socket",
+        "nft_table",
+        "nat64",
+    ];
+    let is_top = known.contains(&"mode");
+    match key {
+        key if !is_top && TOP.contains(&key) => "it belongs at the top of the file, above the first [section]; ",
+        "min_refresh" | "max_refresh" | "retain" | "unresolved" => "it belongs in [dns]; ",
+        "dir" => "it belongs in [bosh]; ",
+        "endpoints" | "allow" | "grants" | "answers" => "it belongs in a section [target.NAME]; ",
+        "targets" if is_top => "a target is a section [target.NAME]; ",
+        _ => "",
+    }
+}
+
 /// Why a value is refused; serde carries it as text.
 #[derive(Debug, Error)]
 pub(super) enum ValueFault {
@@ -155,7 +180,13 @@ pub(super) enum ValueFault {
     /// A name that cannot be a target's.
     #[error("has a name {name} that is not 1 to {MAX_TARGET_NAME} letters, digits, - and _; rename it")]
     TargetName { name: String },
-    /// `{ user = …, kernel = … }`, `{ kernel = false }`, `{ cgroup = … }`, `{}`.
+    /// `{ cgroup = … }`.
+    #[error(
+        "is a cgroup without a user or group; add one (a cgroup as a whole can be granted: enforcer grant TARGET \
+         --cgroup PATH)"
+    )]
+    CgroupAlone,
+    /// `{ user = …, kernel = … }`, `{ kernel = false }`, `{}`.
     #[error("is not a principal; write {PRINCIPALS}")]
     Principal,
 }

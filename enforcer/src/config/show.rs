@@ -49,9 +49,11 @@ fn lookup<'a>(tree: &'a Table, section: &str, key: &str) -> Option<&'a Value> {
     }
 }
 
+/// Keys of a target, in the order in which a person writes them.
+const TARGET_KEYS: [&str; 4] = ["endpoints", "allow", "grants", "answers"];
+
 fn section_of(name: &str, target: &Value) -> String {
-    let keys = target.as_table().into_iter().flatten();
-    let lines = keys.map(|(key, value)| list(key, value));
+    let lines = TARGET_KEYS.iter().filter_map(|key| Some(list(key, target.get(key)?)));
     format!("[target.{name}]\n{}", lines.collect::<String>())
 }
 

@@ -218,6 +218,7 @@ impl<'de> Deserialize<'de> for Allow {
                     (Some(user), None, Some(cgroup), None) => Ok(Allow::Within { user, cgroup }),
                     (None, Some(group), cgroup, None) => Ok(Allow::Group { group, cgroup }),
                     (None, None, None, Some(true)) => Ok(Allow::Kernel),
+                    (None, None, Some(_), None) => Err(de::Error::custom(ValueFault::CgroupAlone)),
                     (Some(_) | None, Some(_) | None, Some(_) | None, Some(_) | None) => {
                         Err(de::Error::custom(ValueFault::Principal))
                     }

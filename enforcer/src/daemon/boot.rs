@@ -5,7 +5,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::net::UnixListener;
 use tracing::{error, info, warn};
 
 use super::{
@@ -13,9 +12,9 @@ use super::{
     machine::{Machine, ThisMachine},
 };
 use crate::{
-    backend,
+    backend::{self, ActiveRules},
     config::{self, ConfigError, Settings},
-    control::{self, ControlError},
+    control::{self, ControlError, ControlSocket},
     host,
     inputs::{HostConfig, InputError, SavedRun},
     policy::{BUS, Target},
@@ -69,7 +68,7 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
 
 /// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it
 /// needs.
-pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
+pub(super) fn start(path: &Path) -> Result<(Daemon, ControlSocket), DaemonError> {
     let (daemon, listener) = enforce(&ThisMachine, path)?;
     // Nothing that follows, lookups above all, runs with more.
     capabilities::reduce()?;
@@ -77,7 +76,7 @@ pub(super) fn start(path: &Path) -> Result<(Daemon, UnixListener), DaemonError> 
     Ok((daemon, listener))
 }
 
-pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, UnixListener), DaemonError> {
+pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, ControlSocket), DaemonError> {
     if path != Path::new(config::DEFAULT_PATH) && !path.exists() {
         // Whose instance it is cannot be told.
         return Err(InputError::from(ConfigError::Missing { path: path.into() }).into());
@@ -90,7 +89,7 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Un
     let mut early = None;
     if let Some(good) = &good {
         // The socket first: whoever has it enforces there.
-        let listener = match machine.listen(&good.settings.socket) {
+        let listener = match control::listen(&good.settings.socket) {
             Err(error @ ControlError::Busy { .. }) => return Err(error.into()),
             listener => listener.ok(),
         };
@@ -105,8 +104,13 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Un
         if let (Err(_), Some(fault)) = (&wanted, &left.fault) {
             error!("{fault}"); // F4: the end of the process tells of the configuration alone.
         }
-        let wanted = wanted?;
-        let listener = machine.listen(&wanted.config.settings.socket)?;
+        let wanted = wanted.inspect_err(|_| {
+            let settings = config::place(path, true).unwrap_or_default();
+            if ActiveRules::are_there(&settings).unwrap_or(false) {
+                warn!("the rules that are active in the kernel stay active, and are not followed");
+            }
+        })?;
+        let listener = control::listen(&wanted.config.settings.socket)?;
         return Ok((Daemon::begin(machine, wanted, left)?, listener));
     };
     let mut daemon = match wanted {
@@ -130,11 +134,8 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Un
     let socket = &daemon.inputs.settings().socket;
     let listener = match listener.filter(|_| *socket == good.settings.socket) {
         Some(listener) => listener,
-        None => machine.listen(socket)?,
+        None => control::listen(socket)?,
     };
-    if *socket != good.settings.socket {
-        let _ = std::fs::remove_file(&good.settings.socket);
-    }
     Ok((daemon, listener))
 }
 

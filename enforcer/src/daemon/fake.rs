@@ -5,24 +5,19 @@ use std::{
     cell::{RefCell, RefMut},
     collections::{BTreeMap, BTreeSet},
     io,
-    os::unix::net::UnixListener as StdListener,
-    path::Path,
     rc::Rc,
 };
-
-use enforcer_ebpf::{Counters, DialRecord, EventRecord};
-use tokio::net::UnixListener;
 
 use super::machine::Machine;
 use crate::{
     backend::{BackendError, LinkLook, LinksSeen, NflogListener, Observed, ObservedTarget, Ring, Start, Store},
     config::Settings,
-    control::ControlError,
     policy::Mode,
     ruleset::RuleSet,
     verify::Comparison,
     wire::{ActiveBackend, Against, Object, Verification},
 };
+use enforcer_ebpf::{Counters, DialRecord, EventRecord};
 
 /// What is in the kernel.
 #[derive(Default)]
@@ -91,22 +86,6 @@ impl Fake {
 impl Machine for Fake {
     fn take_over(&self, _: Start<'_>) -> Result<Box<dyn Store>, BackendError> {
         Ok(Box::new(self.clone()))
-    }
-
-    /// As the real one, but for any user.
-    fn listen(&self, socket: &Path) -> Result<UnixListener, ControlError> {
-        let bind = || {
-            let _ = std::fs::remove_file(socket);
-            std::fs::create_dir_all(socket.parent().unwrap_or(Path::new("/")))?;
-            let listener = StdListener::bind(socket)?;
-            listener.set_nonblocking(true)?;
-            UnixListener::from_std(listener)
-        };
-        bind().map_err(|error| ControlError::Io {
-            action: "bind",
-            path: socket.into(),
-            error,
-        })
     }
 }
 

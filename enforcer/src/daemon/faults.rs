@@ -33,6 +33,8 @@ pub(super) enum About {
     JobRules,
     /// Writing there what was granted.
     JobsChain,
+    /// The control socket.
+    Socket,
     /// What must outlive this process is hidden from the host.
     Visibility,
 }
@@ -52,6 +54,7 @@ impl About {
             Self::Dials => ConditionId::DialsNotFollowed,
             Self::JobRules => ConditionId::JobRules,
             Self::JobsChain => ConditionId::JobsChain,
+            Self::Socket => ConditionId::ControlSocket,
             Self::Visibility => ConditionId::HiddenFromHost,
         }
     }
@@ -72,10 +75,11 @@ impl Faults {
             (None, About::RuleSet) => info!("the rules match the configuration again"),
             (None, About::Reload) => info!("the configuration was loaded without errors again"),
             (None, About::State) => info!("the active rules are saved for the next start again"),
-            (None, About::Bus) => info!("the message bus is known"),
+            (None, About::Bus) => info!("the message bus's settings are read without errors"),
             (None, About::Grants) => info!("grants are saved again"),
             (None, About::Sweep) => info!("connections older than the rules can be swept again"),
             (None, About::Denials) => info!("denials are reported again"),
+            (None, About::Socket) => info!("commands reach the daemon again"),
             (None, About::Dials) => info!("dials of unknown addresses trigger lookups again"),
             (None, About::Visibility) => info!("the host sees pins, state and socket again, and is covered"),
             (None, About::JobRules) => info!("rules of jobs are followed again"),

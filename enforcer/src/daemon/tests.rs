@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     backend::Dial,
-    control::Peer,
+    control::{self, Call, Peer},
     sweep::{self, SweepReport},
     testing::{Test, in_a_runtime_of_its_own},
     wire::{GrantRequest, Request, RevokeRequest, Selector, State},
@@ -319,19 +319,10 @@ fn what_others_do_is_repaired_and_reported() -> Test {
 fn the_loop_answers_and_ends() -> Test {
     in_a_runtime_of_its_own(async || {
         let host = Host::new(Fake::default(), NAMED)?;
-        let daemon = host.start()?;
-        let (call, calls) = mpsc::channel(1);
-        let running = tokio::task::spawn_local(turn(daemon, calls));
-        let ask = async |request: Request| -> Fallible<Reply> {
-            let (replies, mut reply) = mpsc::channel(4);
-            call.send(Call {
-                request,
-                peer: peer()?,
-                replies,
-            })
-            .await?;
-            Ok(timeout(PATIENCE, reply.recv()).await?.ok_or("no reply")?)
-        };
+        let (daemon, socket) = boot::enforce(&host.machine, &host.config)?;
+        let path = socket.path().to_path_buf();
+        let running = tokio::task::spawn_local(turn(daemon, socket));
+        let ask = async |request: Request| control::ask(&path, &request, PATIENCE).await;
         assert!(matches!(ask(Request::Refresh).await?, Reply::Status(_)));
         assert_eq!(host.active(), ["127.0.0.8/32"]);
         // Once it is ready, the rules are saved.
@@ -345,12 +336,33 @@ fn the_loop_answers_and_ends() -> Test {
             (status.state, status.causes.as_slice()),
             (State::Enforcing, [].as_slice())
         );
+        // Somebody removes the socket, and later puts something else there.
+        fs::remove_file(&path)?;
+        while ask(Request::Status).await.is_err() {
+            sleep(Duration::from_millis(50)).await;
+        }
+        fs::remove_file(&path)?;
+        fs::write(&path, "")?;
+        while ask(Request::Status).await.is_err() {
+            sleep(Duration::from_millis(50)).await;
+        }
         assert!(matches!(ask(Request::Unload).await?, Reply::Done));
         assert_eq!(
             timeout(PATIENCE, running).await??.map_err(|error| error.to_string())?,
             End::Unloaded
         );
         assert_eq!(host.machine.kernel().generation, 0);
+        assert!(!path.exists());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_socket() -> Test {
+    in_a_runtime_of_its_own(async || {
+        let host = Host::new(Fake::default(), FIRST)?;
+        host.machine.kernel().refuses = true;
+        assert!(host.start().is_err());
         assert!(!Path::new("/run/enforcer/control.sock").exists());
         Ok(())
     })

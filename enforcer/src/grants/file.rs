@@ -57,7 +57,7 @@ struct Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// A file operation.
-    #[error("{action} {}: {error}; free space there, or mount it writable", path.display())]
+    #[error("{action} {}: {error}{}", path.display(), state::remedy(error))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -67,8 +67,8 @@ pub enum FileError {
         error: io::Error,
     },
     /// Somebody else could have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}, so no grant in it is trusted; make root its owner with \
-             mode 0600, or remove it", path.display())]
+    #[error("{} is owned by uid {uid} with mode {mode:04o}, so no grant in it is trusted; make root its owner and \
+             the only user who can write it (chown root, chmod go-w)", path.display())]
     Untrusted {
         /// The file or its directory.
         path: PathBuf,

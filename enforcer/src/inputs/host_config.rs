@@ -13,10 +13,12 @@ use super::InputError;
 use crate::{
     config::{Backend, Bosh, Config, Settings, Understood},
     host::{self, NoMatch},
-    policy::{Account, CgroupPath, FileUsers, HostUsers, Listed, Policy, Uid, Users},
+    policy::{Account, BUS, CgroupPath, FileUsers, HostUsers, Listed, MONIT, Policy, Uid, Users},
     state::LastGood,
 };
 
+/// What a BOSH agent keeps its settings in.
+const AGENT: &str = "/var/vcap/bosh/settings.json";
 /// Where cgroups are looked for when none is mounted: there are none.
 const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 
@@ -96,6 +98,14 @@ impl HostConfig {
             listed,
         } = Policy::from_config(&config, &users)?;
         let (cgroup, mount) = cgroups(&config.settings, &policy)?;
+        let is_without = config.bosh.is_none() && policy.target(MONIT).or(policy.target(BUS)).is_none();
+        let no_bosh = (is_without && Path::new(AGENT).exists()).then(|| {
+            format!(
+                "{}: this is a BOSH VM, and neither monit nor the message bus is protected, as the file has targets of \
+                 its own; add the section [bosh] to protect both",
+                config.path.display()
+            )
+        });
         Ok(Self {
             path: config.path.clone(),
             from_file: config.path.exists(),
@@ -103,7 +113,7 @@ impl HostConfig {
             policy,
             cgroup,
             mount,
-            warnings: warnings.iter().map(ToString::to_string).collect(),
+            warnings: warnings.iter().map(ToString::to_string).chain(no_bosh).collect(),
             listed,
             users: users.found.into_inner(),
             absent: absent.iter().map(ToString::to_string).collect(),
@@ -186,6 +196,10 @@ impl HostConfig {
     pub(crate) fn why_nobody(&self, cgroup: &CgroupPath) -> Option<String> {
         let mount = self.mount.display();
         match host::cgroup(&self.mount, cgroup) {
+            Err(NoMatch::Missing) if cgroup.as_str().starts_with(USUAL_MOUNT) => Some(format!(
+                "cgroup {cgroup} does not exist below {mount}: a cgroup's path starts at the root of the hierarchy; \
+                 write it without {USUAL_MOUNT}; its principals match nobody until then"
+            )),
             Err(NoMatch::Missing) => Some(format!(
                 "cgroup {cgroup} does not exist below {mount}; its principals match nobody until it does"
             )),

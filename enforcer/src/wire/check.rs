@@ -41,6 +41,8 @@ pub struct ConfigCheck {
     pub schema: Schema,
     /// The file.
     pub path: String,
+    /// Whether it is there; without one the defaults hold.
+    pub exists: bool,
     /// How many targets it has.
     pub targets: usize,
     /// What is odd.

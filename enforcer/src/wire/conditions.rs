@@ -42,6 +42,8 @@ words! {
         ChangedByOthers = "changed-by-others",
         /// The configuration file was rejected.
         ConfigurationRejected = "configuration-rejected",
+        /// Commands do not reach the daemon: its socket is gone and cannot be made again.
+        ControlSocket = "control-socket",
         /// No daemon answers.
         DaemonNotRunning = "daemon-not-running",
         /// Denials are counted and not reported one by one.
@@ -93,6 +95,7 @@ impl ConditionId {
             | Self::CgroupWritable
             | Self::CgroupsIgnored
             | Self::ConfigurationRejected
+            | Self::ControlSocket
             | Self::DaemonNotRunning
             | Self::DenialsNotReported
             | Self::DialsNotFollowed

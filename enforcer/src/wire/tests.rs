@@ -373,6 +373,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
         );
     }
     let checked = ConfigCheck {
+        exists: true,
         schema: Schema::ConfigCheck,
         path: "P".to_owned(),
         targets: 1,
@@ -382,7 +383,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
     };
     assert_eq!(
         serde_json::to_string(&checked)?,
-        r#"{"schema":"enforcer/config-check/1","path":"P","targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"]}"#
+        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"]}"#
     );
     Ok(())
 }

@@ -93,7 +93,10 @@ const SCHEMAS: [(&str, &str); 12] = [
         "path applied generation changes changes.section changes.key changes.removed changes.added unprotected \
          unprotected.endpoint unprotected.target warnings state causes",
     ),
-    ("enforcer/config-check/1", "absent path targets unprotected warnings"),
+    (
+        "enforcer/config-check/1",
+        "absent exists path targets unprotected warnings",
+    ),
 ];
 
 /// Where they are told of.

@@ -85,7 +85,7 @@ impl fmt::Display for BackendError {
         f.write_str(match self {
             Self::Io { error, .. } | Self::Map { error, .. } => remedy(error),
             Self::Untrusted { .. } => {
-                "; it must be a directory owned by root with mode 0700: remove it, or set another pin_dir"
+                "; it must be a directory of root's that nobody else can write: chown root, chmod 0700"
             }
             Self::NotBpffs { .. } => {
                 "; mount one there (mount -t bpf bpf DIRECTORY), or set a pin_dir directly below /sys/fs/bpf"
@@ -96,9 +96,7 @@ impl fmt::Display for BackendError {
             Self::Busy { .. } => {
                 "; if that is the daemon, reload it (SIGHUP), or stop it first; else try again once it has ended"
             }
-            Self::Damaged { .. } => {
-                "; what is active stays: restart the daemon, which takes over without a gap, or run enforcer unload"
-            }
+            Self::Damaged { .. } => "; what is active stays: restart the daemon, which takes over without a gap",
             Self::OtherVersion { .. } => return write!(f, "; to take over with this one, {START}"),
             Self::ReadBack { .. } => "; reload enforcer; if this persists, run enforcer verify",
             Self::Cgroup { .. } => "; name a directory of the cgroup v2 hierarchy with `cgroup`",

@@ -38,7 +38,7 @@ pub enum EndpointFault {
     /// Several servers, or credentials with a comma, where one server belongs.
     #[error(
         "a comma separates servers of nats:// and tls:// URLs, and ports after a colon, in a configuration only; write \
-         each endpoint by itself"
+         each by itself"
     )]
     Several,
     /// Credentials that leave open how many servers there are.

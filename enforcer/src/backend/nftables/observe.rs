@@ -1,0 +1,68 @@
+//! What a table as read is for `status`: targets, endpoints, counters.
+
+use std::collections::BTreeMap;
+
+use enforcer_ebpf::Counters;
+
+use super::{
+    Observed, ObservedTarget, SocketUsers, check, expression,
+    image::{self, Header},
+    netlink::Dump,
+};
+use crate::wire::ConditionId;
+
+/// What is active by a table.
+pub(super) fn observe(dump: &Dump) -> Observed {
+    let image = &dump.image;
+    let header = image.header().unwrap_or(Header {
+        generation: 0,
+        audit: false,
+        daemon: false,
+        log: None,
+    });
+    let mut per_class: BTreeMap<&str, u64> = BTreeMap::new();
+    let slot = image.slot();
+    let maps = [expression::IPV4, expression::IPV6].map(|family| slot.endpoints(family));
+    let endpoints = maps.iter().flatten().filter_map(|name| image.sets.get(name));
+    for element in endpoints.flat_map(|set| &set.elements) {
+        if let image::Value::Goto(class) = &element.value {
+            *per_class.entry(class).or_default() += 1;
+        }
+    }
+    let count = |name: &String| dump.counts.get(name).copied().unwrap_or_default();
+    let targets = image.targets().into_iter().map(|target| {
+        let [allowed, denied, would_deny] = image::counters_of(target);
+        let owned = per_class
+            .iter()
+            .filter(|(class, _)| image.owners_of(class).contains(&target));
+        ObservedTarget {
+            name: target.to_owned(),
+            endpoints: owned.map(|(_, count)| count).sum(),
+            allow: check::principals(image, target)
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            counters: Counters {
+                allowed: count(&allowed),
+                denied: count(&denied),
+                would_deny: count(&would_deny),
+            },
+        }
+    });
+    Observed {
+        // No packet meets a dormant table.
+        generation: if dump.dormant { 0 } else { header.generation },
+        audit: header.audit,
+        by_daemon: header.daemon,
+        socket_users: SocketUsers::All,
+        netns: true,
+        endpoints: per_class.values().sum(),
+        targets: targets.collect(),
+        lost: 0,
+        faults: if dump.dormant {
+            vec![ConditionId::Table.because("the nftables table is dormant: none of its rules are active")]
+        } else {
+            Vec::new()
+        },
+    }
+}
