@@ -29,10 +29,13 @@ use crate::{
     config::{self, Config, ConfigError, Settings},
     control::{self, AskError},
     daemon, host,
+    policy::Name,
+    resolve::{KnownName, protection},
+    state,
     status::{Context, status},
     text::{self, Log},
     visibility::Visibility,
-    wire::{ActiveBackend, ConditionId, Reply, Request, Severity, State, Status},
+    wire::{ActiveBackend, ConditionId, NameStatus, Reply, Request, Severity, State, Status},
 };
 
 /// Options that every command has.
@@ -319,7 +322,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
 
 fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Result<ExitStatus> {
     let settings = &place(config)?;
-    let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)));
+    let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
         Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
@@ -371,6 +374,10 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         nft_table: settings.nft_table.clone(),
         backend: in_force.as_ref().map_or(ActiveBackend::Ebpf, ActiveRules::backend),
         unread: unread.is_some(),
+        names: in_force
+            .as_ref()
+            .and_then(|_| saved_names(settings))
+            .unwrap_or_default(),
         conditions: unread
             .iter()
             .map(|error| ConditionId::Unreadable.because(error.to_string()))
@@ -379,6 +386,26 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))
+}
+
+/// What was known of names when the last known good rules were saved, which are the active ones as a rule.
+fn saved_names(settings: &Settings) -> Option<Vec<NameStatus>> {
+    let (good, _) = state::load(&settings.state_dir).ok()??;
+    let status = |name: Name| {
+        let known = good.names.get(&name).map(KnownName::addresses).unwrap_or_default();
+        let protects = protection(!known.is_empty(), good.policy.dns.unresolved);
+        NameStatus {
+            name: name.to_string(),
+            addresses: known.iter().map(ToString::to_string).collect(),
+            stale: known.is_empty(),
+            cause: known
+                .is_empty()
+                .then(|| "it had no address when the rules were saved".to_owned()),
+            protects,
+            cut: 0,
+        }
+    };
+    Some(good.policy.names().into_iter().map(status).collect())
 }
 
 fn show_events(config: &Path, events: &EventsArgs) -> Result<ExitStatus> {
@@ -407,6 +434,9 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {
     print_one(&*status, &refresh.json, Status::render_refreshed)?;
     Ok(answer_of(&status))
 }
+
+/// How long a daemon may take for what takes it a moment.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What reads or removes thousands of entries waits for the kernel, and on a busy host for the disk, too.
 const PATIENCE_FOR_WORK: Duration = Duration::from_secs(30);

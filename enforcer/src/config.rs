@@ -18,6 +18,7 @@ use crate::{
 };
 
 mod changes;
+mod contradictions;
 mod error;
 mod meaning;
 mod read;

@@ -106,6 +106,22 @@ pub(crate) struct KnownName {
     pub answered: BTreeMap<IpAddr, Duration>,
 }
 
+impl KnownName {
+    /// All of them.
+    pub(crate) fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.current.union(&self.left).copied().collect()
+    }
+}
+
+/// What is protected for a name that has addresses, or none (N5).
+pub(crate) fn protection(has_addresses: bool, unresolved: Unresolved) -> NameProtection {
+    match unresolved {
+        _ if has_addresses => NameProtection::Addresses,
+        Unresolved::Open => NameProtection::Nothing,
+        Unresolved::Closed => NameProtection::Port,
+    }
+}
+
 /// All names and what is known of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Names {
@@ -340,13 +356,8 @@ impl Names {
 }
 
 impl State {
-    /// What is protected for the name (N5).
     fn protects(&self, unresolved: Unresolved) -> NameProtection {
-        match unresolved {
-            _ if !self.addresses.all().is_empty() => NameProtection::Addresses,
-            Unresolved::Open => NameProtection::Nothing,
-            Unresolved::Closed => NameProtection::Port,
-        }
+        protection(!self.addresses.all().is_empty(), unresolved)
     }
 
     /// Takes what the hosts file says; false if it says nothing usable.

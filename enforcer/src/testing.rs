@@ -15,7 +15,7 @@ const INSIDE: &str = "ENFORCER_TEST_INSIDE";
 /// What names mean there.
 const HOSTS: &str = "127.0.0.1 localhost\n127.0.0.8 bus.test\n";
 /// All other names are asked of nobody.
-const NO_SERVER: &str = "nameserver 127.0.0.1\n";
+const NO_SERVER: &str = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
 
 /// Runs the body of a test on a host of its own: an empty file system on `/run`, and a network with loopback alone. The
 /// body is a closure of the test function, whose name it bears.

@@ -6,17 +6,18 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
 
-use super::{ExitStatus, Json, print_one, runtime};
+use super::{ExitStatus, Json, PATIENCE, complain, place, print_one, runtime, saved_names};
 use crate::{
     backend::ActiveRules,
-    config::Config,
+    config::Settings,
+    control,
     host::{self, START},
-    policy::{CgroupPath, Destination, Endpoint, HostUsers, Protocol, Uid, shown},
+    policy::{CgroupPath, Destination, Endpoint, HostUsers, Name, Protocol, Uid, shown},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
     text::Page,
     wire::{
-        self, Schema,
+        self, Reply, Request, Schema,
         check::{CheckReport, CheckTarget},
     },
 };
@@ -46,8 +47,7 @@ pub(super) struct Check {
 }
 
 pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
-    let config = Config::load(config)?;
-    let settings = &config.settings;
+    let settings = &place(config)?;
     let pinned = ActiveRules::open(settings)?.ok_or_else(|| {
         anyhow!(
             "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
@@ -73,7 +73,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
         kernel_thread: check.kernel,
         cgroups,
     };
-    let (protocol, addresses, port) = destination(&check.destination)?;
+    let (protocol, addresses, port) = destination(&check.destination, settings)?;
     let mut answer = ExitStatus::Yes;
     for address in addresses {
         let attempt = Attempt {
@@ -133,6 +133,11 @@ fn judge(pinned: &ActiveRules, attempt: &Attempt) -> Result<CheckReport> {
         .map(|target| target.name.as_str())
         .collect();
     let reason = match checked.verdict {
+        Verdict::Unjudged if is_only_local(pinned, attempt)? => {
+            "an endpoint here, but not evaluated in another network \
+                                                                 namespace"
+                .to_owned()
+        }
         Verdict::Unjudged => "not an endpoint of any target".to_owned(),
         Verdict::Allow => format!("every target that contains the endpoint allows {who}"),
         Verdict::Deny => format!("denied by {}", refusing.join(", ")),
@@ -150,8 +155,17 @@ fn judge(pinned: &ActiveRules, attempt: &Attempt) -> Result<CheckReport> {
     })
 }
 
+/// Whether it is an endpoint in our own network namespace (D6).
+fn is_only_local(pinned: &ActiveRules, attempt: &Attempt) -> Result<bool> {
+    let here = Attempt {
+        foreign_netns: false,
+        ..attempt.clone()
+    };
+    Ok(attempt.foreign_netns && pinned.check(&here)?.verdict != Verdict::Unjudged)
+}
+
 /// A destination as it is dialled: unlike an endpoint it may be unspecified.
-fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
+fn destination(text: &str, settings: &Settings) -> Result<(Protocol, Vec<IpAddr>, u16)> {
     let shown = shown(text);
     let (protocol, rest) = match text.split_once("://") {
         Some(("tcp" | "nats" | "tls", rest)) => (Protocol::Tcp, rest),
@@ -171,8 +185,28 @@ fn destination(text: &str) -> Result<(Protocol, Vec<IpAddr>, u16)> {
     let port = endpoint.port.get();
     // As the daemon does it (N1).
     let (addresses, why) = runtime()?.block_on(lookup(name, LOOKUP_TIMEOUT)).into_addresses();
-    if addresses.is_empty() {
+    if !addresses.is_empty() {
+        return Ok((protocol, addresses.into_iter().collect(), port));
+    }
+    let known = known(name, settings)?;
+    if known.is_empty() {
         bail!("look up {name}: {why}");
     }
-    Ok((protocol, addresses.into_iter().collect(), port))
+    complain(
+        "warning",
+        &format!("look up {name}: {why}; its last known addresses are checked"),
+    );
+    Ok((protocol, known, port))
+}
+
+/// The addresses that the daemon knows of a name, or without one those of the last known good rules.
+fn known(name: &Name, settings: &Settings) -> Result<Vec<IpAddr>> {
+    let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
+    let names = match asked {
+        Ok(Reply::Status(status)) => status.names,
+        Ok(_) | Err(_) => saved_names(settings).unwrap_or_default(),
+    };
+    let named = names.into_iter().find(|known| known.name == name.to_string());
+    let addresses = named.map(|known| known.addresses).unwrap_or_default();
+    Ok(addresses.iter().filter_map(|address| address.parse().ok()).collect())
 }

@@ -305,6 +305,13 @@ fn without_a_daemon() -> Test {
             .run(&["check", "root", CLOSED])
             .expect(ExitStatus::No, &["deny"]);
         operator.run(&["verify"]).expect(ExitStatus::Yes, &["identical"]);
+        // Names as they were saved, for those who ask when nobody answers.
+        fs::write("/run/hosts", "")?;
+        let unknown = operator.fails(&["check", "root", "never.test:4244"]);
+        assert!(unknown.contains("look up never.test"), "{unknown}");
+        operator
+            .run(&["check", "daemon", "bus.test:4244"])
+            .expect(ExitStatus::No, &["127.0.0.8:4244", "denied by open"]);
         let error = operator.fails(&["grant", "open", "--user", "daemon"]);
         assert!(error.contains("enforcer.service") || error.contains("start"), "{error}");
         // The next boot begins with what was active.
@@ -324,6 +331,23 @@ fn without_a_daemon() -> Test {
             .run(&["config", "show", "--json"])
             .value("/target/open/grants")?;
         operator.run(&["doctor"]);
+        operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
+        let never = configuration("[target.open]\nendpoints = [\"tcp://never.test:1\"]\nallow = [\"root\"]\n");
+        for (top, told) in [
+            ("", "critical: name never.test is unresolved"),
+            (
+                "[dns]\nunresolved = \"closed\"\n",
+                "its port is protected on every address",
+            ),
+        ] {
+            operator.configure(&format!("{never}{top}"))?;
+            operator.run(&["apply"]).expect(ExitStatus::No, &["degraded", told]);
+            // The next who asks is told the same.
+            operator.run(&["status"]).expect(ExitStatus::No, &["degraded", told]);
+        }
+        operator
+            .run(&["check", "daemon", "192.0.2.9:1"])
+            .expect(ExitStatus::No, &[]);
         operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
         operator
             .run(&["unload"])

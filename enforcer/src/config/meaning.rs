@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{Allow, Config, Located, NameOrId};
+use super::{Allow, Config, Located, NameOrId, contradictions::contradiction};
 use crate::policy::{
     AcceptedAnswers, Account, BUS, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed,
     MAX_ENDPOINTS, MAX_TARGET_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, Policy, Principal, Protocol, Target, Uid,
@@ -95,7 +95,7 @@ pub struct Nobody {
 }
 
 /// What is odd about a target.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum WarningKind {
     /// It allows nobody.
     #[error("allow is empty: nobody may connect")]
@@ -103,6 +103,17 @@ pub enum WarningKind {
     /// It has no endpoints.
     #[error("endpoints is empty: nothing is protected")]
     Nothing,
+    /// Another target has the same endpoint, and nobody passes both.
+    #[error(
+        "nobody may connect to {endpoint}: target {other} has it too, and allows nobody whom this target allows; allow \
+         the same user in both"
+    )]
+    Contradiction {
+        /// What both have.
+        endpoint: Endpoint,
+        /// The other target.
+        other: String,
+    },
 }
 
 impl Policy {
@@ -148,6 +159,7 @@ impl Policy {
                     .filter(|ours| !config.targets.contains_key(&ours.name)),
             );
         }
+        warnings.extend(contradictions(config, &targets));
         targets.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Understood {
             policy: Self {
@@ -161,6 +173,24 @@ impl Policy {
             listed,
         })
     }
+}
+
+/// For each pair of targets that nobody passes together, at the later of the two.
+fn contradictions(config: &Config, targets: &[Target]) -> Vec<Warning> {
+    let pairs = targets.iter().enumerate().flat_map(|(index, later)| {
+        let earlier = targets.get(..index).unwrap_or_default();
+        earlier.iter().map(move |earlier| (earlier, later))
+    });
+    pairs
+        .filter_map(|(earlier, later)| {
+            let kind = WarningKind::Contradiction {
+                endpoint: contradiction(earlier, later)?,
+                other: earlier.name.clone(),
+            };
+            let line = config.targets.get(&later.name)?.line;
+            Some(remark(config, &later.name, line, kind))
+        })
+        .collect()
 }
 
 fn remark<T>(config: &Config, target: &str, line: usize, what: T) -> Remark<T> {

@@ -259,7 +259,7 @@ upgrade_opens_nothing() {
 a_bad_configuration_opens_nothing() {
     echo 'nonsense = ' >>/etc/enforcer/enforcer.toml
     fails enforcer config check
-    under_attack systemctl reload enforcer
+    under_attack fails systemctl reload enforcer
     under_attack systemctl restart enforcer
     until_true 'status says degraded' is_degraded
     root_passes
