@@ -151,7 +151,7 @@ impl Enforcement {
         let ebpf = self.ebpf.as_ref().map_or(Ok(0), EbpfBackend::generation)?;
         let nftables = self.nftables.as_ref().map_or(0, NftablesBackend::generation);
         // A number that another process has written must not end the counting.
-        self.highest = self.highest.max(nftables).max(ebpf.min(u64::MAX / 2));
+        self.highest = self.highest.max(nftables.max(ebpf).min(u64::MAX / 2));
         Ok(self.highest)
     }
 
@@ -250,7 +250,7 @@ impl Store for Enforcement {
         let mut saved = None;
         if let Some(nftables) = &mut self.nftables {
             if both {
-                saved = nftables.save()?;
+                saved = Some(nftables.save()?);
             }
             number = nftables
                 .apply(rules, above)
@@ -260,7 +260,7 @@ impl Store for Enforcement {
             match kernel.apply(rules, above) {
                 Ok(applied) => number = applied,
                 Err(error) => {
-                    if let Some(nftables) = &mut self.nftables {
+                    if let (Some(nftables), Some(saved)) = (&mut self.nftables, saved) {
                         nftables.put_back(saved)?;
                     }
                     return Err(half("ebpf", error));

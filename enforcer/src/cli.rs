@@ -286,7 +286,7 @@ fn apply_last_good(config: &Path) -> Result<ExitStatus> {
     let _entered = runtime.enter();
     match daemon::apply_last_good(config)? {
         Some(status) => print(&status.render()),
-        None => print("no rules are saved: none have been active on this host yet\n"),
+        None => print("no rules are saved; nothing was changed\n"),
     }
 }
 

@@ -67,6 +67,7 @@ use crate::{
     policy::Name,
     resolve::PartialAnswer,
     sweep::{SweepJob, SweepQueue},
+    text::counted,
     wire::{ExistingStatus, Reply},
 };
 
@@ -159,6 +160,7 @@ async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonEr
             Step::Follow => sources.follow(&mut daemon),
             Step::Stop => {
                 daemon.save_now().await;
+                daemon.until_heard().await;
                 return daemon.stop(door).map(|()| End::Stopped);
             }
             Step::Unload(replies) => {
@@ -360,11 +362,11 @@ impl Daemon {
         let observed = self.enforcement.observe()?;
         self.enforcement.trim_memory();
         info!(
-            "{} generation {}: {} endpoints of {} targets on {}",
+            "{} generation {}: {} of {} on {}",
             if observed.audit { "auditing" } else { "enforcing" },
             observed.generation,
-            observed.endpoints,
-            observed.targets.len(),
+            counted(observed.endpoints, "endpoint"),
+            counted(observed.targets.len(), "target"),
             self.inputs.config.cgroup_shown()
         );
         sd_notify::notify(&[sd_notify::NotifyState::Ready]).map_err(|error| DaemonError::Io {

@@ -60,7 +60,8 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         conditions.extend(observed.faults.iter().cloned());
         if observed.by_daemon && context.daemon.is_none() {
             conditions.push(ConditionId::DaemonNotRunning.because(format!(
-                "the daemon is not running; its rules stay active, but DNS names are not refreshed: {START}"
+                "the daemon is not running; its rules stay active, but names, addresses and cgroups are not followed, \
+                 grants do not end, and what is removed is not repaired: {START}"
             )));
         }
     }
@@ -73,7 +74,7 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         Some(observed) if observed.audit => State::Audit,
         Some(_) => State::Enforcing,
     };
-    if state == State::Off && !is_degraded {
+    if state == State::Off {
         let text = format!("nothing is active; {START}, or run enforcer apply");
         conditions.push(ConditionId::NothingActive.because(text));
     }

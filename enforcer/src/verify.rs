@@ -81,6 +81,11 @@ impl Comparison {
         self.one(object, || entry.to_owned(), Some(&Words(wanted)), Some(&Words(found)));
     }
 
+    /// Counts an entry that is not there.
+    pub(crate) fn missing(&mut self, object: &Object, entry: &str, wanted: &str) {
+        self.one(object, || entry.to_owned(), Some(&Words(wanted)), None);
+    }
+
     /// What names are there against those that should be.
     pub(crate) fn names<'a>(
         &mut self,

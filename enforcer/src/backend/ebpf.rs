@@ -235,8 +235,8 @@ impl EbpfBackend {
             return Ok(None);
         }
         let kept = if self.is_whole()? { number } else { self.repair()? };
-        self.pin_missing_maps()?;
         self.attach_again(self.udp)?;
+        self.pin_missing_maps()?;
         Ok(Some(kept))
     }
 

@@ -30,6 +30,7 @@ use self::{
     image::{Image, Loader},
     netlink::{Dump, Netlink, TableUpdate, TransactionError},
     observe::observe,
+    slot::next_generation,
     verify::difference,
 };
 use super::{Observed, ObservedTarget, SocketUsers};
@@ -164,7 +165,9 @@ impl NftablesBackend {
             return Ok(());
         };
         let before = self.read()?;
-        let image = self.lower(&rules, least);
+        let header = before.as_ref().and_then(|dump| dump.image.header());
+        let number = next_generation(header.map(|header| header.generation), least.saturating_sub(1));
+        let image = self.lower(&rules, number);
         self.put(image, before.as_ref())
     }
 
@@ -182,18 +185,24 @@ impl NftablesBackend {
             self.rules = Some(rules.clone());
             return Ok(None);
         }
-        let image = self.lower(rules, number.max(above) + 1);
+        let active = before.as_ref().map(|_| number);
+        let image = self.lower(rules, next_generation(active, above));
         Ok(Some(Plan { image, before }))
     }
 
     /// What the table holds, to be given to [`NftablesBackend::put_back`].
-    pub(crate) fn save(&mut self) -> Result<Option<TableBackup>, NftablesError> {
-        Ok(self.read()?.map(TableBackup))
+    pub(crate) fn save(&mut self) -> Result<TableBackup, NftablesError> {
+        Ok(TableBackup {
+            before: self.read()?,
+            rules: self.rules.clone(),
+        })
     }
 
     /// Puts back what was saved.
-    pub(crate) fn put_back(&mut self, saved: Option<TableBackup>) -> Result<(), NftablesError> {
-        self.restore(saved.map(|saved| saved.0))
+    pub(crate) fn put_back(&mut self, saved: TableBackup) -> Result<(), NftablesError> {
+        // What was rejected is not what a repair is to bring back.
+        self.rules = saved.rules;
+        self.restore(saved.before)
     }
 
     fn restore(&mut self, before: Option<Dump>) -> Result<(), NftablesError> {
@@ -259,13 +268,10 @@ impl NftablesBackend {
         let found = self.dump()?;
         let held = self.held.as_ref().and_then(|(image, _)| image.header());
         let told = found.as_ref().and_then(|dump| dump.image.header());
-        let number = held
-            .into_iter()
-            .chain(told)
-            .map(|header| header.generation)
-            .max()
-            .unwrap_or_default()
-            + 1;
+        let number = next_generation(
+            told.map(|header| header.generation),
+            held.map_or(0, |header| header.generation),
+        );
         let image = self.lower(&rules, number);
         self.put(image, found.as_ref())?;
         Ok(number)
@@ -335,9 +341,12 @@ struct Plan {
     before: Option<Dump>,
 }
 
-/// What a table held.
+/// What a table held, and what that was made from.
 #[derive(Debug)]
-pub(crate) struct TableBackup(Dump);
+pub(crate) struct TableBackup {
+    before: Option<Dump>,
+    rules: Option<RuleSet>,
+}
 
 /// The table for those who only read it; none where nothing of ours is there.
 pub(crate) fn open(table: &str) -> Result<Option<Reading>, NftablesError> {

@@ -7,8 +7,8 @@ use clap::Args;
 
 use super::{ExitStatus, Json, PATIENCE_FOR_WORK, answer_of, place, print_one, runtime};
 use crate::{
-    control,
-    wire::{ReloadReport, Reply, Request},
+    config, control,
+    wire::{ReloadReport, Reply, Request, Status},
 };
 
 #[derive(Debug, Args)]
@@ -25,18 +25,30 @@ pub(super) struct Reload {
 
 pub(super) fn run(config: &Path, reload: &Reload) -> Result<ExitStatus> {
     let socket = place(config)?.socket;
+    if config != Path::new(config::DEFAULT_PATH) {
+        // Which file it takes is known before it does; one that is wrong it names itself.
+        if let Ok(report) = ask(&socket, true) {
+            ensure_same_file(&report, config)?;
+        }
+    }
     let mut report = ask(&socket, reload.dry_run)?;
     let mut answer = ExitStatus::Yes;
     if !reload.dry_run {
-        // What names mean is part of what was asked for.
-        let timeout: Duration = reload.timeout.into();
-        let Reply::Status(status) = runtime()?.block_on(control::ask(&socket, &Request::Refresh, timeout))? else {
-            bail!("the daemon gave an unexpected answer; is it another version?");
-        };
-        answer = answer_of(&status);
-        report.generation = status.generation;
-        report.state = Some(status.state);
-        report.causes = status.causes;
+        // What names mean is part of what was asked for. Whatever comes of that, the configuration was taken.
+        match refresh(&socket, reload.timeout.into()) {
+            Ok(status) => {
+                answer = answer_of(&status);
+                report.generation = status.generation;
+                report.state = Some(status.state);
+                report.causes = status.causes;
+            }
+            Err(error) => {
+                answer = ExitStatus::No;
+                report.causes.push(format!(
+                    "whether all is enforced is not known: {error:#}; see enforcer status"
+                ));
+            }
+        }
     }
     print_one(&report, &reload.json, ReloadReport::render)?;
     Ok(answer)
@@ -45,6 +57,7 @@ pub(super) fn run(config: &Path, reload: &Reload) -> Result<ExitStatus> {
 /// As `diff`: whether a reload would change anything.
 pub(super) fn diff(config: &Path, json: &Json) -> Result<ExitStatus> {
     let report = ask(&place(config)?.socket, true)?;
+    ensure_same_file(&report, config)?;
     print_one(&report, json, ReloadReport::render)?;
     Ok(if report.is_same() {
         ExitStatus::Yes
@@ -59,4 +72,24 @@ fn ask(socket: &Path, dry_run: bool) -> Result<ReloadReport> {
         bail!("the daemon gave an unexpected answer; is it another version?");
     };
     Ok(*report)
+}
+
+fn refresh(socket: &Path, timeout: Duration) -> Result<Status> {
+    let Reply::Status(status) = runtime()?.block_on(control::ask(socket, &Request::Refresh, timeout))? else {
+        bail!("the daemon gave an unexpected answer; is it another version?");
+    };
+    Ok(*status)
+}
+
+/// The daemon reads its own file, whichever one was named to find it.
+fn ensure_same_file(report: &ReloadReport, named: &Path) -> Result<()> {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    if real(Path::new(&report.path)) == real(named) {
+        return Ok(());
+    }
+    bail!(
+        "the daemon reads {}, not {}: check the latter with enforcer config check, and put it in the former's place",
+        report.path,
+        named.display()
+    )
 }

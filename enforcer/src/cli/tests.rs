@@ -394,6 +394,45 @@ fn a_reload_says_what_it_changes() -> Test {
         let again = operator.run(&["reload", "--json"]).expect(ExitStatus::Yes, &[]);
         assert_eq!(again.value("/schema")?, "enforcer/reload/1");
         assert_eq!(again.value("/changes/0").ok(), None, "nothing changes");
+        // What a prefix or the loopback of this host still covers is no loss.
+        let list =
+            |endpoints: &str| configuration(&format!("[target.t]\nendpoints = [{endpoints}]\nallow = [\"root\"]\n"));
+        operator.configure(&list(
+            r#""10.0.0.5:80", "10.0.0.0/8:80", "127.0.0.1:99", "10.0.0.7:81""#,
+        ))?;
+        operator.run(&["reload"]).expect(ExitStatus::Yes, &[]);
+        operator.configure(&list(r#""10.0.0.0/8:80", "local:99""#))?;
+        let diff = operator.run(&["config", "diff"]);
+        assert_eq!(diff.text.matches("no longer be protected").count(), 1, "{}", diff.text);
+        diff.expect(
+            ExitStatus::No,
+            &["warning: tcp://10.0.0.7:81 of target t would no longer"],
+        );
+        // A file that the daemon does not read is compared with nothing.
+        let other = Operator {
+            config: "/run/new.toml".into(),
+        };
+        other.configure(&two_targets())?;
+        for arguments in [&["config", "diff"][..], &["reload", "--dry-run"], &["reload"]] {
+            let error = other.fails(arguments);
+            assert!(
+                error.contains("the daemon reads /run/enforcer.toml, not /run/new.toml"),
+                "{error}"
+            );
+        }
+        // 20,000 endpoints are compared in no time.
+        let many: Vec<String> = (0..20_000_u32)
+            .map(|host| format!("\"10.{}.{}.1:90\"", host >> 8, host & 255))
+            .collect();
+        operator.configure(&list(&many.join(",")))?;
+        operator
+            .run(&["reload"])
+            .expect(ExitStatus::Yes, &["warning: tcp://10.0.0.0/8:80"]);
+        operator
+            .run(&["config", "diff"])
+            .expect(ExitStatus::Yes, &["changes nothing"]);
+        operator.configure(&two_targets())?;
+        operator.run(&["reload"]).expect(ExitStatus::Yes, &[]);
         // A target less, and a name that does not exist.
         operator.configure(&configuration(
             "[target.open]\nendpoints = [\"tcp://never.test:1\"]\nallow = [\"root\"]\n",

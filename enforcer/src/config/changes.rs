@@ -21,6 +21,7 @@ impl Config {
             let values = |of: &BTreeMap<Place, Vec<String>>| of.get(place).cloned().unwrap_or_default();
             let (old, new) = (values(&old), values(&new));
             let without = |these: &[String], those: &[String]| {
+                let those: BTreeSet<&String> = those.iter().collect();
                 these.iter().filter(|value| !those.contains(value)).cloned().collect()
             };
             SettingChange {

@@ -7,6 +7,8 @@ use ipnet::IpNet;
 
 use crate::policy::{CgroupPath, Destination, Endpoint, Principal, Target};
 
+/// What is local on every host.
+const LOOPBACK: [&str; 2] = ["127.0.0.0/8", "::1/128"];
 /// Most comparisons for each pair of targets, of principals and of prefixes with other endpoints: what is beyond is not
 /// looked at.
 const MOST: usize = 1 << 20;
@@ -69,12 +71,16 @@ fn shared(one: &Target, other: &Target) -> Option<Endpoint> {
 fn contained(these: &BTreeSet<Endpoint>, those: &BTreeSet<Endpoint>) -> Option<Endpoint> {
     let mut prefixes: BTreeMap<_, Vec<IpNet>> = BTreeMap::new();
     for endpoint in those {
-        if let Destination::Prefix(net) = endpoint.destination {
-            prefixes
-                .entry((endpoint.protocol, endpoint.port))
-                .or_default()
-                .push(net);
-        }
+        let nets = match endpoint.destination {
+            Destination::Prefix(net) => vec![net],
+            // Loopback always (D7).
+            Destination::Local => LOOPBACK.into_iter().filter_map(|net| net.parse().ok()).collect(),
+            Destination::Address(_) | Destination::Name(_) => continue,
+        };
+        prefixes
+            .entry((endpoint.protocol, endpoint.port))
+            .or_default()
+            .extend(nets);
     }
     let mut left = MOST;
     these
@@ -131,10 +137,21 @@ mod tests {
             ("10.99.0.2:443", false),
             ("10.98.0.2:6443", false),
             ("local:6443", false),
+            ("127.0.0.7:6443", false),
         ] {
             let other = target(&["192.0.2.1:1", endpoint], [user(1, None)])?;
             assert_eq!(contradiction(&wide, &other).is_some(), shared, "{endpoint}");
             assert_eq!(contradiction(&other, &wide).is_some(), shared, "{endpoint}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn local_is_loopback_too() -> Test {
+        let local = target(&["local:2822"], [user(1, None)])?;
+        for (endpoint, shared) in [("127.0.0.1:2822", true), ("[::1]:2822", true), ("10.0.0.1:2822", false)] {
+            let other = target(&[endpoint], [user(0, None)])?;
+            assert_eq!(contradiction(&local, &other).is_some(), shared, "{endpoint}");
         }
         Ok(())
     }

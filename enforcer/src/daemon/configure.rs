@@ -1,20 +1,28 @@
 //! Another configuration: read on a signal, on request or when users mean other numbers, and made active whole or not
 //! at all (F4).
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::{BTreeSet, HashSet},
+    time::Instant,
+};
 
+use ipnet::IpNet;
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use super::{About, Daemon, DaemonError};
 use crate::{
     backend::Start,
-    config::ConfigError,
+    bosh,
+    config::{ConfigError, Forward},
     inputs::{HostConfig, InputError, Inputs},
-    policy::Endpoint,
+    policy::{Destination, Endpoint, Mode},
+    ruleset::Place,
     wire::{ReloadReport, Reply, Schema, UnprotectedEndpoint},
 };
 
+/// Most comparisons of prefixes with endpoints that have gone.
+const MOST_COMPARISONS: usize = 1 << 24;
 /// Changes that are logged one by one.
 const LOGGED_CHANGES: usize = 32;
 
@@ -24,6 +32,13 @@ pub(super) struct Reloaded {
     report: ReloadReport,
     /// Who waits for that; nobody after a signal.
     replies: Option<mpsc::Sender<Reply>>,
+}
+
+impl Reloaded {
+    /// Whether somebody waits for it.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.replies.is_some()
+    }
 }
 
 impl Daemon {
@@ -44,19 +59,20 @@ impl Daemon {
 
     /// Takes the configuration for a signal, or for somebody who waits for a reply.
     pub(super) fn reload(&mut self, replies: Option<mpsc::Sender<Reply>>) {
-        let before = self.inputs.clone();
+        let (before, held) = (self.inputs.clone(), self.guard.is_held());
         match self.take_configuration() {
             Ok(()) => {
                 self.faults.set_silently(About::Reload, None);
                 let report = ReloadReport {
                     applied: true,
-                    ..self.compare(&before, &self.inputs)
+                    generation: self.guard.generation(),
+                    ..compare(&before, &self.inputs, held)
                 };
                 self.report_reload(Reloaded { report, replies });
             }
             Err(error) => {
                 // Each time, not once a change: it answers a signal.
-                let fault = format!("reload: {error}; the previous rules stay active");
+                let fault = format!("reload: {error}; the previous rules stay active until a reload succeeds");
                 error!("{fault}");
                 if let Some(replies) = replies {
                     let _ = replies.try_send(Reply::Error(fault.clone()));
@@ -67,50 +83,30 @@ impl Daemon {
     }
 
     /// What a reload would change. Nothing is changed.
-    pub(super) fn preview(&self) -> Result<ReloadReport, DaemonError> {
+    pub(super) fn preview(&mut self) -> Result<ReloadReport, DaemonError> {
         let config = self.read_configuration()?;
         self.ensure_same_place(&config)?;
         let now = Instant::now();
         let mut inputs = self.inputs.clone();
+        if let Some(dir) = config.config.bus_dir()
+            && let Some(bus) = bosh::read(dir).after(inputs.bus.as_ref())
+        {
+            inputs.bus = Some(bus.endpoints);
+        }
         inputs.set_config(config, now);
         inputs.settle(now);
         inputs.look_at_cgroups();
         inputs.desired(now)?;
-        Ok(self.compare(&self.inputs, &inputs))
+        Ok(ReloadReport {
+            generation: self.enforcement.observe_quickly()?.generation,
+            ..compare(&self.inputs, &inputs, self.guard.is_held())
+        })
     }
 
-    /// What differs between two inputs, for whoever has changed the configuration.
-    fn compare(&self, old: &Inputs, new: &Inputs) -> ReloadReport {
-        let of = |inputs: &Inputs| -> BTreeSet<(Endpoint, String)> {
-            let targets = inputs.policy().targets.iter();
-            let all = targets.flat_map(|target| target.endpoints.iter().map(|endpoint| (endpoint, &target.name)));
-            all.map(|(endpoint, name)| (endpoint.clone(), name.clone())).collect()
-        };
-        let protected: BTreeSet<Endpoint> = of(new).into_iter().map(|(endpoint, _)| endpoint).collect();
-        let gone = of(old)
-            .into_iter()
-            .filter(|(endpoint, _)| !protected.contains(endpoint));
-        ReloadReport {
-            schema: Schema::Reload,
-            path: new.config.path.display().to_string(),
-            applied: false,
-            generation: self.guard.generation(),
-            changes: old.config.config.changes(&new.config.config),
-            unprotected: gone
-                .map(|(endpoint, target)| UnprotectedEndpoint {
-                    endpoint: endpoint.to_string(),
-                    target,
-                })
-                .collect(),
-            warnings: new.config.warnings.clone(),
-            state: None,
-            causes: Vec::new(),
-        }
-    }
-
-    /// Logs what a reload has changed, and replies to whoever waits.
-    pub(super) fn reloaded(reload: Reloaded) {
-        let Reloaded { report, replies } = reload;
+    /// Logs what a reload has changed, and replies to whoever waits, who is returned.
+    pub(super) fn reloaded(reload: Reloaded, unsaved: Option<&str>) -> Option<mpsc::Sender<Reply>> {
+        let Reloaded { mut report, replies } = reload;
+        report.causes.extend(unsaved.map(str::to_owned));
         info!("reloaded {}", report.path);
         for line in report.lines().take(LOGGED_CHANGES) {
             info!("reloaded: {line}");
@@ -126,9 +122,9 @@ impl Daemon {
         if more > 0 {
             warn!("{more} more endpoints are no longer protected");
         }
-        if let Some(replies) = replies {
-            let _ = replies.try_send(Reply::Reload(Box::new(report)));
-        }
+        let replies = replies?;
+        let _ = replies.try_send(Reply::Reload(Box::new(report)));
+        Some(replies)
     }
 
     fn ensure_same_place(&self, wanted: &HostConfig) -> Result<(), DaemonError> {
@@ -204,4 +200,95 @@ impl Daemon {
         self.answer_waiting();
         Ok(())
     }
+}
+
+/// What differs between two inputs, for whoever has changed the configuration. While rules are `held` that nobody
+/// knows, they are what is active before, and not what the inputs come to.
+fn compare(old: &Inputs, new: &Inputs, held: bool) -> ReloadReport {
+    let mut warnings = new.config.warnings.clone();
+    if (old.policy().mode, new.policy().mode) == (Mode::Enforce, Mode::Audit) {
+        warnings.push("mode = \"audit\": nothing is denied from then on, on any target".to_owned());
+    }
+    if (old.settings().forward, new.settings().forward) == (Forward::Refuse, Forward::Allow) {
+        warnings.push(
+            "forward = \"allow\": what this host forwards, as for containers, may reach every endpoint".to_owned(),
+        );
+    }
+    if held {
+        let unknown = "the active rules were not made from the configuration that this is compared with: what only \
+                       they protect is not listed";
+        warnings.push(unknown.to_owned());
+    }
+    ReloadReport {
+        schema: Schema::Reload,
+        path: new.config.path.display().to_string(),
+        applied: false,
+        generation: 0,
+        changes: old.config.config.changes(&new.config.config),
+        unprotected: unprotected(old, new),
+        warnings,
+        state: None,
+        causes: Vec::new(),
+    }
+}
+
+/// Endpoints that were protected, and that no target has any more, nor a prefix or `local` around them.
+fn unprotected(old: &Inputs, new: &Inputs) -> Vec<UnprotectedEndpoint> {
+    let of = |inputs: &Inputs| -> BTreeSet<(Endpoint, String)> {
+        let targets = inputs.policy().targets.iter();
+        let all = targets.flat_map(|target| target.endpoints.iter().map(|endpoint| (endpoint, &target.name)));
+        all.map(|(endpoint, name)| (endpoint.clone(), name.clone())).collect()
+    };
+    let still: BTreeSet<Endpoint> = of(new).into_iter().map(|(endpoint, _)| endpoint).collect();
+    let gone: Vec<_> = of(old).into_iter().filter(|(one, _)| !still.contains(one)).collect();
+    if gone.is_empty() {
+        return Vec::new();
+    }
+    let now = Instant::now();
+    let places: Vec<Place> = new.desired(now).map_or_else(
+        |_| Vec::new(),
+        |desired| desired.rules.places.into_iter().map(|(place, _)| place).collect(),
+    );
+    let (exact, wide): (HashSet<Place>, Vec<Place>) = partition(places);
+    // A wide prefix list against many endpoints: rather one warning too many than a loop that hangs.
+    let wide = if wide.len().saturating_mul(gone.len()) > MOST_COMPARISONS {
+        Vec::new()
+    } else {
+        wide
+    };
+    let resolved = old.names.resolved(now);
+    let is_covered = |endpoint: &Endpoint| {
+        let covered = |net: IpNet| {
+            let place = Place {
+                protocol: endpoint.protocol,
+                port: endpoint.port.get(),
+                net,
+            };
+            let around = |wide: &Place| {
+                (wide.protocol, wide.port) == (place.protocol, place.port) && wide.net.contains(&place.net)
+            };
+            exact.contains(&place) || wide.iter().any(around)
+        };
+        match &endpoint.destination {
+            Destination::Address(address) => covered((*address).into()),
+            Destination::Prefix(net) => covered(*net),
+            Destination::Local => false,
+            Destination::Name(name) => resolved
+                .get(name)
+                .is_some_and(|known| !known.is_empty() && known.iter().all(|address| covered((*address).into()))),
+        }
+    };
+    let gone = gone.into_iter().filter(|(endpoint, _)| !is_covered(endpoint));
+    gone.map(|(endpoint, target)| UnprotectedEndpoint {
+        endpoint: endpoint.to_string(),
+        target,
+    })
+    .collect()
+}
+
+/// Single addresses, and prefixes.
+fn partition(places: Vec<Place>) -> (HashSet<Place>, Vec<Place>) {
+    let is_single = |place: &Place| place.net.prefix_len() == place.net.max_prefix_len();
+    let (single, wide): (Vec<_>, Vec<_>) = places.into_iter().partition(is_single);
+    (single.into_iter().collect(), wide)
 }

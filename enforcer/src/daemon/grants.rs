@@ -93,7 +93,14 @@ impl Daemon {
     pub(super) fn load_grants(dir: &std::path::Path, stays: bool) -> (Grants, Option<String>) {
         let mut granted = match grants::load(dir) {
             Ok(granted) => granted,
-            Err(error) => return (Grants::default(), Some(format!("{error} (the next grant replaces it)"))),
+            Err(error) => {
+                return (
+                    Grants::default(),
+                    Some(format!(
+                        "{error}; then restart enforcer, and its grants count again: one made before replaces them"
+                    )),
+                );
+            }
         };
         let moment = Moment::now();
         let now = moment.wall;
@@ -174,8 +181,12 @@ impl Daemon {
             self.take_back(before);
             return Err(error);
         }
+        let (unsaved, fault) = (self.grants_unsaved, self.faults.of(About::Grants).map(str::to_owned));
         if let Err(error) = self.keep_grants() {
             self.take_back(before);
+            // Nothing was granted: the file is left as it was, and what may be in it, for its owner to see.
+            self.grants_unsaved = unsaved;
+            self.faults.set(About::Grants, fault);
             return Err(GrantError::NotKept(error));
         }
         let mut told = None;

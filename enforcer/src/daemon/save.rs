@@ -6,11 +6,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::task::{self, JoinHandle};
+use tokio::{
+    sync::mpsc,
+    task::{self, JoinHandle},
+    time::timeout,
+};
 use tracing::warn;
 
 use super::{About, Daemon, configure::Reloaded};
-use crate::state::{self, LastGoodRef, Mark, Record};
+use crate::{
+    state::{self, LastGoodRef, Mark, Record},
+    wire::Reply,
+};
 
 /// What the file holds.
 #[derive(Debug)]
@@ -25,6 +32,8 @@ pub(super) struct StateKeeper {
     saving: Option<Saving>,
     /// Reloads that are to be reported once what they made active is kept.
     reloaded: Vec<Reloaded>,
+    /// Who was told of a reload, and may not have read it yet.
+    told: Vec<mpsc::Sender<Reply>>,
 }
 
 #[derive(Debug)]
@@ -39,6 +48,8 @@ pub(super) type SaveResult = Result<Mark, String>;
 
 /// How long after a change: whoever waits for the kernel does not wait for the disk (B3).
 const DELAY: Duration = Duration::from_millis(50);
+/// How long a caller may take to read a reply at the end of the process.
+const HEARD: Duration = Duration::from_millis(500);
 /// How long after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -50,6 +61,7 @@ impl StateKeeper {
             due: None,
             saving: None,
             reloaded: Vec::new(),
+            told: Vec::new(),
         }
     }
 
@@ -101,6 +113,10 @@ impl Daemon {
 
     /// Reports a reload once what it made active is kept: whoever reads so may count on it over a crash.
     pub(super) fn report_reload(&mut self, reloaded: Reloaded) {
+        // A disk that hangs keeps nobody's signals.
+        if !reloaded.is_awaited() {
+            self.kept.reloaded.retain(Reloaded::is_awaited);
+        }
         self.kept.reloaded.push(reloaded);
         self.catch_up();
     }
@@ -119,7 +135,7 @@ impl Daemon {
         }
         let reloaded = std::mem::take(&mut self.kept.reloaded);
         let Some(record) = self.record_to_keep() else {
-            reloaded.into_iter().for_each(Self::reloaded);
+            self.reported(reloaded, None);
             return;
         };
         let dir = self.inputs.settings().state_dir.clone();
@@ -151,7 +167,24 @@ impl Daemon {
     pub(super) fn was_kept(&mut self, saved: &SaveResult) {
         let reloaded = self.kept.saving.take().map(|saving| saving.reloaded);
         self.note_kept(saved);
-        reloaded.into_iter().flatten().for_each(Self::reloaded);
+        let unsaved = self.faults.of(About::State).map(str::to_owned);
+        self.reported(reloaded.unwrap_or_default(), unsaved.as_deref());
+    }
+
+    /// Reports reloads, and remembers who was told, for the end.
+    fn reported(&mut self, reloaded: Vec<Reloaded>, unsaved: Option<&str>) {
+        let told = reloaded
+            .into_iter()
+            .filter_map(|reload| Self::reloaded(reload, unsaved));
+        self.kept.told.retain(|told| !told.is_closed());
+        self.kept.told.extend(told);
+    }
+
+    /// Waits until those who were told have heard it, for a moment at most.
+    pub(super) async fn until_heard(&mut self) {
+        for told in std::mem::take(&mut self.kept.told) {
+            let _ = timeout(HEARD, told.closed()).await;
+        }
     }
 
     /// What is to be written; nothing where the file holds it, or what is active is not to be kept.

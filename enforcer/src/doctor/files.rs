@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
 use super::{
     findings::{Findings, Gaps},
     instance::Instance,
@@ -90,10 +92,13 @@ impl Files {
         };
         look(Kind::State, &settings.state_dir);
         look(Kind::Socket, &settings.socket);
-        for (kind, path) in [(Kind::Bpffs, &settings.pin_dir), (Kind::SocketDir, &settings.socket)] {
-            if let Some(dir) = path.parent() {
-                look(kind, dir);
-            }
+        // With nftables alone nothing need be there.
+        let is_bpffs = |dir: &Path| statfs(dir).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
+        if let Some(dir) = settings.pin_dir.parent().filter(|dir| is_bpffs(dir)) {
+            look(Kind::Bpffs, dir);
+        }
+        if let Some(dir) = settings.socket.parent() {
+            look(Kind::SocketDir, dir);
         }
         look(Kind::Pins, &settings.pin_dir);
         let mut dirs = vec![settings.pin_dir.clone()];

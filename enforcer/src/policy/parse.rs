@@ -123,6 +123,9 @@ fn endpoint(text: &str) -> Result<Endpoint, EndpointFault> {
 
 /// One endpoint for each port.
 fn endpoints(text: &str) -> Result<Vec<Endpoint>, EndpointFault> {
+    if is_bus_url(text) {
+        return Ok(vec![endpoint(text)?]);
+    }
     let (protocol, destination, ports) = parts(text)?;
     let mut all = Vec::new();
     for range in ports.split(',') {
@@ -179,15 +182,26 @@ fn written(net: IpNet) -> String {
     }
 }
 
-/// An IPv6 address or prefix as it is to be written, from one without brackets.
-fn bracketed(address: Ipv6Addr, length: Option<&str>) -> String {
-    let net = length.and_then(|length| IpNet::new(address.into(), length.parse().ok()?).ok());
-    net.map_or_else(|| format!("[{address}]"), |net| written(net.trunc()))
+/// An IPv6 prefix as it is to be written, from one without brackets.
+fn bracketed(address: Ipv6Addr, length: &str) -> Result<String, EndpointFault> {
+    let digits = length.bytes().all(|byte| byte.is_ascii_digit());
+    let length = length.parse().ok().filter(|_| digits);
+    let net = length.and_then(|length| IpNet::new(address.into(), length).ok());
+    net.map(|net| written(net.trunc()))
+        .ok_or(EndpointFault::PrefixLength { max: 128 })
 }
 
 /// What follows the credentials.
 fn authority(rest: &str, bus: bool) -> Result<&str, EndpointFault> {
     match rest.rsplit_once('@') {
+        // An encoded one: what stands before it may be credentials.
+        _ if rest
+            .rsplit('@')
+            .next()
+            .is_some_and(|authority| authority.contains("%40")) =>
+        {
+            Err(EndpointFault::EncodedAt)
+        }
         None => Ok(rest),
         Some(_) if !bus => Err(EndpointFault::Credentials),
         Some((credentials, _)) if credentials.contains(['/', '?', '#']) => Err(EndpointFault::AmbiguousCredentials),
@@ -240,9 +254,7 @@ fn split(authority: &str) -> Result<(Host<'_>, &str), EndpointFault> {
             && let Ok(address) = address.parse()
             && !length.contains(':')
         {
-            return Err(EndpointFault::Unbracketed(
-                bracketed(address, Some(length)) + ":" + PORT,
-            ));
+            return Err(EndpointFault::Unbracketed(bracketed(address, length)? + ":" + PORT));
         }
         match authority.rsplit_once(':') {
             None => (Host::Plain(authority), ""),
@@ -283,7 +295,7 @@ fn plain(host: &str, protocol: Protocol) -> Result<Destination, EndpointFault> {
     if let Some((address, length)) = host.split_once('/') {
         return match address.parse() {
             Ok(IpAddr::V4(address)) => prefix(address.into(), length, protocol),
-            Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(bracketed(address, Some(length)))),
+            Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(bracketed(address, length)?)),
             Err(_) => Err(EndpointFault::Prefix),
         };
     }
@@ -302,7 +314,7 @@ fn plain(host: &str, protocol: Protocol) -> Result<Destination, EndpointFault> {
     }
     match host.parse() {
         Ok(IpAddr::V4(address)) => single(address.into(), protocol),
-        Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(bracketed(address, None))),
+        Ok(IpAddr::V6(address)) => Err(EndpointFault::Unbracketed(format!("[{address}]"))),
         Err(_) => Ok(Destination::Name(Name::parse(host)?)),
     }
 }

@@ -24,15 +24,19 @@ fn f9_denials_are_reported_after_each_change_of_the_backend() -> Result<()> {
     guarded.guard("ebpf")?;
     let daemon = guarded.daemon()?;
     let mut last = 0;
-    for backend in [
+    let (here, elsewhere) = (format!("tcp://{}", guarded.world.here()), "tcp://10.9.0.1:1".to_owned());
+    let backends = [
         "nftables", "ebpf", "nftables", "both", "nftables", "both", "ebpf", "both",
-    ] {
-        guarded.configure(backend, &[format!("tcp://{}", guarded.world.here())], r#"["root"]"#)?;
+    ];
+    for (backend, count) in backends.into_iter().zip([1, 2].into_iter().cycle()) {
+        // Other rules each time.
+        let endpoints = [here.clone(), elsewhere.clone()].into_iter().take(count);
+        guarded.configure(backend, &endpoints.collect::<Vec<_>>(), r#"["root"]"#)?;
         daemon.reload()?;
         let status = guarded.status()?;
         let generation = status["generation"].as_u64().unwrap_or_default();
         ensure!(
-            status["backend"] == backend && status["state"] == "enforcing" && generation >= last,
+            status["backend"] == backend && status["state"] == "enforcing" && generation > last,
             "after generation {last}: {status}"
         );
         ensure!(status["conditions"].as_array().is_some_and(Vec::is_empty), "{status}");

@@ -10,13 +10,16 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::signal::Signal,
+};
 
 use super::Case;
 use crate::{
     attack::as_user,
     backend::ALL,
-    world::{NOBODY, World, at_this_load, binary, ran},
+    world::{NOBODY, World, at_this_load, binary, ran, until},
 };
 
 pub(super) fn cases() -> Vec<Case> {
@@ -88,7 +91,16 @@ fn f11_who_comes_too_late_hears_who_is_there() -> Result<()> {
     // Who finds its socket need not wait: it stays.
     let refused = world.enforcer(&["apply"])?.demand(2)?.stderr;
     ensure!(refused.contains("in use by another enforcer"), "{refused}");
-    fs::remove_file(world.path("run/control.sock"))?;
+    // It makes that again.
+    let socket = world.path("run/control.sock");
+    fs::remove_file(&socket)?;
+    until(
+        "the socket is made again",
+        || Ok(world.enforcer(&["grants"])?.code == 0),
+    )?;
+    // Not while it hangs.
+    daemon.signal(Signal::SIGSTOP)?;
+    fs::remove_file(&socket)?;
     // Nothing is taken from under a daemon that cannot be asked.
     for command in [&["apply"][..], &["apply", "--last-good"], &["unload"]] {
         let started = Instant::now();

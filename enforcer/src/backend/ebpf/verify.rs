@@ -226,9 +226,14 @@ fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) {
     let dir = maps_name();
     for (name, map) in maps.all() {
         let id = map.id();
-        let found = MapInfo::from_pin(pins.path(&dir).join(name)).map_err(sys::cause);
-        let found = found.map_or_else(|error| error.to_string(), |info| format!("map {}", info.id()));
-        comparison.words(&Object::PinnedMap, name, &format!("map {id}"), &found);
+        let want = format!("map {id}");
+        match MapInfo::from_pin(pins.path(&dir).join(name)).map_err(sys::cause) {
+            Ok(info) => comparison.words(&Object::PinnedMap, name, &want, &format!("map {}", info.id())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                comparison.missing(&Object::PinnedMap, name, &want);
+            }
+            Err(error) => comparison.words(&Object::PinnedMap, name, &want, &error.to_string()),
+        }
     }
 }
 

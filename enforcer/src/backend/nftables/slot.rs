@@ -5,6 +5,19 @@ use std::fmt;
 
 use super::{expression::IPV4, image::UNREADABLE};
 
+/// A number beyond this was not given by us.
+const HIGHEST: u64 = u64::MAX / 2;
+
+/// The number of a generation that is built beside the active one, in the slot that this does not use: greater than its
+/// number, and than `above`.
+pub(super) fn next_generation(active: Option<u64>, above: u64) -> u64 {
+    let next = active.unwrap_or(0).max(above).min(HIGHEST) + 1;
+    match active {
+        Some(active) if Slot::of(active) == Slot::of(next) => next + 1,
+        Some(_) | None => next,
+    }
+}
+
 /// Which of two places a generation is built in: each after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slot(char);
@@ -132,5 +145,24 @@ fn version(family: u8) -> u8 {
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_generation_is_built_beside_the_active_one() {
+        for active in [0, 1, 2, 7, HIGHEST - 1] {
+            for above in [0, 1, 6, 7, 8, 1000, HIGHEST - 1] {
+                let next = next_generation(Some(active), above);
+                assert!(next > active && next > above && next <= active.max(above) + 2);
+                assert_ne!(Slot::of(next), Slot::of(active), "{active} {above}");
+            }
+        }
+        assert_eq!([next_generation(None, 0), next_generation(None, 7)], [1, 8]);
+        // What another process has written ends nothing.
+        assert!(next_generation(Some(u64::MAX), u64::MAX) > 1);
     }
 }

@@ -35,6 +35,9 @@ pub enum EndpointFault {
     /// Credentials that leave open where the host begins.
     #[error("/, ? and # in credentials are ambiguous; percent-encode them")]
     AmbiguousCredentials,
+    /// `%40` in the host.
+    #[error("an encoded @ (%40) leaves open where the host begins; write @ before the host, and no @ in it")]
+    EncodedAt,
     /// Several servers, or credentials with a comma, where one server belongs.
     #[error(
         "a comma separates servers of nats:// and tls:// URLs, and ports after a colon, in a configuration only; write \

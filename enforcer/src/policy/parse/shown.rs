@@ -15,6 +15,10 @@ const MAX_SERVERS: usize = 256;
 /// `…`.
 #[must_use]
 pub fn shown(text: &str) -> String {
+    // Ports may be several there, and nothing else than an endpoint can be in it.
+    if !super::is_bus_url(text) && super::endpoints(text).is_ok() {
+        return text.to_owned();
+    }
     if !text.contains(',') {
         return single(text);
     }
@@ -45,18 +49,11 @@ pub(super) fn single(text: &str) -> String {
     let scheme = scheme.map(|scheme| format!("{scheme}://")).unwrap_or_default();
     match port {
         None => format!("{scheme}{host}"),
-        Some(port) if is_port(port) => {
+        Some(port) if port.len() <= 10 && port.bytes().all(|byte| byte.is_ascii_digit()) => {
             format!("{scheme}{host}:{port}")
         }
         Some(_) => format!("{scheme}{host}:{HIDDEN}"),
     }
-}
-
-/// A number or a range, valid or nearly so.
-fn is_port(text: &str) -> bool {
-    let number = |text: &str| text.len() <= 10 && text.bytes().all(|byte| byte.is_ascii_digit());
-    text.split_once('-')
-        .map_or_else(|| number(text), |(first, last)| number(first) && number(last))
 }
 
 fn is_scheme(text: &str) -> bool {

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::{CgroupPath, Endpoint, Name};
+use super::super::{CgroupPath, Endpoint, Name, shown};
 
 #[test]
 fn accepted_endpoints_are_shown_canonically() {
@@ -124,7 +124,7 @@ proptest! {
 
 /// Texts that are wrong, what is said of them, and what they meant: an endpoint, or several, that the message names,
 /// with a port of 80 in place of PORT. None where nobody can tell.
-const WRONG: [(&str, &str, &[&str]); 24] = [
+const WRONG: [(&str, &str, &[&str]); 27] = [
     (
         "tcp://fd99::/64:80",
         "an IPv6 address needs brackets; write [fd99::/64]:80",
@@ -198,6 +198,21 @@ const WRONG: [(&str, &str, &[&str]); 24] = [
          tcp://HOST:443)",
         &[],
     ),
+    (
+        "tcp://fd99::/200:80",
+        "the prefix length is not a number from 0 to 128; correct it",
+        &[],
+    ),
+    (
+        "tcp://fd99::/064x",
+        "the prefix length is not a number from 0 to 128; correct it",
+        &[],
+    ),
+    (
+        "nats://bad::cafe/x%40host",
+        "an encoded @ (%40) leaves open where the host begins; write @ before the host, and no @ in it",
+        &[],
+    ),
     ("tcp://10.0.0.1", "no port; end it with :PORT", &[]),
     (
         "tcp://10.0.0.1:80/metrics",
@@ -260,9 +275,38 @@ fn ports_are_ranges_and_lists() {
     for text in ["10.0.0.1:1-2", "10.0.0.1:1,2"] {
         assert!(Endpoint::parse(text).is_err(), "{text}");
     }
-    // A password is none of these, whatever follows it.
-    for text in ["nats://u:1-2,3@h:4222", "tcp://u:1-2@h:4222", "nats://u:p@h:hunter2-3"] {
+    // What a configuration shows reads back as the same.
+    for text in [
+        "10.0.0.1:80,443",
+        "tcp://10.0.0.1:2379-2380,2382",
+        "[fd99::/64]:1-9",
+        "local:1-1024",
+    ] {
+        assert_eq!(shown(text), text);
+    }
+    // A message bus has one port for each server, and what else stands there may be a password.
+    for text in [
+        "nats://nats:20240101-7731998",
+        "nats://h:4222-4230",
+        "nats://u:1-2,3@h:4222",
+        "tcp://u:1-2@h:4222",
+    ] {
         let error = all(text).err().unwrap_or_default();
-        assert!(!error.contains("1-2") && !error.contains("hunter"), "{error}");
+        assert!(
+            !error.is_empty() && !error.contains("1-2") && !error.contains("2024"),
+            "{text}: {error}"
+        );
+        assert!(!shown(text).contains('-'), "{}", shown(text));
+    }
+    for text in [
+        "nats://u:hunter2@h:4222-hunter3",
+        "nats://bad::cafe/x%40host",
+        "tcp://bad::cafe/x%40host:1",
+    ] {
+        let error = all(text).err().unwrap_or_default();
+        assert!(
+            !error.is_empty() && !error.contains("hunter") && !error.contains("cafe"),
+            "{text}: {error}"
+        );
     }
 }
