@@ -323,7 +323,7 @@ fn check_explains() -> Result<()> {
         ),
         (vec!["nobody", &format!("0.0.0.0:{port}")], 1, "denied by main"),
         (vec!["nobody", &format!("[::]:{port}")], 1, "denied by main"),
-        (vec!["nobody", &here, "--foreign-netns"], 0, "not an endpoint"),
+        (vec!["nobody", &here, "--foreign-netns"], 0, "not evaluated in another"),
         (vec!["nobody", &format!("udp://{here}")], 0, "not an endpoint"),
         (
             vec!["root", &here, "--socket-user", "nobody"],
