@@ -40,6 +40,9 @@ use nftables::image::counters_of;
 use probe::{Fact, Usability};
 use writer::Writer;
 
+/// The highest number of a generation: one beyond it was not given by us, and must not end the counting.
+const HIGHEST_GENERATION: u64 = u64::MAX / 2;
+
 /// What is active in the kernel, for the process that writes it.
 #[derive(Debug)]
 pub(crate) struct Enforcement {
@@ -150,8 +153,7 @@ impl Enforcement {
     fn highest(&mut self) -> Result<u64, BackendError> {
         let ebpf = self.ebpf.as_ref().map_or(Ok(0), EbpfBackend::generation)?;
         let nftables = self.nftables.as_ref().map_or(0, NftablesBackend::generation);
-        // A number that another process has written must not end the counting.
-        self.highest = self.highest.max(nftables.max(ebpf).min(u64::MAX / 2));
+        self.highest = self.highest.max(nftables.max(ebpf).min(HIGHEST_GENERATION));
         Ok(self.highest)
     }
 

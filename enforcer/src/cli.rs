@@ -426,13 +426,17 @@ fn show_events(config: &Path, events: &EventsArgs) -> Result<ExitStatus> {
 }
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {
-    let socket = place(config)?.socket;
-    let asked = runtime()?.block_on(control::ask(&socket, &Request::Refresh, refresh.timeout.into()))?;
-    let Reply::Status(status) = asked else {
+    let status = refreshed(&place(config)?.socket, refresh.timeout.into())?;
+    print_one(&status, &refresh.json, Status::render_refreshed)?;
+    Ok(answer_of(&status))
+}
+
+/// The status once all names were looked up.
+fn refreshed(socket: &Path, timeout: Duration) -> Result<Status> {
+    let Reply::Status(status) = runtime()?.block_on(control::ask(socket, &Request::Refresh, timeout))? else {
         bail!("the daemon gave an unexpected answer; is it another version?");
     };
-    print_one(&*status, &refresh.json, Status::render_refreshed)?;
-    Ok(answer_of(&status))
+    Ok(*status)
 }
 
 /// How long a daemon may take for what takes it a moment.

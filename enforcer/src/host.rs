@@ -18,6 +18,7 @@ use std::{
 pub(crate) use enforcer_client::ask::START;
 pub use enforcer_client::ask::remedy;
 use ipnet::IpNet;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use self::hierarchy::Hierarchy;
 pub use self::{
@@ -30,6 +31,11 @@ use crate::{policy::CgroupPath, ruleset::Host};
 /// A file of which others chose a part: bytes that are no text neither hide the rest nor fail it.
 pub(crate) fn read_lossy(path: impl AsRef<Path>) -> io::Result<String> {
     fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Whether a path lies on a bpffs.
+pub(crate) fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
 }
 
 /// The name of a task, which it chooses itself; empty where it has ended.

@@ -1,6 +1,8 @@
 //! Turns a policy, resolved names and this host's facts into the rule set, and explains verdicts from it. Pure: the
 //! oracle of all tests.
 
+mod places;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -16,6 +18,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::policy::{
     CgroupPath, Destination, Mode, Name, Nat64, Policy, Principal, Protocol, Uid, Unresolved, canonical, translated,
 };
+
+pub(crate) use self::places::covers;
+pub use self::places::{contains, owners};
 
 /// The addresses of each name; a name without any has never resolved.
 pub type Resolved = BTreeMap<Name, BTreeSet<IpAddr>>;
@@ -308,40 +313,6 @@ pub fn weigh(rules: &RuleSet, owners: u64, subject: &Subject) -> Explanation {
         () => Verdict::Deny,
     };
     Explanation { verdict, owners }
-}
-
-/// The owners of a destination that is not unspecified, a bit for each target. As [`explain`] finds them, but fast:
-/// many connections are asked about.
-#[must_use]
-pub fn owners(rules: &RuleSet, protocol: Protocol, address: IpAddr, port: u16) -> u64 {
-    let of_port = |place: &Place| (place.protocol, place.port).cmp(&(protocol, port));
-    let start = rules.places.partition_point(|(place, _)| of_port(place).is_lt());
-    let places = rules.places.get(start..).unwrap_or_default();
-    let end = places.partition_point(|(place, _)| of_port(place).is_eq());
-    let places = places.get(..end).unwrap_or_default();
-    if places.is_empty() {
-        return 0;
-    }
-    let owners_of = |address| {
-        let found = prefixes(address).filter_map(|net| {
-            let found = places.binary_search_by(|(place, _)| place.net.cmp(&net)).ok()?;
-            places.get(found).map(|(_, bits)| bits)
-        });
-        found.fold(0, |owners, bits| owners | bits)
-    };
-    as_judged(rules, canonical(address), owners_of) // D4
-}
-
-/// Whether some of many prefixes contains a canonical address.
-#[must_use]
-pub fn contains(nets: &BTreeSet<IpNet>, address: IpAddr) -> bool {
-    prefixes(address).any(|net| nets.contains(&net))
-}
-
-/// Every prefix that contains an address.
-fn prefixes(address: IpAddr) -> impl Iterator<Item = IpNet> {
-    let longest = IpNet::from(address).max_prefix_len();
-    (0..=longest).filter_map(move |length| Some(IpNet::new(address, length).ok()?.trunc()))
 }
 
 /// Whether a prefix holds loopback addresses only (D6).

@@ -52,7 +52,7 @@ use self::{
     observe::observe,
     pins::{Lock, Pins},
 };
-use crate::ruleset::RuleSet;
+use crate::{backend::HIGHEST_GENERATION, ruleset::RuleSet};
 
 /// What we hold in the kernel, for the process that writes it.
 #[derive(Debug)]
@@ -140,9 +140,13 @@ impl EbpfBackend {
         })
     }
 
-    /// The number of the rules that are active, whoever made them so; 0 for none.
+    /// The number of the active rules, by any process; 0 for none.
     pub(crate) fn generation(&self) -> Result<u64, BackendError> {
-        match self.maps.active_slot()? {
+        self.number_of(self.maps.active_slot()?)
+    }
+
+    fn number_of(&self, active: Option<u8>) -> Result<u64, BackendError> {
+        match active {
             Some(slot) => Ok(self.maps.generation_of(slot)?.number),
             None => Ok(0),
         }
@@ -157,7 +161,7 @@ impl EbpfBackend {
             None => Image::empty().names,
         };
         let image = image::lower(rules, &previous, self.loader);
-        let number = self.generation()?;
+        let number = self.number_of(active)?;
         if let Some(slot) = active
             && number >= above
             && *self.held(slot)? == image
@@ -166,7 +170,7 @@ impl EbpfBackend {
             self.in_force = Some((slot, number));
             return Ok(number);
         }
-        self.put(image, active, &previous, number.min(MAX_TOLD).max(above) + 1)
+        self.put(image, active, &previous, number.min(HIGHEST_GENERATION).max(above) + 1)
     }
 
     /// Writes an image to the slot that is not active, and makes it active under a number.
@@ -240,7 +244,7 @@ impl EbpfBackend {
         Ok(Some(kept))
     }
 
-    /// Pins maps again whose pins others have removed: whoever starts next takes over what is pinned (F1).
+    /// Pins maps again whose pins another process has removed: the next start takes over what is pinned (F1).
     fn pin_missing_maps(&mut self) -> Result<(), BackendError> {
         for (name, map) in self.maps.all() {
             let path = self.pins.path(&maps_name()).join(name);
@@ -289,10 +293,7 @@ impl EbpfBackend {
         let held = self.slots.get(usize::from(slot)).and_then(Clone::clone);
         let image = held.ok_or(BackendError::ReadBack { map: "endpoints" })?;
         let active = self.maps.active_slot()?;
-        let told = match active {
-            Some(active) => self.maps.generation_of(active)?.number,
-            None => 0,
-        };
+        let told = self.number_of(active)?;
         // Whoever changed one slot may have changed the other: both are read before they are written.
         self.slots = [None, None];
         self.flipped = true;
@@ -303,7 +304,7 @@ impl EbpfBackend {
             image.clone(),
             active.or(Some(slot)),
             &names,
-            number.max(told.min(MAX_TOLD)) + 1,
+            number.max(told.min(HIGHEST_GENERATION)) + 1,
         );
         if put.is_err() {
             // To be tried again: what is wanted must not be forgotten.
@@ -418,9 +419,6 @@ impl EbpfBackend {
         self.maps.clear_counters(reused)
     }
 }
-
-/// A number beyond this was not given by us.
-const MAX_TOLD: u64 = u64::MAX / 2;
 
 /// The consumer of a ring buffer of records of one kind.
 pub(crate) struct Ring<R> {

@@ -116,8 +116,7 @@ impl NftablesBackend {
             found: 0,
         };
         let found = this.read()?;
-        let header = found.as_ref().and_then(|dump| dump.image.header());
-        this.found = header.map_or(0, |header| header.generation);
+        this.found = number_of(found.as_ref()).unwrap_or_default();
         Ok(this)
     }
 
@@ -165,8 +164,7 @@ impl NftablesBackend {
             return Ok(());
         };
         let before = self.read()?;
-        let header = before.as_ref().and_then(|dump| dump.image.header());
-        let number = next_generation(header.map(|header| header.generation), least.saturating_sub(1));
+        let number = next_generation(number_of(before.as_ref()), least.saturating_sub(1));
         let image = self.lower(&rules, number);
         self.put(image, before.as_ref())
     }
@@ -174,10 +172,7 @@ impl NftablesBackend {
     /// What the table is to become for a rule set; none where it is that already.
     fn plan(&mut self, rules: &RuleSet, above: u64) -> Result<Option<Plan>, NftablesError> {
         let before = self.read()?;
-        let number = before
-            .as_ref()
-            .and_then(|dump| dump.image.header())
-            .map_or(0, |header| header.generation);
+        let number = number_of(before.as_ref()).unwrap_or_default();
         let unchanged = self.lower(rules, number);
         let same = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none());
         if let Some(dump) = same {
@@ -267,11 +262,7 @@ impl NftablesBackend {
         // Where the table is gone or tells nothing, the number goes on from what was held.
         let found = self.dump()?;
         let held = self.held.as_ref().and_then(|(image, _)| image.header());
-        let told = found.as_ref().and_then(|dump| dump.image.header());
-        let number = next_generation(
-            told.map(|header| header.generation),
-            held.map_or(0, |header| header.generation),
-        );
+        let number = next_generation(number_of(found.as_ref()), held.map_or(0, |header| header.generation));
         let image = self.lower(&rules, number);
         self.put(image, found.as_ref())?;
         Ok(number)
@@ -419,6 +410,11 @@ pub(crate) fn unload(table: &str) -> Result<bool, NftablesError> {
 fn is_ours(dump: &Dump) -> bool {
     let has = |chain| dump.image.chains.contains_key(chain);
     dump.image.header().is_some() || has(image::chain::ABOUT) && (has("judge_a") || has("judge_b"))
+}
+
+/// The generation that a table says it holds.
+fn number_of(dump: Option<&Dump>) -> Option<u64> {
+    Some(dump?.image.header()?.generation)
 }
 
 fn dump(netlink: &mut Netlink, table: &str) -> Result<Option<Dump>, NftablesError> {

@@ -68,7 +68,7 @@ pub(crate) trait Store {
     fn trim_memory(&self);
     /// Removes all of ours from the kernel.
     fn unload(self: Box<Self>) -> Result<(), BackendError>;
-    /// Whether rules are active on some backend, whoever made them so.
+    /// Whether rules are active on some backend, by any process.
     fn is_active(&self, settings: &Settings) -> Result<bool, BackendError>;
     /// Whether such rules may hold endpoints of one of these targets: they do, or they cannot be read.
     fn may_guard(&self, settings: &Settings, targets: &[&str]) -> Result<bool, BackendError>;

@@ -1,14 +1,14 @@
 //! `enforcer reload` and `enforcer config diff`: what another configuration changes, or would.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{ExitStatus, Json, PATIENCE_FOR_WORK, answer_of, place, print_one, runtime};
+use super::{ExitStatus, Json, PATIENCE_FOR_WORK, answer_of, place, print_one, refreshed, runtime};
 use crate::{
     config, control,
-    wire::{ReloadReport, Reply, Request, Status},
+    wire::{ReloadReport, Reply, Request},
 };
 
 #[derive(Debug, Args)]
@@ -25,31 +25,35 @@ pub(super) struct Reload {
 
 pub(super) fn run(config: &Path, reload: &Reload) -> Result<ExitStatus> {
     let socket = place(config)?.socket;
-    if config != Path::new(config::DEFAULT_PATH) {
-        // Which file it takes is known before it does; one that is wrong it names itself.
-        if let Ok(report) = ask(&socket, true) {
+    let is_named = config != Path::new(config::DEFAULT_PATH);
+    if reload.dry_run {
+        let report = ask(&socket, true)?;
+        if is_named {
             ensure_same_file(&report, config)?;
         }
+        return print_one(&report, &reload.json, ReloadReport::render);
     }
-    let mut report = ask(&socket, reload.dry_run)?;
-    let mut answer = ExitStatus::Yes;
-    if !reload.dry_run {
-        // What names mean is part of what was asked for. Whatever comes of that, the configuration was taken.
-        match refresh(&socket, reload.timeout.into()) {
-            Ok(status) => {
-                answer = answer_of(&status);
-                report.generation = status.generation;
-                report.state = Some(status.state);
-                report.causes = status.causes;
-            }
-            Err(error) => {
-                answer = ExitStatus::No;
-                report.causes.push(format!(
-                    "whether all is enforced is not known: {error:#}; see enforcer status"
-                ));
-            }
+    // Which file it takes is known before it does; one that is wrong it names itself.
+    if is_named && let Ok(report) = ask(&socket, true) {
+        ensure_same_file(&report, config)?;
+    }
+    let mut report = ask(&socket, false)?;
+    // What names mean is part of what was asked for. Whatever comes of that, the configuration was taken.
+    let answer = match refreshed(&socket, reload.timeout.into()) {
+        Ok(status) => {
+            report.generation = status.generation;
+            report.state = Some(status.state);
+            let answer = answer_of(&status);
+            report.causes = status.causes;
+            answer
         }
-    }
+        Err(error) => {
+            report.causes.push(format!(
+                "whether all is enforced is not known: {error:#}; see enforcer status"
+            ));
+            ExitStatus::No
+        }
+    };
     print_one(&report, &reload.json, ReloadReport::render)?;
     Ok(answer)
 }
@@ -72,13 +76,6 @@ fn ask(socket: &Path, dry_run: bool) -> Result<ReloadReport> {
         bail!("the daemon gave an unexpected answer; is it another version?");
     };
     Ok(*report)
-}
-
-fn refresh(socket: &Path, timeout: Duration) -> Result<Status> {
-    let Reply::Status(status) = runtime()?.block_on(control::ask(socket, &Request::Refresh, timeout))? else {
-        bail!("the daemon gave an unexpected answer; is it another version?");
-    };
-    Ok(*status)
 }
 
 /// The daemon reads its own file, whichever one was named to find it.

@@ -23,7 +23,7 @@ pub(super) struct Unload {
     yes: bool,
 }
 
-/// Whether whoever sits at the terminal says so.
+/// Whether the operator at the terminal says so.
 fn is_meant() -> Result<bool> {
     let mut terminal = io::stderr().lock();
     terminal

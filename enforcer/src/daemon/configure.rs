@@ -1,10 +1,7 @@
 //! Another configuration: read on a signal, on request or when users mean other numbers, and made active whole or not
 //! at all (F4).
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    time::Instant,
-};
+use std::{collections::BTreeSet, time::Instant};
 
 use ipnet::IpNet;
 use tokio::sync::mpsc;
@@ -17,12 +14,10 @@ use crate::{
     config::{ConfigError, Forward},
     inputs::{HostConfig, InputError, Inputs},
     policy::{Destination, Endpoint, Mode},
-    ruleset::Place,
+    ruleset::covers,
     wire::{ReloadReport, Reply, Schema, UnprotectedEndpoint},
 };
 
-/// Most comparisons of prefixes with endpoints that have gone.
-const MOST_COMPARISONS: usize = 1 << 24;
 /// Changes that are logged one by one.
 const LOGGED_CHANGES: usize = 32;
 
@@ -35,7 +30,7 @@ pub(super) struct Reloaded {
 }
 
 impl Reloaded {
-    /// Whether somebody waits for it.
+    /// Whether a caller waits for it.
     pub(super) fn is_awaited(&self) -> bool {
         self.replies.is_some()
     }
@@ -57,7 +52,7 @@ impl Daemon {
         Ok(HostConfig::load_knowing(path, &self.inputs.config.users)?)
     }
 
-    /// Takes the configuration for a signal, or for somebody who waits for a reply.
+    /// Takes the configuration for a signal, or for a caller who waits for a reply.
     pub(super) fn reload(&mut self, replies: Option<mpsc::Sender<Reply>>) {
         let (before, held) = (self.inputs.clone(), self.guard.is_held());
         match self.take_configuration() {
@@ -103,7 +98,7 @@ impl Daemon {
         })
     }
 
-    /// Logs what a reload has changed, and replies to whoever waits, who is returned.
+    /// Logs what a reload has changed, and replies to the caller who waits, if any, who is returned.
     pub(super) fn reloaded(reload: Reloaded, unsaved: Option<&str>) -> Option<mpsc::Sender<Reply>> {
         let Reloaded { mut report, replies } = reload;
         report.causes.extend(unsaved.map(str::to_owned));
@@ -202,7 +197,7 @@ impl Daemon {
     }
 }
 
-/// What differs between two inputs, for whoever has changed the configuration. While rules are `held` that nobody
+/// What differs between two inputs, for the report of a reload. While rules are `held` that nobody
 /// knows, they are what is active before, and not what the inputs come to.
 fn compare(old: &Inputs, new: &Inputs, held: bool) -> ReloadReport {
     let mut warnings = new.config.warnings.clone();
@@ -245,29 +240,12 @@ fn unprotected(old: &Inputs, new: &Inputs) -> Vec<UnprotectedEndpoint> {
         return Vec::new();
     }
     let now = Instant::now();
-    let places: Vec<Place> = new.desired(now).map_or_else(
-        |_| Vec::new(),
-        |desired| desired.rules.places.into_iter().map(|(place, _)| place).collect(),
-    );
-    let (exact, wide): (HashSet<Place>, Vec<Place>) = partition(places);
-    // A wide prefix list against many endpoints: rather one warning too many than a loop that hangs.
-    let wide = if wide.len().saturating_mul(gone.len()) > MOST_COMPARISONS {
-        Vec::new()
-    } else {
-        wide
-    };
+    let rules = new.desired(now).map(|desired| desired.rules).ok();
     let resolved = old.names.resolved(now);
     let is_covered = |endpoint: &Endpoint| {
         let covered = |net: IpNet| {
-            let place = Place {
-                protocol: endpoint.protocol,
-                port: endpoint.port.get(),
-                net,
-            };
-            let around = |wide: &Place| {
-                (wide.protocol, wide.port) == (place.protocol, place.port) && wide.net.contains(&place.net)
-            };
-            exact.contains(&place) || wide.iter().any(around)
+            let covers = |rules| covers(rules, endpoint.protocol, net, endpoint.port.get());
+            rules.as_ref().is_some_and(covers)
         };
         match &endpoint.destination {
             Destination::Address(address) => covered((*address).into()),
@@ -284,11 +262,4 @@ fn unprotected(old: &Inputs, new: &Inputs) -> Vec<UnprotectedEndpoint> {
         target,
     })
     .collect()
-}
-
-/// Single addresses, and prefixes.
-fn partition(places: Vec<Place>) -> (HashSet<Place>, Vec<Place>) {
-    let is_single = |place: &Place| place.net.prefix_len() == place.net.max_prefix_len();
-    let (single, wide): (Vec<_>, Vec<_>) = places.into_iter().partition(is_single);
-    (single.into_iter().collect(), wide)
 }

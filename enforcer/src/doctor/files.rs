@@ -7,8 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-
 use super::{
     findings::{Findings, Gaps},
     instance::Instance,
@@ -93,8 +91,7 @@ impl Files {
         look(Kind::State, &settings.state_dir);
         look(Kind::Socket, &settings.socket);
         // With nftables alone nothing need be there.
-        let is_bpffs = |dir: &Path| statfs(dir).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
-        if let Some(dir) = settings.pin_dir.parent().filter(|dir| is_bpffs(dir)) {
+        if let Some(dir) = settings.pin_dir.parent().filter(|dir| host::is_bpffs(dir)) {
             look(Kind::Bpffs, dir);
         }
         if let Some(dir) = settings.socket.parent() {

@@ -14,9 +14,10 @@ use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, RenameFlags, renameat2},
     mount::{MntFlags, umount2},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use tracing::warn;
+
+use super::is_bpffs;
 
 /// The user whose files and directories are trusted.
 const ROOT: u32 = 0;
@@ -102,8 +103,7 @@ fn is_foreign(path: &Path, meta: &Metadata) -> bool {
         let meta = entry.and_then(|entry| entry.metadata());
         meta.is_ok_and(|meta| meta.uid() == ROOT && (meta.is_dir() || meta.nlink() == 1))
     };
-    let is_bpffs = || statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
-    let holds_roots = || is_bpffs() && fs::read_dir(path).is_ok_and(|mut entries| entries.any(is_roots));
+    let holds_roots = || is_bpffs(path) && fs::read_dir(path).is_ok_and(|mut entries| entries.any(is_roots));
     meta.uid() != ROOT && !(meta.is_dir() && holds_roots())
 }
 

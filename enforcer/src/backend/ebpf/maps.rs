@@ -110,7 +110,7 @@ impl Maps {
         ]
     }
 
-    /// All of them, by the names of their pins: whoever starts next takes over what is pinned.
+    /// All of them, by the names of their pins: the next start takes over what is pinned.
     pub(crate) fn all(&self) -> [(&'static str, &Map); 13] {
         [
             self.active.named(),

@@ -10,13 +10,13 @@ use std::{
 use nix::{
     fcntl::Flock,
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
 use super::BackendError;
 use crate::{
     backend::writer,
     host::{
+        is_bpffs,
         mounts::{HostView, host_would_see_mount},
         own_dir,
     },
@@ -211,8 +211,4 @@ fn make_dir(dir: &Path) -> Result<(), BackendError> {
         object: dir.into(),
         error,
     })
-}
-
-fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
 }

@@ -17,7 +17,7 @@ pub(crate) enum NftablesError {
         /// Why not.
         error: io::Error,
     },
-    /// The table is somebody else's.
+    /// The table is another process's.
     #[error(
         "nftables table inet {table} exists and was not made by enforcer; name another with `nft_table`, or remove it: \
          nft delete table inet {table}"

@@ -4,14 +4,12 @@
 use std::fmt;
 
 use super::{expression::IPV4, image::UNREADABLE};
-
-/// A number beyond this was not given by us.
-const HIGHEST: u64 = u64::MAX / 2;
+use crate::backend::HIGHEST_GENERATION;
 
 /// The number of a generation that is built beside the active one, in the slot that this does not use: greater than its
 /// number, and than `above`.
 pub(super) fn next_generation(active: Option<u64>, above: u64) -> u64 {
-    let next = active.unwrap_or(0).max(above).min(HIGHEST) + 1;
+    let next = active.unwrap_or(0).max(above).min(HIGHEST_GENERATION) + 1;
     match active {
         Some(active) if Slot::of(active) == Slot::of(next) => next + 1,
         Some(_) | None => next,
@@ -154,8 +152,8 @@ mod tests {
 
     #[test]
     fn the_next_generation_is_built_beside_the_active_one() {
-        for active in [0, 1, 2, 7, HIGHEST - 1] {
-            for above in [0, 1, 6, 7, 8, 1000, HIGHEST - 1] {
+        for active in [0, 1, 2, 7, HIGHEST_GENERATION - 1] {
+            for above in [0, 1, 6, 7, 8, 1000, HIGHEST_GENERATION - 1] {
                 let next = next_generation(Some(active), above);
                 assert!(next > active && next > above && next <= active.max(above) + 2);
                 assert_ne!(Slot::of(next), Slot::of(active), "{active} {above}");
