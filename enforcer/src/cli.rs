@@ -3,6 +3,7 @@
 mod check;
 mod configuration;
 mod doctor;
+mod events;
 pub(crate) mod grants;
 mod monit_access;
 mod reload;
@@ -10,11 +11,12 @@ mod unload;
 mod verify;
 
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -23,16 +25,18 @@ use clap::{
     error::{ContextKind, ContextValue},
 };
 use serde::Serialize;
+use tracing_subscriber::fmt::format;
 
 use crate::{
     backend::ActiveRules,
     config::{self, Config, ConfigError, Settings},
     control::{self, AskError},
-    daemon, host,
+    daemon,
+    host::{self, Identities},
     policy::Name,
     resolve::{KnownName, protection},
     state,
-    status::{Context, status},
+    status::{self, Context, status},
     text::{self, Log},
     visibility::Visibility,
     wire::{ActiveBackend, ConditionId, NameStatus, Reply, Request, Severity, State, Status},
@@ -88,8 +92,8 @@ enum Command {
     /// An endpoint that is no longer in the file is no longer protected. See what would change with --dry-run first.
     /// Exit codes: 0 enforced; 1 taken, but degraded; 2 rejected: the previous rules stay active.
     Reload(reload::Reload),
-    /// Show denials and other events
-    Events(EventsArgs),
+    /// Show denials and other events, or what they add up to
+    Events(events::Events),
     /// Look up all names now; return when the kernel holds the result
     Refresh(Refresh),
     /// Allow a cgroup or user to connect to TARGET until revoked or expired; survives restarts
@@ -150,15 +154,6 @@ struct Apply {
     /// Does nothing if rules are already active or none are saved.
     #[arg(long)]
     last_good: bool,
-}
-
-#[derive(Debug, Args)]
-struct EventsArgs {
-    /// Keep printing new events, like tail -f
-    #[arg(long, short)]
-    follow: bool,
-    #[command(flatten)]
-    json: Json,
 }
 
 #[derive(Debug, Args)]
@@ -224,8 +219,13 @@ fn start_log(format: LogFormat, level: tracing::Level) {
         .with_ansi(false)
         .with_max_level(level)
         .with_target(false);
+    // For people the message is enough: it has what the fields have.
+    let message = format::debug_fn(|line, field, value| match field.name() {
+        "message" => write!(line, "{value:?}"),
+        _ => Ok(()),
+    });
     match format {
-        LogFormat::Text => builder.with_writer(Log::Text).init(),
+        LogFormat::Text => builder.fmt_fields(message).with_writer(Log::Text).init(),
         LogFormat::Json => builder.json().with_writer(Log::Json).init(),
     }
 }
@@ -250,7 +250,7 @@ fn run(cli: &Cli) -> Result<ExitStatus> {
         Command::Status(status) => show_status(config, status),
         Command::Check(check) => check::run(config, check),
         Command::Reload(reload) => reload::run(config, reload),
-        Command::Events(events) => show_events(config, events),
+        Command::Events(events) => events::run(config, events),
         Command::Refresh(refresh) => run_refresh(config, refresh),
         Command::Grant(grant) => grants::grant(config, grant),
         Command::Revoke(revoke) => grants::revoke(config, revoke),
@@ -360,10 +360,15 @@ fn status_from_pins(settings: &Settings) -> Result<Status> {
         None => host::cgroup2_mount()?.unwrap_or_default(),
     };
     let (in_force, unread) = ActiveRules::open_as_far_as_possible(settings)?;
-    let observed = in_force
+    let mut observed = in_force
         .as_ref()
         .map(|in_force| in_force.observe(host::directory_id(&cgroup)))
         .transpose()?;
+    if let Some(observed) = &mut observed {
+        let mount = host::cgroup2_mount()?.unwrap_or_default();
+        let mut identities = Identities::new(&mount, &BTreeMap::new());
+        status::identify(observed, &mut identities, Instant::now());
+    }
     let hidden = in_force.as_ref().and_then(|in_force| {
         let ebpf_on = in_force.backend().has_ebpf().then_some(cgroup.as_path());
         Visibility::of(settings, ebpf_on, false).fault()
@@ -406,23 +411,6 @@ fn saved_names(settings: &Settings) -> Option<Vec<NameStatus>> {
         }
     };
     Some(good.policy.names().into_iter().map(status).collect())
-}
-
-fn show_events(config: &Path, events: &EventsArgs) -> Result<ExitStatus> {
-    let socket = place(config)?.socket;
-    let request = Request::Events { follow: events.follow };
-    runtime()?.block_on(control::ask_many(&socket, &request, |reply| {
-        let Reply::Event(line) = reply else { return Ok(()) };
-        let line = if events.json.json {
-            text::json(&line)? + "\n"
-        } else {
-            as_line(&line)
-        };
-        let mut out = io::stdout().lock();
-        out.write_all(line.as_bytes())?;
-        out.flush()
-    }))?;
-    Ok(ExitStatus::Yes)
 }
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {

@@ -240,8 +240,8 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
         }
     };
     // A caller that only follows has nothing more to say; any other may close its half and wait.
-    let follows = matches!(request, Request::Events { follow: true });
-    let single = !matches!(request, Request::Events { .. });
+    let follows = matches!(request, Request::Events { follow: true, .. });
+    let single = !matches!(request, Request::Events { .. } | Request::Summary { .. });
     let Ok(_place) = follows.then(|| followers.try_acquire_owned()).transpose() else {
         let full = format!("{MAX_FOLLOWERS} callers follow events, which is the maximum; end one of them");
         return send(&mut stream, &Reply::Error(full)).await;

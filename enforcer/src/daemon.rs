@@ -16,6 +16,7 @@ mod faults;
 mod feed;
 mod grants;
 mod guard;
+mod history;
 mod jobs;
 mod journal;
 mod lookups;
@@ -51,6 +52,7 @@ use self::{
     faults::{About, Faults},
     feed::Feed,
     guard::{Applied, Guard},
+    history::History,
     jobs::ChainKeeper,
     machine::Machine,
     rounds::Rounds,
@@ -62,6 +64,7 @@ use crate::{
     backend::{LinksSeen, Start, Store},
     bosh::Watch,
     control::ControlSocket,
+    host::Identities,
     inputs::{HostConfig, Inputs, SavedRun},
     jobs::JobRules,
     policy::Name,
@@ -107,6 +110,8 @@ struct Daemon {
     log_level: u8,
     guard: Guard,
     feed: Feed,
+    history: History,
+    identities: Identities,
     dials: Dials,
     faults: Faults,
     /// Settings of the agent's that are being written.
@@ -144,6 +149,7 @@ async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonEr
     }
     daemon.enforcement.retire(daemon.inputs.settings());
     daemon.look_up_due(Instant::now());
+    daemon.load_denials();
     let mut ready = false;
     loop {
         if !ready && daemon.rounds.has_first_answers() && !daemon.is_unsettled() {
@@ -159,11 +165,15 @@ async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonEr
             Step::Wait => {}
             Step::Follow => sources.follow(&mut daemon),
             Step::Stop => {
+                daemon.tell_rest_of_denials();
+                daemon.keep_denials_now().await;
                 daemon.save_now().await;
                 daemon.until_heard().await;
                 return daemon.stop(door).map(|()| End::Stopped);
             }
             Step::Unload(replies) => {
+                daemon.tell_rest_of_denials();
+                daemon.keep_denials_now().await;
                 let result = daemon.unload();
                 // Who starts another one once it is told finds the place free.
                 drop(door);
@@ -217,6 +227,7 @@ impl Daemon {
         if let Err(error) = chain.look(&wanted, &mut jobs) {
             warn!("{error}; rules of jobs allow nobody until they can be read");
         }
+        let identities = Identities::new(&wanted.mount, &wanted.users);
         let inputs = Inputs::new(wanted, &left, grants, jobs, Instant::now())?;
         let fault = left.fault.map(|error| {
             format!("{error}; the saved rules are lost: DNS names have no addresses until the first lookup")
@@ -238,6 +249,8 @@ impl Daemon {
             link_looks: JoinSet::new(),
             under_way: HashMap::new(),
             feed: Feed::default(),
+            history: History::new(),
+            identities,
             dials: Dials::default(),
             faults,
             unfinished: None,
@@ -387,6 +400,8 @@ impl Daemon {
         self.look_at_users();
         self.look_at_kept();
         self.tell_denials();
+        self.identities.look_at_users();
+        self.keep_denials();
         self.retry()
     }
 
@@ -447,7 +462,6 @@ impl Daemon {
 
     /// Ends, with everything of ours removed.
     fn unload(mut self) -> Result<(), DaemonError> {
-        self.tell_rest_of_denials();
         self.enforcement.unload()?;
         // Nothing is enforced any more: what stays there only lets in.
         if let Err(error) = self.chain.remove_all_ours(self.inputs.settings()) {
@@ -459,7 +473,6 @@ impl Daemon {
 
     /// Ends, and leaves active what is (F1).
     fn stop(mut self, door: Door) -> Result<(), DaemonError> {
-        self.tell_rest_of_denials();
         drop(door);
         let generation = self.enforcement.observe_quickly()?.generation;
         info!("stopping; generation {generation} stays active");

@@ -1,12 +1,25 @@
-//! What the kernel tells of a denial, by a record or by what nftables logged, as an event.
+//! What the kernel tells of a denial, by a record or by what nftables logged, as an event; and what many of them come to.
+
+mod callers;
+mod filter;
+pub(crate) mod kept;
+mod summary;
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
+#[cfg(test)]
+pub(crate) use self::callers::{MAPPED_USERS, USERS};
+pub(crate) use self::{
+    callers::{Budgets, Caller, Place, other_owner},
+    filter::Filter,
+    summary::Summary,
+};
 use crate::{
     backend::LoggedDenial,
+    host::Identities,
     wire::{ActiveBackend, Denial, Protocol, Schema, Verdict, rfc3339},
 };
 
@@ -45,8 +58,11 @@ pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Denial {
         comm: Some(String::from_utf8_lossy(record.task.get(..name_end).unwrap_or_default()).into_owned()),
         kernel_thread: record.kernel_thread == 1,
         task_uid: Some(record.task_uid),
+        task_user: None,
         socket_uid: (record.socket_uid != NO_UID).then_some(record.socket_uid),
+        socket_user: None,
         cgroup_id: Some(record.cgroup),
+        cgroup: None,
         netns_cookie: Some(record.netns),
         source: None,
         protocol: if record.protocol == UDP {
@@ -78,8 +94,11 @@ pub(crate) fn read_logged(denial: &LoggedDenial, now: SystemTime) -> Denial {
         comm: None,
         kernel_thread: false,
         task_uid: None,
+        task_user: None,
         socket_uid: denial.user,
+        socket_user: None,
         cgroup_id: None,
+        cgroup: None,
         netns_cookie: None,
         source: Some(denial.from.to_string()),
         protocol: denial.protocol,
@@ -88,6 +107,15 @@ pub(crate) fn read_logged(denial: &LoggedDenial, now: SystemTime) -> Denial {
         target: denial.target.clone(),
         generation: denial.generation,
     }
+}
+
+/// Names users and cgroup, as they are now.
+pub(crate) fn identify(event: &mut Denial, identities: &mut Identities, now: Instant) {
+    let user = |uid: Option<u32>| identities.user(uid?).map(str::to_owned);
+    event.task_user = user(event.task_uid);
+    event.socket_user = user(event.socket_uid);
+    let cgroup = event.cgroup_id.and_then(|id| identities.cgroup(id, event.pid, now));
+    event.cgroup = cgroup.map(str::to_owned);
 }
 
 /// The time at which `CLOCK_BOOTTIME` was zero, by the wall clock of now.
@@ -103,4 +131,36 @@ fn v6(address: Address) -> Ipv6Addr {
 
 fn first([word, ..]: Address) -> u32 {
     word
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A denial of a user's, by a program.
+    pub(crate) fn denial(uid: u32, target: &str, comm: &str) -> Denial {
+        Denial {
+            schema: Schema::Event,
+            time: String::new(),
+            verdict: Verdict::Deny,
+            backend: ActiveBackend::Ebpf,
+            pid: None,
+            tid: None,
+            comm: Some(comm.to_owned()),
+            kernel_thread: false,
+            task_uid: Some(uid),
+            task_user: None,
+            socket_uid: Some(uid),
+            socket_user: None,
+            cgroup_id: None,
+            cgroup: None,
+            netns_cookie: None,
+            source: None,
+            protocol: Protocol::Tcp,
+            dialled: String::new(),
+            judged: "127.0.0.1:2822".to_owned(),
+            target: target.to_owned(),
+            generation: 1,
+        }
+    }
 }

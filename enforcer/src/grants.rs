@@ -79,7 +79,7 @@ impl Moment {
 }
 
 /// Who asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Asker {
     /// Its process then, in the daemon's PID namespace; 0 where that cannot see it.
     pub pid: u32,
@@ -87,6 +87,10 @@ pub struct Asker {
     pub uid: u32,
     /// Its name, its own choice.
     pub comm: String,
+    /// Number and name of the process that started it, as far as both were there when it asked; not saved.
+    pub parent: Option<(u32, String)>,
+    /// The user who logged in and led to it (proc(5), `loginuid`); not saved.
+    pub login_uid: Option<u32>,
 }
 
 /// Every grant, active or not: those of targets that are not configured now wait for these to return.
@@ -332,6 +336,7 @@ impl Key {
         expires: Option<Timestamp>,
         by: Option<&Asker>,
     ) -> GrantEvent {
+        let parent = by.and_then(|by| by.parent.as_ref());
         GrantEvent {
             schema: Schema::Grant,
             time: rfc3339(time.into()),
@@ -344,6 +349,9 @@ impl Key {
             pid: by.map(|by| by.pid),
             uid: by.map(|by| by.uid),
             comm: by.map(|by| by.comm.clone()),
+            parent_pid: parent.map(|(pid, _)| *pid),
+            parent_comm: parent.map(|(_, comm)| comm.clone()),
+            login_uid: by.and_then(|by| by.login_uid),
         }
     }
 }

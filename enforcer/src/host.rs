@@ -2,6 +2,7 @@
 
 mod cgroup;
 pub mod hierarchy;
+mod identities;
 mod local;
 pub mod mounts;
 pub mod own_dir;
@@ -9,8 +10,9 @@ mod residents;
 pub(crate) mod sock_diag;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     fs, io,
+    ops::ControlFlow,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -23,6 +25,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use self::hierarchy::Hierarchy;
 pub use self::{
     cgroup::{NoMatch, cgroup},
+    identities::Identities,
     local::{LocalChanges, MAX_LOCAL, local},
     residents::supervisor,
 };
@@ -95,19 +98,31 @@ pub fn directory_id(cgroup: &Path) -> Option<u64> {
 
 /// The parent of every cgroup below a mount, by id; the mount's own is itself.
 pub fn cgroup_parents(mount: &Path) -> io::Result<HashMap<u64, u64>> {
+    let mut parents = HashMap::new();
+    walk_cgroups(mount, |_, id, parent| {
+        parents.insert(id, parent);
+        ControlFlow::Continue(())
+    })?;
+    Ok(parents)
+}
+
+/// Every cgroup below a mount, with its directory, its id and its parent's: parents first, and of the mount's own its
+/// own.
+fn walk_cgroups(mount: &Path, mut each: impl FnMut(&Path, u64, u64) -> ControlFlow<()>) -> io::Result<()> {
     let root = fs::metadata(mount)?.ino();
-    let mut parents = HashMap::from([(root, root)]);
-    let mut waiting = vec![(mount.to_path_buf(), root)];
-    while let Some((dir, id)) = waiting.pop() {
+    let mut waiting = VecDeque::from([(mount.to_path_buf(), root, root)]);
+    while let Some((dir, id, parent)) = waiting.pop_front() {
+        if each(&dir, id, parent).is_break() {
+            break;
+        }
         // A cgroup that has just been removed is no fault.
         let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
             let Ok(meta) = entry.metadata() else { continue };
-            parents.insert(meta.ino(), id);
-            waiting.push((entry.path(), meta.ino()));
+            waiting.push_back((entry.path(), meta.ino(), id));
         }
     }
-    Ok(parents)
+    Ok(())
 }
 
 /// This host as it is now; cgroups that do not exist are left out.

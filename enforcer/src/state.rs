@@ -26,7 +26,7 @@ const SCHEMA: &str = "enforcer/last-good/1";
 /// Most bytes of it (F7): room for the most endpoints, and an end to what is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
 /// The user whose files and directories are trusted (F6).
-const ROOT: u32 = 0;
+pub(crate) const ROOT: u32 = 0;
 
 /// Why the state cannot be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -151,29 +151,41 @@ fn made(dir: &Path) -> impl Fn(io::Error) -> StateError {
     }
 }
 
+/// Makes the directory, where it is missing.
+pub(crate) fn make(dir: &Path) -> Result<(), StateError> {
+    own_dir::make_all(dir).map_err(made(dir))
+}
+
 /// Keeps a rule set, whole or not at all.
 pub(crate) fn save(dir: &Path, record: &Record) -> Result<(), StateError> {
-    own_dir::make_all(dir).map_err(made(dir))?;
+    make(dir)?;
     save_as(ROOT, dir, record)
 }
 
 /// As [`save`], into a directory of `owner`'s that is there.
 fn save_as(owner: u32, dir: &Path, record: &Record) -> Result<(), StateError> {
-    let failed = |action, path: &Path| {
-        let path = path.to_path_buf();
-        move |error| StateError::Io { action, path, error }
-    };
-    let meta = fs::metadata(dir).map_err(failed("look at", dir))?;
-    trusted(owner, dir, &meta)?;
-    let path = dir.join(FILE);
     let envelope = Envelope {
         schema: SCHEMA.to_owned(),
         crc32: Some(format!("{:08x}", record.mark.crc)),
         content: Some(&record.text),
     };
-    let text = serde_json::to_vec(&envelope).map_err(|error| failed("write", &path)(error.into()))?;
-    replace(dir, FILE, &text).map_err(|(action, path, error)| StateError::Io { action, path, error })?;
-    Ok(())
+    let text = serde_json::to_vec(&envelope).map_err(|error| StateError::Io {
+        action: "write",
+        path: dir.join(FILE),
+        error: error.into(),
+    })?;
+    write(owner, dir, FILE, &text)
+}
+
+/// Replaces a file of the directory, if the directory is its owner's alone.
+pub(crate) fn write(owner: u32, dir: &Path, name: &str, text: &[u8]) -> Result<(), StateError> {
+    let meta = fs::metadata(dir).map_err(|error| StateError::Io {
+        action: "look at",
+        path: dir.into(),
+        error,
+    })?;
+    trusted(owner, dir, &meta)?;
+    replace(dir, name, text).map_err(|(action, path, error)| StateError::Io { action, path, error })
 }
 
 /// Gives a file of `dir` another text, whole or not at all, readable by its owner alone: written aside, synced,
@@ -205,8 +217,8 @@ pub(crate) fn replace(dir: &Path, name: &str, text: &[u8]) -> Result<(), (&'stat
         .map_err(failed("sync", dir))
 }
 
-/// The bytes of a file that only its owner can have written.
-fn read(owner: u32, dir: &Path, path: &Path) -> Result<Option<Vec<u8>>, StateError> {
+/// The bytes of a file that only its owner can have written, and one more than the most; none where there is no file.
+pub(crate) fn read(owner: u32, dir: &Path, path: &Path) -> Result<Option<Vec<u8>>, StateError> {
     let failed = |action| {
         move |error| StateError::Io {
             action,

@@ -1,13 +1,16 @@
 //! What is active and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
 
+use std::time::Instant;
+
 use crate::{
     backend::{Observed, ObservedTarget, SocketUsers},
-    host::START,
+    host::{Identities, START},
     resolve::MAX_ADDRESSES,
-    text::{Page, counted},
+    text::{self, Page, counted},
     wire::{
         ActiveBackend, Condition, ConditionId, DaemonStatus, DialStatus, Existing, ExistingStatus, Mode,
-        NameProtection, NameStatus, Schema, Severity, State, Status, SubjectKind, TargetStatus, Verdict,
+        NameProtection, NameStatus, PrincipalStatus, Schema, Severity, State, Status, SubjectKind, TargetStatus,
+        Verdict,
     },
 };
 
@@ -267,10 +270,12 @@ impl Status {
 
 impl TargetStatus {
     fn row(&self) -> [String; 6] {
-        let allow = if self.allow.is_empty() {
-            "nobody".to_owned()
-        } else {
-            self.allow.join(", ")
+        let named: Vec<String> = self.principals.iter().map(ToString::to_string).collect();
+        // A daemon of an earlier version does not tell names.
+        let allow = match (named.is_empty(), self.allow.is_empty()) {
+            (false, _) => named.join(", "),
+            (true, false) => self.allow.join(", "),
+            (true, true) => "nobody".to_owned(),
         };
         [
             self.name.clone(),
@@ -301,7 +306,10 @@ impl DialStatus {
             format!("port {}", self.port),
             self.lookups.to_string(),
             self.last.clone(),
-            self.uid.map_or_else(|| "unknown".to_owned(), |uid| uid.to_string()),
+            self.uid.map_or_else(
+                || "unknown".to_owned(),
+                |uid| text::with_name(uid, self.user.as_deref()),
+            ),
             self.time.clone(),
         ]
     }
@@ -339,7 +347,8 @@ impl ExistingStatus {
             [
                 format!("{} {}", one.protocol, one.local),
                 one.remote.clone(),
-                one.uid.map_or_else(|| "kernel".to_owned(), |uid| uid.to_string()),
+                one.uid
+                    .map_or_else(|| "kernel".to_owned(), |uid| text::with_name(uid, one.user.as_deref())),
                 one.target.clone(),
                 one.state.to_string(),
                 one.reason.clone().unwrap_or_default(),
@@ -354,11 +363,21 @@ impl ExistingStatus {
     }
 }
 
+/// Names the principals, as users and cgroups are named now.
+pub(crate) fn identify(observed: &mut Observed, identities: &mut Identities, now: Instant) {
+    for principal in observed.targets.iter_mut().flat_map(|target| &mut target.allow) {
+        principal.user = principal.uid.and_then(|uid| identities.user(uid)).map(str::to_owned);
+        let cgroup = principal.cgroup_id.and_then(|id| identities.cgroup(id, None, now));
+        principal.cgroup = cgroup.map(str::to_owned);
+    }
+}
+
 fn target(observed: &ObservedTarget) -> TargetStatus {
     TargetStatus {
         name: observed.name.clone(),
         endpoints: observed.endpoints,
-        allow: observed.allow.clone(),
+        allow: observed.allow.iter().map(PrincipalStatus::numbers).collect(),
+        principals: observed.allow.clone(),
         allowed: observed.counters.allowed,
         denied: observed.counters.denied,
         would_deny: observed.counters.would_deny,
@@ -433,7 +452,9 @@ mod tests {
             local: String::new(),
             remote: String::new(),
             uid: Some(1),
+            user: None,
             cgroup_id: None,
+            cgroup: None,
             target: String::new(),
             generation: 1,
         };

@@ -75,6 +75,19 @@ pub(crate) fn name(name: &str) -> Cow<'_, str> {
     }
 }
 
+/// A user, with the name if there is one: `uid 1000 (vcap)`.
+#[must_use]
+pub(crate) fn user(uid: u32, name: Option<&str>) -> String {
+    format!("uid {}", with_name(uid, name))
+}
+
+/// `1000 (vcap)`.
+#[must_use]
+pub(crate) fn with_name(uid: u32, user: Option<&str>) -> String {
+    let named = user.map(|user| format!(" ({})", name(user)));
+    format!("{uid}{}", named.unwrap_or_default())
+}
+
 fn replace(text: &str, with: impl Fn(char, &mut String)) -> Cow<'_, str> {
     if text.chars().all(is_printable) {
         return Cow::Borrowed(text);

@@ -39,18 +39,21 @@ mod events;
 mod grants;
 mod reload;
 mod status;
+mod summary;
 #[cfg(test)]
 mod tests;
 mod verification;
 
 pub use conditions::{Condition, ConditionId, Severity};
-pub use enforcer_client::wire::{GrantRequest, Request, RevokeRequest, Selector, State};
+pub use enforcer_client::wire::{EventFilter, GrantRequest, Request, RevokeRequest, Selector, State};
 pub use events::{Denial, Event, ExistingAction, ExistingEvent, GrantAction, GrantEvent, Lost, SocketState};
 pub use grants::{GrantStatus, GrantsReport, JobRuleStatus};
 pub use reload::{ReloadReport, SettingChange, UnprotectedEndpoint};
 pub use status::{
-    DaemonStatus, DialStatus, ExistingStatus, NameProtection, NameStatus, Status, SubjectKind, TargetStatus,
+    DaemonStatus, DialStatus, ExistingStatus, NameProtection, NameStatus, PrincipalStatus, Status, SubjectKind,
+    TargetStatus,
 };
+pub use summary::{DenialSum, SumOf};
 pub use verification::{Against, Difference, DifferenceKind, Object, Verification};
 
 words! {
@@ -68,6 +71,7 @@ words! {
         Lost = "enforcer/lost/1",
         Reload = "enforcer/reload/1",
         Status = "enforcer/status/1",
+        Summary = "enforcer/summary/1",
         Verify = "enforcer/verify/1",
     }
 }
@@ -155,6 +159,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// To `events`.
     Event(Event),
+    /// To `summary`.
+    Sum(Box<DenialSum>),
     /// To `grant`.
     Grant(Box<GrantEvent>),
     /// To `revoke`.

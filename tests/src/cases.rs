@@ -26,6 +26,7 @@ mod flood;
 mod fragments;
 mod grants;
 mod hardship;
+mod history;
 mod impostors;
 mod input;
 mod jobs;
@@ -129,7 +130,7 @@ macro_rules! files {
 
 files! {
     absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes,
-    failover, faults, flood, fragments, grants, hardship, impostors, input, jobs, jobs_chain, kernel,
+    failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs, jobs_chain, kernel,
     kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables, parity,
     past_hooks, retention, routes, schemas, squatting, subjects, surfaces, sweep, switching, takeover, translated,
     units, verify, visibility, whole_host, writers

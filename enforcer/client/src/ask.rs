@@ -73,6 +73,7 @@ pub enum AskError {
             Request::Refresh => "it may still be looking up names: allow more time with --timeout",
             Request::Status
             | Request::Events { .. }
+            | Request::Summary { .. }
             | Request::Grant(_)
             | Request::Revoke(_)
             | Request::Grants

@@ -20,6 +20,15 @@ pub enum Request {
         /// Go on until the caller hangs up.
         #[serde(default)]
         follow: bool,
+        /// Only these.
+        #[serde(default, skip_serializing_if = "EventFilter::is_empty")]
+        filter: EventFilter,
+    },
+    /// Denials added up, over restarts.
+    Summary {
+        /// Only these.
+        #[serde(default, skip_serializing_if = "EventFilter::is_empty")]
+        filter: EventFilter,
     },
     /// Let a user, or all in a cgroup, reach a target.
     Grant(GrantRequest),
@@ -37,6 +46,30 @@ pub enum Request {
     },
     /// Remove everything from the kernel and end.
     Unload,
+}
+
+/// Which events are meant: all where nothing is said.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventFilter {
+    /// Since then: RFC 3339.
+    #[serde(default)]
+    pub since: Option<String>,
+    /// Of this target.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Of this user's tasks or sockets.
+    #[serde(default)]
+    pub user: Option<u32>,
+    /// Of these the last so many; of sums the largest.
+    #[serde(default)]
+    pub last: Option<usize>,
+}
+
+impl EventFilter {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Let a user, or all in a cgroup, reach a target; answered when the kernel holds it and the disk keeps it.

@@ -526,7 +526,7 @@ fn the_roll_out_of_the_readme() -> Test {
                     answer.expect(ExitStatus::Yes, &["+ [target.etcd] endpoints", "audit, generation"])
                 }
                 ["status"] => answer.expect(ExitStatus::Yes, &["audit", "etcd", "metadata"]),
-                ["events"] => answer.expect(ExitStatus::Yes, &["would-deny", ":2379, target etcd"]),
+                ["events", "--summary"] => answer.expect(ExitStatus::Yes, &["would-deny", "etcd", ":2379"]),
                 _ => return Err(format!("{line}: not tried here").into()),
             };
             commands.push(words);

@@ -104,6 +104,21 @@ impl Peer {
         host::task_name(self.pid)
     }
 
+    /// The process that started it, by number and name, which that chooses itself: a command tells nothing of whoever
+    /// runs it.
+    pub(crate) fn parent(&self) -> Option<(u32, String)> {
+        let status = host::read_lossy(format!("/proc/{}/status", self.pid)).ok()?;
+        let parent = host::status_field(&status, "PPid")?.parse().ok()?;
+        // None of this PID namespace's.
+        (parent != 0).then(|| (parent, host::task_name(parent)))
+    }
+
+    /// The user who logged in and led to it; none where a service did (proc(5), `loginuid`).
+    pub(crate) fn login_uid(&self) -> Option<u32> {
+        let uid = host::read_lossy(format!("/proc/{}/loginuid", self.pid)).ok()?;
+        uid.trim().parse().ok().filter(|uid| *uid != u32::MAX)
+    }
+
     /// The cgroup that it is in now.
     pub(crate) fn cgroup(&self) -> Result<CgroupPath, CgroupError> {
         if self.pid == 0 {

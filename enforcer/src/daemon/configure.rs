@@ -184,6 +184,8 @@ impl Daemon {
             }
         }
         self.enforcement.retire(self.inputs.settings());
+        self.identities
+            .follow(&self.inputs.config.mount, &self.inputs.config.users);
         self.sync_chain();
         self.look_at_visibility();
         self.faults.set(About::RuleSet, None);

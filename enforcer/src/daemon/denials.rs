@@ -12,9 +12,9 @@ use tracing::warn;
 use super::{About, Daemon, DaemonError, recent::Origin, tally::Counts};
 use crate::{
     backend::{Logged, NflogListener, Ring},
-    events,
+    events::{self, Filter},
     sweep::SweepReport,
-    wire::{Event, Lost, Reply},
+    wire::{DenialSum, Event, Lost, Reply},
 };
 
 /// Denials read at once, and how long they are read for: what comes faster is counted as lost. With the rest that
@@ -50,9 +50,14 @@ impl Daemon {
     /// As [`Daemon::take_events`], of what nftables has logged: so many a second of each target, of which there may be
     /// many.
     pub(super) fn take_logged(&mut self, source: &mut NflogListener) -> bool {
+        let now = Instant::now();
         let all = take_batch(|| {
             match source.take()? {
-                Logged::Denial(denial) => self.feed.record(events::read_logged(&denial, SystemTime::now())),
+                Logged::Denial(denial) => {
+                    let mut event = events::read_logged(&denial, SystemTime::now());
+                    events::identify(&mut event, &mut self.identities, now);
+                    self.feed.record(event, now);
+                }
                 Logged::Dial(dial) => self.dialled(dial),
             }
             Some(())
@@ -69,9 +74,12 @@ impl Daemon {
     /// taken.
     pub(super) fn take_events(&mut self, source: &mut Ring<EventRecord>) -> bool {
         let Ok(boot) = events::boot_time() else { return true };
+        let now = Instant::now();
         let all = take_batch(|| {
             let record = source.take()?;
-            self.feed.record(events::read(&record, boot));
+            let mut event = events::read(&record, boot);
+            events::identify(&mut event, &mut self.identities, now);
+            self.feed.record(event, now);
             Some(())
         });
         if self.feed.may_tell_lost(all, Instant::now())
@@ -113,10 +121,20 @@ impl Daemon {
     }
 
     /// Takes what a sweep found and did.
-    pub(super) fn swept(&mut self, report: SweepReport) {
+    pub(super) fn swept(&mut self, mut report: SweepReport) {
+        let now = Instant::now();
         self.faults.set(About::Sweep, report.fault);
         let mut logged: HashMap<Origin, usize> = HashMap::new();
         let mut more = 0_u64;
+        let connections = &mut report.existing.connections;
+        for existing in report.news.iter_mut().chain(connections) {
+            existing.user = existing
+                .uid
+                .and_then(|uid| self.identities.user(uid))
+                .map(str::to_owned);
+            let cgroup = existing.cgroup_id.and_then(|id| self.identities.cgroup(id, None, now));
+            existing.cgroup = cgroup.map(str::to_owned);
+        }
         for existing in report.news {
             let text = existing.to_string();
             let line = Event::Existing(existing);
@@ -156,6 +174,7 @@ fn take_batch(mut take: impl FnMut() -> Option<()>) -> bool {
 pub(super) async fn send_events(
     kept: Vec<Event>,
     live: Option<broadcast::Receiver<Event>>,
+    filter: Filter,
     replies: mpsc::Sender<Reply>,
 ) {
     for line in kept {
@@ -170,7 +189,23 @@ pub(super) async fn send_events(
             Err(broadcast::error::RecvError::Lagged(lost)) => Event::Lost(Lost::new(lost)),
             Err(broadcast::error::RecvError::Closed) => return,
         };
+        if !filter.lets(&line) {
+            // A caller that has hung up hears nothing of it.
+            if replies.is_closed() {
+                return;
+            }
+            continue;
+        }
         if replies.send(Reply::Event(line)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Sends what denials come to, a line each.
+pub(super) async fn send_sums(sums: Vec<DenialSum>, replies: mpsc::Sender<Reply>) {
+    for sum in sums {
+        if replies.send(Reply::Sum(Box::new(sum))).await.is_err() {
             return;
         }
     }

@@ -12,6 +12,7 @@ use tracing::debug;
 use super::{About, Daemon, DaemonError};
 use crate::{
     backend::{Dial, Ring},
+    host::Identities,
     policy::Name,
     wire::{DialStatus, rfc3339},
 };
@@ -165,7 +166,7 @@ impl Dials {
     }
 
     /// For `status`.
-    pub(super) fn report(&self) -> Vec<DialStatus> {
+    pub(super) fn report(&self, identities: &Identities) -> Vec<DialStatus> {
         let told = self
             .0
             .iter()
@@ -175,6 +176,7 @@ impl Dials {
             lookups: port.lookups,
             last: dial.to.ip().to_string(),
             uid: dial.user,
+            user: dial.user.and_then(|uid| identities.user(uid)).map(str::to_owned),
             time: rfc3339(time),
         })
         .collect()
@@ -334,7 +336,7 @@ mod tests {
         now += FIRST_REST;
         assert_eq!(dials.wake(4222, false, 9, now), None);
         assert_eq!(dials.open().collect::<Vec<_>>(), [80, 4222]);
-        let [of_4222] = &dials.report()[..] else {
+        let [of_4222] = &dials.report(&Identities::default())[..] else {
             panic!("{dials:?}")
         };
         assert_eq!(

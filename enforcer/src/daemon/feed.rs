@@ -3,15 +3,19 @@
 
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio::sync::broadcast;
 use tracing::info;
 
 use super::{
-    journal::Journal,
+    journal::{Journal, Line},
     recent::{KEPT_EVENTS, Recent},
     tally::{Counts, Tally},
 };
-use crate::wire::{Denial, Event, Lost};
+use crate::{
+    events::{Filter, Summary},
+    wire::{Denial, DenialSum, Event, Lost},
+};
 
 /// How long a flood may go on before what is lost by it is told.
 const LONG_FLOOD: Duration = Duration::from_secs(2);
@@ -23,6 +27,7 @@ pub(super) struct Feed {
     followers: broadcast::Sender<Event>,
     journal: Journal,
     pub(super) tally: Tally,
+    pub(super) summary: Summary,
     /// Those that the kernel programs could not hand over, as far as they were told.
     pub(super) lost: Option<u64>,
     /// Since when there was more to be taken than was taken at once.
@@ -38,6 +43,7 @@ impl Default for Feed {
             followers: broadcast::channel(KEPT_EVENTS).0,
             journal: Journal::default(),
             tally: Tally::default(),
+            summary: Summary::default(),
             lost: None,
             flood: None,
             lost_logged: 0,
@@ -46,14 +52,19 @@ impl Default for Feed {
 }
 
 impl Feed {
-    /// A denial: published, and logged where it is not one of too many.
-    pub(super) fn record(&mut self, event: Denial) {
-        let now = Instant::now();
+    /// A denial: added up, published, and logged where it is not one of too many.
+    pub(super) fn record(&mut self, event: Denial, now: Instant) {
         self.tally.told(&event.target, now);
+        self.summary.add(&event, Timestamp::now());
         if let Some(line) = self.journal.take(&event, now) {
-            info!("{line}");
+            log(&line);
         }
         self.publish(Event::Denial(event));
+    }
+
+    /// What denials come to.
+    pub(super) fn sums(&self, filter: &Filter) -> Vec<DenialSum> {
+        self.summary.sums(filter, Timestamp::now())
     }
 
     pub(super) fn publish(&mut self, line: Event) {
@@ -62,8 +73,8 @@ impl Feed {
     }
 
     /// What happened last, and what happens from now on if that is asked for.
-    pub(super) fn follow(&self, live: bool) -> (Vec<Event>, Option<broadcast::Receiver<Event>>) {
-        let kept = self.recent.all().cloned().collect();
+    pub(super) fn follow(&self, filter: &Filter, live: bool) -> (Vec<Event>, Option<broadcast::Receiver<Event>>) {
+        let kept = filter.last_of(self.recent.all());
         (kept, live.then(|| self.followers.subscribe()))
     }
 
@@ -88,8 +99,8 @@ impl Feed {
 
     /// Logs what is due: denials of kinds that went on, and of which targets more was denied than was told.
     pub(super) fn log_due(&mut self, now: Instant) {
-        let lines = [self.journal.due(now), self.tally.compare()];
-        lines.iter().flatten().for_each(|line| info!("{line}"));
+        let due = self.journal.due(now);
+        self.log_all(&due);
     }
 
     /// Logs what is not logged yet, at the end.
@@ -97,9 +108,36 @@ impl Feed {
         if let Some(counts) = counts {
             self.tally.take(counts);
         }
-        let lines = [self.journal.rest(now), self.tally.compare()];
-        lines.iter().flatten().for_each(|line| info!("{line}"));
+        let rest = self.journal.rest(now);
+        self.log_all(&rest);
     }
+
+    /// Logs these, and of which targets more was denied than was told.
+    fn log_all(&mut self, lines: &[Line]) {
+        lines.iter().for_each(log);
+        for unreported in self.tally.compare() {
+            self.summary
+                .add_unreported(&unreported.target, unreported.count(), Timestamp::now());
+            info!(target = unreported.target, count = unreported.count(), "{unreported}");
+        }
+    }
+}
+
+/// With fields, for whom JSON is logged.
+fn log(Line { text, fields }: &Line) {
+    info!(
+        verdict = fields.verdict.map(|verdict| verdict.to_string()),
+        target = fields.target,
+        protocol = fields.protocol.map(|protocol| protocol.to_string()),
+        endpoint = fields.endpoint,
+        uid = fields.uid,
+        user = fields.user,
+        socket_uid = fields.socket_uid,
+        comm = fields.comm,
+        cgroup = fields.cgroup,
+        count = fields.count,
+        "{text}"
+    );
 }
 
 #[cfg(test)]
@@ -122,11 +160,11 @@ mod tests {
     fn each_loss_is_told_once_and_what_was_lost_before_is_not() {
         let mut feed = Feed::default();
         feed.tell_lost(7);
-        assert_eq!(feed.follow(false).0.len(), 0, "nobody counted yet");
+        assert_eq!(feed.follow(&Filter::default(), false).0.len(), 0, "nobody counted yet");
         feed.lost = Some(7);
         for (lost, told) in [(7, 0), (9, 1), (9, 1), (10, 2)] {
             feed.tell_lost(lost);
-            assert_eq!(feed.follow(false).0.len(), told);
+            assert_eq!(feed.follow(&Filter::default(), false).0.len(), told);
         }
     }
 
@@ -134,10 +172,10 @@ mod tests {
     fn a_follower_hears_what_comes_after_what_was_kept() {
         let mut feed = Feed::default();
         feed.publish(Event::Lost(Lost::new(1)));
-        let (kept, live) = feed.follow(true);
+        let (kept, live) = feed.follow(&Filter::default(), true);
         feed.publish(Event::Lost(Lost::new(2)));
         assert_eq!(kept.len(), 1);
         assert!(live.is_some_and(|mut live| live.try_recv().is_ok() && live.try_recv().is_err()));
-        assert_eq!(feed.follow(false).0.len(), 2);
+        assert_eq!(feed.follow(&Filter::default(), false).0.len(), 2);
     }
 }

@@ -492,6 +492,8 @@ fn asker(peer: &Peer) -> Asker {
         pid: peer.pid,
         uid: peer.uid,
         comm: peer.comm(),
+        parent: peer.parent(),
+        login_uid: peer.login_uid(),
     }
 }
 

@@ -3,8 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::journal::Caller;
-use crate::wire::Event;
+use crate::{events::Caller, wire::Event};
 
 /// How many are kept.
 pub(super) const KEPT_EVENTS: usize = 1024;

@@ -7,7 +7,7 @@ use tracing::warn;
 use super::{About, Daemon, Drift};
 use crate::{
     backend::{BackendError, Observed},
-    status::{Context, status},
+    status::{Context, identify, status},
     text::counted,
     visibility::Visibility,
     wire::{Condition, ConditionId, Severity, Status},
@@ -32,16 +32,19 @@ impl Daemon {
     pub(super) fn status(&mut self) -> Status {
         self.look_at_visibility();
         let observed = self.enforcement.observe();
-        self.status_of(&observed)
+        self.status_of(observed)
     }
 
     /// For those who wait to connect (B3).
     pub(super) fn quick_status(&mut self) -> Status {
         let observed = self.enforcement.observe_quickly();
-        self.status_of(&observed)
+        self.status_of(observed)
     }
 
-    fn status_of(&self, observed: &Result<Observed, BackendError>) -> Status {
+    fn status_of(&mut self, mut observed: Result<Observed, BackendError>) -> Status {
+        if let Ok(observed) = &mut observed {
+            identify(observed, &mut self.identities, Instant::now());
+        }
         let mut conditions: Vec<Condition> = self.faults.all().collect();
         // A bus that was never known is open.
         for one in conditions.iter_mut().filter(|one| one.id == ConditionId::MessageBus) {
@@ -80,7 +83,7 @@ impl Daemon {
         if let Some(why) = self.enforcement.unlogged() {
             conditions.push(ConditionId::DenialsNotReported.because(why).with(Severity::Info));
         }
-        if let Err(error) = observed {
+        if let Err(error) = &observed {
             conditions.push(ConditionId::Unreadable.because(error.to_string()));
         }
         let names = self.inputs.names.report();
@@ -94,7 +97,7 @@ impl Daemon {
             backend_reason: self.enforcement.reason().map(str::to_owned),
             restored: self.enforcement.restored(),
             names,
-            dials: self.dials.report(),
+            dials: self.dials.report(&self.identities),
             conditions,
             lost: self.feed.lost_logged,
             existing: self.existing.clone(),

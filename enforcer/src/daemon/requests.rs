@@ -2,9 +2,13 @@
 
 use std::time::Instant;
 
-use super::{Daemon, DaemonError, Step, denials::send_events};
+use super::{
+    Daemon, DaemonError, Step,
+    denials::{send_events, send_sums},
+};
 use crate::{
     control::Call,
+    events::Filter,
     wire::{Reply, Request, Verification},
 };
 
@@ -21,10 +25,17 @@ impl Daemon {
                 self.rounds.wait(names, replies);
                 self.answer_waiting();
             }
-            Request::Events { follow } => {
-                let (kept, live) = self.feed.follow(follow);
-                tokio::spawn(send_events(kept, live, replies));
-            }
+            Request::Events { follow, filter } => match Filter::new(filter) {
+                Ok(filter) => {
+                    let (kept, live) = self.feed.follow(&filter, follow);
+                    tokio::spawn(send_events(kept, live, filter, replies));
+                }
+                Err(error) => drop(replies.try_send(no_time(&error))),
+            },
+            Request::Summary { filter } => match Filter::new(filter) {
+                Ok(filter) => drop(tokio::spawn(send_sums(self.feed.sums(&filter), replies))),
+                Err(error) => drop(replies.try_send(no_time(&error))),
+            },
             Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
             Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
             Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
@@ -56,4 +67,8 @@ impl Daemon {
         let desired = self.inputs.desired(Instant::now())?;
         Ok(self.enforcement.verify(&desired.rules)?)
     }
+}
+
+fn no_time(error: &jiff::Error) -> Reply {
+    Reply::Error(format!("the time that events are asked since is none: {error}"))
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,31 @@ pub(super) type Counts = BTreeMap<String, u64>;
 struct Since {
     counted: u64,
     told: u64,
+}
+
+/// A target of which more was denied than was told.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Unreported {
+    pub target: String,
+    counted: u64,
+    told: u64,
+}
+
+impl Unreported {
+    /// How many were not told.
+    pub(super) fn count(&self) -> u64 {
+        self.counted - self.told
+    }
+}
+
+impl fmt::Display for Unreported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "kernel counted {} denials for target {}; only {} were reported individually, the rest came too fast",
+            self.counted, self.target, self.told
+        )
+    }
 }
 
 /// The comparison. The kernel counts before it tells: what it counted is compared a little later, when that has been
@@ -59,8 +85,8 @@ impl Tally {
         self.counted = Some(counts);
     }
 
-    /// A line for each target of which more was counted than told.
-    pub(super) fn compare(&mut self) -> Vec<String> {
+    /// Each target of which more was counted than told.
+    pub(super) fn compare(&mut self) -> Vec<Unreported> {
         let Some(counted) = self.counted.take() else {
             return Vec::new();
         };
@@ -73,11 +99,11 @@ impl Tally {
             since.counted += count.saturating_sub(before.get(&target).copied().unwrap_or_default());
             since.told += told.get(&target).copied().unwrap_or_default();
             if since.counted > since.told {
-                lines.push(format!(
-                    "kernel counted {} denials for target {target}; only {} were reported individually, the rest came \
-                     too fast",
-                    since.counted, since.told
-                ));
+                lines.push(Unreported {
+                    target,
+                    counted: since.counted,
+                    told: since.told,
+                });
                 *since = Since::default();
             } else {
                 // What was told after it was counted belongs to the next comparison.
@@ -113,16 +139,17 @@ mod tests {
         tally.take(counts(105));
         tally.told("main", start);
         tally.told("main", start);
-        assert_eq!(tally.compare(), Vec::<String>::new());
+        assert_eq!(tally.compare(), []);
         tally.take(counts(1107));
         tally.told("main", start);
+        let told: Vec<String> = tally.compare().iter().map(ToString::to_string).collect();
         assert_eq!(
-            tally.compare(),
+            told,
             ["kernel counted 1002 denials for target main; only 3 were reported individually, the rest came too fast"]
         );
         assert!(tally.compare().is_empty());
         // A target made anew counts from nothing.
         tally.take(counts(3));
-        assert_eq!(tally.compare(), Vec::<String>::new());
+        assert_eq!(tally.compare(), []);
     }
 }

@@ -219,6 +219,7 @@ impl Entry {
             pid: self.pid,
             uid: self.uid,
             comm: self.comm,
+            ..Asker::default()
         };
         let since = self.since.parse().ok()?;
         Some((

@@ -39,6 +39,7 @@ fn term(since: i64, expires: Option<i64>) -> Term {
             pid: 1,
             uid: 0,
             comm: "job \"\u{1b}[".to_owned(),
+            ..Asker::default()
         },
         own: since % 2 == 0,
     }

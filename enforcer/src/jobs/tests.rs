@@ -218,6 +218,7 @@ fn b5_what_was_granted_is_written_once_and_removed_with_its_grant() {
                 pid: 1,
                 uid: 0,
                 comm: String::new(),
+                ..Asker::default()
             },
             own: false,
         };

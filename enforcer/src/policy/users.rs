@@ -3,7 +3,11 @@
 //! A group stands for its members, as the name service tells them: a process that has only taken the group is not one
 //! of them.
 
-use std::{collections::BTreeSet, fmt, fs, io, path::Path};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt, fs, io,
+    path::Path,
+};
 
 use nix::{
     errno::Errno,
@@ -218,6 +222,19 @@ impl FileUsers {
             (fields.nth(1)?.parse() == Ok(uid.0)).then_some(name)
         };
         self.passwd.lines().filter_map(named)
+    }
+
+    /// The name of each user, the first that is listed.
+    pub(crate) fn by_uid(&self) -> HashMap<Uid, String> {
+        let mut users = HashMap::new();
+        for line in self.passwd.lines() {
+            let mut fields = line.split(':');
+            let (name, uid) = (fields.next(), fields.nth(1).and_then(|uid| uid.parse().ok()));
+            if let (Some(name), Some(uid)) = (name, uid) {
+                users.entry(Uid(uid)).or_insert_with(|| name.to_owned());
+            }
+        }
+        users
     }
 
     fn user(&self, name: &str) -> Option<Uid> {

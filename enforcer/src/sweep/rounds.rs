@@ -332,7 +332,9 @@ fn event(job: &SweepJob, found: &OffendingConnection, fate: &Fate, time: &str) -
         local: std::net::SocketAddr::new(local.ip().to_canonical(), local.port()).to_string(),
         remote: std::net::SocketAddr::new(remote.ip().to_canonical(), remote.port()).to_string(),
         uid: found.user.map(|uid| uid.0),
+        user: None,
         cgroup_id: *cgroup,
+        cgroup: None,
         target: job
             .rules
             .targets

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{ActiveBackend, Protocol, Schema, Verdict};
-use crate::text;
+use crate::text::{self, user};
 
 /// One line of `enforcer events --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,10 +43,19 @@ pub struct Denial {
     pub kernel_thread: bool,
     /// Real UID of the task, in the initial user namespace.
     pub task_uid: Option<u32>,
+    /// Its name, by the configuration or passwd(5).
+    #[serde(default)]
+    pub task_user: Option<String>,
     /// Owner of the socket; absent where the kernel cannot tell, and for what is forwarded.
     pub socket_uid: Option<u32>,
+    /// Its name.
+    #[serde(default)]
+    pub socket_user: Option<String>,
     /// cgroup v2 id of the task.
     pub cgroup_id: Option<u64>,
+    /// Its path from the root of the hierarchy, where it could still be found.
+    #[serde(default)]
+    pub cgroup: Option<String>,
     /// Cookie of the socket's network namespace.
     pub netns_cookie: Option<u64>,
     /// Where the packet came from, with nftables.
@@ -86,8 +95,14 @@ pub struct ExistingEvent {
     pub remote: String,
     /// Owner of the socket; absent for the kernel.
     pub uid: Option<u32>,
+    /// Its name.
+    #[serde(default)]
+    pub user: Option<String>,
     /// cgroup v2 id of where the socket was made, if known.
     pub cgroup_id: Option<u64>,
+    /// Its path.
+    #[serde(default)]
+    pub cgroup: Option<String>,
     /// First of the targets that deny it.
     pub target: String,
     /// Generation of the rule set that decided.
@@ -119,6 +134,15 @@ pub struct GrantEvent {
     pub uid: Option<u32>,
     /// Its name.
     pub comm: Option<String>,
+    /// The process that started it.
+    #[serde(default)]
+    pub parent_pid: Option<u32>,
+    /// That process's name.
+    #[serde(default)]
+    pub parent_comm: Option<String>,
+    /// The user who logged in and led to it, if one did.
+    #[serde(default)]
+    pub login_uid: Option<u32>,
 }
 
 /// Events dropped before they could be delivered.
@@ -206,17 +230,23 @@ impl fmt::Display for Event {
 impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.verdict.fmt(f)?;
+        let socket_user = self.socket_user.as_deref();
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.task_uid) {
-            write!(f, " {}[{pid}] uid {uid}", text::name(comm))?;
+            write!(
+                f,
+                " {}[{pid}] {}",
+                text::name(comm),
+                user(uid, self.task_user.as_deref())
+            )?;
             if self.kernel_thread {
                 f.write_str(" (kernel thread)")?;
             }
             if let Some(owner) = self.socket_uid.filter(|owner| *owner != uid) {
-                write!(f, " with a socket of uid {owner}")?;
+                write!(f, " with a socket of {}", user(owner, socket_user))?;
             }
         } else {
             match self.socket_uid {
-                Some(uid) => write!(f, " uid {uid}")?,
+                Some(uid) => write!(f, " {}", user(uid, socket_user))?,
                 None => f.write_str(" no user")?,
             }
             write!(f, " from {}", self.source.as_deref().unwrap_or_default())?;
@@ -225,7 +255,9 @@ impl fmt::Display for Denial {
         if self.judged != self.dialled {
             write!(f, " (= {})", self.judged)?;
         }
-        write!(f, ", target {}", self.target)
+        write!(f, ", target {}", self.target)?;
+        let mut cgroup = self.cgroup.iter();
+        cgroup.try_for_each(|cgroup| write!(f, ", cgroup {}", text::name(cgroup)))
     }
 }
 
@@ -233,7 +265,7 @@ impl fmt::Display for ExistingEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} existing ", self.verdict)?;
         match self.uid {
-            Some(uid) => write!(f, "uid {uid}")?,
+            Some(uid) => f.write_str(&user(uid, self.user.as_deref()))?,
             None => f.write_str("kernel")?,
         }
         write!(
@@ -280,6 +312,12 @@ impl fmt::Display for GrantEvent {
         }
         if let (Some(comm), Some(pid), Some(uid)) = (&self.comm, self.pid, self.uid) {
             write!(f, ", asked by {}[{pid}] uid {uid}", text::name(comm))?;
+            if let (Some(parent), Some(pid)) = (&self.parent_comm, self.parent_pid) {
+                write!(f, ", started by {}[{pid}]", text::name(parent))?;
+            }
+            if let Some(login) = self.login_uid {
+                write!(f, ", logged in as uid {login}")?;
+            }
         }
         Ok(())
     }
@@ -304,6 +342,9 @@ mod tests {
                 pid: None,
                 uid: None,
                 comm: None,
+                parent_pid: None,
+                parent_comm: None,
+                login_uid: None,
             }
             .to_string()
         };

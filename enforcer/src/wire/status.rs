@@ -1,8 +1,11 @@
 //! What is active, and whether it is as desired.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{ActiveBackend, Condition, Existing, ExistingEvent, Mode, Schema, State};
+use crate::text;
 
 /// `enforcer status --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,14 +71,59 @@ pub struct TargetStatus {
     pub name: String,
     /// Its endpoints.
     pub endpoints: u64,
-    /// Its principals.
+    /// Its principals, as the kernel has them.
     pub allow: Vec<String>,
+    /// The same with names and paths.
+    #[serde(default)]
+    pub principals: Vec<PrincipalStatus>,
     /// Attempts it allowed.
     pub allowed: u64,
     /// Attempts it denied.
     pub denied: u64,
     /// Attempts it would have denied, in audit mode.
     pub would_deny: u64,
+}
+
+/// Who may connect: whoever is all that is said.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrincipalStatus {
+    /// Kernel threads; nobody else.
+    pub kernel: bool,
+    /// The user; absent for anybody.
+    pub uid: Option<u32>,
+    /// The user's name, by the configuration or passwd(5).
+    pub user: Option<String>,
+    /// The cgroup below which they are; absent for anywhere.
+    pub cgroup_id: Option<u64>,
+    /// Its path from the root of the hierarchy, where there is one.
+    pub cgroup: Option<String>,
+}
+
+impl PrincipalStatus {
+    /// By numbers alone.
+    pub(crate) fn numbers(&self) -> String {
+        Self {
+            user: None,
+            cgroup: None,
+            ..self.clone()
+        }
+        .to_string()
+    }
+}
+
+impl fmt::Display for PrincipalStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.uid {
+            _ if self.kernel => f.write_str("kernel")?,
+            None => f.write_str("anybody")?,
+            Some(uid) => write!(f, "user {}", text::with_name(uid, self.user.as_deref()))?,
+        }
+        match (&self.cgroup, self.cgroup_id) {
+            (Some(path), _) => write!(f, " in {}", text::name(path)),
+            (None, Some(id)) => write!(f, " in cgroup id {id}"),
+            (None, None) => Ok(()),
+        }
+    }
 }
 
 /// A name.
@@ -136,6 +184,9 @@ pub struct DialStatus {
     pub last: String,
     /// Who dialled it, where that is known.
     pub uid: Option<u32>,
+    /// The user's name.
+    #[serde(default)]
+    pub user: Option<String>,
     /// When, RFC 3339, UTC.
     pub time: String,
 }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     backend::{LoggedDenial, Observed, ObservedTarget, SocketUsers},
-    events,
+    events::{self, Filter, Summary},
     grants::{Asker, Grantee, Key},
     policy::{CgroupPath, Uid},
     status::{Context, status},
@@ -112,7 +112,13 @@ fn denials(made: &mut Made) -> Result {
         ..denial
     };
     made.sent(&Event::Denial(events::read_logged(&denial, boot)))?;
-    made.sent(&Event::Lost(Lost::new(9)))
+    made.sent(&Event::Lost(Lost::new(9)))?;
+    let (mut summary, now) = (Summary::default(), Timestamp::from_second(1_000_000)?);
+    summary.add(&events::read(&record, boot), now);
+    summary.add_unreported("monit", 7, now);
+    let sums = summary.sums(&Filter::default(), now);
+    sums.into_iter()
+        .try_for_each(|sum| made.sent(&Reply::Sum(Box::new(sum))))
 }
 
 fn existing(verdict: &str, action: &str, state: &str) -> Result<ExistingEvent> {
@@ -129,6 +135,7 @@ fn grants(made: &mut Made) -> Result {
         pid: 1,
         uid: 2,
         comm: "sh".to_owned(),
+        ..Asker::default()
     };
     let key = |to| Key {
         target: "monit".to_owned(),
@@ -190,7 +197,18 @@ fn statuses(made: &mut Made) -> Result {
         targets: vec![ObservedTarget {
             name: "main".to_owned(),
             endpoints: 2,
-            allow: vec!["root".to_owned()],
+            allow: vec![
+                PrincipalStatus {
+                    uid: Some(0),
+                    user: Some("root".to_owned()),
+                    ..PrincipalStatus::default()
+                },
+                PrincipalStatus {
+                    cgroup_id: Some(5),
+                    cgroup: Some("/a".to_owned()),
+                    ..PrincipalStatus::default()
+                },
+            ],
             counters: enforcer_ebpf::Counters {
                 allowed: 1,
                 denied: 2,
@@ -217,6 +235,7 @@ fn statuses(made: &mut Made) -> Result {
             lookups: 2,
             last: "10.0.0.2".to_owned(),
             uid: None,
+            user: None,
             time: "T".to_owned(),
         }],
         lost: 5,

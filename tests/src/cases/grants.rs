@@ -800,6 +800,7 @@ pub(super) fn lasting() -> Term {
             pid: std::process::id(),
             uid: 0,
             comm: "tests".to_owned(),
+            ..Asker::default()
         },
         own: false,
     }

@@ -267,7 +267,10 @@ fn s5_nftables_denials_are_told() -> Result<()> {
             "{said}"
         );
         let text = guarded.netns.enforcer(&guarded.world, &["events"])?.demand(0)?.stdout;
-        ensure!(text.contains(&format!("{verdict} uid {NOBODY} from ")), "{text}");
+        ensure!(
+            text.contains(&format!("{verdict} uid {NOBODY} (nobody) from ")),
+            "{text}"
+        );
     }
     Ok(())
 }

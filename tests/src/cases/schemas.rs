@@ -27,21 +27,22 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// The keys of each schema besides `schema`, those of objects inside by their path. What is here never goes while its
 /// schema has that version; what is new is entered here, and in `schemas.md`.
-const SCHEMAS: [(&str, &str); 12] = [
+const SCHEMAS: [(&str, &str); 13] = [
     (
         "enforcer/status/1",
         "state causes conditions conditions.id conditions.severity conditions.text backend subject \
          mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
          backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
-         targets.denied targets.would_deny names names.name names.addresses names.stale names.cause names.protects \
+         targets.denied targets.would_deny targets.principals targets.principals.kernel \
+         targets.principals.uid targets.principals.user targets.principals.cgroup_id targets.principals.cgroup names names.name names.addresses names.stale names.cause names.protects \
          names.cut dials \
-         dials.port dials.lookups dials.last dials.uid dials.time events_lost \
+         dials.port dials.lookups dials.last dials.uid dials.user dials.time events_lost \
          existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
          existing.connections.schema existing.connections.time existing.connections.verdict \
          existing.connections.action \
          existing.connections.reason existing.connections.protocol existing.connections.state \
          existing.connections.local existing.connections.remote existing.connections.uid \
-         existing.connections.cgroup_id \
+         existing.connections.user existing.connections.cgroup_id existing.connections.cgroup \
          existing.connections.target existing.connections.generation",
     ),
     (
@@ -50,18 +51,23 @@ const SCHEMAS: [(&str, &str); 12] = [
     ),
     (
         "enforcer/event/1",
-        "time verdict backend source pid tid comm kernel_thread task_uid socket_uid cgroup_id netns_cookie protocol \
-         dialled judged target generation",
+        "time verdict backend source pid tid comm kernel_thread task_uid task_user socket_uid socket_user cgroup_id \
+         cgroup netns_cookie protocol dialled judged target generation",
     ),
     (
         "enforcer/existing/1",
-        "time verdict action reason protocol state local remote uid cgroup_id target generation",
+        "time verdict action reason protocol state local remote uid user cgroup_id cgroup target generation",
     ),
     (
         "enforcer/grant/1",
-        "time action target user cgroup expires expires_before pid uid comm",
+        "time action target user cgroup expires expires_before pid uid comm parent_pid parent_comm login_uid",
     ),
     ("enforcer/lost/1", "lost"),
+    (
+        "enforcer/summary/1",
+        "of verdict target protocol endpoint uid user kernel_thread socket_uid socket_user comm cgroup count at_least \
+         first last",
+    ),
     (
         "enforcer/verify/1",
         "identical against backend generation compared counts differences differences.object differences.kind \
@@ -261,6 +267,7 @@ fn every_read_has_json_of_the_documented_keys() -> Result<()> {
         &["config", "check"],
         &["revoke", "main", "--all"],
         &["events"],
+        &["events", "--summary"],
     ] {
         let answers = read(words)?;
         ensure!(!answers.is_empty(), "{words:?} answers nothing");

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     policy::{Protocol, Uid},
     ruleset::Attempt,
-    wire::Condition,
+    wire::{Condition, PrincipalStatus},
 };
 
 /// What the kernel holds.
@@ -76,7 +76,7 @@ pub(crate) struct ObservedTarget {
     /// Its endpoints, those that cover or are covered included.
     pub endpoints: u64,
     /// Its principals as the kernel has them: UID, cgroup id, or kernel.
-    pub allow: Vec<String>,
+    pub allow: Vec<PrincipalStatus>,
     /// What it did.
     pub counters: Counters,
 }
@@ -299,11 +299,16 @@ pub(super) fn observe<'i>(
     })
 }
 
-fn describe(key: &enforcer_ebpf::PrincipalKey) -> String {
-    match (key.kind, key.cgroup) {
-        (enforcer_ebpf::kind::KERNEL, _) => "kernel".to_owned(),
-        (enforcer_ebpf::kind::ANYBODY, cgroup) => format!("anybody in cgroup id {cgroup}"),
-        (_, 0) => format!("user {}", key.uid),
-        (_, cgroup) => format!("user {} in cgroup id {cgroup}", key.uid),
+fn describe(key: &enforcer_ebpf::PrincipalKey) -> PrincipalStatus {
+    let (kernel, anybody) = match key.kind {
+        enforcer_ebpf::kind::KERNEL => (true, true),
+        enforcer_ebpf::kind::ANYBODY => (false, true),
+        _ => (false, false),
+    };
+    PrincipalStatus {
+        kernel,
+        uid: (!anybody).then_some(key.uid),
+        cgroup_id: (key.cgroup != 0).then_some(key.cgroup),
+        ..PrincipalStatus::default()
     }
 }

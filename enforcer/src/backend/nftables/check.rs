@@ -1,9 +1,6 @@
 //! The verdict that a table as read from the kernel gives on an attempt. Pure.
 
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use enforcer_ebpf::Verdict as Outcome;
 
@@ -16,6 +13,7 @@ use crate::{
     backend::Checked,
     policy::{Nat64, translated},
     ruleset::{Attempt, Subject},
+    wire::PrincipalStatus,
 };
 
 /// Whom a target's chain returns for.
@@ -33,14 +31,20 @@ pub(super) enum Admitted {
     Kernel,
 }
 
-impl fmt::Display for Admitted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::User(uid) => write!(f, "user {uid}"),
-            Self::Below(uid, _, cgroup) => write!(f, "user {uid} in cgroup id {cgroup}"),
-            Self::Anybody => f.write_str("anybody"),
-            Self::AnybodyBelow(_, cgroup) => write!(f, "anybody in cgroup id {cgroup}"),
-            Self::Kernel => f.write_str("kernel"),
+impl Admitted {
+    pub(super) fn shown(&self) -> PrincipalStatus {
+        let (kernel, uid, cgroup_id) = match *self {
+            Self::User(uid) => (false, Some(uid), None),
+            Self::Below(uid, _, cgroup) => (false, Some(uid), Some(cgroup)),
+            Self::Anybody => (false, None, None),
+            Self::AnybodyBelow(_, cgroup) => (false, None, Some(cgroup)),
+            Self::Kernel => (true, None, None),
+        };
+        PrincipalStatus {
+            kernel,
+            uid,
+            cgroup_id,
+            ..PrincipalStatus::default()
         }
     }
 }

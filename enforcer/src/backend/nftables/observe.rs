@@ -40,7 +40,7 @@ pub(super) fn observe(dump: &Dump) -> Observed {
             endpoints: owned.map(|(_, count)| count).sum(),
             allow: check::principals(image, target)
                 .iter()
-                .map(ToString::to_string)
+                .map(check::Admitted::shown)
                 .collect(),
             counters: Counters {
                 allowed: count(&allowed),

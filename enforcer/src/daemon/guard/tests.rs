@@ -43,6 +43,7 @@ fn grant(inputs: &mut Inputs, uid: u32, now: Instant) -> Test {
             pid: 1,
             uid: 0,
             comm: "test".to_owned(),
+            ..Asker::default()
         },
         own: false,
     };

@@ -99,7 +99,7 @@ fn what_is_told_of_each_is_as_it_was() -> serde_json::Result<()> {
             found.verdict = Verdict::WouldDeny;
             found.user = None;
         })?,
-        r#"{"schema":"enforcer/existing/1","time":"T","verdict":"would-deny","action":"reported","reason":null,"protocol":"udp","state":"syn-received","local":"10.0.0.1:40000","remote":"10.0.0.5:4222","uid":null,"cgroup_id":9,"target":"","generation":3}"#
+        r#"{"schema":"enforcer/existing/1","time":"T","verdict":"would-deny","action":"reported","reason":null,"protocol":"udp","state":"syn-received","local":"10.0.0.1:40000","remote":"10.0.0.5:4222","uid":null,"user":null,"cgroup_id":9,"cgroup":null,"target":"","generation":3}"#
     );
     for (state, fate, word, action, reason) in [
         (SocketState::Established, Fate::Stays, "established", "reported", "null"),
@@ -119,7 +119,7 @@ fn what_is_told_of_each_is_as_it_was() -> serde_json::Result<()> {
         assert_eq!(
             one(state, fate, nothing)?,
             format!(
-                r#"{{"schema":"enforcer/existing/1","time":"T","verdict":"deny","action":"{action}","reason":{reason},"protocol":"tcp","state":"{word}","local":"10.0.0.1:40000","remote":"10.0.0.5:4222","uid":7,"cgroup_id":null,"target":"","generation":3}}"#
+                r#"{{"schema":"enforcer/existing/1","time":"T","verdict":"deny","action":"{action}","reason":{reason},"protocol":"tcp","state":"{word}","local":"10.0.0.1:40000","remote":"10.0.0.5:4222","uid":7,"user":null,"cgroup_id":null,"cgroup":null,"target":"","generation":3}}"#
             )
         );
     }
