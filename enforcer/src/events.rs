@@ -1,4 +1,5 @@
-//! What the kernel tells of a denial, by a record or by what nftables logged, as an event; and what many of them come to.
+//! What the kernel tells of a denial, by a record or by what nftables logged, as an event; and what many of them come
+//! to.
 
 mod callers;
 mod filter;

@@ -17,6 +17,7 @@ use nix::{
 use tokio::net::UnixStream;
 
 use crate::{
+    grants::Asker,
     host,
     policy::{CgroupPath, CgroupPathError},
 };
@@ -104,9 +105,20 @@ impl Peer {
         host::task_name(self.pid)
     }
 
+    /// As grants remember who asked.
+    pub(crate) fn asker(&self) -> Asker {
+        Asker {
+            pid: self.pid,
+            uid: self.uid,
+            comm: self.comm(),
+            parent: self.parent(),
+            login_uid: self.login_uid(),
+        }
+    }
+
     /// The process that started it, by number and name, which that chooses itself: a command tells nothing of whoever
     /// runs it.
-    pub(crate) fn parent(&self) -> Option<(u32, String)> {
+    fn parent(&self) -> Option<(u32, String)> {
         let status = host::read_lossy(format!("/proc/{}/status", self.pid)).ok()?;
         let parent = host::status_field(&status, "PPid")?.parse().ok()?;
         // None of this PID namespace's.
@@ -114,7 +126,7 @@ impl Peer {
     }
 
     /// The user who logged in and led to it; none where a service did (proc(5), `loginuid`).
-    pub(crate) fn login_uid(&self) -> Option<u32> {
+    fn login_uid(&self) -> Option<u32> {
         let uid = host::read_lossy(format!("/proc/{}/loginuid", self.pid)).ok()?;
         uid.trim().parse().ok().filter(|uid| *uid != u32::MAX)
     }

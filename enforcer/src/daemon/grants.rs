@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::{About, Daemon, DaemonError};
 use crate::{
     control::{CgroupError, Peer},
-    grants::{self, Asker, FileError, GrantOutcome, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
+    grants::{self, FileError, GrantOutcome, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
     host::{self, NoMatch},
     inputs::Inputs,
     policy::{CgroupPath, CgroupPathError, HostUsers, MONIT, Uid, UserError},
@@ -155,7 +155,7 @@ impl Daemon {
         let keys: Vec<Key> = whom.into_iter().map(of).collect();
         self.end_expired();
         let now = Timestamp::now();
-        let by = asker(peer);
+        let by = peer.asker();
         let term = Term {
             since: now,
             expires: asked.seconds.map(|seconds| end(now, seconds)).transpose()?,
@@ -230,7 +230,7 @@ impl Daemon {
         }
         let kept = self.keep_grants();
         let in_force = self.put_in_force(self.inputs.clone());
-        let (by, now) = (asker(peer), Timestamp::now());
+        let (by, now) = (peer.asker(), Timestamp::now());
         let events: Vec<_> = gone
             .iter()
             .map(|(key, term)| key.event(GrantAction::Revoked, now, term.expires, Some(&by)))
@@ -485,16 +485,6 @@ fn end(now: Timestamp, seconds: u64) -> Result<Timestamp, GrantError> {
     }
     let signed = SignedDuration::try_from(time).map_err(|_| GrantError::Time)?;
     now.checked_add(signed).map_err(|_| GrantError::Time)
-}
-
-fn asker(peer: &Peer) -> Asker {
-    Asker {
-        pid: peer.pid,
-        uid: peer.uid,
-        comm: peer.comm(),
-        parent: peer.parent(),
-        login_uid: peer.login_uid(),
-    }
 }
 
 fn describe(peer: &Peer) -> String {

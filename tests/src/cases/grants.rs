@@ -798,7 +798,6 @@ pub(super) fn lasting() -> Term {
         expires: None,
         by: Asker {
             pid: std::process::id(),
-            uid: 0,
             comm: "tests".to_owned(),
             ..Asker::default()
         },

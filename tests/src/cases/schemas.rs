@@ -34,7 +34,8 @@ const SCHEMAS: [(&str, &str); 13] = [
          mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
          backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
          targets.denied targets.would_deny targets.principals targets.principals.kernel \
-         targets.principals.uid targets.principals.user targets.principals.cgroup_id targets.principals.cgroup names names.name names.addresses names.stale names.cause names.protects \
+         targets.principals.uid targets.principals.user targets.principals.cgroup_id targets.principals.cgroup \
+         names names.name names.addresses names.stale names.cause names.protects \
          names.cut dials \
          dials.port dials.lookups dials.last dials.uid dials.user dials.time events_lost \
          existing existing.action existing.time existing.generation existing.found existing.cut existing.connections \
