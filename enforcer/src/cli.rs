@@ -25,7 +25,7 @@ use clap::{
     error::{ContextKind, ContextValue},
 };
 use serde::Serialize;
-use tracing_subscriber::fmt::format;
+use tracing_subscriber::{filter::LevelFilter, fmt::format, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
     backend::ActiveRules,
@@ -37,7 +37,7 @@ use crate::{
     resolve::{KnownName, protection},
     state,
     status::{self, Context, status},
-    text::{self, Log},
+    text::{self, Journal, Log},
     visibility::Visibility,
     wire::{ActiveBackend, ConditionId, NameStatus, Reply, Request, Severity, State, Status},
 };
@@ -56,7 +56,7 @@ pub struct Cli {
     /// protected]
     #[arg(long, global = true, value_name = "PATH", help_heading = COMMON, display_order = 900)]
     config: Option<PathBuf>,
-    /// Log format, on stderr
+    /// Log format
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     #[arg(help_heading = COMMON, display_order = 901)]
     log_format: LogFormat,
@@ -70,8 +70,12 @@ pub struct Cli {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
+    /// Lines, on stderr
     Text,
+    /// Lines of JSON with fields, on stderr
     Json,
+    /// Entries of systemd's journal with fields; as text where there is none
+    Journal,
 }
 
 #[derive(Debug, Subcommand)]
@@ -227,6 +231,16 @@ fn start_log(format: LogFormat, level: tracing::Level) {
     match format {
         LogFormat::Text => builder.fmt_fields(message).with_writer(Log::Text).init(),
         LogFormat::Json => builder.json().with_writer(Log::Json).init(),
+        LogFormat::Journal => match Journal::open() {
+            Ok(journal) => tracing_subscriber::registry()
+                .with(LevelFilter::from_level(level))
+                .with(journal)
+                .init(),
+            Err(error) => {
+                start_log(LogFormat::Text, level);
+                tracing::warn!("no journal: {error}; the log goes to stderr");
+            }
+        },
     }
 }
 

@@ -4,6 +4,8 @@
 //! Two barriers. A [`Page`] is made line by line, so that a line feed within a value is seen for what it is; and every
 //! writer to stdout and stderr (`cli::print`, [`Log`]) lets through printable characters alone, whoever made the text.
 
+mod journal;
+
 use std::{
     borrow::Cow,
     fmt::{Display, Write as _},
@@ -13,6 +15,8 @@ use std::{
 use comfy_table::{Table, presets};
 use serde::Serialize;
 use tracing_subscriber::fmt::MakeWriter;
+
+pub(crate) use self::journal::Journal;
 
 /// In one line: control and format characters, separators other than the blank, combining and unassigned characters as
 /// Rust writes them (`\u{1b}`, `\n`).

@@ -102,6 +102,8 @@ the_installed_package_guards_monit() {
     # Ready is told when the kernel enforces; without a word of configuration that is monit, for root alone.
     sleep 1
     all_came_to denied "$(entered enforcer)" "$(now)" monit mapped
+    # Its log has fields.
+    journalctl --no-pager --boot --output json ENFORCER_VERDICT=deny | grep '"ENFORCER_TARGET":"monit"'
     remember word denied
     remember ways 'monit mapped'
     root_passes
