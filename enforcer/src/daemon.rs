@@ -149,7 +149,6 @@ async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonEr
     }
     daemon.enforcement.retire(daemon.inputs.settings());
     daemon.look_up_due(Instant::now());
-    daemon.load_denials();
     let mut ready = false;
     loop {
         if !ready && daemon.rounds.has_first_answers() && !daemon.is_unsettled() {

@@ -69,7 +69,8 @@ fn modified(path: &Path) -> Option<std::time::SystemTime> {
 /// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it
 /// needs.
 pub(super) fn start(path: &Path) -> Result<(Daemon, ControlSocket), DaemonError> {
-    let (daemon, listener) = enforce(&ThisMachine, path)?;
+    let (mut daemon, listener) = enforce(&ThisMachine, path)?;
+    daemon.load_denials();
     // Nothing that follows, lookups above all, runs with more.
     capabilities::reduce()?;
     confine::to(daemon.inputs.settings());
