@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     backend::probe::{Fact, Facts, Feature},
-    config::Settings,
+    config::{Config, ConfigError, DEFAULT_PATH, Settings},
     policy::FileUsers,
     wire::doctor::{
         HostReport, Report,
@@ -87,12 +87,17 @@ impl Image {
     pub(super) fn collect(root: &Path, config: &Path) -> io::Result<Self> {
         fs::read_dir(root)?;
         let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
-        let config = inside(config);
+        let (named, config) = (config, inside(config));
+        let read = match Config::load(&config) {
+            // As on a host (B1).
+            Err(ConfigError::Missing { .. }) if named == Path::new(DEFAULT_PATH) => Config::parse("", &config),
+            read => read,
+        };
         let Read {
             settings,
             absent,
             policy,
-        } = Read::of(&config, &FileUsers::below(root).unwrap_or_default());
+        } = Read::of(read, &FileUsers::below(root).unwrap_or_default());
         let ours = FILES.map(|path| root.join(path)).into_iter();
         let ours = ours.chain([config.clone(), inside(&settings.state_dir)]);
         let ours = ours.chain(config.parent().map(Path::to_path_buf));

@@ -17,7 +17,7 @@ use crate::{
         jobs::{self, ChainDump},
     },
     bosh,
-    config::{Config, Settings},
+    config::{Config, ConfigError, Settings},
     control::{self, AskError},
     grants::{self, Moment},
     host::{self, START, hierarchy::Hierarchy},
@@ -71,13 +71,13 @@ pub(super) struct Read {
 }
 
 impl Read {
-    pub(super) fn of(path: &Path, users: &dyn Users) -> Self {
+    pub(super) fn of(config: Result<Config, ConfigError>, users: &dyn Users) -> Self {
         let mut this = Self {
             settings: Settings::default(),
             absent: Vec::new(),
             policy: Err(String::new()),
         };
-        let read = Config::load(path).map_err(|error| error.to_string());
+        let read = config.map_err(|error| error.to_string());
         this.policy = read.and_then(|config| {
             this.settings = config.settings.clone();
             let read = Policy::from_config(&config, users).map_err(|error| error.to_string())?;
@@ -94,7 +94,7 @@ impl Instance {
             settings,
             absent,
             policy,
-        } = Read::of(path, &HostUsers);
+        } = Read::of(Config::load(path), &HostUsers);
         let hierarchy = gaps.saw("cgroup v2 mounts", Hierarchy::find()).flatten();
         let mount = hierarchy.as_ref().map(|found| found.mount.clone());
         let mut this = Self {

@@ -543,6 +543,8 @@ fn doctor_evaluates_an_image() -> Result<()> {
     for id in ["files-missing", "no-backend"] {
         ensure!(found(&report, id).is_some(), "{id} is not in {report}");
     }
+    // The package brings no configuration.
+    ensure!(found(&report, "configuration").is_none(), "{report}");
     let built_in = "BPF_SYSCALL CGROUPS CGROUP_BPF INET DEBUG_INFO_BTF NF_TABLES_INET NF_TABLES_IPV4 NF_TABLES_IPV6 \
         INET_DIAG_DESTROY";
     let modules = [

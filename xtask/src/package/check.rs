@@ -17,7 +17,6 @@ const GLIBC: (u32, u32) = (2, 35);
 const EXPOSURE: &str = "37";
 /// Files and modes, man pages apart. Directories are not listed.
 const FILES: [(&str, &str); 23] = [
-    ("644", "/etc/enforcer/enforcer.toml"),
     ("755", "/etc/sv/enforcer/check"),
     ("755", "/etc/sv/enforcer/finish"),
     ("755", "/etc/sv/enforcer/log/run"),
@@ -33,6 +32,7 @@ const FILES: [(&str, &str); 23] = [
     ("644", "/usr/share/doc/enforcer/agent.md"),
     ("644", "/usr/share/doc/enforcer/architecture.md"),
     ("644", "/usr/share/doc/enforcer/copyright"),
+    ("644", "/usr/share/doc/enforcer/examples/enforcer.toml"),
     ("644", "/usr/share/doc/enforcer/guarantees.md"),
     ("644", "/usr/share/doc/enforcer/schemas.md"),
     ("644", "/usr/share/doc/enforcer/stemcell.md"),
@@ -214,18 +214,19 @@ fn completions(scratch: &Scratch) -> Result<()> {
     Ok(())
 }
 
-/// The commented file is what it says: uncommented, it is a good configuration, and all its values are the defaults.
+/// The example is what it says: uncommented, it is a good configuration, and all its values are the defaults.
 fn configuration(scratch: &Scratch) -> Result<()> {
     scratch.read(
-        "! grep -E '^[^#]' /etc/enforcer/enforcer.toml
+        "file=/usr/share/doc/enforcer/examples/enforcer.toml
+         ! grep -E '^[^#]' $file
          # The example's user and cgroup are not here.
          sed -E 's/^#([^ ])/\\1/; s/^#(    )/\\1/; s/cgroup = .*, user = .agent./kernel = true/' \
-             /etc/enforcer/enforcer.toml >/tmp/uncommented.toml
+             $file >/tmp/uncommented.toml
          enforcer --config /tmp/uncommented.toml config check
          enforcer --config /tmp/uncommented.toml config show | grep -v '^#' >/tmp/shown
          grep -v '^#' /tmp/uncommented.toml | diff -B - /tmp/shown",
     )?;
-    say("the default configuration is all comments, and good without them");
+    say("the example configuration is all comments, and good without them");
     Ok(())
 }
 

@@ -38,7 +38,38 @@ command_of() { sed -n 's/^ExecStart=//p' "/lib/systemd/system/$1"; }
 
 open "before installation somebody already refuses"
 dpkg -i "$PACKAGE" >/tmp/dpkg.log 2>&1 || fail "dpkg -i: $(cat /tmp/dpkg.log)"
-cat >>/etc/enforcer/enforcer.toml <<EOF
+# Without a sign that there is something to guard, neither systemd nor runit starts it; each sign is enough.
+starts() { systemd-analyze condition --unit=enforcer.service >/tmp/conditions 2>&1; }
+reported() {
+    DPKG_MAINTSCRIPT_PACKAGE=enforcer DPKG_MAINTSCRIPT_NAME=postinst sh /var/lib/dpkg/info/enforcer.postinst configure >/tmp/report 2>&1 &&
+        grep -q "$1" /tmp/report
+}
+grep -q 'nothing is enforced: this is no BOSH VM' /tmp/dpkg.log || fail "installed, it says nothing: $(cat /tmp/dpkg.log)"
+! starts || fail "its unit starts although nothing is configured: $(cat /tmp/conditions)"
+code=0
+sh /etc/sv/enforcer/run >/tmp/run 2>&1 || code=$?
+[ "$code" = 4 ] || fail "runit's run does not end with 4: $code, $(cat /tmp/run)"
+enforcer status >/tmp/status 2>&1 && fail "something is active: $(cat /tmp/status)"
+open "installed, not configured"
+say "installed where there is no BOSH agent, it enforces nothing until it is configured, and says so"
+while read -r sign words; do
+    mkdir -p "${sign%/*}"
+    touch "$sign"
+    starts || fail "$sign is there, and its unit does not start: $(cat /tmp/conditions)"
+    reported "$words" || fail "$sign is there, and it says: $(cat /tmp/report)"
+    rm "$sign"
+    rmdir --ignore-fail-on-non-empty "${sign%/*}"
+done <<EOF
+/var/vcap/bosh this is a BOSH VM
+/etc/enforcer/enforcer.toml the configuration in /etc/enforcer
+/etc/enforcer/conf.d/etcd.toml the configuration in /etc/enforcer
+/var/lib/enforcer/last-good.json the rules in /var/lib/enforcer
+EOF
+! starts || fail "a sign is left: $(cat /tmp/conditions)"
+say "on a BOSH VM, with a configuration, or with rules that were active before, its unit starts"
+
+mkdir -p /etc/enforcer
+cat >/etc/enforcer/enforcer.toml <<EOF
 cgroup = "$judged"
 backend = "ebpf"
 [target.monit]

@@ -94,8 +94,20 @@ is_active() { [ "$(systemctl is-active enforcer)" = active ]; }
 is_another() { [ "$(main_process)" != "$1" ] && is_active; }
 
 without_the_package_every_attack_succeeds() { all_came_to open 0 "$(now)" $all_ways other; }
-the_installed_package_guards_monit() {
+without_a_sign_of_bosh_the_package_guards_nothing() {
+    local since
     dpkg -i /life/first.deb
+    since=$(now)
+    sleep 1
+    fails is_active
+    systemctl start enforcer
+    fails is_active
+    all_came_to open "$since" "$(now)" $all_ways other
+}
+on_a_bosh_vm_the_package_guards_monit() {
+    # As the image has it, before there are any settings.
+    mkdir -p /var/vcap/bosh
+    systemctl start enforcer
     is_active
     # The unit's filter of system calls lets it.
     journalctl --no-pager --boot --output cat --unit enforcer | grep 'confined by Landlock to /'
@@ -391,7 +403,8 @@ machine_ends=1
 case $boot in
 1)
     part without_the_package_every_attack_succeeds
-    part the_installed_package_guards_monit
+    part without_a_sign_of_bosh_the_package_guards_nothing
+    part on_a_bosh_vm_the_package_guards_monit
     part a_configuration_is_taken
     part a_private_unit_is_visible_or_refused
     part an_ordering_cycle_is_named
