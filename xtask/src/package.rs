@@ -50,7 +50,7 @@ pub(crate) fn run(build_only: bool) -> Result<()> {
         std::fs::remove_dir_all(generated.join("man")).context("remove the old man pages")?;
     }
     quiet(
-        "package: write man pages, completions and the default configuration",
+        "package: write man pages, completions and the example configuration",
         Command::new(&pages).arg(&generated),
     )?;
     let package = assemble(1)?;

@@ -15,8 +15,8 @@ const GLIBC: (u32, u32) = (2, 35);
 /// its own, with which the daemon would not see those of the host; that Landlock confines its writing the tool does not
 /// know.
 const EXPOSURE: &str = "37";
-/// Files and modes, man pages apart. Directories are not listed.
-const FILES: [(&str, &str); 23] = [
+/// Files and modes, the commands' man pages apart. Directories are not listed.
+const FILES: [(&str, &str); 24] = [
     ("755", "/etc/sv/enforcer/check"),
     ("755", "/etc/sv/enforcer/finish"),
     ("755", "/etc/sv/enforcer/log/run"),
@@ -39,6 +39,7 @@ const FILES: [(&str, &str); 23] = [
     ("644", "/usr/share/enforcer/monit-access-helper.sh"),
     ("644", "/usr/share/fish/vendor_completions.d/enforcer.fish"),
     ("644", "/usr/share/lintian/overrides/enforcer"),
+    ("644", "/usr/share/man/man5/enforcer.toml.5.gz"),
     ("644", "/usr/share/zsh/vendor-completions/_enforcer"),
 ];
 /// Every file but those that any package changes, with its mode, owner and path.
@@ -170,11 +171,12 @@ fn image(scratch: &Scratch) -> Result<()> {
 fn manual(scratch: &Scratch) -> Result<()> {
     // As lintian asks man: every warning of groff's, for each page.
     let output = scratch.run(
-        "for page in /usr/share/man/man8/enforcer*; do
+        "for page in /usr/share/man/man[58]/enforcer*; do
              MANROFFSEQ= MANWIDTH=100 man --warnings -E UTF-8 -l -Tutf8 -Z \"$page\" >/dev/null
              lexgrog \"$page\" >/dev/null
          done
-         man enforcer-check | grep -q -- --foreign-netns",
+         man enforcer-check | grep -q -- '\\[--cgroup PATH\\]'
+         man enforcer.toml | grep -q 'Default: \"enforce\"'",
     )?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
@@ -182,7 +184,7 @@ fn manual(scratch: &Scratch) -> Result<()> {
         "the man pages ({}):\n{said}",
         output.status
     );
-    say("man pages render without a warning, and have names that apropos finds");
+    say("man pages render without a warning, name the values of options, and have names that apropos finds");
     Ok(())
 }
 

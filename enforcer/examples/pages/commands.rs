@@ -1,52 +1,15 @@
-//! Writes what a package holds besides the program, from the program's own words: man pages, completions, the default
-//! configuration.
+//! `enforcer(8)`, and a page for each command: what clap knows, and what it does not.
 
-use std::{
-    env, fs,
-    io::Write as _,
-    path::{Path, PathBuf},
-};
+use std::{io::Write as _, path::Path};
 
-use anyhow::{Context as _, Result};
-use clap::{Command, CommandFactory as _};
-use clap_complete::aot::{Shell, generate_to};
+use anyhow::Result;
+use clap::{Arg, ArgAction, Command};
 use clap_mangen::Man;
-use enforcer::{cli::Cli, config::Config};
+
+use super::{list, roff, write};
 
 /// Administration tools and daemons (man 7 man-pages).
 const SECTION: &str = "8";
-
-/// What the commented file shows besides the defaults: targets, as an example.
-const EXAMPLE: &str = r#"
-[target.bus]
-endpoints = ["nats://nats.example.internal:4222", "tcp://10.0.0.5:4222", "tcp://[2001:db8::5]:4222"]
-allow = ["root", { user = "agent", cgroup = "/system.slice/agent.service" }]
-
-[target.monit]
-endpoints = ["tcp://127.0.0.1:2822", "tcp://[::1]:2822"]
-allow = ["root"]
-"#;
-
-fn main() -> Result<()> {
-    let out = env::args_os()
-        .nth(1)
-        .map(PathBuf::from)
-        .context("usage: pages DIRECTORY")?;
-    let command = Cli::command().disable_help_subcommand(true);
-    man_pages(&made(&out.join("man"))?, &command)?;
-    let completions = made(&out.join("completions"))?;
-    for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
-        generate_to(shell, &mut command.clone(), "enforcer", &completions)
-            .with_context(|| format!("write the completions of {shell}"))?;
-    }
-    let path = out.join("enforcer.toml");
-    fs::write(&path, default_configuration()?).with_context(|| format!("write {}", path.display()))
-}
-
-fn made(dir: &Path) -> Result<PathBuf> {
-    fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
-    Ok(dir.into())
-}
 
 /// Examples of a command: what is typed, and what for.
 const EXAMPLES: [(&str, &[(&str, &str)]); 9] = [
@@ -121,10 +84,10 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 9] = [
 ];
 
 /// Files, and what they are for.
-const FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 5] = [
     (
         "/etc/enforcer/enforcer.toml",
-        "The configuration; enforcer config show explains each key.",
+        "The configuration, see enforcer.toml(5).",
     ),
     (
         "/run/enforcer/control.sock",
@@ -134,6 +97,10 @@ const FILES: [(&str, &str); 4] = [
     (
         "/sys/fs/bpf/enforcer",
         "Pinned eBPF links and maps; they keep the rules active without the daemon.",
+    ),
+    (
+        "/usr/share/doc/enforcer/troubleshooting.md",
+        "What to run and what to do, by symptom.",
     ),
 ];
 
@@ -152,7 +119,7 @@ const EXIT_STATUS: [(&str, &str); 4] = [
 ];
 
 /// `enforcer.8`, and a page for each command below.
-fn man_pages(dir: &Path, command: &Command) -> Result<()> {
+pub(super) fn write_pages(dir: &Path, command: &Command) -> Result<()> {
     let mut command = command.clone();
     command.build();
     let source = format!("enforcer {}", command.get_version().unwrap_or_default());
@@ -164,7 +131,7 @@ fn man_pages(dir: &Path, command: &Command) -> Result<()> {
             .manual("enforcer")
             .source(source.clone());
         let path = dir.join(man.get_filename());
-        fs::write(&path, page(&man, &command)?).with_context(|| format!("write {}", path.display()))?;
+        write(&path, &page(&man, &command)?)?;
     }
     Ok(())
 }
@@ -174,7 +141,7 @@ fn page(man: &Man, command: &Command) -> Result<Vec<u8>> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    man.render_synopsis_section(&mut page)?;
+    synopsis(&mut page, command)?;
     man.render_description_section(&mut page)?;
     man.render_options_section(&mut page)?;
     if command.has_subcommands() {
@@ -187,45 +154,63 @@ fn page(man: &Man, command: &Command) -> Result<Vec<u8>> {
         list(&mut page, "EXAMPLES", examples.iter().copied())?;
     }
     let also = if name == "enforcer" {
-        "enforcer-status(8), enforcer-check(8), enforcer-reload(8), enforcer-doctor(8)"
+        "enforcer.toml(5), enforcer-status(8), enforcer-check(8), enforcer-reload(8), enforcer-doctor(8)"
     } else {
-        "enforcer(8)"
+        "enforcer(8), enforcer.toml(5)"
     };
     writeln!(page, ".SH \"SEE ALSO\"\n{}", roff(also))?;
     Ok(page)
 }
 
-/// A section of terms and what they mean.
-fn list<'a>(page: &mut Vec<u8>, title: &str, entries: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<()> {
-    writeln!(page, ".SH \"{title}\"")?;
-    for (term, meaning) in entries {
-        writeln!(page, ".TP\n\\fB{}\\fR\n{}", roff(term), roff(meaning))?;
+/// What may be typed. Written here, as clap_mangen leaves out the values of options.
+fn synopsis(page: &mut Vec<u8>, command: &Command) -> Result<()> {
+    let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
+    let mut words = vec![format!("\\fB{}\\fR", roff(name))];
+    let shown = command.get_arguments().filter(|argument| !argument.is_hide_set());
+    let (positional, mut options) = shown.partition::<Vec<&Arg>, _>(|argument| argument.is_positional());
+    options.retain(|option| !is_of_clap(option));
+    options.sort_by_key(|option| option.get_display_order());
+    for argument in options.into_iter().chain(positional) {
+        let text = typed(argument);
+        let again = if matches!(argument.get_action(), ArgAction::Append) {
+            "..."
+        } else {
+            ""
+        };
+        words.push(if argument.is_required_set() {
+            text + again
+        } else {
+            format!("[{text}]{again}")
+        });
     }
+    if command.has_subcommands() {
+        words.push("\\fICOMMAND\\fR".to_owned());
+    }
+    // Neither hyphens nor wide gaps: it is not prose.
+    writeln!(page, ".SH SYNOPSIS\n.nh\n.ad l\n{}\n.ad b\n.hy", words.join(" "))?;
     Ok(())
 }
 
-/// A line of text as roff has it.
-fn roff(text: &str) -> String {
-    text.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq")
+/// `--help` and `--version`, which every command has.
+fn is_of_clap(option: &Arg) -> bool {
+    matches!(
+        option.get_action(),
+        ArgAction::Help | ArgAction::HelpShort | ArgAction::HelpLong | ArgAction::Version
+    )
 }
 
-/// Every key with its meaning and default, as `config show` prints them, each line commented.
-fn default_configuration() -> Result<String> {
-    let shown = Config::parse(EXAMPLE, Path::new("the example"))?.show();
-    let mut out = Vec::new();
-    writeln!(
-        out,
-        "# Configuration of enforcer. Lines that begin with # and no blank are defaults or examples: remove the # to \
-         use them.\n\
-         # enforcer config check reports what is wrong with it, enforcer reload takes it and prints what changes.\n"
-    )?;
-    for line in shown.lines() {
-        let mark = if line.is_empty() || line.starts_with('#') {
-            ""
-        } else {
-            "#"
-        };
-        writeln!(out, "{mark}{line}")?;
+/// An option as `-s|--long VALUE`, or the value of a positional argument; no line ends in it.
+fn typed(argument: &Arg) -> String {
+    let flags = [
+        argument.get_short().map(|short| format!("-{short}")),
+        argument.get_long().map(|long| format!("--{long}")),
+    ];
+    let flags = flags.iter().flatten().map(|flag| format!("\\fB{}\\fR", roff(flag)));
+    let mut words = vec![flags.collect::<Vec<_>>().join("|")];
+    if argument.get_num_args().is_some_and(|number| number.takes_values()) {
+        let values = argument.get_value_names().unwrap_or_default();
+        words.extend(values.iter().map(|value| format!("\\fI{}\\fR", roff(value))));
     }
-    Ok(String::from_utf8(out)?)
+    words.retain(|word| !word.is_empty());
+    words.join("\\ ")
 }
