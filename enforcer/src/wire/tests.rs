@@ -423,7 +423,9 @@ fn objects_are_in_the_order_of_their_names_and_read_back() {
 #[test]
 fn every_condition_is_documented() {
     let document = include_str!("../../docs/schemas.md");
+    let remedies = include_str!("../../docs/troubleshooting.md");
     for id in ConditionId::ALL {
+        assert!(remedies.contains(&format!("\n| `{id}` | ")), "{id}: what to do?");
         let row = document.lines().find(|line| line.starts_with(&format!("| `{id}` | ")));
         let severity = id.because("").severity.to_string();
         assert!(

@@ -16,7 +16,7 @@ const GLIBC: (u32, u32) = (2, 35);
 /// know.
 const EXPOSURE: &str = "37";
 /// Files and modes, the commands' man pages apart. Directories are not listed.
-const FILES: [(&str, &str); 24] = [
+const FILES: [(&str, &str); 25] = [
     ("755", "/etc/sv/enforcer/check"),
     ("755", "/etc/sv/enforcer/finish"),
     ("755", "/etc/sv/enforcer/log/run"),
@@ -36,6 +36,7 @@ const FILES: [(&str, &str); 24] = [
     ("644", "/usr/share/doc/enforcer/guarantees.md"),
     ("644", "/usr/share/doc/enforcer/schemas.md"),
     ("644", "/usr/share/doc/enforcer/stemcell.md"),
+    ("644", "/usr/share/doc/enforcer/troubleshooting.md"),
     ("644", "/usr/share/enforcer/monit-access-helper.sh"),
     ("644", "/usr/share/fish/vendor_completions.d/enforcer.fish"),
     ("644", "/usr/share/lintian/overrides/enforcer"),
