@@ -29,10 +29,11 @@ use tracing_subscriber::{filter::LevelFilter, fmt::format, layer::SubscriberExt 
 
 use crate::{
     backend::ActiveRules,
-    config::{self, Config, ConfigError, Settings},
+    config::{self, Config, ConfigError, Mistakes, Settings},
     control::{self, AskError},
-    daemon,
+    daemon::{self, DaemonError},
     host::{self, Identities},
+    inputs::InputError,
     policy::Name,
     resolve::{KnownName, protection},
     state,
@@ -200,11 +201,29 @@ pub fn main() -> ExitCode {
         Ok(ExitStatus::Unknown) => ExitCode::from(2),
         Ok(ExitStatus::Unloaded) => ExitCode::from(3),
         Err(error) => {
-            complain("error", &format!("{error:#}"));
+            lines_of(&error).iter().for_each(|line| complain("error", line));
             ExitCode::from(2)
         }
     }
 }
+
+/// An error as it is printed: of a configuration, each mistake on a line of its own.
+fn lines_of(error: &anyhow::Error) -> Vec<String> {
+    if let Some(Rejected(lines)) = error.downcast_ref() {
+        return lines.clone();
+    }
+    let mistakes = error
+        .downcast_ref::<DaemonError>()
+        .and_then(DaemonError::mistakes)
+        .or_else(|| error.downcast_ref::<InputError>().and_then(InputError::mistakes))
+        .or_else(|| error.downcast_ref::<ConfigError>().and_then(ConfigError::mistakes));
+    mistakes.map_or_else(|| vec![format!("{error:#}")], Mistakes::lines)
+}
+
+/// What a daemon has answered to a configuration with mistakes, a line each.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("; "))]
+struct Rejected(Vec<String>);
 
 /// Nobody who mistypes is led to the command that ends all protection.
 fn without_unload(mut error: clap::Error) -> clap::Error {
@@ -325,7 +344,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
     let settings = match &error {
         ConfigError::Missing { .. } | ConfigError::Gone { .. } => None,
         ConfigError::Unreadable { .. } => lenient.then(Settings::default),
-        ConfigError::TooLong { .. } | ConfigError::At { .. } => config::place(path, lenient),
+        ConfigError::TooLong { .. } | ConfigError::Invalid(_) => config::place(path, lenient),
     };
     let Some(settings) = settings else {
         return Err(error.into());

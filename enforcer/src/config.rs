@@ -21,6 +21,7 @@ mod changes;
 mod contradictions;
 mod error;
 mod meaning;
+mod mistakes;
 mod read;
 mod salvage;
 mod show;
@@ -31,7 +32,8 @@ mod value;
 
 pub use crate::wire::{Backend, Existing};
 pub use error::{ConfigError, ConfigFault};
-pub use meaning::{Absent, Nobody, PolicyError, PolicyFault, Remark, Understood, Warning, WarningKind};
+pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
+pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
 pub use salvage::{place, state_dir};
 
 /// Where the configuration is unless told otherwise.
@@ -129,9 +131,9 @@ words! {
 /// Longest name of a table (F7).
 pub const MAX_TABLE_NAME: usize = 64;
 
-/// A section `[target.NAME]`.
+/// A section `[target.NAME]`. Whether it has the keys that it needs, `config/read.rs` looks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a section [target.NAME]")]
+#[serde(default, deny_unknown_fields, expecting = "a section [target.NAME]")]
 pub struct TargetSection {
     /// The line of its name.
     #[serde(skip)]
@@ -141,10 +143,8 @@ pub struct TargetSection {
     /// Who may connect.
     pub allow: Vec<Located<Allow>>,
     /// Whether others may be let in while it is active (B4).
-    #[serde(default)]
     pub grants: bool,
     /// What DNS may answer for its names (N6).
-    #[serde(default)]
     pub answers: AcceptedAnswers,
 }
 
@@ -225,12 +225,12 @@ impl Config {
                 .take(valid)
                 .filter(|byte| **byte == b'\n')
                 .count();
-            ConfigError::At {
+            read::alone(Mistake::Form {
                 path: path.into(),
                 line,
-                thing: String::new(),
+                keys: Vec::new(),
                 fault: ConfigFault::NotUtf8,
-            }
+            })
         })?;
         Self::parse(&text, path)
     }
@@ -245,7 +245,7 @@ impl Config {
 
     /// Reads a configuration; `path` is for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        read::config(text, path)
+        Ok(read::config(text, path)?)
     }
 }
 

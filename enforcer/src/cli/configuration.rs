@@ -1,4 +1,4 @@
-//! `enforcer config`: what is wrong with the configuration, and what it is with all defaults.
+//! `enforcer config`: all that is wrong with the configuration, and what it is with all defaults.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,17 +13,20 @@ use tokio::task::JoinSet;
 
 use super::{ExitStatus, Json, print_one, reload, runtime};
 use crate::{
-    config::Config,
-    inputs::HostConfig,
+    config::{Config, Mistake, Mistakes},
+    inputs::{HostConfig, InputError},
     policy::{AcceptedAnswers, Name},
     resolve::{Names, lookup},
     text::{self, Page, counted},
-    wire::{Schema, check::ConfigCheck},
+    wire::{
+        Schema,
+        check::{ConfigCheck, ConfigMistake},
+    },
 };
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Report what is wrong with the configuration
+    /// Report everything that is wrong with the configuration
     Check(Json),
     /// Print what a reload would change, compared with what the daemon has; exit code 1 if anything
     Diff(Json),
@@ -80,15 +83,22 @@ async fn unprotected(path: &Path, asked: BTreeMap<Name, AcceptedAnswers>) -> Vec
 }
 
 fn check(path: &Path, json: &Json) -> Result<ExitStatus> {
-    let wanted = HostConfig::load(path)?;
+    let wanted = match HostConfig::load(path) {
+        Ok(wanted) => wanted,
+        Err(error) => {
+            if json.json {
+                print_one(&ConfigCheck::invalid(path, &error), json, ConfigCheck::render)?;
+            }
+            return Err(error.into());
+        }
+    };
     let checked = ConfigCheck {
-        schema: Schema::ConfigCheck,
-        path: path.display().to_string(),
         exists: wanted.from_file,
         targets: wanted.policy().targets.len(),
         warnings: wanted.warnings().to_vec(),
         absent: wanted.absent(),
         unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
+        ..ConfigCheck::of(path)
     };
     let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
     print_one(&checked, json, ConfigCheck::render)?;
@@ -96,6 +106,43 @@ fn check(path: &Path, json: &Json) -> Result<ExitStatus> {
 }
 
 impl ConfigCheck {
+    fn of(path: &Path) -> Self {
+        Self {
+            schema: Schema::ConfigCheck,
+            path: path.display().to_string(),
+            exists: path.exists(),
+            targets: 0,
+            warnings: Vec::new(),
+            absent: Vec::new(),
+            unprotected: Vec::new(),
+            errors: Vec::new(),
+            more_errors: 0,
+        }
+    }
+
+    fn invalid(path: &Path, error: &InputError) -> Self {
+        let of = |mistake: &Mistake| ConfigMistake {
+            path: mistake.path().display().to_string(),
+            line: Some(mistake.line()),
+            target: mistake.target().map(str::to_owned),
+            key: mistake.key(),
+            message: mistake.message(),
+        };
+        let alone = || ConfigMistake {
+            path: path.display().to_string(),
+            line: None,
+            target: None,
+            key: None,
+            message: error.to_string(),
+        };
+        let mistakes = error.mistakes();
+        Self {
+            errors: mistakes.map_or_else(|| vec![alone()], |mistakes| mistakes.iter().map(of).collect()),
+            more_errors: mistakes.map_or(0, Mistakes::more),
+            ..Self::of(path)
+        }
+    }
+
     fn render(&self) -> String {
         let Self {
             path,

@@ -5,9 +5,10 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{ExitStatus, Json, PATIENCE_FOR_WORK, answer_of, place, print_one, refreshed, runtime};
+use super::{ExitStatus, Json, PATIENCE_FOR_WORK, Rejected, answer_of, place, print_one, refreshed, runtime};
 use crate::{
-    config, control,
+    config,
+    control::{self, AskError},
     wire::{ReloadReport, Reply, Request},
 };
 
@@ -71,11 +72,13 @@ pub(super) fn diff(config: &Path, json: &Json) -> Result<ExitStatus> {
 }
 
 fn ask(socket: &Path, dry_run: bool) -> Result<ReloadReport> {
-    let asked = runtime()?.block_on(control::ask(socket, &Request::Reload { dry_run }, PATIENCE_FOR_WORK))?;
-    let Reply::Reload(report) = asked else {
-        bail!("the daemon gave an unexpected answer; is it another version?");
-    };
-    Ok(*report)
+    match runtime()?.block_on(control::ask(socket, &Request::Reload { dry_run }, PATIENCE_FOR_WORK)) {
+        Ok(Reply::Reload(report)) => Ok(*report),
+        Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
+        // It has escaped what is within a line.
+        Err(AskError::Refused(lines)) => Err(Rejected(lines.lines().map(str::to_owned).collect()).into()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The daemon reads its own file, whichever one was named to find it.

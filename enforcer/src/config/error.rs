@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, time::Duration};
 use humantime::format_duration;
 use thiserror::Error;
 
-use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION};
+use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Mistakes};
 use crate::policy::MAX_NAT64;
 
 /// A configuration that cannot be used.
@@ -38,18 +38,20 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// A line of it is wrong.
-    #[error("{}:{line}: {thing}{}{fault}", path.display(), if thing.is_empty() { "" } else { " " })]
-    At {
-        /// The file.
-        path: PathBuf,
-        /// The line, from 1.
-        line: usize,
-        /// `mode`, `retain in [dns]` or `[target.bus]`; empty where there is only the line.
-        thing: String,
-        /// What is wrong.
-        fault: ConfigFault,
-    },
+    /// What it says is wrong.
+    #[error(transparent)]
+    Invalid(#[from] Mistakes),
+}
+
+impl ConfigError {
+    /// Each thing that is wrong with what it says, if that is why.
+    #[must_use]
+    pub fn mistakes(&self) -> Option<&Mistakes> {
+        match self {
+            Self::Invalid(mistakes) => Some(mistakes),
+            Self::Missing { .. } | Self::Gone { .. } | Self::Unreadable { .. } | Self::TooLong { .. } => None,
+        }
+    }
 }
 
 /// What is wrong with a line. Keys are given as written or as `…` (B2: an endpoint in their place may hold

@@ -1,11 +1,11 @@
-//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. The first fault ends it (F4), but for users who
-//! do not exist yet (F8).
+//! `Config` → `Policy`: endpoints parsed, users looked up, limits kept. Any fault refuses it (F4), but for users who do
+//! not exist yet (F8).
 
-use std::{collections::BTreeSet, net::Ipv4Addr, path::PathBuf};
+use std::{collections::BTreeSet, fmt, net::Ipv4Addr, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{Allow, Config, Located, NameOrId, contradictions::contradiction};
+use super::{Allow, Config, Mistakes, NameOrId, TargetSection, contradictions::contradiction};
 use crate::policy::{
     AcceptedAnswers, Account, BUS, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed,
     MAX_ENDPOINTS, MAX_TARGET_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, Policy, Principal, Protocol, Target, Uid,
@@ -29,8 +29,25 @@ pub struct Remark<T> {
     pub what: T,
 }
 
-/// A configuration that is well formed and means nothing we can do.
-pub type PolicyError = Remark<PolicyFault>;
+impl<T> Remark<T> {
+    /// Something else to be said of the same line.
+    pub(crate) fn with<U>(&self, what: U) -> Remark<U> {
+        Remark {
+            path: self.path.clone(),
+            line: self.line,
+            target: self.target.clone(),
+            what,
+        }
+    }
+}
+
+impl<T: fmt::Display> Remark<T> {
+    /// Without the place.
+    #[must_use]
+    pub(crate) fn message(&self) -> String {
+        format!("target {}: {}", self.target, self.what)
+    }
+}
 
 /// A principal whose user does not exist, so that it matches nobody until he does (F8).
 pub type Absent = Remark<Nobody>;
@@ -73,6 +90,17 @@ pub enum PolicyFault {
     },
 }
 
+impl PolicyFault {
+    /// The key of the target's section that it is about.
+    pub(super) fn key(&self) -> Option<&'static str> {
+        match self {
+            Self::Targets { .. } => None,
+            Self::Endpoints | Self::Endpoint(_) => Some("endpoints"),
+            Self::Principals | Self::User { .. } | Self::Cgroup { .. } => Some("allow"),
+        }
+    }
+}
+
 /// What a configuration means on this host.
 #[derive(Debug)]
 pub struct Understood {
@@ -82,6 +110,8 @@ pub struct Understood {
     pub warnings: Vec<Warning>,
     /// Who is missing in it.
     pub absent: Vec<Absent>,
+    /// Where it names cgroups.
+    pub cgroups: Vec<Remark<CgroupPath>>,
     /// The users and groups that its targets list.
     pub listed: Vec<Listed>,
 }
@@ -118,65 +148,179 @@ pub enum WarningKind {
 
 impl Policy {
     /// What `config` asks for, its users looked up in `users`. Without one who does not exist; a lookup that fails is
-    /// a fault.
-    pub fn from_config(config: &Config, users: &dyn Users) -> Result<Understood, PolicyError> {
-        let (mut warnings, mut absent, mut listed) = (Vec::new(), Vec::new(), Vec::new());
-        let mut targets = Vec::with_capacity(config.targets.len());
-        let mut room = MAX_ENDPOINTS;
-        // By line, so that the one named is the one to look at.
-        let mut by_line: Vec<_> = config.targets.iter().collect();
-        by_line.sort_by_key(|(_, target)| target.line);
-        for (index, (name, source)) in by_line.into_iter().enumerate() {
-            if index == MAX_TARGETS {
-                let count = config.targets.len();
-                return Err(remark(config, name, source.line, PolicyFault::Targets { count }));
+    /// a mistake.
+    pub fn from_config(config: &Config, users: &dyn Users) -> Result<Understood, Mistakes> {
+        understand(config, Some(users))
+    }
+}
+
+impl Config {
+    /// What it means by its text alone: nobody is looked up, and whoever has a name is left out.
+    pub fn without_users(&self) -> Result<Understood, Mistakes> {
+        understand(self, None)
+    }
+
+    /// Whatever is wrong with the text of its targets.
+    pub(super) fn mistakes(&self) -> Mistakes {
+        self.without_users().err().unwrap_or_default()
+    }
+}
+
+fn understand(config: &Config, users: Option<&dyn Users>) -> Result<Understood, Mistakes> {
+    let mut meaning = Meaning {
+        config,
+        users,
+        room: Some(MAX_ENDPOINTS),
+        mistakes: Mistakes::default(),
+        warnings: Vec::new(),
+        absent: Vec::new(),
+        cgroups: Vec::new(),
+        listed: Vec::new(),
+        unknown: BTreeSet::new(),
+    };
+    // By line, so that the one named is the one to look at.
+    let mut by_line: Vec<_> = config.targets.iter().collect();
+    by_line.sort_by_key(|(_, target)| target.line);
+    let mut targets = Vec::with_capacity(by_line.len());
+    for (index, (name, source)) in by_line.into_iter().enumerate() {
+        if index == MAX_TARGETS {
+            let count = config.targets.len();
+            meaning.refuse(name, source.line, PolicyFault::Targets { count });
+        }
+        targets.push(meaning.target(name, source));
+    }
+    if config.bosh.is_some() {
+        targets.extend(
+            bosh()
+                .into_iter()
+                .filter(|ours| !config.targets.contains_key(&ours.name)),
+        );
+    }
+    let Meaning {
+        mistakes,
+        mut warnings,
+        absent,
+        cgroups,
+        listed,
+        unknown,
+        ..
+    } = meaning;
+    if !mistakes.is_empty() {
+        return Err(mistakes);
+    }
+    // Whoever is not known may be the one who passes.
+    let known: Vec<&Target> = targets.iter().filter(|target| !unknown.contains(&target.name)).collect();
+    warnings.extend(contradictions(config, &known));
+    targets.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Understood {
+        policy: Policy {
+            mode: config.mode,
+            dns: config.dns,
+            nat64: config.nat64.clone(),
+            targets,
+        },
+        warnings,
+        absent,
+        cgroups,
+        listed,
+    })
+}
+
+/// What is found while targets are read.
+struct Meaning<'a> {
+    config: &'a Config,
+    /// Where users are looked up; none where the text alone decides.
+    users: Option<&'a dyn Users>,
+    /// How many more endpoints there may be; none once there are too many.
+    room: Option<usize>,
+    mistakes: Mistakes,
+    warnings: Vec<Warning>,
+    absent: Vec<Absent>,
+    cgroups: Vec<Remark<CgroupPath>>,
+    listed: Vec<Listed>,
+    /// Targets that allow somebody who is not known here.
+    unknown: BTreeSet<String>,
+}
+
+impl Meaning<'_> {
+    /// Nobody is looked up for what is refused: where a name service hangs, each lookup takes its time.
+    fn refuse(&mut self, target: &str, line: usize, fault: PolicyFault) {
+        self.mistakes.add(remark(self.config, target, line, fault));
+        self.users = None;
+    }
+
+    fn target(&mut self, name: &str, source: &TargetSection) -> Target {
+        let endpoints = self.endpoints(name, source);
+        let principals = self.principals(name, source);
+        let odd = [
+            (source.allow.is_empty(), WarningKind::Nobody),
+            (endpoints.is_empty(), WarningKind::Nothing),
+        ];
+        let odd = odd.into_iter().filter(|(is, _)| *is);
+        self.warnings
+            .extend(odd.map(|(_, kind)| remark(self.config, name, source.line, kind)));
+        Target {
+            name: name.to_owned(),
+            endpoints,
+            principals,
+            grants: source.grants,
+            answers: source.answers,
+        }
+    }
+
+    fn endpoints(&mut self, target: &str, source: &TargetSection) -> BTreeSet<Endpoint> {
+        let mut endpoints = BTreeSet::new();
+        for text in &source.endpoints {
+            let Some(room) = self.room else { break };
+            match Endpoint::parse_all(text.value.expose()) {
+                Ok(parsed) => endpoints.extend(parsed),
+                Err(error) => self.refuse(target, text.line, PolicyFault::Endpoint(error)),
             }
-            let refused = |fault: Fault| remark(config, name, fault.line, fault.value);
-            let endpoints = endpoints(source, room).map_err(refused)?;
-            room = room.saturating_sub(endpoints.len());
-            let meant = principals(name, source, users).map_err(refused)?;
-            listed.extend(meant.listed);
-            let missing = meant.absent.into_iter();
-            absent.extend(missing.map(|missing| remark(config, name, missing.line, Nobody { error: missing.value })));
-            let odd = [
-                (source.allow.is_empty(), WarningKind::Nobody),
-                (endpoints.is_empty(), WarningKind::Nothing),
-            ];
-            let odd = odd.into_iter().filter(|(is, _)| *is);
-            warnings.extend(odd.map(|(_, kind)| remark(config, name, source.line, kind)));
-            targets.push(Target {
-                name: name.clone(),
-                endpoints,
-                principals: meant.principals,
-                grants: source.grants,
-                answers: source.answers,
-            });
+            if endpoints.len() > room {
+                self.refuse(target, text.line, PolicyFault::Endpoints);
+                self.room = None;
+            }
         }
-        if config.bosh.is_some() {
-            targets.extend(
-                bosh()
-                    .into_iter()
-                    .filter(|ours| !config.targets.contains_key(&ours.name)),
-            );
+        self.room = self.room.map(|room| room.saturating_sub(endpoints.len()));
+        endpoints
+    }
+
+    fn principals(&mut self, target: &str, source: &TargetSection) -> BTreeSet<Principal> {
+        let mut principals = BTreeSet::new();
+        for allow in &source.allow {
+            match principal(target, &allow.value, self.users) {
+                Ok(None) => principals.extend([Principal::Kernel]),
+                Ok(Some(listed)) => {
+                    principals.extend(listed.principals(&listed.uids));
+                    if self.users.is_none() && listed.account.is_some() {
+                        self.unknown.insert(target.to_owned());
+                    }
+                    if let Some(cgroup) = &listed.cgroup {
+                        self.cgroups
+                            .push(remark(self.config, target, allow.line, cgroup.clone()));
+                    }
+                    self.listed.push(listed);
+                }
+                Err(PolicyFault::User {
+                    error: error @ (UserError::Unknown { .. } | UserError::UnknownGroup { .. }),
+                }) => {
+                    self.absent
+                        .push(remark(self.config, target, allow.line, Nobody { error }));
+                    self.unknown.insert(target.to_owned());
+                }
+                Err(fault) => self.refuse(target, allow.line, fault),
+            }
+            if principals.len() > MAX_TARGET_PRINCIPALS {
+                self.refuse(target, allow.line, PolicyFault::Principals);
+                break;
+            }
         }
-        warnings.extend(contradictions(config, &targets));
-        targets.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Understood {
-            policy: Self {
-                mode: config.mode,
-                dns: config.dns,
-                nat64: config.nat64.clone(),
-                targets,
-            },
-            warnings,
-            absent,
-            listed,
-        })
+        principals
     }
 }
 
 /// For each pair of targets that nobody passes together, at the later of the two.
-fn contradictions(config: &Config, targets: &[Target]) -> Vec<Warning> {
+fn contradictions(config: &Config, targets: &[&Target]) -> Vec<Warning> {
     let pairs = targets.iter().enumerate().flat_map(|(index, later)| {
         let earlier = targets.get(..index).unwrap_or_default();
         earlier.iter().map(move |earlier| (earlier, later))
@@ -233,52 +377,8 @@ fn bosh() -> [Target; 2] {
     ]
 }
 
-type Fault = Located<PolicyFault>;
-
-fn endpoints(source: &super::TargetSection, room: usize) -> Result<BTreeSet<Endpoint>, Fault> {
-    let mut endpoints = BTreeSet::new();
-    for text in &source.endpoints {
-        let parsed =
-            Endpoint::parse_all(text.value.expose()).map_err(|error| text.with(PolicyFault::Endpoint(error)))?;
-        endpoints.extend(parsed);
-        if endpoints.len() > room {
-            return Err(text.with(PolicyFault::Endpoints));
-        }
-    }
-    Ok(endpoints)
-}
-
-/// Whom a target lists.
-#[derive(Default)]
-struct Meant {
-    principals: BTreeSet<Principal>,
-    listed: Vec<Listed>,
-    absent: Vec<Located<UserError>>,
-}
-
-fn principals(target: &str, source: &super::TargetSection, users: &dyn Users) -> Result<Meant, Fault> {
-    let mut all = Meant::default();
-    for allow in &source.allow {
-        match principal(target, &allow.value, users) {
-            Ok(None) => all.principals.extend([Principal::Kernel]),
-            Ok(Some(listed)) => {
-                all.principals.extend(listed.principals(&listed.uids));
-                all.listed.push(listed);
-            }
-            Err(PolicyFault::User {
-                error: error @ (UserError::Unknown { .. } | UserError::UnknownGroup { .. }),
-            }) => all.absent.push(allow.with(error)),
-            Err(fault) => return Err(allow.with(fault)),
-        }
-        if all.principals.len() > MAX_TARGET_PRINCIPALS {
-            return Err(allow.with(PolicyFault::Principals));
-        }
-    }
-    Ok(all)
-}
-
 /// None for the kernel.
-fn principal(target: &str, allow: &Allow, users: &dyn Users) -> Result<Option<Listed>, PolicyFault> {
+fn principal(target: &str, allow: &Allow, users: Option<&dyn Users>) -> Result<Option<Listed>, PolicyFault> {
     let ((account, uids), cgroup) = match allow {
         Allow::User(name) => (user(name, users)?, None),
         Allow::Within { user: name, cgroup } => (user(name, users)?, Some(cgroup)),
@@ -302,21 +402,25 @@ fn principal(target: &str, allow: &Allow, users: &dyn Users) -> Result<Option<Li
 /// What is to be looked up again, and who it is.
 type AccountUids = (Option<Account>, BTreeSet<Uid>);
 
-fn members(group: &NameOrId, users: &dyn Users) -> Result<AccountUids, UserError> {
+fn members(group: &NameOrId, users: Option<&dyn Users>) -> Result<AccountUids, UserError> {
     let group = match group {
         NameOrId::Name(name) => Account::Group(name.clone()),
         NameOrId::Number(gid) => Account::Gid(u32::try_from(*gid).map_err(|_| UserError::GroupNumber { gid: *gid })?),
     };
-    Ok((Some(group.clone()), Uid::of_group(group, users)?))
+    let uids = match users {
+        Some(users) => Uid::of_group(group.clone(), users)?,
+        None => BTreeSet::new(),
+    };
+    Ok((Some(group), uids))
 }
 
-fn user(user: &NameOrId, users: &dyn Users) -> Result<AccountUids, UserError> {
+fn user(user: &NameOrId, users: Option<&dyn Users>) -> Result<AccountUids, UserError> {
     Ok(match user {
         NameOrId::Number(uid) => (None, BTreeSet::from([Uid::from_number(*uid)?])),
-        NameOrId::Name(name) => (
-            Some(Account::User(name.clone())),
-            BTreeSet::from([Uid::of_name(name, users)?]),
-        ),
+        NameOrId::Name(name) => {
+            let found = users.map(|users| Uid::of_name(name, users)).transpose()?;
+            (Some(Account::User(name.clone())), found.into_iter().collect())
+        }
     })
 }
 

@@ -1,4 +1,4 @@
-//! Text → `Config`.
+//! Text → `Config`; and where something is wrong with it, everything that is.
 
 use std::path::Path;
 
@@ -8,48 +8,200 @@ use toml::{
 };
 
 use super::{
-    Config, ConfigError, ConfigFault,
-    tree::{Fault, KnownKeys, Lines, bare},
+    Config, ConfigFault, Mistake, Mistakes,
+    tree::{Fault, KnownKeys, Lines, Step, bare, sorted},
 };
 use crate::policy::MAX_NAT64;
 
-pub(super) fn config(text: &str, path: &Path) -> Result<Config, ConfigError> {
-    read(text, path).map_err(|fault| ConfigError::At {
-        path: path.into(),
-        line: fault.line.unwrap_or(1),
-        thing: fault.thing(),
-        fault: fault.what,
-    })
-}
+/// Keys of a section `[target.NAME]`, in the order in which a person writes them.
+pub(super) const TARGET_KEYS: [&str; 4] = ["endpoints", "allow", "grants", "answers"];
+/// Those that each target has.
+const REQUIRED: [&str; 2] = ["endpoints", "allow"];
+/// How deep arrays may lie: `target`, its name, its key.
+const DEPTH: usize = 3;
 
-fn read(text: &str, path: &Path) -> Result<Config, Fault> {
+pub(super) fn config(text: &str, path: &Path) -> Result<Config, Mistakes> {
     let lines = Lines::new(text);
-    let root = DeTable::parse(text).map_err(|error| syntax(text, &lines, &error))?;
-    let (root, known) = (root.get_ref(), KnownKeys::default());
-    let mut config: Config = known.take(root, &lines)?;
-    config.path = path.into();
-    config.settings = known.take(root, &lines)?;
-    known.end(root, &lines)?;
-    let (min, max) = (config.dns.min_refresh, config.dns.max_refresh);
-    let found = config.nat64.len();
-    let (key, fault) = if min > max {
-        (refresh(root), ConfigFault::RefreshOrder { min, max })
-    } else if found > MAX_NAT64 {
-        (root.get("nat64"), ConfigFault::Nat64Prefixes { found })
-    } else {
-        if config.targets.is_empty() {
-            config.bosh.get_or_insert_default(); // B1
-        }
-        return Ok(config);
+    let root = match DeTable::parse(text) {
+        Ok(root) => root,
+        Err(error) => return Err(alone(syntax(text, &lines, &error).of(path))),
     };
-    let line = key.map(|value| lines.of(value.span().start));
-    Err(Fault { line, ..fault.into() })
+    let file = File {
+        root: root.get_ref(),
+        lines,
+        path,
+    };
+    let between_keys = file.between_keys();
+    match file.part(&[]) {
+        Ok(mut config) if between_keys.is_empty() => {
+            if config.targets.is_empty() {
+                config.bosh.get_or_insert_default(); // B1
+            }
+            Ok(config)
+        }
+        Ok(_) | Err(_) => Err(Search::new(&file).all(between_keys)),
+    }
 }
 
-/// The first of the two that are the wrong way round.
-fn refresh<'a, 't>(root: &'a DeTable<'t>) -> Option<&'a Spanned<DeValue<'t>>> {
-    let dns = root.get("dns")?.get_ref().as_table()?;
-    dns.get("min_refresh").or_else(|| dns.get("max_refresh"))
+/// One mistake that hides all others.
+pub(super) fn alone(mistake: Mistake) -> Mistakes {
+    let mut mistakes = Mistakes::default();
+    mistakes.add(mistake);
+    mistakes
+}
+
+impl Fault {
+    fn of(self, path: &Path) -> Mistake {
+        Mistake::Form {
+            path: path.into(),
+            line: self.line.unwrap_or(1),
+            keys: self.path,
+            fault: self.what,
+        }
+    }
+}
+
+/// A file that is TOML.
+struct File<'a, 't> {
+    root: &'a DeTable<'t>,
+    lines: Lines,
+    path: &'a Path,
+}
+
+impl<'a, 't> File<'a, 't> {
+    /// All of it, or what lies at the end of a way alone; the first fault of that ends it.
+    fn part(&self, only: &[Step<'_>]) -> Result<Config, Fault> {
+        let known = KnownKeys::default();
+        let mut config: Config = known.take(self.root, &self.lines, only)?;
+        config.path = self.path.into();
+        config.settings = known.take(self.root, &self.lines, only)?;
+        known.end(self.root, &self.lines, only)?;
+        Ok(config)
+    }
+
+    /// What is wrong with keys that are right by themselves, or not there.
+    fn between_keys(&self) -> Vec<Fault> {
+        let mut faults: Vec<Fault> = self.refresh_order().into_iter().chain(self.too_many_prefixes()).collect();
+        let targets = self.root.get("target").and_then(|targets| targets.get_ref().as_table());
+        for (name, target) in targets.into_iter().flat_map(sorted) {
+            let Some(target) = target.get_ref().as_table() else { continue };
+            // A key that is unknown may be the one that is missed.
+            if target.keys().any(|key| !TARGET_KEYS.contains(&key.get_ref().as_ref())) {
+                continue;
+            }
+            let missing = REQUIRED.into_iter().filter(|key| !target.contains_key(*key));
+            faults.extend(missing.map(|key| Fault {
+                line: Some(self.lines.of(name.span().start)),
+                path: vec!["target".to_owned(), bare(name.get_ref()).to_owned()],
+                what: ConfigFault::MissingKey { key },
+            }));
+        }
+        faults
+    }
+
+    fn refresh_order(&self) -> Option<Fault> {
+        let read = |key| self.part(&[Step::Key("dns"), Step::Key(key)]).ok();
+        let (min, max) = (read("min_refresh")?.dns.min_refresh, read("max_refresh")?.dns.max_refresh);
+        (min > max).then(|| {
+            let dns = self.root.get("dns").and_then(|dns| dns.get_ref().as_table());
+            let key = dns.and_then(|dns| dns.get("min_refresh").or_else(|| dns.get("max_refresh")));
+            self.at(key, ConfigFault::RefreshOrder { min, max })
+        })
+    }
+
+    fn too_many_prefixes(&self) -> Option<Fault> {
+        let found = self.part(&[Step::Key("nat64")]).ok()?.nat64.len();
+        (found > MAX_NAT64).then(|| self.at(self.root.get("nat64"), ConfigFault::Nat64Prefixes { found }))
+    }
+
+    fn at(&self, value: Option<&Spanned<DeValue<'_>>>, what: ConfigFault) -> Fault {
+        let line = value.map(|value| self.lines.of(value.span().start));
+        Fault { line, ..what.into() }
+    }
+}
+
+/// The search for everything that is wrong with a file of which something is: each part is read without its
+/// neighbours, as far down as one is refused.
+struct Search<'a, 't> {
+    file: &'a File<'a, 't>,
+    /// The way to the part that is looked at.
+    way: Vec<Step<'a>>,
+    /// Parts of a part that is refused as a whole are refused alike.
+    last: Option<Fault>,
+    mistakes: Mistakes,
+}
+
+impl<'a, 't> Search<'a, 't> {
+    fn new(file: &'a File<'a, 't>) -> Self {
+        Self {
+            file,
+            way: Vec::new(),
+            last: None,
+            mistakes: Mistakes::default(),
+        }
+    }
+
+    fn all(mut self, between_keys: Vec<Fault>) -> Mistakes {
+        self.part(None);
+        between_keys.into_iter().for_each(|fault| self.add(fault));
+        self.mistakes
+    }
+
+    /// Adds what is wrong with the value that the way leads to, none for the file itself. True if its form is.
+    fn part(&mut self, value: Option<&'a DeValue<'t>>) -> bool {
+        let fault = match self.file.part(&self.way) {
+            Ok(config) => {
+                self.mistakes.append(config.mistakes());
+                return false;
+            }
+            Err(fault) => fault,
+        };
+        let mut is_below = false;
+        for (step, value) in self.parts(value) {
+            self.way.push(step);
+            is_below |= self.part(Some(value));
+            self.way.pop();
+        }
+        if !is_below {
+            self.add(fault);
+        }
+        true
+    }
+
+    /// What can be read by itself: keys of sections and elements of arrays. An element is one thing: a principal's keys
+    /// mean something together.
+    fn parts(&self, value: Option<&'a DeValue<'t>>) -> Vec<(Step<'a>, &'a DeValue<'t>)> {
+        if self.way.len() > DEPTH || matches!(self.way.last(), Some(Step::Element(_))) {
+            return Vec::new();
+        }
+        let section = |table: &'a DeTable<'t>| {
+            let entries = sorted(table).map(|(key, value)| (Step::Key(key.get_ref()), value.get_ref()));
+            entries.collect()
+        };
+        match value {
+            None => section(self.file.root),
+            Some(DeValue::Table(table)) => section(table),
+            Some(DeValue::Array(elements)) => {
+                let elements = elements.iter().enumerate();
+                let elements = elements.map(|(index, element)| (Step::Element(index), element.get_ref()));
+                elements.collect()
+            }
+            Some(
+                DeValue::String(_)
+                | DeValue::Integer(_)
+                | DeValue::Float(_)
+                | DeValue::Boolean(_)
+                | DeValue::Datetime(_),
+            ) => Vec::new(),
+        }
+    }
+
+    fn add(&mut self, fault: Fault) {
+        if self.last.as_ref() != Some(&fault) {
+            self.last = Some(fault.clone());
+            self.mistakes.add(fault.of(self.file.path));
+        }
+    }
 }
 
 fn syntax(text: &str, lines: &Lines, error: &toml::de::Error) -> Fault {

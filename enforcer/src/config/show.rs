@@ -2,7 +2,7 @@
 
 use toml::{Table, Value};
 
-use super::{Config, tree::is_bare};
+use super::{Config, read::TARGET_KEYS, tree::is_bare};
 
 /// The default configuration, each key with its meaning: what is shown is this with other values.
 pub(super) const DEFAULT: &str = include_str!("default.toml");
@@ -48,9 +48,6 @@ fn lookup<'a>(tree: &'a Table, section: &str, key: &str) -> Option<&'a Value> {
         section => tree.get(section)?.get(key),
     }
 }
-
-/// Keys of a target, in the order in which a person writes them.
-const TARGET_KEYS: [&str; 4] = ["endpoints", "allow", "grants", "answers"];
 
 fn section_of(name: &str, target: &Value) -> String {
     let lines = TARGET_KEYS.iter().filter_map(|key| Some(list(key, target.get(key)?)));

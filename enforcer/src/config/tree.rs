@@ -21,7 +21,7 @@ use toml::{
 use super::error::ConfigFault;
 
 /// What is wrong and where.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, PartialEq, Error)]
 #[error("{what}")]
 pub(super) struct Fault {
     /// The line; none until the value at fault is known.
@@ -30,42 +30,6 @@ pub(super) struct Fault {
     pub(super) path: Vec<String>,
     /// What is wrong.
     pub(super) what: ConfigFault,
-}
-
-impl Fault {
-    /// What is at fault, as messages name it: `retain in [dns]`, or `[dns]` where it is a table as a whole.
-    pub(super) fn thing(&self) -> String {
-        let whole = matches!(
-            self.what,
-            ConfigFault::UnknownKey { .. } | ConfigFault::MissingKey { .. }
-        );
-        match self.path.as_slice() {
-            [] if whole => "the top of the file".to_owned(),
-            path if whole => table(path),
-            path => value(path),
-        }
-    }
-}
-
-fn value(path: &[String]) -> String {
-    let (name, parents) = match path {
-        [parents @ .., key, element] if element.is_empty() => (format!("an element of {key}"), parents),
-        [parents @ .., key] => (key.clone(), parents),
-        [] => return String::new(),
-    };
-    if parents.is_empty() {
-        name
-    } else {
-        format!("{name} in {}", table(parents))
-    }
-}
-
-fn table(path: &[String]) -> String {
-    if path.iter().any(String::is_empty) {
-        value(path)
-    } else {
-        format!("[{}]", path.join("."))
-    }
 }
 
 impl From<ConfigFault> for Fault {
@@ -106,10 +70,6 @@ impl de::Error for Fault {
         let (key, known) = (bare(key).to_owned(), known.to_vec());
         ConfigFault::UnknownKey { key, known }.into()
     }
-
-    fn missing_field(key: &'static str) -> Self {
-        ConfigFault::MissingKey { key }.into()
-    }
 }
 
 /// `"a", "b" or "c"`.
@@ -140,20 +100,27 @@ impl Lines {
 pub(super) struct KnownKeys(RefCell<Vec<&'static str>>);
 
 impl KnownKeys {
-    /// What a struct has of a table that others share: its own keys.
-    pub(super) fn take<'de, T: Deserialize<'de>>(&self, table: &DeTable<'_>, lines: &Lines) -> Result<T, Fault> {
+    /// What a struct has of a table that others share: its own keys, or the one part of them at the end of `only`.
+    pub(super) fn take<'de, T: Deserialize<'de>>(
+        &self,
+        table: &DeTable<'_>,
+        lines: &Lines,
+        only: &[Step<'_>],
+    ) -> Result<T, Fault> {
         T::deserialize(Node {
             lines,
             offset: 0,
             key: None,
             shape: Shape::Shared(table, self),
+            only,
         })
     }
 
     /// Refuses a key that nobody has taken.
-    pub(super) fn end(self, table: &DeTable<'_>, lines: &Lines) -> Result<(), Fault> {
+    pub(super) fn end(self, table: &DeTable<'_>, lines: &Lines, only: &[Step<'_>]) -> Result<(), Fault> {
         let known = self.0.into_inner();
-        let unknown = sorted(table).find(|(key, _)| !known.contains(&key.get_ref().as_ref()));
+        let mut entries = entries(table, only);
+        let unknown = entries.find(|(key, _)| !known.contains(&key.get_ref().as_ref()));
         unknown.map_or(Ok(()), |(key, _)| {
             let line = Some(lines.of(key.span().start));
             let key = bare(key.get_ref()).to_owned();
@@ -163,13 +130,31 @@ impl KnownKeys {
     }
 }
 
-type Entry<'a, 't> = (&'a Spanned<toml::de::DeString<'t>>, &'a Spanned<DeValue<'t>>);
+pub(super) type Entry<'a, 't> = (&'a Spanned<toml::de::DeString<'t>>, &'a Spanned<DeValue<'t>>);
+
+/// A step into the tree.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step<'a> {
+    /// To the value of a key.
+    Key(&'a str),
+    /// To an element of an array.
+    Element(usize),
+}
 
 /// In the order of the file, so that the first fault is the one told.
-fn sorted<'a, 't>(table: &'a DeTable<'t>) -> impl Iterator<Item = Entry<'a, 't>> {
+pub(super) fn sorted<'a, 't>(table: &'a DeTable<'t>) -> impl Iterator<Item = Entry<'a, 't>> {
     let mut entries: Vec<_> = table.iter().collect();
     entries.sort_by_key(|(key, _)| key.span().start);
     entries.into_iter()
+}
+
+/// As [`sorted()`], or what the first step leads to.
+fn entries<'a, 't>(table: &'a DeTable<'t>, only: &[Step<'_>]) -> impl Iterator<Item = Entry<'a, 't>> {
+    let (one, all) = match only.first() {
+        Some(Step::Key(key)) => (table.get_key_value(*key), None),
+        Some(Step::Element(_)) | None => (None, Some(sorted(table))),
+    };
+    one.into_iter().chain(all.into_iter().flatten())
 }
 
 /// A part of the tree.
@@ -181,6 +166,8 @@ struct Node<'a, 't> {
     /// The key before it, empty for an element of an array.
     key: Option<&'a str>,
     shape: Shape<'a, 't>,
+    /// The way to what is read of it alone; all of it where there is none.
+    only: &'a [Step<'a>],
 }
 
 #[derive(Clone, Copy)]
@@ -196,10 +183,12 @@ impl<'a, 't> Node<'a, 't> {
     /// A key and its value.
     fn entry(self, (key, value): Entry<'a, 't>) -> (Self, Self) {
         let offset = key.span().start;
+        let only = self.only.get(1..).unwrap_or_default();
         let part = |key, shape| Self {
             offset,
             key,
             shape,
+            only,
             ..self
         };
         let name = key.get_ref().as_ref();
@@ -214,6 +203,7 @@ impl<'a, 't> Node<'a, 't> {
             offset: element.span().start,
             key: Some(""),
             shape: Shape::Value(element.get_ref()),
+            only: self.only.get(1..).unwrap_or_default(),
             ..self
         }
     }
@@ -231,11 +221,17 @@ impl<'a, 't> Node<'a, 't> {
             },
             // No key takes one.
             Shape::Value(DeValue::Float(_) | DeValue::Datetime(_)) => visitor.visit_unit(),
-            Shape::Value(DeValue::Array(elements)) => visitor.visit_seq(SeqDeserializer::new(
-                elements.iter().map(|element| self.element(element)),
-            )),
+            Shape::Value(DeValue::Array(elements)) => {
+                let (first, most) = match self.only.first() {
+                    Some(Step::Element(index)) => (*index, 1),
+                    Some(Step::Key(_)) | None => (0, usize::MAX),
+                };
+                let elements = elements.iter().skip(first).take(most);
+                visitor.visit_seq(SeqDeserializer::new(elements.map(|element| self.element(element))))
+            }
             Shape::Value(DeValue::Table(table)) | Shape::Shared(table, _) => {
-                visitor.visit_map(MapDeserializer::new(sorted(table).map(|entry| self.entry(entry))))
+                let entries = entries(table, self.only);
+                visitor.visit_map(MapDeserializer::new(entries.map(|entry| self.entry(entry))))
             }
         };
         read.map_err(|fault| self.blame(fault, expected))
@@ -312,7 +308,7 @@ impl<'de> Deserializer<'de> for Node<'_, '_> {
         match self.shape {
             Shape::Shared(table, known) => {
                 known.0.borrow_mut().extend(keys);
-                let ours = sorted(table).filter(|(key, _)| keys.contains(&key.get_ref().as_ref()));
+                let ours = entries(table, self.only).filter(|(key, _)| keys.contains(&key.get_ref().as_ref()));
                 visitor.visit_map(MapDeserializer::new(ours.map(|entry| self.entry(entry))))
             }
             Shape::Value(DeValue::Table(_)) => self.read(visitor, None),

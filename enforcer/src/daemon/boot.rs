@@ -304,6 +304,11 @@ impl Daemon {
             "the last known good rules are active instead"
         };
         let fault = format!("{error}; {stays}");
+        if self.faults.of(About::Reload) != Some(fault.as_str()) {
+            let mistakes = error.lines();
+            let several = mistakes.iter().filter(|_| mistakes.len() > 1);
+            several.for_each(|line| error!("{line}"));
+        }
         self.faults.set(About::Reload, Some(fault));
     }
 

@@ -66,11 +66,18 @@ impl Daemon {
                 self.report_reload(Reloaded { report, replies });
             }
             Err(error) => {
+                let stays = "the previous rules stay active until a reload succeeds";
+                let fault = format!("reload: {error}; {stays}");
+                let lines = match error.lines() {
+                    several if several.len() > 1 => several.into_iter().chain([format!("reload: {stays}")]).collect(),
+                    _ => vec![fault.clone()],
+                };
                 // Each time, not once a change: it answers a signal.
-                let fault = format!("reload: {error}; the previous rules stay active until a reload succeeds");
-                error!("{fault}");
+                for line in &lines {
+                    error!("{line}");
+                }
                 if let Some(replies) = replies {
-                    let _ = replies.try_send(Reply::Error(fault.clone()));
+                    let _ = replies.try_send(Reply::Error(lines.join("\n")));
                 }
                 self.faults.set_silently(About::Reload, Some(fault));
             }

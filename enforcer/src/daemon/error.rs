@@ -2,7 +2,9 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{backend::BackendError, control::ControlError, host, inputs::InputError, state::StateError};
+use crate::{
+    backend::BackendError, config::Mistakes, control::ControlError, host, inputs::InputError, state::StateError, text,
+};
 
 /// Why the daemon cannot start, or an attempt to make a configuration active failed.
 #[derive(Debug, thiserror::Error)]
@@ -38,4 +40,25 @@ pub(crate) enum DaemonError {
         /// Why not.
         error: io::Error,
     },
+}
+
+impl DaemonError {
+    /// Each thing that is wrong with what the configuration says, if that is why.
+    pub(crate) fn mistakes(&self) -> Option<&Mistakes> {
+        match self {
+            Self::Input(error) => error.mistakes(),
+            Self::Backend(_)
+            | Self::Control(_)
+            | Self::State(_)
+            | Self::Frozen
+            | Self::FixedKeys { .. }
+            | Self::Io { .. } => None,
+        }
+    }
+
+    /// In as many lines as there are mistakes, each escaped so that it is one.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let lines = self.mistakes().map_or_else(|| vec![self.to_string()], Mistakes::lines);
+        lines.iter().map(|line| text::line(line).into_owned()).collect()
+    }
 }

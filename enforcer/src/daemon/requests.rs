@@ -49,7 +49,7 @@ impl Daemon {
             Request::Reload { dry_run: true } => {
                 let reply = match self.preview() {
                     Ok(report) => Reply::Reload(Box::new(report)),
-                    Err(error) => Reply::Error(error.to_string()),
+                    Err(error) => Reply::Error(error.lines().join("\n")),
                 };
                 drop(replies.try_send(reply));
             }

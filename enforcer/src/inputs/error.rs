@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use crate::{
     backend::BackendError,
-    config::{ConfigError, PolicyError},
+    config::{ConfigError, Mistakes},
     host,
     ruleset::CompileError,
 };
@@ -15,9 +15,6 @@ pub(crate) enum InputError {
     /// The configuration file.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// What it says.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
     /// A limit.
     #[error("{}: {error}", path.display())]
     Compile {
@@ -43,4 +40,14 @@ pub(crate) enum InputError {
         /// Why not.
         error: io::Error,
     },
+}
+
+impl InputError {
+    /// Each thing that is wrong with what the configuration says, if that is why.
+    pub(crate) fn mistakes(&self) -> Option<&Mistakes> {
+        match self {
+            Self::Config(error) => error.mistakes(),
+            Self::Compile { .. } | Self::Jobs(_) | Self::NoCgroup2 | Self::Io { .. } => None,
+        }
+    }
 }

@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::InputError;
 use crate::{
-    config::{Backend, Bosh, Config, Settings, Understood},
+    config::{Backend, Bosh, Config, ConfigError, Remark, Settings, Understood},
     host::{self, NoMatch},
     policy::{Account, BUS, CgroupPath, FileUsers, HostUsers, Listed, MONIT, Policy, Uid, Users},
     state::LastGood,
@@ -41,6 +41,8 @@ pub(crate) struct HostConfig {
     pub(crate) users: KnownUsers,
     /// Why principals match nobody (F8).
     pub(crate) absent: Vec<String>,
+    /// Where it names cgroups.
+    pub(crate) cgroups: Vec<Remark<CgroupPath>>,
 }
 
 /// The UIDs of users and of groups' members, as looked up.
@@ -95,9 +97,10 @@ impl HostConfig {
             policy,
             warnings,
             absent,
+            cgroups,
             listed,
-        } = Policy::from_config(&config, &users)?;
-        let (cgroup, mount) = cgroups(&config.settings, &policy)?;
+        } = Policy::from_config(&config, &users).map_err(ConfigError::from)?;
+        let (cgroup, mount) = mounted(&config.settings, &policy)?;
         let is_without = config.bosh.is_none() && policy.target(MONIT).or(policy.target(BUS)).is_none();
         let no_bosh = (is_without && Path::new(AGENT).exists()).then(|| {
             format!(
@@ -117,6 +120,7 @@ impl HostConfig {
             listed,
             users: users.found.into_inner(),
             absent: absent.iter().map(ToString::to_string).collect(),
+            cgroups,
         })
     }
 
@@ -137,7 +141,7 @@ impl HostConfig {
             }
             Err(error) => warn!("cannot read /etc/passwd: {error}; keeping the saved UIDs"),
         }
-        let (cgroup, mount) = cgroups(&good.settings, &policy)?;
+        let (cgroup, mount) = mounted(&good.settings, &policy)?;
         Ok(Self {
             path: path.into(),
             from_file: path.exists(),
@@ -157,6 +161,7 @@ impl HostConfig {
             listed,
             users: BTreeMap::new(),
             absent: Vec::new(),
+            cgroups: Vec::new(),
         })
     }
 
@@ -192,8 +197,14 @@ impl HostConfig {
         &self.warnings
     }
 
-    /// Why principals of a cgroup match nobody now, though it is nobody else's.
+    /// Why principals of a cgroup match nobody now, though it is nobody else's, and the first of them.
     pub(crate) fn why_nobody(&self, cgroup: &CgroupPath) -> Option<String> {
+        let why = self.why_missing(cgroup)?;
+        let named = self.cgroups.iter().find(|named| named.what == *cgroup);
+        Some(named.map_or_else(|| why.clone(), |named| named.with(&why).to_string()))
+    }
+
+    fn why_missing(&self, cgroup: &CgroupPath) -> Option<String> {
         let mount = self.mount.display();
         match host::cgroup(&self.mount, cgroup) {
             Err(NoMatch::Missing) if cgroup.as_str().starts_with(USUAL_MOUNT) => Some(format!(
@@ -214,15 +225,16 @@ impl HostConfig {
     /// What does not exist on this host yet, and matches nobody until it does: users, and cgroups.
     #[must_use]
     pub(crate) fn absent(&self) -> Vec<String> {
-        let cgroups = self.policy.cgroups();
-        let cgroups = cgroups.iter().filter_map(|cgroup| self.why_nobody(cgroup));
-        let cgroups = cgroups.map(|why| format!("{}: {why}", self.path.display()));
-        self.absent.iter().cloned().chain(cgroups).collect()
+        let missing = self.cgroups.iter().filter_map(|named| {
+            let why = self.why_missing(&named.what)?;
+            Some(named.with(why).to_string())
+        });
+        self.absent.iter().cloned().chain(missing).collect()
     }
 }
 
 /// The cgroup to attach to, if something needs or has one, and where paths of cgroups start.
-fn cgroups(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, PathBuf), InputError> {
+fn mounted(settings: &Settings, policy: &Policy) -> Result<(Option<PathBuf>, PathBuf), InputError> {
     let mount = host::cgroup2_mount().map_err(|error| InputError::Io {
         action: "read /proc/self/mountinfo",
         error,

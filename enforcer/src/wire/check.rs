@@ -34,7 +34,7 @@ pub struct CheckTarget {
     pub reason: String,
 }
 
-/// `enforcer config check --json`, of a good one.
+/// `enforcer config check --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ConfigCheck {
     /// `enforcer/config-check/1`.
@@ -43,7 +43,7 @@ pub struct ConfigCheck {
     pub path: String,
     /// Whether it is there; without one the defaults hold.
     pub exists: bool,
-    /// How many targets it has.
+    /// How many targets it has; 0 where it is not valid.
     pub targets: usize,
     /// What is odd.
     pub warnings: Vec<String>,
@@ -51,4 +51,23 @@ pub struct ConfigCheck {
     pub absent: Vec<String>,
     /// Names that will not be protected as it is.
     pub unprotected: Vec<String>,
+    /// Why it is not valid, in the order of files and lines; empty where it is.
+    pub errors: Vec<ConfigMistake>,
+    /// How many errors there are besides.
+    pub more_errors: usize,
+}
+
+/// What is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConfigMistake {
+    /// The file.
+    pub path: String,
+    /// The line, from 1; null where it is not a line that is wrong.
+    pub line: Option<usize>,
+    /// The target, where it is in one.
+    pub target: Option<String>,
+    /// The key, where it is one: `dns.retain`; in a target `allow`.
+    pub key: Option<String>,
+    /// What is wrong, and what to do.
+    pub message: String,
 }

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    check::{CheckReport, CheckTarget, ConfigCheck},
+    check::{CheckReport, CheckTarget, ConfigCheck, ConfigMistake},
     doctor::{ChoiceReport, FeatureReport, FeatureState, Finding, HostReport, Report, Side, Unseen, Weight},
     *,
 };
@@ -399,10 +399,18 @@ fn the_json_of_check_is_as_it_was() -> Result {
         warnings: vec!["W".to_owned()],
         absent: vec!["A".to_owned()],
         unprotected: vec!["U".to_owned()],
+        errors: vec![ConfigMistake {
+            path: "P".to_owned(),
+            line: Some(1),
+            target: Some("T".to_owned()),
+            key: None,
+            message: "M".to_owned(),
+        }],
+        more_errors: 2,
     };
     assert_eq!(
         serde_json::to_string(&checked)?,
-        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"]}"#
+        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2}"#
     );
     Ok(())
 }

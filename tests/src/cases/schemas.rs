@@ -102,7 +102,8 @@ const SCHEMAS: [(&str, &str); 13] = [
     ),
     (
         "enforcer/config-check/1",
-        "absent exists path targets unprotected warnings",
+        "absent errors errors.path errors.line errors.target errors.key errors.message exists more_errors path \
+         targets unprotected warnings",
     ),
 ];
 
