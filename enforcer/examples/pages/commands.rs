@@ -12,7 +12,7 @@ use super::{list, roff, write};
 const SECTION: &str = "8";
 
 /// Examples of a command: what is typed, and what for.
-const EXAMPLES: [(&str, &[(&str, &str)]); 9] = [
+const EXAMPLES: [(&str, &[(&str, &str)]); 10] = [
     (
         "enforcer",
         &[
@@ -72,6 +72,13 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 9] = [
         &[(
             "enforcer apply --last-good",
             "What enforcer-early.service runs at boot, before there is any network.",
+        )],
+    ),
+    (
+        "enforcer-config-check",
+        &[(
+            "enforcer --config enforcer.toml config check --offline",
+            "In a build or CI: is the text valid, whatever users, cgroups and names there are?",
         )],
     ),
     (

@@ -465,6 +465,53 @@ fn a_reload_says_what_it_changes() -> Test {
 }
 
 #[test]
+fn a_configuration_is_checked_whole_and_without_its_host() -> Test {
+    on_a_host_of_its_own(|| {
+        let wrong = "[target.a]\nendpoints = [\"tcp://nowhere\", \"10.0.0.1:1\"]\nallow = [-1, \"nobody-of-that-name\"]\n\
+             grants = \"yes\"\n";
+        let operator = Operator::new(wrong)?;
+        let daemonless = [&["apply"][..], &["run"], &["config", "check"], &["config", "check", "--offline"]];
+        for arguments in daemonless {
+            let error = match operator.try_run(arguments) {
+                Ok(answer) => panic!("{arguments:?}: {answer:?}"),
+                Err(error) => super::lines_of(&error),
+            };
+            let places: Vec<&str> = error.iter().filter_map(|line| line.split(": ").next()).collect();
+            let expected = ["/run/enforcer.toml:2", "/run/enforcer.toml:3", "/run/enforcer.toml:4"];
+            assert_eq!(places, expected, "{arguments:?}: {error:?}");
+        }
+        // What does not exist here may exist there.
+        let missing = configuration(
+            "[target.a]\nendpoints = [\"10.0.0.1:1\", \"never.test:2\"]\n\
+             allow = [7, \"nobody-of-that-name\", { user = 0, cgroup = \"/no/such/cgroup\" }]\n\
+             [target.b]\nendpoints = [\"10.0.0.1:1\"]\nallow = [8, { group = \"no-group\" }]\n",
+        );
+        operator.configure(&missing)?;
+        let check = operator.run(&["config", "check"]);
+        for place in [
+            "/run/enforcer.toml:7: target a: no user \"nobody-of-that-name\"",
+            "/run/enforcer.toml:7: target a: cgroup /no/such/cgroup does not exist",
+            "/run/enforcer.toml:10: target b: no group \"no-group\"",
+        ] {
+            assert!(check.text.contains(place), "{place}: {}", check.text);
+        }
+        assert!(!check.text.contains("nobody may connect"), "{}", check.text);
+        check.expect(ExitStatus::No, &["valid, with the exceptions above; 2 targets"]);
+        let offline = operator.run(&["config", "check", "--offline"]);
+        assert!(!offline.text.contains("warning"), "{}", offline.text);
+        offline.expect(
+            ExitStatus::Yes,
+            &["/run/enforcer.toml: valid; 2 targets\nnot checked: whether users"],
+        );
+        let json = operator.run(&["config", "check", "--offline", "--json"]);
+        assert_eq!(json.value("/not_checked/0")?, "users");
+        assert_eq!(json.value("/targets")?, 2);
+        assert_eq!(json.expect(ExitStatus::Yes, &[]).value("/errors")?, Value::Array(Vec::new()));
+        Ok(())
+    })
+}
+
+#[test]
 fn no_tip_leads_to_the_end_of_protection() {
     for typed in ["reloads", "load", "unblock", "unlod", "un"] {
         let error = match Cli::try_parse_from(["enforcer", typed]) {

@@ -55,6 +55,8 @@ pub struct ConfigCheck {
     pub errors: Vec<ConfigMistake>,
     /// How many errors there are besides.
     pub more_errors: usize,
+    /// What only the host itself can tell, and was not asked.
+    pub not_checked: Vec<&'static str>,
 }
 
 /// What is wrong with a configuration.

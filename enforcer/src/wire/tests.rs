@@ -407,10 +407,11 @@ fn the_json_of_check_is_as_it_was() -> Result {
             message: "M".to_owned(),
         }],
         more_errors: 2,
+        not_checked: vec!["users"],
     };
     assert_eq!(
         serde_json::to_string(&checked)?,
-        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2}"#
+        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
     );
     Ok(())
 }

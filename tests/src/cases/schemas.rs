@@ -102,8 +102,8 @@ const SCHEMAS: [(&str, &str); 13] = [
     ),
     (
         "enforcer/config-check/1",
-        "absent errors errors.path errors.line errors.target errors.key errors.message exists more_errors path \
-         targets unprotected warnings",
+        "absent errors errors.path errors.line errors.target errors.key errors.message exists more_errors not_checked \
+         path targets unprotected warnings",
     ),
 ];
 
