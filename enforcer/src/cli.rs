@@ -343,7 +343,10 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
     };
     let settings = match &error {
         ConfigError::Missing { .. } | ConfigError::Gone { .. } => None,
-        ConfigError::Unreadable { .. } => lenient.then(Settings::default),
+        // It may be a file beside it that cannot be read.
+        ConfigError::Unreadable { .. } | ConfigError::OnlyTargets { .. } | ConfigError::Untrusted { .. } => {
+            config::place(path, lenient).or_else(|| lenient.then(Settings::default))
+        }
         ConfigError::TooLong { .. } | ConfigError::Invalid(_) => config::place(path, lenient),
     };
     let Some(settings) = settings else {

@@ -3,9 +3,6 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    fs::{File, OpenOptions},
-    io::{self, Read as _},
-    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -20,6 +17,7 @@ use crate::{
 mod changes;
 mod contradictions;
 mod error;
+mod files;
 mod meaning;
 mod mistakes;
 mod read;
@@ -32,6 +30,8 @@ mod value;
 
 pub use crate::wire::{Backend, Existing};
 pub use error::{ConfigError, ConfigFault};
+pub use files::beside;
+pub(crate) use files::modified;
 pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
 pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
 pub use salvage::{place, state_dir};
@@ -39,7 +39,7 @@ pub use salvage::{place, state_dir};
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/enforcer/enforcer.toml";
 
-/// Most bytes of a configuration file (F7): room for the most endpoints, and an end to `/dev/zero`.
+/// Most bytes of a configuration's files (F7): room for the most endpoints, and an end to `/dev/zero`.
 pub const MAX_BYTES: usize = 64 << 20;
 
 /// Longest name of a target (F7).
@@ -77,7 +77,7 @@ pub struct Config {
     pub nat64: Vec<Nat64>,
     /// The BOSH agent whose host this is; by default where no target is configured (B1).
     pub bosh: Option<Bosh>,
-    /// By name, those of the file.
+    /// By name, those of the file and of `conf.d`.
     #[serde(rename = "target", deserialize_with = "value::targets")]
     pub targets: BTreeMap<String, TargetSection>,
 }
@@ -135,6 +135,9 @@ pub const MAX_TABLE_NAME: usize = 64;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a section [target.NAME]")]
 pub struct TargetSection {
+    /// The file.
+    #[serde(skip)]
+    pub path: PathBuf,
     /// The line of its name.
     #[serde(skip)]
     pub line: usize,
@@ -205,34 +208,10 @@ pub struct Located<T> {
 const LOCATED: &str = "Located";
 
 impl Config {
-    /// Reads the configuration file at `path`. No file at [`DEFAULT_PATH`] is as an empty one (B1).
+    /// Reads the configuration file at `path`, and the targets in `conf.d/*.toml` beside it. No file at
+    /// [`DEFAULT_PATH`] is as an empty one (B1).
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let mut bytes = Vec::new();
-        match open(path).and_then(|file| file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)) {
-            Err(cause) if cause.kind() != io::ErrorKind::NotFound || path != Path::new(DEFAULT_PATH) => {
-                return Err(unreadable(path, cause));
-            }
-            Ok(_) | Err(_) => {}
-        }
-        if bytes.len() > MAX_BYTES {
-            return Err(ConfigError::TooLong { path: path.into() });
-        }
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let valid = error.utf8_error().valid_up_to();
-            let line = 1 + error
-                .as_bytes()
-                .iter()
-                .take(valid)
-                .filter(|byte| **byte == b'\n')
-                .count();
-            read::alone(Mistake::Form {
-                path: path.into(),
-                line,
-                keys: Vec::new(),
-                fault: ConfigFault::NotUtf8,
-            })
-        })?;
-        Self::parse(&text, path)
+        files::load(path)
     }
 
     /// Where the settings lie that say what target `nats` protects; none where the file says it itself, or nothing does
@@ -243,31 +222,9 @@ impl Config {
         self.bosh.as_ref().filter(|_| ours).map(|bosh| bosh.dir.as_path())
     }
 
-    /// Reads a configuration; `path` is for messages.
+    /// Reads a configuration of one file; `path` is for messages.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        Ok(read::config(text, path)?)
-    }
-}
-
-/// Opens a file to be read, but nothing that would keep a reader waiting.
-fn open(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    let kind = file.metadata()?.file_type();
-    if kind.is_fifo() || kind.is_socket() {
-        return Err(io::Error::other("it is a pipe, not a file"));
-    }
-    Ok(file)
-}
-
-fn unreadable(path: &Path, cause: io::Error) -> ConfigError {
-    let path = path.into();
-    if cause.kind() == io::ErrorKind::NotFound {
-        ConfigError::Missing { path }
-    } else {
-        ConfigError::Unreadable { path, cause }
+        Ok(read::with_defaults(read::config(text, path)?))
     }
 }
 

@@ -97,6 +97,10 @@ const FILES: [(&str, &str); 5] = [
         "The configuration, see enforcer.toml(5).",
     ),
     (
+        "/etc/enforcer/conf.d/*.toml",
+        "More targets, in the order of the files' names. No other key, and no target that another file has.",
+    ),
+    (
         "/run/enforcer/control.sock",
         "The control socket, by which commands ask the daemon.",
     ),

@@ -470,7 +470,12 @@ fn a_configuration_is_checked_whole_and_without_its_host() -> Test {
         let wrong = "[target.a]\nendpoints = [\"tcp://nowhere\", \"10.0.0.1:1\"]\nallow = [-1, \"nobody-of-that-name\"]\n\
              grants = \"yes\"\n";
         let operator = Operator::new(wrong)?;
-        let daemonless = [&["apply"][..], &["run"], &["config", "check"], &["config", "check", "--offline"]];
+        let daemonless = [
+            &["apply"][..],
+            &["run"],
+            &["config", "check"],
+            &["config", "check", "--offline"],
+        ];
         for arguments in daemonless {
             let error = match operator.try_run(arguments) {
                 Ok(answer) => panic!("{arguments:?}: {answer:?}"),
@@ -506,7 +511,93 @@ fn a_configuration_is_checked_whole_and_without_its_host() -> Test {
         let json = operator.run(&["config", "check", "--offline", "--json"]);
         assert_eq!(json.value("/not_checked/0")?, "users");
         assert_eq!(json.value("/targets")?, 2);
-        assert_eq!(json.expect(ExitStatus::Yes, &[]).value("/errors")?, Value::Array(Vec::new()));
+        assert_eq!(
+            json.expect(ExitStatus::Yes, &[]).value("/errors")?,
+            Value::Array(Vec::new())
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn targets_in_files_of_their_own() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        let file = "/run/conf.d/third.toml";
+        fs::create_dir("/run/conf.d")?;
+        let third = "[target.third]\nendpoints = [\"tcp://127.0.0.9:4555\"]\nallow = [\"daemon\"]\n";
+        fs::write(file, third)?;
+        let daemon = operator.start();
+        operator
+            .until(&["status"], "enforcing")
+            .expect(ExitStatus::Yes, &["third"]);
+        operator
+            .run(&["check", "root", "127.0.0.9:4555"])
+            .expect(ExitStatus::No, &["denied by third"]);
+        operator
+            .run(&["config", "show"])
+            .expect(ExitStatus::Yes, &["[target.closed]", "[target.third]"]);
+        // One that is wrong refuses all, and nothing changes.
+        fs::write(
+            file,
+            third
+                .replace("4555", "4666")
+                .replace("daemon\"]", "daemon\", -1]\nmode = 5"),
+        )?;
+        operator.configure(&two_targets().replace(CLOSED, "127.0.0.9:4444"))?;
+        let places = |error: &anyhow::Error| {
+            let lines = super::lines_of(error);
+            lines
+                .iter()
+                .filter_map(|line| line.split(": ").next())
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        for arguments in [
+            &["reload"][..],
+            &["reload", "--dry-run"],
+            &["config", "diff"],
+            &["config", "check"],
+        ] {
+            match operator.try_run(arguments) {
+                Ok(answer) => panic!("{arguments:?}: {answer:?}"),
+                Err(error) => {
+                    let places = places(&error);
+                    let [first, second, ..] = places.as_slice() else {
+                        panic!("{arguments:?}: {error:#}")
+                    };
+                    assert_eq!(
+                        [first, second],
+                        ["/run/conf.d/third.toml:3", "/run/conf.d/third.toml:4"]
+                    );
+                }
+            }
+        }
+        operator.run(&["status"]).expect(
+            ExitStatus::No,
+            &[
+                "/run/conf.d/third.toml:3",
+                "(and 1 more: enforcer config check",
+                "the previous rules stay active",
+            ],
+        );
+        for closed in [CLOSED, "127.0.0.9:4555"] {
+            operator.run(&["check", "root", closed]).expect(ExitStatus::No, &[]);
+        }
+        // One that has gone takes its target with it, and says so.
+        fs::remove_file(file)?;
+        operator.configure(&two_targets())?;
+        operator.run(&["reload"]).expect(
+            ExitStatus::Yes,
+            &[
+                "- [target.third] allow = \"daemon\"",
+                "warning: tcp://127.0.0.9:4555 of target third is no longer protected",
+            ],
+        );
+        operator
+            .run(&["unload", "--yes"])
+            .expect(ExitStatus::Yes, &["unloaded"]);
+        assert_eq!(ended(daemon)?, ExitStatus::Unloaded);
         Ok(())
     })
 }

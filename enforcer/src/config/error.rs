@@ -38,6 +38,26 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// There is none, and there are targets beside it.
+    #[error("read {}: no such file, and {} adds targets to it; write it (it may be empty), or remove \
+             those", path.display(), dir.display())]
+    OnlyTargets {
+        /// The file.
+        path: PathBuf,
+        /// The directory of more targets.
+        dir: PathBuf,
+    },
+    /// Others may have written it (F6).
+    #[error("{} is owned by uid {uid} with mode {mode:04o}; make root its owner and the only user who can write \
+             it, or remove it", path.display())]
+    Untrusted {
+        /// The directory of more targets, or a file there.
+        path: PathBuf,
+        /// Whose it is.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
     /// What it says is wrong.
     #[error(transparent)]
     Invalid(#[from] Mistakes),
@@ -49,7 +69,12 @@ impl ConfigError {
     pub fn mistakes(&self) -> Option<&Mistakes> {
         match self {
             Self::Invalid(mistakes) => Some(mistakes),
-            Self::Missing { .. } | Self::Gone { .. } | Self::Unreadable { .. } | Self::TooLong { .. } => None,
+            Self::Missing { .. }
+            | Self::Gone { .. }
+            | Self::Unreadable { .. }
+            | Self::TooLong { .. }
+            | Self::OnlyTargets { .. }
+            | Self::Untrusted { .. } => None,
         }
     }
 }
@@ -77,6 +102,22 @@ pub enum ConfigFault {
         key: String,
         /// What would have been accepted.
         known: Vec<&'static str>,
+    },
+    /// In a file that adds targets, a key of the configuration file.
+    #[error("has `{key}`, which belongs in {}; a file in conf.d has sections [target.NAME] only", main.display())]
+    NoTarget {
+        /// The key.
+        key: String,
+        /// The configuration file.
+        main: PathBuf,
+    },
+    /// A target that another file has, too.
+    #[error("is in {}:{line}, too; keep one", path.display())]
+    TargetTwice {
+        /// The other file.
+        path: PathBuf,
+        /// Its line there.
+        line: usize,
     },
     /// A key that must be there; each such key is a list.
     #[error("has no {key}; add {key} = [ … ]")]
@@ -127,23 +168,25 @@ pub enum ConfigFault {
     },
 }
 
+/// Keys at the top of the configuration file, but for sections.
+pub(super) const TOP_KEYS: [&str; 10] = [
+    "mode",
+    "backend",
+    "existing",
+    "forward",
+    "cgroup",
+    "pin_dir",
+    "state_dir",
+    "socket",
+    "nft_table",
+    "nat64",
+];
+
 /// Where a key belongs that is known elsewhere.
 fn belongs(key: &str, known: &[&str]) -> &'static str {
-    const TOP: [&str; 10] = [
-        "mode",
-        "backend",
-        "existing",
-        "forward",
-        "cgroup",
-        "pin_dir",
-        "state_dir",
-        "socket",
-        "nft_table",
-        "nat64",
-    ];
     let is_top = known.contains(&"mode");
     match key {
-        key if !is_top && TOP.contains(&key) => "it belongs at the top of the file, above the first [section]; ",
+        key if !is_top && TOP_KEYS.contains(&key) => "it belongs at the top of the file, above the first [section]; ",
         "min_refresh" | "max_refresh" | "retain" | "unresolved" => "it belongs in [dns]; ",
         "dir" => "it belongs in [bosh]; ",
         "endpoints" | "allow" | "grants" | "answers" => "it belongs in a section [target.NAME]; ",

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt, net::Ipv4Addr, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{Allow, Config, Mistakes, NameOrId, TargetSection, contradictions::contradiction};
+use super::{Allow, Config, Mistakes, NameOrId, TargetSection, contradictions::contradiction, mistakes::order};
 use crate::policy::{
     AcceptedAnswers, Account, BUS, CgroupPath, CgroupPathError, Destination, Endpoint, EndpointError, Listed,
     MAX_ENDPOINTS, MAX_TARGET_PRINCIPALS, MAX_TARGETS, MONIT, MONIT_PORT, Policy, Principal, Protocol, Target, Uid,
@@ -168,7 +168,6 @@ impl Config {
 
 fn understand(config: &Config, users: Option<&dyn Users>) -> Result<Understood, Mistakes> {
     let mut meaning = Meaning {
-        config,
         users,
         room: Some(MAX_ENDPOINTS),
         mistakes: Mistakes::default(),
@@ -180,12 +179,12 @@ fn understand(config: &Config, users: Option<&dyn Users>) -> Result<Understood, 
     };
     // By line, so that the one named is the one to look at.
     let mut by_line: Vec<_> = config.targets.iter().collect();
-    by_line.sort_by_key(|(_, target)| target.line);
+    by_line.sort_by_key(|(_, target)| order(&target.path, target.line));
     let mut targets = Vec::with_capacity(by_line.len());
     for (index, (name, source)) in by_line.into_iter().enumerate() {
         if index == MAX_TARGETS {
             let count = config.targets.len();
-            meaning.refuse(name, source.line, PolicyFault::Targets { count });
+            meaning.refuse(name, source, source.line, PolicyFault::Targets { count });
         }
         targets.push(meaning.target(name, source));
     }
@@ -209,7 +208,10 @@ fn understand(config: &Config, users: Option<&dyn Users>) -> Result<Understood, 
         return Err(mistakes);
     }
     // Whoever is not known may be the one who passes.
-    let known: Vec<&Target> = targets.iter().filter(|target| !unknown.contains(&target.name)).collect();
+    let known: Vec<&Target> = targets
+        .iter()
+        .filter(|target| !unknown.contains(&target.name))
+        .collect();
     warnings.extend(contradictions(config, &known));
     targets.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Understood {
@@ -228,7 +230,6 @@ fn understand(config: &Config, users: Option<&dyn Users>) -> Result<Understood, 
 
 /// What is found while targets are read.
 struct Meaning<'a> {
-    config: &'a Config,
     /// Where users are looked up; none where the text alone decides.
     users: Option<&'a dyn Users>,
     /// How many more endpoints there may be; none once there are too many.
@@ -244,8 +245,8 @@ struct Meaning<'a> {
 
 impl Meaning<'_> {
     /// Nobody is looked up for what is refused: where a name service hangs, each lookup takes its time.
-    fn refuse(&mut self, target: &str, line: usize, fault: PolicyFault) {
-        self.mistakes.add(remark(self.config, target, line, fault));
+    fn refuse(&mut self, target: &str, source: &TargetSection, line: usize, fault: PolicyFault) {
+        self.mistakes.add(remark(target, source, line, fault));
         self.users = None;
     }
 
@@ -258,7 +259,7 @@ impl Meaning<'_> {
         ];
         let odd = odd.into_iter().filter(|(is, _)| *is);
         self.warnings
-            .extend(odd.map(|(_, kind)| remark(self.config, name, source.line, kind)));
+            .extend(odd.map(|(_, kind)| remark(name, source, source.line, kind)));
         Target {
             name: name.to_owned(),
             endpoints,
@@ -274,10 +275,10 @@ impl Meaning<'_> {
             let Some(room) = self.room else { break };
             match Endpoint::parse_all(text.value.expose()) {
                 Ok(parsed) => endpoints.extend(parsed),
-                Err(error) => self.refuse(target, text.line, PolicyFault::Endpoint(error)),
+                Err(error) => self.refuse(target, source, text.line, PolicyFault::Endpoint(error)),
             }
             if endpoints.len() > room {
-                self.refuse(target, text.line, PolicyFault::Endpoints);
+                self.refuse(target, source, text.line, PolicyFault::Endpoints);
                 self.room = None;
             }
         }
@@ -296,22 +297,20 @@ impl Meaning<'_> {
                         self.unknown.insert(target.to_owned());
                     }
                     if let Some(cgroup) = &listed.cgroup {
-                        self.cgroups
-                            .push(remark(self.config, target, allow.line, cgroup.clone()));
+                        self.cgroups.push(remark(target, source, allow.line, cgroup.clone()));
                     }
                     self.listed.push(listed);
                 }
                 Err(PolicyFault::User {
                     error: error @ (UserError::Unknown { .. } | UserError::UnknownGroup { .. }),
                 }) => {
-                    self.absent
-                        .push(remark(self.config, target, allow.line, Nobody { error }));
+                    self.absent.push(remark(target, source, allow.line, Nobody { error }));
                     self.unknown.insert(target.to_owned());
                 }
-                Err(fault) => self.refuse(target, allow.line, fault),
+                Err(fault) => self.refuse(target, source, allow.line, fault),
             }
             if principals.len() > MAX_TARGET_PRINCIPALS {
-                self.refuse(target, allow.line, PolicyFault::Principals);
+                self.refuse(target, source, allow.line, PolicyFault::Principals);
                 break;
             }
         }
@@ -331,15 +330,15 @@ fn contradictions(config: &Config, targets: &[&Target]) -> Vec<Warning> {
                 endpoint: contradiction(earlier, later)?,
                 other: earlier.name.clone(),
             };
-            let line = config.targets.get(&later.name)?.line;
-            Some(remark(config, &later.name, line, kind))
+            let source = config.targets.get(&later.name)?;
+            Some(remark(&later.name, source, source.line, kind))
         })
         .collect()
 }
 
-fn remark<T>(config: &Config, target: &str, line: usize, what: T) -> Remark<T> {
+fn remark<T>(target: &str, source: &TargetSection, line: usize, what: T) -> Remark<T> {
     Remark {
-        path: config.path.clone(),
+        path: source.path.clone(),
         line,
         target: target.to_owned(),
         what,

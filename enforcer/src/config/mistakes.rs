@@ -67,13 +67,14 @@ impl Mistake {
         };
         let keys = within_target(keys).map_or(keys.as_slice(), |(_, keys)| keys);
         let last = match fault {
-            ConfigFault::UnknownKey { key, .. } => Some(key.as_str()),
+            ConfigFault::UnknownKey { key, .. } | ConfigFault::NoTarget { key, .. } => Some(key.as_str()),
             ConfigFault::MissingKey { key } => Some(*key),
             ConfigFault::RefreshOrder { .. } => Some("dns.min_refresh"),
             ConfigFault::Nat64Prefixes { .. } => Some("nat64"),
             ConfigFault::NotUtf8
             | ConfigFault::Syntax { .. }
             | ConfigFault::Twice
+            | ConfigFault::TargetTwice { .. }
             | ConfigFault::Kind { .. }
             | ConfigFault::Word { .. }
             | ConfigFault::Number
@@ -93,10 +94,14 @@ impl Mistake {
         }
     }
 
-    /// Whatever is in the directory of more targets comes after the file itself.
     fn order(&self) -> (usize, &Path, usize) {
-        (self.path().components().count(), self.path(), self.line())
+        order(self.path(), self.line())
     }
+}
+
+/// By file and line. The directory of more targets comes after the file itself, which lies one level above.
+pub(super) fn order(path: &Path, line: usize) -> (usize, &Path, usize) {
+    (path.components().count(), path, line)
 }
 
 /// The name of a target and what lies within it.
@@ -109,7 +114,13 @@ fn within_target(keys: &[String]) -> Option<(&str, &[String])> {
 
 /// What is at fault and why: `retain in [dns] is …`, or `[dns] has …` where it is a section as a whole.
 fn said(keys: &[String], fault: &ConfigFault) -> String {
-    let whole = matches!(fault, ConfigFault::UnknownKey { .. } | ConfigFault::MissingKey { .. });
+    let whole = matches!(
+        fault,
+        ConfigFault::UnknownKey { .. }
+            | ConfigFault::NoTarget { .. }
+            | ConfigFault::TargetTwice { .. }
+            | ConfigFault::MissingKey { .. }
+    );
     let thing = match keys {
         [] if whole => "the top of the file".to_owned(),
         [] => return fault.to_string(),

@@ -1,6 +1,6 @@
 //! Text → `Config`; and where something is wrong with it, everything that is.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use toml::{
     Spanned,
@@ -8,8 +8,9 @@ use toml::{
 };
 
 use super::{
-    Config, ConfigFault, Mistake, Mistakes,
-    tree::{Fault, KnownKeys, Lines, Step, bare, sorted},
+    Config, ConfigFault, Mistake, Mistakes, TargetSection,
+    error::TOP_KEYS,
+    tree::{Entry, Fault, KnownKeys, Lines, Step, bare, sorted},
 };
 use crate::policy::MAX_NAT64;
 
@@ -17,10 +18,29 @@ use crate::policy::MAX_NAT64;
 pub(super) const TARGET_KEYS: [&str; 4] = ["endpoints", "allow", "grants", "answers"];
 /// Those that each target has.
 const REQUIRED: [&str; 2] = ["endpoints", "allow"];
+const TARGET: &str = "target";
 /// How deep arrays may lie: `target`, its name, its key.
 const DEPTH: usize = 3;
 
+/// The configuration file.
 pub(super) fn config(text: &str, path: &Path) -> Result<Config, Mistakes> {
+    file(text, path, None)
+}
+
+/// A file that adds targets to those of the configuration file `main`.
+pub(super) fn targets(text: &str, path: &Path, main: &Path) -> Result<BTreeMap<String, TargetSection>, Mistakes> {
+    Ok(file(text, path, Some(main))?.targets)
+}
+
+/// B1: by the targets of all files.
+pub(super) fn with_defaults(mut config: Config) -> Config {
+    if config.targets.is_empty() {
+        config.bosh.get_or_insert_default();
+    }
+    config
+}
+
+fn file(text: &str, path: &Path, main: Option<&Path>) -> Result<Config, Mistakes> {
     let lines = Lines::new(text);
     let root = match DeTable::parse(text) {
         Ok(root) => root,
@@ -31,15 +51,14 @@ pub(super) fn config(text: &str, path: &Path) -> Result<Config, Mistakes> {
         lines,
         path,
     };
-    let between_keys = file.between_keys();
-    match file.part(&[]) {
-        Ok(mut config) if between_keys.is_empty() => {
-            if config.targets.is_empty() {
-                config.bosh.get_or_insert_default(); // B1
-            }
-            Ok(config)
-        }
-        Ok(_) | Err(_) => Err(Search::new(&file).all(between_keys)),
+    let (way, mut between_keys) = match main {
+        None => (Vec::new(), file.between_keys()),
+        Some(main) => (vec![Step::Key(TARGET)], file.no_targets(main)),
+    };
+    between_keys.extend(file.missing());
+    match file.part(&way) {
+        Ok(config) if between_keys.is_empty() => Ok(config),
+        Ok(_) | Err(_) => Err(Search::new(&file, way).all(between_keys)),
     }
 }
 
@@ -68,7 +87,7 @@ struct File<'a, 't> {
     path: &'a Path,
 }
 
-impl<'a, 't> File<'a, 't> {
+impl File<'_, '_> {
     /// All of it, or what lies at the end of a way alone; the first fault of that ends it.
     fn part(&self, only: &[Step<'_>]) -> Result<Config, Fault> {
         let known = KnownKeys::default();
@@ -76,15 +95,46 @@ impl<'a, 't> File<'a, 't> {
         config.path = self.path.into();
         config.settings = known.take(self.root, &self.lines, only)?;
         known.end(self.root, &self.lines, only)?;
+        for target in config.targets.values_mut() {
+            target.path = self.path.into();
+        }
         Ok(config)
     }
 
-    /// What is wrong with keys that are right by themselves, or not there.
+    /// What is wrong with keys that are right by themselves.
     fn between_keys(&self) -> Vec<Fault> {
-        let mut faults: Vec<Fault> = self.refresh_order().into_iter().chain(self.too_many_prefixes()).collect();
-        let targets = self.root.get("target").and_then(|targets| targets.get_ref().as_table());
+        self.refresh_order()
+            .into_iter()
+            .chain(self.too_many_prefixes())
+            .collect()
+    }
+
+    /// What is no target, for a file that adds some.
+    fn no_targets(&self, main: &Path) -> Vec<Fault> {
+        let others = sorted(self.root).filter(|(key, _)| key.get_ref() != TARGET);
+        let fault = |(key, _): Entry<'_, '_>| {
+            let line = Some(self.lines.of(key.span().start));
+            let key = bare(key.get_ref()).to_owned();
+            let is_of_main = ["dns", "bosh"].iter().chain(&TOP_KEYS).any(|known| *known == key);
+            let what = if is_of_main {
+                ConfigFault::NoTarget { key, main: main.into() }
+            } else {
+                let known = vec![TARGET];
+                ConfigFault::UnknownKey { key, known }
+            };
+            Fault { line, ..what.into() }
+        };
+        others.map(fault).collect()
+    }
+
+    /// Keys that a target must have.
+    fn missing(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let targets = self.root.get(TARGET).and_then(|targets| targets.get_ref().as_table());
         for (name, target) in targets.into_iter().flat_map(sorted) {
-            let Some(target) = target.get_ref().as_table() else { continue };
+            let Some(target) = target.get_ref().as_table() else {
+                continue;
+            };
             // A key that is unknown may be the one that is missed.
             if target.keys().any(|key| !TARGET_KEYS.contains(&key.get_ref().as_ref())) {
                 continue;
@@ -92,7 +142,7 @@ impl<'a, 't> File<'a, 't> {
             let missing = REQUIRED.into_iter().filter(|key| !target.contains_key(*key));
             faults.extend(missing.map(|key| Fault {
                 line: Some(self.lines.of(name.span().start)),
-                path: vec!["target".to_owned(), bare(name.get_ref()).to_owned()],
+                path: vec![TARGET.to_owned(), bare(name.get_ref()).to_owned()],
                 what: ConfigFault::MissingKey { key },
             }));
         }
@@ -101,7 +151,10 @@ impl<'a, 't> File<'a, 't> {
 
     fn refresh_order(&self) -> Option<Fault> {
         let read = |key| self.part(&[Step::Key("dns"), Step::Key(key)]).ok();
-        let (min, max) = (read("min_refresh")?.dns.min_refresh, read("max_refresh")?.dns.max_refresh);
+        let (min, max) = (
+            read("min_refresh")?.dns.min_refresh,
+            read("max_refresh")?.dns.max_refresh,
+        );
         (min > max).then(|| {
             let dns = self.root.get("dns").and_then(|dns| dns.get_ref().as_table());
             let key = dns.and_then(|dns| dns.get("min_refresh").or_else(|| dns.get("max_refresh")));
@@ -132,17 +185,18 @@ struct Search<'a, 't> {
 }
 
 impl<'a, 't> Search<'a, 't> {
-    fn new(file: &'a File<'a, 't>) -> Self {
+    fn new(file: &'a File<'a, 't>, way: Vec<Step<'a>>) -> Self {
         Self {
             file,
-            way: Vec::new(),
+            way,
             last: None,
             mistakes: Mistakes::default(),
         }
     }
 
     fn all(mut self, between_keys: Vec<Fault>) -> Mistakes {
-        self.part(None);
+        let start = self.way.last().and_then(|_| self.file.root.get(TARGET));
+        self.part(start.map(Spanned::get_ref));
         between_keys.into_iter().for_each(|fault| self.add(fault));
         self.mistakes
     }
@@ -174,7 +228,7 @@ impl<'a, 't> Search<'a, 't> {
         if self.way.len() > DEPTH || matches!(self.way.last(), Some(Step::Element(_))) {
             return Vec::new();
         }
-        let section = |table: &'a DeTable<'t>| {
+        let section = |table: &'a DeTable<'t>| -> Vec<_> {
             let entries = sorted(table).map(|(key, value)| (Step::Key(key.get_ref()), value.get_ref()));
             entries.collect()
         };

@@ -10,7 +10,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use toml::de::DeTable;
 
 use super::{
-    DEFAULT_PATH, MAX_BYTES, Settings, open,
+    DEFAULT_PATH, MAX_BYTES, Settings,
+    files::open,
     tree::{KnownKeys, Lines},
     value,
 };
@@ -107,6 +108,10 @@ fn line_of<T: DeserializeOwned>(text: &str, key: &str) -> Result<Option<T>, Unre
 
 /// What the table says, if it has the key.
 fn with_key<T: DeserializeOwned>(table: &DeTable<'_>, key: &str) -> Result<Option<T>, Unread> {
-    let read = || KnownKeys::default().take(table, &Lines::new(""), &[]).map_err(|_| Unread);
+    let read = || {
+        KnownKeys::default()
+            .take(table, &Lines::new(""), &[])
+            .map_err(|_| Unread)
+    };
     table.contains_key(key).then(read).transpose()
 }

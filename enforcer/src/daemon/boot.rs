@@ -1,8 +1,8 @@
 //! The start: the last known good rule set first (F4), then the configuration; whichever can be made active.
 
 use std::{
-    path::Path,
-    time::{Duration, Instant},
+    path::{Path, PathBuf},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tracing::{error, info, warn};
@@ -31,8 +31,8 @@ const LAST_RETRY: Duration = Duration::from_mins(1);
 pub(super) struct Pending {
     due: Instant,
     wait: Duration,
-    /// Of the file, when it was tried last.
-    seen: Option<std::time::SystemTime>,
+    /// Of the files, when they were tried last.
+    seen: Vec<(PathBuf, Option<SystemTime>)>,
 }
 
 impl Pending {
@@ -40,13 +40,13 @@ impl Pending {
         Self {
             due: Instant::now() + FIRST_RETRY,
             wait: FIRST_RETRY,
-            seen: modified(path),
+            seen: config::modified(path),
         }
     }
 
     /// Whether to try again: the file is another one, or users and cgroups may be.
     pub(super) fn is_due(&mut self, path: &Path, now: Instant) -> bool {
-        let found = modified(path);
+        let found = config::modified(path);
         let changed = found != self.seen;
         if !changed && now < self.due {
             return false;
@@ -60,10 +60,6 @@ impl Pending {
         self.due = now + self.wait;
         true
     }
-}
-
-fn modified(path: &Path) -> Option<std::time::SystemTime> {
-    path.metadata().and_then(|meta| meta.modified()).ok()
 }
 
 /// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it
@@ -337,7 +333,6 @@ mod tests {
     use std::{
         fs::{self, File},
         io,
-        time::SystemTime,
     };
 
     use super::*;
@@ -357,6 +352,11 @@ mod tests {
             now += Duration::from_secs(wait);
             assert!(pending.is_due(&path, now));
         }
+        // So is one beside it.
+        fs::create_dir(dir.path().join("conf.d"))?;
+        fs::write(dir.path().join("conf.d/a.toml"), "")?;
+        now += second;
+        assert!(pending.is_due(&path, now) && !pending.is_due(&path, now));
         // Another file is tried at once, and again soon.
         File::options()
             .write(true)

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     backend::probe::{Fact, Facts, Feature},
-    config::{Config, ConfigError, DEFAULT_PATH, Settings},
+    config::{self, Config, ConfigError, DEFAULT_PATH, Settings},
     policy::FileUsers,
     wire::doctor::{
         HostReport, Report,
@@ -101,6 +101,7 @@ impl Image {
         let ours = FILES.map(|path| root.join(path)).into_iter();
         let ours = ours.chain([config.clone(), inside(&settings.state_dir)]);
         let ours = ours.chain(config.parent().map(Path::to_path_buf));
+        let ours = ours.chain(config::beside(&config));
         let writable = ours.filter_map(|path| {
             // Unpacked by another user than root, an image shows nothing of owners.
             let mode = fs::metadata(&path).ok()?.mode() & 0o7777;

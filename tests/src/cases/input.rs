@@ -8,7 +8,7 @@ use super::{Case, case};
 use crate::{
     backend::{Backend, EBPF},
     foreign::{ForeignProgram, Sharing},
-    world::{NOBODY, World, binary, ran},
+    world::{NOBODY, World, binary, ran, until},
 };
 
 /// Name, what takes the place of the target's section, and what the message must say.
@@ -89,6 +89,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(case!(f4_empty_allow_list_warns));
     cases.push(case!(f4_file_missing_or_unreadable));
     cases.push(case!(f4_reload_with_a_bad_file_degrades));
+    cases.push(case!(f4_targets_in_files_of_their_own_are_taken_whole_or_not_at_all));
     cases.push(case!(f4_attach_cgroup_missing).on(EBPF));
     cases.push(case!(f4_pin_dir_not_on_a_bpffs).on(EBPF));
     cases.push(case!(f4_no_permission));
@@ -184,6 +185,45 @@ fn f4_reload_with_a_bad_file_degrades() -> Result<()> {
     let status = world.status()?;
     ensure!(status["state"] == "enforcing", "{status}");
     Ok(())
+}
+
+/// What has a file of its own is protected too, and a mistake there changes nothing, at a reload and at a start.
+fn f4_targets_in_files_of_their_own_are_taken_whole_or_not_at_all() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let file = world.path("conf.d/more.toml");
+    let target = |user: &str| {
+        format!(
+            "[target.more]\nendpoints = [\"tcp://{}\"]\nallow = [{user:?}]\n",
+            world.here()
+        )
+    };
+    world.configure_one(&["tcp://10.0.0.1:1".to_owned()], r#"["root"]"#)?;
+    fs::create_dir(world.path("conf.d"))?;
+    fs::write(&file, target("root"))?;
+    let daemon = world.daemon()?;
+    still_guarded(&world)?;
+    let bad = target("nobody") + "[dns]\n";
+    fs::write(&file, &bad)?;
+    let refused = world.enforcer(&["reload"])?.demand(2)?.stderr;
+    ensure!(
+        refused.contains("conf.d/more.toml:4: ") && refused.contains("enforcer.toml"),
+        "{refused}"
+    );
+    still_guarded(&world)?;
+    daemon.kill()?;
+    let daemon = world.daemon()?;
+    still_guarded(&world)?;
+    ensure!(daemon.log().contains("conf.d/more.toml:4: "), "{}", daemon.log());
+    // It is tried again once that file is another one.
+    fs::write(&file, target("nobody"))?;
+    until("the corrected file is taken", || {
+        Ok(world.attack(NOBODY).run()?.errno.is_none() && world.status()?["state"] == "enforcing")
+    })?;
+    world.attack(0).is_refused()?;
+    fs::remove_file(&file)?;
+    daemon.reload()?;
+    world.attack(0).reaches()
 }
 
 fn f4_attach_cgroup_missing() -> Result<()> {

@@ -1,0 +1,188 @@
+//! Targets in files of their own.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::PathBuf,
+};
+
+use tempfile::TempDir;
+
+use super::{Config, ConfigError, modified};
+use crate::config::Bosh;
+
+type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
+
+const TARGET: &str = "endpoints = [\"tcp://10.0.0.1:1\"]\nallow = [\"root\"]\n";
+
+/// A directory with `main.toml` and, in `conf.d`, other files.
+struct Place(TempDir);
+
+impl Place {
+    fn new(main: &str) -> Fallible<Self> {
+        let place = Self(TempDir::new()?);
+        fs::write(place.main(), main)?;
+        fs::create_dir(place.path("conf.d"))?;
+        Ok(place)
+    }
+
+    fn main(&self) -> PathBuf {
+        self.path("main.toml")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn add(&self, name: &str, text: &str) -> Fallible<()> {
+        Ok(fs::write(self.path("conf.d").join(name), text)?)
+    }
+
+    /// What is said of it, a line each, without the directory.
+    fn refused(&self) -> Fallible<Vec<String>> {
+        let error = match Config::load(&self.main()) {
+            Ok(config) => return Err(format!("{config:?}").into()),
+            Err(error) => error,
+        };
+        let lines = error
+            .mistakes()
+            .map_or_else(|| vec![error.to_string()], super::Mistakes::lines);
+        let dir = format!("{}/", self.0.path().display());
+        Ok(lines.iter().map(|line| line.replace(&dir, "")).collect())
+    }
+
+    fn targets(&self) -> Fallible<Vec<String>> {
+        Ok(Config::load(&self.main())?.targets.into_keys().collect())
+    }
+}
+
+#[test]
+fn files_beside_add_targets() -> Fallible<()> {
+    let place = Place::new(&format!("mode = \"audit\"\n[target.m]\n{TARGET}"))?;
+    place.add("a.toml", &format!("[target.a]\n{TARGET}[target.b]\n{TARGET}"))?;
+    place.add("b.toml", "# nothing yet\n")?;
+    for other in [".hidden.toml", "c.toml~", "d.toml.dpkg-new", "README"] {
+        place.add(other, "nonsense")?;
+    }
+    assert_eq!(place.targets()?, ["a", "b", "m"]);
+    let config = Config::load(&place.main())?;
+    assert_eq!(config.bosh, None);
+    let of = |name| {
+        config
+            .targets
+            .get(name)
+            .map(|target| (target.path.clone(), target.line))
+    };
+    assert_eq!(of("b"), Some((place.path("conf.d/a.toml"), 4)));
+    assert_eq!(of("m"), Some((place.main(), 2)));
+    // What is wrong there says so, beside what is wrong elsewhere.
+    place.add("a.toml", "[target.a]\nendpoints = [\"x\"]\nallow = [\"root\"]\n")?;
+    place.add(
+        "b.toml",
+        "mode = \"enforce\"\nfoo = 1\n[dns]\n[bosh]\ndir = 5\n[target.b]\nallow = 5\n",
+    )?;
+    place.add("c.toml", "[target.c\n")?;
+    fs::write(
+        place.main(),
+        format!("[target.m]\n{}", TARGET.replace("10.0.0.1", "10.0.0.256")),
+    )?;
+    let lines = place.refused()?;
+    let starts = [
+        "main.toml:2: target m: endpoint ",
+        "conf.d/a.toml:2: target a: endpoint ",
+        "conf.d/b.toml:1: the top of the file has `mode`, which belongs in main.toml; a file in conf.d",
+        "conf.d/b.toml:2: the top of the file has an unknown key `foo`; known keys are target",
+        "conf.d/b.toml:3: the top of the file has `dns`, which belongs in main.toml",
+        "conf.d/b.toml:4: the top of the file has `bosh`, which belongs in main.toml",
+        "conf.d/b.toml:6: [target.b] has no endpoints",
+        "conf.d/b.toml:7: allow in [target.b] is of type integer",
+        "conf.d/c.toml:1: not TOML",
+    ];
+    assert_eq!(lines.len(), starts.len(), "{lines:#?}");
+    for (line, start) in lines.iter().zip(starts) {
+        assert!(line.starts_with(start), "{line}, not {start}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_target_is_in_one_file() -> Fallible<()> {
+    let place = Place::new(&format!("[target.a]\n{TARGET}"))?;
+    place.add("a.toml", &format!("\n[target.a]\n{TARGET}[target.b]\n{TARGET}"))?;
+    place.add("b.toml", &format!("[target.b]\n{TARGET}"))?;
+    assert_eq!(
+        place.refused()?,
+        [
+            "conf.d/a.toml:2: [target.a] is in main.toml:1, too; keep one",
+            "conf.d/b.toml:1: [target.b] is in conf.d/a.toml:5, too; keep one",
+        ]
+    );
+    Ok(())
+}
+
+#[test]
+fn b1_bosh_is_there_where_no_file_has_a_target() -> Fallible<()> {
+    let place = Place::new("")?;
+    let bosh = || Config::load(&place.main()).map(|config| config.bosh);
+    assert_eq!(bosh()?, Some(Bosh::default()));
+    place.add("a.toml", "")?;
+    assert_eq!(bosh()?, Some(Bosh::default()));
+    place.add("a.toml", &format!("[target.a]\n{TARGET}"))?;
+    assert_eq!(bosh()?, None);
+    // A file that is gone is no empty one, whatever is beside it.
+    fs::remove_file(place.main())?;
+    assert!(matches!(bosh(), Err(ConfigError::Missing { .. })));
+    Ok(())
+}
+
+/// What cannot be read, or is not root's alone, refuses the configuration as a whole.
+#[test]
+fn f6_only_what_others_cannot_write_is_read() -> Fallible<()> {
+    let place = Place::new("")?;
+    place.add("a.toml", &format!("[target.a]\n{TARGET}"))?;
+    for (name, mode) in [("conf.d", 0o777), ("conf.d/a.toml", 0o666)] {
+        let path = place.path(name);
+        let before = fs::metadata(&path)?.permissions();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        let lines = place.refused()?;
+        let (shown, mode) = (format!("{name} is owned by uid "), format!("with mode {mode:04o}; "));
+        assert!(
+            lines.iter().all(|line| line.contains(&shown) && line.contains(&mode)),
+            "{lines:?}"
+        );
+        fs::set_permissions(&path, before)?;
+    }
+    assert_eq!(place.targets()?, ["a"]);
+    // By whatever name it has.
+    fs::rename(place.path("conf.d"), place.path("elsewhere"))?;
+    symlink("elsewhere", place.path("conf.d"))?;
+    assert_eq!(place.targets()?, ["a"]);
+    fs::create_dir(place.path("conf.d/b.toml"))?;
+    assert!(place.refused()?.concat().contains("read conf.d/b.toml: "));
+    fs::remove_dir_all(place.path("elsewhere"))?;
+    assert!(place.refused()?.concat().contains("read conf.d: "), "a link to nowhere");
+    Ok(())
+}
+
+#[test]
+fn every_change_is_seen() -> Fallible<()> {
+    let place = Place::new("")?;
+    let mut before = modified(&place.main());
+    let mut changes = |what: &str| {
+        let now = modified(&place.main());
+        assert_ne!(before, now, "{what}");
+        before = now;
+    };
+    place.add("a.toml", "")?;
+    changes("a file is new");
+    fs::File::options()
+        .write(true)
+        .open(place.path("conf.d/a.toml"))?
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)?;
+    changes("it is another one");
+    fs::remove_file(place.path("conf.d/a.toml"))?;
+    changes("it is gone");
+    fs::remove_file(place.main())?;
+    changes("the configuration file is gone");
+    Ok(())
+}
