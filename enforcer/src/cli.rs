@@ -201,7 +201,9 @@ pub fn main() -> ExitCode {
         Ok(ExitStatus::Unknown) => ExitCode::from(2),
         Ok(ExitStatus::Unloaded) => ExitCode::from(3),
         Err(error) => {
-            lines_of(&error).iter().for_each(|line| complain("error", line));
+            for line in lines_of(&error) {
+                complain("error", &line);
+            }
             ExitCode::from(2)
         }
     }

@@ -91,7 +91,7 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 10] = [
 ];
 
 /// Files, and what they are for.
-const FILES: [(&str, &str); 5] = [
+const FILES: [(&str, &str); 6] = [
     (
         "/etc/enforcer/enforcer.toml",
         "The configuration, see enforcer.toml(5).",

@@ -35,7 +35,10 @@ const DESCRIPTION: [&str; 4] = [
 ];
 
 const FILES: [(&str, &str); 3] = [
-    ("/etc/enforcer/enforcer.toml", "Where it is read from, unless --config names another file."),
+    (
+        "/etc/enforcer/enforcer.toml",
+        "Where it is read from, unless --config names another file.",
+    ),
     (
         "/usr/share/doc/enforcer/examples/enforcer.toml",
         "Every key with its default, all commented.",
@@ -66,7 +69,10 @@ pub(super) fn page() -> Result<Vec<u8>> {
     let known = keys(&defaults.tree()).into_iter();
     for key in known.chain(keys(&Config::parse(EXAMPLE, path)?.tree())) {
         let mut all = sections.iter().flat_map(|section| &section.keys);
-        ensure!(all.any(|(known, _)| *known == key), "config show does not explain {key}");
+        ensure!(
+            all.any(|(known, _)| *known == key),
+            "config show does not explain {key}"
+        );
     }
     let mut page = Vec::new();
     writeln!(
@@ -181,7 +187,10 @@ fn explained(text: &str) -> Option<(&str, String)> {
 }
 
 fn is_key(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
 }
 
 /// Every key with its meaning and default, as `config show` prints them, each line commented.

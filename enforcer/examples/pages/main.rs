@@ -62,5 +62,9 @@ fn roff(text: &str) -> String {
         })
         .collect();
     // A line that begins with a full stop is a request.
-    if line.starts_with('.') { format!("\\&{line}") } else { line }
+    if line.starts_with('.') {
+        format!("\\&{line}")
+    } else {
+        line
+    }
 }

@@ -197,7 +197,9 @@ impl<'a, 't> Search<'a, 't> {
     fn all(mut self, between_keys: Vec<Fault>) -> Mistakes {
         let start = self.way.last().and_then(|_| self.file.root.get(TARGET));
         self.part(start.map(Spanned::get_ref));
-        between_keys.into_iter().for_each(|fault| self.add(fault));
+        for fault in between_keys {
+            self.add(fault);
+        }
         self.mistakes
     }
 
