@@ -44,7 +44,7 @@ fn file(text: &str, path: &Path, main: Option<&Path>) -> Result<Config, Mistakes
     let lines = Lines::new(text);
     let root = match DeTable::parse(text) {
         Ok(root) => root,
-        Err(error) => return Err(alone(syntax(text, &lines, &error).of(path))),
+        Err(error) => return Err(alone(syntax(text, &lines, &earliest(text, error)).of(path))),
     };
     let file = File {
         root: root.get_ref(),
@@ -258,6 +258,18 @@ impl<'a, 't> Search<'a, 't> {
             self.mistakes.add(fault.of(self.file.path));
         }
     }
+}
+
+/// A string without its end is noticed after the lines that it swallows, and then explains them.
+fn earliest(text: &str, first: toml::de::Error) -> toml::de::Error {
+    /// Each error takes memory, and what is no TOML at all has one for each byte.
+    const MOST: usize = 1 << 20;
+    if text.len() > MOST {
+        return first;
+    }
+    let (_, all) = DeTable::parse_recoverable(text);
+    let start = |error: &toml::de::Error| error.span().map_or(usize::MAX, |span| span.start);
+    all.into_iter().min_by_key(start).unwrap_or(first)
 }
 
 fn syntax(text: &str, lines: &Lines, error: &toml::de::Error) -> Fault {

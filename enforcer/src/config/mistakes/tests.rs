@@ -63,6 +63,9 @@ fn one_mistake_hides_no_other_and_makes_up_none() -> Fallible<()> {
         ("[a]\nb = 1\nc = 2\n[d.e.f.g.h]\ni = 1\n", &[1, 4]),
         // Not TOML: nothing else is known.
         ("mode = 5\nbackend = [\n", &[2]),
+        // A string without its end is named by its own line.
+        ("[target.a]\nendpoints = [\"10.0.0.1:1]\nallow = [\"root\"]\n", &[2]),
+        ("[target.a]\nendpoints = [\n\"10.0.0.1:1,\n\"10.0.0.2:2\"\n]\n", &[3]),
     ] {
         let found = mistakes(text)?;
         let at: Vec<usize> = found.iter().map(Mistake::line).collect();
