@@ -172,7 +172,9 @@ impl Mistakes {
 
     /// Adds those of another part of the configuration.
     pub(super) fn append(&mut self, others: Self) {
-        others.listed.into_iter().for_each(|mistake| self.add(mistake));
+        for mistake in others.listed {
+            self.add(mistake);
+        }
         self.more += others.more;
     }
 

@@ -302,8 +302,9 @@ impl Daemon {
         let fault = format!("{error}; {stays}");
         if self.faults.of(About::Reload) != Some(fault.as_str()) {
             let mistakes = error.lines();
-            let several = mistakes.iter().filter(|_| mistakes.len() > 1);
-            several.for_each(|line| error!("{line}"));
+            for line in mistakes.iter().filter(|_| mistakes.len() > 1) {
+                error!("{line}");
+            }
         }
         self.faults.set(About::Reload, Some(fault));
     }
