@@ -149,8 +149,14 @@ fn endpoints(text: &str) -> Result<Vec<Endpoint>, EndpointFault> {
 
 /// Protocol, destination, and what follows the colon.
 fn parts(text: &str) -> Result<(Protocol, Destination, &str), EndpointFault> {
+    if text.trim() != text {
+        return Err(EndpointFault::Blank);
+    }
     let (protocol, bus, rest) = match text.split_once("://") {
-        None => (Protocol::Tcp, false, text),
+        None => match without_slashes(text) {
+            Some(scheme) => return Err(EndpointFault::NoSlashes(scheme)),
+            None => (Protocol::Tcp, false, text),
+        },
         Some((scheme, rest)) => match scheme.to_ascii_lowercase().as_str() {
             "tcp" => (Protocol::Tcp, false, rest),
             "udp" => (Protocol::Udp, false, rest),
@@ -163,7 +169,11 @@ fn parts(text: &str) -> Result<(Protocol, Destination, &str), EndpointFault> {
         return Err(EndpointFault::Several);
     }
     let rest = rest.strip_suffix('/').unwrap_or(rest);
-    let (host, port) = split(authority(rest, bus)?)?;
+    let authority = authority(rest, bus)?;
+    if authority.contains(char::is_whitespace) {
+        return Err(EndpointFault::Blank);
+    }
+    let (host, port) = split(authority)?;
     if matches!(host, Host::Plain(host) if host.contains(',')) {
         return Err(EndpointFault::Several);
     }
@@ -172,6 +182,14 @@ fn parts(text: &str) -> Result<(Protocol, Destination, &str), EndpointFault> {
         Some(end) if number(port.get(..end).unwrap_or_default()).is_some() => Err(EndpointFault::Path),
         Some(_) | None => Ok((protocol, destination, port)),
     }
+}
+
+/// The scheme that a text begins with, if more follows than the port of a host of that name.
+fn without_slashes(text: &str) -> Option<&'static str> {
+    let (scheme, rest) = text.split_once(':')?;
+    let known = ["tcp", "udp", "nats", "tls"];
+    let scheme = known.into_iter().find(|known| scheme.eq_ignore_ascii_case(known))?;
+    (rest.starts_with('/') || rest.contains(':')).then_some(scheme)
 }
 
 /// A prefix as endpoints have it.

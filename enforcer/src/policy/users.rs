@@ -37,7 +37,7 @@ pub enum Account {
 #[derive(Debug, Error)]
 pub enum UserError {
     /// A name without a user.
-    #[error("no user {name:?} on this host; create it, correct the name, or give a UID from 0 to 4294967294")]
+    #[error("no user {name:?} on this host; {}or give a UID from 0 to 4294967294", instead(name))]
     Unknown {
         /// As given.
         name: String,
@@ -68,6 +68,16 @@ pub enum UserError {
         /// As given.
         gid: i64,
     },
+}
+
+/// What to do about a user who is none; `@wheel` and `%wheel` are how others write a group.
+fn instead(name: &str) -> String {
+    match name.strip_prefix(['@', '%']) {
+        Some(group) if !group.is_empty() => {
+            format!("for the members of a group write {{ group = {group:?} }} in the configuration; correct the name, ")
+        }
+        Some(_) | None => "create it, correct the name, ".to_owned(),
+    }
 }
 
 impl fmt::Display for Account {
@@ -271,6 +281,19 @@ mod tests {
         }
         for unknown in ["", "enforcer-no-such-user", "18446744073709551616"] {
             assert!(matches!(parsed(unknown), Err(UserError::Unknown { .. })), "{unknown}");
+        }
+    }
+
+    #[test]
+    fn who_writes_a_group_as_others_do_is_told_how() {
+        let told = |text| Uid::parse(text, &HostUsers).err().map(|error| error.to_string());
+        for (text, part) in [
+            ("@wheel", "write { group = \"wheel\" }"),
+            ("%no-such", "write { group = \"no-such\" }"),
+            ("enforcer-no-such-user", "create it, correct the name, or give a UID"),
+            ("@", "create it, correct the name, or give a UID"),
+        ] {
+            assert!(told(text).is_some_and(|told| told.contains(part)), "{:?}", told(text));
         }
     }
 

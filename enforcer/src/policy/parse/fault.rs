@@ -29,6 +29,12 @@ pub enum EndpointFault {
          tcp://HOST:443)"
     )]
     Scheme,
+    /// `tcp:10.0.0.1:80`, or one slash.
+    #[error("a scheme is followed by ://; write {0}://ADDRESS:PORT")]
+    NoSlashes(&'static str),
+    /// A blank, which quotes hide well.
+    #[error("an endpoint has no blanks; remove them")]
+    Blank,
     /// Credentials outside a message-bus URL.
     #[error("only nats:// and tls:// URLs may carry credentials; remove them")]
     Credentials,

@@ -124,7 +124,7 @@ proptest! {
 
 /// Texts that are wrong, what is said of them, and what they meant: an endpoint, or several, that the message names,
 /// with a port of 80 in place of PORT. None where nobody can tell.
-const WRONG: [(&str, &str, &[&str]); 27] = [
+const WRONG: [(&str, &str, &[&str]); 35] = [
     (
         "tcp://fd99::/64:80",
         "an IPv6 address needs brackets; write [fd99::/64]:80",
@@ -224,6 +224,26 @@ const WRONG: [(&str, &str, &[&str]); 27] = [
         "nothing may follow the port; remove what begins with / or ?",
         &[],
     ),
+    (
+        "tcp:10.0.0.1:80",
+        "a scheme is followed by ://; write tcp://ADDRESS:PORT",
+        &["tcp://ADDRESS:80"],
+    ),
+    (
+        "UDP:/10.0.0.1:53",
+        "a scheme is followed by ://; write udp://ADDRESS:PORT",
+        &[],
+    ),
+    (
+        "nats:u:secret@bus.example:4222",
+        "a scheme is followed by ://; write nats://ADDRESS:PORT",
+        &[],
+    ),
+    ("tcp://10.0.0.1:80 ", "an endpoint has no blanks; remove them", &[]),
+    (" tcp://10.0.0.1:80", "an endpoint has no blanks; remove them", &[]),
+    ("10.0.0.1: 80", "an endpoint has no blanks; remove them", &[]),
+    ("10.0.0.1:80, 443", "an endpoint has no blanks; remove them", &[]),
+    ("bus.example\t:80", "an endpoint has no blanks; remove them", &[]),
     ("10.0.0.1:0", PORTS, &[]),
     ("10.0.0.1:65536", PORTS, &[]),
     ("10.0.0.1:http", PORTS, &[]),
@@ -251,6 +271,20 @@ fn what_is_wrong_is_told_with_a_remedy_that_protects_no_less() {
                 "{text}: {told}: {meant}"
             );
         }
+    }
+}
+
+#[test]
+fn a_host_may_be_named_as_a_scheme_is() {
+    for (text, shown) in [
+        ("tcp:80", "tcp://tcp:80"),
+        ("nats:4222,4223", "tcp://nats:4222 tcp://nats:4223"),
+    ] {
+        let all = Endpoint::parse_all(text).map(|all| {
+            let all: Vec<String> = all.iter().map(ToString::to_string).collect();
+            all.join(" ")
+        });
+        assert_eq!(all.map_err(|error| error.to_string()), Ok(shown.to_owned()), "{text}");
     }
 }
 
