@@ -220,9 +220,16 @@ impl Daemon {
         }
     }
 
+    /// Whether there are rules that a start can begin with.
+    fn has_saved(&self) -> bool {
+        let file = self.inputs.settings().state_dir.join(state::FILE);
+        !self.kept.damaged && file.symlink_metadata().is_ok()
+    }
+
     fn note_kept(&mut self, saved: &SaveResult) {
-        let fault = |error| format!("{error}; until this is fixed, a restart begins with the previously saved rules");
-        self.faults.set(About::State, saved.as_ref().err().map(fault));
+        let fault = |error: &String| unsaved(error, self.has_saved());
+        let fault = saved.as_ref().err().map(fault);
+        self.faults.set(About::State, fault);
         if let Ok(mark) = *saved {
             self.kept.mark = Some(mark);
             self.kept.damaged = false;
@@ -230,5 +237,31 @@ impl Daemon {
             self.kept.mark = None;
             self.kept.due = Some(Instant::now() + RETRY);
         }
+    }
+}
+
+/// What comes of it that the active rules are not saved.
+fn unsaved(error: &str, has_saved: bool) -> String {
+    let start = if has_saved {
+        "a restart begins with the previously saved rules"
+    } else {
+        "no rules are saved: after a reboot nothing is protected before the configuration is read and its names are \
+         looked up"
+    };
+    format!("{error}; until this is fixed, {start}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unsaved;
+
+    #[test]
+    fn a_restart_is_promised_no_rules_that_were_never_saved() {
+        assert!(unsaved("E", true).starts_with("E; until this is fixed, a restart begins with the previously saved"));
+        let never = unsaved("E", false);
+        assert!(
+            never.contains("no rules are saved") && !never.contains("previously"),
+            "{never}"
+        );
     }
 }
