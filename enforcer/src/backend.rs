@@ -424,6 +424,13 @@ impl Store for Enforcement {
 /// Two halves seen as one. What ebpf refuses never becomes a packet, so refusals add up; what passes both counts once.
 fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed> {
     let (mut one, other) = match (ebpf, nftables) {
+        (Some(ebpf), Some(mut nftables)) if ebpf.generation == 0 && nftables.generation != 0 => {
+            nftables
+                .faults
+                .push(ConditionId::Link.because("nothing is active in eBPF; restart enforcer"));
+            nftables.faults.extend(ebpf.faults);
+            return Some(nftables);
+        }
         (Some(ebpf), Some(nftables)) => (ebpf, nftables),
         (one, other) => return one.or(other),
     };

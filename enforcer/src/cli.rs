@@ -11,12 +11,11 @@ mod unload;
 mod verify;
 
 use std::{
-    collections::BTreeMap,
     fmt::Display,
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -28,19 +27,13 @@ use serde::Serialize;
 use tracing_subscriber::{filter::LevelFilter, fmt::format, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
-    backend::ActiveRules,
     config::{self, Config, ConfigError, Mistakes, Settings},
     control::{self, AskError},
     daemon::{self, DaemonError},
-    host::{self, Identities},
     inputs::InputError,
-    policy::Name,
-    resolve::{KnownName, protection},
-    state,
-    status::{self, Context, status},
+    status::from_outside,
     text::{self, Journal, Log},
-    visibility::Visibility,
-    wire::{ActiveBackend, ConditionId, NameStatus, Reply, Request, Severity, State, Status},
+    wire::{Reply, Request, Severity, State, Status},
 };
 
 /// Options that every command has.
@@ -126,6 +119,28 @@ enum Command {
     /// Check or show the configuration
     #[command(subcommand)]
     Config(configuration::ConfigCommand),
+}
+
+impl Command {
+    /// Whether it does or says what the file has, and so nothing without one; others need no more of it than where the
+    /// instance is.
+    fn takes_the_file(&self) -> bool {
+        match self {
+            Self::Run | Self::Apply(Apply { last_good: false }) | Self::Doctor(_) | Self::Config(_) => true,
+            Self::Apply(Apply { last_good: true })
+            | Self::Status(_)
+            | Self::Check(_)
+            | Self::Reload(_)
+            | Self::Events(_)
+            | Self::Refresh(_)
+            | Self::Grant(_)
+            | Self::Revoke(_)
+            | Self::Grants(_)
+            | Self::EnableMonitAccess(_)
+            | Self::Unload(_)
+            | Self::Verify(_) => false,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -268,9 +283,13 @@ fn start_log(format: LogFormat, level: tracing::Level) {
 fn run(cli: &Cli) -> Result<ExitStatus> {
     let config = cli.config.as_deref().unwrap_or(Path::new(config::DEFAULT_PATH));
     // Without --config no file at the default place is as good as an empty one (B1); a file that is named must be
-    // there.
+    // there, but for those who ask what runs (F4).
     if cli.config.as_deref() == Some(Path::new(config::DEFAULT_PATH)) && !config.exists() {
-        return Err(ConfigError::Missing { path: config.into() }.into());
+        let error = ConfigError::Missing { path: config.into() };
+        if cli.command.takes_the_file() {
+            return Err(error.into());
+        }
+        complain("warning", &error.to_string());
     }
     match &cli.command {
         Command::Run => runtime()?
@@ -351,11 +370,25 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
         }
         ConfigError::TooLong { .. } | ConfigError::Invalid(_) => config::place(path, lenient),
     };
-    let Some(settings) = settings else {
-        return Err(error.into());
-    };
-    complain("warning", &error.to_string());
-    Ok(settings)
+    match (settings, &error) {
+        (Some(settings), _) => {
+            complain("warning", &error.to_string());
+            Ok(settings)
+        }
+        (None, ConfigError::Missing { .. }) => bail!(
+            "{error}; only the file says where its instance is: restore it, or name one with the same socket, \
+             pin_dir, state_dir and nft_table"
+        ),
+        (
+            None,
+            ConfigError::Gone { .. }
+            | ConfigError::Unreadable { .. }
+            | ConfigError::OnlyTargets { .. }
+            | ConfigError::Untrusted { .. }
+            | ConfigError::TooLong { .. }
+            | ConfigError::Invalid(_),
+        ) => Err(error.into()),
+    }
 }
 
 fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Result<ExitStatus> {
@@ -364,7 +397,7 @@ fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Resu
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
         Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
-        Err(error) if is_nobody(&error) => status_from_pins(settings)?,
+        Err(error) if is_nobody(&error) => from_outside(settings)?,
         Err(error) => return Err(error.into()),
     };
     print_one(&status, json, Status::render)?;
@@ -389,66 +422,6 @@ fn is_nobody(error: &AskError) -> bool {
         complain("warning", &error.to_string());
     }
     is_impostor || matches!(error, AskError::NoDaemon { .. })
-}
-
-/// What is active, as the kernel alone tells.
-fn status_from_pins(settings: &Settings) -> Result<Status> {
-    let cgroup = match &settings.cgroup {
-        Some(cgroup) => cgroup.clone(),
-        None => host::cgroup2_mount()?.unwrap_or_default(),
-    };
-    let (in_force, unread) = ActiveRules::open_as_far_as_possible(settings)?;
-    let mut observed = in_force
-        .as_ref()
-        .map(|in_force| in_force.observe(host::directory_id(&cgroup)))
-        .transpose()?;
-    if let Some(observed) = &mut observed {
-        let mount = host::cgroup2_mount()?.unwrap_or_default();
-        let mut identities = Identities::new(&mount, &BTreeMap::new());
-        status::identify(observed, &mut identities, Instant::now());
-    }
-    let hidden = in_force.as_ref().and_then(|in_force| {
-        let ebpf_on = in_force.backend().has_ebpf().then_some(cgroup.as_path());
-        Visibility::of(settings, ebpf_on, false).fault()
-    });
-    let context = Context {
-        cgroup: cgroup.display().to_string(),
-        pin_dir: settings.pin_dir.display().to_string(),
-        nft_table: settings.nft_table.clone(),
-        backend: in_force.as_ref().map_or(ActiveBackend::Ebpf, ActiveRules::backend),
-        unread: unread.is_some(),
-        names: in_force
-            .as_ref()
-            .and_then(|_| saved_names(settings))
-            .unwrap_or_default(),
-        conditions: unread
-            .iter()
-            .map(|error| ConditionId::Unreadable.because(error.to_string()))
-            .chain(hidden.map(|hidden| ConditionId::HiddenFromHost.because(hidden)))
-            .collect(),
-        ..Context::default()
-    };
-    Ok(status(observed.as_ref(), context))
-}
-
-/// What was known of names when the last known good rules were saved, which are the active ones as a rule.
-fn saved_names(settings: &Settings) -> Option<Vec<NameStatus>> {
-    let (good, _) = state::load(&settings.state_dir).ok()??;
-    let status = |name: Name| {
-        let known = good.names.get(&name).map(KnownName::addresses).unwrap_or_default();
-        let protects = protection(!known.is_empty(), good.policy.dns.unresolved);
-        NameStatus {
-            name: name.to_string(),
-            addresses: known.iter().map(ToString::to_string).collect(),
-            stale: known.is_empty(),
-            cause: known
-                .is_empty()
-                .then(|| "it had no address when the rules were saved".to_owned()),
-            protects,
-            cut: 0,
-        }
-    };
-    Some(good.policy.names().into_iter().map(status).collect())
 }
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {

@@ -100,7 +100,7 @@ impl Observations {
             kernel: self.kernel,
             config: instance.config.display().to_string(),
             cgroup: instance.cgroup.map(|path| path.display().to_string()),
-            daemon: instance.daemon.and_then(|status| status.daemon.pid),
+            daemon: instance.status.and_then(|status| status.daemon.pid),
             in_force: instance.active,
         };
         findings.report(host, &self.features, wanted, self.gaps)

@@ -5,12 +5,15 @@ mod error;
 mod host_config;
 mod saved;
 
-use std::{collections::BTreeSet, io, sync::Arc, time::Instant};
+use std::{collections::BTreeSet, io, path::Path, sync::Arc, time::Instant};
 
 use ipnet::IpNet;
 
 pub(crate) use self::saved::SavedRun;
-pub(crate) use self::{error::InputError, host_config::HostConfig};
+pub(crate) use self::{
+    error::InputError,
+    host_config::{HostConfig, is_gone},
+};
 use crate::{
     backend::{self, BackendError},
     config::{Config, Settings},
@@ -87,20 +90,35 @@ impl Inputs {
 
     /// What a configuration comes to beside what the last run left on disk, for those who look from outside.
     pub(crate) fn from_disk(config: HostConfig) -> Result<Self, InputError> {
-        let failed = |action| move |error| InputError::Io { action, error };
         let dir = &config.settings().state_dir;
-        let (saved, _) = SavedRun::load(dir);
+        let (saved, good) = SavedRun::load(dir);
         if let Some(fault) = saved.fault {
-            return Err(failed("read the last known good rules")(io::Error::other(fault)));
+            return Err(InputError::Io {
+                action: "read the last known good rules",
+                error: io::Error::other(fault),
+            });
         }
-        let mut grants = grants::load(dir)
-            .map_err(io::Error::other)
-            .map_err(failed("read the grants"))?;
+        config.ensure_present(good.as_ref())?;
+        let mut grants = load_grants(dir)?;
         grants.expire(Moment::now());
         let mut jobs = JobRules::default();
         let chain = backend::jobs::read(config.settings()).map_err(BackendError::from)?;
         jobs.take(chain, &config.mount);
         Self::new(config, &saved, grants, jobs, Instant::now())
+    }
+
+    /// The same with the grants on disk that have ended, which stay in the kernel where no daemon was there to end
+    /// them; and these.
+    pub(crate) fn with_ended_grants(
+        &self,
+        now: Moment,
+    ) -> Result<(Self, Vec<(grants::Key, grants::Term)>), InputError> {
+        let mut inputs = self.clone();
+        inputs.grants = load_grants(&self.settings().state_dir)?;
+        let ended = inputs.grants.clone().expire(now);
+        inputs.settle(now.monotonic);
+        inputs.look_at_cgroups();
+        Ok((inputs, ended))
     }
 
     /// How and where it is enforced.
@@ -194,6 +212,13 @@ impl Inputs {
         let HostConfig { config, policy, .. } = &mut self.config;
         take_bus(config, policy, self.bus.as_ref())
     }
+}
+
+fn load_grants(dir: &Path) -> Result<Grants, InputError> {
+    grants::load(dir).map_err(|error| InputError::Io {
+        action: "read the grants",
+        error: io::Error::other(error),
+    })
 }
 
 /// Puts the message bus into a policy, where the configuration leaves it to the agent's settings (B2). True if that

@@ -1,4 +1,9 @@
-//! What is active and whether it is as wanted: observed state and the daemon's own become `Status`. Pure.
+//! What is active and whether it is as wanted: observed state and the daemon's own become `Status`. Pure, but for
+//! `outside.rs`.
+
+mod outside;
+
+pub(crate) use outside::{from_outside, saved_names};
 
 use std::time::Instant;
 
@@ -22,6 +27,8 @@ pub(crate) struct Context {
     pub cgroup: String,
     pub pin_dir: String,
     pub nft_table: String,
+    /// Where a daemon was asked that does not answer.
+    pub socket: String,
     /// What enforces.
     pub backend: ActiveBackend,
     /// Why it and no other.
@@ -63,8 +70,9 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         conditions.extend(observed.faults.iter().cloned());
         if observed.by_daemon && context.daemon.is_none() {
             conditions.push(ConditionId::DaemonNotRunning.because(format!(
-                "the daemon is not running; its rules stay active, but names, addresses and cgroups are not followed, \
-                 grants do not end, and what is removed is not repaired: {START}"
+                "the daemon is not running (none answers on {}); its rules stay active, but names, addresses and \
+                 cgroups are not followed, grants do not end, and what is removed is not repaired: {START}",
+                context.socket
             )));
         }
     }
@@ -78,7 +86,15 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         Some(_) => State::Enforcing,
     };
     if state == State::Off {
-        let text = format!("nothing is active; {START}, or run enforcer apply");
+        // Where was looked: a file that names other places than the running instance has finds nothing there.
+        let asked = match context.daemon {
+            Some(_) => String::new(),
+            None => format!(", and no daemon answers on {}", context.socket),
+        };
+        let text = format!(
+            "nothing is active in {} nor in nftables table inet {}{asked}; {START}, or run enforcer apply",
+            context.pin_dir, context.nft_table
+        );
         conditions.push(ConditionId::NothingActive.because(text));
     }
     let causes = conditions.iter().filter(|one| one.severity > Severity::Info);

@@ -122,6 +122,7 @@ impl Comparison {
             compared: self.compared,
             counts: self.counts,
             differences: self.differences,
+            expired_grants: Vec::new(),
         }
     }
 }
@@ -145,7 +146,7 @@ impl Verification {
             Against::Daemon => "what the daemon desires now",
             Against::Configuration => "the configuration and the last known addresses; no daemon answers",
         };
-        let total: u64 = self.counts.values().sum();
+        let total = self.total();
         if self.backend == ActiveBackend::None {
             let wanted = self.differences.first().and_then(|one| one.wanted.as_deref());
             page.line(format_args!(
@@ -191,6 +192,12 @@ impl Verification {
         if total > listed {
             page.line(format_args!("  … and {} more", total - listed));
         }
+        for grant in &self.expired_grants {
+            page.line(format_args!(
+                "{grant} at {}, but is still active: no daemon was there to end it",
+                grant.expires.as_deref().unwrap_or_default()
+            ));
+        }
         for remedy in self.remedies() {
             page.line(format_args!("do: {remedy}"));
         }
@@ -199,8 +206,14 @@ impl Verification {
 }
 
 impl Verification {
+    /// How many differences there are.
+    pub(crate) fn total(&self) -> u64 {
+        self.counts.values().sum()
+    }
+
     /// What to do about what differs; nothing where it is identical.
     fn remedies(&self) -> BTreeSet<String> {
+        let end = !self.expired_grants.is_empty();
         let remedy = |one: &Difference| match (&one.object, one.kind, self.against) {
             (Object::Pin, _, _) => "give pins their owner and mode again (chown root, chmod)".to_owned(),
             (Object::PinDirectory, DifferenceKind::Extra, _) => {
@@ -212,6 +225,9 @@ impl Verification {
             (_, _, Against::Daemon) => "the daemon restores what differs within seconds, or status says why not; find \
                                         out who changed it (nft monitor, bpftool, the audit log)"
                 .to_owned(),
+            (_, _, Against::Configuration) if end => {
+                format!("{START}, or run enforcer apply, which ends them")
+            }
             (_, _, Against::Configuration) => {
                 format!("{START}, or run enforcer apply, to make the desired rules active; find out who changed it")
             }

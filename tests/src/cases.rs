@@ -48,6 +48,7 @@ mod retention;
 mod routes;
 mod schemas;
 mod squatting;
+mod states;
 mod subjects;
 mod surfaces;
 mod sweep;
@@ -132,8 +133,8 @@ files! {
     absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes,
     failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs, jobs_chain, kernel,
     kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables, parity,
-    past_hooks, retention, routes, schemas, squatting, subjects, surfaces, sweep, switching, takeover, translated,
-    units, verify, visibility, whole_host, writers
+    past_hooks, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching, takeover,
+    translated, units, verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

@@ -106,7 +106,7 @@ impl ActiveRules {
             Backend::Auto => self.backend().to_string(),
             Backend::Ebpf | Backend::Nftables | Backend::Both => settings.backend.to_string(),
         };
-        comparison.words(&Object::Backend, "in force", &wanted, &self.backend().to_string());
+        comparison.words(&Object::Backend, "active", &wanted, &self.backend().to_string());
         let mut number = 0;
         if let Some(reading) = &self.nftables {
             number = reading.verify(rules, settings.forward, &mut comparison);
@@ -123,18 +123,27 @@ impl ActiveRules {
         ActiveBackend::of(self.ebpf.is_some(), self.nftables.is_some())
     }
 
-    /// The verdict of what is active: a denial of either half is one.
-    pub(crate) fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
-        let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt)).transpose()?;
-        let nftables = self
-            .nftables
-            .as_ref()
-            .map(|reading| nftables::check::check(reading, attempt));
+    /// The table, if packets meet it.
+    fn table(&self) -> Option<&nftables::Reading> {
+        self.nftables.as_ref().filter(|reading| !reading.is_dormant())
+    }
+
+    /// Whether there is something that [`ActiveRules::check`] can ask.
+    pub(crate) fn decide(&self) -> bool {
+        self.ebpf.is_some() || self.table().is_some()
+    }
+
+    /// The verdict of what is active: a denial of either half is one. The cgroup is the id of the one to be judged,
+    /// where that is known.
+    pub(crate) fn check(&self, attempt: &Attempt, cgroup: Option<u64>) -> Result<Checked, BackendError> {
+        let ebpf = self.ebpf.as_ref().map(|pinned| pinned.check(attempt, cgroup));
+        let ebpf = ebpf.transpose()?;
+        let nftables = self.table().map(|reading| nftables::check::check(reading, attempt));
         let (Some(ebpf), Some(nftables)) = (&ebpf, &nftables) else {
             return ebpf.or(nftables).ok_or(BackendError::ReadBack { map: "active" });
         };
         let denies = |checked: &Checked| matches!(checked.verdict, Verdict::Deny | Verdict::WouldDeny);
-        Ok(if denies(nftables) && !denies(ebpf) {
+        Ok(if ebpf.without.is_some() || denies(nftables) && !denies(ebpf) {
             nftables
         } else {
             ebpf

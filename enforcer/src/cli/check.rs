@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
 
-use super::{ExitStatus, Json, PATIENCE, complain, place, print_one, runtime, saved_names};
+use super::{ExitStatus, Json, PATIENCE, complain, place, print_one, runtime};
 use crate::{
     backend::ActiveRules,
     config::Settings,
@@ -15,6 +15,7 @@ use crate::{
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Name, Protocol, Uid, shown},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
+    status::saved_names,
     text::Page,
     wire::{
         self, Reply, Request, Schema,
@@ -48,19 +49,26 @@ pub(super) struct Check {
 
 pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
     let settings = &place(config)?;
-    let pinned = ActiveRules::open(settings)?.ok_or_else(|| {
-        anyhow!(
-            "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
-            settings.pin_dir.display(),
-            settings.nft_table
-        )
-    })?;
+    let active = ActiveRules::open(settings)?
+        .filter(ActiveRules::decide)
+        .ok_or_else(|| {
+            anyhow!(
+                "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
+                settings.pin_dir.display(),
+                settings.nft_table
+            )
+        })?;
     // A kernel thread's UID is root's; it counts only where the programs cannot tell that it is one (D3).
     let task = match &check.user {
         Some(name) if !check.kernel => Uid::parse(name, &HostUsers)?,
         Some(_) | None => Uid(0),
     };
     let mount = host::cgroup2_mount()?;
+    let covered = settings
+        .cgroup
+        .as_deref()
+        .or(mount.as_deref())
+        .and_then(host::directory_id);
     let cgroup = CgroupPath::parse(&check.cgroup).map_err(|error| anyhow!("cgroup {}: {error}", check.cgroup))?;
     let cgroups = host::ancestors(mount.as_deref(), &cgroup).with_context(|| match &mount {
         Some(mount) => format!("cgroup {cgroup} below {}", mount.display()),
@@ -83,7 +91,7 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
             foreign_netns: check.foreign_netns,
             subject: subject.clone(),
         };
-        let report = judge(&pinned, &attempt)?;
+        let report = judge(&active, &attempt, covered)?;
         if report.verdict != wire::Verdict::Allow {
             answer = ExitStatus::No;
         }
@@ -103,8 +111,9 @@ impl CheckReport {
     }
 }
 
-fn judge(pinned: &ActiveRules, attempt: &Attempt) -> Result<CheckReport> {
-    let checked = pinned.check(attempt)?;
+/// `covered` is the id of the cgroup to be evaluated, where that is known.
+fn judge(active: &ActiveRules, attempt: &Attempt, covered: Option<u64>) -> Result<CheckReport> {
+    let checked = active.check(attempt, covered)?;
     let subject = &checked.subject;
     let who = match (subject.kernel_thread, subject.socket) {
         (true, Some(socket)) if socket != Uid(0) => format!("kernel threads with a socket of user {socket}"),
@@ -132,16 +141,18 @@ fn judge(pinned: &ActiveRules, attempt: &Attempt) -> Result<CheckReport> {
         .filter(|target| !target.admits)
         .map(|target| target.name.as_str())
         .collect();
-    let reason = match checked.verdict {
-        Verdict::Unjudged if is_only_local(pinned, attempt)? => {
-            "an endpoint here, but not evaluated in another network \
-                                                                 namespace"
-                .to_owned()
+    let reason = match (checked.verdict, checked.without) {
+        (Verdict::Unjudged, Some(hook)) => format!(
+            "nothing is evaluated, as eBPF program {hook} is not attached where it should be; {START}, or run enforcer \
+             apply"
+        ),
+        (Verdict::Unjudged, None) if is_only_local(active, attempt, covered)? => {
+            "an endpoint here, but not evaluated in another network namespace".to_owned()
         }
-        Verdict::Unjudged => "not an endpoint of any target".to_owned(),
-        Verdict::Allow => format!("every target that contains the endpoint allows {who}"),
-        Verdict::Deny => format!("denied by {}", refusing.join(", ")),
-        Verdict::WouldDeny => format!("allowed in audit mode; {} would deny it", refusing.join(", ")),
+        (Verdict::Unjudged, None) => "not an endpoint of any target".to_owned(),
+        (Verdict::Allow, _) => format!("every target that contains the endpoint allows {who}"),
+        (Verdict::Deny, _) => format!("denied by {}", refusing.join(", ")),
+        (Verdict::WouldDeny, _) => format!("allowed in audit mode; {} would deny it", refusing.join(", ")),
     };
     let canonical = std::net::SocketAddr::new(attempt.address.to_canonical(), attempt.port);
     Ok(CheckReport {
@@ -156,12 +167,12 @@ fn judge(pinned: &ActiveRules, attempt: &Attempt) -> Result<CheckReport> {
 }
 
 /// Whether it is an endpoint in our own network namespace (D6).
-fn is_only_local(pinned: &ActiveRules, attempt: &Attempt) -> Result<bool> {
+fn is_only_local(active: &ActiveRules, attempt: &Attempt, covered: Option<u64>) -> Result<bool> {
     let here = Attempt {
         foreign_netns: false,
         ..attempt.clone()
     };
-    Ok(attempt.foreign_netns && pinned.check(&here)?.verdict != Verdict::Unjudged)
+    Ok(attempt.foreign_netns && active.check(&here, covered)?.verdict != Verdict::Unjudged)
 }
 
 /// A destination as it is dialled: unlike an endpoint it may be unspecified.

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use nix::unistd::{Pid, geteuid, getppid};
 
-use super::{ExitStatus, complain, grants::ask, is_nobody, place, runtime, status_from_pins};
+use super::{ExitStatus, complain, grants::ask, is_nobody, place, runtime};
 use crate::{
     backend::jobs::{Accept, CHAIN, JobsChain, RuleDestination, RuleSubject, TABLE},
     config::Settings,
@@ -26,6 +26,7 @@ use crate::{
     jobs,
     policy::{HostUsers, MONIT, MONIT_PORT, Uid},
     ruleset::Cgroup,
+    status::from_outside,
     wire::{GrantRequest, Reply, Request, Selector, Status},
 };
 
@@ -134,7 +135,7 @@ fn reached(settings: &Settings) -> Result<Reached> {
         if is_contained() {
             return Ok(Reached::Container);
         }
-        if !has_monit(&status_from_pins(settings)?) {
+        if !has_monit(&from_outside(settings)?) {
             return Ok(Reached::Nothing);
         }
         if Instant::now() >= deadline {

@@ -349,11 +349,63 @@ fn without_a_daemon() -> Test {
             .run(&["check", "daemon", "192.0.2.9:1"])
             .expect(ExitStatus::No, &[]);
         operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
+        // Whoever names other places than those of the running instance reads where was looked.
+        let places = [
+            "active in /run/pins nor in nftables table inet enforcer",
+            "no daemon answers on /run/enforcer/control.sock",
+        ];
         operator
             .run(&["unload"])
-            .expect(ExitStatus::Yes, &["nothing was active"]);
-        operator.run(&["status"]).expect(ExitStatus::No, &["off"]);
+            .expect(ExitStatus::Yes, &["nothing was active"])
+            .expect(ExitStatus::Yes, &places);
+        operator
+            .run(&["status"])
+            .expect(ExitStatus::No, &["off"])
+            .expect(ExitStatus::No, &places);
         assert!(File::open("/run/state/last-good.json").is_ok());
+        // Only the file says where its instance is.
+        fs::remove_file(&operator.config)?;
+        for command in ["status", "reload", "verify", "unload"] {
+            let error = operator.fails(&[command]);
+            assert!(
+                error.contains("no such file") && error.contains("name one with the same socket"),
+                "{error}"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_grant_that_ended_without_a_daemon_is_told_in_words() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        operator
+            .run(&["grant", "open", "--user", "daemon", "--for", "2s"])
+            .expect(ExitStatus::Yes, &["open"]);
+        raise(Signal::SIGTERM)?;
+        assert_eq!(ended(daemon)?, ExitStatus::Yes);
+        let told = operator.until(&["verify"], "drifted").expect(
+            ExitStatus::No,
+            &[
+                "the grant of open to user 1 ended at 20",
+                "but is still active: no daemon was there to end it",
+                "nft set users_open_",
+                "extra   ",
+                ": user 1\n",
+                "or run enforcer apply, which ends them",
+            ],
+        );
+        assert!(!told.text.contains("None") && !told.text.contains('['), "{}", told.text);
+        let json = operator.run(&["verify", "--json"]).expect(ExitStatus::No, &[]);
+        assert_eq!(json.value("/expired_grants/0/target")?, "open");
+        operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::Yes, &[]);
+        operator.run(&["apply"]).expect(ExitStatus::Yes, &[]);
+        operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::No, &[]);
+        operator.run(&["verify"]).expect(ExitStatus::Yes, &["identical"]);
+        operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
         Ok(())
     })
 }

@@ -48,12 +48,17 @@ pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
             tell_what_stays(settings)
         }
         Err(error) if is_nobody(&error) => {
-            let was = backend::unload(settings)?;
-            print(if was {
-                "unloaded: nothing is active any more\n"
+            if backend::unload(settings)? {
+                print("unloaded: nothing is active any more\n")?;
             } else {
-                "nothing was active\n"
-            })?;
+                // A file that names other places than the running instance has would find nothing there.
+                print(&format!(
+                    "nothing was active in {} nor in nftables table inet {}, and no daemon answers on {}\n",
+                    settings.pin_dir.display(),
+                    settings.nft_table,
+                    settings.socket.display()
+                ))?;
+            }
             tell_what_stays(settings)
         }
         Err(error) => Err(error.into()),

@@ -1,4 +1,4 @@
-//! `enforcer verify`: whether the kernel holds exactly what is wanted.
+//! `enforcer verify`: whether the kernel holds exactly what is desired.
 
 use std::{path::Path, time::Instant};
 
@@ -8,9 +8,11 @@ use super::{ExitStatus, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, ru
 use crate::{
     backend::ActiveRules,
     control,
+    grants::{Key, Moment, Term},
     inputs::{HostConfig, Inputs},
+    text::counted,
     verify::Comparison,
-    wire::{ActiveBackend, Against, Object, Reply, Request, Verification},
+    wire::{ActiveBackend, Against, GrantAction, Object, Reply, Request, Verification},
 };
 
 pub(super) fn run(config: &Path, json: &Json) -> Result<ExitStatus> {
@@ -31,19 +33,35 @@ pub(super) fn run(config: &Path, json: &Json) -> Result<ExitStatus> {
 
 /// Against the configuration and the addresses known last.
 fn from_outside(config: &Path) -> Result<Verification> {
-    let inputs = Inputs::from_disk(HostConfig::load(config)?)?;
-    let rules = inputs.desired(Instant::now())?.rules;
+    let mut inputs = Inputs::from_disk(HostConfig::load(config)?)?;
+    let settings = inputs.settings().clone();
+    let Some(active) = ActiveRules::open(&settings)? else {
+        let mut comparison = Comparison::default();
+        let what = format!(
+            "{}, backend = {:?}",
+            counted(inputs.policy().targets.len(), "target"),
+            settings.backend.to_string()
+        );
+        comparison.words(&Object::Backend, "active", &what, "nothing");
+        return Ok(comparison.finish(Against::Configuration, ActiveBackend::None, 0));
+    };
     let cgroup = inputs.config.cgroup_id()?;
-    let settings = inputs.settings();
-    if let Some(in_force) = ActiveRules::open(settings)? {
-        return Ok(in_force.verify(&rules, settings, cgroup)?);
+    let compared = |inputs: &Inputs| -> Result<Verification> {
+        let rules = inputs.desired(Instant::now())?.rules;
+        Ok(active.verify(&rules, &settings, cgroup)?)
+    };
+    let now = Moment::now();
+    if !active.observe(Some(cgroup))?.by_daemon {
+        // What `apply` made active has no grant that ends: nobody stays to end it.
+        inputs.grants.without_end();
+        inputs.settle(now.monotonic);
     }
-    let mut comparison = Comparison::default();
-    let what = format!(
-        "{} targets, backend = {:?}",
-        inputs.policy().targets.len(),
-        settings.backend.to_string()
-    );
-    comparison.words(&Object::Backend, "in force", &what, "nothing");
-    Ok(comparison.finish(Against::Configuration, ActiveBackend::None, 0))
+    let mut verification = compared(&inputs)?;
+    let (with_ended, ended) = inputs.with_ended_grants(now)?;
+    // Who finds fewer differences with grants that have ended has found those still there.
+    if !ended.is_empty() && compared(&with_ended)?.total() < verification.total() {
+        let event = |(key, term): (Key, Term)| key.event(GrantAction::Expired, now.wall, term.expires, None);
+        verification.expired_grants = ended.into_iter().map(event).collect();
+    }
+    Ok(verification)
 }

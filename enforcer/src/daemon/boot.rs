@@ -17,7 +17,6 @@ use crate::{
     control::{self, ControlError, ControlSocket},
     host,
     inputs::{HostConfig, InputError, SavedRun},
-    policy::{BUS, Target},
     state::{self, LastGood, Mark},
     sweep,
     wire::{DaemonStatus, Status},
@@ -96,7 +95,8 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
             Err(error) => warn!("the last known good rules cannot be applied: {error}"),
         }
     }
-    let wanted = HostConfig::load(path).and_then(|wanted| ensure_file_present(wanted, good.as_ref()));
+    let wanted = HostConfig::load(path);
+    let wanted = wanted.and_then(|wanted| wanted.ensure_present(good.as_ref()).map(|()| wanted));
     let (Some((run, listener)), Some(good)) = (early, good) else {
         if let (Err(_), Some(fault)) = (&wanted, &left.fault) {
             error!("{fault}"); // F4: the end of the process tells of the configuration alone.
@@ -136,21 +136,6 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
     Ok((daemon, listener))
 }
 
-/// F4: a file that named targets which were active last, and has gone, is a mistake, not the wish for the defaults
-/// (B1).
-pub(super) fn ensure_file_present(wanted: HostConfig, good: Option<&LastGood>) -> Result<HostConfig, InputError> {
-    let named_still = |target: &Target| {
-        let now = wanted.policy.target(&target.name);
-        now.is_some_and(|now| target.name == BUS || target.endpoints.is_subset(&now.endpoints))
-    };
-    let has = good.is_none_or(|good| good.policy.targets.iter().all(named_still));
-    if has || wanted.from_file {
-        Ok(wanted)
-    } else {
-        Err(ConfigError::Gone { path: wanted.path }.into())
-    }
-}
-
 /// Of a status: this process does not stay.
 const NO_DAEMON: DaemonStatus = DaemonStatus {
     running: false,
@@ -162,7 +147,7 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
     let wanted = HostConfig::load(path)?;
     control::ensure_socket_free(&wanted.config.settings.socket)?;
     let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
-    let wanted = ensure_file_present(wanted, good.as_ref())?;
+    wanted.ensure_present(good.as_ref())?;
     let moved = good.filter(|good| lies_elsewhere(&good.settings, &wanted.config.settings));
     if let Some(good) = &moved {
         control::ensure_socket_free(&good.settings.socket)?;

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     findings::{Findings, Gaps},
-    instance::{Read, of_configuration},
+    instance::{Read, StartWithout, of_configuration},
     old_rules,
 };
 use crate::{
@@ -97,7 +97,8 @@ impl Image {
             settings,
             absent,
             policy,
-        } = Read::of(read, &FileUsers::below(root).unwrap_or_default());
+        } = Read::of(read, &config, &FileUsers::below(root).unwrap_or_default());
+        let settings = settings.unwrap_or_default();
         let ours = FILES.map(|path| root.join(path)).into_iter();
         let ours = ours.chain([config.clone(), inside(&settings.state_dir)]);
         let ours = ours.chain(config.parent().map(Path::to_path_buf));
@@ -161,7 +162,12 @@ impl Image {
             missing.iter().map(move |option| format!("{option}: {title}"))
         });
         let mut findings = Findings::default();
-        of_configuration(self.fault.as_deref(), &self.absent, &mut findings);
+        of_configuration(
+            self.fault.as_deref(),
+            StartWithout::NothingSaved,
+            &self.absent,
+            &mut findings,
+        );
         findings.each(
             "kernel-options",
             Medium,

@@ -12,23 +12,21 @@ use super::{
     findings::{Findings, Gaps},
 };
 use crate::{
-    backend::{
-        ActiveRules,
-        jobs::{self, ChainDump},
-    },
+    backend::jobs::{self, ChainDump},
     bosh,
-    config::{Config, ConfigError, Settings},
+    config::{self, Config, ConfigError, Settings},
     control::{self, AskError},
     grants::{self, Moment},
     host::{self, START, hierarchy::Hierarchy},
-    inputs::complete,
+    inputs::{complete, is_gone},
     jobs::JobRules,
     policy::{Endpoint, HostUsers, MONIT, Mode, Name, Policy, Unresolved, Users},
-    resolve::{Known, LOOKUP_TIMEOUT, lookup},
+    resolve::{Known, KnownName, LOOKUP_TIMEOUT, lookup, protection},
     ruleset::{Host, Resolved, RuleSet, compile},
     state::{self, LastGood},
+    status::from_outside,
     wire::{
-        ActiveBackend, Reply, Request, Status,
+        ActiveBackend, ConditionId, NameProtection, Reply, Request, Severity, State, Status,
         doctor::Weight::{High, Medium},
     },
 };
@@ -40,6 +38,8 @@ pub(super) struct Instance {
     pub(super) settings: Settings,
     /// Why the configuration is invalid.
     pub(super) fault: Option<String>,
+    /// What a start does with an invalid one.
+    pub(super) start: StartWithout,
     /// Principals whose users do not exist.
     pub(super) absent: Vec<String>,
     /// The mount of cgroup v2.
@@ -54,32 +54,56 @@ pub(super) struct Instance {
     pub(super) grants_monit: bool,
     /// The chain that rules of jobs are in (B5).
     pub(super) jobs: ChainDump,
-    /// Whether the port of a name that never resolved is protected on every address.
-    pub(super) closes: bool,
-    /// Names that do not resolve, and why.
-    pub(super) unresolved: Vec<(String, String)>,
+    /// Names that do not resolve.
+    pub(super) unresolved: Vec<Unknown>,
     pub(super) members: Vec<Member>,
-    pub(super) daemon: Option<Status>,
+    /// As `enforcer status` has it; none where that cannot be told.
+    pub(super) status: Option<Status>,
+    /// What enforces; none where nothing does, or that cannot be told.
     pub(super) active: Option<ActiveBackend>,
+}
+
+/// What a start does with a configuration that is invalid (F4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum StartWithout {
+    /// It goes on with the last known good rules, which are saved.
+    GoesOn,
+    /// It ends: no rules are saved.
+    #[default]
+    NothingSaved,
+    /// It ends: not even the file tells where they are.
+    NoPlace,
+}
+
+/// A name that does not resolve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Unknown {
+    pub(super) name: String,
+    pub(super) why: String,
+    pub(super) protects: NameProtection,
 }
 
 /// A configuration file, and what it says.
 pub(super) struct Read {
-    pub(super) settings: Settings,
+    /// None where it does not even say where the instance is.
+    pub(super) settings: Option<Settings>,
     pub(super) absent: Vec<String>,
     pub(super) policy: Result<(Config, Policy), String>,
 }
 
 impl Read {
-    pub(super) fn of(config: Result<Config, ConfigError>, users: &dyn Users) -> Self {
+    pub(super) fn of(config: Result<Config, ConfigError>, path: &Path, users: &dyn Users) -> Self {
         let mut this = Self {
-            settings: Settings::default(),
+            settings: None,
             absent: Vec::new(),
             policy: Err(String::new()),
         };
-        let read = config.map_err(|error| error.to_string());
+        let read = config.map_err(|error| {
+            this.settings = config::place(path, path == Path::new(config::DEFAULT_PATH));
+            error.to_string()
+        });
         this.policy = read.and_then(|config| {
-            this.settings = config.settings.clone();
+            this.settings = Some(config.settings.clone());
             let read = Policy::from_config(&config, users).map_err(|error| error.to_string())?;
             this.absent = read.absent.iter().map(ToString::to_string).collect();
             Ok((config, read.policy))
@@ -94,26 +118,45 @@ impl Instance {
             settings,
             absent,
             policy,
-        } = Read::of(Config::load(path), &HostUsers);
+        } = Read::of(Config::load(path), path, &HostUsers);
         let hierarchy = gaps.saw("cgroup v2 mounts", Hierarchy::find()).flatten();
         let mount = hierarchy.as_ref().map(|found| found.mount.clone());
+        let (status, saved) = if let Some(settings) = &settings {
+            let saved = gaps.saw("the last known good rules", state::load(&settings.state_dir));
+            (ask_status(settings, gaps).await, saved.flatten().map(|(good, _)| good))
+        } else {
+            gaps.add("what is active", "the configuration does not say where it would be");
+            (None, None)
+        };
+        let gone = || policy.as_ref().is_ok_and(|(_, policy)| is_gone(policy, saved.as_ref()));
+        let gone = (!path.exists() && gone()).then(|| ConfigError::Gone { path: path.into() }.to_string());
+        let start = match (&settings, &saved) {
+            (None, _) => StartWithout::NoPlace,
+            (Some(_), Some(_)) => StartWithout::GoesOn,
+            (Some(_), None) => StartWithout::NothingSaved,
+        };
+        let settings = settings.unwrap_or_default();
+        let active = status.as_ref().map(|status| status.backend);
         let mut this = Self {
             config: path.into(),
             cgroup: settings.cgroup.clone().or_else(|| mount.clone()),
-            daemon: ask_daemon(&settings, gaps).await,
-            active: active(&settings, gaps),
-            fault: policy.as_ref().err().cloned(),
+            status,
+            active: active.filter(|backend| *backend != ActiveBackend::None),
+            fault: policy.as_ref().err().cloned().or(gone),
+            start,
             settings,
             absent,
             hierarchy,
             ..Self::default()
         };
-        let read = policy.ok().map(|(config, policy)| this.complete(&config, policy, gaps));
+        let read = policy
+            .ok()
+            .map(|(config, policy)| this.complete(&config, policy, saved, gaps));
         let cgroups = read.as_ref().map(|(policy, ..)| policy.cgroups()).unwrap_or_default();
         let host = host::snapshot(mount.as_deref(), &cgroups);
         this.host = gaps.saw("addresses of this host", host).unwrap_or_default();
         if let Some((policy, known, buses)) = read {
-            let (names, unresolved) = look_up(policy.names(), &known).await;
+            let (names, unresolved) = look_up(policy.names(), &known, policy.dns.unresolved).await;
             this.unresolved = unresolved;
             this.rules = gaps.saw("the rules", compile(&policy, &names, &this.host));
             if let Some(rules) = &this.rules {
@@ -125,14 +168,17 @@ impl Instance {
 
     /// The policy with the message bus and with what was granted; what is known of names, and which endpoints are
     /// message buses.
-    fn complete(&mut self, config: &Config, policy: Policy, gaps: &mut Gaps) -> (Policy, Known, BTreeSet<Endpoint>) {
-        let saved = gaps.saw("the last known good rules", state::load(&self.settings.state_dir));
-        let saved = saved.flatten().map(|(good, _)| good);
+    fn complete(
+        &mut self,
+        config: &Config,
+        policy: Policy,
+        saved: Option<LastGood>,
+        gaps: &mut Gaps,
+    ) -> (Policy, Known, BTreeSet<Endpoint>) {
         let bus = read_bus(config.bus_dir(), saved.as_ref().and_then(LastGood::bus), gaps);
         let grants = gaps.saw("the grants", grants::load(&self.settings.state_dir));
         let mut grants = grants.unwrap_or_default();
         grants.expire(Moment::now());
-        self.closes = policy.dns.unresolved == Unresolved::Closed;
         self.grants_monit = grants.iter().any(|(key, _)| key.target == MONIT);
         let chain = jobs::read(&self.settings);
         self.jobs = gaps.saw("rules of jobs", chain).unwrap_or_default();
@@ -158,33 +204,13 @@ impl Instance {
     }
 
     pub(super) fn findings(&self, findings: &mut Findings) {
-        of_configuration(self.fault.as_deref(), &self.absent, findings);
-        if self.active.is_none() {
-            findings.one(
-                "nothing-in-force",
-                High,
-                "no rules are active: every user can connect to every endpoint",
-                &format!("{START}, or run enforcer apply"),
-            );
+        of_configuration(self.fault.as_deref(), self.start, &self.absent, findings);
+        if let Some(status) = &self.status {
+            of_status(status, findings);
         }
-        if self.daemon.is_none() {
-            findings.one(
-                "no-daemon",
-                Medium,
-                "the daemon is not running: active rules stay, but they do not follow changes of names, addresses and \
-                 cgroups, and what another process removes is not repaired",
-                START,
-            );
-        }
-        findings.each(
-            "degraded",
-            Medium,
-            "the daemon is degraded",
-            self.daemon.iter().flat_map(|status| status.causes.clone()),
-            "fix each cause as it says",
-        );
+        let is_audit = |status: &Status| status.generation != 0 && status.mode == Mode::Audit;
         let audits = self.rules.as_ref().is_some_and(|rules| rules.mode == Mode::Audit);
-        if audits || self.daemon.as_ref().is_some_and(|status| status.mode == Mode::Audit) {
+        if audits || self.status.as_ref().is_some_and(is_audit) {
             findings.one(
                 "audit-mode",
                 Medium,
@@ -192,30 +218,133 @@ impl Instance {
                 "set mode = \"enforce\" once enforcer events shows no denial of a user who needs access",
             );
         }
-        let (what, hint) = if self.closes {
-            (", or every address on the port of a name that never resolved", "")
-        } else {
+        self.of_names(findings);
+        buses::findings(&self.members, findings);
+    }
+
+    /// Names that do not resolve, for the daemon or now, weighed as `status` weighs them.
+    fn of_names(&self, findings: &mut Findings) {
+        let stale = self.status.iter().flat_map(|status| &status.names);
+        let stale = stale.filter(|name| name.stale).map(|name| Unknown {
+            name: name.name.clone(),
+            why: name
+                .cause
+                .clone()
+                .unwrap_or_else(|| "the last lookup failed".to_owned()),
+            protects: name.protects,
+        });
+        let mut unknown: BTreeMap<String, Unknown> = BTreeMap::new();
+        for one in stale.chain(self.unresolved.iter().cloned()) {
+            unknown.entry(one.name.clone()).or_insert(one);
+        }
+        let open = unknown.values().any(|one| one.protects == NameProtection::Nothing);
+        let (weight, hint) = if open {
             let hint =
                 "; unresolved = \"closed\" in [dns] protects the port of a name that never resolved on every address";
-            ("", hint)
+            (High, hint)
+        } else {
+            (Medium, "")
         };
         findings.each(
             "name-unresolved",
-            Medium,
-            &format!("names do not resolve: only addresses known from earlier lookups are protected{what}"),
-            self.unresolved.iter().map(|(name, why)| format!("{name}: {why}")),
+            weight,
+            "names do not resolve: what is protected for them does not follow them",
+            unknown.values().map(|one| one.protects.fault(&one.name, &one.why)),
             &format!("fix /etc/resolv.conf, the DNS server or the name{hint}"),
         );
-        buses::findings(&self.members, findings);
     }
 }
 
+/// What is wrong by `status`, weighed as it weighs.
+fn of_status(status: &Status, findings: &mut Findings) {
+    if status.state == State::Off {
+        findings.one(
+            "nothing-in-force",
+            High,
+            &format!(
+                "no rules are active, neither in {} nor in nftables table inet {}: every user can connect to every \
+                 endpoint",
+                status.pin_dir, status.nft_table
+            ),
+            &format!("{START}, or run enforcer apply"),
+        );
+    }
+    if !status.daemon.running {
+        let stays = ": active rules stay, but they do not follow changes of names, addresses and cgroups, grants do \
+                     not end, and what another process removes is not repaired";
+        let what = if status.state == State::Off { "" } else { stays };
+        findings.one("no-daemon", Medium, &format!("the daemon is not running{what}"), START);
+    }
+    let wrong = status.conditions.iter().filter(|one| match one.id {
+        // Each has its own finding.
+        ConditionId::NothingActive
+        | ConditionId::DaemonNotRunning
+        | ConditionId::NameStale
+        | ConditionId::NameUnresolved => false,
+        ConditionId::BackendFallback
+        | ConditionId::MessageBus
+        | ConditionId::CgroupMissing
+        | ConditionId::CgroupWritable
+        | ConditionId::CgroupsIgnored
+        | ConditionId::ChangedByOthers
+        | ConditionId::ConfigurationRejected
+        | ConditionId::ControlSocket
+        | ConditionId::DenialsNotReported
+        | ConditionId::DialsNotFollowed
+        | ConditionId::ExistingConnections
+        | ConditionId::Grants
+        | ConditionId::HiddenFromHost
+        | ConditionId::JobRules
+        | ConditionId::JobsChain
+        | ConditionId::Link
+        | ConditionId::LocalAddresses
+        | ConditionId::NameTruncated
+        | ConditionId::RulesNotApplied
+        | ConditionId::SavedRules
+        | ConditionId::Table
+        | ConditionId::UnknownUsers
+        | ConditionId::Unreadable => one.severity > Severity::Info,
+    });
+    let mut wrong: Vec<_> = wrong.collect();
+    wrong.sort_by_key(|one| std::cmp::Reverse(one.severity));
+    let worst = wrong.first().map(|one| one.severity);
+    findings.each(
+        "degraded",
+        if worst == Some(Severity::Critical) {
+            High
+        } else {
+            Medium
+        },
+        if status.daemon.running {
+            "the daemon is degraded"
+        } else {
+            "what is active is degraded"
+        },
+        wrong.iter().map(|one| format!("{}: {}", one.severity, one.text)),
+        "fix each cause as it says",
+    );
+}
+
 /// What is wrong with a configuration, of this host or of an image.
-pub(super) fn of_configuration(fault: Option<&str>, absent: &[String], findings: &mut Findings) {
+pub(super) fn of_configuration(fault: Option<&str>, start: StartWithout, absent: &[String], findings: &mut Findings) {
+    let (weight, what) = match start {
+        StartWithout::GoesOn => (
+            Medium,
+            "the configuration is invalid: a reload rejects it, and a start goes on with the last known good rules",
+        ),
+        StartWithout::NothingSaved => (
+            High,
+            "the configuration is invalid, and no last known good rules are saved: enforcer does not start with it",
+        ),
+        StartWithout::NoPlace => (
+            High,
+            "the configuration does not say where its rules are: enforcer does not start with it",
+        ),
+    };
     findings.each(
         "configuration",
-        High,
-        "the configuration is invalid: enforcer does not start with it",
+        weight,
+        what,
         fault.map(str::to_owned),
         "fix the file; enforcer config check shows what is wrong with it",
     );
@@ -240,41 +369,44 @@ fn read_bus(dir: Option<&Path>, before: Option<&BTreeSet<Endpoint>>, gaps: &mut 
     now.or_else(|| before.cloned())
 }
 
-async fn ask_daemon(settings: &Settings, gaps: &mut Gaps) -> Option<Status> {
+/// What `enforcer status` says.
+async fn ask_status(settings: &Settings, gaps: &mut Gaps) -> Option<Status> {
     match control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)).await {
         Ok(Reply::Status(status)) => return Some(*status),
-        Err(AskError::NoDaemon { .. }) => {}
-        Ok(_) => gaps.add("the daemon", "its answer is not a status"),
-        Err(error) => gaps.add("the daemon", error),
+        Err(AskError::NoDaemon { .. } | AskError::Impostor { .. }) => {}
+        Ok(_) => {
+            gaps.add("the daemon", "its answer is not a status");
+            return None;
+        }
+        Err(error) => {
+            gaps.add("the daemon", error);
+            return None;
+        }
     }
-    None
-}
-
-fn active(settings: &Settings, gaps: &mut Gaps) -> Option<ActiveBackend> {
-    let opened = ActiveRules::open_as_far_as_possible(settings);
-    let (active, unread) = gaps.saw("what is active", opened)?;
-    if let Some(unread) = unread {
-        gaps.add("what is active", unread);
-    }
-    active.map(|active| active.backend())
+    gaps.saw("what is active", from_outside(settings))
 }
 
 /// Looks every name up now, and falls back to what is known of it; and which do not resolve, with the reason.
-async fn look_up(names: BTreeSet<Name>, known: &Known) -> (Resolved, Vec<(String, String)>) {
+async fn look_up(names: BTreeSet<Name>, known: &Known, unresolved: Unresolved) -> (Resolved, Vec<Unknown>) {
     let ask = |name: Name| tokio::spawn(async move { lookup(&name, LOOKUP_TIMEOUT).await });
     let tasks: BTreeMap<Name, _> = names.into_iter().map(|name| (name.clone(), ask(name))).collect();
-    let (mut resolved, mut unresolved) = (Resolved::new(), Vec::new());
+    let (mut resolved, mut unknown) = (Resolved::new(), Vec::new());
     for (name, task) in tasks {
         let (mut addresses, why) = match task.await {
             Ok(answer) => answer.into_addresses(),
             Err(error) => (BTreeSet::new(), error.to_string()),
         };
+        let before = known.get(&name);
         if addresses.is_empty() {
-            unresolved.push((name.to_string(), why));
+            let known = before.map(KnownName::addresses).unwrap_or_default();
+            unknown.push(Unknown {
+                name: name.to_string(),
+                why,
+                protects: protection(!known.is_empty(), unresolved),
+            });
         }
-        let before = known.get(&name).into_iter();
-        addresses.extend(before.flat_map(|known| known.current.union(&known.left)));
+        addresses.extend(before.into_iter().flat_map(|known| known.current.union(&known.left)));
         resolved.insert(name, addresses);
     }
-    (resolved, unresolved)
+    (resolved, unknown)
 }

@@ -9,7 +9,7 @@ use super::{
     files::{Kind, Owned},
     firewall,
     image::{self, Image},
-    instance::Instance,
+    instance::{Instance, StartWithout, Unknown},
     old_rules,
     programs::Program,
 };
@@ -24,7 +24,7 @@ use crate::{
     ruleset::{Place, RulePrincipal, RuleSet, RuleTarget},
     status::{Context, status},
     sweep::Listener,
-    wire::{ActiveBackend, doctor::Weight},
+    wire::{ActiveBackend, ConditionId, NameProtection, NameStatus, Severity, State, Status, doctor::Weight},
 };
 
 /// A host where all is well: ebpf is active, a daemon, monit on 127.0.0.1:2822.
@@ -51,14 +51,7 @@ fn well() -> Observations {
             .flatten()
             .collect(),
         active: Some(ActiveBackend::Ebpf),
-        daemon: Some(status(
-            None,
-            Context {
-                daemon: Some(1),
-                unread: true,
-                ..Context::default()
-            },
-        )),
+        status: Some(well_by_status()),
         ..Instance::default()
     };
     Observations {
@@ -66,6 +59,17 @@ fn well() -> Observations {
         features,
         ..Observations::default()
     }
+}
+
+/// What `status` says there.
+fn well_by_status() -> Status {
+    let context = Context {
+        daemon: Some(1),
+        backend: ActiveBackend::Ebpf,
+        unread: true,
+        ..Context::default()
+    };
+    status(None, context)
 }
 
 fn ids(seen: Observations) -> Vec<&'static str> {
@@ -245,10 +249,23 @@ fn modes_that_let_others_in_are_found() {
 fn each_other_fact_is_found() {
     let fault = Some("line 3".to_owned());
     check(|seen| seen.instance.fault = fault, &["configuration"]);
-    check(|seen| seen.instance.active = None, &["nothing-in-force"]);
-    check(|seen| seen.instance.daemon = None, &["no-daemon"]);
-    let unresolved = ("bus.test".to_owned(), "no answer".to_owned());
-    check(|seen| seen.instance.unresolved.push(unresolved), &["name-unresolved"]);
+    let by_status = |change: &dyn Fn(&mut Status), found: &[&str]| {
+        let mut status = well_by_status();
+        change(&mut status);
+        check(|seen| seen.instance.status = Some(status), found);
+    };
+    by_status(&|status| status.state = State::Off, &["nothing-in-force"]);
+    by_status(&|status| status.daemon.running = false, &["no-daemon"]);
+    by_status(
+        &|status| status.conditions = vec![ConditionId::ChangedByOthers.because("T")],
+        &["degraded"],
+    );
+    by_status(
+        &|status| status.conditions = vec![ConditionId::BackendFallback.because("T")],
+        &[],
+    );
+    // What is not known is not found either.
+    check(|seen| seen.instance.status = None, &[]);
     let lacks = |feature| {
         let why = "old".to_owned();
         move |seen: &mut Observations| seen.features.set(feature, Fact::Missing { why })
@@ -260,6 +277,62 @@ fn each_other_fact_is_found() {
         lacks(Feature::RingBuffer)(seen);
     };
     check(none, &["no-backend"]);
+}
+
+#[test]
+fn what_status_says_weighs_the_same() {
+    let first = |seen: Observations| {
+        seen.report()
+            .findings
+            .first()
+            .map(|finding| (finding.id, finding.weight))
+    };
+    for (severity, weight) in [(Severity::Warning, Weight::Medium), (Severity::Critical, Weight::High)] {
+        let mut status = well_by_status();
+        status.conditions = vec![
+            ConditionId::SavedRules.because("T"),
+            ConditionId::Grants.because("T").with(severity),
+        ];
+        let mut seen = well();
+        seen.instance.status = Some(status);
+        assert_eq!(first(seen), Some(("degraded", weight)));
+    }
+    for (protects, weight) in [
+        (NameProtection::Nothing, Weight::High),
+        (NameProtection::Port, Weight::Medium),
+        (NameProtection::Addresses, Weight::Medium),
+    ] {
+        // By the daemon's lookups, and by our own.
+        let mut status = well_by_status();
+        status.names.push(NameStatus {
+            name: "bus.test".to_owned(),
+            addresses: Vec::new(),
+            stale: true,
+            cause: None,
+            protects,
+            cut: 0,
+        });
+        let mut seen = well();
+        seen.instance.status = Some(status);
+        assert_eq!(first(seen), Some(("name-unresolved", weight)));
+        let mut seen = well();
+        seen.instance.unresolved.push(Unknown {
+            name: "bus.test".to_owned(),
+            why: "W".to_owned(),
+            protects,
+        });
+        assert_eq!(first(seen), Some(("name-unresolved", weight)));
+    }
+    for (start, weight) in [
+        (StartWithout::GoesOn, Weight::Medium),
+        (StartWithout::NothingSaved, Weight::High),
+        (StartWithout::NoPlace, Weight::High),
+    ] {
+        let mut seen = well();
+        seen.instance.fault = Some("line 3".to_owned());
+        seen.instance.start = start;
+        assert_eq!(first(seen), Some(("configuration", weight)));
+    }
 }
 
 #[test]

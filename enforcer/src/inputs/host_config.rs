@@ -13,7 +13,7 @@ use super::InputError;
 use crate::{
     config::{Backend, Bosh, Config, ConfigError, Remark, Settings, Understood},
     host::{self, NoMatch},
-    policy::{Account, BUS, CgroupPath, FileUsers, HostUsers, Listed, MONIT, Policy, Uid, Users},
+    policy::{Account, BUS, CgroupPath, FileUsers, HostUsers, Listed, MONIT, Policy, Target, Uid, Users},
     state::LastGood,
 };
 
@@ -124,6 +124,17 @@ impl HostConfig {
         })
     }
 
+    /// F4: fails where the file named targets which were active last, and has gone.
+    pub(crate) fn ensure_present(&self, good: Option<&LastGood>) -> Result<(), InputError> {
+        if !self.from_file && is_gone(&self.policy, good) {
+            return Err(ConfigError::Gone {
+                path: self.path.clone(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+
     /// Why it asks for less than it says, if it does.
     pub(crate) fn fault(&self) -> Option<String> {
         (!self.absent.is_empty()).then(|| self.absent.join("; "))
@@ -231,6 +242,16 @@ impl HostConfig {
         });
         self.absent.iter().cloned().chain(missing).collect()
     }
+}
+
+/// Whether a file that is not there is a mistake, and not the wish for the defaults, which the policy comes from: it
+/// named targets that were active last (B1).
+pub(crate) fn is_gone(policy: &Policy, good: Option<&LastGood>) -> bool {
+    let named_still = |target: &Target| {
+        let now = policy.target(&target.name);
+        now.is_some_and(|now| target.name == BUS || target.endpoints.is_subset(&now.endpoints))
+    };
+    good.is_some_and(|good| !good.policy.targets.iter().all(named_still))
 }
 
 /// The cgroup to attach to, if something needs or has one, and where paths of cgroups start.

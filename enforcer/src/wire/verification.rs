@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ActiveBackend, Schema};
+use super::{ActiveBackend, GrantEvent, Schema};
 
 /// `enforcer verify --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +25,9 @@ pub struct Verification {
     pub counts: BTreeMap<Object, u64>,
     /// The first of the differences.
     pub differences: Vec<Difference>,
+    /// Grants that have ended and are still active, as no daemon was there to end them.
+    #[serde(default)]
+    pub expired_grants: Vec<GrantEvent>,
 }
 
 /// Something in which the kernel differs.

@@ -72,7 +72,7 @@ const SCHEMAS: [(&str, &str); 13] = [
     (
         "enforcer/verify/1",
         "identical against backend generation compared counts differences differences.object differences.kind \
-         differences.entry differences.wanted differences.found",
+         differences.entry differences.wanted differences.found expired_grants",
     ),
     (
         "enforcer/doctor/1",

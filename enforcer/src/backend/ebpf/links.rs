@@ -25,21 +25,25 @@ pub(in crate::backend) static HOOKS: [Hook; 4] = [
     Hook {
         name: "connect4",
         attach_type: 10,
+        ipv6: false,
         udp_only: false,
     },
     Hook {
         name: "connect6",
         attach_type: 11,
+        ipv6: true,
         udp_only: false,
     },
     Hook {
         name: "sendmsg4",
         attach_type: 14,
+        ipv6: false,
         udp_only: true,
     },
     Hook {
         name: "sendmsg6",
         attach_type: 15,
+        ipv6: true,
         udp_only: true,
     },
 ];
@@ -49,6 +53,8 @@ pub(in crate::backend) static HOOKS: [Hook; 4] = [
 pub(crate) struct Hook {
     pub(crate) name: &'static str,
     pub(in crate::backend) attach_type: u32,
+    /// Whether it sees calls with IPv6 addresses, or those with IPv4 ones.
+    pub(super) ipv6: bool,
     /// Attached only while some target asks for UDP.
     pub(super) udp_only: bool,
 }
@@ -137,7 +143,7 @@ pub(super) fn astray(
 /// As `status` reports them.
 pub(super) fn faults(astray: &Astray) -> Vec<Condition> {
     let fault = |(hook, state): &(&Hook, LinkState)| {
-        let text = format!("the link of {} {state}; the daemon restores it", hook.name);
+        let text = format!("the link of {} {state}; a running daemon restores it", hook.name);
         ConditionId::Link.because(text)
     };
     astray.iter().map(fault).collect()

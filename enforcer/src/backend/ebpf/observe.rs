@@ -99,6 +99,8 @@ pub(crate) struct Checked {
     pub owners: Vec<(String, bool)>,
     /// Who asks, as far as the active programs can tell.
     pub subject: crate::ruleset::Subject,
+    /// The eBPF program that would have to be asked and is not attached, so that nothing is.
+    pub without: Option<&'static str>,
 }
 
 impl Pinned {
@@ -131,20 +133,22 @@ impl Pinned {
 
     /// What the kernel holds now; `cgroup` is the id of the one to be judged, where that is known.
     pub(crate) fn observe(&self, cgroup: Option<u64>) -> Result<Observed, BackendError> {
+        observe(&self.maps, |udp| links::faults(&self.astray(udp, cgroup)), |_| None)
+    }
+
+    /// Links that do not do what they are there for.
+    fn astray(&self, udp: bool, cgroup: Option<u64>) -> links::Astray {
         let ours = self.maps.ids();
         let runs = |_: &Hook, program| {
             let used = sys::program_maps(program)?;
             Ok(ours.iter().all(|map| used.contains(map)))
         };
-        observe(
-            &self.maps,
-            |udp| links::faults(&links::astray(&self.pins, udp, cgroup, runs)),
-            |_| None,
-        )
+        links::astray(&self.pins, udp, cgroup, runs)
     }
 
-    /// Runs the kernel's decision over the kernel's maps.
-    pub(crate) fn check(&self, attempt: &Attempt) -> Result<Checked, BackendError> {
+    /// Runs the kernel's decision over the kernel's maps; `cgroup` is the id of the one to be judged, where that is
+    /// known.
+    pub(crate) fn check(&self, attempt: &Attempt, cgroup: Option<u64>) -> Result<Checked, BackendError> {
         let destination = Destination {
             protocol: match attempt.protocol {
                 Protocol::Tcp => enforcer_ebpf::TCP,
@@ -161,6 +165,22 @@ impl Pinned {
         let tables = Outside::new(&self.maps);
         let decision = decide::decide(&tables, &asker, &destination);
         tables.finish()?;
+        // Whatever the maps hold, where no program reads them the kernel lets everything pass.
+        let astray = match decision.verdict {
+            Verdict::Unjudged => Vec::new(),
+            Verdict::Allow | Verdict::Deny | Verdict::WouldDeny => {
+                self.astray(attempt.protocol == Protocol::Udp, cgroup)
+            }
+        };
+        if let Some((hook, _)) = astray.iter().find(|(hook, _)| hook.ipv6 == attempt.address.is_ipv6()) {
+            return Ok(Checked {
+                verdict: Verdict::Unjudged,
+                generation: decision.generation,
+                owners: Vec::new(),
+                subject: asker.subject,
+                without: Some(hook.name),
+            });
+        }
         let names = self.maps.names(decision.slot)?;
         let owners = (0..)
             .zip(&names)
@@ -172,6 +192,7 @@ impl Pinned {
             generation: decision.generation,
             owners,
             subject: asker.subject,
+            without: None,
         })
     }
 }
@@ -278,7 +299,7 @@ pub(super) fn observe<'i>(
             .principals
             .iter()
             .filter(|(_, owners)| placed(*owners, bit))
-            .map(|(key, _)| describe(key));
+            .map(|(key, _)| describe(key.kind, key.uid, key.cgroup));
         targets.push(ObservedTarget {
             name: name.as_str().to_owned(),
             endpoints: endpoints as u64,
@@ -299,16 +320,17 @@ pub(super) fn observe<'i>(
     })
 }
 
-fn describe(key: &enforcer_ebpf::PrincipalKey) -> PrincipalStatus {
-    let (kernel, anybody) = match key.kind {
+/// A principal by its numbers.
+pub(super) fn describe(kind: u8, uid: u32, cgroup: u64) -> PrincipalStatus {
+    let (kernel, anybody) = match kind {
         enforcer_ebpf::kind::KERNEL => (true, true),
         enforcer_ebpf::kind::ANYBODY => (false, true),
         _ => (false, false),
     };
     PrincipalStatus {
         kernel,
-        uid: (!anybody).then_some(key.uid),
-        cgroup_id: (key.cgroup != 0).then_some(key.cgroup),
+        uid: (!anybody).then_some(uid),
+        cgroup_id: (cgroup != 0).then_some(cgroup),
         ..PrincipalStatus::default()
     }
 }

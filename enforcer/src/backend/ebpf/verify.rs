@@ -1,6 +1,6 @@
 //! Compares all that is pinned, attached and active with what a rule set asks for. Changes nothing.
 
-use std::{fs, io, os::unix::fs::MetadataExt as _};
+use std::{fmt, fs, io, os::unix::fs::MetadataExt as _};
 
 use aya::maps::MapInfo;
 use enforcer_ebpf::{Generation, Owners, TargetName, flag};
@@ -11,7 +11,7 @@ use super::{
     links::{self, HOOKS, Hook, LinkState},
     maps::Maps,
     maps_name,
-    observe::Pinned,
+    observe::{self, Pinned},
     pins::Pins,
     sys,
 };
@@ -146,13 +146,15 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
         &format!("{:x?}", want.nat64),
         &format!("{:x?}", found.nat64),
     );
-    let targets = |owners: Owners, image: &Image| -> Vec<String> {
+    let targets = |owners: Owners, image: &Image| -> Owning {
         let named = (0..).zip(&image.names).filter(|(bit, _)| owners >> bit & 1 == 1);
-        named
-            .map(|(bit, name): (u32, &TargetName)| format!("{bit} {}", name.as_str()))
-            .collect()
+        let name = |(bit, name): (u32, &TargetName)| match name.as_str() {
+            "" => format!("number {bit}"),
+            name => name.to_owned(),
+        };
+        Owning(named.map(name).collect())
     };
-    let endpoints = |image: &Image| -> Vec<(Endpoint, Vec<String>)> {
+    let endpoints = |image: &Image| -> Vec<(Endpoint, Owning)> {
         let exact = image
             .endpoints
             .iter()
@@ -169,14 +171,14 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
     comparison.entries(&Object::EndpointMaps, endpoints(want), endpoints(found));
     let principals = |image: &Image| -> Vec<_> {
         let all = image.principals.iter();
-        all.map(|(key, owners)| ((key.kind, key.uid, key.cgroup, key.zero), targets(*owners, want)))
+        all.map(|(key, owners)| (Allowed(key.kind, key.uid, key.cgroup, key.zero), targets(*owners, want)))
             .collect()
     };
     comparison.entries(&Object::PrincipalsMap, principals(want), principals(found));
     let at_hand = |image: &Image| -> Vec<_> {
         let few = image.few.users.iter().zip(image.few.admitting);
         (0_u32..)
-            .zip(few.map(|(user, admitting)| (*user, targets(admitting, want))))
+            .zip(few.map(|(user, admitting)| InlineUser(*user, targets(admitting, want))))
             .collect()
     };
     comparison.entries(&Object::InlineUsers, at_hand(want), at_hand(found));
@@ -237,6 +239,44 @@ fn pinned_maps(pins: &Pins, maps: &Maps, comparison: &mut Comparison) {
     }
 }
 
+/// Targets as a person reads them.
+#[derive(PartialEq, Eq)]
+struct Owning(Vec<String>);
+
+impl fmt::Debug for Owning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_slice() {
+            [] => f.write_str("no target"),
+            [one] => write!(f, "target {one}"),
+            several => write!(f, "targets {}", several.join(", ")),
+        }
+    }
+}
+
+/// A principal as a person reads it: its kind, user and cgroup, and bytes that are zero.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Allowed(u8, u32, u64, u16);
+
+impl fmt::Debug for Allowed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        observe::describe(self.0, self.1, self.2).fmt(f)?;
+        match self.3 {
+            0 => Ok(()),
+            odd => write!(f, " (bytes {odd:#x} that are to be zero)"),
+        }
+    }
+}
+
+/// A user who lies in the generation itself.
+#[derive(PartialEq, Eq)]
+struct InlineUser(u32, Owning);
+
+impl fmt::Debug for InlineUser {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "user {}, {:?}", self.0, self.1)
+    }
+}
+
 /// A key as a person reads it.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Endpoint {
@@ -250,8 +290,8 @@ impl Endpoint {
     }
 }
 
-impl std::fmt::Debug for Endpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = &self.key;
         let protocol = match key.protocol {
             enforcer_ebpf::TCP => "tcp",

@@ -82,6 +82,7 @@ pub(super) fn decide(image: &Image, attempt: &Attempt) -> Checked {
         generation: header.map_or(0, |header| header.generation),
         owners,
         subject: attempt.subject.clone(),
+        without: None,
     }
 }
 

@@ -1,8 +1,15 @@
 //! Compares the whole table with what a rule set asks for. Changes nothing.
 
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
 use super::{
-    NftablesBackend, NftablesError, Reading, failed,
-    image::{self, Image, Loader},
+    NftablesBackend, NftablesError, Reading,
+    expression::TCP,
+    failed,
+    image::{self, Element, Image, Loader, SetKind, Value},
     netlink::{Dump, Netlink},
 };
 use crate::{config::Forward, ruleset::RuleSet, verify::Comparison, wire::Object};
@@ -103,16 +110,119 @@ fn compare(wanted: &Image, found: &Dump, comparison: &mut Comparison) {
             comparison.same(set.elements.len());
             continue;
         }
-        let elements = |set: &image::Set| -> Vec<_> {
-            let all = set.elements.iter();
-            all.map(|element| ((element.key.clone(), element.last.clone()), element.value.clone()))
-                .collect()
-        };
-        comparison.entries(&object, elements(set), elements(found));
+        comparison.entries(&object, entries(set), entries(found));
     }
     comparison.names(
         &Object::Counters,
         wanted.counters.iter().map(String::as_str),
         image.counters.iter().map(String::as_str),
     );
+}
+
+/// The elements of a set, by what they are.
+fn entries(set: &image::Set) -> Vec<(Key<'_>, Entry<'_>)> {
+    let key = |element| Key {
+        element,
+        kind: set.kind,
+    };
+    set.elements
+        .iter()
+        .map(|element| (key(element), Entry(key(element))))
+        .collect()
+}
+
+/// The key of an element as a person reads it.
+#[derive(Clone, Copy)]
+struct Key<'a> {
+    element: &'a Element,
+    kind: SetKind,
+}
+
+impl Key<'_> {
+    fn bytes(&self) -> (&[u8], &[u8]) {
+        (&self.element.key, &self.element.last)
+    }
+}
+
+impl PartialEq for Key<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes() == other.bytes()
+    }
+}
+
+impl Eq for Key<'_> {}
+
+impl PartialOrd for Key<'_> {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Key<'_> {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.bytes().cmp(&other.bytes())
+    }
+}
+
+impl fmt::Debug for Key<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (key, last) = self.bytes();
+        let range = |f: &mut fmt::Formatter<'_>| match (address(key), address(last)) {
+            (first, None) => f.write_str(&first.unwrap_or_default()),
+            (first, Some(last)) => write!(f, "{} to {last}", first.unwrap_or_default()),
+        };
+        match self.kind {
+            SetKind::Users => write!(
+                f,
+                "user {}",
+                key.first_chunk().map_or(0, |uid| u32::from_ne_bytes(*uid))
+            ),
+            SetKind::Cgroups => {
+                let id = key.first_chunk().map_or(0, |id| u64::from_ne_bytes(*id));
+                write!(f, "anybody in cgroup id {id}")
+            }
+            SetKind::Ports => write!(
+                f,
+                "port {}",
+                key.first_chunk().map_or(0, |port| u16::from_be_bytes(*port))
+            ),
+            SetKind::Addresses { .. } => range(f),
+            SetKind::Endpoints { .. } => {
+                // As `endpoint_key` has it: the address, four bytes with the protocol, four with the port.
+                let [protocol, _, _, _, high, low, _, _] = key.last_chunk().copied().unwrap_or_default();
+                f.write_str(if protocol == TCP { "tcp " } else { "udp " })?;
+                range(f)?;
+                write!(f, " port {}", u16::from_be_bytes([high, low]))
+            }
+        }
+    }
+}
+
+/// The address that a key begins with.
+fn address(key: &[u8]) -> Option<String> {
+    match key.len() {
+        4 | 12 => key.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets).to_string()),
+        16 | 24 => key
+            .first_chunk::<16>()
+            .map(|octets| Ipv6Addr::from(*octets).to_string()),
+        _ => None,
+    }
+}
+
+/// An element as a person reads it: where it leads, else what it is.
+struct Entry<'a>(Key<'a>);
+
+impl PartialEq for Entry<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.element == other.0.element
+    }
+}
+
+impl fmt::Debug for Entry<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0.element.value {
+            Value::Goto(chain) => write!(f, "to chain {chain}"),
+            Value::None => fmt::Debug::fmt(&self.0, f),
+        }
+    }
 }

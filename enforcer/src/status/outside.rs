@@ -1,0 +1,92 @@
+//! The status where no daemon answers: what the kernel holds and what was saved, for those who only read.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use super::{Context, identify, status};
+use crate::{
+    backend::{ActiveRules, BackendError},
+    config::{Backend, Settings},
+    host::{self, Identities},
+    policy::Name,
+    resolve::{KnownName, protection},
+    state,
+    visibility::Visibility,
+    wire::{ActiveBackend, Condition, ConditionId, NameStatus, Status},
+};
+
+/// What is active, as the kernel alone tells.
+pub(crate) fn from_outside(settings: &Settings) -> Result<Status, BackendError> {
+    let mount = || host::cgroup2_mount().ok().flatten();
+    let cgroup = settings.cgroup.clone().or_else(mount).unwrap_or_default();
+    let (active, unread) = ActiveRules::open_as_far_as_possible(settings)?;
+    let mut observed = active
+        .as_ref()
+        .map(|active| active.observe(host::directory_id(&cgroup)))
+        .transpose()?;
+    if let Some(observed) = &mut observed {
+        let mut identities = Identities::new(&mount().unwrap_or_default(), &BTreeMap::new());
+        identify(observed, &mut identities, Instant::now());
+    }
+    let backend = active.as_ref().map(ActiveRules::backend);
+    let hidden = backend.and_then(|backend| {
+        let ebpf_on = backend.has_ebpf().then_some(cgroup.as_path());
+        Visibility::of(settings, ebpf_on, false).fault()
+    });
+    let context = Context {
+        cgroup: cgroup.display().to_string(),
+        pin_dir: settings.pin_dir.display().to_string(),
+        nft_table: settings.nft_table.clone(),
+        socket: settings.socket.display().to_string(),
+        backend: backend.unwrap_or(ActiveBackend::Ebpf),
+        unread: unread.is_some(),
+        names: backend.and_then(|_| saved_names(settings)).unwrap_or_default(),
+        conditions: unread
+            .iter()
+            .map(|error| ConditionId::Unreadable.because(error.to_string()))
+            .chain(hidden.map(|hidden| ConditionId::HiddenFromHost.because(hidden)))
+            .chain(backend.and_then(|found| missing_half(settings, found, unread.is_some())))
+            .collect(),
+        ..Context::default()
+    };
+    Ok(status(observed.as_ref(), context))
+}
+
+/// That one of the two halves of `both` holds nothing.
+fn missing_half(settings: &Settings, found: ActiveBackend, unread: bool) -> Option<Condition> {
+    let asked = settings.backend == Backend::Both && !unread;
+    let remedy = format!(
+        "which backend = \"both\" asks for; {}, or run enforcer apply",
+        host::START
+    );
+    match found {
+        ActiveBackend::Ebpf if asked => Some(ConditionId::Table.because(format!(
+            "nothing is active in nftables table inet {}, {remedy}",
+            settings.nft_table
+        ))),
+        ActiveBackend::Nftables if asked => Some(ConditionId::Link.because(format!(
+            "no eBPF program is active by {}, {remedy}",
+            settings.pin_dir.display()
+        ))),
+        ActiveBackend::Ebpf | ActiveBackend::Nftables | ActiveBackend::Both | ActiveBackend::None => None,
+    }
+}
+
+/// What was known of names when the last known good rules were saved, which are the active ones as a rule.
+pub(crate) fn saved_names(settings: &Settings) -> Option<Vec<NameStatus>> {
+    let (good, _) = state::load(&settings.state_dir).ok()??;
+    let status = |name: Name| {
+        let known = good.names.get(&name).map(KnownName::addresses).unwrap_or_default();
+        let protects = protection(!known.is_empty(), good.policy.dns.unresolved);
+        NameStatus {
+            name: name.to_string(),
+            addresses: known.iter().map(ToString::to_string).collect(),
+            stale: known.is_empty(),
+            cause: known
+                .is_empty()
+                .then(|| "it had no address when the rules were saved".to_owned()),
+            protects,
+            cut: 0,
+        }
+    };
+    Some(good.policy.names().into_iter().map(status).collect())
+}
