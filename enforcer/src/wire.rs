@@ -48,7 +48,7 @@ pub use conditions::{Condition, ConditionId, Severity};
 pub use enforcer_client::wire::{EventFilter, GrantRequest, Request, RevokeRequest, Selector, State};
 pub use events::{Denial, Event, ExistingAction, ExistingEvent, GrantAction, GrantEvent, Lost, SocketState};
 pub use grants::{GrantStatus, GrantsReport, JobRuleStatus};
-pub use reload::{ReloadReport, SettingChange, UnprotectedEndpoint};
+pub use reload::{GrantChange, ReloadReport, SettingChange, UnprotectedEndpoint};
 pub use status::{
     DaemonStatus, DialStatus, ExistingStatus, NameProtection, NameStatus, PrincipalStatus, Status, SubjectKind,
     TargetStatus,

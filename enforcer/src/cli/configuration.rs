@@ -15,7 +15,7 @@ use super::{ExitStatus, Json, print_one, reload, runtime};
 use crate::{
     config::{Config, Mistake, Mistakes, Understood},
     inputs::{HostConfig, InputError},
-    policy::{AcceptedAnswers, Name},
+    policy::{AcceptedAnswers, BUS, MONIT, Name},
     resolve::{Names, lookup},
     text::{self, Page, counted},
     wire::{
@@ -32,6 +32,9 @@ pub(super) enum ConfigCommand {
     /// invalid.
     Check(Check),
     /// Print what a reload would change, compared with what the daemon has; exit code 1 if anything
+    ///
+    /// As reload --dry-run, with the exit codes of diff(1): 0 nothing would change; 1 something would; 2 error. Whether
+    /// another backend works here, or the rules fit into it, shows only when they are applied: see enforcer doctor.
     Diff(Json),
     /// Print the full configuration, with defaults and an explanation of each key
     Show(Json),
@@ -120,6 +123,7 @@ fn on_this_host(path: &Path) -> Result<ConfigCheck> {
     Ok(ConfigCheck {
         exists: wanted.from_file,
         targets: wanted.policy().targets.len(),
+        defaults: wanted.config.targets.is_empty(),
         warnings: wanted.warnings().to_vec(),
         absent: wanted.absent(),
         unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
@@ -128,10 +132,11 @@ fn on_this_host(path: &Path) -> Result<ConfigCheck> {
 }
 
 fn by_text(path: &Path) -> Result<ConfigCheck> {
-    let meant = Config::load(path).and_then(|config| Ok(config.without_users()?));
-    let Understood { policy, warnings, .. } = meant.map_err(InputError::from)?;
+    let meant = Config::load(path).and_then(|config| Ok((config.targets.is_empty(), config.without_users()?)));
+    let (defaults, Understood { policy, warnings, .. }) = meant.map_err(InputError::from)?;
     Ok(ConfigCheck {
         targets: policy.targets.len(),
+        defaults,
         warnings: warnings.iter().map(ToString::to_string).collect(),
         not_checked: NOT_CHECKED.to_vec(),
         ..ConfigCheck::of(path)
@@ -145,6 +150,7 @@ impl ConfigCheck {
             path: path.display().to_string(),
             exists: path.exists(),
             targets: 0,
+            defaults: false,
             warnings: Vec::new(),
             absent: Vec::new(),
             unprotected: Vec::new(),
@@ -181,6 +187,7 @@ impl ConfigCheck {
         let Self {
             path,
             targets,
+            defaults,
             warnings,
             absent,
             unprotected,
@@ -194,10 +201,14 @@ impl ConfigCheck {
         for line in absent.iter().chain(unprotected) {
             page.line(line);
         }
-        let targets = counted(*targets, "target");
+        let targets = if *defaults {
+            format!("no target in the file: those of a BOSH VM are protected ({MONIT}, {BUS})")
+        } else {
+            counted(*targets, "target")
+        };
         if !self.exists {
             page.line(format_args!(
-                "{path}: there is no such file; the defaults, for a BOSH VM, are valid: {targets}"
+                "{path}: there is no such file: the targets of a BOSH VM are protected ({MONIT}, {BUS})"
             ));
         } else if absent.is_empty() && unprotected.is_empty() {
             page.line(format_args!("{path}: valid; {targets}"));

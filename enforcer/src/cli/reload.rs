@@ -14,7 +14,10 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub(super) struct Reload {
-    /// Print what would change, and change nothing
+    /// Print what would change, and change nothing; exit code 0 whether or not anything would
+    ///
+    /// The file is read and compared, and its users are looked up. Whether another backend works here, or the rules fit
+    /// into it, shows only when they are applied: see enforcer doctor.
     #[arg(long)]
     dry_run: bool,
     /// How long to wait for the first lookup of new names

@@ -363,6 +363,13 @@ fn without_a_daemon() -> Test {
             .expect(ExitStatus::No, &["off"])
             .expect(ExitStatus::No, &places);
         assert!(File::open("/run/state/last-good.json").is_ok());
+        operator.configure(&configuration(""))?;
+        operator.run(&["config", "check"]).expect(
+            ExitStatus::Yes,
+            &["valid; no target in the file: those of a BOSH VM are protected (monit, nats)"],
+        );
+        let checked = operator.run(&["config", "check", "--json"]);
+        assert_eq!(checked.value("/defaults")?, true);
         // Only the file says where its instance is.
         fs::remove_file(&operator.config)?;
         for command in ["status", "reload", "verify", "unload"] {
@@ -406,6 +413,33 @@ fn a_grant_that_ended_without_a_daemon_is_told_in_words() -> Test {
         operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::No, &[]);
         operator.run(&["verify"]).expect(ExitStatus::Yes, &["identical"]);
         operator.run(&["unload"]).expect(ExitStatus::Yes, &["unloaded"]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_reload_names_the_grants_that_it_makes_active_or_not() -> Test {
+    on_a_host_of_its_own(|| {
+        let operator = Operator::new(&two_targets())?;
+        let daemon = operator.start();
+        operator.until(&["status"], "enforcing");
+        operator
+            .run(&["grant", "open", "--user", "daemon"])
+            .expect(ExitStatus::Yes, &["open"]);
+        operator.configure(&two_targets().replace("grants = true\n", ""))?;
+        let gone = ["- grant of open to user 1: no longer active"];
+        operator.run(&["config", "diff"]).expect(ExitStatus::No, &gone);
+        let json = operator.run(&["reload", "--dry-run", "--json"]);
+        assert_eq!(json.value("/grants/0/active")?, false);
+        operator.run(&["reload"]).expect(ExitStatus::Yes, &gone);
+        operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::No, &[]);
+        operator.configure(&two_targets())?;
+        operator
+            .run(&["reload"])
+            .expect(ExitStatus::Yes, &["+ grant of open to user 1: becomes active"]);
+        operator.run(&["check", "daemon", OPEN]).expect(ExitStatus::Yes, &[]);
+        operator.run(&["unload", "--yes"]).expect(ExitStatus::Yes, &[]);
+        assert_eq!(ended(daemon)?, ExitStatus::Unloaded);
         Ok(())
     })
 }

@@ -1,7 +1,7 @@
 //! Another configuration: read on a signal, on request or when users mean other numbers, and made active whole or not
 //! at all (F4).
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{collections::BTreeSet, path::Path, time::Instant};
 
 use ipnet::IpNet;
 use tokio::sync::mpsc;
@@ -11,11 +11,12 @@ use super::{About, Daemon, DaemonError};
 use crate::{
     backend::Start,
     bosh,
-    config::{ConfigError, Forward},
+    config::{self, ConfigError, Forward},
+    grants::Key,
     inputs::{HostConfig, InputError, Inputs},
     policy::{Destination, Endpoint, Mode},
     ruleset::covers,
-    wire::{ReloadReport, Reply, Schema, UnprotectedEndpoint},
+    wire::{GrantChange, ReloadReport, Reply, Schema, UnprotectedEndpoint},
 };
 
 /// Changes that are logged one by one.
@@ -47,7 +48,14 @@ impl Daemon {
     fn read_configuration(&self) -> Result<HostConfig, DaemonError> {
         let path = &self.inputs.config.path;
         if self.inputs.config.from_file && !path.exists() {
-            return Err(InputError::from(ConfigError::Missing { path: path.clone() }).into());
+            let path = path.clone();
+            // Only of the default one the absence may be meant, later (B1).
+            let error = if path == Path::new(config::DEFAULT_PATH) {
+                ConfigError::Gone { path }
+            } else {
+                ConfigError::Missing { path }
+            };
+            return Err(InputError::from(error).into());
         }
         Ok(HostConfig::load_knowing(path, &self.inputs.config.users)?)
     }
@@ -230,10 +238,29 @@ fn compare(old: &Inputs, new: &Inputs, held: bool) -> ReloadReport {
         generation: 0,
         changes: old.config.config.changes(&new.config.config),
         unprotected: unprotected(old, new),
+        grants: grants(old, new),
         warnings,
         state: None,
         causes: Vec::new(),
     }
+}
+
+/// Grants that were active and are not any more, or the other way round.
+fn grants(old: &Inputs, new: &Inputs) -> Vec<GrantChange> {
+    let may = |inputs: &Inputs, key: &Key| {
+        let target = inputs.config.policy().target(&key.target);
+        target.is_some_and(|target| target.grants)
+    };
+    let changes = old.grants.iter().filter_map(|(key, _)| {
+        let active = may(new, key);
+        (active != may(old, key)).then(|| GrantChange {
+            target: key.target.clone(),
+            user: key.to.user().map(|uid| uid.0),
+            cgroup: key.to.cgroup().map(ToString::to_string),
+            active,
+        })
+    });
+    changes.collect()
 }
 
 /// Endpoints that were protected, and that no target has any more, nor a prefix or `local` around them.

@@ -45,6 +45,8 @@ pub struct ConfigCheck {
     pub exists: bool,
     /// How many targets it has; 0 where it is not valid.
     pub targets: usize,
+    /// Whether the file itself has none, so that those of a BOSH VM are protected.
+    pub defaults: bool,
     /// What is odd.
     pub warnings: Vec<String>,
     /// What does not exist on this host yet, and matches nobody until it does.

@@ -22,6 +22,9 @@ pub struct ReloadReport {
     pub changes: Vec<SettingChange>,
     /// Endpoints that were protected, and are in no target any more.
     pub unprotected: Vec<UnprotectedEndpoint>,
+    /// Grants that take effect or no longer do, as `grants = true` of their target has come or gone, or the target has.
+    #[serde(default)]
+    pub grants: Vec<GrantChange>,
     /// What is allowed, but probably not meant.
     pub warnings: Vec<String>,
     /// The state afterwards, once new names were looked up; null where it was not waited for.
@@ -43,6 +46,19 @@ pub struct SettingChange {
     pub removed: Vec<String>,
     /// Its value now, or the elements of its list that are new.
     pub added: Vec<String>,
+}
+
+/// A grant that takes effect, or no longer does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantChange {
+    /// Its target.
+    pub target: String,
+    /// The user who is allowed; absent for everybody in the cgroup.
+    pub user: Option<u32>,
+    /// The cgroup below which they are; absent for anywhere.
+    pub cgroup: Option<String>,
+    /// Whether it is active from then on.
+    pub active: bool,
 }
 
 /// An endpoint that no target has any more.
@@ -92,15 +108,36 @@ impl ReloadReport {
     /// Whether nothing differs.
     #[must_use]
     pub fn is_same(&self) -> bool {
-        self.changes.is_empty() && self.unprotected.is_empty()
+        self.changes.is_empty() && self.unprotected.is_empty() && self.grants.is_empty()
     }
 
-    /// A line for each value or element that has gone or is new.
+    /// A line for each value, element or grant that has gone or is new.
     pub fn lines(&self) -> impl Iterator<Item = String> {
-        self.changes.iter().flat_map(|change| {
+        let changes = self.changes.iter().flat_map(|change| {
             let removed = change.removed.iter().map(move |value| format!("- {change}{value}"));
             let added = change.added.iter().map(move |value| format!("+ {change}{value}"));
             removed.chain(added)
+        });
+        let grants = self.grants.iter().map(|grant| {
+            let mark = if grant.active { '+' } else { '-' };
+            format!("{mark} {grant}")
+        });
+        changes.chain(grants)
+    }
+}
+
+impl fmt::Display for GrantChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "grant of {} to ", self.target)?;
+        match (self.user, &self.cgroup) {
+            (Some(user), None) => write!(f, "user {user}")?,
+            (Some(user), Some(cgroup)) => write!(f, "user {user} in {cgroup}")?,
+            (None, cgroup) => write!(f, "anybody in {}", cgroup.as_deref().unwrap_or_default())?,
+        }
+        f.write_str(if self.active {
+            ": becomes active"
+        } else {
+            ": no longer active"
         })
     }
 }

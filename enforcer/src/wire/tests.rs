@@ -396,6 +396,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
         schema: Schema::ConfigCheck,
         path: "P".to_owned(),
         targets: 1,
+        defaults: false,
         warnings: vec!["W".to_owned()],
         absent: vec!["A".to_owned()],
         unprotected: vec!["U".to_owned()],
@@ -411,7 +412,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
     };
     assert_eq!(
         serde_json::to_string(&checked)?,
-        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
+        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"defaults":false,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
     );
     Ok(())
 }

@@ -98,12 +98,13 @@ const SCHEMAS: [(&str, &str); 13] = [
     (
         "enforcer/reload/1",
         "path applied generation changes changes.section changes.key changes.removed changes.added unprotected \
-         unprotected.endpoint unprotected.target warnings state causes",
+         unprotected.endpoint unprotected.target grants grants.target grants.user grants.cgroup grants.active \
+         warnings state causes",
     ),
     (
         "enforcer/config-check/1",
-        "absent errors errors.path errors.line errors.target errors.key errors.message exists more_errors not_checked \
-         path targets unprotected warnings",
+        "absent defaults errors errors.path errors.line errors.target errors.key errors.message exists more_errors \
+         not_checked path targets unprotected warnings",
     ),
 ];
 
