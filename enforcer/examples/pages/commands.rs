@@ -173,7 +173,7 @@ fn page(man: &Man, command: &Command) -> Result<Vec<u8>> {
     Ok(page)
 }
 
-/// What may be typed. Written here, as clap_mangen leaves out the values of options.
+/// What may be typed. Written here, as `clap_mangen` leaves out the values of options.
 fn synopsis(page: &mut Vec<u8>, command: &Command) -> Result<()> {
     let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
     let mut words = vec![format!("\\fB{}\\fR", roff(name))];

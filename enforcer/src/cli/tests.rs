@@ -553,7 +553,7 @@ fn a_reload_says_what_it_changes() -> Test {
 #[test]
 fn a_configuration_is_checked_whole_and_without_its_host() -> Test {
     on_a_host_of_its_own(|| {
-        let wrong = "[target.a]\nendpoints = [\"tcp://nowhere\", \"10.0.0.1:1\"]\nallow = [-1, \"nobody-of-that-name\"]\n\
+        let wrong = "[target.a]\nendpoints = [\"tcp://nowhere\", \"10.0.0.1:1\"]\nallow = [-1, \"nobody-there\"]\n\
              grants = \"yes\"\n";
         let operator = Operator::new(wrong)?;
         let daemonless = [

@@ -349,8 +349,9 @@ fn grant(scene: &mut Scene, time: &str) -> Result<()> {
     scene.kill()
 }
 
+/// It ends later than a daemon that is busy could be killed.
 fn die_with_a_grant(scene: &mut Scene) -> Result<()> {
-    grant(scene, "3s")
+    grant(scene, "20s")
 }
 
 /// It waits for a daemon that ends it.

@@ -43,7 +43,7 @@ fn one_mistake_hides_no_other_and_makes_up_none() -> Fallible<()> {
     for (text, lines) in [
         // Of meaning alone, in two targets.
         (
-            "[target.a]\nendpoints = [\"tcp://nowhere\"]\nallow = [-1]\n[target.b]\nendpoints = [\"a:b\"]\nallow = []\n",
+            "[target.a]\nendpoints = [\"nowhere\"]\nallow = [-1]\n[target.b]\nendpoints = [\"a:b\"]\nallow = []\n",
             &[2, 3, 5][..],
         ),
         // A missing key beside meaning.
