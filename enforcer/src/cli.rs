@@ -365,7 +365,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
     let settings = match &error {
         ConfigError::Missing { .. } | ConfigError::Gone { .. } => None,
         // It may be a file beside it that cannot be read.
-        ConfigError::Unreadable { .. } | ConfigError::OnlyTargets { .. } | ConfigError::Untrusted { .. } => {
+        ConfigError::Unreadable { .. } | ConfigError::Untrusted { .. } => {
             config::place(path, lenient).or_else(|| lenient.then(Settings::default))
         }
         ConfigError::TooLong { .. } | ConfigError::Invalid(_) => config::place(path, lenient),
@@ -383,7 +383,6 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
             None,
             ConfigError::Gone { .. }
             | ConfigError::Unreadable { .. }
-            | ConfigError::OnlyTargets { .. }
             | ConfigError::Untrusted { .. }
             | ConfigError::TooLong { .. }
             | ConfigError::Invalid(_),

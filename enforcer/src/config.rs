@@ -214,6 +214,12 @@ impl Config {
         files::load(path)
     }
 
+    /// As [`Config::load`], of the default file in an unpacked image.
+    pub fn load_in(root: &Path, path: &Path) -> Result<Self, ConfigError> {
+        let agent = Bosh::default().dir;
+        files::load_from(path, true, &root.join(agent.strip_prefix("/").unwrap_or(&agent)))
+    }
+
     /// Where the settings lie that say what target `nats` protects; none where the file says it itself, or nothing does
     /// (B1).
     #[must_use]

@@ -2,13 +2,17 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::{
+        fd::AsFd as _,
+        unix::fs::{MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use enforcer_client::Ask;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
@@ -206,8 +210,20 @@ pub(crate) async fn ask_many(
     request: &Request,
     mut each: impl FnMut(Reply) -> io::Result<()>,
 ) -> Result<(), AskError> {
+    let follows = matches!(request, Request::Events { follow: true, .. });
     let mut answers = Ask::new(path, request, PATIENCE).answers().await?;
-    while let Some(reply) = answers.next().await? {
+    loop {
+        let next = answers.next();
+        let reply = if follows {
+            next.await?
+        } else {
+            timeout(PATIENCE, next).await.map_err(|_| AskError::TimedOut {
+                path: path.into(),
+                patience: PATIENCE,
+                request: Box::new(request.clone()),
+            })??
+        };
+        let Some(reply) = reply else { break };
         if each(reply).is_err() {
             break;
         }
@@ -246,6 +262,11 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
         let full = format!("{MAX_FOLLOWERS} callers follow events, which is the maximum; end one of them");
         return send(&mut stream, &Reply::Error(full)).await;
     };
+    // For who has given up nothing is opened later (B4). One that has closed its half alone waits.
+    let opens = matches!(request, Request::Grant(_) | Request::Unload);
+    if opens && has_hung_up(write.as_ref()) {
+        return Ok(());
+    }
     let (replies, mut receiver) = mpsc::channel(64);
     let call = Call { request, peer, replies };
     if calls.send(call).await.is_err() {
@@ -266,6 +287,14 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
             read = stream.read(&mut hung_up), if follows => if !matches!(read, Ok(1..)) { return Ok(()) },
         }
     }
+}
+
+/// Whether the other end is closed altogether (poll(2), `POLLHUP`).
+fn has_hung_up(stream: &UnixStream) -> bool {
+    let mut ends = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    let found = poll(&mut ends, PollTimeout::ZERO).is_ok_and(|found| found > 0);
+    let [end] = ends;
+    found && end.revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 async fn send(stream: &mut UnixStream, reply: &Reply) -> io::Result<()> {

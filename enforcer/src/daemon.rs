@@ -165,9 +165,9 @@ async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonEr
             Step::Follow => sources.follow(&mut daemon),
             Step::Stop => {
                 daemon.tell_rest_of_denials();
-                daemon.keep_denials_now().await;
                 daemon.save_now().await;
                 daemon.until_heard().await;
+                daemon.keep_denials_now().await;
                 return daemon.stop(door).map(|()| End::Stopped);
             }
             Step::Unload(replies) => {

@@ -14,7 +14,7 @@ use std::{
 #[cfg(test)]
 pub(crate) use self::callers::{MAPPED_USERS, USERS};
 pub(crate) use self::{
-    callers::{Budgets, Caller, Place, other_owner},
+    callers::{Budget, Budgets, Caller, Place, other_owner},
     filter::Filter,
     summary::Summary,
 };

@@ -12,7 +12,6 @@ pub(crate) mod sock_diag;
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     fs, io,
-    ops::ControlFlow,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -99,26 +98,27 @@ pub fn directory_id(cgroup: &Path) -> Option<u64> {
 /// The parent of every cgroup below a mount, by id; the mount's own is itself.
 pub fn cgroup_parents(mount: &Path) -> io::Result<HashMap<u64, u64>> {
     let mut parents = HashMap::new();
-    walk_cgroups(mount, |_, id, parent| {
+    walk_cgroups(mount, usize::MAX, |_, id, parent| {
         parents.insert(id, parent);
-        ControlFlow::Continue(())
     })?;
     Ok(parents)
 }
 
-/// Every cgroup below a mount, with its directory, its id and its parent's: parents first, and of the mount's own its
-/// own.
-fn walk_cgroups(mount: &Path, mut each: impl FnMut(&Path, u64, u64) -> ControlFlow<()>) -> io::Result<()> {
+/// Every cgroup below a mount, so many at most, with its directory, its id and its parent's: parents first, and of the
+/// mount's own its own.
+fn walk_cgroups(mount: &Path, most: usize, mut each: impl FnMut(&Path, u64, u64)) -> io::Result<()> {
     let root = fs::metadata(mount)?.ino();
     let mut waiting = VecDeque::from([(mount.to_path_buf(), root, root)]);
+    let mut left = most.saturating_sub(1);
     while let Some((dir, id, parent)) = waiting.pop_front() {
-        if each(&dir, id, parent).is_break() {
-            break;
-        }
+        each(&dir, id, parent);
         // A cgroup that has just been removed is no fault.
         let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        // Whoever may make cgroups may have made any number in one.
+        for entry in dirs.take(left) {
             let Ok(meta) = entry.metadata() else { continue };
+            left -= 1;
             waiting.push_back((entry.path(), meta.ino(), id));
         }
     }

@@ -11,6 +11,7 @@ mod absent;
 mod boot;
 mod bosh;
 mod bpm;
+mod callers;
 mod containers;
 mod damage;
 mod decision;
@@ -130,8 +131,8 @@ macro_rules! files {
 }
 
 files! {
-    absent, boot, bosh, bpm, containers, damage, decision, delegated, detours, dials, doctor, endurance, escapes,
-    failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs, jobs_chain, kernel,
+    absent, boot, bosh, bpm, callers, containers, damage, decision, delegated, detours, dials, doctor, endurance,
+    escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs, jobs_chain, kernel,
     kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables, parity,
     past_hooks, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching, takeover,
     translated, units, verify, visibility, whole_host, writers

@@ -104,7 +104,10 @@ const FILES: [(&str, &str); 6] = [
         "/run/enforcer/control.sock",
         "The control socket, by which commands ask the daemon.",
     ),
-    ("/var/lib/enforcer", "The last known good rules, and grants."),
+    (
+        "/var/lib/enforcer",
+        "The last known good rules, grants, and what denials add up to.",
+    ),
     (
         "/sys/fs/bpf/enforcer",
         "Pinned eBPF links and maps; they keep the rules active without the daemon.",

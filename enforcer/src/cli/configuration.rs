@@ -17,6 +17,7 @@ use crate::{
     inputs::{HostConfig, InputError},
     policy::{AcceptedAnswers, BUS, MONIT, Name},
     resolve::{Names, lookup},
+    state,
     text::{self, Page, counted},
     wire::{
         Schema,
@@ -120,6 +121,9 @@ fn check(path: &Path, Check { offline, json }: &Check) -> Result<ExitStatus> {
 
 fn on_this_host(path: &Path) -> Result<ConfigCheck> {
     let wanted = HostConfig::load(path)?;
+    // As a start sees it, where what is saved can be read.
+    let saved = state::load(&wanted.settings().state_dir).ok().flatten();
+    wanted.ensure_present(saved.as_ref().map(|(good, _)| good))?;
     Ok(ConfigCheck {
         exists: wanted.from_file,
         targets: wanted.policy().targets.len(),
@@ -208,7 +212,8 @@ impl ConfigCheck {
         };
         if !self.exists {
             page.line(format_args!(
-                "{path}: there is no such file: the targets of a BOSH VM are protected ({MONIT}, {BUS})"
+                "{path}: there is no such file: those of a BOSH VM would be protected ({MONIT}, {BUS}); the packaged \
+                 service starts on a BOSH VM, or once there is a configuration"
             ));
         } else if absent.is_empty() && unprotected.is_empty() {
             page.line(format_args!("{path}: valid; {targets}"));

@@ -31,7 +31,8 @@ pub(super) struct Events {
     /// Without it only the last 1,024 events since the daemon started are printed.
     #[arg(long, conflicts_with = "follow")]
     summary: bool,
-    /// Only those since then: a duration such as 90m or 7d, or a time such as 2026-11-20T08:00:00Z
+    /// Only those since then: a duration such as 90m or 7d, or a time such as 2026-11-20T08:00:00Z; --summary counts by
+    /// the hour, and by the day what is older than two
     #[arg(long, value_name = "TIME")]
     since: Option<Since>,
     /// Only the last N; with --summary the N most frequent

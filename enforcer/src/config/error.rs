@@ -38,15 +38,6 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// There is none, and there are targets beside it.
-    #[error("read {}: no such file, and {} adds targets to it; write it (it may be empty), or remove \
-             those", path.display(), dir.display())]
-    OnlyTargets {
-        /// The file.
-        path: PathBuf,
-        /// The directory of more targets.
-        dir: PathBuf,
-    },
     /// Others may have written it (F6).
     #[error("{} is owned by uid {uid} with mode {mode:04o}; make root its owner and the only user who can write \
              it, or remove it", path.display())]
@@ -73,7 +64,6 @@ impl ConfigError {
             | Self::Gone { .. }
             | Self::Unreadable { .. }
             | Self::TooLong { .. }
-            | Self::OnlyTargets { .. }
             | Self::Untrusted { .. } => None,
         }
     }

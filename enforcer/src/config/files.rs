@@ -11,33 +11,35 @@ use std::{
 
 use nix::unistd::Uid;
 
-use super::{Config, ConfigError, ConfigFault, DEFAULT_PATH, MAX_BYTES, Mistake, Mistakes, read};
+use super::{Bosh, Config, ConfigError, ConfigFault, DEFAULT_PATH, MAX_BYTES, Mistake, Mistakes, read};
 
 /// The directory of more targets, beside the configuration file.
 const MORE: &str = "conf.d";
 
-/// Reads the configuration file at `path` and what is beside it. No file at [`DEFAULT_PATH`] is as an empty one (B1),
-/// but where there are more targets: it may have had any mode and settings.
+/// Reads the configuration file at `path` and what is beside it. No file at [`DEFAULT_PATH`] is as an empty one (B1).
 pub(super) fn load(path: &Path) -> Result<Config, ConfigError> {
+    load_from(path, path == Path::new(DEFAULT_PATH), &Bosh::default().dir)
+}
+
+/// As [`load`], of a file that may be missing, on a host whose BOSH agent has its settings in `agent`, if it has one.
+pub(super) fn load_from(path: &Path, may_be_missing: bool, agent: &Path) -> Result<Config, ConfigError> {
     let mut room = MAX_BYTES;
     let main = match open(path).and_then(|file| content(file, &mut room)) {
-        Ok(bytes) => Some(bytes.ok_or_else(|| ConfigError::TooLong { path: path.into() })?),
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PATH) => None,
+        Ok(bytes) => bytes.ok_or_else(|| ConfigError::TooLong { path: path.into() })?,
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound && may_be_missing => Vec::new(),
         Err(cause) => return Err(unreadable(path, cause)),
     };
     let more = targets_beside(path)?;
-    if main.is_none() && !more.is_empty() {
-        return Err(ConfigError::OnlyTargets {
-            path: path.into(),
-            dir: directory(path),
-        });
-    }
     let mut mistakes = Mistakes::default();
-    let parsed = text(main.unwrap_or_default(), path).and_then(|text| read::config(&text, path));
+    let parsed = text(main, path).and_then(|text| read::config(&text, path));
     let mut config = parsed.unwrap_or_else(|found| {
         mistakes.append(found);
         Config::default()
     });
+    // B1: what a package or a job brings takes no protection from a BOSH VM.
+    if config.targets.is_empty() && agent.exists() {
+        config.bosh.get_or_insert_default();
+    }
     for file in more {
         let failed = |cause| ConfigError::Unreadable {
             path: file.clone(),
@@ -126,7 +128,7 @@ fn ensure_trusted(path: &Path, meta: &Metadata, main: &Path) -> Result<(), Confi
     let owner = fs::metadata(main).map(|meta| meta.uid()).unwrap_or_default();
     let is_ours = [0, owner, Uid::effective().as_raw()].contains(&uid);
     // A link has every right, and none counts.
-    if is_ours && (meta.is_symlink() || meta.mode() & 0o002 == 0) {
+    if is_ours && (meta.is_symlink() || meta.mode() & 0o022 == 0) {
         return Ok(());
     }
     Err(ConfigError::Untrusted {

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     backend::probe::{Fact, Facts, Feature},
-    config::{self, Config, ConfigError, DEFAULT_PATH, Settings},
+    config::{self, Config, DEFAULT_PATH, Settings},
     policy::FileUsers,
     wire::doctor::{
         HostReport, Report,
@@ -88,10 +88,11 @@ impl Image {
         fs::read_dir(root)?;
         let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
         let (named, config) = (config, inside(config));
-        let read = match Config::load(&config) {
-            // As on a host (B1).
-            Err(ConfigError::Missing { .. }) if named == Path::new(DEFAULT_PATH) => Config::parse("", &config),
-            read => read,
+        // As on a host (B1).
+        let read = if named == Path::new(DEFAULT_PATH) {
+            Config::load_in(root, &config)
+        } else {
+            Config::load(&config)
         };
         let Read {
             settings,

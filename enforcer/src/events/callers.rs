@@ -66,6 +66,15 @@ pub(crate) struct Budget<K, V, B> {
     pub beyond: Option<B>,
 }
 
+impl<K, V, B> Budget<K, V, B> {
+    fn new() -> Self {
+        Self {
+            kinds: BTreeMap::new(),
+            beyond: None,
+        }
+    }
+}
+
 /// Where a denial is counted.
 pub(crate) enum Place<'b, V, B> {
     /// With others of its kind.
@@ -88,11 +97,9 @@ impl<K: Ord, V, B> Budgets<K, V, B> {
         if !self.callers.contains_key(&caller) && !self.has_room(caller) {
             return Place::Beyond(&mut self.beyond);
         }
-        let Budget { kinds, beyond } = self.callers.entry(caller).or_insert_with(|| Budget {
-            kinds: BTreeMap::new(),
-            beyond: None,
-        });
-        let is_full = kinds.len() >= self.kinds;
+        let limit = self.kinds;
+        let Budget { kinds, beyond } = self.of(caller);
+        let is_full = kinds.len() >= limit;
         match kinds.entry(kind) {
             Entry::Occupied(known) => Place::Kind(known.into_mut()),
             Entry::Vacant(_) if is_full => Place::Beyond(beyond),
@@ -100,7 +107,18 @@ impl<K: Ord, V, B> Budgets<K, V, B> {
         }
     }
 
-    fn has_room(&self, caller: Caller) -> bool {
+    /// One caller's, whatever it has.
+    pub(crate) fn of(&mut self, caller: Caller) -> &mut Budget<K, V, B> {
+        self.callers.entry(caller).or_insert_with(Budget::new)
+    }
+
+    /// Whether another kind of this caller's would be one too many.
+    pub(crate) fn is_full(&self, caller: Caller) -> bool {
+        let known = self.callers.get(&caller);
+        known.is_some_and(|budget| budget.kinds.len() >= self.kinds)
+    }
+
+    pub(crate) fn has_room(&self, caller: Caller) -> bool {
         let limit = if caller.is_mapped() { MAPPED_USERS } else { USERS };
         let like = |other: &&Caller| other.is_mapped() == caller.is_mapped();
         self.callers.keys().filter(like).count() < limit

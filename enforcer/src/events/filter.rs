@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use crate::wire::{DenialSum, Event, EventFilter};
+use crate::wire::{DenialSum, Event, EventFilter, SumOf};
 
 /// What is let through; all of it where nothing is said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,14 +39,15 @@ impl Filter {
             && self.user.is_none_or(|wanted| users.contains(&Some(wanted)))
     }
 
-    /// Whether a sum is of the target and the user; its time is its own matter.
+    /// Whether a sum may be of the target and the user; its time is its own matter. Of some sums nobody knows whose
+    /// they are: hidden, they would look like no denials.
     pub(super) fn lets_sum(&self, sum: &DenialSum) -> bool {
-        self.target
-            .as_ref()
-            .is_none_or(|wanted| sum.target.as_ref() == Some(wanted))
-            && self
-                .user
-                .is_none_or(|wanted| [sum.uid, sum.socket_uid].contains(&Some(wanted)))
+        let of_target = |wanted: &String| sum.target.as_ref().is_none_or(|target| target == wanted);
+        let of_user = |wanted| match sum.of {
+            SumOf::Kind | SumOf::MoreKinds => [sum.uid, sum.socket_uid].contains(&Some(wanted)),
+            SumOf::MoreUsers | SumOf::Unreported => true,
+        };
+        self.target.as_ref().is_none_or(of_target) && self.user.is_none_or(of_user)
     }
 
     /// The last of those events that it lets through.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Budgets, Caller, Place, Summary,
-    summary::{Kind, Known, Sum},
+    summary::{Kind, Known, Sum, add_to},
 };
 use crate::state::{self, ROOT, StateError};
 
@@ -71,15 +71,15 @@ impl Kept {
         for (caller, kind, known) in self.kinds {
             let sum = known.sum.clone();
             if let Place::Beyond(beyond) = kinds.place(caller, kind, || known) {
-                beyond.get_or_insert(sum);
+                add_to(beyond, sum);
             }
         }
         for (caller, sum) in self.more_kinds {
-            if let Some(budget) = kinds.callers.get_mut(&caller) {
-                budget.beyond = Some(sum);
-            }
+            add_to(&mut kinds.of(caller).beyond, sum);
         }
-        kinds.beyond = self.more_users;
+        if let Some(sum) = self.more_users {
+            add_to(&mut kinds.beyond, sum);
+        }
         summary.unreported = self.unreported;
         summary.take_changed(now);
         summary

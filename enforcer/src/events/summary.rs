@@ -3,14 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::{Budgets, Caller, Filter, Place, other_owner};
+use super::{Budget, Budgets, Caller, Filter, Place, other_owner};
 use crate::wire::{ActiveBackend, Denial, DenialSum, Protocol, Schema, SumOf, Verdict, rfc3339};
 
 /// Kinds told apart of one user: a caller chooses its name, and may choose its cgroup.
-const KINDS: usize = 64;
+const KINDS: usize = 32;
+/// A user of whom nothing came for so long makes room for another.
+const QUIET: SignedDuration = SignedDuration::from_hours(DAY);
 /// How long counts are kept, and how long by the hour; then they are by the day.
 const KEPT_HOURS: i64 = 35 * DAY;
 const FINE_HOURS: i64 = 2 * DAY;
@@ -92,7 +94,9 @@ impl Summary {
             at_least: false,
             sum: Sum::new(now),
         };
-        match self.kinds.place(Caller::of(event), kind, new) {
+        let caller = Caller::of(event);
+        self.make_room(caller, &kind, now);
+        match self.kinds.place(caller, kind, new) {
             Place::Kind(known) => {
                 known.sum.add(1, now);
                 known.at_least |= event.backend == ActiveBackend::Nftables;
@@ -101,6 +105,33 @@ impl Summary {
                 known.owner.clone_from(&event.socket_user);
             }
             Place::Beyond(beyond) => beyond.get_or_insert_with(|| Sum::new(now)).add(1, now),
+        }
+    }
+
+    /// What came last longest ago makes room for what is new: names of tasks and cgroups come and go.
+    fn make_room(&mut self, caller: Caller, kind: &Kind, now: Timestamp) {
+        if let Some(budget) = self.kinds.callers.get(&caller) {
+            if !budget.kinds.contains_key(kind) && self.kinds.is_full(caller) {
+                let budget = self.kinds.of(caller);
+                let oldest = budget.kinds.iter().min_by_key(|(_, known)| known.sum.last);
+                let oldest = oldest.map(|(kind, _)| kind.clone());
+                if let Some(known) = oldest.and_then(|kind| budget.kinds.remove(&kind)) {
+                    add_to(&mut budget.beyond, known.sum);
+                }
+            }
+        } else if !self.kinds.has_room(caller) {
+            let last = |budget: &Budget<Kind, Known, Sum>| budget.kinds.values().map(|known| known.sum.last).max();
+            let like = self
+                .kinds
+                .callers
+                .iter()
+                .filter(|(other, _)| other.is_mapped() == caller.is_mapped());
+            let quietest = like.map(|(other, budget)| (last(budget), *other)).min();
+            let quiet = quietest.filter(|(last, _)| last.is_none_or(|last| now.duration_since(last) > QUIET));
+            if let Some(budget) = quiet.and_then(|(_, other)| self.kinds.callers.remove(&other)) {
+                let sums = budget.kinds.into_values().map(|known| known.sum).chain(budget.beyond);
+                sums.for_each(|sum| add_to(&mut self.kinds.beyond, sum));
+            }
         }
     }
 
@@ -158,6 +189,14 @@ impl Summary {
     }
 }
 
+/// Adds what is told apart no longer.
+pub(super) fn add_to(beyond: &mut Option<Sum>, sum: Sum) {
+    match beyond {
+        Some(all) => all.merge(sum),
+        None => *beyond = Some(sum),
+    }
+}
+
 impl Known {
     fn shown(&self, caller: Caller, kind: &Kind) -> (&Sum, DenialSum) {
         let shown = DenialSum {
@@ -212,6 +251,14 @@ impl Sum {
                 self.coarsen(this);
             }
         }
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.first = self.first.min(other.first);
+        self.last = self.last.max(other.last);
+        self.counts.extend(other.counts);
+        self.counts.sort_unstable();
+        self.coarsen(hour(self.last));
     }
 
     /// By the day what is older than two, and nothing that is too old.
@@ -336,15 +383,15 @@ mod tests {
         );
         let filter = Filter {
             user: Some(1000),
-            last: Some(1),
+            last: Some(2),
             ..Filter::default()
         };
         let sums = summary.sums(&filter, at(3));
-        assert_eq!(sums.len(), 1);
-        assert!(
-            sums.iter()
-                .all(|sum| sum.comm.as_deref() == Some("curl") && sum.first == rfc3339(at(0).into()))
-        );
+        // Whose those are that were only counted nobody knows.
+        assert_eq!(sums.first().map(|sum| sum.of), Some(SumOf::Unreported));
+        let curl = sums.get(1).map(|sum| (sum.comm.as_deref(), sum.first.clone()));
+        assert_eq!(curl, Some((Some("curl"), rfc3339(at(0).into()))));
+        assert_eq!(sums.len(), 2);
     }
 
     #[test]
@@ -399,8 +446,32 @@ mod tests {
         summary.add(&denial(1001, "monit", "curl"), at(0));
         let sums = all(&summary, None, at(0));
         assert!(sums.contains(&(Some(1001), SumOf::Kind, 1)));
-        assert!(sums.contains(&(Some(1000), SumOf::MoreKinds, 1000 - 64)));
+        assert!(sums.contains(&(Some(1000), SumOf::MoreKinds, 1000 - 32)));
         assert!(sums.contains(&(None, SumOf::MoreUsers, 500 - 32)));
         assert_eq!(sums.iter().map(|(_, _, count)| count).sum::<u64>(), 1501);
+        // What is new is told apart, and whoever was quiet for long makes room.
+        summary.add(&denial(1000, "bus", "new"), at(1));
+        summary.add(&denial(200_000, "monit", "a"), at(1));
+        summary.add(&denial(200_001, "monit", "a"), at(26));
+        let of = |target: &str, user| {
+            let filter = Filter {
+                target: Some(target.to_owned()),
+                user,
+                ..Filter::default()
+            };
+            let sums = summary.sums(&filter, at(26));
+            sums.iter().map(|sum| (sum.uid, sum.of, sum.count)).collect::<Vec<_>>()
+        };
+        // Of others nobody knows to which target they were.
+        assert_eq!(
+            of("bus", Some(1000)),
+            [
+                (Some(1000), SumOf::MoreKinds, 1000 - 31),
+                (None, SumOf::MoreUsers, 500 - 32 + 1 + 1),
+                (Some(1000), SumOf::Kind, 1)
+            ]
+        );
+        assert!(!of("monit", None).contains(&(Some(200_000), SumOf::Kind, 1)));
+        assert!(of("monit", None).contains(&(Some(200_001), SumOf::Kind, 1)));
     }
 }

@@ -4,7 +4,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
-    ops::ControlFlow,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
@@ -18,7 +17,7 @@ const PASSWD: &str = "/etc/passwd";
 /// Cgroups remembered, and looked at in one walk of the hierarchy: some milliseconds.
 const CGROUPS: usize = 2048;
 /// Bytes of a path that are kept: whoever may make cgroups chooses how long it is.
-const LONGEST: usize = 1024;
+const LONGEST: usize = 256;
 /// Between two walks.
 const WALK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -90,11 +89,8 @@ impl Identities {
     pub fn cgroup(&mut self, id: u64, task: Option<u32>, now: Instant) -> Option<&str> {
         if !self.cgroups.contains_key(&id) {
             let mount = self.mount.clone();
-            if self.cgroups.len() >= CGROUPS {
-                self.cgroups.clear();
-            }
             if let Some(path) = task.and_then(|task| cgroup_of(&mount, id, task)) {
-                self.cgroups.insert(id, path);
+                self.remember(id, path);
             } else if self
                 .walked
                 .is_none_or(|walked| now.duration_since(walked) >= WALK_AGAIN)
@@ -108,16 +104,18 @@ impl Identities {
 
     /// Remembers all cgroups, so many at most.
     fn walk(&mut self, mount: &Path) {
-        let walked = walk_cgroups(mount, |path, id, _| {
-            self.cgroups.insert(id, shown(mount, path));
-            if self.cgroups.len() < CGROUPS {
-                ControlFlow::Continue(())
-            } else {
-                ControlFlow::Break(())
-            }
-        });
         // Without a hierarchy nothing is known.
-        drop(walked);
+        let _ = walk_cgroups(mount, CGROUPS, |path, id, _| self.remember(id, shown(mount, path)));
+    }
+
+    /// One that is known makes room for another.
+    fn remember(&mut self, id: u64, path: String) {
+        if self.cgroups.len() >= CGROUPS
+            && let Some(other) = self.cgroups.keys().next().copied()
+        {
+            self.cgroups.remove(&other);
+        }
+        self.cgroups.insert(id, path);
     }
 }
 

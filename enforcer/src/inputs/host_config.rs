@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// What a BOSH agent keeps its settings in.
-const AGENT: &str = "/var/vcap/bosh/settings.json";
+const AGENT: &str = "/var/vcap/bosh";
 /// Where cgroups are looked for when none is mounted: there are none.
 const USUAL_MOUNT: &str = "/sys/fs/cgroup";
 

@@ -3,7 +3,7 @@
 
 use std::{
     fmt::{Debug, Write as _},
-    io,
+    io::{self, Write as _},
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
 };
@@ -39,6 +39,7 @@ impl Journal {
             socket: UnixDatagram::unbound()?,
             to: path.into(),
         };
+        journal.socket.set_nonblocking(true)?;
         // It ignores what is empty.
         journal.socket.send_to(&[], &journal.to)?;
         Ok(journal)
@@ -56,8 +57,12 @@ impl<S: Subscriber> Layer<S> for Journal {
         };
         let mut entry = Entry(format!("PRIORITY={priority}\nSYSLOG_IDENTIFIER=enforcer\n"));
         event.record(&mut entry);
-        // By path, so that another journald is found; a log that cannot be written cannot be told of.
-        let _ = self.socket.send_to(entry.0.as_bytes(), &self.to);
+        // By path, so that another journald is found. All processes of the host have one queue there: where that is
+        // full, and for what is too long for it, there is stderr.
+        if self.socket.send_to(entry.0.as_bytes(), &self.to).is_err() {
+            let message = entry.0.lines().find_map(|line| line.strip_prefix("MESSAGE="));
+            let _ = writeln!(io::stderr(), "{}", message.unwrap_or_default());
+        }
     }
 }
 

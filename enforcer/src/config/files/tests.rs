@@ -8,7 +8,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{Config, ConfigError, modified};
+use super::{Config, ConfigError, load_from, modified};
 use crate::config::Bosh;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -121,17 +121,27 @@ fn a_target_is_in_one_file() -> Fallible<()> {
 }
 
 #[test]
-fn b1_bosh_is_there_where_no_file_has_a_target() -> Fallible<()> {
+fn b1_what_is_added_takes_nothing_from_a_bosh_vm() -> Fallible<()> {
     let place = Place::new("")?;
-    let bosh = || Config::load(&place.main()).map(|config| config.bosh);
-    assert_eq!(bosh()?, Some(Bosh::default()));
-    place.add("a.toml", "")?;
-    assert_eq!(bosh()?, Some(Bosh::default()));
-    place.add("a.toml", &format!("[target.a]\n{TARGET}"))?;
-    assert_eq!(bosh()?, None);
-    // A file that is gone is no empty one, whatever is beside it.
-    fs::remove_file(place.main())?;
-    assert!(matches!(bosh(), Err(ConfigError::Missing { .. })));
+    let agent = place.path("bosh");
+    let bosh = |may_be_missing| load_from(&place.main(), may_be_missing, &agent).map(|config| config.bosh);
+    let built_in = Some(Bosh::default());
+    for on_a_bosh_vm in [false, true] {
+        if on_a_bosh_vm {
+            fs::create_dir(&agent)?;
+        }
+        fs::write(place.main(), "mode = \"audit\"")?;
+        place.add("a.toml", "")?;
+        assert_eq!(bosh(false)?, built_in);
+        place.add("a.toml", &format!("[target.a]\n{TARGET}"))?;
+        assert_eq!(bosh(false)?, built_in.clone().filter(|_| on_a_bosh_vm));
+        fs::write(place.main(), format!("[target.b]\n{TARGET}"))?;
+        assert_eq!(bosh(false)?, None);
+        // At the default path, where none is as an empty one.
+        fs::remove_file(place.main())?;
+        assert_eq!(bosh(true)?, built_in.clone().filter(|_| on_a_bosh_vm));
+        assert!(matches!(bosh(false), Err(ConfigError::Missing { .. })));
+    }
     Ok(())
 }
 
@@ -140,7 +150,7 @@ fn b1_bosh_is_there_where_no_file_has_a_target() -> Fallible<()> {
 fn f6_only_what_others_cannot_write_is_read() -> Fallible<()> {
     let place = Place::new("")?;
     place.add("a.toml", &format!("[target.a]\n{TARGET}"))?;
-    for (name, mode) in [("conf.d", 0o777), ("conf.d/a.toml", 0o666)] {
+    for (name, mode) in [("conf.d", 0o777), ("conf.d", 0o775), ("conf.d/a.toml", 0o664)] {
         let path = place.path(name);
         let before = fs::metadata(&path)?.permissions();
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
