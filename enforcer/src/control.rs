@@ -22,7 +22,7 @@ use tokio::{
 
 use crate::{
     host::own_dir,
-    wire::{Reply, Request},
+    wire::{Reply, Request, Selector},
 };
 
 mod peer;
@@ -262,8 +262,20 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
         let full = format!("{MAX_FOLLOWERS} callers follow events, which is the maximum; end one of them");
         return send(&mut stream, &Reply::Error(full)).await;
     };
-    // For who has given up nothing is opened later (B4). One that has closed its half alone waits.
-    let opens = matches!(request, Request::Grant(_) | Request::Unload);
+    // For who has given up nothing is opened later (B4). One that has closed its half alone waits; a grant to the caller
+    // itself goes by its process.
+    let opens = match &request {
+        Request::Grant(asked) => asked.to != Selector::default(),
+        Request::Unload => true,
+        Request::Status
+        | Request::Refresh
+        | Request::Events { .. }
+        | Request::Summary { .. }
+        | Request::Revoke(_)
+        | Request::Grants
+        | Request::Verify
+        | Request::Reload { .. } => false,
+    };
     if opens && has_hung_up(write.as_ref()) {
         return Ok(());
     }
