@@ -262,8 +262,8 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
         let full = format!("{MAX_FOLLOWERS} callers follow events, which is the maximum; end one of them");
         return send(&mut stream, &Reply::Error(full)).await;
     };
-    // For who has given up nothing is opened later (B4). One that has closed its half alone waits; a grant to the caller
-    // itself goes by its process.
+    // For who has given up nothing is opened later (B4). One that has closed its half alone waits; a grant to the
+    // caller itself goes by its process.
     let opens = match &request {
         Request::Grant(asked) => asked.to != Selector::default(),
         Request::Unload => true,
