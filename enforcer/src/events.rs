@@ -112,11 +112,9 @@ pub(crate) fn read_logged(denial: &LoggedDenial, now: SystemTime) -> Denial {
 
 /// Names users and cgroup, as they are now.
 pub(crate) fn identify(event: &mut Denial, identities: &mut Identities, now: Instant) {
-    let user = |uid: Option<u32>| identities.user(uid?).map(str::to_owned);
-    event.task_user = user(event.task_uid);
-    event.socket_user = user(event.socket_uid);
-    let cgroup = event.cgroup_id.and_then(|id| identities.cgroup(id, event.pid, now));
-    event.cgroup = cgroup.map(str::to_owned);
+    event.task_user = identities.name_of(event.task_uid);
+    event.socket_user = identities.name_of(event.socket_uid);
+    event.cgroup = identities.path_of(event.cgroup_id, event.pid, now);
 }
 
 /// The time at which `CLOCK_BOOTTIME` was zero, by the wall clock of now.

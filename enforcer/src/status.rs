@@ -382,9 +382,8 @@ impl ExistingStatus {
 /// Names the principals, as users and cgroups are named now.
 pub(crate) fn identify(observed: &mut Observed, identities: &mut Identities, now: Instant) {
     for principal in observed.targets.iter_mut().flat_map(|target| &mut target.allow) {
-        principal.user = principal.uid.and_then(|uid| identities.user(uid)).map(str::to_owned);
-        let cgroup = principal.cgroup_id.and_then(|id| identities.cgroup(id, None, now));
-        principal.cgroup = cgroup.map(str::to_owned);
+        principal.user = identities.name_of(principal.uid);
+        principal.cgroup = identities.path_of(principal.cgroup_id, None, now);
     }
 }
 

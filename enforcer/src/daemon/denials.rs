@@ -128,12 +128,8 @@ impl Daemon {
         let mut more = 0_u64;
         let connections = &mut report.existing.connections;
         for existing in report.news.iter_mut().chain(connections) {
-            existing.user = existing
-                .uid
-                .and_then(|uid| self.identities.user(uid))
-                .map(str::to_owned);
-            let cgroup = existing.cgroup_id.and_then(|id| self.identities.cgroup(id, None, now));
-            existing.cgroup = cgroup.map(str::to_owned);
+            existing.user = self.identities.name_of(existing.uid);
+            existing.cgroup = self.identities.path_of(existing.cgroup_id, None, now);
         }
         for existing in report.news {
             let text = existing.to_string();

@@ -176,7 +176,7 @@ impl Dials {
             lookups: port.lookups,
             last: dial.to.ip().to_string(),
             uid: dial.user,
-            user: dial.user.and_then(|uid| identities.user(uid)).map(str::to_owned),
+            user: identities.name_of(dial.user),
             time: rfc3339(time),
         })
         .collect()

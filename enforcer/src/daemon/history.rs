@@ -41,6 +41,12 @@ impl History {
         self.saving.spawn_blocking(save);
     }
 
+    async fn saved(&mut self) {
+        while let Some(Ok(result)) = self.saving.join_next().await {
+            self.ended(&result);
+        }
+    }
+
     fn ended(&mut self, result: &Result<(), String>) {
         if let Err(error) = result
             && !self.failed
@@ -81,13 +87,9 @@ impl Daemon {
     /// Writes it, and returns when the disk has it, or takes too long.
     pub(super) async fn keep_denials_now(&mut self) {
         let written = async {
-            while let Some(Ok(result)) = self.history.saving.join_next().await {
-                self.history.ended(&result);
-            }
+            self.history.saved().await;
             self.write_denials();
-            while let Some(Ok(result)) = self.history.saving.join_next().await {
-                self.history.ended(&result);
-            }
+            self.history.saved().await;
         };
         // What hangs is not worth an end that hangs.
         let _ = timeout(PATIENCE, written).await;

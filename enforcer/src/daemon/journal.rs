@@ -110,7 +110,6 @@ impl Journal {
     /// Takes a denial; a line, if it is the first of its kind.
     pub(super) fn take(&mut self, event: &Denial, now: Instant) -> Option<Line> {
         let caller = Caller::of(event);
-        let kind = Kind::of(event);
         let new = || KindCount {
             since: now,
             begun: false,
@@ -120,7 +119,7 @@ impl Journal {
             task: Seen::of(event.comm.clone()),
             cgroup: Seen::of(event.cgroup.clone()),
         };
-        match self.0.place(caller, kind.clone(), new) {
+        match self.0.place(caller, Kind::of(event), new) {
             Place::Kind(seen) if seen.begun => {
                 seen.count += 1;
                 seen.task.note(event.comm.as_ref());
@@ -129,7 +128,7 @@ impl Journal {
             }
             Place::Kind(seen) => {
                 seen.begun = true;
-                Some(kind.line(caller, 1, seen))
+                Some(Kind::of(event).line(caller, 1, seen))
             }
             Place::Beyond(beyond) => {
                 beyond.get_or_insert(Beyond { count: 0, since: now }).count += 1;

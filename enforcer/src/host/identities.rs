@@ -76,8 +76,7 @@ impl Identities {
     }
 
     /// The name of a user.
-    #[must_use]
-    pub fn user(&self, uid: u32) -> Option<&str> {
+    fn user(&self, uid: u32) -> Option<&str> {
         let uid = Uid(uid);
         self.configured
             .get(&uid)
@@ -85,8 +84,19 @@ impl Identities {
             .map(String::as_str)
     }
 
+    /// The name of a user, where there is one.
+    #[must_use]
+    pub fn name_of(&self, uid: Option<u32>) -> Option<String> {
+        self.user(uid?).map(str::to_owned)
+    }
+
+    /// As [`Identities::cgroup`], where there is one.
+    pub fn path_of(&mut self, cgroup: Option<u64>, task: Option<u32>, now: Instant) -> Option<String> {
+        self.cgroup(cgroup?, task, now).map(str::to_owned)
+    }
+
     /// The path of a cgroup from the root of the hierarchy; that of `task`, if it is still there, is found first.
-    pub fn cgroup(&mut self, id: u64, task: Option<u32>, now: Instant) -> Option<&str> {
+    fn cgroup(&mut self, id: u64, task: Option<u32>, now: Instant) -> Option<&str> {
         if !self.cgroups.contains_key(&id) {
             let mount = self.mount.clone();
             if let Some(path) = task.and_then(|task| cgroup_of(&mount, id, task)) {
