@@ -29,9 +29,9 @@ mod tree;
 mod value;
 
 pub use crate::wire::{Backend, Existing};
-pub use error::{ConfigError, ConfigFault};
-pub use files::beside;
+pub use error::{ConfigError, ConfigFault, FileFault};
 pub(crate) use files::modified;
+pub use files::{beside, ensure_trusted};
 pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
 pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
 pub use salvage::{place, state_dir};
@@ -214,6 +214,11 @@ impl Config {
         files::load(path)
     }
 
+    /// As [`Config::load`], without the files in `conf.d` that have a mistake of their own (F8).
+    pub(crate) fn load_what_is_right(path: &Path) -> Result<Self, ConfigError> {
+        files::load_what_is_right(path)
+    }
+
     /// As [`Config::load`], of the default file in an unpacked image.
     pub fn load_in(root: &Path, path: &Path) -> Result<Self, ConfigError> {
         let agent = Bosh::default().dir;
@@ -254,6 +259,23 @@ impl Default for Settings {
             socket: "/run/enforcer/control.sock".into(),
             nft_table: "enforcer".to_owned(),
         }
+    }
+}
+
+impl Settings {
+    /// Whether an instance with the one is found by the other.
+    pub(crate) fn is_at_same_place(&self, other: &Self) -> bool {
+        let of = |this: &Self| {
+            let Self {
+                cgroup,
+                pin_dir,
+                socket,
+                nft_table,
+                ..
+            } = this.clone();
+            (cgroup, pin_dir, socket, nft_table)
+        };
+        of(self) == of(other)
     }
 }
 

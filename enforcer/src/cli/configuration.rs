@@ -1,10 +1,6 @@
 //! `enforcer config`: all that is wrong with the configuration, and what it is with all defaults.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -13,9 +9,9 @@ use tokio::task::JoinSet;
 
 use super::{ExitStatus, Json, print_one, reload, runtime};
 use crate::{
-    config::{Config, Mistake, Mistakes, Understood},
+    config::{self, Config, Mistake, Mistakes, Understood},
     inputs::{HostConfig, InputError},
-    policy::{AcceptedAnswers, BUS, MONIT, Name},
+    policy::{BUS, MONIT, Name, Policy, Unresolved},
     resolve::{Names, lookup},
     state,
     text::{self, Page, counted},
@@ -79,23 +75,32 @@ struct Shown {
 /// How long `config check` waits for DNS: where that is away, it says nothing of names.
 const PATIENCE_FOR_NAMES: Duration = Duration::from_secs(2);
 
-/// Names to which DNS answers what no target of theirs takes (N6).
-async fn unprotected(path: &Path, asked: BTreeMap<Name, AcceptedAnswers>) -> Vec<String> {
+const NOT_ACCEPTED: &str = "resolves to link-local addresses only, which are not accepted from DNS: it will never be \
+                            protected; set answers = \"link-local\" in its target, or use the address";
+const NO_ADDRESS: &str = "has no address, says this host's resolver: nothing of it is protected until it has; correct \
+                          the name, unless its address is yet to come";
+const CLOSED: &str = "has no address, says this host's resolver: until it has, its port is closed at every address; \
+                      correct the name, unless its address is yet to come";
+
+/// Names without an address, and those to which DNS answers what no target of theirs takes (N6).
+async fn unprotected(path: &Path, policy: &Policy) -> Vec<String> {
+    let without = match policy.dns.unresolved {
+        Unresolved::Open => NO_ADDRESS,
+        Unresolved::Closed => CLOSED,
+    };
     let mut lookups = JoinSet::new();
-    for (name, accepted) in asked {
+    for (name, accepted) in policy.asked() {
         lookups.spawn(async move {
             let answer = lookup(&name, PATIENCE_FOR_NAMES).await;
-            Names::needs_link_local(accepted, &answer).then_some(name)
+            if Names::needs_link_local(accepted, &answer) {
+                Some((name, NOT_ACCEPTED))
+            } else {
+                answer.is_without_addresses().then_some((name, without))
+            }
         });
     }
-    let names: BTreeSet<Name> = lookups.join_all().await.into_iter().flatten().collect();
-    let line = |name: Name| {
-        format!(
-            "{}: name {name} resolves to link-local addresses only, which are not accepted from DNS: it will never be \
-             protected; set answers = \"link-local\" in its target, or use the address",
-            path.display()
-        )
-    };
+    let names: BTreeMap<Name, &str> = lookups.join_all().await.into_iter().flatten().collect();
+    let line = |(name, why)| format!("{}: name {name} {why}", path.display());
     names.into_iter().map(line).collect()
 }
 
@@ -114,23 +119,24 @@ fn check(path: &Path, Check { offline, json }: &Check) -> Result<ExitStatus> {
             return Err(error);
         }
     };
-    let whole = checked.absent.is_empty() && checked.unprotected.is_empty();
+    let whole = checked.exceptions().next().is_none();
     print_one(&checked, json, ConfigCheck::render)?;
     Ok(if whole { ExitStatus::Yes } else { ExitStatus::No })
 }
 
 fn on_this_host(path: &Path) -> Result<ConfigCheck> {
-    let wanted = HostConfig::load(path)?;
+    let wanted = HostConfig::load_untrusted(path)?;
     // As a start sees it, where what is saved can be read.
     let saved = state::load(&wanted.settings().state_dir).ok().flatten();
     wanted.ensure_present(saved.as_ref().map(|(good, _)| good))?;
     Ok(ConfigCheck {
         exists: wanted.from_file,
+        untrusted: config::ensure_trusted(path).err().map(|fault| fault.to_string()),
         targets: wanted.policy().targets.len(),
         defaults: wanted.config.targets.is_empty(),
         warnings: wanted.warnings().to_vec(),
         absent: wanted.absent(),
-        unprotected: runtime()?.block_on(unprotected(path, wanted.policy().asked())),
+        unprotected: runtime()?.block_on(unprotected(path, wanted.policy())),
         ..ConfigCheck::of(path)
     })
 }
@@ -153,6 +159,7 @@ impl ConfigCheck {
             schema: Schema::ConfigCheck,
             path: path.display().to_string(),
             exists: path.exists(),
+            untrusted: None,
             targets: 0,
             defaults: false,
             warnings: Vec::new(),
@@ -167,7 +174,7 @@ impl ConfigCheck {
     fn invalid(path: &Path, error: &InputError) -> Self {
         let of = |mistake: &Mistake| ConfigMistake {
             path: mistake.path().display().to_string(),
-            line: Some(mistake.line()),
+            line: mistake.line(),
             target: mistake.target().map(str::to_owned),
             key: mistake.key(),
             message: mistake.message(),
@@ -187,14 +194,20 @@ impl ConfigCheck {
         }
     }
 
+    /// What keeps it from being enforced, or parts of it.
+    fn exceptions(&self) -> impl Iterator<Item = String> {
+        let untrusted = self.untrusted.as_ref();
+        let untrusted = untrusted.map(|fault| format!("{fault}; until then the daemon rejects the configuration"));
+        let parts = self.absent.iter().chain(&self.unprotected).cloned();
+        untrusted.into_iter().chain(parts)
+    }
+
     fn render(&self) -> String {
         let Self {
             path,
             targets,
             defaults,
             warnings,
-            absent,
-            unprotected,
             not_checked,
             ..
         } = self;
@@ -202,7 +215,7 @@ impl ConfigCheck {
         for warning in warnings {
             page.line(format_args!("warning: {warning}"));
         }
-        for line in absent.iter().chain(unprotected) {
+        for line in self.exceptions() {
             page.line(line);
         }
         let targets = if *defaults {
@@ -215,7 +228,7 @@ impl ConfigCheck {
                 "{path}: there is no such file: those of a BOSH VM would be protected ({MONIT}, {BUS}); the packaged \
                  service starts on a BOSH VM, or once there is a configuration"
             ));
-        } else if absent.is_empty() && unprotected.is_empty() {
+        } else if self.exceptions().next().is_none() {
             page.line(format_args!("{path}: valid; {targets}"));
         } else {
             page.line(format_args!("{path}: valid, with the exceptions above; {targets}"));

@@ -1,11 +1,15 @@
 //! What can be wrong with a configuration file. Every message is one line: where, what, and what to do.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use humantime::format_duration;
 use thiserror::Error;
 
-use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Mistakes};
+use super::{MAX_BYTES, MAX_SOCKET_PATH, MAX_TABLE_NAME, MAX_TARGET_NAME, MIN_DURATION, Mistakes, files::MORE};
 use crate::policy::MAX_NAT64;
 
 /// A configuration that cannot be used.
@@ -24,31 +28,9 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// There is one, and it cannot be read.
-    #[error("read {}: {cause}; make it a file that root can read or name another with --config", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        cause: io::Error,
-    },
-    /// F7.
-    #[error("read {}: longer than {} MiB; name another with --config", path.display(), MAX_BYTES >> 20)]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Others may have written it (F6).
-    #[error("{} is owned by uid {uid} with mode {mode:04o}; make root its owner and the only user who can write \
-             it, or remove it", path.display())]
-    Untrusted {
-        /// The directory of more targets, or a file there.
-        path: PathBuf,
-        /// Whose it is.
-        uid: u32,
-        /// Its mode.
-        mode: u32,
-    },
+    /// There is one, and it is not read.
+    #[error(transparent)]
+    File(#[from] FileFault),
     /// What it says is wrong.
     #[error(transparent)]
     Invalid(#[from] Mistakes),
@@ -60,12 +42,59 @@ impl ConfigError {
     pub fn mistakes(&self) -> Option<&Mistakes> {
         match self {
             Self::Invalid(mistakes) => Some(mistakes),
-            Self::Missing { .. }
-            | Self::Gone { .. }
-            | Self::Unreadable { .. }
-            | Self::TooLong { .. }
-            | Self::Untrusted { .. } => None,
+            Self::Missing { .. } | Self::Gone { .. } | Self::File(_) => None,
         }
+    }
+}
+
+/// Why a file of a configuration, or its directory, is not read.
+#[derive(Debug, Error)]
+pub enum FileFault {
+    /// It cannot be.
+    #[error("read {}: {cause}; make it a file that root can read{}", path.display(), without_it(path))]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+    /// F7.
+    #[error("read {}: the configuration is longer than {} MiB; shorten it{}", path.display(), MAX_BYTES >> 20,
+        without_it(path))]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Others may have written it, or could put another in its place (F6).
+    #[error("{} is owned by uid {uid} with mode {mode:04o}; make root its owner and the only user who can write \
+             it (chown root, chmod go-w)", path.display())]
+    Untrusted {
+        /// The file or directory.
+        path: PathBuf,
+        /// Whose it is.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+}
+
+impl FileFault {
+    /// The file or directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Unreadable { path, .. } | Self::TooLong { path } | Self::Untrusted { path, .. } => path,
+        }
+    }
+}
+
+/// What else can be done about a file: what lies beside the configuration file can be without.
+fn without_it(path: &Path) -> &'static str {
+    let beside = path.components().any(|part| part.as_os_str() == MORE);
+    if beside {
+        ", or remove it"
+    } else {
+        " or name another with --config"
     }
 }
 

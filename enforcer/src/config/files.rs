@@ -2,6 +2,7 @@
 //! else.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, Metadata, OpenOptions},
     io::{self, Read as _},
     os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
@@ -11,10 +12,15 @@ use std::{
 
 use nix::unistd::Uid;
 
-use super::{Bosh, Config, ConfigError, ConfigFault, DEFAULT_PATH, MAX_BYTES, Mistake, Mistakes, read};
+use super::{
+    Bosh, Config, ConfigError, ConfigFault, DEFAULT_PATH, FileFault, MAX_BYTES, Mistake, Mistakes, TargetSection, read,
+};
+
+/// Who may write whatever is read.
+const ROOT: u32 = 0;
 
 /// The directory of more targets, beside the configuration file.
-const MORE: &str = "conf.d";
+pub(super) const MORE: &str = "conf.d";
 
 /// Reads the configuration file at `path` and what is beside it. No file at [`DEFAULT_PATH`] is as an empty one (B1).
 pub(super) fn load(path: &Path) -> Result<Config, ConfigError> {
@@ -23,50 +29,104 @@ pub(super) fn load(path: &Path) -> Result<Config, ConfigError> {
 
 /// As [`load`], of a file that may be missing, on a host whose BOSH agent has its settings in `agent`, if it has one.
 pub(super) fn load_from(path: &Path, may_be_missing: bool, agent: &Path) -> Result<Config, ConfigError> {
-    let mut room = MAX_BYTES;
-    let main = match open(path).and_then(|file| content(file, &mut room)) {
-        Ok(bytes) => bytes.ok_or_else(|| ConfigError::TooLong { path: path.into() })?,
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound && may_be_missing => Vec::new(),
-        Err(cause) => return Err(unreadable(path, cause)),
+    let (main, beside) = read_from(path, may_be_missing, agent)?;
+    let (mut mistakes, config) = match main {
+        Ok(config) => (Mistakes::default(), config),
+        Err(found) => (found, Config::default()),
     };
-    let more = targets_beside(path)?;
-    let mut mistakes = Mistakes::default();
-    let parsed = text(main, path).and_then(|text| read::config(&text, path));
-    let mut config = parsed.unwrap_or_else(|found| {
-        mistakes.append(found);
-        Config::default()
-    });
-    // B1: what a package or a job brings takes no protection from a BOSH VM.
-    if config.targets.is_empty() && agent.exists() {
-        config.bosh.get_or_insert_default();
-    }
-    for file in more {
-        let failed = |cause| ConfigError::Unreadable {
-            path: file.clone(),
-            cause,
-        };
-        let opened = open(&file).map_err(failed)?;
-        ensure_trusted(&file, &opened.metadata().map_err(failed)?, path)?;
-        let bytes = content(opened, &mut room).map_err(failed)?;
-        let bytes = bytes.ok_or_else(|| ConfigError::TooLong { path: file.clone() })?;
-        match text(bytes, &file).and_then(|text| read::targets(&text, &file, path)) {
-            Ok(targets) => {
-                for (name, target) in targets {
-                    match config.targets.get(&name) {
-                        Some(first) => mistakes.add(twice(&name, target.line, &file, (&first.path, first.line))),
-                        None => drop(config.targets.insert(name, target)),
-                    }
-                }
-            }
-            Err(found) => mistakes.append(found),
-        }
-    }
+    let (config, found) = add(config, beside);
+    mistakes.append(found);
     if !mistakes.is_empty() {
         // What could be read may be wrong, too.
         mistakes.append(config.mistakes());
         return Err(mistakes.into());
     }
     Ok(read::with_defaults(config))
+}
+
+/// As [`load`], without the files beside the configuration file that have a mistake of their own (F8).
+pub(super) fn load_what_is_right(path: &Path) -> Result<Config, ConfigError> {
+    let may_be_missing = path == Path::new(DEFAULT_PATH);
+    let (main, beside) = read_from(path, may_be_missing, &Bosh::default().dir)?;
+    let right = beside.into_iter().filter(|(_, targets)| {
+        let alone = |targets: &Targets| Config {
+            targets: targets.clone(),
+            ..Config::default()
+        };
+        targets
+            .as_ref()
+            .is_ok_and(|targets| alone(targets).mistakes().is_empty())
+    });
+    let (config, _) = add(main?, right.collect());
+    Ok(read::with_defaults(config))
+}
+
+type Targets = BTreeMap<String, TargetSection>;
+/// What a file adds, in the order of their names.
+type Beside = Vec<(PathBuf, Result<Targets, Mistakes>)>;
+
+/// The configuration file, and what is beside it.
+fn read_from(
+    path: &Path,
+    may_be_missing: bool,
+    agent: &Path,
+) -> Result<(Result<Config, Mistakes>, Beside), ConfigError> {
+    let mut room = MAX_BYTES;
+    let bytes = match open(path).and_then(|file| content(file, &mut room)) {
+        Ok(bytes) => bytes.ok_or_else(|| FileFault::TooLong { path: path.into() })?,
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound && may_be_missing => Vec::new(),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+            return Err(ConfigError::Missing { path: path.into() });
+        }
+        Err(cause) => return Err(unreadable(path)(cause).into()),
+    };
+    let mut config = text(bytes, path).and_then(|text| read::config(&text, path));
+    // B1: what a package or a job brings takes no protection from a BOSH VM.
+    if let Ok(config) = &mut config
+        && config.targets.is_empty()
+        && agent.exists()
+    {
+        config.bosh.get_or_insert_default();
+    }
+    let beside = match list_beside(path) {
+        Ok(files) => files,
+        Err(fault) => return Ok((config, vec![(directory(path), Err(Mistakes::of(fault)))])),
+    };
+    let read = |file: PathBuf| {
+        let targets = targets_of(&file, path, &mut room);
+        (file, targets)
+    };
+    Ok((config, beside.into_iter().map(read).collect()))
+}
+
+/// Adds targets; those that an earlier file has are mistakes.
+fn add(mut config: Config, beside: Beside) -> (Config, Mistakes) {
+    let mut mistakes = Mistakes::default();
+    for (file, targets) in beside {
+        let targets = targets.unwrap_or_else(|found| {
+            mistakes.append(found);
+            Targets::default()
+        });
+        for (name, target) in targets {
+            match config.targets.get(&name) {
+                Some(first) => mistakes.add(twice(&name, target.line, &file, (&first.path, first.line))),
+                None => drop(config.targets.insert(name, target)),
+            }
+        }
+    }
+    (config, mistakes)
+}
+
+/// The targets that a file adds to those of `main`.
+fn targets_of(file: &Path, main: &Path, room: &mut usize) -> Result<Targets, Mistakes> {
+    let mut read = || {
+        let opened = open(file).map_err(unreadable(file))?;
+        ensure_ours(file, &opened.metadata().map_err(unreadable(file))?, main)?;
+        let bytes = content(opened, room).map_err(unreadable(file))?;
+        bytes.ok_or_else(|| FileFault::TooLong { path: file.into() })
+    };
+    let bytes = read().map_err(Mistakes::of)?;
+    text(bytes, file).and_then(|text| read::targets(&text, file, main))
 }
 
 /// The files besides the configuration file that are read, as far as they can be listed, and their directory.
@@ -92,20 +152,16 @@ fn directory(path: &Path) -> PathBuf {
 }
 
 /// The files that add targets to those of `path`, in the order of their names.
-fn targets_beside(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+fn list_beside(path: &Path) -> Result<Vec<PathBuf>, FileFault> {
     let dir = directory(path);
-    let failed = |cause| ConfigError::Unreadable {
-        path: dir.clone(),
-        cause,
-    };
     match fs::symlink_metadata(&dir) {
         Err(cause) if matches!(cause.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             return Ok(Vec::new());
         }
-        found => ensure_trusted(&dir, &found.map_err(failed)?, path)?,
+        found => ensure_ours(&dir, &found.map_err(unreadable(&dir))?, path)?,
     }
-    ensure_trusted(&dir, &fs::metadata(&dir).map_err(failed)?, path)?;
-    list(&dir).map_err(failed)
+    ensure_ours(&dir, &fs::metadata(&dir).map_err(unreadable(&dir))?, path)?;
+    list(&dir).map_err(unreadable(&dir))
 }
 
 /// By name; neither hidden files nor those that editors and package managers leave (`x.toml~`, `x.toml.dpkg-new`).
@@ -122,18 +178,40 @@ fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// F6: that nobody but root, or who runs this, can have written the configuration file, nor can put another in its
+/// place. Not asked of a file that is only to be checked.
+pub fn ensure_trusted(path: &Path) -> Result<(), FileFault> {
+    let mut looked_at = vec![path.to_path_buf()];
+    // By its name and, where that is a link, by the one behind it.
+    looked_at.extend(path.canonicalize().ok().filter(|real| real != path));
+    for path in looked_at {
+        let Ok(meta) = fs::metadata(&path) else {
+            // None, or none that can be read: that is said elsewhere.
+            continue;
+        };
+        let ours = [ROOT, Uid::effective().as_raw()];
+        ensure_owned(&path, &meta, &ours, false)?;
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        let meta = fs::metadata(dir).map_err(unreadable(dir))?;
+        ensure_owned(dir, &meta, &ours, meta.mode() & libc::S_ISVTX != 0)?;
+    }
+    Ok(())
+}
+
 /// F6: beside a file in a directory like `/tmp` anybody can make a `conf.d`.
-fn ensure_trusted(path: &Path, meta: &Metadata, main: &Path) -> Result<(), ConfigError> {
-    let uid = meta.uid();
-    let owner = fs::metadata(main).map(|meta| meta.uid()).unwrap_or_default();
-    let is_ours = [0, owner, Uid::effective().as_raw()].contains(&uid);
+fn ensure_ours(path: &Path, meta: &Metadata, main: &Path) -> Result<(), FileFault> {
+    let owner = fs::metadata(main).map_or(ROOT, |meta| meta.uid());
     // A link has every right, and none counts.
-    if is_ours && (meta.is_symlink() || meta.mode() & 0o022 == 0) {
+    ensure_owned(path, meta, &[ROOT, owner, Uid::effective().as_raw()], meta.is_symlink())
+}
+
+fn ensure_owned(path: &Path, meta: &Metadata, owners: &[u32], is_writable: bool) -> Result<(), FileFault> {
+    if owners.contains(&meta.uid()) && (is_writable || meta.mode() & 0o022 == 0) {
         return Ok(());
     }
-    Err(ConfigError::Untrusted {
+    Err(FileFault::Untrusted {
         path: path.into(),
-        uid,
+        uid: meta.uid(),
         mode: meta.mode() & 0o7777,
     })
 }
@@ -165,7 +243,7 @@ fn content(file: File, room: &mut usize) -> io::Result<Option<Vec<u8>>> {
 fn text(bytes: Vec<u8>, path: &Path) -> Result<String, Mistakes> {
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.as_bytes().iter().take(error.utf8_error().valid_up_to());
-        read::alone(Mistake::Form {
+        Mistakes::of(Mistake::Form {
             path: path.into(),
             line: 1 + valid.filter(|byte| **byte == b'\n').count(),
             keys: Vec::new(),
@@ -186,12 +264,10 @@ fn twice(name: &str, line: usize, path: &Path, (first, at): (&Path, usize)) -> M
     }
 }
 
-fn unreadable(path: &Path, cause: io::Error) -> ConfigError {
-    let path = path.into();
-    if cause.kind() == io::ErrorKind::NotFound {
-        ConfigError::Missing { path }
-    } else {
-        ConfigError::Unreadable { path, cause }
+fn unreadable(path: &Path) -> impl Fn(io::Error) -> FileFault {
+    |cause| FileFault::Unreadable {
+        path: path.into(),
+        cause,
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use thiserror::Error;
 
-use super::{ConfigFault, PolicyFault, Remark};
+use super::{ConfigFault, FileFault, PolicyFault, Remark};
 
 /// Most mistakes that are listed; the others are counted. A file may have a million.
 pub const MAX_LISTED: usize = 20;
@@ -27,6 +27,9 @@ pub enum Mistake {
         /// What is wrong.
         fault: ConfigFault,
     },
+    /// It is not read.
+    #[error(transparent)]
+    File(#[from] FileFault),
     /// A target means nothing that can be done.
     #[error(transparent)]
     Target(#[from] Remark<PolicyFault>),
@@ -38,14 +41,16 @@ impl Mistake {
     pub fn path(&self) -> &Path {
         match self {
             Self::Form { path, .. } | Self::Target(Remark { path, .. }) => path,
+            Self::File(fault) => fault.path(),
         }
     }
 
-    /// Its line, from 1.
+    /// Its line, from 1; none where it is the file as a whole.
     #[must_use]
-    pub fn line(&self) -> usize {
+    pub fn line(&self) -> Option<usize> {
         match self {
-            Self::Form { line, .. } | Self::Target(Remark { line, .. }) => *line,
+            Self::Form { line, .. } | Self::Target(Remark { line, .. }) => Some(*line),
+            Self::File(_) => None,
         }
     }
 
@@ -54,6 +59,7 @@ impl Mistake {
     pub fn target(&self) -> Option<&str> {
         match self {
             Self::Form { keys, .. } => within_target(keys).map(|(target, _)| target),
+            Self::File(_) => None,
             Self::Target(Remark { target, .. }) => Some(target),
         }
     }
@@ -63,6 +69,7 @@ impl Mistake {
     pub fn key(&self) -> Option<String> {
         let (keys, fault) = match self {
             Self::Form { keys, fault, .. } => (keys, fault),
+            Self::File(_) => return None,
             Self::Target(Remark { what, .. }) => return what.key().map(str::to_owned),
         };
         let keys = within_target(keys).map_or(keys.as_slice(), |(_, keys)| keys);
@@ -90,12 +97,13 @@ impl Mistake {
     pub fn message(&self) -> String {
         match self {
             Self::Form { keys, fault, .. } => said(keys, fault),
+            Self::File(fault) => fault.to_string(),
             Self::Target(remark) => remark.message(),
         }
     }
 
     fn order(&self) -> (usize, &Path, usize) {
-        order(self.path(), self.line())
+        order(self.path(), self.line().unwrap_or_default())
     }
 }
 
@@ -168,6 +176,13 @@ impl Mistakes {
             self.listed.truncate(MAX_LISTED);
             self.more += 1;
         }
+    }
+
+    /// One alone: it hides all others.
+    pub(super) fn of(mistake: impl Into<Mistake>) -> Self {
+        let mut mistakes = Self::default();
+        mistakes.add(mistake);
+        mistakes
     }
 
     /// Adds those of another part of the configuration.

@@ -44,7 +44,7 @@ fn file(text: &str, path: &Path, main: Option<&Path>) -> Result<Config, Mistakes
     let lines = Lines::new(text);
     let root = match DeTable::parse(text) {
         Ok(root) => root,
-        Err(error) => return Err(alone(syntax(text, &lines, &earliest(text, error)).of(path))),
+        Err(error) => return Err(Mistakes::of(syntax(text, &lines, &earliest(text, error)).of(path))),
     };
     let file = File {
         root: root.get_ref(),
@@ -60,13 +60,6 @@ fn file(text: &str, path: &Path, main: Option<&Path>) -> Result<Config, Mistakes
         Ok(config) if between_keys.is_empty() => Ok(config),
         Ok(_) | Err(_) => Err(Search::new(&file, way).all(between_keys)),
     }
-}
-
-/// One mistake that hides all others.
-pub(super) fn alone(mistake: Mistake) -> Mistakes {
-    let mut mistakes = Mistakes::default();
-    mistakes.add(mistake);
-    mistakes
 }
 
 impl Fault {

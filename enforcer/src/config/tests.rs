@@ -195,7 +195,7 @@ fn no_message_quotes_a_refused_value() {
             // Endpoints, and paths of cgroups, are shown as written, but for credentials.
             let secrets: &[&str] = match mistake {
                 Mistake::Form { .. } => &["hunter2", "7391"],
-                Mistake::Target(_) => &["me:hunter2"],
+                Mistake::Target(_) | Mistake::File(_) => &["me:hunter2"],
             };
             assert!(!secrets.iter().any(|secret| said.contains(secret)), "{text:?}: {said}");
             assert!(

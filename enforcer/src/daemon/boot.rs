@@ -32,6 +32,8 @@ pub(super) struct Pending {
     wait: Duration,
     /// Of the files, when they were tried last.
     seen: Vec<(PathBuf, Option<SystemTime>)>,
+    /// Whether the files without mistakes are active.
+    is_partly: bool,
 }
 
 impl Pending {
@@ -40,6 +42,14 @@ impl Pending {
             due: Instant::now() + FIRST_RETRY,
             wait: FIRST_RETRY,
             seen: config::modified(path),
+            is_partly: false,
+        }
+    }
+
+    fn partly(path: &Path) -> Self {
+        Self {
+            is_partly: true,
+            ..Self::new(path)
         }
     }
 
@@ -78,7 +88,10 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
         return Err(InputError::from(ConfigError::Missing { path: path.into() }).into());
     }
     let (left, good) = match config::state_dir(path) {
-        Some(dir) => SavedRun::claim(&dir),
+        Some(dir) => {
+            ensure_alone(path)?;
+            SavedRun::claim(&dir)
+        }
         // The file is refused below.
         None => (SavedRun::nothing(), None),
     };
@@ -101,14 +114,17 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
         if let (Err(_), Some(fault)) = (&wanted, &left.fault) {
             error!("{fault}"); // F4: the end of the process tells of the configuration alone.
         }
-        let wanted = wanted.inspect_err(|_| {
-            let settings = config::place(path, true).unwrap_or_default();
-            if ActiveRules::are_there(&settings).unwrap_or(false) {
-                warn!("the rules that are active in the kernel stay active, and are not followed");
-            }
-        })?;
+        let (wanted, rejected) = match wanted {
+            Ok(wanted) => (wanted, None),
+            Err(error) => without_mistakes(path, error)?,
+        };
         let listener = control::listen(&wanted.config.settings.socket)?;
-        return Ok((Daemon::begin(machine, wanted, left)?, listener));
+        let mut daemon = Daemon::begin(machine, wanted, left)?;
+        if let Some(error) = rejected {
+            daemon.pending = Some(Pending::partly(path));
+            daemon.refused(&error.into());
+        }
+        return Ok((daemon, listener));
     };
     let mut daemon = match wanted {
         Ok(wanted) if run.daemon.fixed_keys(&wanted).is_empty() => {
@@ -134,6 +150,26 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
         None => control::listen(socket)?,
     };
     Ok((daemon, listener))
+}
+
+/// What of a configuration with mistakes can be enforced where nothing is saved: all but the files in `conf.d` that
+/// have one (F8). Where rules are active, they stay (F4).
+fn without_mistakes(path: &Path, error: InputError) -> Result<(HostConfig, Option<InputError>), InputError> {
+    let settings = config::place(path, true).unwrap_or_default();
+    if ActiveRules::are_there(&settings).unwrap_or(false) {
+        warn!("the rules that are active in the kernel stay active, and are not followed");
+        return Err(error);
+    }
+    match HostConfig::load_what_is_right(path) {
+        Ok(wanted) if error.mistakes().is_some() => Ok((wanted, Some(error))),
+        Ok(_) | Err(_) => Err(error),
+    }
+}
+
+/// Fails where a daemon runs by this file: its state directory is that one's.
+fn ensure_alone(path: &Path) -> Result<(), ControlError> {
+    let settings = config::place(path, true).unwrap_or_default();
+    control::ensure_socket_free(&settings.socket)
 }
 
 /// Of a status: this process does not stay.
@@ -179,7 +215,10 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 /// that is active already stays.
 pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
     let dir = config::state_dir(path);
-    dir.as_deref().map(state::reclaim).transpose()?;
+    // A daemon that runs has it.
+    if ensure_alone(path).is_ok() {
+        dir.as_deref().map(state::reclaim).transpose()?;
+    }
     let good = dir.map(|dir| state::load(&dir)).transpose()?;
     let Some((good, mark)) = good.flatten() else {
         return Ok(None);
@@ -279,7 +318,9 @@ impl Daemon {
     }
 
     fn refused(&mut self, error: &DaemonError) {
-        let stays = if self.guard.is_held() {
+        let stays = if self.pending.as_ref().is_some_and(|pending| pending.is_partly) {
+            "the files without mistakes are enforced"
+        } else if self.guard.is_held() {
             "the rules that were active before the start stay, and names are not followed until this is fixed"
         } else {
             "the last known good rules are active instead"

@@ -43,6 +43,8 @@ pub struct ConfigCheck {
     pub path: String,
     /// Whether it is there; without one the defaults hold.
     pub exists: bool,
+    /// Who else could have written it, for which the daemon rejects it; null where it is root's alone.
+    pub untrusted: Option<String>,
     /// How many targets it has; 0 where it is not valid.
     pub targets: usize,
     /// Whether the file itself has none, so that those of a BOSH VM are protected.

@@ -1,8 +1,14 @@
 //! Bad input: one line that names thing, place and remedy, exit code 2, and what was active still is (F4).
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, process::Command};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::PathBuf,
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 
 use super::{Case, case};
 use crate::{
@@ -90,6 +96,8 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(case!(f4_file_missing_or_unreadable));
     cases.push(case!(f4_reload_with_a_bad_file_degrades));
     cases.push(case!(f4_targets_in_files_of_their_own_are_taken_whole_or_not_at_all));
+    cases.push(case!(f8_at_a_first_start_a_mistake_in_one_file_costs_that_file));
+    cases.push(case!(f6_a_configuration_that_others_can_write_is_rejected));
     cases.push(case!(f4_attach_cgroup_missing).on(EBPF));
     cases.push(case!(f4_pin_dir_not_on_a_bpffs).on(EBPF));
     cases.push(case!(f4_no_permission));
@@ -224,6 +232,104 @@ fn f4_targets_in_files_of_their_own_are_taken_whole_or_not_at_all() -> Result<()
     fs::remove_file(&file)?;
     daemon.reload()?;
     world.attack(0).reaches()
+}
+
+/// At a first start nothing is active that could stay: what is right is enforced (F8), until the rest is, too.
+fn f8_at_a_first_start_a_mistake_in_one_file_costs_that_file() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    let file = world.path("conf.d/more.toml");
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    fs::create_dir(world.path("conf.d"))?;
+    let more = |allow: &str| format!("[target.more]\nendpoints = [\"tcp://10.0.0.1:1\"]\nallow = {allow}\n");
+    fs::write(
+        world.path("conf.d/right.toml"),
+        more("[\"root\"]").replace("more", "right"),
+    )?;
+    fs::write(&file, more("5"))?;
+    world.attack(NOBODY).reaches()?;
+    // Whoever waits for the end is told no; whoever stays enforces what it can.
+    world.enforcer(&["apply"])?.demand(2)?;
+    world.attack(NOBODY).reaches()?;
+    let daemon = world.daemon()?;
+    still_guarded(&world)?;
+    let targets = |status: &Value| status["targets"].as_array().map_or(0, Vec::len);
+    let status = world.status()?;
+    let cause = status["causes"][0].as_str().unwrap_or_default();
+    ensure!(
+        status["state"] == "degraded" && targets(&status) == 2 && cause.contains("conf.d/more.toml:3: "),
+        "{status}"
+    );
+    ensure!(cause.contains("the files without mistakes are enforced"), "{status}");
+    // So it is after a crash.
+    daemon.kill()?;
+    let daemon = world.daemon()?;
+    still_guarded(&world)?;
+    fs::write(&file, more("[\"root\"]"))?;
+    until("the corrected file is taken", || {
+        let status = world.status()?;
+        Ok(status["state"] == "enforcing" && targets(&status) == 3)
+    })?;
+    drop(daemon);
+    // The configuration file itself says where all is: without it nothing is begun.
+    world.enforcer(&["unload", "--yes"])?.demand(0)?;
+    fs::remove_dir_all(world.path("state"))?;
+    let main = fs::read_to_string(world.path("enforcer.toml"))?;
+    fs::write(world.path("enforcer.toml"), main + "alow = []\n")?;
+    let ended = world.enforcer(&["run"])?.demand(2)?;
+    ensure!(ended.stderr.contains("`alow`"), "{ended:?}");
+    world.attack(NOBODY).reaches()
+}
+
+/// Who can write the file, or put another one in its place, would say who may connect.
+fn f6_a_configuration_that_others_can_write_is_rejected() -> Result<()> {
+    let (world, _listener) = guarded()?;
+    let (file, daemon) = (world.path("enforcer.toml"), world.daemon()?);
+    let right = fs::read_to_string(&file)?;
+    let theirs = right.replace("[\"root\"]", "[\"root\", \"nobody\"]");
+    ensure!(theirs != right, "{right}");
+    let mode = |path: &std::path::Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+    // Root's own word counts.
+    fs::write(&file, &theirs)?;
+    daemon.reload()?;
+    world.attack(NOBODY).reaches()?;
+    fs::write(&file, &right)?;
+    daemon.reload()?;
+    world.attack(NOBODY).is_refused()?;
+    let dir = world.path("");
+    for (path, owner, wrong, right_mode) in [
+        (&file, 0, 0o666, 0o644),
+        (&file, NOBODY, 0o644, 0o644),
+        (&dir, 0, 0o777, 0o755),
+    ] {
+        chown(path, Some(owner), None)?;
+        mode(path, wrong)?;
+        let named = &format!("is owned by uid {owner} with mode {wrong:04o}");
+        fs::write(&file, &theirs)?;
+        let refused = world.enforcer(&["reload"])?.demand(2)?.stderr;
+        ensure!(refused.contains(named) && refused.contains("chown root"), "{refused}");
+        let checked = world.enforcer(&["config", "check"])?.demand(1)?.stdout;
+        ensure!(checked.contains(named) && checked.contains("rejects"), "{checked}");
+        let doctor = world.enforcer(&["doctor"])?.stdout;
+        ensure!(doctor.contains("chown root"), "{doctor}");
+        world.attack(NOBODY).is_refused()?;
+        fs::write(&file, &right)?;
+        chown(path, Some(0), None)?;
+        mode(path, right_mode)?;
+        world.enforcer(&["reload"])?.demand(0)?;
+    }
+    // Nor does a start believe it, the last known good rules known or not.
+    mode(&file, 0o666)?;
+    fs::write(&file, &theirs)?;
+    daemon.kill()?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    daemon.kill()?;
+    world.enforcer(&["unload", "--yes"])?.demand(0)?;
+    fs::remove_dir_all(world.path("state"))?;
+    let ended = world.enforcer(&["run"])?.demand(2)?;
+    ensure!(ended.stderr.contains("with mode 0666"), "{ended:?}");
+    world.enforcer(&["apply"])?.demand(2).map(drop)
 }
 
 fn f4_attach_cgroup_missing() -> Result<()> {

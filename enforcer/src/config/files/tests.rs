@@ -3,12 +3,12 @@
 use std::{
     fs,
     os::unix::fs::{PermissionsExt as _, symlink},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use tempfile::TempDir;
 
-use super::{Config, ConfigError, load_from, modified};
+use super::{Config, ConfigError, FileFault, ensure_trusted, load_from, modified};
 use crate::config::Bosh;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -163,6 +163,37 @@ fn f6_only_what_others_cannot_write_is_read() -> Fallible<()> {
         fs::set_permissions(&path, before)?;
     }
     assert_eq!(place.targets()?, ["a"]);
+    // Neither does one file hide what is wrong with another.
+    place.add("b.toml", "[target.b]\nallow = 5\n")?;
+    fs::set_permissions(place.path("conf.d/a.toml"), fs::Permissions::from_mode(0o646))?;
+    fs::write(place.main(), "mode = 5")?;
+    let starts = [
+        "main.toml:1: mode ",
+        "conf.d/a.toml is owned by uid ",
+        "conf.d/b.toml:1: ",
+        "conf.d/b.toml:2: ",
+    ];
+    let lines = place.refused()?;
+    assert!(
+        lines.len() == starts.len() && lines.iter().zip(starts).all(|(line, start)| line.starts_with(start)),
+        "{lines:#?}"
+    );
+    fs::write(place.main(), "")?;
+    // What is right can be had alone (F8).
+    place.add("c.toml", &format!("[target.c]\n{TARGET}"))?;
+    place.add("d.toml", "[target.d]\nendpoints = [\"nowhere\"]\nallow = [\"root\"]\n")?;
+    let right = Config::load_what_is_right(&place.main())?;
+    assert_eq!(right.targets.into_keys().collect::<Vec<_>>(), ["c"]);
+    fs::write(place.main(), "mode = 5")?;
+    assert!(
+        Config::load_what_is_right(&place.main()).is_err(),
+        "the configuration file itself is wrong"
+    );
+    fs::write(place.main(), "")?;
+    for name in ["b.toml", "c.toml", "d.toml"] {
+        fs::remove_file(place.path("conf.d").join(name))?;
+    }
+    fs::set_permissions(place.path("conf.d/a.toml"), fs::Permissions::from_mode(0o644))?;
     // By whatever name it has.
     fs::rename(place.path("conf.d"), place.path("elsewhere"))?;
     symlink("elsewhere", place.path("conf.d"))?;
@@ -171,6 +202,46 @@ fn f6_only_what_others_cannot_write_is_read() -> Fallible<()> {
     assert!(place.refused()?.concat().contains("read conf.d/b.toml: "));
     fs::remove_dir_all(place.path("elsewhere"))?;
     assert!(place.refused()?.concat().contains("read conf.d: "), "a link to nowhere");
+    Ok(())
+}
+
+/// Who can write the configuration file, or put another in its place, says what is protected.
+#[test]
+fn f6_the_configuration_file_itself_is_its_owners_alone() -> Fallible<()> {
+    let place = Place::new("")?;
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+    let shown = |fault: FileFault| fault.to_string();
+    let (main, dir) = (place.main(), place.0.path().to_path_buf());
+    assert!(ensure_trusted(&main).is_ok());
+    for (path, wrong, right) in [
+        (&main, 0o664, 0o644),
+        (&main, 0o646, 0o600),
+        (&dir, 0o777, 0o755),
+        (&dir, 0o775, 0o700),
+    ] {
+        mode(path, wrong)?;
+        let fault = ensure_trusted(&main).map_err(shown).err().unwrap_or_default();
+        let named = format!("{} is owned by uid ", path.display());
+        assert!(
+            fault.starts_with(&named) && fault.contains(&format!("with mode {wrong:04o}; ")),
+            "{fault}"
+        );
+        mode(path, right)?;
+        assert!(ensure_trusted(&main).is_ok());
+    }
+    // In a directory like /tmp nobody replaces what is another's.
+    mode(&dir, 0o1777)?;
+    assert!(ensure_trusted(&main).is_ok());
+    // A link is no better than what it leads to.
+    let (open, link) = (place.path("open"), place.path("link.toml"));
+    fs::create_dir(&open)?;
+    fs::write(open.join("real.toml"), "")?;
+    symlink(open.join("real.toml"), &link)?;
+    assert!(ensure_trusted(&link).is_ok());
+    mode(&open, 0o777)?;
+    assert!(ensure_trusted(&link).is_err());
+    // One that is not there is not written by anybody.
+    assert!(ensure_trusted(&place.path("none.toml")).is_ok());
     Ok(())
 }
 
