@@ -31,7 +31,7 @@ use crate::{
     control::{self, AskError},
     daemon::{self, DaemonError},
     inputs::InputError,
-    status::from_outside,
+    status::{from_outside, of_running_daemon},
     text::{self, Journal, Log},
     wire::{Reply, Request, Severity, State, Status},
 };
@@ -217,7 +217,10 @@ pub fn main() -> ExitCode {
         Ok(ExitStatus::Unloaded) => ExitCode::from(3),
         Err(error) => {
             for line in lines_of(&error) {
-                complain("error", &line);
+                match cli.log_format {
+                    LogFormat::Text => complain("error", &line),
+                    LogFormat::Json | LogFormat::Journal => tracing::error!("{line}"),
+                }
             }
             ExitCode::from(2)
         }
@@ -357,18 +360,37 @@ fn place(path: &Path) -> Result<Settings> {
     place_or(path, path == Path::new(config::DEFAULT_PATH))
 }
 
+/// The places of the daemon that runs, which the file may no longer name.
+fn where_it_runs(settings: Settings) -> Settings {
+    let Some(its_own) = of_running_daemon(&settings) else {
+        return settings;
+    };
+    complain(
+        "warning",
+        &format!(
+            "the daemon that runs answers on {} and keeps its socket, pin_dir, nft_table and cgroup until it is \
+             restarted; it is asked, not what the configuration names now",
+            its_own.socket.display()
+        ),
+    );
+    its_own
+}
+
 fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
+    named_place(path, lenient).map(where_it_runs)
+}
+
+fn named_place(path: &Path, lenient: bool) -> Result<Settings> {
     let error = match Config::load(path) {
         Ok(config) => return Ok(config.settings),
         Err(error) => error,
     };
     let settings = match &error {
         ConfigError::Missing { .. } | ConfigError::Gone { .. } => None,
-        // It may be a file beside it that cannot be read.
-        ConfigError::Unreadable { .. } | ConfigError::Untrusted { .. } => {
+        // It may be a file beside it that is wrong, and none itself.
+        ConfigError::File(_) | ConfigError::Invalid(_) => {
             config::place(path, lenient).or_else(|| lenient.then(Settings::default))
         }
-        ConfigError::TooLong { .. } | ConfigError::Invalid(_) => config::place(path, lenient),
     };
     match (settings, &error) {
         (Some(settings), _) => {
@@ -379,14 +401,7 @@ fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
             "{error}; only the file says where its instance is: restore it, or name one with the same socket, \
              pin_dir, state_dir and nft_table"
         ),
-        (
-            None,
-            ConfigError::Gone { .. }
-            | ConfigError::Unreadable { .. }
-            | ConfigError::Untrusted { .. }
-            | ConfigError::TooLong { .. }
-            | ConfigError::Invalid(_),
-        ) => Err(error.into()),
+        (None, ConfigError::Gone { .. } | ConfigError::File(_) | ConfigError::Invalid(_)) => Err(error.into()),
     }
 }
 
@@ -395,8 +410,10 @@ fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Resu
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
-        Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
-        Err(error) if is_nobody(&error) => from_outside(settings)?,
+        Ok(_) => return unexpected(),
+        Err(error) if is_nobody(&error) => from_outside(settings, None)?,
+        // The kernel has most of what it would say.
+        Err(error @ AskError::TimedOut { .. }) => from_outside(settings, Some(&error))?,
         Err(error) => return Err(error.into()),
     };
     print_one(&status, json, Status::render)?;
@@ -412,6 +429,11 @@ fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Resu
     } else {
         ExitStatus::Yes
     })
+}
+
+/// An answer to something else than was asked.
+fn unexpected<T>() -> Result<T> {
+    bail!("the daemon gave an unexpected answer; is it another version?")
 }
 
 /// Whether no daemon was asked: then only the kernel can answer. Another user's socket is worth a warning.
@@ -432,7 +454,7 @@ fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {
 /// The status once all names were looked up.
 fn refreshed(socket: &Path, timeout: Duration) -> Result<Status> {
     let Reply::Status(status) = runtime()?.block_on(control::ask(socket, &Request::Refresh, timeout))? else {
-        bail!("the daemon gave an unexpected answer; is it another version?");
+        return unexpected();
     };
     Ok(*status)
 }

@@ -14,6 +14,7 @@ mod error;
 mod fake;
 mod faults;
 mod feed;
+mod granted;
 mod grants;
 mod guard;
 mod history;
@@ -77,6 +78,7 @@ use crate::{
 pub(crate) use self::{
     boot::{apply_last_good, apply_once},
     error::DaemonError,
+    granted::report as report_grants,
 };
 
 /// How often links and cgroups are looked at.
@@ -153,7 +155,7 @@ async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonEr
     loop {
         if !ready && daemon.rounds.has_first_answers() && !daemon.is_unsettled() {
             ready = true;
-            daemon.save_now().await;
+            daemon.save_soon().await;
             daemon.ready()?;
         }
         let wakeup = sources.next(&mut daemon).await;
@@ -398,6 +400,7 @@ impl Daemon {
         self.look_at_links();
         self.look_at_users();
         self.look_at_kept();
+        self.look_at_kept_grants();
         self.tell_denials();
         self.identities.look_at_users();
         self.keep_denials();

@@ -19,6 +19,7 @@ mod job;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use file::is_saved;
 pub use file::{FileError, load, save};
 pub use job::{is_container, scopes};
 

@@ -47,6 +47,17 @@ pub(crate) enum LookupAnswer {
 }
 
 impl LookupAnswer {
+    /// Whether DNS says that there is no address.
+    #[must_use]
+    pub(crate) fn is_without_addresses(&self) -> bool {
+        match self {
+            Self::Hosts(_) => false,
+            Self::Dns { a, aaaa } => [a, aaaa]
+                .into_iter()
+                .all(|outcome| matches!(outcome, Outcome::Empty | Outcome::Missing)),
+        }
+    }
+
     /// All addresses, and why there is none where that is so.
     #[must_use]
     pub(crate) fn into_addresses(self) -> (BTreeSet<IpAddr>, String) {

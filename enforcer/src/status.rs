@@ -3,7 +3,7 @@
 
 mod outside;
 
-pub(crate) use outside::{from_outside, saved_names};
+pub(crate) use outside::{from_outside, of_running_daemon, saved_names};
 
 use std::time::Instant;
 
@@ -49,7 +49,7 @@ pub(crate) struct Context {
 /// Puts both together.
 #[must_use]
 pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
-    let mut conditions = context.conditions;
+    let mut conditions = context.conditions.clone();
     for name in context.names.iter().filter(|name| name.stale) {
         let why = name.cause.as_deref().unwrap_or("the last lookup failed");
         let text = name.protects.fault(&name.name, why);
@@ -68,13 +68,8 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     }
     if let Some(observed) = observed {
         conditions.extend(observed.faults.iter().cloned());
-        if observed.by_daemon && context.daemon.is_none() {
-            conditions.push(ConditionId::DaemonNotRunning.because(format!(
-                "the daemon is not running (none answers on {}); its rules stay active, but names, addresses and \
-                 cgroups are not followed, grants do not end, and what is removed is not repaired: {START}",
-                context.socket
-            )));
-        }
+        let absent = without_daemon(observed, &context, &conditions);
+        conditions.extend(absent);
     }
     let is_degraded = conditions.iter().any(|one| one.severity > Severity::Info);
     let on = observed.filter(|observed| observed.generation != 0);
@@ -149,6 +144,25 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         events_lost: context.lost + observed.map_or(0, |observed| observed.lost),
         existing: context.existing,
     }
+}
+
+/// That rules of a daemon are not followed, as it does not run.
+fn without_daemon(observed: &Observed, context: &Context, conditions: &[Condition]) -> Option<Condition> {
+    let is_silent = conditions.iter().any(|one| one.id == ConditionId::DaemonNotAnswering);
+    if !observed.by_daemon || context.daemon.is_some() || is_silent {
+        return None;
+    }
+    // Nothing is said to stay that another process has changed.
+    let stay = if observed.faults.is_empty() {
+        "its rules stay active, but "
+    } else {
+        ""
+    };
+    Some(ConditionId::DaemonNotRunning.because(format!(
+        "the daemon is not running (none answers on {}); {stay}names, addresses and cgroups are not followed, grants \
+         do not end, and what is removed is not repaired: {START}",
+        context.socket
+    )))
 }
 
 impl Status {

@@ -12,6 +12,7 @@ mod boot;
 mod bosh;
 mod bpm;
 mod callers;
+mod commands;
 mod containers;
 mod damage;
 mod decision;
@@ -131,11 +132,11 @@ macro_rules! files {
 }
 
 files! {
-    absent, boot, bosh, bpm, callers, containers, damage, decision, delegated, detours, dials, doctor, endurance,
-    escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs, jobs_chain, kernel,
-    kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables, parity,
-    past_hooks, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching, takeover,
-    translated, units, verify, visibility, whole_host, writers
+    absent, boot, bosh, bpm, callers, commands, containers, damage, decision, delegated, detours, dials, doctor,
+    endurance, escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs,
+    jobs_chain, kernel, kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables,
+    parity, past_hooks, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching,
+    takeover, translated, units, verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

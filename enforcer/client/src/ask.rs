@@ -78,8 +78,8 @@ pub enum AskError {
             | Request::Revoke(_)
             | Request::Grants
             | Request::Verify
-            | Request::Reload { .. }
-            | Request::Unload => "its log may say why: restart it if this persists",
+            | Request::Reload { .. } => "its log may say why: restart it if this persists",
+            Request::Unload => "stop it (systemctl stop enforcer, or sv force-stop enforcer), then run this again",
         }
     )]
     TimedOut {
@@ -111,6 +111,13 @@ pub enum AskError {
 #[must_use]
 pub fn is_served(socket: &Path) -> bool {
     Ask::new(socket, &Request::Status, Duration::ZERO).connect().is_ok()
+}
+
+/// The process that listens on a socket of root's, where that can be told.
+#[must_use]
+pub fn listener(socket: &Path) -> Option<u32> {
+    let stream = Ask::new(socket, &Request::Status, Duration::ZERO).connect().ok()??;
+    trust::listener(&stream)
 }
 
 /// A request to the daemon on a socket. Answers are lines of JSON, an `R` each.

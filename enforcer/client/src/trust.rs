@@ -33,6 +33,12 @@ pub(crate) fn foreign_listener(stream: &impl AsFd, trusted: u32) -> io::Result<O
     Ok((uid != trusted).then_some(uid))
 }
 
+/// The process that listens; none where it lies outside our PID namespace.
+pub(crate) fn listener(stream: &impl AsFd) -> Option<u32> {
+    let pid = getsockopt(stream, PeerCredentials).ok()?.pid();
+    u32::try_from(pid).ok().filter(|pid| *pid != 0)
+}
+
 /// The user who has mounted a file system exactly there, as far as it says so (`user_id=` of FUSE,
 /// Documentation/filesystems/fuse.rst; fusermount lets users do that). No link is followed at the path's end, and
 /// nothing of the file system is read, whose server may never answer.

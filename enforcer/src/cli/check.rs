@@ -1,6 +1,6 @@
 //! `enforcer check`: the verdict on an attempt, by the rule set in the kernel, with its reasons.
 
-use std::{net::IpAddr, path::Path};
+use std::{collections::BTreeMap, net::IpAddr, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
@@ -11,12 +11,12 @@ use crate::{
     backend::ActiveRules,
     config::Settings,
     control,
-    host::{self, START},
+    host::{self, Identities, START},
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Name, Protocol, Uid, shown},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
     status::saved_names,
-    text::Page,
+    text::{self, Page},
     wire::{
         self, Reply, Request, Schema,
         check::{CheckReport, CheckTarget},
@@ -115,13 +115,15 @@ impl CheckReport {
 fn judge(active: &ActiveRules, attempt: &Attempt, covered: Option<u64>) -> Result<CheckReport> {
     let checked = active.check(attempt, covered)?;
     let subject = &checked.subject;
+    let identities = Identities::new(Path::new("/"), &BTreeMap::new());
+    let user = |uid: Uid| text::user(uid.0, identities.name_of(Some(uid.0)).as_deref());
     let who = match (subject.kernel_thread, subject.socket) {
-        (true, Some(socket)) if socket != Uid(0) => format!("kernel threads with a socket of user {socket}"),
+        (true, Some(socket)) if socket != Uid(0) => format!("kernel threads with a socket of {}", user(socket)),
         (true, _) => "kernel threads".to_owned(),
         (false, Some(socket)) if socket != subject.task => {
-            format!("user {} with a socket of user {socket}", subject.task)
+            format!("{} with a socket of {}", user(subject.task), user(socket))
         }
-        (false, _) => format!("user {}", subject.task),
+        (false, _) => user(subject.task),
     };
     let targets: Vec<CheckTarget> = checked
         .owners

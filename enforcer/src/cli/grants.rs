@@ -2,12 +2,14 @@
 
 use std::{path::Path, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 
-use super::{ExitStatus, Json, as_line, place, print, print_one, runtime};
+use super::{ExitStatus, Json, as_line, complain, is_nobody, place, print, print_one, runtime, unexpected};
 use crate::{
-    control,
+    control, daemon,
+    host::Identities,
+    inputs::{HostConfig, Inputs},
     text::{self, Page},
     wire::{GrantRequest, GrantStatus, GrantsReport, Reply, Request, RevokeRequest, Selector},
 };
@@ -93,18 +95,25 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<ExitStatus> {
 }
 
 pub(super) fn list(config: &Path, json: &Json) -> Result<ExitStatus> {
-    let Reply::Grants(report) = ask(&place(config)?.socket, &Request::Grants)? else {
-        return unexpected();
+    let report = match runtime()?.block_on(control::ask(&place(config)?.socket, &Request::Grants, PATIENCE)) {
+        Ok(Reply::Grants(report)) => report,
+        Ok(_) => return unexpected(),
+        Err(error) if is_nobody(&error) => {
+            complain(
+                "warning",
+                &format!("{error}; these are the grants that were saved last"),
+            );
+            let inputs = Inputs::from_disk(HostConfig::load(config)?)?;
+            let identities = Identities::new(&inputs.config.mount, &inputs.config.users);
+            daemon::report_grants(&inputs, &identities)
+        }
+        Err(error) => return Err(error.into()),
     };
     print_one(&report, json, render)
 }
 
 pub(super) fn ask(socket: &Path, request: &Request) -> Result<Reply> {
     Ok(runtime()?.block_on(control::ask(socket, request, PATIENCE))?)
-}
-
-fn unexpected() -> Result<ExitStatus> {
-    bail!("the daemon gave an unexpected answer; is it another version?")
 }
 
 pub(crate) fn render(report: &GrantsReport) -> String {
@@ -121,7 +130,7 @@ pub(crate) fn render(report: &GrantsReport) -> String {
             let to = if rule.user.is_none() && rule.cgroup.is_none() {
                 "nobody".to_owned()
             } else {
-                whom(rule.user, rule.cgroup.as_deref())
+                whom(rule.user, rule.user_name.as_deref(), rule.cgroup.as_deref())
             };
             let note = rule.ignored.as_ref().map(|why| format!("allows nobody: {why}"));
             [rule.handle.to_string(), to, note.unwrap_or_default()]
@@ -135,17 +144,23 @@ fn granted(page: &mut Page, report: &GrantsReport) {
     let rows = report.grants.iter().map(|grant| {
         [
             grant.target.clone(),
-            whom(grant.user, grant.cgroup.as_deref()),
+            whom(grant.user, grant.user_name.as_deref(), grant.cgroup.as_deref()),
             grant.since.clone(),
             grant.expires.clone().unwrap_or_else(|| "never".to_owned()),
-            format!("{}[{}] uid {}", text::name(&grant.comm), grant.pid, grant.uid),
+            format!(
+                "{}[{}] {}",
+                text::name(&grant.comm),
+                grant.pid,
+                text::user(grant.uid, grant.asker_name.as_deref())
+            ),
             note(grant),
         ]
     });
     page.table(["target", "to", "since", "expires", "asked by", ""], rows);
 }
 
-fn whom(user: Option<u32>, cgroup: Option<&str>) -> String {
+fn whom(user: Option<u32>, name: Option<&str>, cgroup: Option<&str>) -> String {
+    let user = user.map(|user| text::with_name(user, name));
     match (user, cgroup) {
         (Some(user), None) => format!("user {user}"),
         (Some(user), Some(cgroup)) => format!("user {user} in {cgroup}"),

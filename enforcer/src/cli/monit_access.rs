@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
 use nix::unistd::{Pid, geteuid, getppid};
 
-use super::{ExitStatus, complain, grants::ask, is_nobody, place, runtime};
+use super::{ExitStatus, complain, grants::ask, is_nobody, place, runtime, unexpected};
 use crate::{
     backend::jobs::{Accept, CHAIN, JobsChain, RuleDestination, RuleSubject, TABLE},
     config::Settings,
@@ -128,14 +128,14 @@ fn reached(settings: &Settings) -> Result<Reached> {
         let error = match asked {
             Ok(Reply::Status(status)) if has_monit(&status) => return Ok(Reached::Daemon),
             Ok(Reply::Status(_)) => return Ok(Reached::Nothing),
-            Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
+            Ok(_) => return unexpected(),
             Err(error) if is_nobody(&error) => error,
             Err(error) => return Err(error.into()),
         };
         if is_contained() {
             return Ok(Reached::Container);
         }
-        if !has_monit(&from_outside(settings)?) {
+        if !has_monit(&from_outside(settings, None)?) {
             return Ok(Reached::Nothing);
         }
         if Instant::now() >= deadline {

@@ -5,7 +5,9 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{ExitStatus, Json, PATIENCE_FOR_WORK, Rejected, answer_of, place, print_one, refreshed, runtime};
+use super::{
+    ExitStatus, Json, PATIENCE_FOR_WORK, Rejected, answer_of, place, print_one, refreshed, runtime, unexpected,
+};
 use crate::{
     config,
     control::{self, AskError},
@@ -77,7 +79,7 @@ pub(super) fn diff(config: &Path, json: &Json) -> Result<ExitStatus> {
 fn ask(socket: &Path, dry_run: bool) -> Result<ReloadReport> {
     match runtime()?.block_on(control::ask(socket, &Request::Reload { dry_run }, PATIENCE_FOR_WORK)) {
         Ok(Reply::Reload(report)) => Ok(*report),
-        Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
+        Ok(_) => unexpected(),
         // It has escaped what is within a line.
         Err(AskError::Refused(lines)) => Err(Rejected(lines.lines().map(str::to_owned).collect()).into()),
         Err(error) => Err(error.into()),

@@ -2,9 +2,9 @@
 
 use std::{path::Path, time::Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use super::{ExitStatus, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime};
+use super::{ExitStatus, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime, unexpected};
 use crate::{
     backend::ActiveRules,
     control,
@@ -19,7 +19,7 @@ pub(super) fn run(config: &Path, json: &Json) -> Result<ExitStatus> {
     let socket = place(config)?.socket;
     let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE_FOR_WORK)) {
         Ok(Reply::Verification(verification)) => *verification,
-        Ok(_) => bail!("the daemon gave an unexpected answer; is it another version?"),
+        Ok(_) => return unexpected(),
         Err(error) if is_nobody(&error) => from_outside(config)?,
         Err(error) => return Err(error.into()),
     };

@@ -11,16 +11,13 @@ use tracing::{info, warn};
 use super::{About, Daemon, DaemonError};
 use crate::{
     control::{CgroupError, Peer},
-    grants::{self, FileError, GrantOutcome, Grantee, Grants, Key, LimitError, MAX_GRANTS, Moment, Term},
+    grants::{self, FileError, GrantOutcome, Grantee, Grants, Key, LimitError, Moment, Term},
     host::{self, NoMatch},
     inputs::Inputs,
     policy::{CgroupPath, CgroupPathError, HostUsers, MONIT, Uid, UserError},
-    ruleset::{Cgroup, Writable},
+    ruleset::Writable,
     text,
-    wire::{
-        Event, GrantAction, GrantEvent, GrantRequest, GrantStatus, GrantsReport, Reply, RevokeRequest, Schema,
-        Selector, rfc3339,
-    },
+    wire::{Event, GrantAction, GrantEvent, GrantRequest, Reply, RevokeRequest, Selector, rfc3339},
 };
 
 /// Longest time that a grant with an end may have (F7).
@@ -94,12 +91,13 @@ impl Daemon {
         let mut granted = match grants::load(dir) {
             Ok(granted) => granted,
             Err(error) => {
-                return (
-                    Grants::default(),
-                    Some(format!(
-                        "{error}; then restart enforcer, and its grants count again: one made before replaces them"
-                    )),
-                );
+                let fault = match &error {
+                    FileError::Io { .. } | FileError::Untrusted { .. } => {
+                        format!("{error}; then restart enforcer: until then a new grant replaces those in the file")
+                    }
+                    FileError::Version { .. } | FileError::Damaged { .. } => error.to_string(),
+                };
+                return (Grants::default(), Some(fault));
             }
         };
         let moment = Moment::now();
@@ -288,36 +286,6 @@ impl Daemon {
         left.unwrap_or(LONG).min(LONG)
     }
 
-    /// `enforcer grants`.
-    pub(super) fn grants_report(&self) -> GrantsReport {
-        let status = |(key, term): (&Key, &Term)| {
-            let target = self.inputs.config.policy.target(&key.target);
-            let found = key
-                .to
-                .cgroup()
-                .map(|cgroup| host::cgroup(&self.inputs.config.mount, cgroup));
-            GrantStatus {
-                target: key.target.clone(),
-                user: key.to.user().map(|uid| uid.0),
-                cgroup: key.to.cgroup().map(ToString::to_string),
-                cgroup_exists: found.as_ref().map(|found| !matches!(found, Err(NoMatch::Missing))),
-                cgroup_writable: found.as_ref().and_then(writable),
-                active: target.is_some_and(|target| target.grants) && found != Some(Err(NoMatch::Unplaced)),
-                since: rfc3339(term.since.into()),
-                expires: term.expires.map(|end| rfc3339(end.into())),
-                pid: term.by.pid,
-                uid: term.by.uid,
-                comm: term.by.comm.clone(),
-            }
-        };
-        GrantsReport {
-            schema: Schema::Grants,
-            limit: MAX_GRANTS,
-            grants: self.inputs.grants.iter().map(status).collect(),
-            job_rules: self.job_rules(),
-        }
-    }
-
     /// Who is meant: the caller's own cgroup where nobody is named, or its job's container where that holds more than
     /// the job. And whether it is the caller's own cgroup.
     fn whom(&self, asked: &GrantRequest, peer: &Peer) -> Result<(Vec<Grantee>, bool), GrantError> {
@@ -401,6 +369,15 @@ impl Daemon {
         saved
     }
 
+    /// The file may have been removed.
+    pub(super) fn look_at_kept_grants(&mut self) {
+        let has_some = self.inputs.grants.iter().next().is_some();
+        if has_some && !self.grants_unsaved && !grants::is_saved(&self.inputs.settings().state_dir) {
+            warn!("another process removed the file of grants; it is written again");
+            let _ = self.keep_grants();
+        }
+    }
+
     fn tell(&mut self, event: &GrantEvent) {
         info!("{event}");
         self.feed.publish(Event::Grant(event.clone()));
@@ -431,14 +408,6 @@ impl Daemon {
                 mount: self.inputs.config.mount.clone(),
             },
         }
-    }
-}
-
-/// What of a cgroup is not root's.
-pub(super) fn writable(found: &Result<Cgroup, NoMatch>) -> Option<String> {
-    match found {
-        Err(NoMatch::Writable(by)) => Some(by.to_string()),
-        Ok(_) | Err(NoMatch::Missing | NoMatch::Unplaced) => None,
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{About, Daemon, Drift, grants::writable};
+use super::{About, Daemon, Drift};
 use crate::{
     backend::{
         NftablesError,
@@ -16,11 +16,9 @@ use crate::{
     },
     config::Settings,
     grants::Grantee,
-    host,
     inputs::{HostConfig, Inputs},
     jobs::{self, Ignored, JobRules},
     policy::{MONIT, Policy},
-    wire::JobRuleStatus,
 };
 
 /// How often a change is tried while others change the chain too.
@@ -241,28 +239,5 @@ impl Daemon {
         let kept = self.chain.keep(&mut self.inputs);
         let fault = |error| format!("{error}; the BOSH agent's own rules, if active, drop what grants of monit allow");
         self.faults.set(About::JobsChain, kept.err().map(fault));
-    }
-
-    /// What `enforcer grants` says of the rules of jobs.
-    pub(super) fn job_rules(&self) -> Vec<JobRuleStatus> {
-        let status = |handle, grantee: Option<&Grantee>, ignored| JobRuleStatus {
-            handle,
-            user: grantee.and_then(Grantee::user).map(|uid| uid.0),
-            cgroup: grantee.and_then(Grantee::cgroup).map(ToString::to_string),
-            ignored,
-        };
-        let granted = self.inputs.granted();
-        let effects = self.inputs.jobs.effects(&granted).into_iter();
-        let all = effects.map(|(rule, effect)| match effect {
-            Ok(grantee) => {
-                let found = grantee
-                    .cgroup()
-                    .map(|cgroup| host::cgroup(&self.inputs.config.mount, cgroup));
-                let ignored = found.as_ref().and_then(writable);
-                status(rule.handle, Some(&grantee), ignored)
-            }
-            Err(why) => status(rule.handle, None, Some(why.to_string())),
-        });
-        all.collect()
     }
 }

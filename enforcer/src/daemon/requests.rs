@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::{
     Daemon, DaemonError, Step,
     denials::{send_events, send_sums},
+    granted,
 };
 use crate::{
     control::Call,
@@ -38,7 +39,7 @@ impl Daemon {
             },
             Request::Grant(asked) => drop(replies.try_send(self.answer_grant(&asked, &peer))),
             Request::Revoke(asked) => drop(replies.try_send(self.answer_revoke(&asked, &peer))),
-            Request::Grants => drop(replies.try_send(Reply::Grants(self.grants_report()))),
+            Request::Grants => drop(replies.try_send(Reply::Grants(granted::report(&self.inputs, &self.identities)))),
             Request::Verify => {
                 let reply = match self.verify() {
                     Ok(verification) => Reply::Verification(Box::new(verification)),

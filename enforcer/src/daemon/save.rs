@@ -50,6 +50,8 @@ pub(super) type SaveResult = Result<Mark, String>;
 const DELAY: Duration = Duration::from_millis(50);
 /// How long a caller may take to read a reply at the end of the process.
 const HEARD: Duration = Duration::from_millis(500);
+/// How long a start waits for the disk.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How long after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -154,6 +156,12 @@ impl Daemon {
         self.end_saving().await;
         self.save_for_next_start();
         self.end_saving().await;
+    }
+
+    /// As [`Daemon::save_now`], for as long as whoever waits for the start can wait: rules are active, whatever the
+    /// disk does.
+    pub(super) async fn save_soon(&mut self) {
+        let _ = timeout(PATIENCE, self.save_now()).await;
     }
 
     async fn end_saving(&mut self) {

@@ -24,7 +24,7 @@ use crate::{
     resolve::{Known, KnownName, LOOKUP_TIMEOUT, lookup, protection},
     ruleset::{Host, Resolved, RuleSet, compile},
     state::{self, LastGood},
-    status::from_outside,
+    status::{from_outside, of_running_daemon},
     wire::{
         ActiveBackend, ConditionId, NameProtection, Reply, Request, Severity, State, Status,
         doctor::Weight::{High, Medium},
@@ -40,6 +40,8 @@ pub(super) struct Instance {
     pub(super) fault: Option<String>,
     /// What a start does with an invalid one.
     pub(super) start: StartWithout,
+    /// Whether the daemon that runs has other places than the configuration names.
+    pub(super) runs_elsewhere: bool,
     /// Principals whose users do not exist.
     pub(super) absent: Vec<String>,
     /// The mount of cgroup v2.
@@ -112,13 +114,22 @@ impl Read {
     }
 }
 
+/// As a start reads it.
+fn trusted(path: &Path) -> Result<Config, ConfigError> {
+    config::ensure_trusted(path)?;
+    Config::load(path)
+}
+
 impl Instance {
     pub(super) async fn collect(path: &Path, gaps: &mut Gaps) -> Self {
         let Read {
             settings,
             absent,
             policy,
-        } = Read::of(Config::load(path), path, &HostUsers);
+        } = Read::of(trusted(path), path, &HostUsers);
+        let its_own = settings.as_ref().and_then(of_running_daemon);
+        let runs_elsewhere = its_own.is_some();
+        let settings = its_own.or(settings);
         let hierarchy = gaps.saw("cgroup v2 mounts", Hierarchy::find()).flatten();
         let mount = hierarchy.as_ref().map(|found| found.mount.clone());
         let (status, saved) = if let Some(settings) = &settings {
@@ -145,6 +156,7 @@ impl Instance {
             fault: policy.as_ref().err().cloned().or(gone),
             start,
             settings,
+            runs_elsewhere,
             absent,
             hierarchy,
             ..Self::default()
@@ -205,6 +217,18 @@ impl Instance {
 
     pub(super) fn findings(&self, findings: &mut Findings) {
         of_configuration(self.fault.as_deref(), self.start, &self.absent, findings);
+        if self.runs_elsewhere {
+            findings.one(
+                "restart-needed",
+                Medium,
+                &format!(
+                    "the daemon that runs answers on {} and keeps its socket, pin_dir, nft_table and cgroup; it \
+                     rejects a configuration that names others",
+                    self.settings.socket.display()
+                ),
+                "restart the daemon (systemctl restart enforcer, or sv restart enforcer)",
+            );
+        }
         if let Some(status) = &self.status {
             of_status(status, findings);
         }
@@ -289,6 +313,7 @@ fn of_status(status: &Status, findings: &mut Findings) {
         | ConditionId::ChangedByOthers
         | ConditionId::ConfigurationRejected
         | ConditionId::ControlSocket
+        | ConditionId::DaemonNotAnswering
         | ConditionId::DenialsNotReported
         | ConditionId::DialsNotFollowed
         | ConditionId::ExistingConnections
@@ -334,7 +359,8 @@ pub(super) fn of_configuration(fault: Option<&str>, start: StartWithout, absent:
         ),
         StartWithout::NothingSaved => (
             High,
-            "the configuration is invalid, and no last known good rules are saved: enforcer does not start with it",
+            "the configuration is invalid, and no last known good rules are saved: enforcer does not start with it, or \
+             only with those of its files that are right",
         ),
         StartWithout::NoPlace => (
             High,
@@ -371,9 +397,10 @@ fn read_bus(dir: Option<&Path>, before: Option<&BTreeSet<Endpoint>>, gaps: &mut 
 
 /// What `enforcer status` says.
 async fn ask_status(settings: &Settings, gaps: &mut Gaps) -> Option<Status> {
-    match control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)).await {
+    let silent = match control::ask(&settings.socket, &Request::Status, Duration::from_secs(5)).await {
         Ok(Reply::Status(status)) => return Some(*status),
-        Err(AskError::NoDaemon { .. } | AskError::Impostor { .. }) => {}
+        Err(AskError::NoDaemon { .. } | AskError::Impostor { .. }) => None,
+        Err(error @ AskError::TimedOut { .. }) => Some(error),
         Ok(_) => {
             gaps.add("the daemon", "its answer is not a status");
             return None;
@@ -382,8 +409,8 @@ async fn ask_status(settings: &Settings, gaps: &mut Gaps) -> Option<Status> {
             gaps.add("the daemon", error);
             return None;
         }
-    }
-    gaps.saw("what is active", from_outside(settings))
+    };
+    gaps.saw("what is active", from_outside(settings, silent.as_ref()))
 }
 
 /// Looks every name up now, and falls back to what is known of it; and which do not resolve, with the reason.

@@ -87,7 +87,7 @@ pub enum FileError {
         schema: String,
     },
     /// Not what we write.
-    #[error("{} is damaged ({what}), so no grant in it is active; remove it and grant again", path.display())]
+    #[error("{} is damaged ({what}), so no grant in it is active; grant again, which replaces it", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -129,6 +129,12 @@ pub fn load(dir: &Path) -> Result<Grants, FileError> {
             what,
         },
     })
+}
+
+/// Whether there is a file, whatever is in it.
+pub(crate) fn is_saved(dir: &Path) -> bool {
+    let found = dir.join(FILE).symlink_metadata();
+    !found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Keeps what was granted, whole or not at all: written aside, synced, renamed.

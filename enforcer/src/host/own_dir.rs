@@ -121,10 +121,13 @@ fn replace(dir: &Path, uid: u32) -> io::Result<()> {
             let left = if remove(&theirs).is_ok() {
                 String::new()
             } else {
-                format!("; what was there is now {}", theirs.display())
+                format!(
+                    "; what was there is now {}, and nothing in it is used",
+                    theirs.display()
+                )
             };
             warn!(
-                "user {uid} had created {} before enforcer: it was replaced{left}",
+                "{} belonged to user {uid}, not root: it was replaced{left}",
                 dir.display()
             );
             Ok(())

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
+use enforcer_client::{AskError, ask};
+
 use super::{Context, identify, status};
 use crate::{
     backend::{ActiveRules, BackendError},
@@ -14,8 +16,8 @@ use crate::{
     wire::{ActiveBackend, Condition, ConditionId, NameStatus, Status},
 };
 
-/// What is active, as the kernel alone tells.
-pub(crate) fn from_outside(settings: &Settings) -> Result<Status, BackendError> {
+/// What is active, as the kernel alone tells; and why a daemon that is there does not, if one is.
+pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Result<Status, BackendError> {
     let mount = || host::cgroup2_mount().ok().flatten();
     let cgroup = settings.cgroup.clone().or_else(mount).unwrap_or_default();
     let (active, unread) = ActiveRules::open_as_far_as_possible(settings)?;
@@ -40,15 +42,29 @@ pub(crate) fn from_outside(settings: &Settings) -> Result<Status, BackendError> 
         backend: backend.unwrap_or(ActiveBackend::Ebpf),
         unread: unread.is_some(),
         names: backend.and_then(|_| saved_names(settings)).unwrap_or_default(),
-        conditions: unread
-            .iter()
-            .map(|error| ConditionId::Unreadable.because(error.to_string()))
+        daemon: silent.and_then(|_| ask::listener(&settings.socket)),
+        conditions: silent
+            .map(|error| ConditionId::DaemonNotAnswering.because(error.to_string()))
+            .into_iter()
+            .chain(
+                unread
+                    .iter()
+                    .map(|error| ConditionId::Unreadable.because(error.to_string())),
+            )
             .chain(hidden.map(|hidden| ConditionId::HiddenFromHost.because(hidden)))
             .chain(backend.and_then(|found| missing_half(settings, found, unread.is_some())))
             .collect(),
         ..Context::default()
     };
     Ok(status(observed.as_ref(), context))
+}
+
+/// The settings of the daemon that runs, where the configuration names other places by now: it keeps its own until it
+/// is restarted.
+pub(crate) fn of_running_daemon(settings: &Settings) -> Option<Settings> {
+    let (good, _) = state::load(&settings.state_dir).ok()??;
+    let runs_elsewhere = !good.settings.is_at_same_place(settings) && ask::is_served(&good.settings.socket);
+    runs_elsewhere.then_some(good.settings)
 }
 
 /// That one of the two halves of `both` holds nothing.

@@ -44,6 +44,8 @@ words! {
         ConfigurationRejected = "configuration-rejected",
         /// Commands do not reach the daemon: its socket is gone and cannot be made again.
         ControlSocket = "control-socket",
+        /// The daemon is there, and did not answer in time: what it alone knows is missing here.
+        DaemonNotAnswering = "daemon-not-answering",
         /// No daemon answers.
         DaemonNotRunning = "daemon-not-running",
         /// Denials are counted and not reported one by one.
@@ -96,6 +98,7 @@ impl ConditionId {
             | Self::CgroupsIgnored
             | Self::ConfigurationRejected
             | Self::ControlSocket
+            | Self::DaemonNotAnswering
             | Self::DaemonNotRunning
             | Self::DenialsNotReported
             | Self::DialsNotFollowed

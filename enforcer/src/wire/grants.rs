@@ -26,6 +26,9 @@ pub struct JobRuleStatus {
     pub handle: u64,
     /// The user who is allowed; absent for everybody in the cgroup, and where `ignored` says why nobody is.
     pub user: Option<u32>,
+    /// Their name, where there is one.
+    #[serde(default)]
+    pub user_name: Option<String>,
     /// The cgroup below which they are; absent for anywhere.
     pub cgroup: Option<String>,
     /// Why it lets nobody in, if it does not.
@@ -39,6 +42,9 @@ pub struct GrantStatus {
     pub target: String,
     /// The user who is allowed; absent for everybody in the cgroup.
     pub user: Option<u32>,
+    /// Their name, where there is one.
+    #[serde(default)]
+    pub user_name: Option<String>,
     /// The cgroup below which they are; absent for anywhere.
     pub cgroup: Option<String>,
     /// Whether that exists now; while it does not, the grant lets nobody in.
@@ -56,6 +62,9 @@ pub struct GrantStatus {
     pub pid: u32,
     /// Its user.
     pub uid: u32,
+    /// That user's name, where there is one.
+    #[serde(default)]
+    pub asker_name: Option<String>,
     /// Its name.
     pub comm: String,
 }

@@ -162,6 +162,7 @@ fn grants(made: &mut Made) -> Result {
         grants: vec![GrantStatus {
             target: "monit".to_owned(),
             user: None,
+            user_name: None,
             cgroup: Some("/a".to_owned()),
             cgroup_exists: Some(true),
             cgroup_writable: Some("W".to_owned()),
@@ -170,11 +171,13 @@ fn grants(made: &mut Made) -> Result {
             expires: None,
             pid: 1,
             uid: 2,
+            asker_name: Some("N".to_owned()),
             comm: "sh".to_owned(),
         }],
         job_rules: vec![JobRuleStatus {
             handle: 4,
             user: Some(5),
+            user_name: Some("N".to_owned()),
             cgroup: None,
             ignored: Some("I".to_owned()),
         }],
@@ -393,6 +396,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
     }
     let checked = ConfigCheck {
         exists: true,
+        untrusted: Some("B".to_owned()),
         schema: Schema::ConfigCheck,
         path: "P".to_owned(),
         targets: 1,
@@ -412,7 +416,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
     };
     assert_eq!(
         serde_json::to_string(&checked)?,
-        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"targets":1,"defaults":false,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
+        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"untrusted":"B","targets":1,"defaults":false,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
     );
     Ok(())
 }

@@ -108,12 +108,12 @@ const STATES: &[State] = &[
         "high configuration", "root"),
     ("file gone, daemon killed", ALL, |scene| then(scene, die, lose_file), "error", CANNOT_TELL, "error",
         "high configuration", "root"),
-    ("file names another socket", ALL, |scene| then(scene, Scene::start, name_another_socket), DEAD, DENIES,
-        "identical", "medium no-daemon", "root"),
+    ("file names another socket", ALL, |scene| then(scene, Scene::start, name_another_socket), "enforcing", DENIES,
+        "identical", "medium restart-needed", "root"),
 ];
 
 /// What `doctor` finds of an instance's state, and not of the host.
-const OF_THE_STATE: [&str; 7] = [
+const OF_THE_STATE: [&str; 8] = [
     "audit-mode",
     "configuration",
     "degraded",
@@ -121,6 +121,7 @@ const OF_THE_STATE: [&str; 7] = [
     "name-unresolved",
     "no-daemon",
     "nothing-in-force",
+    "restart-needed",
 ];
 
 fn all_agree_on_every_state() -> Result<()> {

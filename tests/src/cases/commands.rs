@@ -1,0 +1,177 @@
+//! What commands say where the daemon is away, hangs, or runs by another file than the one that lies there now.
+
+use std::{fs, os::unix::fs::chown, process::Command};
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::Case;
+use crate::world::{Listener, NOBODY, World, binary, ran, until};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        case!(commands_find_a_daemon_whose_file_was_edited),
+        case!(status_of_a_daemon_that_hangs_is_the_kernels),
+        case!(grants_are_listed_without_a_daemon),
+        case!(f1_grants_that_were_deleted_are_written_again),
+        case!(f6_a_second_run_takes_no_state_away),
+        case!(what_ends_a_run_is_json_in_a_json_log),
+    ]
+}
+
+/// A target that may be granted, to which root alone may connect.
+fn grantable() -> Result<(World, Listener)> {
+    let world = World::new()?;
+    let listener = world.listen()?;
+    world.configure(&format!(
+        "[target.main]\nendpoints = [\"tcp://{}\"]\nallow = [\"root\"]\ngrants = true\n",
+        world.here()
+    ))?;
+    Ok((world, listener))
+}
+
+fn edit(world: &World, from: &str, to: &str) -> Result<()> {
+    let file = world.path("enforcer.toml");
+    let text = fs::read_to_string(&file)?;
+    ensure!(text.contains(from), "no {from} in {text}");
+    Ok(fs::write(file, text.replace(from, to))?)
+}
+
+/// The places of an instance change with a restart; until then whoever asks is answered by the one that runs.
+fn commands_find_a_daemon_whose_file_was_edited() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    until("the rules are saved", || {
+        Ok(world.path("state/last-good.json").exists())
+    })?;
+    for (from, to) in [
+        ("control.sock", "other.sock"),
+        (&*format!("nft_table = \"{}", world.name()), "nft_table = \"x"),
+    ] {
+        edit(&world, from, to)?;
+        let status = world.enforcer(&["status", "--json"])?.demand(0)?;
+        let read: Value = serde_json::from_str(&status.stdout)?;
+        ensure!(read["daemon"]["pid"] == daemon.pid(), "{status:?}");
+        ensure!(status.stderr.contains("until it is restarted"), "{status:?}");
+        world.enforcer(&["verify"])?.demand(0)?;
+        let here = world.here().to_string();
+        world.enforcer(&["check", "nobody", &here])?.demand(1)?;
+        world.enforcer(&["grants"])?.demand(0)?;
+    }
+    let reload = world.enforcer(&["reload"])?.demand(2)?;
+    let keys = "socket, nft_table cannot change while enforcer runs";
+    ensure!(reload.stderr.contains(keys), "{reload:?}");
+    world.attack(NOBODY).is_refused()?;
+    world.enforcer(&["unload", "--yes"])?.demand(0)?;
+    world.attack(NOBODY).reaches()
+}
+
+fn status_of_a_daemon_that_hangs_is_the_kernels() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    let before = world.status()?;
+    daemon.signal(Signal::SIGSTOP)?;
+    let hung = world.enforcer(&["status", "--json"])?.demand(1)?;
+    let status: Value = serde_json::from_str(&hung.stdout)?;
+    ensure!(
+        status["conditions"][0]["id"] == "daemon-not-answering" && status["state"] == "degraded",
+        "{status}"
+    );
+    for same in ["generation", "backend", "endpoints", "targets", "daemon"] {
+        ensure!(status[same] == before[same], "{same}: {status}, not {before}");
+    }
+    let text = world.enforcer(&["status"])?.demand(1)?.stdout;
+    ensure!(
+        text.contains("did not answer within 5s") && !text.contains("not running"),
+        "{text}"
+    );
+    // Its end is for who may end it: a command that removes nothing says so, and what to do.
+    daemon.signal(Signal::SIGCONT)?;
+    until("it answers again", || Ok(world.status()?["state"] == "enforcing"))
+}
+
+fn grants_are_listed_without_a_daemon() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let mut daemon = world.daemon()?;
+    world.enforcer(&["grant", "main", "--user", "nobody"])?.demand(0)?;
+    let with = world.enforcer(&["grants", "--json"])?.demand(0)?.stdout;
+    let table = world.enforcer(&["grants"])?.demand(0)?.stdout;
+    ensure!(
+        table.contains(&format!("user {NOBODY} (nobody)")) && table.contains("uid 0 (root)"),
+        "{table}"
+    );
+    daemon.signal(Signal::SIGTERM)?;
+    ensure!(daemon.wait()? == 0, "{}", daemon.log());
+    let without = world.enforcer(&["grants", "--json"])?.demand(0)?;
+    ensure!(without.stdout == with, "{without:?}, not {with}");
+    ensure!(without.stderr.contains("saved last"), "{without:?}");
+    Ok(())
+}
+
+fn f1_grants_that_were_deleted_are_written_again() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    let file = world.path("state/grants.json");
+    world.attack(NOBODY).is_refused()?;
+    world.enforcer(&["grant", "main", "--user", "nobody"])?.demand(0)?;
+    let kept = fs::read(&file)?;
+    fs::remove_file(&file)?;
+    until("it is there again", || {
+        Ok(fs::read(&file).is_ok_and(|again| again == kept))
+    })?;
+    ensure!(daemon.log().contains("removed the file of grants"), "{}", daemon.log());
+    daemon.kill()?;
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).reaches()
+}
+
+/// A directory that came to belong to another user is replaced at a start; never while a daemon has it.
+fn f6_a_second_run_takes_no_state_away() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    until("the rules are saved", || {
+        Ok(world.path("state/last-good.json").exists())
+    })?;
+    let state = world.path("state");
+    chown(&state, Some(NOBODY), None)?;
+    let second = world.enforcer(&["run"])?.demand(2)?;
+    ensure!(second.stderr.contains("is in use by another enforcer"), "{second:?}");
+    world.enforcer(&["apply"])?.demand(2)?;
+    world.enforcer(&["apply", "--last-good"])?;
+    ensure!(
+        state.join("last-good.json").exists(),
+        "{:?}",
+        fs::read_dir(world.path(""))?.collect::<Vec<_>>()
+    );
+    daemon.kill()?;
+    let daemon = world.daemon()?;
+    ensure!(
+        daemon.log().contains(&format!("belonged to user {NOBODY}, not root")),
+        "{}",
+        daemon.log()
+    );
+    world.attack(NOBODY).is_refused()
+}
+
+fn what_ends_a_run_is_json_in_a_json_log() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    edit(&world, "grants = true", "grants = 5\nalow = []")?;
+    let mut run = Command::new(binary("enforcer")?);
+    run.arg("--config").arg(world.path("enforcer.toml"));
+    let ended = ran(run.args(["run", "--log-format", "json"]))?.demand(2)?;
+    let lines: Vec<Value> = ended
+        .stderr
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let of = |key: &str| {
+        let is_it = |line: &&Value| {
+            let said = line["fields"]["message"].as_str().unwrap_or_default();
+            line["level"] == "ERROR" && said.contains(key) && said.contains("enforcer.toml:")
+        };
+        lines.iter().filter(is_it).count()
+    };
+    ensure!(of("grants in") == 1 && of("`alow`") == 1, "{ended:?}");
+    Ok(())
+}
