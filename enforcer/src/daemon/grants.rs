@@ -63,7 +63,7 @@ pub(super) enum GrantError {
     Process(#[from] CgroupError),
     #[error(transparent)]
     User(#[from] UserError),
-    #[error("a grant lasts from 1 s to {}", humantime::format_duration(MAX_TIME))]
+    #[error("a grant lasts from 1 s to {} days", MAX_TIME.as_secs() / 86_400)]
     Time,
     #[error(
         "this kernel's nftables cannot match a socket's cgroup (Linux 5.13 can), so the grant would allow nobody; \

@@ -313,9 +313,9 @@ fn check_explains() -> Result<()> {
     world.apply()?;
     let (here, port) = (world.here().to_string(), world.port);
     for (arguments, code, says) in [
-        (vec!["root", &here], 0, "allows user 0"),
-        (vec!["0", &format!("tcp://{here}")], 0, "allows user 0"),
-        (vec!["nobody", &here], 1, "no principal that matches user 65534"),
+        (vec!["root", &here], 0, "allows uid 0 (root)"),
+        (vec!["0", &format!("tcp://{here}")], 0, "allows uid 0 (root)"),
+        (vec!["nobody", &here], 1, "no principal that matches uid 65534 (nobody)"),
         (
             vec!["nobody", &format!("[::ffff:{}]:{port}", world.address())],
             1,
@@ -328,11 +328,11 @@ fn check_explains() -> Result<()> {
         (
             vec!["root", &here, "--socket-user", "nobody"],
             1,
-            "socket of user 65534",
+            "socket of uid 65534 (nobody)",
         ),
         (vec!["root", &here, "--kernel"], 1, "kernel threads"),
         (vec!["nosuchuser", &here], 2, "nosuchuser"),
-        (vec!["4294967294", &here], 1, "matches user 4294967294"),
+        (vec!["4294967294", &here], 1, "matches uid 4294967294"),
         (vec!["4294967295", &here], 2, "4294967295 is not a UID"),
         (
             vec!["root", &here, "--socket-user", "4294967295"],
