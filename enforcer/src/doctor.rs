@@ -101,7 +101,7 @@ impl Observations {
             config: instance.config.display().to_string(),
             cgroup: instance.cgroup.map(|path| path.display().to_string()),
             daemon: instance.status.and_then(|status| status.daemon.pid),
-            in_force: instance.active,
+            active: instance.active,
         };
         findings.report(host, &self.features, wanted, self.gaps)
     }

@@ -66,7 +66,7 @@ impl Backend {
 
     /// As `status` names it.
     #[must_use]
-    pub fn in_force(self) -> &'static str {
+    pub fn active(self) -> &'static str {
         match self {
             Self::AutoWithoutBpf => Self::Nftables.configured(),
             Self::Ebpf | Self::Nftables | Self::Both => self.configured(),

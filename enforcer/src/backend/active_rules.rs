@@ -25,7 +25,7 @@ impl ActiveRules {
     pub(crate) fn open(settings: &Settings) -> Result<Option<Self>, BackendError> {
         match Self::open_as_far_as_possible(settings)? {
             (_, Some(unread)) => Err(unread),
-            (in_force, None) => Ok(in_force),
+            (active, None) => Ok(active),
         }
     }
 
@@ -39,8 +39,8 @@ impl ActiveRules {
             Err(error) => return Err(error),
         };
         let nftables = nftables::open(&settings.nft_table)?;
-        let in_force = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
-        Ok((in_force, unread))
+        let active = (ebpf.is_some() || nftables.is_some()).then_some(Self { ebpf, nftables });
+        Ok((active, unread))
     }
 
     /// Whether rules are active on some backend.

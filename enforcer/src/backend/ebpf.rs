@@ -76,7 +76,7 @@ pub(crate) struct EbpfBackend {
     /// The wait until none is, in a thread of its own.
     settling: Option<JoinHandle<io::Result<()>>>,
     /// The slot and number of the rule set that was made active.
-    in_force: Option<(u8, u64)>,
+    made_active: Option<(u8, u64)>,
     /// When each part of the maps is read again, to see whether others have changed it.
     look_again: [(Part, Instant); 2],
     /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that
@@ -134,7 +134,7 @@ impl EbpfBackend {
             },
             flipped: !fresh,
             settling: None,
-            in_force: None,
+            made_active: None,
             look_again: [Part::Rest, Part::Endpoints].map(|part| (part, Instant::now())),
             repaired: 0,
         })
@@ -167,7 +167,7 @@ impl EbpfBackend {
             && *self.held(slot)? == image
         {
             self.attach_again(image.has_udp())?;
-            self.in_force = Some((slot, number));
+            self.made_active = Some((slot, number));
             return Ok(number);
         }
         self.put(image, active, &previous, number.min(HIGHEST_GENERATION).max(above) + 1)
@@ -194,7 +194,7 @@ impl EbpfBackend {
         self.clear_reused_counters(previous, &image.names)?;
         self.attach_missing(image.has_udp())?;
         self.maps.activate(slot)?;
-        self.in_force = Some((slot, number));
+        self.made_active = Some((slot, number));
         self.flipped = true;
         self.attach_again(image.has_udp())?;
         if let Some(held) = self.slots.get_mut(usize::from(slot)) {
@@ -235,7 +235,7 @@ impl EbpfBackend {
     /// Makes sure that the rule set of a number is active whole and every link in place (F5): its number, another one
     /// where it had to be written anew. None if it is not the one that was made active last.
     pub(crate) fn ensure_active(&mut self, number: u64) -> Result<Option<u64>, BackendError> {
-        if self.in_force.is_none_or(|(_, put)| put != number) {
+        if self.made_active.is_none_or(|(_, put)| put != number) {
             return Ok(None);
         }
         let kept = if self.is_whole()? { number } else { self.repair()? };
@@ -264,7 +264,7 @@ impl EbpfBackend {
 
     /// Whether the maps hold what was made active: a look at two entries, and now and then at all of them.
     fn is_whole(&mut self) -> Result<bool, BackendError> {
-        let Some((slot, number)) = self.in_force else {
+        let Some((slot, number)) = self.made_active else {
             return Ok(true);
         };
         if self.maps.active_slot()? != Some(slot) || self.maps.generation_of(slot)?.number != number {
@@ -289,7 +289,7 @@ impl EbpfBackend {
 
     /// Restores what was active, whatever has become of the maps: in the other slot, under a new number.
     fn repair(&mut self) -> Result<u64, BackendError> {
-        let (slot, number) = self.in_force.ok_or(BackendError::ReadBack { map: "active" })?;
+        let (slot, number) = self.made_active.ok_or(BackendError::ReadBack { map: "active" })?;
         let held = self.slots.get(usize::from(slot)).and_then(Clone::clone);
         let image = held.ok_or(BackendError::ReadBack { map: "endpoints" })?;
         let active = self.maps.active_slot()?;
@@ -308,7 +308,7 @@ impl EbpfBackend {
         );
         if put.is_err() {
             // To be tried again: what is wanted must not be forgotten.
-            self.in_force = Some((slot, number));
+            self.made_active = Some((slot, number));
             if let Some(held) = self.slots.get_mut(usize::from(slot)) {
                 *held = Some(image);
             }

@@ -73,13 +73,13 @@ pub(super) enum GrantError {
     #[error(transparent)]
     Limit(#[from] LimitError),
     #[error("{0}; nothing was granted")]
-    NotInForce(DaemonError),
+    NotActive(DaemonError),
     #[error("{0}; nothing was granted, as a restart would lose it")]
     NotKept(FileError),
     #[error("granted, but {0}")]
     NotWritten(String),
     #[error("{0}; the grant is revoked, but the previous rules stay active until this is fixed")]
-    StillInForce(DaemonError),
+    StillActive(DaemonError),
     #[error("{0}; the grant is revoked, but returns with a restart until this is fixed")]
     StillKept(FileError),
 }
@@ -166,7 +166,7 @@ impl Daemon {
             .map(|key| inputs.grants.grant(key.clone(), term.clone()))
             .collect::<Result<_, _>>()?;
         grants::check_depths(&inputs.granted().depths())?;
-        let before = self.put_in_force(inputs).map_err(GrantError::NotInForce)?;
+        let before = self.activate(inputs).map_err(GrantError::NotActive)?;
         // The cgroup may have gone since it was looked for; a job's container need not be there yet.
         let gone = keys.iter().find_map(|key| {
             let cgroup = key.to.cgroup()?;
@@ -227,7 +227,7 @@ impl Daemon {
             return Ok(Vec::new());
         }
         let kept = self.keep_grants();
-        let in_force = self.put_in_force(self.inputs.clone());
+        let activated = self.activate(self.inputs.clone());
         let (by, now) = (peer.asker(), Timestamp::now());
         let events: Vec<_> = gone
             .iter()
@@ -236,10 +236,10 @@ impl Daemon {
         for event in &events {
             self.tell(event);
         }
-        if let Err(error) = in_force {
+        if let Err(error) = activated {
             let fault = format!("{error}; the previous rules stay active");
             self.faults.set(About::RuleSet, Some(fault));
-            return Err(GrantError::StillInForce(error));
+            return Err(GrantError::StillActive(error));
         }
         kept.map_err(GrantError::StillKept)?;
         Ok(events)
@@ -341,7 +341,7 @@ impl Daemon {
     }
 
     /// Makes active what inputs with other grants come to. Returns the inputs before.
-    fn put_in_force(&mut self, mut inputs: Inputs) -> Result<Inputs, DaemonError> {
+    fn activate(&mut self, mut inputs: Inputs) -> Result<Inputs, DaemonError> {
         inputs.settle(Instant::now());
         inputs.look_at_cgroups();
         let before = self.commit(inputs)?;
@@ -353,7 +353,7 @@ impl Daemon {
 
     /// Goes back to what was granted before; what cannot be made active now is tried at each tick.
     fn take_back(&mut self, before: Inputs) {
-        if let Err(error) = self.put_in_force(before.clone()) {
+        if let Err(error) = self.activate(before.clone()) {
             self.inputs = before;
             let fault = format!("{error}; a revoked grant stays active until this is fixed");
             self.faults.set(About::RuleSet, Some(fault));

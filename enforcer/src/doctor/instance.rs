@@ -283,7 +283,7 @@ impl Instance {
 fn of_status(status: &Status, findings: &mut Findings) {
     if status.state == State::Off {
         findings.one(
-            "nothing-in-force",
+            "nothing-active",
             High,
             &format!(
                 "no rules are active, neither in {} nor in nftables table inet {}: every user can connect to every \

@@ -32,8 +32,8 @@ impl Report {
         line("config", &host.config);
         if host.root.is_none() {
             line("cgroup", host.cgroup.as_deref().unwrap_or("no cgroup v2 is mounted"));
-            let in_force = host.in_force.map(|backend| backend.to_string());
-            line("active", in_force.as_deref().unwrap_or("nothing"));
+            let active = host.active.map(|backend| backend.to_string());
+            line("active", active.as_deref().unwrap_or("nothing"));
             let daemon = host
                 .daemon
                 .map_or_else(|| "does not answer".to_owned(), |pid| format!("pid {pid}"));

@@ -254,7 +254,7 @@ fn each_other_fact_is_found() {
         change(&mut status);
         check(|seen| seen.instance.status = Some(status), found);
     };
-    by_status(&|status| status.state = State::Off, &["nothing-in-force"]);
+    by_status(&|status| status.state = State::Off, &["nothing-active"]);
     by_status(&|status| status.daemon.running = false, &["no-daemon"]);
     by_status(
         &|status| status.conditions = vec![ConditionId::ChangedByOthers.because("T")],

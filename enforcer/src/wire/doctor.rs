@@ -35,7 +35,7 @@ pub struct HostReport {
     /// Process id of the daemon.
     pub daemon: Option<u32>,
     /// What enforces; null where nothing does.
-    pub in_force: Option<ActiveBackend>,
+    pub active: Option<ActiveBackend>,
 }
 
 /// A feature, and whether it is there.

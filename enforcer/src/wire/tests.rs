@@ -334,7 +334,7 @@ fn doctor(made: &mut Made) -> Result {
         items: vec!["I".to_owned()],
         remedy: "R".to_owned(),
     };
-    let report = |backend, in_force| Report {
+    let report = |backend, active| Report {
         schema: Schema::Doctor,
         host: HostReport {
             root: None,
@@ -342,7 +342,7 @@ fn doctor(made: &mut Made) -> Result {
             config: "C".to_owned(),
             cgroup: Some("/c".to_owned()),
             daemon: Some(8),
-            in_force,
+            active,
         },
         features: vec![
             feature(Side::Ebpf, true, FeatureState::Supported),
@@ -360,13 +360,13 @@ fn doctor(made: &mut Made) -> Result {
             why: "B".to_owned(),
         }],
     };
-    for (backend, in_force) in [
+    for (backend, active) in [
         (None, None),
         (Some(Backend::Ebpf), Some(ActiveBackend::Both)),
         (Some(Backend::Nftables), Some(ActiveBackend::Ebpf)),
         (Some(Backend::Both), Some(ActiveBackend::Nftables)),
     ] {
-        made.written(&report(backend, in_force))?;
+        made.written(&report(backend, active))?;
     }
     Ok(())
 }

@@ -30,7 +30,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(b1_without_any_configuration_monit_and_the_bus_are_protected),
         case!(b1_a_configured_target_replaces_ours),
         case!(b2_settings_that_come_late_and_are_replaced),
-        case!(b2_bad_settings_leave_in_force_what_is),
+        case!(b2_bad_settings_leave_active_what_is),
         case!(b2_create_env_has_no_bus),
         case!(b2_n7_the_last_bus_known_is_protected_after_a_reboot),
         case!(b2_credentials_appear_nowhere),
@@ -193,7 +193,7 @@ fn b2_settings_that_come_late_and_are_replaced() -> Result<()> {
 }
 
 /// Each in a world of its own, in place of good settings; then several in turn.
-fn b2_bad_settings_leave_in_force_what_is() -> Result<()> {
+fn b2_bad_settings_leave_active_what_is() -> Result<()> {
     let agent = Agent::new("")?;
     let whole = agent.mbus(2);
     let half = whole.get(..whole.len() / 2).unwrap_or_default();

@@ -30,7 +30,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(doctor_finds_servers_of_a_bus_that_are_no_endpoints),
         case!(doctor_finds_names_that_do_not_resolve),
         case!(doctor_finds_a_bus_of_the_settings_that_does_not_resolve),
-        case!(doctor_finds_a_bad_configuration_and_nothing_in_force),
+        case!(doctor_finds_a_bad_configuration_and_nothing_active),
         case!(doctor_evaluates_an_image),
     ];
     let of_programs = [
@@ -507,12 +507,12 @@ fn doctor_chooses_as_a_start_does() -> Result<()> {
     Ok(())
 }
 
-fn doctor_finds_a_bad_configuration_and_nothing_in_force() -> Result<()> {
+fn doctor_finds_a_bad_configuration_and_nothing_active() -> Result<()> {
     let ward = Ward::guarded()?;
-    ward.misses("nothing-in-force")?;
+    ward.misses("nothing-active")?;
     ward.misses("configuration")?;
     ward.netns.enforcer(&ward.world, &["unload"])?.demand(0)?;
-    ward.finds("nothing-in-force")?;
+    ward.finds("nothing-active")?;
     fs::write(ward.world.path("enforcer.toml"), "mode = \"perhaps\"\n")?;
     let finding = ward.finds("configuration")?;
     ensure!(finding["items"].to_string().contains("enforcer.toml:1"), "{finding}");

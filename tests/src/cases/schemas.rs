@@ -76,7 +76,7 @@ const SCHEMAS: [(&str, &str); 13] = [
     ),
     (
         "enforcer/doctor/1",
-        "host host.root host.kernel host.config host.cgroup host.daemon host.in_force features features.id \
+        "host host.root host.kernel host.config host.cgroup host.daemon host.active features features.id \
          features.title features.of features.required features.state features.why features.since choice choice.wanted \
          choice.backend choice.why findings findings.id findings.weight findings.what findings.items findings.do \
          unseen \

@@ -40,7 +40,7 @@ type Act = fn(&mut Scene) -> Result<()>;
 const OFF: &str = "off: critical nothing-active";
 const DEAD: &str = "degraded: warning daemon-not-running";
 const CHANGED: &str = "degraded: critical changed-by-others";
-const NO_RULES: &str = "high nothing-in-force, medium no-daemon";
+const NO_RULES: &str = "high nothing-active, medium no-daemon";
 const DENIES: &str = "deny allow";
 const LETS_PASS: &str = "allow allow";
 const CANNOT_TELL: &str = "error error";
@@ -87,7 +87,7 @@ const STATES: &[State] = &[
         NO_RULES, "both"),
     ("table dormant, daemon killed", TABLE_ALONE, |scene| then(scene, die, make_dormant),
         "off: critical nothing-active, critical table, warning daemon-not-running", CANNOT_TELL, "drifted",
-        "high degraded, high nothing-in-force, medium no-daemon", "both"),
+        "high degraded, high nothing-active, medium no-daemon", "both"),
     ("table gone, applied", BOTH, |scene| then(scene, Scene::apply, lose_table), "degraded: critical table", DENIES,
         "drifted", "high degraded, medium no-daemon", "root"),
     ("link pin gone, applied", BOTH, |scene| then(scene, Scene::apply, lose_link), "degraded: critical link", DENIES,
@@ -120,7 +120,7 @@ const OF_THE_STATE: [&str; 8] = [
     "hidden-from-host",
     "name-unresolved",
     "no-daemon",
-    "nothing-in-force",
+    "nothing-active",
     "restart-needed",
 ];
 

@@ -269,7 +269,7 @@ fn status_counts_and_names_the_generation() -> Result<()> {
         "{after}"
     );
     ensure!(
-        after["daemon"]["pid"] == daemon.pid() && after["backend"] == Backend::current().in_force(),
+        after["daemon"]["pid"] == daemon.pid() && after["backend"] == Backend::current().active(),
         "{after}"
     );
     let target = &after["targets"][0];

@@ -21,7 +21,7 @@ impl EbpfBackend {
     /// Compares with a rule set; the number is that of the rule set found active.
     pub(crate) fn verify(&self, rules: &RuleSet, comparison: &mut Comparison) -> Result<u64, BackendError> {
         // What the target names should be is known by heart: the kernel's own may have been changed.
-        let held = self.in_force.and_then(|(slot, number)| {
+        let held = self.made_active.and_then(|(slot, number)| {
             let image = self.slots.get(usize::from(slot))?.as_ref()?;
             Some((image.names, number))
         });
