@@ -217,9 +217,9 @@ pub fn main() -> ExitCode {
         Ok(ExitStatus::Unloaded) => ExitCode::from(3),
         Err(error) => {
             for line in lines_of(&error) {
-                match cli.log_format {
-                    LogFormat::Text => complain("error", &line),
-                    LogFormat::Json | LogFormat::Journal => tracing::error!("{line}"),
+                match (cli.log_format, &cli.command) {
+                    (LogFormat::Json, _) | (LogFormat::Journal, Command::Run) => tracing::error!("{line}"),
+                    (LogFormat::Text | LogFormat::Journal, _) => complain("error", &line),
                 }
             }
             ExitCode::from(2)
@@ -357,7 +357,7 @@ fn answer_of(status: &Status) -> ExitStatus {
 /// Where the instance is: of a file that is wrong somewhere, by the lines that say it alone, and a warning. To be
 /// asked, a daemon needs no good configuration, and who is called at three in the morning may have just a bad one (F4).
 fn place(path: &Path) -> Result<Settings> {
-    place_or(path, path == Path::new(config::DEFAULT_PATH))
+    named_place(path, path == Path::new(config::DEFAULT_PATH)).map(where_it_runs)
 }
 
 /// The places of the daemon that runs, which the file may no longer name.
@@ -368,16 +368,12 @@ fn where_it_runs(settings: Settings) -> Settings {
     complain(
         "warning",
         &format!(
-            "the daemon that runs answers on {} and keeps its socket, pin_dir, nft_table and cgroup until it is \
-             restarted; it is asked, not what the configuration names now",
+            "the daemon that runs answers on {} and keeps its socket, pin_dir and nft_table until it is restarted; \
+             it is asked, not what the configuration names now",
             its_own.socket.display()
         ),
     );
     its_own
-}
-
-fn place_or(path: &Path, lenient: bool) -> Result<Settings> {
-    named_place(path, lenient).map(where_it_runs)
 }
 
 fn named_place(path: &Path, lenient: bool) -> Result<Settings> {

@@ -26,12 +26,14 @@ mod show;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod trust;
 mod value;
 
 pub use crate::wire::{Backend, Existing};
 pub use error::{ConfigError, ConfigFault, FileFault};
+use files::Trust;
+pub use files::beside;
 pub(crate) use files::modified;
-pub use files::{beside, ensure_trusted};
 pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
 pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
 pub use salvage::{place, state_dir};
@@ -56,6 +58,13 @@ pub const MAX_REFRESH: Duration = Duration::from_hours(1);
 
 /// Longest time that an address stays protected after it left the answer.
 pub const MAX_RETAIN: Duration = Duration::from_hours(30 * 24);
+
+/// Why a file of the configuration, or the way there, is another user's to write (F6); the first that is.
+#[must_use]
+pub fn untrusted(path: &Path) -> Option<FileFault> {
+    let files = [path.to_path_buf()].into_iter().chain(beside(path));
+    files.into_iter().find_map(|file| trust::ensure(&file).err())
+}
 
 /// A configuration file as read, defaults filled in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,21 +217,32 @@ pub struct Located<T> {
 const LOCATED: &str = "Located";
 
 impl Config {
-    /// Reads the configuration file at `path`, and the targets in `conf.d/*.toml` beside it. No file at
-    /// [`DEFAULT_PATH`] is as an empty one (B1).
+    /// Reads the configuration file at `path`, and the targets in `conf.d/*.toml` beside it, none of which another user
+    /// can have written (F6). No file at [`DEFAULT_PATH`] is as an empty one (B1).
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        files::load(path)
+        files::load(path, Trust::Needed)
     }
 
-    /// As [`Config::load`], without the files in `conf.d` that have a mistake of their own (F8).
-    pub(crate) fn load_what_is_right(path: &Path) -> Result<Self, ConfigError> {
+    /// As [`Config::load`], whoever can have written it: to be checked or shown.
+    pub fn load_to_check(path: &Path) -> Result<Self, ConfigError> {
+        files::load(path, Trust::Ignored)
+    }
+
+    /// As [`Config::load`], without the files in `conf.d` that have a mistake of their own (F8); none where they have
+    /// all the targets.
+    pub(crate) fn load_what_is_right(path: &Path) -> Result<Option<Self>, ConfigError> {
         files::load_what_is_right(path)
     }
 
     /// As [`Config::load`], of the default file in an unpacked image.
     pub fn load_in(root: &Path, path: &Path) -> Result<Self, ConfigError> {
         let agent = Bosh::default().dir;
-        files::load_from(path, true, &root.join(agent.strip_prefix("/").unwrap_or(&agent)))
+        files::load_from(
+            path,
+            Trust::Ignored,
+            true,
+            &root.join(agent.strip_prefix("/").unwrap_or(&agent)),
+        )
     }
 
     /// Where the settings lie that say what target `nats` protects; none where the file says it itself, or nothing does
@@ -265,17 +285,10 @@ impl Default for Settings {
 impl Settings {
     /// Whether an instance with the one is found by the other.
     pub(crate) fn is_at_same_place(&self, other: &Self) -> bool {
-        let of = |this: &Self| {
-            let Self {
-                cgroup,
-                pin_dir,
-                socket,
-                nft_table,
-                ..
-            } = this.clone();
-            (cgroup, pin_dir, socket, nft_table)
-        };
-        of(self) == of(other)
+        fn places(this: &Settings) -> (&Path, &Path, &str) {
+            (&this.pin_dir, &this.socket, &this.nft_table)
+        }
+        places(self) == places(other)
     }
 }
 

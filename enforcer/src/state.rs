@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 pub(crate) use self::content::{LastGood, LastGoodRef};
-use crate::host::own_dir;
+use crate::{config::Settings, host::own_dir};
 
 /// The file, in `state_dir`.
 pub(crate) const FILE: &str = "last-good.json";
@@ -118,6 +118,23 @@ impl Mark {
 /// Reads the last known good rule set; none where there is none yet.
 pub(crate) fn load(dir: &Path) -> Result<Option<(LastGood, Mark)>, StateError> {
     load_of(ROOT, dir)
+}
+
+/// How and where the last known good rules were enforced, and nothing more of them.
+pub(crate) fn settings(dir: &Path) -> Result<Option<Settings>, StateError> {
+    #[derive(Deserialize)]
+    struct Alone {
+        settings: Settings,
+    }
+    let path = dir.join(FILE);
+    let Some(bytes) = read(ROOT, dir, &path)? else {
+        return Ok(None);
+    };
+    let (content, _) = open(&bytes, &path)?;
+    let alone: Result<Alone, _> = serde_json::from_str(content.get());
+    alone
+        .map(|alone| Some(alone.settings))
+        .map_err(|error| damaged(&path, error.to_string()))
 }
 
 /// As [`load`], from a file of `owner`'s.
@@ -246,11 +263,21 @@ pub(crate) fn read(owner: u32, dir: &Path, path: &Path) -> Result<Option<Vec<u8>
     Ok(Some(bytes))
 }
 
+fn damaged(path: &Path, fault: String) -> StateError {
+    let path = path.into();
+    StateError::Damaged { path, fault }
+}
+
 fn parse(bytes: &[u8], path: &Path) -> Result<(LastGood, Mark), StateError> {
-    let damaged = |fault: String| StateError::Damaged {
-        path: path.into(),
-        fault,
-    };
+    let (content, mark) = open(bytes, path)?;
+    let content: content::Content =
+        serde_json::from_str(content.get()).map_err(|error| damaged(path, error.to_string()))?;
+    Ok((content.into(), mark))
+}
+
+/// What is in the envelope, if it is whole.
+fn open<'a>(bytes: &'a [u8], path: &Path) -> Result<(&'a RawValue, Mark), StateError> {
+    let damaged = |fault: String| damaged(path, fault);
     if bytes.len() as u64 > MAX_BYTES {
         return Err(damaged(format!("longer than {} MiB", MAX_BYTES >> 20)));
     }
@@ -270,8 +297,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<(LastGood, Mark), StateError> {
     if crc32 != format!("{:08x}", mark.crc) {
         return Err(damaged("the checksum does not match".to_owned()));
     }
-    let content: content::Content = serde_json::from_str(content.get()).map_err(|error| damaged(error.to_string()))?;
-    Ok((content.into(), mark))
+    Ok((content, mark))
 }
 
 fn trusted(owner: u32, path: &Path, meta: &fs::Metadata) -> Result<(), StateError> {

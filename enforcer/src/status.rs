@@ -49,7 +49,8 @@ pub(crate) struct Context {
 /// Puts both together.
 #[must_use]
 pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
-    let mut conditions = context.conditions.clone();
+    let mut conditions = context.conditions;
+    let is_silent = conditions.iter().any(|one| one.id == ConditionId::DaemonNotAnswering);
     for name in context.names.iter().filter(|name| name.stale) {
         let why = name.cause.as_deref().unwrap_or("the last lookup failed");
         let text = name.protects.fault(&name.name, why);
@@ -68,8 +69,9 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
     }
     if let Some(observed) = observed {
         conditions.extend(observed.faults.iter().cloned());
-        let absent = without_daemon(observed, &context, &conditions);
-        conditions.extend(absent);
+        if observed.by_daemon && context.daemon.is_none() && !is_silent {
+            conditions.push(not_running(observed, &context.socket));
+        }
     }
     let is_degraded = conditions.iter().any(|one| one.severity > Severity::Info);
     let on = observed.filter(|observed| observed.generation != 0);
@@ -124,7 +126,7 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         },
         generation: on.map_or(0, |observed| observed.generation),
         daemon: DaemonStatus {
-            running: context.daemon.is_some(),
+            running: context.daemon.is_some() || is_silent,
             pid: context.daemon,
         },
         backend: if on.is_none() && !context.unread {
@@ -147,22 +149,17 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
 }
 
 /// That rules of a daemon are not followed, as it does not run.
-fn without_daemon(observed: &Observed, context: &Context, conditions: &[Condition]) -> Option<Condition> {
-    let is_silent = conditions.iter().any(|one| one.id == ConditionId::DaemonNotAnswering);
-    if !observed.by_daemon || context.daemon.is_some() || is_silent {
-        return None;
-    }
+fn not_running(observed: &Observed, socket: &str) -> Condition {
     // Nothing is said to stay that another process has changed.
     let stay = if observed.faults.is_empty() {
         "its rules stay active, but "
     } else {
         ""
     };
-    Some(ConditionId::DaemonNotRunning.because(format!(
-        "the daemon is not running (none answers on {}); {stay}names, addresses and cgroups are not followed, grants \
-         do not end, and what is removed is not repaired: {START}",
-        context.socket
-    )))
+    ConditionId::DaemonNotRunning.because(format!(
+        "the daemon is not running (none answers on {socket}); {stay}names, addresses and cgroups are not followed, \
+         grants do not end, and what is removed is not repaired: {START}"
+    ))
 }
 
 impl Status {

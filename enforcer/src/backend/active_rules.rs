@@ -46,10 +46,21 @@ impl ActiveRules {
     /// Whether rules are active on some backend.
     pub(crate) fn are_there(settings: &Settings) -> Result<bool, BackendError> {
         let (found, _) = Self::open_as_far_as_possible(settings)?;
-        Ok(found.is_some_and(|found| {
-            found.ebpf.is_some_and(|pinned| pinned.is_attached())
-                || found.nftables.is_some_and(|reading| reading.observe().generation != 0)
-        }))
+        Ok(found.is_some_and(|found| found.enforces()))
+    }
+
+    /// Whether rules are active on some backend, or what is there cannot be read.
+    pub(crate) fn may_be_there(settings: &Settings) -> Result<bool, BackendError> {
+        let (found, unread) = Self::open_as_far_as_possible(settings)?;
+        Ok(unread.is_some() || found.is_some_and(|found| found.enforces()))
+    }
+
+    fn enforces(&self) -> bool {
+        let on_nftables = || {
+            let reading = self.nftables.as_ref();
+            reading.is_some_and(|reading| reading.observe().generation != 0)
+        };
+        self.ebpf.as_ref().is_some_and(Pinned::is_attached) || on_nftables()
     }
 
     /// Whether some backend may hold endpoints of one of these targets: it does, or what it holds cannot be read.

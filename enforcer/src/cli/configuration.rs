@@ -12,7 +12,7 @@ use crate::{
     config::{self, Config, Mistake, Mistakes, Understood},
     inputs::{HostConfig, InputError},
     policy::{BUS, MONIT, Name, Policy, Unresolved},
-    resolve::{Names, lookup},
+    resolve::{LookupAnswer, Names, lookup},
     state,
     text::{self, Page, counted},
     wire::{
@@ -56,7 +56,7 @@ pub(super) fn run(path: &Path, command: &ConfigCommand) -> Result<ExitStatus> {
 }
 
 fn show(path: &Path, json: &Json) -> Result<ExitStatus> {
-    let config = Config::load(path)?;
+    let config = Config::load_to_check(path)?;
     let shown = Shown {
         schema: Schema::Config,
         config: config.tree(),
@@ -82,30 +82,42 @@ const NO_ADDRESS: &str = "has no address, says this host's resolver: nothing of 
 const CLOSED: &str = "has no address, says this host's resolver: until it has, its port is closed at every address; \
                       correct the name, unless its address is yet to come";
 
-/// Names without an address, and those to which DNS answers what no target of theirs takes (N6).
-async fn unprotected(path: &Path, policy: &Policy) -> Vec<String> {
-    let without = match policy.dns.unresolved {
-        Unresolved::Open => NO_ADDRESS,
-        Unresolved::Closed => CLOSED,
-    };
+/// What DNS says of names that is worth a word.
+#[derive(Default)]
+struct NameRemarks {
+    /// Nothing of them will be protected.
+    unprotected: Vec<String>,
+    /// They have no address, and their port is closed until they have.
+    absent: Vec<String>,
+}
+
+/// Looks names up: some may have no address, and DNS may answer to some what no target of theirs takes (N6).
+async fn remarks(path: &Path, policy: &Policy) -> NameRemarks {
     let mut lookups = JoinSet::new();
     for (name, accepted) in policy.asked() {
         lookups.spawn(async move {
             let answer = lookup(&name, PATIENCE_FOR_NAMES).await;
-            if Names::needs_link_local(accepted, &answer) {
-                Some((name, NOT_ACCEPTED))
-            } else {
-                answer.is_without_addresses().then_some((name, without))
-            }
+            (name, Names::needs_link_local(accepted, &answer), answer)
         });
     }
-    let names: BTreeMap<Name, &str> = lookups.join_all().await.into_iter().flatten().collect();
-    let line = |(name, why)| format!("{}: name {name} {why}", path.display());
-    names.into_iter().map(line).collect()
+    let answers: BTreeMap<Name, (bool, LookupAnswer)> = (lookups.join_all().await.into_iter())
+        .map(|(name, needs, answer)| (name, (needs, answer)))
+        .collect();
+    let mut remarks = NameRemarks::default();
+    for (name, (needs_link_local, answer)) in answers {
+        let line = |why| format!("{}: name {name} {why}", path.display());
+        match (policy.dns.unresolved, answer.is_without_addresses()) {
+            _ if needs_link_local => remarks.unprotected.push(line(NOT_ACCEPTED)),
+            (Unresolved::Open, true) => remarks.unprotected.push(line(NO_ADDRESS)),
+            (Unresolved::Closed, true) => remarks.absent.push(line(CLOSED)),
+            (Unresolved::Open | Unresolved::Closed, false) => {}
+        }
+    }
+    remarks
 }
 
 /// What depends on the host and its surroundings, by its ids in JSON.
-const NOT_CHECKED: [&str; 5] = ["users", "groups", "cgroups", "names", "bosh"];
+const NOT_CHECKED: [&str; 6] = ["owners", "users", "groups", "cgroups", "names", "bosh"];
 
 fn check(path: &Path, Check { offline, json }: &Check) -> Result<ExitStatus> {
     let checked = if *offline { by_text(path) } else { on_this_host(path) };
@@ -125,24 +137,25 @@ fn check(path: &Path, Check { offline, json }: &Check) -> Result<ExitStatus> {
 }
 
 fn on_this_host(path: &Path) -> Result<ConfigCheck> {
-    let wanted = HostConfig::load_untrusted(path)?;
+    let wanted = HostConfig::load_to_check(path)?;
     // As a start sees it, where what is saved can be read.
     let saved = state::load(&wanted.settings().state_dir).ok().flatten();
     wanted.ensure_present(saved.as_ref().map(|(good, _)| good))?;
+    let names = runtime()?.block_on(remarks(path, wanted.policy()));
     Ok(ConfigCheck {
         exists: wanted.from_file,
-        untrusted: config::ensure_trusted(path).err().map(|fault| fault.to_string()),
+        untrusted: config::untrusted(path).map(|fault| fault.to_string()),
         targets: wanted.policy().targets.len(),
         defaults: wanted.config.targets.is_empty(),
         warnings: wanted.warnings().to_vec(),
-        absent: wanted.absent(),
-        unprotected: runtime()?.block_on(unprotected(path, wanted.policy())),
+        absent: wanted.absent().into_iter().chain(names.absent).collect(),
+        unprotected: names.unprotected,
         ..ConfigCheck::of(path)
     })
 }
 
 fn by_text(path: &Path) -> Result<ConfigCheck> {
-    let meant = Config::load(path).and_then(|config| Ok((config.targets.is_empty(), config.without_users()?)));
+    let meant = Config::load_to_check(path).and_then(|config| Ok((config.targets.is_empty(), config.without_users()?)));
     let (defaults, Understood { policy, warnings, .. }) = meant.map_err(InputError::from)?;
     Ok(ConfigCheck {
         targets: policy.targets.len(),
@@ -235,8 +248,8 @@ impl ConfigCheck {
         }
         if !not_checked.is_empty() {
             page.line(
-                "not checked: whether users, groups and cgroups exist, what names resolve to, and the settings of a \
-                 BOSH agent",
+                "not checked: who can write the files, whether users, groups and cgroups exist, what names resolve \
+                 to, and the settings of a BOSH agent",
             );
         }
         page.into_text()

@@ -592,7 +592,7 @@ fn a_configuration_is_checked_whole_and_without_its_host() -> Test {
         assert!(!offline.text.contains("warning"), "{}", offline.text);
         offline.expect(
             ExitStatus::Yes,
-            &["/run/enforcer.toml: valid; 2 targets\nnot checked: whether users"],
+            &["/run/enforcer.toml: valid; 2 targets\nnot checked: who can write"],
         );
         let json = operator.run(&["config", "check", "--offline", "--json"]);
         assert_eq!(json.value("/not_checked/0")?, "users");

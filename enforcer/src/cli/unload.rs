@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use super::{ExitStatus, PATIENCE_FOR_WORK, is_nobody, place_or, print, runtime};
+use super::{ExitStatus, PATIENCE_FOR_WORK, is_nobody, named_place, print, runtime};
 use crate::{
     backend::{self, jobs},
     config::Settings,
@@ -37,7 +37,7 @@ fn is_meant() -> Result<bool> {
 
 pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
     // Nothing may be said to be gone that lies elsewhere.
-    let settings = &place_or(config, false)?;
+    let settings = &named_place(config, false)?;
     if !unload.yes && io::stdin().is_terminal() && !is_meant()? {
         print("nothing was changed\n")?;
         return Ok(ExitStatus::No);

@@ -88,10 +88,10 @@ impl FileFault {
     }
 }
 
-/// What else can be done about a file: what lies beside the configuration file can be without.
+/// What else can be done about a file: what lies in `conf.d` can be without.
 fn without_it(path: &Path) -> &'static str {
-    let beside = path.components().any(|part| part.as_os_str() == MORE);
-    if beside {
+    let names = [Some(path), path.parent()].into_iter().flatten();
+    if names.filter_map(Path::file_name).any(|name| name == MORE) {
         ", or remove it"
     } else {
         " or name another with --config"

@@ -3,33 +3,38 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, Metadata, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read as _},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
-use nix::unistd::Uid;
-
 use super::{
     Bosh, Config, ConfigError, ConfigFault, DEFAULT_PATH, FileFault, MAX_BYTES, Mistake, Mistakes, TargetSection, read,
+    trust,
 };
-
-/// Who may write whatever is read.
-const ROOT: u32 = 0;
 
 /// The directory of more targets, beside the configuration file.
 pub(super) const MORE: &str = "conf.d";
 
+/// Whether files count that another user could have written (F6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trust {
+    /// They do not.
+    Needed,
+    /// They do: they are only to be checked, or shown.
+    Ignored,
+}
+
 /// Reads the configuration file at `path` and what is beside it. No file at [`DEFAULT_PATH`] is as an empty one (B1).
-pub(super) fn load(path: &Path) -> Result<Config, ConfigError> {
-    load_from(path, path == Path::new(DEFAULT_PATH), &Bosh::default().dir)
+pub(super) fn load(path: &Path, trust: Trust) -> Result<Config, ConfigError> {
+    load_from(path, trust, path == Path::new(DEFAULT_PATH), &Bosh::default().dir)
 }
 
 /// As [`load`], of a file that may be missing, on a host whose BOSH agent has its settings in `agent`, if it has one.
-pub(super) fn load_from(path: &Path, may_be_missing: bool, agent: &Path) -> Result<Config, ConfigError> {
-    let (main, beside) = read_from(path, may_be_missing, agent)?;
+pub(super) fn load_from(path: &Path, trust: Trust, may_be_missing: bool, agent: &Path) -> Result<Config, ConfigError> {
+    let (main, beside) = read_from(path, trust, may_be_missing, agent)?;
     let (mut mistakes, config) = match main {
         Ok(config) => (Mistakes::default(), config),
         Err(found) => (found, Config::default()),
@@ -44,21 +49,26 @@ pub(super) fn load_from(path: &Path, may_be_missing: bool, agent: &Path) -> Resu
     Ok(read::with_defaults(config))
 }
 
-/// As [`load`], without the files beside the configuration file that have a mistake of their own (F8).
-pub(super) fn load_what_is_right(path: &Path) -> Result<Config, ConfigError> {
+/// As [`load`], without the files beside the configuration file that have a mistake of their own (F8). None where that
+/// leaves no target of those that are written.
+pub(super) fn load_what_is_right(path: &Path) -> Result<Option<Config>, ConfigError> {
     let may_be_missing = path == Path::new(DEFAULT_PATH);
-    let (main, beside) = read_from(path, may_be_missing, &Bosh::default().dir)?;
-    let right = beside.into_iter().filter(|(_, targets)| {
-        let alone = |targets: &Targets| Config {
-            targets: targets.clone(),
+    let (main, beside) = read_from(path, Trust::Needed, may_be_missing, &Bosh::default().dir)?;
+    let mut config = main?;
+    for (_, targets) in beside {
+        let Ok(targets) = targets else { continue };
+        let alone = Config {
+            targets,
             ..Config::default()
         };
-        targets
-            .as_ref()
-            .is_ok_and(|targets| alone(targets).mistakes().is_empty())
-    });
-    let (config, _) = add(main?, right.collect());
-    Ok(read::with_defaults(config))
+        let is_new = alone.targets.keys().all(|name| !config.targets.contains_key(name));
+        if is_new && alone.mistakes().is_empty() {
+            config.targets.extend(alone.targets);
+        }
+    }
+    // B1: the built-in ones are not what was written.
+    let is_meant = !config.targets.is_empty() || config.bosh.is_some();
+    Ok(is_meant.then_some(config))
 }
 
 type Targets = BTreeMap<String, TargetSection>;
@@ -68,10 +78,12 @@ type Beside = Vec<(PathBuf, Result<Targets, Mistakes>)>;
 /// The configuration file, and what is beside it.
 fn read_from(
     path: &Path,
+    trust: Trust,
     may_be_missing: bool,
     agent: &Path,
 ) -> Result<(Result<Config, Mistakes>, Beside), ConfigError> {
     let mut room = MAX_BYTES;
+    ensure(trust, path)?;
     let bytes = match open(path).and_then(|file| content(file, &mut room)) {
         Ok(bytes) => bytes.ok_or_else(|| FileFault::TooLong { path: path.into() })?,
         Err(cause) if cause.kind() == io::ErrorKind::NotFound && may_be_missing => Vec::new(),
@@ -88,12 +100,12 @@ fn read_from(
     {
         config.bosh.get_or_insert_default();
     }
-    let beside = match list_beside(path) {
+    let beside = match list_beside(path, trust) {
         Ok(files) => files,
         Err(fault) => return Ok((config, vec![(directory(path), Err(Mistakes::of(fault)))])),
     };
     let read = |file: PathBuf| {
-        let targets = targets_of(&file, path, &mut room);
+        let targets = targets_of(&file, path, trust, &mut room);
         (file, targets)
     };
     Ok((config, beside.into_iter().map(read).collect()))
@@ -118,10 +130,10 @@ fn add(mut config: Config, beside: Beside) -> (Config, Mistakes) {
 }
 
 /// The targets that a file adds to those of `main`.
-fn targets_of(file: &Path, main: &Path, room: &mut usize) -> Result<Targets, Mistakes> {
+fn targets_of(file: &Path, main: &Path, trust: Trust, room: &mut usize) -> Result<Targets, Mistakes> {
     let mut read = || {
+        ensure(trust, file)?;
         let opened = open(file).map_err(unreadable(file))?;
-        ensure_ours(file, &opened.metadata().map_err(unreadable(file))?, main)?;
         let bytes = content(opened, room).map_err(unreadable(file))?;
         bytes.ok_or_else(|| FileFault::TooLong { path: file.into() })
     };
@@ -152,15 +164,15 @@ fn directory(path: &Path) -> PathBuf {
 }
 
 /// The files that add targets to those of `path`, in the order of their names.
-fn list_beside(path: &Path) -> Result<Vec<PathBuf>, FileFault> {
+fn list_beside(path: &Path, trust: Trust) -> Result<Vec<PathBuf>, FileFault> {
     let dir = directory(path);
+    let is_missing = |cause: &io::Error| matches!(cause.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
     match fs::symlink_metadata(&dir) {
-        Err(cause) if matches!(cause.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Ok(Vec::new());
-        }
-        found => ensure_ours(&dir, &found.map_err(unreadable(&dir))?, path)?,
+        Err(cause) if is_missing(&cause) => return Ok(Vec::new()),
+        Err(cause) => return Err(unreadable(&dir)(cause)),
+        Ok(_) => {}
     }
-    ensure_ours(&dir, &fs::metadata(&dir).map_err(unreadable(&dir))?, path)?;
+    ensure(trust, &dir)?;
     list(&dir).map_err(unreadable(&dir))
 }
 
@@ -178,42 +190,11 @@ fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// F6: that nobody but root, or who runs this, can have written the configuration file, nor can put another in its
-/// place. Not asked of a file that is only to be checked.
-pub fn ensure_trusted(path: &Path) -> Result<(), FileFault> {
-    let mut looked_at = vec![path.to_path_buf()];
-    // By its name and, where that is a link, by the one behind it.
-    looked_at.extend(path.canonicalize().ok().filter(|real| real != path));
-    for path in looked_at {
-        let Ok(meta) = fs::metadata(&path) else {
-            // None, or none that can be read: that is said elsewhere.
-            continue;
-        };
-        let ours = [ROOT, Uid::effective().as_raw()];
-        ensure_owned(&path, &meta, &ours, false)?;
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        let meta = fs::metadata(dir).map_err(unreadable(dir))?;
-        ensure_owned(dir, &meta, &ours, meta.mode() & libc::S_ISVTX != 0)?;
+fn ensure(trust: Trust, path: &Path) -> Result<(), FileFault> {
+    match trust {
+        Trust::Needed => trust::ensure(path),
+        Trust::Ignored => Ok(()),
     }
-    Ok(())
-}
-
-/// F6: beside a file in a directory like `/tmp` anybody can make a `conf.d`.
-fn ensure_ours(path: &Path, meta: &Metadata, main: &Path) -> Result<(), FileFault> {
-    let owner = fs::metadata(main).map_or(ROOT, |meta| meta.uid());
-    // A link has every right, and none counts.
-    ensure_owned(path, meta, &[ROOT, owner, Uid::effective().as_raw()], meta.is_symlink())
-}
-
-fn ensure_owned(path: &Path, meta: &Metadata, owners: &[u32], is_writable: bool) -> Result<(), FileFault> {
-    if owners.contains(&meta.uid()) && (is_writable || meta.mode() & 0o022 == 0) {
-        return Ok(());
-    }
-    Err(FileFault::Untrusted {
-        path: path.into(),
-        uid: meta.uid(),
-        mode: meta.mode() & 0o7777,
-    })
 }
 
 /// Opens a file to be read, but nothing that would keep a reader waiting.

@@ -17,7 +17,7 @@ use crate::{
     control::{self, ControlError, ControlSocket},
     host,
     inputs::{HostConfig, InputError, SavedRun},
-    state::{self, LastGood, Mark},
+    state::{LastGood, Mark},
     sweep,
     wire::{DaemonStatus, Status},
 };
@@ -87,11 +87,8 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
         // Whose instance it is cannot be told.
         return Err(InputError::from(ConfigError::Missing { path: path.into() }).into());
     }
-    let (left, good) = match config::state_dir(path) {
-        Some(dir) => {
-            ensure_alone(path)?;
-            SavedRun::claim(&dir)
-        }
+    let (left, good) = match state_dir(path) {
+        Some(dir) => claim(path, &dir),
         // The file is refused below.
         None => (SavedRun::nothing(), None),
     };
@@ -110,19 +107,31 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
     }
     let wanted = HostConfig::load(path);
     let wanted = wanted.and_then(|wanted| wanted.ensure_present(good.as_ref()).map(|()| wanted));
+    let has_saved = good.is_some();
     let (Some((run, listener)), Some(good)) = (early, good) else {
         if let (Err(_), Some(fault)) = (&wanted, &left.fault) {
             error!("{fault}"); // F4: the end of the process tells of the configuration alone.
         }
         let (wanted, rejected) = match wanted {
             Ok(wanted) => (wanted, None),
-            Err(error) => without_mistakes(path, error)?,
+            // Rules that are saved and could not be applied are more than those files have.
+            Err(error) if has_saved => return Err(error.into()),
+            Err(error) => {
+                without_mistakes(path, error).map(|(wanted, error)| (wanted, Some(DaemonError::from(error))))?
+            }
         };
-        let listener = control::listen(&wanted.config.settings.socket)?;
-        let mut daemon = Daemon::begin(machine, wanted, left)?;
+        let begin = || {
+            let listener = control::listen(&wanted.config.settings.socket)?;
+            Ok((Daemon::begin(machine, wanted, left)?, listener))
+        };
+        let (mut daemon, listener) = begin().inspect_err(|_: &DaemonError| {
+            for line in rejected.iter().flat_map(DaemonError::lines) {
+                error!("{line}");
+            }
+        })?;
         if let Some(error) = rejected {
             daemon.pending = Some(Pending::partly(path));
-            daemon.refused(&error.into());
+            daemon.refused(&error);
         }
         return Ok((daemon, listener));
     };
@@ -153,23 +162,48 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
 }
 
 /// What of a configuration with mistakes can be enforced where nothing is saved: all but the files in `conf.d` that
-/// have one (F8). Where rules are active, they stay (F4).
-fn without_mistakes(path: &Path, error: InputError) -> Result<(HostConfig, Option<InputError>), InputError> {
+/// have one (F8). Where rules are active, or may be, they stay (F4).
+fn without_mistakes(path: &Path, error: InputError) -> Result<(HostConfig, InputError), InputError> {
     let settings = config::place(path, true).unwrap_or_default();
-    if ActiveRules::are_there(&settings).unwrap_or(false) {
-        warn!("the rules that are active in the kernel stay active, and are not followed");
+    match ActiveRules::may_be_there(&settings) {
+        Ok(false) => {}
+        Ok(true) => {
+            warn!("the rules that are active in the kernel stay active, and are not followed");
+            return Err(error);
+        }
+        Err(_) => return Err(error),
+    }
+    if error.mistakes().is_none() {
         return Err(error);
     }
     match HostConfig::load_what_is_right(path) {
-        Ok(wanted) if error.mistakes().is_some() => Ok((wanted, Some(error))),
-        Ok(_) | Err(_) => Err(error),
+        Ok(Some(wanted)) => Ok((wanted, error)),
+        Ok(None) | Err(_) => Err(error),
     }
 }
 
-/// Fails where a daemon runs by this file: its state directory is that one's.
-fn ensure_alone(path: &Path) -> Result<(), ControlError> {
-    let settings = config::place(path, true).unwrap_or_default();
-    control::ensure_socket_free(&settings.socket)
+/// Where the last run has left its rules. A file at the default path that another user could have written does not say
+/// it (F6).
+fn state_dir(path: &Path) -> Option<PathBuf> {
+    if path == Path::new(config::DEFAULT_PATH) && config::untrusted(path).is_some() {
+        return Some(Settings::default().state_dir);
+    }
+    config::state_dir(path)
+}
+
+/// What is in a state directory. What another user has put in its place is removed first; but neither while a daemon
+/// has it, nor on the word of a file that another user could have written (F6).
+fn claim(path: &Path, dir: &Path) -> (SavedRun, Option<LastGood>) {
+    let (left, good) = SavedRun::load(dir);
+    let is_in_use = || {
+        let settings = config::place(path, path == Path::new(config::DEFAULT_PATH)).unwrap_or_default();
+        control::ensure_socket_free(&settings.socket).is_err()
+    };
+    let is_named_by_others = || path != Path::new(config::DEFAULT_PATH) && config::untrusted(path).is_some();
+    if good.is_some() || is_in_use() || is_named_by_others() {
+        return (left, good);
+    }
+    SavedRun::claim(dir)
 }
 
 /// Of a status: this process does not stay.
@@ -214,17 +248,17 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 /// Makes the last known good rule set active: no configuration, no lookup. None where there is none yet; a generation
 /// that is active already stays.
 pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
-    let dir = config::state_dir(path);
-    // A daemon that runs has it.
-    if ensure_alone(path).is_ok() {
-        dir.as_deref().map(state::reclaim).transpose()?;
-    }
-    let good = dir.map(|dir| state::load(&dir)).transpose()?;
-    let Some((good, mark)) = good.flatten() else {
+    let Some(dir) = state_dir(path) else {
         return Ok(None);
     };
+    let (left, good) = claim(path, &dir);
+    if let Some(fault) = left.fault {
+        return Err(fault.into());
+    }
+    let Some(good) = good else { return Ok(None) };
+    let mark = left.mark;
     let wanted = HostConfig::of(path, &good)?;
-    let mut daemon = Daemon::start(&ThisMachine, wanted, false, SavedRun::of(&good, Some(mark)))?;
+    let mut daemon = Daemon::start(&ThisMachine, wanted, false, SavedRun::of(&good, mark))?;
     daemon.resume()?;
     let mut status = daemon.status();
     status.daemon = NO_DAEMON;
@@ -319,7 +353,7 @@ impl Daemon {
 
     fn refused(&mut self, error: &DaemonError) {
         let stays = if self.pending.as_ref().is_some_and(|pending| pending.is_partly) {
-            "the files without mistakes are enforced"
+            "only the files that were right at the start are enforced"
         } else if self.guard.is_held() {
             "the rules that were active before the start stay, and names are not followed until this is fixed"
         } else {

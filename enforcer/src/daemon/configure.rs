@@ -42,7 +42,9 @@ impl Daemon {
     /// defaults (F4).
     pub(super) fn take_configuration(&mut self) -> Result<(), DaemonError> {
         let config = self.read_configuration()?;
-        self.change_to(config)
+        self.change_to(config)?;
+        self.pending = None;
+        Ok(())
     }
 
     fn read_configuration(&self) -> Result<HostConfig, DaemonError> {
@@ -206,7 +208,6 @@ impl Daemon {
         self.faults.set(About::RuleSet, None);
         self.faults.set(About::Host, None);
         self.faults.set(About::Users, self.inputs.config.fault());
-        self.pending = None;
         self.rounds.retain(&self.inputs.policy().names());
         self.look_up_due(Instant::now());
         self.answer_waiting();

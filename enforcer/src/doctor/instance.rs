@@ -114,19 +114,13 @@ impl Read {
     }
 }
 
-/// As a start reads it.
-fn trusted(path: &Path) -> Result<Config, ConfigError> {
-    config::ensure_trusted(path)?;
-    Config::load(path)
-}
-
 impl Instance {
     pub(super) async fn collect(path: &Path, gaps: &mut Gaps) -> Self {
         let Read {
             settings,
             absent,
             policy,
-        } = Read::of(trusted(path), path, &HostUsers);
+        } = Read::of(Config::load(path), path, &HostUsers);
         let its_own = settings.as_ref().and_then(of_running_daemon);
         let runs_elsewhere = its_own.is_some();
         let settings = its_own.or(settings);
@@ -222,8 +216,8 @@ impl Instance {
                 "restart-needed",
                 Medium,
                 &format!(
-                    "the daemon that runs answers on {} and keeps its socket, pin_dir, nft_table and cgroup; it \
-                     rejects a configuration that names others",
+                    "the daemon that runs answers on {} and keeps its socket, pin_dir and nft_table; it rejects a \
+                     configuration that names others",
                     self.settings.socket.display()
                 ),
                 "restart the daemon (systemctl restart enforcer, or sv restart enforcer)",

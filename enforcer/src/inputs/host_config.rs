@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::InputError;
 use crate::{
-    config::{self, Backend, Bosh, Config, ConfigError, Remark, Settings, Understood},
+    config::{Backend, Bosh, Config, ConfigError, Remark, Settings, Understood},
     host::{self, NoMatch},
     policy::{Account, BUS, CgroupPath, FileUsers, HostUsers, Listed, MONIT, Policy, Target, Uid, Users},
     state::LastGood,
@@ -74,19 +74,20 @@ impl HostConfig {
 
     /// As [`HostConfig::load`], with users as they were known before.
     pub(crate) fn load_knowing(path: &Path, before: &KnownUsers) -> Result<Self, InputError> {
-        config::ensure_trusted(path).map_err(ConfigError::from)?;
         Self::understand(Config::load(path)?, &HostUsers, before)
     }
 
     /// As [`HostConfig::load`], of a file that is only to be checked.
-    pub(crate) fn load_untrusted(path: &Path) -> Result<Self, InputError> {
-        Self::understand(Config::load(path)?, &HostUsers, &BTreeMap::new())
+    pub(crate) fn load_to_check(path: &Path) -> Result<Self, InputError> {
+        Self::understand(Config::load_to_check(path)?, &HostUsers, &BTreeMap::new())
     }
 
-    /// As [`HostConfig::load`], without the files in `conf.d` that have mistakes (F8).
-    pub(crate) fn load_what_is_right(path: &Path) -> Result<Self, InputError> {
-        config::ensure_trusted(path).map_err(ConfigError::from)?;
-        Self::understand(Config::load_what_is_right(path)?, &HostUsers, &BTreeMap::new())
+    /// As [`HostConfig::load`], without the files in `conf.d` that have mistakes (F8); none where they have all the
+    /// targets.
+    pub(crate) fn load_what_is_right(path: &Path) -> Result<Option<Self>, InputError> {
+        let config = Config::load_what_is_right(path)?;
+        let understand = |config| Self::understand(config, &HostUsers, &BTreeMap::new());
+        config.map(understand).transpose()
     }
 
     /// The same configuration, with its users looked up again (N9).

@@ -62,9 +62,9 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
 /// The settings of the daemon that runs, where the configuration names other places by now: it keeps its own until it
 /// is restarted.
 pub(crate) fn of_running_daemon(settings: &Settings) -> Option<Settings> {
-    let (good, _) = state::load(&settings.state_dir).ok()??;
-    let runs_elsewhere = !good.settings.is_at_same_place(settings) && ask::is_served(&good.settings.socket);
-    runs_elsewhere.then_some(good.settings)
+    let its_own = state::settings(&settings.state_dir).ok()??;
+    let runs_elsewhere = !its_own.is_at_same_place(settings) && ask::is_served(&its_own.socket);
+    runs_elsewhere.then_some(its_own)
 }
 
 /// That one of the two halves of `both` holds nothing.

@@ -51,7 +51,7 @@ pub struct ConfigCheck {
     pub defaults: bool,
     /// What is odd.
     pub warnings: Vec<String>,
-    /// What does not exist on this host yet, and matches nobody until it does.
+    /// What does not exist yet: users and cgroups, which match nobody until then, and names whose port is closed.
     pub absent: Vec<String>,
     /// Names that will not be protected as it is.
     pub unprotected: Vec<String>,
