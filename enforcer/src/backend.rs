@@ -27,7 +27,7 @@ use crate::{
 
 pub(crate) use active_rules::ActiveRules;
 pub(crate) use ebpf::{
-    BackendError, Checked, EbpfBackend, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
+    BackendError, Checked, EbpfBackend, Lacking, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
 };
 pub(crate) use nftables::{Logged, LoggedDenial, NflogListener, NftChanges, NftablesBackend, NftablesError, jobs};
 
@@ -446,6 +446,11 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     }
     one.faults.extend(other.faults);
     Some(one)
+}
+
+/// The process that holds the right to write at a state directory, if one does.
+pub(crate) fn writer_of(state_dir: &Path) -> Option<impl std::fmt::Display> {
+    writer::holder(state_dir)
 }
 
 /// Removes all of ours from the kernel; false where there was nothing.

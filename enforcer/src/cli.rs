@@ -31,7 +31,7 @@ use crate::{
     control::{self, AskError},
     daemon::{self, DaemonError},
     inputs::InputError,
-    status::{from_outside, of_running_daemon},
+    status::{from_outside, of_running_instance, where_it_is},
     text::{self, Journal, Log},
     wire::{Reply, Request, Severity, State, Status},
 };
@@ -360,19 +360,12 @@ fn place(path: &Path) -> Result<Settings> {
     named_place(path, path == Path::new(config::DEFAULT_PATH)).map(where_it_runs)
 }
 
-/// The places of the daemon that runs, which the file may no longer name.
+/// The places of what is active, which the file may no longer name.
 fn where_it_runs(settings: Settings) -> Settings {
-    let Some(its_own) = of_running_daemon(&settings) else {
+    let Some(its_own) = of_running_instance(&settings) else {
         return settings;
     };
-    complain(
-        "warning",
-        &format!(
-            "the daemon that runs answers on {} and keeps its socket, pin_dir and nft_table until it is restarted; \
-             it is asked, not what the configuration names now",
-            its_own.socket.display()
-        ),
-    );
+    complain("warning", &where_it_is(&its_own));
     its_own
 }
 

@@ -34,6 +34,7 @@ pub use error::{ConfigError, ConfigFault, FileFault};
 use files::Trust;
 pub use files::beside;
 pub(crate) use files::modified;
+pub(crate) use files::unread_beside;
 pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
 pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
 pub use salvage::{place, state_dir};

@@ -223,7 +223,13 @@ pub(crate) async fn ask_many(
                 request: Box::new(request.clone()),
             })??
         };
-        let Some(reply) = reply else { break };
+        let Some(reply) = reply else {
+            if follows {
+                // Nobody who watches takes its end for a quiet night.
+                return Err(AskError::HungUp { path: path.into() });
+            }
+            break;
+        };
         if each(reply).is_err() {
             break;
         }
@@ -262,11 +268,11 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
         let full = format!("{MAX_FOLLOWERS} callers follow events, which is the maximum; end one of them");
         return send(&mut stream, &Reply::Error(full)).await;
     };
-    // For who has given up nothing is opened later (B4). One that has closed its half alone waits; a grant to the
-    // caller itself goes by its process.
-    let opens = match &request {
+    // For who has given up nothing is opened later (B4), nor another configuration taken. One that has closed its half
+    // alone waits; a grant to the caller itself goes by its process.
+    let matters = match &request {
         Request::Grant(asked) => asked.to != Selector::default(),
-        Request::Unload => true,
+        Request::Unload | Request::Reload { dry_run: false } => true,
         Request::Status
         | Request::Refresh
         | Request::Events { .. }
@@ -274,9 +280,9 @@ async fn answer(mut stream: UnixStream, calls: mpsc::Sender<Call>, followers: Ar
         | Request::Revoke(_)
         | Request::Grants
         | Request::Verify
-        | Request::Reload { .. } => false,
+        | Request::Reload { dry_run: true } => false,
     };
-    if opens && has_hung_up(write.as_ref()) {
+    if matters && has_hung_up(write.as_ref()) {
         return Ok(());
     }
     let (replies, mut receiver) = mpsc::channel(64);

@@ -213,6 +213,15 @@ impl Names {
         }
     }
 
+    /// Whether DNS has answered nothing but addresses that no name may stand for (N6).
+    #[must_use]
+    pub(crate) fn is_rejected(accepted: AcceptedAnswers, answer: &LookupAnswer) -> bool {
+        let (LookupAnswer::Dns { .. }, (all, _)) = (answer, answer.clone().into_addresses()) else {
+            return false;
+        };
+        !all.is_empty() && sift(all, accepted).0.is_empty()
+    }
+
     /// Whether DNS has answered nothing but link-local addresses, which its targets do not take (N6).
     #[must_use]
     pub(crate) fn needs_link_local(accepted: AcceptedAnswers, answer: &LookupAnswer) -> bool {

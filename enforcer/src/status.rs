@@ -3,7 +3,7 @@
 
 mod outside;
 
-pub(crate) use outside::{from_outside, of_running_daemon, saved_names};
+pub(crate) use outside::{from_outside, of_running_instance, saved_names, where_it_is};
 
 use std::time::Instant;
 
@@ -228,10 +228,11 @@ impl Status {
         }
         line(
             "daemon",
-            &self
-                .daemon
-                .pid
-                .map_or_else(|| "not running".to_owned(), |pid| format!("running, pid {pid}")),
+            &match (self.daemon.pid, self.daemon.running) {
+                (Some(pid), _) => format!("running, pid {pid}"),
+                (None, true) => "running".to_owned(),
+                (None, false) => "not running".to_owned(),
+            },
         );
         if self.events_lost > 0 {
             line(

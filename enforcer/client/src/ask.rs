@@ -91,7 +91,7 @@ pub enum AskError {
         request: Box<Request>,
     },
     /// The daemon ended before it answered.
-    #[error("the daemon on {} hung up without an answer; its log may say why", path.display())]
+    #[error("the daemon on {} hung up; its log may say why", path.display())]
     HungUp {
         /// The socket.
         path: PathBuf,

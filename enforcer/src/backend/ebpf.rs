@@ -42,7 +42,7 @@ pub(crate) use self::{
     error::BackendError,
     links::{LinkLook, LinksSeen},
     load::reads_kernel,
-    observe::{Checked, Observed, ObservedTarget, Pinned, SocketUsers},
+    observe::{Checked, Lacking, Observed, ObservedTarget, Pinned, SocketUsers},
 };
 use self::{
     image::{Image, Loader, TargetNames},
@@ -60,7 +60,7 @@ pub(crate) struct EbpfBackend {
     programs: Ebpf,
     maps: Maps,
     pins: Pins,
-    _lock: Lock,
+    lock: Lock,
     cgroup: PathBuf,
     cgroup_fd: File,
     cgroup_id: u64,
@@ -116,7 +116,7 @@ impl EbpfBackend {
             programs,
             maps,
             pins,
-            _lock: lock,
+            lock,
             cgroup: cgroup.into(),
             cgroup_fd,
             cgroup_id,
@@ -242,6 +242,17 @@ impl EbpfBackend {
         self.attach_again(self.udp)?;
         self.pin_missing_maps()?;
         Ok(Some(kept))
+    }
+
+    /// Makes the pin directory again where another process has removed it, and takes its lock.
+    fn restore_directory(&mut self) -> Result<(), BackendError> {
+        if self.pins.is_there() {
+            return Ok(());
+        }
+        let pins = Pins::create(self.pins.dir())?;
+        self.lock = pins.lock()?;
+        self.pins = pins;
+        Ok(())
     }
 
     /// Pins maps again whose pins another process has removed: the next start takes over what is pinned (F1).

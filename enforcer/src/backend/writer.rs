@@ -73,6 +73,14 @@ impl Writer {
     }
 }
 
+/// Who has the right to write at a state directory, if somebody has.
+pub(super) fn holder(state_dir: &Path) -> Option<Holder> {
+    match Flock::lock(open(state_dir, false).ok()?, FlockArg::LockExclusiveNonblock) {
+        Err((file, nix::Error::EWOULDBLOCK)) => holder_of(&file),
+        Ok(_) | Err(_) => None,
+    }
+}
+
 /// A file that root alone can open, and so lock (F6).
 fn open(state_dir: &Path, make: bool) -> io::Result<File> {
     if make {

@@ -8,7 +8,7 @@ use enforcer_ebpf::Verdict;
 
 use super::{ExitStatus, Json, PATIENCE, complain, place, print_one, runtime};
 use crate::{
-    backend::ActiveRules,
+    backend::{ActiveRules, Lacking},
     config::Settings,
     control,
     host::{self, Identities, START},
@@ -144,9 +144,13 @@ fn judge(active: &ActiveRules, attempt: &Attempt, covered: Option<u64>) -> Resul
         .map(|target| target.name.as_str())
         .collect();
     let reason = match (checked.verdict, checked.without) {
-        (Verdict::Unjudged, Some(hook)) => format!(
+        (Verdict::Unjudged, Some(Lacking::Program(hook))) => format!(
             "nothing is evaluated, as eBPF program {hook} is not attached where it should be; {START}, or run enforcer \
              apply"
+        ),
+        (Verdict::Unjudged, Some(Lacking::Chain(chain))) => format!(
+            "nothing is certain, as another process changed what chain {chain} of the nftables table leads to; \
+             {START}, or run enforcer apply"
         ),
         (Verdict::Unjudged, None) if is_only_local(active, attempt, covered)? => {
             "an endpoint here, but not evaluated in another network namespace".to_owned()

@@ -1,6 +1,10 @@
 //! `enforcer config`: all that is wrong with the configuration, and what it is with all defaults.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -11,7 +15,7 @@ use super::{ExitStatus, Json, print_one, reload, runtime};
 use crate::{
     config::{self, Config, Mistake, Mistakes, Understood},
     inputs::{HostConfig, InputError},
-    policy::{BUS, MONIT, Name, Policy, Unresolved},
+    policy::{AcceptedAnswers, BUS, MONIT, Name, Policy, Unresolved},
     resolve::{LookupAnswer, Names, lookup},
     state,
     text::{self, Page, counted},
@@ -77,6 +81,8 @@ const PATIENCE_FOR_NAMES: Duration = Duration::from_secs(2);
 
 const NOT_ACCEPTED: &str = "resolves to link-local addresses only, which are not accepted from DNS: it will never be \
                             protected; set answers = \"link-local\" in its target, or use the address";
+const REJECTED: &str = "resolves only to loopback, multicast, unspecified or other addresses that are not accepted \
+                        from DNS: it will never be protected; use the address, or name it in /etc/hosts";
 const NO_ADDRESS: &str = "has no address, says this host's resolver: nothing of it is protected until it has; correct \
                           the name, unless its address is yet to come";
 const CLOSED: &str = "has no address, says this host's resolver: until it has, its port is closed at every address; \
@@ -89,6 +95,8 @@ struct NameRemarks {
     unprotected: Vec<String>,
     /// They have no address, and their port is closed until they have.
     absent: Vec<String>,
+    /// Nothing is known of them.
+    unknown: Vec<String>,
 }
 
 /// Looks names up: some may have no address, and DNS may answer to some what no target of theirs takes (N6).
@@ -97,23 +105,38 @@ async fn remarks(path: &Path, policy: &Policy) -> NameRemarks {
     for (name, accepted) in policy.asked() {
         lookups.spawn(async move {
             let answer = lookup(&name, PATIENCE_FOR_NAMES).await;
-            (name, Names::needs_link_local(accepted, &answer), answer)
+            (name, (accepted, answer))
         });
     }
-    let answers: BTreeMap<Name, (bool, LookupAnswer)> = (lookups.join_all().await.into_iter())
-        .map(|(name, needs, answer)| (name, (needs, answer)))
-        .collect();
+    let answers: BTreeMap<Name, (AcceptedAnswers, LookupAnswer)> = lookups.join_all().await.into_iter().collect();
     let mut remarks = NameRemarks::default();
-    for (name, (needs_link_local, answer)) in answers {
-        let line = |why| format!("{}: name {name} {why}", path.display());
-        match (policy.dns.unresolved, answer.is_without_addresses()) {
-            _ if needs_link_local => remarks.unprotected.push(line(NOT_ACCEPTED)),
-            (Unresolved::Open, true) => remarks.unprotected.push(line(NO_ADDRESS)),
-            (Unresolved::Closed, true) => remarks.absent.push(line(CLOSED)),
-            (Unresolved::Open | Unresolved::Closed, false) => {}
+    for (name, (accepted, answer)) in answers {
+        let line = |why: &str| format!("{}: name {name} {why}", path.display());
+        if Names::needs_link_local(accepted, &answer) {
+            remarks.unprotected.push(line(NOT_ACCEPTED));
+        } else if Names::is_rejected(accepted, &answer) {
+            remarks.unprotected.push(line(REJECTED));
+        } else if answer.is_without_addresses() {
+            match policy.dns.unresolved {
+                Unresolved::Open => remarks.unprotected.push(line(NO_ADDRESS)),
+                Unresolved::Closed => remarks.absent.push(line(CLOSED)),
+            }
+        } else if let (addresses, why) = answer.into_addresses()
+            && addresses.is_empty()
+        {
+            let line = line(&format!(
+                "cannot be looked up now ({why}): whether it will be protected is not known"
+            ));
+            remarks.unknown.push(line);
         }
     }
     remarks
+}
+
+/// What lies in `conf.d` and looks as if it should be read, but is not.
+fn not_read(path: &Path) -> Vec<String> {
+    let name = |file: &PathBuf| format!("{} is not read: its name does not end in .toml", file.display());
+    config::unread_beside(path).iter().map(name).collect()
 }
 
 /// What depends on the host and its surroundings, by its ids in JSON.
@@ -147,7 +170,7 @@ fn on_this_host(path: &Path) -> Result<ConfigCheck> {
         untrusted: config::untrusted(path).map(|fault| fault.to_string()),
         targets: wanted.policy().targets.len(),
         defaults: wanted.config.targets.is_empty(),
-        warnings: wanted.warnings().to_vec(),
+        warnings: [wanted.warnings(), &names.unknown, &not_read(path)].concat(),
         absent: wanted.absent().into_iter().chain(names.absent).collect(),
         unprotected: names.unprotected,
         ..ConfigCheck::of(path)

@@ -595,7 +595,7 @@ fn a_configuration_is_checked_whole_and_without_its_host() -> Test {
             &["/run/enforcer.toml: valid; 2 targets\nnot checked: who can write"],
         );
         let json = operator.run(&["config", "check", "--offline", "--json"]);
-        assert_eq!(json.value("/not_checked/0")?, "users");
+        assert_eq!(json.value("/not_checked/0")?, "owners");
         assert_eq!(json.value("/targets")?, 2);
         assert_eq!(
             json.expect(ExitStatus::Yes, &[]).value("/errors")?,

@@ -13,6 +13,7 @@ use crate::{
     backend::{self, jobs},
     config::Settings,
     control,
+    status::of_running_instance,
     wire::Request,
 };
 
@@ -48,7 +49,10 @@ pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
             tell_what_stays(settings)
         }
         Err(error) if is_nobody(&error) => {
-            if backend::unload(settings)? {
+            // Rules that were made by an earlier configuration go with those of this one.
+            let earlier = of_running_instance(settings).map(|its_own| backend::unload(&its_own));
+            let removed = earlier.transpose()?.unwrap_or(false);
+            if backend::unload(settings)? || removed {
                 print("unloaded: nothing is active any more\n")?;
             } else {
                 // A file that names other places than the running instance has would find nothing there.

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     fs::{self, File, OpenOptions},
     io::{self, Read as _},
     os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
@@ -149,6 +150,22 @@ pub fn beside(path: &Path) -> Vec<PathBuf> {
     Some(dir).into_iter().filter(|dir| dir.exists()).chain(files).collect()
 }
 
+/// What else lies beside them, but for hidden files: whoever put it there may think that it is read.
+pub(crate) fn unread_beside(path: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory(path)).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name());
+    let unread = names.filter(|name| !name.as_encoded_bytes().starts_with(b".") && !is_read(name));
+    let mut unread: Vec<PathBuf> = unread.map(|name| directory(path).join(name)).collect();
+    unread.sort_unstable();
+    unread
+}
+
+/// Neither hidden files nor those that editors and package managers leave (`x.toml~`, `x.toml.dpkg-new`).
+fn is_read(name: &OsStr) -> bool {
+    let bytes = name.as_encoded_bytes();
+    bytes.ends_with(b".toml") && !bytes.starts_with(b".")
+}
+
 /// Another value once a file of the configuration is made, written or removed.
 pub(crate) fn modified(path: &Path) -> Vec<(PathBuf, Option<SystemTime>)> {
     let all = [path.to_path_buf()].into_iter().chain(beside(path));
@@ -176,13 +193,12 @@ fn list_beside(path: &Path, trust: Trust) -> Result<Vec<PathBuf>, FileFault> {
     list(&dir).map_err(unreadable(&dir))
 }
 
-/// By name; neither hidden files nor those that editors and package managers leave (`x.toml~`, `x.toml.dpkg-new`).
+/// By name.
 fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
-        let bytes = name.as_encoded_bytes();
-        if bytes.ends_with(b".toml") && !bytes.starts_with(b".") {
+        if is_read(&name) {
             files.push(dir.join(name));
         }
     }

@@ -46,6 +46,11 @@ impl Pending {
         }
     }
 
+    /// Whether parts of it are active.
+    pub(super) fn is_partly(&self) -> bool {
+        self.is_partly
+    }
+
     fn partly(path: &Path) -> Self {
         Self {
             is_partly: true,
@@ -352,7 +357,7 @@ impl Daemon {
     }
 
     fn refused(&mut self, error: &DaemonError) {
-        let stays = if self.pending.as_ref().is_some_and(|pending| pending.is_partly) {
+        let stays = if self.pending.as_ref().is_some_and(Pending::is_partly) {
             "only the files that were right at the start are enforced"
         } else if self.guard.is_held() {
             "the rules that were active before the start stay, and names are not followed until this is fixed"
@@ -381,6 +386,8 @@ impl Daemon {
                 self.faults.set(About::Reload, None);
                 true
             }
+            // Its places are others than those of the last known good rules: why it was refused at first still holds.
+            Err(DaemonError::FixedKeys { .. }) if self.faults.of(About::Reload).is_some() => false,
             Err(error) => {
                 self.refused(&error);
                 false

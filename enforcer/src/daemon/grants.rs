@@ -184,7 +184,7 @@ impl Daemon {
             self.take_back(before);
             // Nothing was granted: the file is left as it was, and what may be in it, for its owner to see.
             self.grants_unsaved = unsaved;
-            self.faults.set(About::Grants, fault);
+            self.faults.set_silently(About::Grants, fault);
             return Err(GrantError::NotKept(error));
         }
         let mut told = None;

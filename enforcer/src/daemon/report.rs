@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use tracing::warn;
 
-use super::{About, Daemon, Drift};
+use super::{About, Daemon, Drift, boot::Pending};
 use crate::{
     backend::{BackendError, Observed},
     status::{Context, identify, status},
@@ -49,6 +49,15 @@ impl Daemon {
         // A bus that was never known is open.
         for one in conditions.iter_mut().filter(|one| one.id == ConditionId::MessageBus) {
             if self.inputs.bus.is_none() {
+                one.severity = Severity::Critical;
+            }
+        }
+        // So are the targets of files that were left out at the start.
+        for one in conditions
+            .iter_mut()
+            .filter(|one| one.id == ConditionId::ConfigurationRejected)
+        {
+            if self.pending.as_ref().is_some_and(Pending::is_partly) {
                 one.severity = Severity::Critical;
             }
         }

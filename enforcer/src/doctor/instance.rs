@@ -24,7 +24,7 @@ use crate::{
     resolve::{Known, KnownName, LOOKUP_TIMEOUT, lookup, protection},
     ruleset::{Host, Resolved, RuleSet, compile},
     state::{self, LastGood},
-    status::{from_outside, of_running_daemon},
+    status::{from_outside, of_running_instance, where_it_is},
     wire::{
         ActiveBackend, ConditionId, NameProtection, Reply, Request, Severity, State, Status,
         doctor::Weight::{High, Medium},
@@ -40,7 +40,7 @@ pub(super) struct Instance {
     pub(super) fault: Option<String>,
     /// What a start does with an invalid one.
     pub(super) start: StartWithout,
-    /// Whether the daemon that runs has other places than the configuration names.
+    /// Whether what is active is at other places than the configuration names.
     pub(super) runs_elsewhere: bool,
     /// Principals whose users do not exist.
     pub(super) absent: Vec<String>,
@@ -121,7 +121,7 @@ impl Instance {
             absent,
             policy,
         } = Read::of(Config::load(path), path, &HostUsers);
-        let its_own = settings.as_ref().and_then(of_running_daemon);
+        let its_own = settings.as_ref().and_then(of_running_instance);
         let runs_elsewhere = its_own.is_some();
         let settings = its_own.or(settings);
         let hierarchy = gaps.saw("cgroup v2 mounts", Hierarchy::find()).flatten();
@@ -215,11 +215,7 @@ impl Instance {
             findings.one(
                 "restart-needed",
                 Medium,
-                &format!(
-                    "the daemon that runs answers on {} and keeps its socket, pin_dir and nft_table; it rejects a \
-                     configuration that names others",
-                    self.settings.socket.display()
-                ),
+                &where_it_is(&self.settings),
                 "restart the daemon (systemctl restart enforcer, or sv restart enforcer)",
             );
         }

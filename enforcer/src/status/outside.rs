@@ -6,7 +6,7 @@ use enforcer_client::{AskError, ask};
 
 use super::{Context, identify, status};
 use crate::{
-    backend::{ActiveRules, BackendError},
+    backend::{self, ActiveRules, BackendError},
     config::{Backend, Settings},
     host::{self, Identities},
     policy::Name,
@@ -34,6 +34,14 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
         let ebpf_on = backend.has_ebpf().then_some(cgroup.as_path());
         Visibility::of(settings, ebpf_on, false).fault()
     });
+    let unheard = silent.map(ToString::to_string).or_else(|| {
+        let holder = backend::writer_of(&settings.state_dir)?;
+        Some(format!(
+            "{holder} holds {}, and does not answer on {}: commands do not reach it; restart it",
+            settings.state_dir.display(),
+            settings.socket.display()
+        ))
+    });
     let context = Context {
         cgroup: cgroup.display().to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
@@ -43,8 +51,8 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
         unread: unread.is_some(),
         names: backend.and_then(|_| saved_names(settings)).unwrap_or_default(),
         daemon: silent.and_then(|_| ask::listener(&settings.socket)),
-        conditions: silent
-            .map(|error| ConditionId::DaemonNotAnswering.because(error.to_string()))
+        conditions: unheard
+            .map(|why| ConditionId::DaemonNotAnswering.because(why))
             .into_iter()
             .chain(
                 unread
@@ -59,12 +67,27 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
     Ok(status(observed.as_ref(), context))
 }
 
-/// The settings of the daemon that runs, where the configuration names other places by now: it keeps its own until it
-/// is restarted.
-pub(crate) fn of_running_daemon(settings: &Settings) -> Option<Settings> {
+/// The settings that hold now, where the configuration names other places by now: those of the daemon that runs, which
+/// keeps its own until it is restarted; or of the rules that the last one left, where nothing is at the new places yet.
+pub(crate) fn of_running_instance(settings: &Settings) -> Option<Settings> {
     let its_own = state::settings(&settings.state_dir).ok()??;
-    let runs_elsewhere = !its_own.is_at_same_place(settings) && ask::is_served(&its_own.socket);
-    runs_elsewhere.then_some(its_own)
+    if its_own.is_at_same_place(settings) {
+        return None;
+    }
+    let holds_rules = |settings: &Settings| ActiveRules::may_be_there(settings).unwrap_or(false);
+    let left_its_rules = || !ask::is_served(&settings.socket) && holds_rules(&its_own) && !holds_rules(settings);
+    (ask::is_served(&its_own.socket) || left_its_rules()).then_some(its_own)
+}
+
+/// Where [`of_running_instance`] finds it, as words.
+pub(crate) fn where_it_is(its_own: &Settings) -> String {
+    format!(
+        "the active rules are in {} or nftables table inet {}, and their daemon answers on {}: the configuration names \
+         other places, which count once the daemon is restarted",
+        its_own.pin_dir.display(),
+        its_own.nft_table,
+        its_own.socket.display()
+    )
 }
 
 /// That one of the two halves of `both` holds nothing.

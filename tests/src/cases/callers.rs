@@ -1,6 +1,7 @@
 //! Callers of the control socket who give up before the daemon comes to them.
 
 use std::{
+    fs,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
@@ -36,9 +37,13 @@ fn b4_nothing_is_opened_for_who_has_given_up() -> Result<()> {
     };
     let granted = || -> Result<bool> { Ok(world.enforcer(&["grants"])?.stdout.contains("main")) };
     daemon.signal(Signal::SIGSTOP)?;
+    let file = world.path("enforcer.toml");
+    let text = fs::read_to_string(&file)?;
+    fs::write(&file, text.replace("[\"root\"]", "[\"nobody\"]"))?;
     let mut gone = [
         call(&["grant", "main", "--user", "nobody"])?,
         call(&["unload", "--yes"])?,
+        call(&["reload"])?,
     ];
     thread::sleep(Duration::from_secs(1));
     for caller in &mut gone {
@@ -49,6 +54,7 @@ fn b4_nothing_is_opened_for_who_has_given_up() -> Result<()> {
     until("the daemon answers", || Ok(world.status()?["state"] == "enforcing"))?;
     ensure!(!granted()?, "it was granted to somebody for whom nobody waits");
     world.attack(NOBODY).is_refused()?;
+    fs::write(&file, text)?;
     // Whoever waits is served.
     daemon.signal(Signal::SIGSTOP)?;
     let mut waits = call(&["grant", "main", "--user", "nobody"])?;

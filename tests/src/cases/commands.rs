@@ -2,25 +2,37 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt as _, chown},
-    process::Command,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Result, ensure};
+use hickory_proto::op::ResponseCode;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::Case;
-use crate::world::{Listener, NOBODY, World, binary, ran, until};
+use super::{
+    Case,
+    names::{Named, addresses},
+};
+use crate::{
+    backend::EBPF,
+    dns::Zone,
+    world::{Listener, NOBODY, World, binary, ran, until},
+};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(commands_find_a_daemon_whose_file_was_edited),
         case!(status_of_a_daemon_that_hangs_is_the_kernels),
+        case!(a_daemon_that_cannot_be_reached_is_not_said_to_be_away),
+        case!(why_a_start_went_on_with_the_last_rules_stays_to_be_read).on(EBPF),
+        case!(following_events_ends_with_the_daemon_and_says_so),
         case!(grants_are_listed_without_a_daemon),
         case!(f1_grants_that_were_deleted_are_written_again),
         case!(f6_a_second_run_takes_no_state_away),
         case!(what_ends_a_run_is_json_in_a_json_log),
+        case!(config_check_lists_names_without_an_address),
     ]
 }
 
@@ -57,7 +69,7 @@ fn commands_find_a_daemon_whose_file_was_edited() -> Result<()> {
         let status = world.enforcer(&["status", "--json"])?.demand(0)?;
         let read: Value = serde_json::from_str(&status.stdout)?;
         ensure!(read["daemon"]["pid"] == daemon.pid(), "{status:?}");
-        ensure!(status.stderr.contains("until it is restarted"), "{status:?}");
+        ensure!(status.stderr.contains("once the daemon is restarted"), "{status:?}");
         world.enforcer(&["verify"])?.demand(0)?;
         let here = world.here().to_string();
         world.enforcer(&["check", "nobody", &here])?.demand(1)?;
@@ -71,10 +83,67 @@ fn commands_find_a_daemon_whose_file_was_edited() -> Result<()> {
     ensure!(unload.stderr.contains("is in use by another enforcer"), "{unload:?}");
     world.attack(NOBODY).is_refused()?;
     daemon.kill()?;
+    // What it leaves is shown, and goes, wherever it is.
+    let left = world.enforcer(&["status"])?.demand(1)?;
+    ensure!(left.stdout.contains("not running"), "{left:?}");
+    world.enforcer(&["unload", "--yes"])?.demand(0)?;
+    world.attack(NOBODY).reaches()?;
     let _daemon = world.daemon()?;
     world.attack(NOBODY).is_refused()?;
     world.enforcer(&["unload", "--yes"])?.demand(0)?;
     world.attack(NOBODY).reaches()
+}
+
+/// A socket that commands cannot reach, and a daemon that is there.
+fn a_daemon_that_cannot_be_reached_is_not_said_to_be_away() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    let run = world.path("run");
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o777))?;
+    fs::remove_file(run.join("control.sock"))?;
+    let text = world.enforcer(&["status"])?.demand(1)?.stdout;
+    let told = format!("holds {}, and does not answer", world.path("state").display());
+    ensure!(text.contains(&told) && !text.contains("not running"), "{text}");
+    world.attack(NOBODY).is_refused()?;
+    fs::set_permissions(&run, fs::Permissions::from_mode(0o700))?;
+    until("it makes its socket again", || {
+        Ok(world.enforcer(&["status"])?.code == 0)
+    })?;
+    drop(daemon);
+    Ok(())
+}
+
+/// What keeps a configuration from being taken is not hidden by what comes of it.
+fn why_a_start_went_on_with_the_last_rules_stays_to_be_read() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    until("the rules are saved", || {
+        Ok(world.path("state/last-good.json").exists())
+    })?;
+    edit(&world, "cgroup = \"", "cgroup = \"/nowhere")?;
+    daemon.kill()?;
+    let _daemon = world.daemon()?;
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let status = world.status()?;
+    ensure!(status["causes"].to_string().contains("/nowhere"), "{status}");
+    world.attack(NOBODY).is_refused()
+}
+
+fn following_events_ends_with_the_daemon_and_says_so() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    let mut follow = Command::new(binary("enforcer")?);
+    follow
+        .arg("--config")
+        .arg(world.path("enforcer.toml"))
+        .args(["events", "--follow"]);
+    let child = follow.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    daemon.kill()?;
+    let ended = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&ended.stderr);
+    ensure!(ended.status.code() == Some(2) && said.contains("hung up"), "{ended:?}");
+    Ok(())
 }
 
 fn status_of_a_daemon_that_hangs_is_the_kernels() -> Result<()> {
@@ -182,5 +251,41 @@ fn what_ends_a_run_is_json_in_a_json_log() -> Result<()> {
         lines.iter().filter(is_it).count()
     };
     ensure!(of("grants in") == 1 && of("`alow`") == 1, "{ended:?}");
+    Ok(())
+}
+
+fn config_check_lists_names_without_an_address() -> Result<()> {
+    let named = Named::new(&["here.test", "gone.test", "silent.test"], "")?;
+    named.dns.set("here.test", addresses(&["10.9.0.1"]));
+    named.dns.set("gone.test", Zone::Code(ResponseCode::NXDomain));
+    named.dns.set("silent.test", Zone::Code(ResponseCode::ServFail));
+    let check = |code: i32| {
+        let mut command = named.world.with_resolver()?;
+        command.arg("--config").arg(named.world.path("enforcer.toml"));
+        Ok::<_, anyhow::Error>(ran(command.args(["config", "check"]))?.demand(code)?.stdout)
+    };
+    let said = check(1)?;
+    ensure!(
+        said.contains("gone.test has no address") && said.contains("nothing of it is protected"),
+        "{said}"
+    );
+    ensure!(!said.contains("here.test"), "{said}");
+    ensure!(
+        said.contains("warning: ") && said.contains("silent.test cannot be looked up now"),
+        "{said}"
+    );
+    let file = named.world.path("enforcer.toml");
+    let text = fs::read_to_string(&file)?.replace("[dns]\n", "[dns]\nunresolved = \"closed\"\n");
+    fs::write(&file, text)?;
+    let closed = check(1)?;
+    ensure!(closed.contains("its port is closed at every address"), "{closed}");
+    named.dns.set("gone.test", addresses(&["127.0.0.1", "::1"]));
+    let lies = check(1)?;
+    ensure!(lies.contains("gone.test resolves only to loopback"), "{lies}");
+    named.dns.set("gone.test", addresses(&["10.9.0.2"]));
+    fs::create_dir(named.world.path("conf.d"))?;
+    fs::write(named.world.path("conf.d/more.conf"), "")?;
+    let odd = check(0)?;
+    ensure!(odd.contains("conf.d/more.conf is not read"), "{odd}");
     Ok(())
 }

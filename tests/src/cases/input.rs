@@ -260,6 +260,8 @@ fn f8_at_a_first_start_a_mistake_in_one_file_costs_that_file() -> Result<()> {
         status["state"] == "degraded" && targets(&status) == 2 && cause.contains("conf.d/more.toml:3: "),
         "{status}"
     );
+    // A monitor that asks for what is not protected hears of it.
+    world.enforcer(&["status", "--exit-on", "critical"])?.demand(1)?;
     ensure!(
         cause.contains("only the files that were right at the start are enforced"),
         "{status}"

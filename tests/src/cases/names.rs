@@ -31,7 +31,6 @@ pub(super) fn cases() -> Vec<Case> {
         case!(n6_answers_that_name_this_host_are_refused),
         case!(n6_link_local_answers_where_a_target_takes_them),
         case!(n1_a_link_local_name_server_is_asked_on_its_interface),
-        case!(config_check_lists_names_without_an_address),
         case!(n5_unresolved_closed),
         case!(n7_f1_a_restart_without_dns_keeps_the_names),
         case!(b3_refresh_returns_when_the_kernel_holds_it),
@@ -422,32 +421,6 @@ fn n6_link_local_answers_where_a_target_takes_them() -> Result<()> {
         ensure!(!named.denied(address)?, "{address} was believed");
     }
     Ok(())
-}
-
-fn config_check_lists_names_without_an_address() -> Result<()> {
-    let named = Named::new(&["here.test", "gone.test", "silent.test"], "")?;
-    named.dns.set("here.test", addresses(&["10.9.0.1"]));
-    named.dns.set("gone.test", Zone::Code(ResponseCode::NXDomain));
-    // Of what is not known nothing is said.
-    named.dns.set("silent.test", Zone::Code(ResponseCode::ServFail));
-    let check = |code: i32| {
-        let mut command = named.world.with_resolver()?;
-        command.arg("--config").arg(named.world.path("enforcer.toml"));
-        Ok::<_, anyhow::Error>(ran(command.args(["config", "check"]))?.demand(code)?.stdout)
-    };
-    let said = check(1)?;
-    ensure!(
-        said.contains("gone.test has no address") && said.contains("nothing of it is protected"),
-        "{said}"
-    );
-    ensure!(!said.contains("here.test") && !said.contains("silent.test"), "{said}");
-    let file = named.world.path("enforcer.toml");
-    let text = fs::read_to_string(&file)?.replace("[dns]\n", "[dns]\nunresolved = \"closed\"\n");
-    fs::write(&file, text)?;
-    let closed = check(1)?;
-    ensure!(closed.contains("its port is closed at every address"), "{closed}");
-    named.dns.set("gone.test", addresses(&["10.9.0.2"]));
-    check(0).map(drop)
 }
 
 fn n5_unresolved_closed() -> Result<()> {

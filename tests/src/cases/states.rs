@@ -81,6 +81,17 @@ const STATES: &[State] = &[
     ("link pin gone, daemon killed", EBPF, |scene| then(scene, die, lose_link),
         "degraded: critical link, warning daemon-not-running", LETS_PASS, "drifted",
         "high degraded, medium no-daemon", "both"),
+    ("all pins gone", EBPF, |scene| then(scene, Scene::start, lose_pins), CHANGED, DENIES, "identical",
+        "high degraded", "root"),
+    ("all map pins gone, daemon killed", EBPF, |scene| then(scene, die, lose_maps), "degraded: critical unreadable",
+        CANNOT_TELL, "error", "high degraded, medium no-daemon", "root"),
+    ("chain output empty", TABLE, |scene| then(scene, Scene::start, empty_output), CHANGED, DENIES, "identical",
+        "high degraded", "root"),
+    ("chain output empty, daemon killed", TABLE_ALONE, |scene| then(scene, die, empty_output),
+        "degraded: critical table, warning daemon-not-running", LETS_PASS, "drifted",
+        "high degraded, medium no-daemon", "both"),
+    ("chain output passed by, applied", TABLE_ALONE, |scene| then(scene, Scene::apply, pass_by_output),
+        "degraded: critical table", LETS_PASS, "drifted", "high degraded, medium no-daemon", "both"),
     ("table gone", TABLE, |scene| then(scene, Scene::start, lose_table), CHANGED, DENIES, "identical",
         "high degraded", "root"),
     ("table gone, daemon killed", TABLE_ALONE, |scene| then(scene, die, lose_table), OFF, CANNOT_TELL, "nothing",
@@ -110,6 +121,8 @@ const STATES: &[State] = &[
         "high configuration", "root"),
     ("file names another socket", ALL, |scene| then(scene, Scene::start, name_another_socket), "enforcing", DENIES,
         "identical", "medium restart-needed", "root"),
+    ("file names other places, daemon killed", ALL, |scene| then(scene, die, name_other_places), DEAD, DENIES,
+        "nothing", "medium no-daemon, medium restart-needed", "root"),
 ];
 
 /// What `doctor` finds of an instance's state, and not of the host.
@@ -397,6 +410,10 @@ fn lose_pins(scene: &mut Scene) -> Result<()> {
     Ok(fs::remove_dir_all(scene.named.world.pins())?)
 }
 
+fn lose_maps(scene: &mut Scene) -> Result<()> {
+    Ok(fs::remove_dir_all(scene.named.world.pins().join(maps_name()))?)
+}
+
 fn nft(scene: &Scene, words: &[&str]) -> Result<()> {
     let mut command = std::process::Command::new("nft");
     let words = words.iter().map(|word| word.replace("TABLE", scene.named.world.name()));
@@ -405,6 +422,14 @@ fn nft(scene: &Scene, words: &[&str]) -> Result<()> {
 
 fn lose_table(scene: &mut Scene) -> Result<()> {
     nft(scene, &["delete table inet TABLE"])
+}
+
+fn empty_output(scene: &mut Scene) -> Result<()> {
+    nft(scene, &["flush chain inet TABLE output"])
+}
+
+fn pass_by_output(scene: &mut Scene) -> Result<()> {
+    nft(scene, &["insert rule inet TABLE output accept"])
 }
 
 fn make_dormant(scene: &mut Scene) -> Result<()> {
@@ -428,6 +453,13 @@ fn restart_broken(scene: &mut Scene) -> Result<()> {
 
 fn lose_file(scene: &mut Scene) -> Result<()> {
     Ok(fs::remove_file(scene.named.world.path("enforcer.toml"))?)
+}
+
+fn name_other_places(scene: &mut Scene) -> Result<()> {
+    scene.file(|text| {
+        text.replace("nft_table = \"", "nft_table = \"other_")
+            .replace("pin_dir = \"/sys/fs/bpf/", "pin_dir = \"/sys/fs/bpf/other_")
+    })
 }
 
 fn name_another_socket(scene: &mut Scene) -> Result<()> {

@@ -254,6 +254,7 @@ impl EbpfBackend {
 
     /// Attaches the hooks that have no link yet. Before the flip: they judge by what is active.
     pub(super) fn attach_missing(&mut self, udp: bool) -> Result<(), BackendError> {
+        self.restore_directory()?;
         for hook in HOOKS.iter().filter(|hook| udp || !hook.udp_only) {
             if !self.pins.path(hook.name).exists() {
                 let link = self.create_link(hook)?;

@@ -99,8 +99,17 @@ pub(crate) struct Checked {
     pub owners: Vec<(String, bool)>,
     /// Who asks, as far as the active programs can tell.
     pub subject: crate::ruleset::Subject,
-    /// The eBPF program that would have to be asked and is not attached, so that nothing is.
-    pub without: Option<&'static str>,
+    /// What would have to be asked and is not, so that nothing is.
+    pub without: Option<Lacking>,
+}
+
+/// What is not there that would evaluate an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lacking {
+    /// An eBPF program is not attached.
+    Program(&'static str),
+    /// A chain of the nftables table is not as it was made.
+    Chain(&'static str),
 }
 
 impl Pinned {
@@ -115,6 +124,9 @@ impl Pinned {
             maps => match (other_layout(&pins)?, maps) {
                 (Some(layout), _) => Err(BackendError::OtherVersion { layout }),
                 (None, Err(BackendError::Damaged { .. })) if !links::any_attached(&pins) => Ok(None),
+                (None, Ok(None)) if links::any_attached(&pins) => Err(BackendError::Damaged {
+                    path: pins.path(&maps_name()),
+                }),
                 (None, maps) => maps,
             },
         };
@@ -178,7 +190,7 @@ impl Pinned {
                 generation: decision.generation,
                 owners: Vec::new(),
                 subject: asker.subject,
-                without: Some(hook.name),
+                without: Some(Lacking::Program(hook.name)),
             });
         }
         let names = self.maps.names(decision.slot)?;

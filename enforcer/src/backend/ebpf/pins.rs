@@ -78,6 +78,19 @@ impl Pins {
         Self::open(dir).map(drop)
     }
 
+    /// Where they are.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether the directory is still there.
+    pub(crate) fn is_there(&self) -> bool {
+        !self
+            .dir
+            .symlink_metadata()
+            .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Path of a pin.
     #[must_use]
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -132,8 +145,11 @@ impl Pins {
         })
     }
 
-    /// Names of all that lies in the directory.
+    /// Names of all that lies in the directory; none where another process has removed it.
     pub(crate) fn list(&self) -> Result<Vec<String>, BackendError> {
+        if !self.is_there() {
+            return Ok(Vec::new());
+        }
         let failed = |error| BackendError::Io {
             action: "list",
             object: self.dir.clone(),
@@ -147,11 +163,14 @@ impl Pins {
 
     /// Removes the directory itself, which must be empty.
     pub(crate) fn remove_dir(self) -> Result<(), BackendError> {
-        fs::remove_dir(&self.dir).map_err(|error| BackendError::Io {
-            action: "remove",
-            object: self.dir,
-            error,
-        })
+        match fs::remove_dir(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BackendError::Io {
+                action: "remove",
+                object: self.dir,
+                error,
+            }),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
     image::{Image, Value, chain, endpoint_key},
 };
 use crate::{
-    backend::Checked,
+    backend::{Checked, Lacking},
     policy::{Nat64, translated},
     ruleset::{Attempt, Subject},
     wire::PrincipalStatus,
@@ -68,7 +68,9 @@ pub(super) fn decide(image: &Image, attempt: &Attempt) -> Checked {
             (target.to_owned(), admits)
         })
         .collect();
-    let verdict = if owners.is_empty() {
+    let owners_are_none = owners.is_empty();
+    let is_reached = image.is_reached();
+    let verdict = if owners.is_empty() || !is_reached {
         Outcome::Unjudged // D1
     } else if owners.iter().all(|(_, admits)| *admits) {
         Outcome::Allow // D2
@@ -82,7 +84,7 @@ pub(super) fn decide(image: &Image, attempt: &Attempt) -> Checked {
         generation: header.map_or(0, |header| header.generation),
         owners,
         subject: attempt.subject.clone(),
-        without: None,
+        without: (!is_reached && !owners_are_none).then_some(Lacking::Chain(chain::OUTPUT)),
     }
 }
 

@@ -220,18 +220,6 @@ pub(crate) fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         chain_of(None, endpoints.chain(dials).collect())
     };
     let (judge_local, judge_forwarded) = (judge(Slot::endpoints), judge(Slot::forwarded));
-    // One rule a protocol, as every packet of what is established passes them (P3).
-    let tcp = [&is::transport(TCP)[..], &is::opens_connection(), &[goto(&slot.judge())]].concat();
-    let udp = [is::transport(UDP), vec![goto(&slot.judge())]].concat();
-    let local = if has_udp { vec![tcp, udp] } else { vec![tcp] };
-    let base = |hook, rules| {
-        let place = Base {
-            hook,
-            priority: PRIORITY,
-            accepts: true,
-        };
-        chain_of(Some(place), rules)
-    };
     let mut add = |name: &str, chain| image.chains.insert(name.to_owned(), chain);
     add(&slot.judge(), judge_local);
     add(&slot.judge_forwarded(), judge_forwarded);
@@ -241,7 +229,7 @@ pub(crate) fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         rule
     });
     add(&slot.strays(), chain_of(None, strays.to_vec()));
-    add(chain::OUTPUT, base(OUTPUT_HOOK, local));
+    add(chain::OUTPUT, output(slot, has_udp));
     let foreign = Foreign::of(rules, slot, has_udp);
     // The hook alone costs every packet that arrives (P3).
     if foreign.has_loopback() {
@@ -273,6 +261,24 @@ pub(crate) fn lower(rules: &RuleSet, generation: u64, loader: Loader) -> Image {
         add_target(&mut image, target, header, loader.cgroups);
     }
     image
+}
+
+fn base(hook: u32, rules: Vec<Vec<Expression>>) -> Chain {
+    let place = Base {
+        hook,
+        priority: PRIORITY,
+        accepts: true,
+    };
+    chain_of(Some(place), rules)
+}
+
+/// What leads the packets of this host's sockets to the rules of a slot. One rule a protocol, as every packet of what
+/// is established passes them (P3).
+fn output(slot: Slot, has_udp: bool) -> Chain {
+    let tcp = [&is::transport(TCP)[..], &is::opens_connection(), &[goto(&slot.judge())]].concat();
+    let udp = [is::transport(UDP), vec![goto(&slot.judge())]].concat();
+    let rules = if has_udp { vec![tcp, udp] } else { vec![tcp] };
+    base(OUTPUT_HOOK, rules)
 }
 
 /// The masks of all classes, and the class of each place.
@@ -677,6 +683,24 @@ impl Image {
     #[must_use]
     pub(crate) fn slot(&self) -> Slot {
         Slot::of(self.header().map_or(0, |header| header.generation))
+    }
+
+    /// Whether packets of this host's sockets come to the rules: the chains that lead there are as they are made.
+    pub(crate) fn is_reached(&self) -> bool {
+        let slot = self.slot();
+        let found = self.chains.get(chain::OUTPUT);
+        let leads_there = [false, true]
+            .iter()
+            .any(|has_udp| found == Some(&output(slot, *has_udp)));
+        let has_endpoints = [IPV4, IPV6]
+            .iter()
+            .flat_map(|family| slot.endpoints(*family))
+            .any(|name| self.sets.contains_key(&name));
+        let looks_up = self
+            .chains
+            .get(&slot.judge())
+            .is_some_and(|judge| !judge.rules.is_empty());
+        leads_there && (looks_up || !has_endpoints)
     }
 
     /// Leaves out chains and sets of the slot that is not active.

@@ -61,6 +61,11 @@ pub(super) fn observe(dump: &Dump) -> Observed {
         lost: 0,
         faults: if dump.dormant {
             vec![ConditionId::Table.because("the nftables table is dormant: none of its rules are active")]
+        } else if header.generation != 0 && !image.is_reached() {
+            vec![ConditionId::Table.because(
+                "another process changed the chains of the nftables table that lead to its rules: connections may pass \
+                 without being evaluated; a running daemon restores them, or run enforcer apply",
+            )]
         } else {
             Vec::new()
         },
