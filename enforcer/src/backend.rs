@@ -448,9 +448,9 @@ fn merged(ebpf: Option<Observed>, nftables: Option<Observed>) -> Option<Observed
     Some(one)
 }
 
-/// The process that holds the right to write at a state directory, if one does.
-pub(crate) fn writer_of(state_dir: &Path) -> Option<impl std::fmt::Display> {
-    writer::holder(state_dir)
+/// The daemon that has the right to write at a state directory, if one has.
+pub(crate) fn daemon_of(state_dir: &Path) -> Option<impl std::fmt::Display> {
+    writer::daemon(state_dir)
 }
 
 /// Removes all of ours from the kernel; false where there was nothing.

@@ -31,7 +31,7 @@ use crate::{
     control::{self, AskError},
     daemon::{self, DaemonError},
     inputs::InputError,
-    status::{from_outside, of_running_instance, where_it_is},
+    status::{Elsewhere, from_outside},
     text::{self, Journal, Log},
     wire::{Reply, Request, Severity, State, Status},
 };
@@ -362,11 +362,11 @@ fn place(path: &Path) -> Result<Settings> {
 
 /// The places of what is active, which the file may no longer name.
 fn where_it_runs(settings: Settings) -> Settings {
-    let Some(its_own) = of_running_instance(&settings) else {
+    let Some(elsewhere) = Elsewhere::find(&settings) else {
         return settings;
     };
-    complain("warning", &where_it_is(&its_own));
-    its_own
+    complain("warning", &elsewhere.to_string());
+    elsewhere.settings
 }
 
 fn named_place(path: &Path, lenient: bool) -> Result<Settings> {

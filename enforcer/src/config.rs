@@ -60,6 +60,11 @@ pub const MAX_REFRESH: Duration = Duration::from_hours(1);
 /// Longest time that an address stays protected after it left the answer.
 pub const MAX_RETAIN: Duration = Duration::from_hours(30 * 24);
 
+/// Fails where another user could have written the configuration file itself, or could put another in its place (F6).
+pub(crate) fn ensure_trusted(path: &Path) -> Result<(), FileFault> {
+    trust::ensure(path)
+}
+
 /// Why a file of the configuration, or the way there, is another user's to write (F6); the first that is.
 #[must_use]
 pub fn untrusted(path: &Path) -> Option<FileFault> {

@@ -3,7 +3,7 @@
 
 mod outside;
 
-pub(crate) use outside::{from_outside, of_running_instance, saved_names, where_it_is};
+pub(crate) use outside::{Elsewhere, from_outside, saved_names};
 
 use std::time::Instant;
 

@@ -58,7 +58,7 @@ impl ActiveRules {
     fn enforces(&self) -> bool {
         let on_nftables = || {
             let reading = self.nftables.as_ref();
-            reading.is_some_and(|reading| reading.observe().generation != 0)
+            reading.is_some_and(|reading| reading.observe().generation != 0 && reading.image().is_reached())
         };
         self.ebpf.as_ref().is_some_and(Pinned::is_attached) || on_nftables()
     }

@@ -244,13 +244,13 @@ impl EbpfBackend {
         Ok(Some(kept))
     }
 
-    /// Makes the pin directory again where another process has removed it, and takes its lock.
+    /// Makes the pin directory again where another process has removed or replaced it, and takes its lock.
     fn restore_directory(&mut self) -> Result<(), BackendError> {
-        if self.pins.is_there() {
+        if self.lock.is_of(&self.pins) {
             return Ok(());
         }
         let pins = Pins::create(self.pins.dir())?;
-        self.lock = pins.lock()?;
+        self.lock = pins.lock_at_once()?;
         self.pins = pins;
         Ok(())
     }

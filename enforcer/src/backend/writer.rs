@@ -29,7 +29,7 @@ use crate::host::own_dir;
 /// The file, in `state_dir`.
 const FILE: &str = "lock";
 /// How long another writer is waited for: `apply` takes a fraction of it.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Longest command line of a holder that is printed.
 const LONGEST_COMMAND: usize = 200;
@@ -57,7 +57,7 @@ impl Writer {
     /// nothing (F4).
     pub(super) fn of(state_dir: &Path, make: bool) -> Result<Option<Self>, BackendError> {
         match open(state_dir, make) {
-            Ok(file) => Ok(Some(Self(lock(file, &state_dir.join(FILE))?))),
+            Ok(file) => Ok(Some(Self(lock(file, &state_dir.join(FILE), PATIENCE)?))),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !make => Ok(None),
             // Who is not root is refused by what follows, with what to do.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
@@ -73,12 +73,10 @@ impl Writer {
     }
 }
 
-/// Who has the right to write at a state directory, if somebody has.
-pub(super) fn holder(state_dir: &Path) -> Option<Holder> {
-    match Flock::lock(open(state_dir, false).ok()?, FlockArg::LockExclusiveNonblock) {
-        Err((file, nix::Error::EWOULDBLOCK)) => holder_of(&file),
-        Ok(_) | Err(_) => None,
-    }
+/// The daemon that has the right to write at a state directory, if one has.
+pub(super) fn daemon(state_dir: &Path) -> Option<Holder> {
+    let holder = holder_of(&open(state_dir, false).ok()?)?;
+    holder.command.split(' ').any(|word| word == "run").then_some(holder)
 }
 
 /// A file that root alone can open, and so lock (F6).
@@ -117,9 +115,9 @@ fn open(state_dir: &Path, make: bool) -> io::Result<File> {
     Ok(file)
 }
 
-/// Locks what is open, waiting a few seconds for another holder.
-pub(super) fn lock(mut file: File, path: &Path) -> Result<Flock<File>, BackendError> {
-    let deadline = Instant::now() + PATIENCE;
+/// Locks what is open, waiting for another holder.
+pub(super) fn lock(mut file: File, path: &Path, patience: Duration) -> Result<Flock<File>, BackendError> {
+    let deadline = Instant::now() + patience;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),

@@ -12,8 +12,7 @@ use super::{ExitStatus, PATIENCE_FOR_WORK, is_nobody, named_place, print, runtim
 use crate::{
     backend::{self, jobs},
     config::Settings,
-    control,
-    status::of_running_instance,
+    control, state,
     wire::Request,
 };
 
@@ -50,8 +49,9 @@ pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
         }
         Err(error) if is_nobody(&error) => {
             // Rules that were made by an earlier configuration go with those of this one.
-            let earlier = of_running_instance(settings).map(|its_own| backend::unload(&its_own));
-            let removed = earlier.transpose()?.unwrap_or(false);
+            let earlier = state::settings(&settings.state_dir).ok().flatten();
+            let earlier = earlier.filter(|earlier| !earlier.is_at_same_place(settings));
+            let removed = earlier.as_ref().map(backend::unload).transpose()?.unwrap_or(false);
             if backend::unload(settings)? || removed {
                 print("unloaded: nothing is active any more\n")?;
             } else {

@@ -6,7 +6,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File, OpenOptions},
     io::{self, Read as _},
-    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -190,6 +190,15 @@ fn list_beside(path: &Path, trust: Trust) -> Result<Vec<PathBuf>, FileFault> {
         Ok(_) => {}
     }
     ensure(trust, &dir)?;
+    let meta = fs::metadata(&dir).map_err(unreadable(&dir))?;
+    // What may be added to it is read, whoever's it is: here the sticky bit is of no help.
+    if trust == Trust::Needed && meta.mode() & 0o022 != 0 {
+        return Err(FileFault::Untrusted {
+            path: dir,
+            uid: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        });
+    }
     list(&dir).map_err(unreadable(&dir))
 }
 

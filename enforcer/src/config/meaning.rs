@@ -135,8 +135,8 @@ pub enum WarningKind {
     Nothing,
     /// Another target has the same endpoint, and nobody passes both.
     #[error(
-        "nobody may connect to {endpoint}: target {other} has it too, and allows nobody whom this target allows; allow \
-         the same user in both"
+        "nobody whom the targets allow may connect to {endpoint}: target {other} has it too, and allows nobody whom \
+         this target allows; allow the same user in both"
     )]
     Contradiction {
         /// What both have.

@@ -8,10 +8,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use nix::{
-    sys::statvfs::{FsFlags, statvfs},
-    unistd::Uid,
-};
+use nix::unistd::Uid;
 
 use super::FileFault;
 
@@ -44,7 +41,7 @@ pub(super) fn ensure(path: &Path) -> Result<(), FileFault> {
             Err(cause) if matches!(cause.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => break,
             Err(cause) => return Err(unreadable(cause)),
         };
-        if !trusted.contains(&meta.uid()) || is_writable_by_others(&at, &meta) {
+        if !trusted.contains(&meta.uid()) || is_writable_by_others(&meta) {
             return Err(FileFault::Untrusted {
                 path: at,
                 uid: meta.uid(),
@@ -73,25 +70,29 @@ fn parts(path: &Path) -> impl Iterator<Item = PathBuf> {
 }
 
 /// In a directory with the sticky bit nobody replaces what is another user's, and what is not there yet is missed. A
-/// link has every right, and none counts; neither does one to write to a volume that is mounted read-only.
-fn is_writable_by_others(path: &Path, meta: &Metadata) -> bool {
+/// link has every right, and none counts.
+fn is_writable_by_others(meta: &Metadata) -> bool {
     let is_sticky = meta.is_dir() && meta.mode() & libc::S_ISVTX != 0;
-    if meta.mode() & 0o022 == 0 || meta.is_symlink() || is_sticky {
-        return false;
-    }
-    !statvfs(path).is_ok_and(|volume| volume.flags().contains(FsFlags::ST_RDONLY))
+    meta.mode() & 0o022 != 0 && !meta.is_symlink() && !is_sticky
 }
 
-/// In a user namespace other than the initial one the host's root has the UID of all who are not mapped.
+/// In a user namespace other than the initial one the host's root has the UID of all who are not mapped, unless that is
+/// somebody's.
 fn trusted_owners() -> Vec<u32> {
-    let number = |path| fs::read_to_string(path).ok()?.trim().parse().ok();
+    let number = |text: &str| text.trim().parse::<u32>().ok();
+    let overflow = fs::read_to_string("/proc/sys/kernel/overflowuid").ok();
+    let overflow = overflow.and_then(|text| number(&text));
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
-    let unmapped = if is_initial {
-        None
-    } else {
-        number("/proc/sys/kernel/overflowuid")
+    let is_mapped = |uid: &u32| {
+        map.lines().any(|line| {
+            let mut words = line.split_whitespace().map(number);
+            let (first, _, count) = (words.next().flatten(), words.next(), words.next().flatten());
+            first
+                .zip(count)
+                .is_some_and(|(first, count)| (first..first.saturating_add(count)).contains(uid))
+        })
     };
+    let unmapped = overflow.filter(|uid| !map.is_empty() && !is_mapped(uid));
     [ROOT, Uid::effective().as_raw()].into_iter().chain(unmapped).collect()
 }
 

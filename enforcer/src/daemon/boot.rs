@@ -92,11 +92,7 @@ pub(super) fn enforce(machine: &impl Machine, path: &Path) -> Result<(Daemon, Co
         // Whose instance it is cannot be told.
         return Err(InputError::from(ConfigError::Missing { path: path.into() }).into());
     }
-    let (left, good) = match state_dir(path) {
-        Some(dir) => claim(path, &dir),
-        // The file is refused below.
-        None => (SavedRun::nothing(), None),
-    };
+    let (left, good) = saved(path);
     let mut early = None;
     if let Some(good) = &good {
         // The socket first: whoever has it enforces there.
@@ -187,28 +183,27 @@ fn without_mistakes(path: &Path, error: InputError) -> Result<(HostConfig, Input
     }
 }
 
-/// Where the last run has left its rules. A file at the default path that another user could have written does not say
-/// it (F6).
-fn state_dir(path: &Path) -> Option<PathBuf> {
-    if path == Path::new(config::DEFAULT_PATH) && config::untrusted(path).is_some() {
-        return Some(Settings::default().state_dir);
-    }
-    config::state_dir(path)
-}
-
-/// What is in a state directory. What another user has put in its place is removed first; but neither while a daemon
-/// has it, nor on the word of a file that another user could have written (F6).
-fn claim(path: &Path, dir: &Path) -> (SavedRun, Option<LastGood>) {
-    let (left, good) = SavedRun::load(dir);
-    let is_in_use = || {
-        let settings = config::place(path, path == Path::new(config::DEFAULT_PATH)).unwrap_or_default();
-        control::ensure_socket_free(&settings.socket).is_err()
+/// What the last run has left. A directory that another user has put in its place is removed first; but neither while a
+/// daemon has it, nor on the word of a file that another user could have written (F6).
+fn saved(path: &Path) -> (SavedRun, Option<LastGood>) {
+    let Some(dir) = config::state_dir(path) else {
+        // The file is refused, too.
+        return (SavedRun::nothing(), None);
     };
-    let is_named_by_others = || path != Path::new(config::DEFAULT_PATH) && config::untrusted(path).is_some();
-    if good.is_some() || is_in_use() || is_named_by_others() {
+    let (left, good) = SavedRun::load(&dir);
+    if good.is_some() {
         return (left, good);
     }
-    SavedRun::claim(dir)
+    let is_default = path == Path::new(config::DEFAULT_PATH);
+    let is_in_use = || {
+        let settings = config::place(path, is_default).unwrap_or_default();
+        control::ensure_socket_free(&settings.socket).is_err()
+    };
+    match config::ensure_trusted(path) {
+        Err(_) if is_default => SavedRun::load(&Settings::default().state_dir),
+        Ok(()) if !is_in_use() => SavedRun::claim(&dir),
+        Ok(()) | Err(_) => (left, None),
+    }
 }
 
 /// Of a status: this process does not stay.
@@ -253,10 +248,7 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 /// Makes the last known good rule set active: no configuration, no lookup. None where there is none yet; a generation
 /// that is active already stays.
 pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
-    let Some(dir) = state_dir(path) else {
-        return Ok(None);
-    };
-    let (left, good) = claim(path, &dir);
+    let (left, good) = saved(path);
     if let Some(fault) = left.fault {
         return Err(fault.into());
     }
@@ -377,17 +369,21 @@ impl Daemon {
     /// Tries a configuration again that was refused at the start, if it is time. True if it was taken.
     pub(super) fn retry(&mut self) -> bool {
         let path = self.inputs.config.path.clone();
-        let due = (self.pending.as_mut()).is_some_and(|pending| pending.is_due(&path, Instant::now()));
-        if !due {
+        let Some(pending) = &mut self.pending else {
+            return false;
+        };
+        let before = pending.seen.clone();
+        if !pending.is_due(&path, Instant::now()) {
             return false;
         }
+        let is_same = pending.seen == before;
         match self.take_configuration() {
             Ok(()) => {
                 self.faults.set(About::Reload, None);
                 true
             }
             // Its places are others than those of the last known good rules: why it was refused at first still holds.
-            Err(DaemonError::FixedKeys { .. }) if self.faults.of(About::Reload).is_some() => false,
+            Err(DaemonError::FixedKeys { .. }) if is_same && self.faults.of(About::Reload).is_some() => false,
             Err(error) => {
                 self.refused(&error);
                 false

@@ -92,7 +92,7 @@ impl Image {
         let read = if named == Path::new(DEFAULT_PATH) {
             Config::load_in(root, &config)
         } else {
-            Config::load(&config)
+            Config::load_to_check(&config)
         };
         let Read {
             settings,

@@ -24,7 +24,7 @@ use crate::{
     resolve::{Known, KnownName, LOOKUP_TIMEOUT, lookup, protection},
     ruleset::{Host, Resolved, RuleSet, compile},
     state::{self, LastGood},
-    status::{from_outside, of_running_instance, where_it_is},
+    status::{Elsewhere, from_outside},
     wire::{
         ActiveBackend, ConditionId, NameProtection, Reply, Request, Severity, State, Status,
         doctor::Weight::{High, Medium},
@@ -40,8 +40,8 @@ pub(super) struct Instance {
     pub(super) fault: Option<String>,
     /// What a start does with an invalid one.
     pub(super) start: StartWithout,
-    /// Whether what is active is at other places than the configuration names.
-    pub(super) runs_elsewhere: bool,
+    /// That what is active is at other places than the configuration names.
+    pub(super) runs_elsewhere: Option<String>,
     /// Principals whose users do not exist.
     pub(super) absent: Vec<String>,
     /// The mount of cgroup v2.
@@ -121,9 +121,9 @@ impl Instance {
             absent,
             policy,
         } = Read::of(Config::load(path), path, &HostUsers);
-        let its_own = settings.as_ref().and_then(of_running_instance);
-        let runs_elsewhere = its_own.is_some();
-        let settings = its_own.or(settings);
+        let elsewhere = settings.as_ref().and_then(Elsewhere::find);
+        let runs_elsewhere = elsewhere.as_ref().map(ToString::to_string);
+        let settings = elsewhere.map(|elsewhere| elsewhere.settings).or(settings);
         let hierarchy = gaps.saw("cgroup v2 mounts", Hierarchy::find()).flatten();
         let mount = hierarchy.as_ref().map(|found| found.mount.clone());
         let (status, saved) = if let Some(settings) = &settings {
@@ -211,13 +211,9 @@ impl Instance {
 
     pub(super) fn findings(&self, findings: &mut Findings) {
         of_configuration(self.fault.as_deref(), self.start, &self.absent, findings);
-        if self.runs_elsewhere {
-            findings.one(
-                "restart-needed",
-                Medium,
-                &where_it_is(&self.settings),
-                "restart the daemon (systemctl restart enforcer, or sv restart enforcer)",
-            );
+        if let Some(where_it_is) = &self.runs_elsewhere {
+            let remedy = "restart the daemon (systemctl restart enforcer, or sv restart enforcer)";
+            findings.one("restart-needed", Medium, where_it_is, remedy);
         }
         if let Some(status) = &self.status {
             of_status(status, findings);

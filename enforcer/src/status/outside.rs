@@ -1,6 +1,6 @@
 //! The status where no daemon answers: what the kernel holds and what was saved, for those who only read.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, fmt, time::Instant};
 
 use enforcer_client::{AskError, ask};
 
@@ -35,7 +35,7 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
         Visibility::of(settings, ebpf_on, false).fault()
     });
     let unheard = silent.map(ToString::to_string).or_else(|| {
-        let holder = backend::writer_of(&settings.state_dir)?;
+        let holder = backend::daemon_of(&settings.state_dir)?;
         Some(format!(
             "{holder} holds {}, and does not answer on {}: commands do not reach it; restart it",
             settings.state_dir.display(),
@@ -67,27 +67,51 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
     Ok(status(observed.as_ref(), context))
 }
 
-/// The settings that hold now, where the configuration names other places by now: those of the daemon that runs, which
-/// keeps its own until it is restarted; or of the rules that the last one left, where nothing is at the new places yet.
-pub(crate) fn of_running_instance(settings: &Settings) -> Option<Settings> {
-    let its_own = state::settings(&settings.state_dir).ok()??;
-    if its_own.is_at_same_place(settings) {
-        return None;
-    }
-    let holds_rules = |settings: &Settings| ActiveRules::may_be_there(settings).unwrap_or(false);
-    let left_its_rules = || !ask::is_served(&settings.socket) && holds_rules(&its_own) && !holds_rules(settings);
-    (ask::is_served(&its_own.socket) || left_its_rules()).then_some(its_own)
+/// What is active where the configuration no longer names it: by a daemon, which keeps its places until it is
+/// restarted; or by rules that the last one left, while nothing is at the new places.
+pub(crate) struct Elsewhere {
+    /// Where it is.
+    pub settings: Settings,
+    has_daemon: bool,
 }
 
-/// Where [`of_running_instance`] finds it, as words.
-pub(crate) fn where_it_is(its_own: &Settings) -> String {
-    format!(
-        "the active rules are in {} or nftables table inet {}, and their daemon answers on {}: the configuration names \
-         other places, which count once the daemon is restarted",
-        its_own.pin_dir.display(),
-        its_own.nft_table,
-        its_own.socket.display()
-    )
+impl Elsewhere {
+    /// Finds it by what was saved.
+    pub(crate) fn find(settings: &Settings) -> Option<Self> {
+        let its_own = state::settings(&settings.state_dir).ok()??;
+        if its_own.is_at_same_place(settings) {
+            return None;
+        }
+        let has_daemon = ask::is_served(&its_own.socket);
+        let holds_rules = |settings: &Settings| ActiveRules::may_be_there(settings).unwrap_or(false);
+        let left_its_rules = || !ask::is_served(&settings.socket) && holds_rules(&its_own) && !holds_rules(settings);
+        (has_daemon || left_its_rules()).then_some(Self {
+            settings: its_own,
+            has_daemon,
+        })
+    }
+}
+
+impl fmt::Display for Elsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { settings, has_daemon } = self;
+        write!(
+            f,
+            "the active rules are in {} or nftables table inet {}",
+            settings.pin_dir.display(),
+            settings.nft_table
+        )?;
+        if *has_daemon {
+            write!(
+                f,
+                ", and their daemon answers on {}: the configuration names other places, which count once the daemon \
+                 is restarted",
+                settings.socket.display()
+            )
+        } else {
+            f.write_str(": the configuration names other places, which count from the next start or enforcer apply on")
+        }
+    }
 }
 
 /// That one of the two halves of `both` holds nothing.

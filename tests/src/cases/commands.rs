@@ -2,11 +2,12 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     process::{Command, Stdio},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use hickory_proto::op::ResponseCode;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -137,8 +138,12 @@ fn following_events_ends_with_the_daemon_and_says_so() -> Result<()> {
         .arg("--config")
         .arg(world.path("enforcer.toml"))
         .args(["events", "--follow"]);
-    let child = follow.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
-    std::thread::sleep(std::time::Duration::from_secs(1));
+    let mut child = follow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // Its first line shows that it follows.
+    world.attack(NOBODY).is_refused()?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().context("no stdout")?).read_line(&mut line)?;
+    ensure!(line.contains("deny"), "{line}");
     daemon.kill()?;
     let ended = child.wait_with_output()?;
     let said = String::from_utf8_lossy(&ended.stderr);

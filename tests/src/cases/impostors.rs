@@ -128,7 +128,7 @@ fn f6_who_answers_on_a_users_socket_is_asked_nothing() -> Result<()> {
     world.attack(NOBODY).is_refused()?;
     let status = world.enforcer(&["status"])?.demand(0)?;
     ensure!(status.stderr.contains(&named), "{status:?}");
-    for command in ["refresh", "grants", "events"] {
+    for command in ["refresh", "events"] {
         let refused = world.enforcer(&[command])?.demand(2)?;
         ensure!(refused.stderr.contains(&named), "{command}: {refused:?}");
     }

@@ -96,7 +96,7 @@ fn f11_who_comes_too_late_hears_who_is_there() -> Result<()> {
     fs::remove_file(&socket)?;
     until(
         "the socket is made again",
-        || Ok(world.enforcer(&["grants"])?.code == 0),
+        || Ok(world.enforcer(&["events"])?.code == 0),
     )?;
     // Not while it hangs.
     daemon.signal(Signal::SIGSTOP)?;

@@ -5,6 +5,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::{
@@ -33,7 +34,16 @@ pub(crate) struct Pins {
 
 /// Held while this process is the one that writes.
 #[derive(Debug)]
-pub(crate) struct Lock(#[allow(dead_code, reason = "held for its drop")] Flock<File>);
+pub(crate) struct Lock(Flock<File>);
+
+impl Lock {
+    /// Whether it is on the directory that is there now.
+    pub(crate) fn is_of(&self, pins: &Pins) -> bool {
+        let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let held = self.0.metadata().map(id);
+        matches!((held, pins.dir.symlink_metadata().map(id)), (Ok(held), Ok(found)) if held == found)
+    }
+}
 
 impl Pins {
     /// Takes an existing directory after checking that nobody else can write it; nothing where there is none.
@@ -107,12 +117,21 @@ impl Pins {
 
     /// Claims the right to write, waiting a few seconds for another process that holds it.
     pub(crate) fn lock(&self) -> Result<Lock, BackendError> {
+        self.lock_within(writer::PATIENCE)
+    }
+
+    /// As [`Pins::lock`], without waiting.
+    pub(crate) fn lock_at_once(&self) -> Result<Lock, BackendError> {
+        self.lock_within(Duration::ZERO)
+    }
+
+    fn lock_within(&self, patience: Duration) -> Result<Lock, BackendError> {
         let file = File::open(&self.dir).map_err(|error| BackendError::Io {
             action: "open",
             object: self.dir.clone(),
             error,
         })?;
-        writer::lock(file, &self.dir).map(Lock)
+        writer::lock(file, &self.dir, patience).map(Lock)
     }
 
     /// Removes a pin, or a directory of pins; fine if there is none.

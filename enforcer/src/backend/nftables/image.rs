@@ -688,19 +688,22 @@ impl Image {
     /// Whether packets of this host's sockets come to the rules: the chains that lead there are as they are made.
     pub(crate) fn is_reached(&self) -> bool {
         let slot = self.slot();
-        let found = self.chains.get(chain::OUTPUT);
-        let leads_there = [false, true]
-            .iter()
-            .any(|has_udp| found == Some(&output(slot, *has_udp)));
-        let has_endpoints = [IPV4, IPV6]
-            .iter()
-            .flat_map(|family| slot.endpoints(*family))
-            .any(|name| self.sets.contains_key(&name));
-        let looks_up = self
-            .chains
-            .get(&slot.judge())
-            .is_some_and(|judge| !judge.rules.is_empty());
-        leads_there && (looks_up || !has_endpoints)
+        let names = [IPV4, IPV6].map(|family| slot.endpoints(family).map(|name| (family, name)));
+        let there = || names.iter().flatten().filter(|(_, name)| self.sets.contains_key(name));
+        let is_udp = |element: &Element| element.key.iter().nth_back(7) == Some(&number_of_protocol(Protocol::Udp));
+        let mut elements = there()
+            .filter_map(|(_, name)| self.sets.get(name))
+            .flat_map(|set| &set.elements);
+        let has_udp = elements.any(is_udp);
+        let judge = self.chains.get(&slot.judge()).map_or(&[][..], |judge| &judge.rules);
+        let is_looked_up = |(family, name): &(u8, String)| {
+            let wanted = is::destination(*family, name);
+            judge.iter().any(|rule| rule.expressions == wanted)
+        };
+        let passes_by = |rule: &Rule| matches!(rule.expressions.as_slice(), [Expression::Verdict(_)]);
+        self.chains.get(chain::OUTPUT) == Some(&output(slot, has_udp))
+            && there().all(is_looked_up)
+            && !judge.iter().any(passes_by)
     }
 
     /// Leaves out chains and sets of the slot that is not active.

@@ -151,7 +151,12 @@ fn b1_what_is_added_takes_nothing_from_a_bosh_vm() -> Fallible<()> {
 fn f6_only_what_others_cannot_write_is_read() -> Fallible<()> {
     let place = Place::new("")?;
     place.add("a.toml", &format!("[target.a]\n{TARGET}"))?;
-    for (name, mode) in [("conf.d", 0o777), ("conf.d", 0o775), ("conf.d/a.toml", 0o664)] {
+    for (name, mode) in [
+        ("conf.d", 0o777),
+        ("conf.d", 0o1777),
+        ("conf.d", 0o775),
+        ("conf.d/a.toml", 0o664),
+    ] {
         let path = place.path(name);
         let before = fs::metadata(&path)?.permissions();
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
