@@ -362,6 +362,10 @@ fn place(path: &Path) -> Result<Settings> {
 
 /// The places of what is active, which the file may no longer name.
 fn where_it_runs(settings: Settings) -> Settings {
+    // Who is answered reads nothing: the disk may hang (F10).
+    if control::is_served(&settings.socket) {
+        return settings;
+    }
     let Some(elsewhere) = Elsewhere::find(&settings) else {
         return settings;
     };

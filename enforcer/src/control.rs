@@ -27,7 +27,7 @@ use crate::{
 
 mod peer;
 
-pub(crate) use enforcer_client::AskError;
+pub(crate) use enforcer_client::{AskError, ask::is_served};
 pub(crate) use peer::{CgroupError, Peer};
 
 /// Longest request, in bytes.
@@ -159,7 +159,7 @@ pub(crate) fn listen(path: &Path) -> Result<ControlSocket, ControlError> {
 
 /// Fails where a daemon has the socket: it alone writes what is active, and would take ours for somebody's mischief.
 pub(crate) fn ensure_socket_free(path: &Path) -> Result<(), ControlError> {
-    if enforcer_client::ask::is_served(path) {
+    if is_served(path) {
         return Err(ControlError::Busy { path: path.into() });
     }
     Ok(())

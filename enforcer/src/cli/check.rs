@@ -8,14 +8,14 @@ use enforcer_ebpf::Verdict;
 
 use super::{ExitStatus, Json, PATIENCE, complain, place, print_one, runtime};
 use crate::{
-    backend::{ActiveRules, Lacking},
+    backend::{ActiveRules, BackendError, Lacking},
     config::Settings,
     control,
     host::{self, Identities, START},
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Name, Protocol, Uid, shown},
     resolve::{LOOKUP_TIMEOUT, lookup},
     ruleset::{Attempt, Subject},
-    status::saved_names,
+    status::{Elsewhere, saved_names},
     text::{self, Page},
     wire::{
         self, Reply, Request, Schema,
@@ -48,16 +48,24 @@ pub(super) struct Check {
 }
 
 pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
-    let settings = &place(config)?;
-    let active = ActiveRules::open(settings)?
-        .filter(ActiveRules::decide)
-        .ok_or_else(|| {
-            anyhow!(
-                "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
-                settings.pin_dir.display(),
-                settings.nft_table
-            )
-        })?;
+    let mut settings = place(config)?;
+    let open = |settings: &Settings| Ok::<_, BackendError>(ActiveRules::open(settings)?.filter(ActiveRules::decide));
+    let mut active = open(&settings)?;
+    if active.is_none()
+        && let Some(elsewhere) = Elsewhere::find(&settings)
+    {
+        complain("warning", &elsewhere.to_string());
+        settings = elsewhere.settings;
+        active = open(&settings)?;
+    }
+    let settings = &settings;
+    let active = active.ok_or_else(|| {
+        anyhow!(
+            "nothing is active in {} nor in nftables table inet {}; {START}, or run enforcer apply",
+            settings.pin_dir.display(),
+            settings.nft_table
+        )
+    })?;
     // A kernel thread's UID is root's; it counts only where the programs cannot tell that it is one (D3).
     let task = match &check.user {
         Some(name) if !check.kernel => Uid::parse(name, &HostUsers)?,

@@ -62,6 +62,20 @@ fn commands_find_a_daemon_whose_file_was_edited() -> Result<()> {
     until("the rules are saved", || {
         Ok(world.path("state/last-good.json").exists())
     })?;
+    // By its socket it is found as before; `check` reads what is in the kernel where that is.
+    let table = format!("nft_table = \"{}", world.name());
+    let pins = format!("pin_dir = \"{}", world.pins().display());
+    edit(&world, &table, "nft_table = \"y")?;
+    edit(&world, &pins, &format!("{pins}y"))?;
+    let moved = world
+        .enforcer(&["check", "nobody", &world.here().to_string()])?
+        .demand(1)?;
+    ensure!(
+        moved.stdout.contains("denied by main") && moved.stderr.contains("once the daemon is restarted"),
+        "{moved:?}"
+    );
+    edit(&world, "nft_table = \"y", &table)?;
+    edit(&world, &format!("{pins}y"), &pins)?;
     for (from, to) in [
         ("control.sock", "other.sock"),
         (&*format!("nft_table = \"{}", world.name()), "nft_table = \"x"),
