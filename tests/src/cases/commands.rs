@@ -155,11 +155,13 @@ fn following_events_ends_with_the_daemon_and_says_so() -> Result<()> {
     let mut child = follow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     // Its first line shows that it follows.
     world.attack(NOBODY).is_refused()?;
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("no stdout")?).read_line(&mut line)?;
+    let (mut line, mut lines) = (String::new(), BufReader::new(child.stdout.take().context("no stdout")?));
+    lines.read_line(&mut line)?;
     ensure!(line.contains("deny"), "{line}");
     daemon.kill()?;
+    // A reader that goes ends it, too, and is no fault of anybody's.
     let ended = child.wait_with_output()?;
+    drop(lines);
     let said = String::from_utf8_lossy(&ended.stderr);
     ensure!(ended.status.code() == Some(2) && said.contains("hung up"), "{ended:?}");
     Ok(())
