@@ -1,9 +1,11 @@
 //! The decision: a verdict from an attempt, lookups and a subject. Pure; the kernel runs it over maps, `check` over
 //! the same maps from outside, the tests over tables of their own.
 
+use core::borrow::Borrow;
+
 use crate::{
-    Address, EndpointKey, Generation, MAX_CGROUP_LEVELS, MAX_NAT64, Nat64, Owners, PrincipalKey, Verdict,
-    WELL_KNOWN_NAT64, canonical4, flag, is_loopback, is_unspecified, is_v4, kind, scope,
+    Address, Bucket, EndpointKey, Generation, MAX_CGROUP_LEVELS, MAX_NAT64, Nat64, Owners, PrincipalKey, Spot, Verdict,
+    WELL_KNOWN_NAT64, canonical4, flag, is_loopback, is_unspecified, is_v4, kind, port, scope,
 };
 
 /// Where an attempt goes.
@@ -19,20 +21,29 @@ pub struct Destination {
 
 /// The active rule set, lookup by lookup.
 pub trait Tables {
-    /// Whether any rule set in the kernel may have this port; never narrower than the one in use.
-    fn port(&self, port: u16) -> bool;
+    /// A generation, or a reference to one: the kernel does not copy what it can look at.
+    type Generation<'a>: Borrow<Generation>
+    where
+        Self: 'a;
+    /// A bucket, or a reference to one.
+    type Bucket<'a>: Borrow<Bucket>
+    where
+        Self: 'a;
+
+    /// What each slot has on a port, as [`port::of`] takes it apart; never narrower than what the slot holds.
+    fn port(&self, port: u16) -> u8;
     /// The active slot.
     fn active(&self) -> Option<u8>;
     /// What holds for all of a slot.
-    fn generation(&self, slot: u8) -> Option<Generation>;
+    fn generation(&self, slot: u8) -> Option<Self::Generation<'_>>;
+    /// What a bucket of a slot holds.
+    fn bucket(&self, slot: u8, bucket: u32) -> Option<Self::Bucket<'_>>;
     /// Owners of an exact endpoint, those of prefixes and `local` that cover it included.
     fn exact(&self, key: &EndpointKey) -> Option<Owners>;
     /// Owners of the longest prefix, those of shorter ones that cover it included.
     fn prefix(&self, key: &EndpointKey) -> Option<Owners>;
     /// A NAT64 prefix of a slot besides the well-known one, all zeros for none; looked up only under [`flag::NAT64`].
     fn nat64(&self, slot: u8, number: u32) -> Option<Nat64>;
-    /// Targets that admit a user, where it is one of those at hand in the slot's generation.
-    fn few(&self, slot: u8, user: u32) -> Option<Owners>;
     /// Targets that admit a principal.
     fn principal(&self, key: &PrincipalKey) -> Option<Owners>;
 }
@@ -84,7 +95,7 @@ pub struct Decision {
     pub generation: u64,
     /// The address that the owners have as an endpoint.
     pub judged: Address,
-    /// The port is one of a target, and the address none of its endpoints (N8).
+    /// The port is one of a name's, and the address no endpoint (N8).
     pub missed: bool,
 }
 
@@ -97,26 +108,32 @@ const UNJUDGED: Decision = Decision {
     judged: [0; 4],
     missed: false,
 };
-const MISSED: Decision = Decision {
-    missed: true,
-    ..UNJUDGED
-};
 
 /// Judges one attempt.
 #[inline(always)]
 pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Destination) -> Decision {
-    if !tables.port(destination.port) {
+    if tables.port(destination.port) == 0 {
         return UNJUDGED; // D1
     }
     // Read once: all that follows comes from one slot, so no attempt sees half of two generations (F2).
     let Some(slot) = tables.active() else { return UNJUDGED };
+    // Read again: what was read before the slot may be from before the slot's bits were set.
+    let listed = port::of(tables.port(destination.port), slot);
     let Some(generation) = tables.generation(slot) else {
         return UNJUDGED;
     };
-    let Some((owners, judged)) = owners(tables, subject, destination, slot, &generation) else {
-        return MISSED; // D1
+    let generation = generation.borrow();
+    if listed & port::LISTED == 0 {
+        return UNJUDGED; // D1
+    }
+    let Some((owners, judged)) = owners(tables, subject, destination, slot, listed, generation) else {
+        // D1
+        return Decision {
+            missed: listed & port::NAMED != 0,
+            ..UNJUDGED
+        };
     };
-    let refused = owners & !admitted(tables, subject, owners, slot, &generation); // D2
+    let refused = owners & !admitted(tables, subject, owners, slot, generation); // D2
     let verdict = match refused {
         0 => Verdict::Allow,
         _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
@@ -141,6 +158,7 @@ fn owners<T: Tables, S: Subject>(
     subject: &S,
     destination: &Destination,
     slot: u8,
+    listed: u8,
     generation: &Generation,
 ) -> Option<(Owners, Address)> {
     if let Some(address) = translated(tables, destination.address, slot, generation.flags) {
@@ -148,12 +166,12 @@ fn owners<T: Tables, S: Subject>(
             address,
             ..*destination
         };
-        let found = owners_at(tables, subject, &there, slot, generation);
+        let found = owners_at(tables, subject, &there, slot, listed, generation);
         if let Some(owners) = found {
             return Some((owners, address));
         }
     }
-    let owners = owners_at(tables, subject, destination, slot, generation)?;
+    let owners = owners_at(tables, subject, destination, slot, listed, generation)?;
     Some((owners, destination.address))
 }
 
@@ -181,6 +199,7 @@ fn owners_at<T: Tables, S: Subject>(
     subject: &S,
     destination: &Destination,
     slot: u8,
+    listed: u8,
     generation: &Generation,
 ) -> Option<Owners> {
     let Destination {
@@ -188,27 +207,45 @@ fn owners_at<T: Tables, S: Subject>(
         port,
         address,
     } = *destination;
-    let mut scope = slot;
-    if !is_v4(address) {
-        scope |= scope::V6;
-    }
     let unspecified = is_unspecified(address);
-    if (unspecified || is_loopback(address)) && generation.netns != 0 && subject.netns() != generation.netns {
-        if !unspecified {
-            return None; // D6
-        }
-        scope |= scope::FOREIGN; // D5
-    }
-    let key = EndpointKey {
-        scope,
+    let mut key = EndpointKey {
+        scope: if is_v4(address) { slot } else { slot | scope::V6 },
         protocol,
         port,
         address,
     };
-    let found = tables.exact(&key);
-    // An unspecified destination has an entry of its own for every port of the rule set (D5).
-    if found.is_some() || unspecified || generation.flags & flag::PREFIXES == 0 {
-        return found;
+    // Numbers and no references: of these the compiler makes what the verifier forbids.
+    let (mut maybe, mut known) = (true, 0);
+    // An unspecified destination has an entry of its own for every port of the rule set (D5), which no bucket has.
+    if !unspecified {
+        let spot = Spot::of(protocol, port, address);
+        let bucket = tables.bucket(slot, spot.bucket)?;
+        let bucket = bucket.borrow();
+        maybe = bucket.filter & spot.bit != 0;
+        if maybe && bucket.key.is(&key) {
+            known = bucket.owners;
+        }
+        if !maybe && listed & port::WIDE == 0 {
+            return None;
+        }
+    }
+    if (unspecified || is_loopback(address)) && generation.netns != 0 && subject.netns() != generation.netns {
+        if !unspecified {
+            return None; // D6
+        }
+        key.scope |= scope::FOREIGN; // D5
+    }
+    if known != 0 {
+        return Some(known);
+    }
+    if maybe {
+        let found = tables.exact(&key);
+        if found.is_some() || unspecified {
+            return found;
+        }
+    }
+    if listed & port::WIDE == 0 {
+        return None;
     }
     tables.prefix(&key)
 }
@@ -267,11 +304,11 @@ fn admitted<T: Tables, S: Subject>(
         SocketUser::Unsupported => {}
         SocketUser::Unreadable => return 0,
     }
-    let mut admits_task = admitted_anywhere(tables, &task, generation.flags);
+    let mut admits_task = admitted_anywhere(tables, &task, generation);
     let mut admits_socket = if task.uid == socket.uid {
         admits_task
     } else {
-        admitted_anywhere(tables, &socket, generation.flags)
+        admitted_anywhere(tables, &socket, generation)
     };
     if generation.levels == 0 || owners & !(admits_task & admits_socket) == 0 {
         return admits_task & admits_socket;
@@ -320,10 +357,10 @@ fn admitted<T: Tables, S: Subject>(
 
 /// The targets that admit a user whatever its cgroup.
 #[inline(always)]
-fn admitted_anywhere<T: Tables>(tables: &T, user: &PrincipalKey, flags: u64) -> Owners {
-    match tables.few(user.slot, user.uid) {
+fn admitted_anywhere<T: Tables>(tables: &T, user: &PrincipalKey, generation: &Generation) -> Owners {
+    match generation.few.find(user.uid) {
         Some(admitting) => admitting,
-        None if flags & flag::FEW != 0 => 0,
+        None if generation.flags & flag::FEW != 0 => 0,
         None => tables.principal(user).unwrap_or(0),
     }
 }

@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never
 /// reused.
-pub const ABI: u32 = 3;
+pub const ABI: u32 = 4;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
 pub const MAX_ENDPOINTS: u32 = 131_072;
@@ -36,12 +36,19 @@ pub const EVENT_BYTES: u32 = 1 << 20;
 /// Bytes of the ring buffer of dials: a page of the largest size that kernels have.
 pub const DIAL_BYTES: u32 = 1 << 16;
 
+/// Buckets of one slot: enough that a hundred thousand endpoints leave five in six misses to them.
+pub const BUCKETS: u32 = 8192;
+/// Components of a program's path that a record has room for, the last ones of the path.
+pub const MAX_COMPONENTS: usize = 8;
+/// Bytes of a component of a program's path that a record has room for.
+pub const COMPONENT_BYTES: usize = 40;
+
 /// Every rule set in the kernel lies in one of two slots; readers use the active one, the loader writes the other.
 pub const SLOTS: u32 = 2;
 
 /// Most entries of each map.
 pub mod entries {
-    use super::{MAX_ENDPOINTS, MAX_NAT64, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, SLOTS};
+    use super::{BUCKETS as SLOT_BUCKETS, MAX_ENDPOINTS, MAX_NAT64, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, SLOTS};
 
     /// Of `active`.
     pub const ACTIVE: u32 = 1;
@@ -49,6 +56,8 @@ pub mod entries {
     pub const GENERATIONS: u32 = SLOTS;
     /// Of `ports`, one a port.
     pub const PORTS: u32 = 1 << 16;
+    /// Of `buckets`, slot by slot.
+    pub const BUCKETS: u32 = SLOTS * SLOT_BUCKETS;
     /// Of `endpoints`.
     pub const ENDPOINTS: u32 = SLOTS * MAX_ENDPOINTS;
     /// Of `prefixes`.
@@ -85,6 +94,30 @@ pub mod scope {
     pub const FOREIGN: u8 = 4;
 }
 
+/// What a slot has on a port: three bits of a byte for each slot.
+pub mod port {
+    /// Some endpoint, or a name.
+    pub const LISTED: u8 = 1;
+    /// A prefix, so that no bucket rules an address out.
+    pub const WIDE: u8 = 2;
+    /// A name, so that a dial of another address may be told (N8).
+    pub const NAMED: u8 = 4;
+
+    /// The bits of one slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(slots: u8, slot: u8) -> u8 {
+        slots >> shift(slot) & (LISTED | WIDE | NAMED)
+    }
+
+    /// How far the bits of a slot lie from the lowest.
+    #[inline(always)]
+    #[must_use]
+    pub const fn shift(slot: u8) -> u8 {
+        3 * (slot & 1)
+    }
+}
+
 /// An address as four words in network byte order; IPv4 is `::ffff:a.b.c.d`, unspecified is `::` (D4).
 pub type Address = [u32; 4];
 
@@ -97,7 +130,7 @@ pub const WELL_KNOWN_NAT64: Nat64 = [0x0064_ff9b_u32.to_be(), 0, 0];
 /// Key of the exact endpoints, and the data part of the prefixes' keys.
 #[repr(C)]
 #[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EndpointKey {
     /// Bits of [`scope`].
     pub scope: u8,
@@ -107,6 +140,68 @@ pub struct EndpointKey {
     pub port: u16,
     /// Canonical address.
     pub address: Address,
+}
+
+impl EndpointKey {
+    /// Equality, word by word: the derived one is a call of `memcmp` to some compilers, which the kernel has not.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is(&self, other: &Self) -> bool {
+        let [a, b, c, d] = self.address;
+        let [e, f, g, h] = other.address;
+        d == h
+            && c == g
+            && b == f
+            && a == e
+            && self.port == other.port
+            && self.protocol == other.protocol
+            && self.scope == other.scope
+    }
+}
+
+/// Where the exact endpoints of a protocol, a port and an address lie among the buckets, and their bit there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spot {
+    /// The bucket, below [`BUCKETS`].
+    pub bucket: u32,
+    /// The bit of [`Bucket::filter`].
+    pub bit: u64,
+}
+
+impl Spot {
+    /// Two multiplications: what varies among a host's endpoints, the last bytes of an address, is to reach the upper
+    /// bits. Whoever chooses addresses can make them meet in one bucket, which costs time and changes no verdict.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(protocol: u8, port: u16, address: Address) -> Self {
+        const FIRST: u64 = 0x9e37_79b9_7f4a_7c15;
+        const SECOND: u64 = 0xd6e8_feb8_6659_fd93;
+        let [a, b, c, d] = address;
+        let head = (a as u64) << 32 | b as u64;
+        let mixed = (head ^ ((port as u64) << 8 | protocol as u64)).wrapping_mul(FIRST);
+        let tail = (c as u64) << 32 | u32::from_be(d) as u64;
+        let mixed = (mixed ^ mixed >> 32 ^ tail).wrapping_mul(SECOND);
+        Self {
+            bucket: (mixed >> 51) as u32 & (BUCKETS - 1),
+            bit: 1 << (mixed >> 40 & 63),
+        }
+    }
+}
+
+/// What a slot's exact endpoints of one bucket come to, so that most attempts need no look at `endpoints`, which stays
+/// the whole truth. Those for unspecified destinations are in no bucket.
+#[repr(C)]
+#[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bucket {
+    /// The bits of all of them: an address without its bit here is no exact endpoint.
+    pub filter: u64,
+    /// Owners of the first of them.
+    pub owners: Owners,
+    /// The first of them.
+    pub key: EndpointKey,
+    /// Always 0.
+    pub zero: u32,
 }
 
 /// Bits of [`EndpointKey`] before the address: what a prefix's length counts besides its own bits.
@@ -204,8 +299,6 @@ impl Default for Few {
 pub mod flag {
     /// Refuse nothing.
     pub const AUDIT: u64 = 1;
-    /// The rule set has prefixes.
-    pub const PREFIXES: u64 = 2;
     /// Made active by a daemon that means to stay.
     pub const DAEMON: u64 = 4;
     /// The programs check the socket's owner too (D3): that of TCP sockets.
@@ -297,8 +390,15 @@ pub struct EventRecord {
     pub family: u8,
     /// 1 for a kernel thread.
     pub kernel_thread: u8,
-    /// Always 0.
-    pub zero: u16,
+    /// Components in [`EventRecord::path`]; 0 where the kernel does not tell of the program's file.
+    pub components: u8,
+    /// 1 where the last of them lies in the root of its file system, so that the path is whole.
+    pub rooted: u8,
+    /// Bytes that each component has, as far as a byte tells: more than [`COMPONENT_BYTES`] is cut.
+    pub lengths: [u8; MAX_COMPONENTS],
+    /// The path of the task's program within its file system, the last component first; those beyond
+    /// [`EventRecord::components`] mean nothing.
+    pub path: [[u8; COMPONENT_BYTES]; MAX_COMPONENTS],
 }
 
 /// Whether a dial of a port, at an address that is no endpoint, is told (N8). The daemon opens a gate, and whoever
@@ -342,7 +442,9 @@ const _: () = {
     assert!(size_of::<TargetName>() == 48);
     assert!(size_of::<Counters>() == 24);
     assert!(size_of::<AllCounters>() == 24 * MAX_TARGETS as usize);
-    assert!(size_of::<EventRecord>() == 152);
+    assert!(size_of::<Bucket>() == 40);
+    assert!(size_of::<EventRecord>() == 480);
+    assert!(BUCKETS.is_power_of_two() && BUCKETS <= 1 << 13);
     assert!(size_of::<DialRecord>() == 24);
 };
 

@@ -25,9 +25,9 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::trace;
 use enforcer_ebpf::{
-    Address, AllCounters, Counters, DIAL_BYTES, DialRecord, EVENT_BYTES, EndpointKey, EventRecord, Generation,
-    KEY_BITS, MAX_NAT64, MAX_TARGETS, NO_UID, Nat64, Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict,
-    canonical4, canonical6,
+    Address, AllCounters, BUCKETS as SLOT_BUCKETS, Bucket, COMPONENT_BYTES, Counters, DIAL_BYTES, DialRecord,
+    EVENT_BYTES, EndpointKey, EventRecord, Generation, KEY_BITS, MAX_COMPONENTS, MAX_NAT64, MAX_TARGETS, NO_UID, Nat64,
+    Owners, PrefixKey, PrincipalKey, TCP, TargetName, UDP, Verdict, canonical4, canonical6,
     decide::{self, Decision, Destination, SocketUser, Subject, Tables, Task},
     entries, gate,
 };
@@ -39,6 +39,9 @@ const MPTCP: u32 = 262;
 /// `PF_KTHREAD` of linux/sched.h.
 const PF_KTHREAD: u32 = 0x0020_0000;
 const BPF_F_NO_PREALLOC: u32 = 1;
+/// Bytes that names in a `struct dentry` itself have room for, on every kernel; one of them ends the name
+/// (`DNAME_INLINE_LEN`).
+const INLINE_NAME: u32 = 32;
 
 /// Offset of `sk_uid` in `struct sock`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
@@ -54,6 +57,28 @@ static TASK_CRED_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `uid` in `struct cred`, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static CRED_UID_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `mm` in `struct task_struct`, from the kernel's BTF; 0 where the way from there to the program's path is not
+/// known or cannot be gone.
+#[unsafe(no_mangle)]
+static TASK_MM_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `exe_file` in `struct mm_struct`.
+#[unsafe(no_mangle)]
+static MM_EXE_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `f_path.dentry` in `struct file`.
+#[unsafe(no_mangle)]
+static FILE_DENTRY_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `d_parent` in `struct dentry`.
+#[unsafe(no_mangle)]
+static DENTRY_PARENT_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `d_name.len` in `struct dentry`.
+#[unsafe(no_mangle)]
+static DENTRY_LENGTH_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `d_name.name` in `struct dentry`.
+#[unsafe(no_mangle)]
+static DENTRY_NAME_OFFSET: Global<u32> = Global::new(0);
+/// Offset in `struct dentry` of the bytes in which short names lie, [`INLINE_NAME`] at least.
+#[unsafe(no_mangle)]
+static DENTRY_INLINE_OFFSET: Global<u32> = Global::new(0);
 /// 0 where `bpf_probe_read_kernel` is withheld (`lockdown=confidentiality`): the verifier then leaves out what calls
 /// it, and the programs load.
 #[unsafe(no_mangle)]
@@ -64,9 +89,12 @@ static READS_KERNEL: Global<u32> = Global::new(1);
 static ACTIVE: Array<u8> = Array::pinned(entries::ACTIVE, 0);
 #[map(name = "generations")]
 static GENERATIONS: Array<Generation> = Array::pinned(entries::GENERATIONS, 0);
-/// By port: bit n is set where slot n may have an endpoint on it.
+/// By port: what each slot has on it ([`enforcer_ebpf::port`]).
 #[map(name = "ports")]
 static PORTS: Array<u8> = Array::pinned(entries::PORTS, 0);
+/// Slot by slot, what its exact endpoints come to.
+#[map(name = "buckets")]
+static BUCKETS: Array<Bucket> = Array::pinned(entries::BUCKETS, 0);
 #[map(name = "endpoints")]
 static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(entries::ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map(name = "prefixes")]
@@ -176,33 +204,29 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
 #[inline(always)]
 fn count(decision: &Decision) {
     let Some(all) = COUNTERS.get_ptr_mut(0) else { return };
-    let mut owners = match decision.refused {
-        0 => decision.owners,
-        refused => refused & refused.wrapping_neg(),
-    };
-    for _ in 0..MAX_TARGETS {
-        if owners == 0 {
-            break;
-        }
-        let found = owners.trailing_zeros();
-        // The compiler knows that this is below 64 and would leave the mask out; the verifier wants to see it.
-        // SAFETY: a stack word of our own.
-        let target = (unsafe { (&raw const found).read_volatile() } & (MAX_TARGETS - 1)) as usize;
-        let bit = owners & owners.wrapping_neg();
-        owners ^= bit;
+    let counters = |target: u32| {
         // SAFETY: the verifier proved the pointer, and the index is below the number of targets; the element is this
         // CPU's own.
-        unsafe {
-            let counters = all.cast::<Counters>().add(target);
-            if decision.refused & bit == 0 {
-                (*counters).allowed += 1;
-            } else if matches!(decision.verdict, Verdict::WouldDeny) {
-                (*counters).would_deny += 1;
-            } else {
-                (*counters).denied += 1;
-            }
-        }
+        unsafe { &mut *all.cast::<Counters>().add(target as usize) }
+    };
+    match (decision.refused, decision.owners) {
+        (0, owners) if owners & (owners - 1) == 0 => counters(lowest(owners)).allowed += 1,
+        // Without a branch: the verifier follows each way through each pass.
+        (0, owners) => (0..MAX_TARGETS).for_each(|target| counters(target).allowed += owners >> target & 1),
+        (refused, _) => match decision.verdict {
+            Verdict::WouldDeny => counters(lowest(refused)).would_deny += 1,
+            _ => counters(lowest(refused)).denied += 1,
+        },
     }
+}
+
+/// Number of the lowest bit.
+#[inline(always)]
+fn lowest(owners: Owners) -> u32 {
+    let found = owners.trailing_zeros();
+    // The compiler knows that this is below 64 and would leave the mask out; the verifier wants to see it.
+    // SAFETY: a stack word of our own.
+    unsafe { (&raw const found).read_volatile() & (MAX_TARGETS - 1) }
 }
 
 /// Sends a denial to the ring buffer, or counts it as lost.
@@ -215,48 +239,150 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         }
         return;
     };
-    let name = u32::from(decision.slot) * MAX_TARGETS + (decision.refused.trailing_zeros() & (MAX_TARGETS - 1));
-    // SAFETY: helpers without pointer arguments.
-    let (time, cgroup, pid_tgid) = unsafe {
-        (
-            bpf_ktime_get_boot_ns(),
-            bpf_get_current_cgroup_id(),
-            bpf_get_current_pid_tgid(),
-        )
-    };
-    let mut task = [0_u8; 16];
-    // SAFETY: the buffer is 16 bytes, the size of a task's name.
-    unsafe { bpf_get_current_comm(task.as_mut_ptr().cast(), 16) };
+    let name = u32::from(decision.slot) * MAX_TARGETS + lowest(decision.refused);
     let (task_uid, kernel_thread) = match attempt.task() {
         Task::User(uid) => (uid, 0),
         Task::Kernel => (0, 1),
     };
-    #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
-    let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
-    entry.write(EventRecord {
-        time,
-        generation: decision.generation,
-        cgroup,
-        netns: attempt.netns(),
-        target: TARGETS.get(name).copied().unwrap_or(TargetName::NONE),
-        dialled,
-        judged: decision.judged,
-        pid,
-        tid,
-        task_uid,
-        socket_uid: match attempt.socket_user() {
-            SocketUser::Uid(uid) => uid,
-            SocketUser::Unsupported | SocketUser::Unreadable => NO_UID,
-        },
-        task,
-        port: destination.port,
-        protocol: destination.protocol,
-        verdict: decision.verdict as u8,
-        family,
-        kernel_thread,
-        zero: 0,
-    });
+    let socket_uid = match attempt.socket_user() {
+        SocketUser::Uid(uid) => uid,
+        SocketUser::Unsupported | SocketUser::Unreadable => NO_UID,
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the buffer's own memory, as large as a record, written field by field: a whole record is more than the
+    // stack holds. What the path does not need stays as it was, which only root can read.
+    unsafe {
+        let pid_tgid = bpf_get_current_pid_tgid();
+        #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
+        let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
+        (*record).time = bpf_ktime_get_boot_ns();
+        (*record).generation = decision.generation;
+        (*record).cgroup = bpf_get_current_cgroup_id();
+        (*record).netns = attempt.netns();
+        (*record).target = TARGETS.get(name).copied().unwrap_or(TargetName::NONE);
+        (*record).dialled = dialled;
+        (*record).judged = decision.judged;
+        (*record).pid = pid;
+        (*record).tid = tid;
+        (*record).task_uid = task_uid;
+        (*record).socket_uid = socket_uid;
+        bpf_get_current_comm((&raw mut (*record).task).cast(), 16);
+        (*record).port = destination.port;
+        (*record).protocol = destination.protocol;
+        (*record).verdict = decision.verdict as u8;
+        (*record).family = family;
+        (*record).kernel_thread = kernel_thread;
+        (*record).components = 0;
+        (*record).rooted = 0;
+        write_path(record);
+    }
     entry.submit(0);
+}
+
+/// A pass for each component, written out for old verifiers, as in `decide`.
+macro_rules! each_component {
+    ($number:ident => $pass:block) => {
+        each_component!($number $pass 0 1 2 3 4 5 6 7)
+    };
+    ($number:ident $pass:block $($at:literal)+) => {
+        $({
+            let $number: u8 = $at;
+            $pass
+        })+
+    };
+}
+const _: () = assert!(MAX_COMPONENTS == 8, "a pass for each component");
+
+/// Writes the path of the task's program within its file system, from its last component on. Names change under it at
+/// any time: what is read is what was there, and each load of kernel memory is checked.
+///
+/// # Safety
+///
+/// `record` is the memory of a record in the ring buffer.
+#[inline(always)]
+unsafe fn write_path(record: *mut EventRecord) {
+    let mm = TASK_MM_OFFSET.load() as usize;
+    if mm == 0 {
+        return;
+    }
+    // SAFETY: the verifier knows the types of all that is loaded here, and a load from what is gone reads zeros; each
+    // pointer is checked before it is followed.
+    unsafe {
+        let task = bpf_get_current_task_btf().cast::<u8>();
+        let Some(mm) = follow(task, mm) else { return };
+        let Some(file) = follow(mm, MM_EXE_OFFSET.load() as usize) else {
+            return;
+        };
+        let Some(mut dentry) = follow(file, FILE_DENTRY_OFFSET.load() as usize) else {
+            return;
+        };
+        let lengths = (&raw mut (*record).lengths).cast::<u8>();
+        let path = (&raw mut (*record).path).cast::<[u8; COMPONENT_BYTES]>();
+        each_component! { number => {
+            let Some(parent) = follow(dentry, DENTRY_PARENT_OFFSET.load() as usize) else {
+                return;
+            };
+            // The root is its own parent, and so is a file without a directory.
+            if parent == dentry && number > 0 {
+                (*record).rooted = 1;
+                return;
+            }
+            write_component(dentry, path.add(number as usize).cast(), lengths.add(number as usize));
+            (*record).components = number + 1;
+            dentry = parent;
+        }}
+        if follow(dentry, DENTRY_PARENT_OFFSET.load() as usize) == Some(dentry) {
+            (*record).rooted = 1;
+        }
+    }
+}
+
+/// Writes one component of a path, and its length.
+///
+/// # Safety
+///
+/// `dentry` is one, and there is room.
+#[inline(always)]
+unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8) {
+    // SAFETY: as in `write_path`.
+    unsafe {
+        let length = dentry
+            .add(DENTRY_LENGTH_OFFSET.load() as usize)
+            .cast::<u32>()
+            .read_volatile();
+        #[allow(clippy::cast_possible_truncation, reason = "capped")]
+        length_at.write(if length > 255 { 255 } else { length as u8 });
+        if length < INLINE_NAME {
+            let from = dentry.add(DENTRY_INLINE_OFFSET.load() as usize).cast::<u64>();
+            name.write(from.read_volatile());
+            name.add(1).write(from.add(1).read_volatile());
+            name.add(2).write(from.add(2).read_volatile());
+            name.add(3).write(from.add(3).read_volatile());
+            return;
+        }
+        // A byte that no name has, where nothing can be read.
+        name.cast::<u8>().write(0);
+        if READS_KERNEL.load() != 0 {
+            let from = dentry
+                .add(DENTRY_NAME_OFFSET.load() as usize)
+                .cast::<u64>()
+                .read_volatile();
+            #[allow(clippy::cast_possible_truncation, reason = "40")]
+            bpf_probe_read_kernel(name.cast(), COMPONENT_BYTES as u32, from as *const c_void);
+        }
+    }
+}
+
+/// What a pointer within a kernel structure points to, unless to nothing.
+///
+/// # Safety
+///
+/// There is a pointer at the offset.
+#[inline(always)]
+unsafe fn follow(structure: *const u8, offset: usize) -> Option<*const u8> {
+    // SAFETY: as in `write_path`.
+    let found = unsafe { structure.add(offset).cast::<*const u8>().read_volatile() };
+    (!found.is_null()).then_some(found)
 }
 
 /// Tells of a dial at an address that is no endpoint, where the daemon asks for that (N8). Two that come at once may
@@ -299,9 +425,15 @@ fn tell_dial(attempt: &Attempt<'_>, destination: &Destination) {
 struct Maps;
 
 impl Tables for Maps {
+    type Generation<'a> = &'a Generation;
+    type Bucket<'a> = &'a Bucket;
+
     #[inline(always)]
-    fn port(&self, port: u16) -> bool {
-        PORTS.get(u32::from(port)).is_some_and(|slots| *slots != 0)
+    fn port(&self, port: u16) -> u8 {
+        // SAFETY: the verifier proved the pointer; volatile, because the loader writes it at any time.
+        PORTS
+            .get_ptr(u32::from(port))
+            .map_or(0, |slots| unsafe { slots.read_volatile() })
     }
 
     #[inline(always)]
@@ -317,13 +449,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn generation(&self, slot: u8) -> Option<Generation> {
-        GENERATIONS.get(u32::from(slot)).copied()
+    fn generation(&self, slot: u8) -> Option<&Generation> {
+        GENERATIONS.get(u32::from(slot))
     }
 
     #[inline(always)]
-    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
-        GENERATIONS.get(u32::from(slot))?.few.find(user)
+    fn bucket(&self, slot: u8, bucket: u32) -> Option<&Bucket> {
+        BUCKETS.get(u32::from(slot) * SLOT_BUCKETS + bucket)
     }
 
     #[inline(always)]

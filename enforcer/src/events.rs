@@ -39,11 +39,6 @@ pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Denial {
     } else {
         IpAddr::V6(v6(record.judged))
     };
-    let name_end = record
-        .task
-        .iter()
-        .position(|byte| *byte == 0)
-        .unwrap_or(record.task.len());
     let time = boot + Duration::from_nanos(record.time);
     Denial {
         schema: Schema::Event,
@@ -56,7 +51,8 @@ pub(crate) fn read(record: &EventRecord, boot: SystemTime) -> Denial {
         backend: ActiveBackend::Ebpf,
         pid: Some(record.pid),
         tid: Some(record.tid),
-        comm: Some(String::from_utf8_lossy(record.task.get(..name_end).unwrap_or_default()).into_owned()),
+        comm: Some(until_zero(&record.task)),
+        exe: path_of(record),
         kernel_thread: record.kernel_thread == 1,
         task_uid: Some(record.task_uid),
         task_user: None,
@@ -93,6 +89,7 @@ pub(crate) fn read_logged(denial: &LoggedDenial, now: SystemTime) -> Denial {
         pid: None,
         tid: None,
         comm: None,
+        exe: None,
         kernel_thread: false,
         task_uid: None,
         task_user: None,
@@ -108,6 +105,32 @@ pub(crate) fn read_logged(denial: &LoggedDenial, now: SystemTime) -> Denial {
         target: denial.target.clone(),
         generation: denial.generation,
     }
+}
+
+/// The path of the program, as far as the record tells it; none where it does not.
+fn path_of(record: &EventRecord) -> Option<String> {
+    let components = record.path.iter().zip(record.lengths).take(record.components.into());
+    let mut path = match (record.components, record.rooted) {
+        (0, _) => return None,
+        (_, 0) => "…".to_owned(),
+        _ => String::new(),
+    };
+    for (bytes, length) in components.rev() {
+        let length = usize::from(length);
+        let name = until_zero(bytes.get(..length).unwrap_or(bytes));
+        path.push('/');
+        path.push_str(&name);
+        // What was not read, or is longer than there is room for.
+        if length > bytes.len() || name.is_empty() {
+            path.push('…');
+        }
+    }
+    Some(path)
+}
+
+fn until_zero(bytes: &[u8]) -> String {
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
 }
 
 /// Names users and cgroup, as they are now.
@@ -134,7 +157,44 @@ fn first([word, ..]: Address) -> u32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use zerocopy::FromZeros as _;
+
     use super::*;
+
+    /// The last component first, and how long it really is.
+    fn path(rooted: u8, components: &[(&[u8], u8)]) -> Option<String> {
+        let mut record = EventRecord::new_zeroed();
+        record.rooted = rooted;
+        record.components = u8::try_from(components.len()).unwrap_or(u8::MAX);
+        let into = record.path.iter_mut().zip(&mut record.lengths);
+        for ((bytes, length), (name, real)) in into.zip(components) {
+            // What an earlier record left there.
+            bytes.fill(b'x');
+            bytes.iter_mut().zip(*name).for_each(|(to, from)| *to = *from);
+            *length = *real;
+        }
+        path_of(&record)
+    }
+
+    #[test]
+    fn a_programs_path_is_whole_or_says_what_is_left_out() {
+        let check = |rooted, components: &[(&[u8], u8)], want: &str| {
+            assert_eq!(path(rooted, components).as_deref(), Some(want));
+        };
+        assert_eq!(path(0, &[]), None);
+        check(1, &[(b"curl", 4), (b"bin", 3), (b"usr", 3)], "/usr/bin/curl");
+        check(1, &[(b"memfd:a", 7)], "/memfd:a");
+        check(0, &[(b"curl", 4), (b"bin", 3)], "…/bin/curl");
+        // Longer than there is room for; not to be read; changed while it was read.
+        check(1, &[(&[b'a'; 40], 41)], &format!("/{}…", "a".repeat(40)));
+        check(1, &[(&[b'a'; 40], 40)], &format!("/{}", "a".repeat(40)));
+        check(1, &[(b"curl", 4), (b"\0", 33)], "/…/curl");
+        check(1, &[(b"a\0bc", 4)], "/a");
+        check(1, &[(b"a\xff\x1b", 3)], "/a\u{fffd}\u{1b}");
+        // More than a record has room for, as no program writes.
+        let many = [(&b"a"[..], 1); 9];
+        check(0, &many, "…/a/a/a/a/a/a/a/a");
+    }
 
     /// A denial of a user's, by a program.
     pub(crate) fn denial(uid: u32, target: &str, comm: &str) -> Denial {
@@ -146,6 +206,7 @@ pub(crate) mod tests {
             pid: None,
             tid: None,
             comm: Some(comm.to_owned()),
+            exe: None,
             kernel_thread: false,
             task_uid: Some(uid),
             task_user: None,

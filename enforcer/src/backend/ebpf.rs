@@ -65,6 +65,9 @@ pub(crate) struct EbpfBackend {
     cgroup_fd: File,
     cgroup_id: u64,
     loader: Loader,
+    /// What the programs were loaded with, and the level of their log.
+    sight: Sight,
+    log_level: u8,
     /// Whether the active rule set has UDP endpoints.
     udp: bool,
     /// The links that are not as they were attached, by the last look at them; none before they were.
@@ -125,6 +128,8 @@ impl EbpfBackend {
                 daemon,
                 sees: sight.sees(),
             },
+            sight,
+            log_level,
             udp: false,
             astray: None,
             slots: if fresh {

@@ -178,7 +178,7 @@ fn row(sum: &DenialSum) -> [String; 9] {
     };
     let program = match sum.of {
         SumOf::MoreKinds => "others".to_owned(),
-        SumOf::Kind | SumOf::MoreUsers | SumOf::Unreported => name(&sum.comm),
+        SumOf::Kind | SumOf::MoreUsers | SumOf::Unreported => program(sum.comm.as_deref(), sum.exe.as_deref()),
     };
     let endpoint = |endpoint| Some(format!("{} {endpoint}", sum.protocol?));
     [
@@ -192,6 +192,25 @@ fn row(sum: &DenialSum) -> [String; 9] {
         seconds(&sum.first),
         seconds(&sum.last),
     ]
+}
+
+/// A program by its path, and the task's name where that is another.
+fn program(comm: Option<&str>, exe: Option<&str>) -> String {
+    /// What the kernel keeps of a task's name (`TASK_COMM_LEN`, less the zero).
+    const NAME: usize = 15;
+    let name = |text: &str| text::name(text).into_owned();
+    match (comm, exe) {
+        (None, None) => String::new(),
+        (Some(one), None) | (None, Some(one)) => name(one),
+        (Some(comm), Some(exe)) => {
+            let file = exe.rsplit('/').next().unwrap_or_default();
+            if file.get(..file.floor_char_boundary(NAME)) == Some(comm) {
+                name(exe)
+            } else {
+                format!("{} ({})", name(comm), name(exe))
+            }
+        }
+    }
 }
 
 fn shown(value: Option<&impl Display>) -> String {

@@ -134,6 +134,7 @@ fn log(Line { text, fields }: &Line) {
         user = fields.user,
         socket_uid = fields.socket_uid,
         comm = fields.comm,
+        exe = fields.exe,
         cgroup = fields.cgroup,
         count = fields.count,
         "{text}"

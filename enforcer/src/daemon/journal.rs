@@ -39,6 +39,7 @@ struct KindCount {
     owner: Option<String>,
     /// A task's name is its own choice.
     task: Seen,
+    program: Seen,
     cgroup: Seen,
 }
 
@@ -85,6 +86,7 @@ pub(super) struct Fields {
     pub socket_uid: Option<u32>,
     /// Those that came first, if there are several.
     pub comm: Option<String>,
+    pub exe: Option<String>,
     pub cgroup: Option<String>,
     pub count: Option<u64>,
 }
@@ -117,12 +119,14 @@ impl Journal {
             user: event.task_user.clone().or_else(|| event.socket_user.clone()),
             owner: event.socket_user.clone(),
             task: Seen::of(event.comm.clone()),
+            program: Seen::of(event.exe.clone()),
             cgroup: Seen::of(event.cgroup.clone()),
         };
         match self.0.place(caller, Kind::of(event), new) {
             Place::Kind(seen) if seen.begun => {
                 seen.count += 1;
                 seen.task.note(event.comm.as_ref());
+                seen.program.note(event.exe.as_ref());
                 seen.cgroup.note(event.cgroup.as_ref());
                 None
             }
@@ -224,7 +228,7 @@ impl Kind {
         let at_least = if self.at_least && count > 1 { "at least " } else { "" };
         let owner = |owner| format!(" with a socket of {}", user(owner, seen.owner.as_deref()));
         let text = format!(
-            "{refused} {at_least}{} on {} ({} {}) by {}{}{}{}",
+            "{refused} {at_least}{} on {} ({} {}) by {}{}{}{}{}",
             counted(count, "attempt"),
             self.target,
             self.protocol,
@@ -232,6 +236,7 @@ impl Kind {
             words(caller, seen.user.as_ref()),
             self.owner.map(owner).unwrap_or_default(),
             seen.task.words("task"),
+            seen.program.words("program"),
             seen.cgroup.words("cgroup"),
         );
         let fields = Fields {
@@ -246,6 +251,7 @@ impl Kind {
             user: seen.user.clone(),
             socket_uid: self.owner,
             comm: seen.task.first.clone(),
+            exe: seen.program.first.clone(),
             cgroup: seen.cgroup.first.clone(),
             count: Some(count),
         };

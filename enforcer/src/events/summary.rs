@@ -29,6 +29,9 @@ pub(super) struct Kind {
     /// The socket's owner, where that is another user than the task's.
     owner: Option<u32>,
     comm: Option<String>,
+    /// Not in files that earlier versions wrote.
+    #[serde(default)]
+    exe: Option<String>,
     cgroup: Option<String>,
 }
 
@@ -85,6 +88,7 @@ impl Summary {
             protocol: event.protocol,
             owner: other_owner(event),
             comm: event.comm.clone(),
+            exe: event.exe.clone(),
             cgroup: event.cgroup.clone(),
         };
         let new = || Known {
@@ -208,6 +212,7 @@ impl Known {
             socket_uid: kind.owner,
             socket_user: self.owner.clone().filter(|_| kind.owner.is_some()),
             comm: kind.comm.clone(),
+            exe: kind.exe.clone(),
             cgroup: kind.cgroup.clone(),
             at_least: self.at_least,
             ..self.sum.shown(SumOf::Kind).by(caller)
@@ -305,6 +310,7 @@ impl Sum {
             socket_uid: None,
             socket_user: None,
             comm: None,
+            exe: None,
             cgroup: None,
             count: 0,
             at_least: false,

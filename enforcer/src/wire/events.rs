@@ -39,6 +39,10 @@ pub struct Denial {
     pub tid: Option<u32>,
     /// Name of the task.
     pub comm: Option<String>,
+    /// Path of its program within the file system that the program lies on; `…` stands for what was left out. Absent
+    /// where the kernel does not show it.
+    #[serde(default)]
+    pub exe: Option<String>,
     /// Whether the task is a kernel thread.
     pub kernel_thread: bool,
     /// Real UID of the task, in the initial user namespace.
@@ -256,8 +260,12 @@ impl fmt::Display for Denial {
             write!(f, " (= {})", self.judged)?;
         }
         write!(f, ", target {}", self.target)?;
-        let mut cgroup = self.cgroup.iter();
-        cgroup.try_for_each(|cgroup| write!(f, ", cgroup {}", text::name(cgroup)))
+        for (what, known) in [("program", &self.exe), ("cgroup", &self.cgroup)] {
+            if let Some(known) = known {
+                write!(f, ", {what} {}", text::name(known))?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -31,6 +31,9 @@ pub struct DenialSum {
     pub socket_user: Option<String>,
     /// The task's name, its own choice.
     pub comm: Option<String>,
+    /// The path of its program, as an event has it.
+    #[serde(default)]
+    pub exe: Option<String>,
     /// The task's cgroup.
     pub cgroup: Option<String>,
     /// How many, in the time that was asked for.
@@ -46,7 +49,7 @@ pub struct DenialSum {
 words! {
     /// What is added up.
     SumOf {
-        /// Denials alike in verdict, target, protocol, users, name of the task and cgroup.
+        /// Denials alike in verdict, target, protocol, users, name of the task, program and cgroup.
         Kind = "kind",
         /// Denials for a user of whom too many kinds are told apart already.
         MoreKinds = "more-kinds",

@@ -63,7 +63,7 @@ fn denials(made: &mut Made) -> Result {
     let v4 = |bits: u32| [0, 0, 0xffff_u32.to_be(), bits.to_be()];
     let mut target = TargetName::NONE;
     target.0.iter_mut().zip(b"monit").for_each(|(to, from)| *to = *from);
-    let record = EventRecord {
+    let mut record = EventRecord {
         time: 1_500_000_000,
         generation: 3,
         cgroup: 4,
@@ -81,8 +81,15 @@ fn denials(made: &mut Made) -> Result {
         verdict: enforcer_ebpf::Verdict::Deny as u8,
         family: 4,
         kernel_thread: 0,
-        zero: 0,
+        components: 2,
+        rooted: 1,
+        lengths: [3, 3, 0, 0, 0, 0, 0, 0],
+        path: [[0; 40]; 8],
     };
+    let [file, directory, ..] = &mut record.path;
+    for (component, name) in [(file, b"c\x1bd"), (directory, b"bin")] {
+        component.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+    }
     made.sent(&Event::Denial(events::read(&record, boot)))?;
     let record = EventRecord {
         dialled: [0x2001_0db8_u32.to_be(), 0, 0, 1_u32.to_be()],
@@ -92,6 +99,7 @@ fn denials(made: &mut Made) -> Result {
         verdict: enforcer_ebpf::Verdict::WouldDeny as u8,
         family: 6,
         kernel_thread: 1,
+        components: 0,
         ..record
     };
     made.sent(&Reply::Event(Event::Denial(events::read(&record, boot))))?;
@@ -301,6 +309,7 @@ fn verifications(made: &mut Made) -> Result {
         Object::Nat64Map,
         Object::InlineUsers,
         Object::GenerationsMap,
+        Object::BucketsMap,
         Object::ActiveMap,
         Object::Link,
         Object::Backend,

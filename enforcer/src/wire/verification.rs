@@ -75,6 +75,7 @@ pub enum Object {
     Backend,
     Link,
     ActiveMap,
+    BucketsMap,
     GenerationsMap,
     InlineUsers,
     Nat64Map,
@@ -98,10 +99,11 @@ const SET: &str = "nft set ";
 
 impl Object {
     /// Of chains and sets each has its own after these.
-    pub(super) const NAMES: [(Self, &'static str); 17] = [
+    pub(super) const NAMES: [(Self, &'static str); 18] = [
         (Self::Backend, "backend"),
         (Self::Link, "link"),
         (Self::ActiveMap, "map active"),
+        (Self::BucketsMap, "map buckets"),
         (Self::GenerationsMap, "map generations"),
         (Self::InlineUsers, "map generations, users at hand"),
         (Self::Nat64Map, "map nat64"),

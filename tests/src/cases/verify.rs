@@ -113,6 +113,8 @@ fn first(world: &World, name: &str) -> Result<(Bytes, Bytes)> {
         "prefixes" => number(key, 4).map(|scope| scope & 1),
         "principals" => number(key, 13),
         "targets" => number(key, 0).map(|index| index / 64),
+        // 8,192 a slot.
+        "buckets" => number(key, 1).map(|index| index / 32),
         "generations" => number(key, 0),
         _ => Some(slot),
     };
@@ -147,6 +149,7 @@ fn tamperings() -> Vec<Tampering> {
         one("principals", "principals", "extra", add),
         one("targets", "map targets", "changed", clear),
         one("ports", "map ports", "missing", clear),
+        one("buckets", "map buckets", "missing", clear),
         one("generations", "map generations", "changed", clear),
         one("active", "map active", "changed", clear),
     ]

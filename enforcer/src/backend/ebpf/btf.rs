@@ -18,6 +18,27 @@ pub(crate) struct Offsets {
     pub task_cred: Option<u32>,
     /// `uid` in `struct cred`.
     pub cred_uid: Option<u32>,
+    /// The way from a task to the path of its program, if the whole of it is known.
+    pub program: Option<ProgramOffsets>,
+}
+
+/// Offsets in bytes on the way from a task to the path of its program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ProgramOffsets {
+    /// `mm` in `struct task_struct`.
+    pub task_mm: u32,
+    /// `exe_file` in `struct mm_struct`.
+    pub mm_exe: u32,
+    /// `f_path.dentry` in `struct file`.
+    pub file_dentry: u32,
+    /// `d_parent` in `struct dentry`.
+    pub dentry_parent: u32,
+    /// `d_name.len` in `struct dentry`.
+    pub dentry_length: u32,
+    /// `d_name.name` in `struct dentry`.
+    pub dentry_name: u32,
+    /// Where short names lie in `struct dentry`.
+    pub dentry_inline: u32,
 }
 
 /// Reads the offsets of the running kernel; none where it has no BTF.
@@ -29,64 +50,76 @@ pub(crate) fn offsets() -> io::Result<Offsets> {
     }
 }
 
+/// Structures that are looked into, and the names that the member has on one kernel or another.
+const WANTED: [(&[u8], &[&[u8]]); 13] = [
+    (b"sock", &[b"sk_uid"]),
+    (b"task_struct", &[b"flags"]),
+    (b"task_struct", &[b"cred"]),
+    (b"cred", &[b"uid"]),
+    (b"task_struct", &[b"mm"]),
+    (b"mm_struct", &[b"exe_file"]),
+    (b"file", &[b"f_path"]),
+    (b"path", &[b"dentry"]),
+    (b"dentry", &[b"d_parent"]),
+    (b"dentry", &[b"d_name"]),
+    (b"qstr", &[b"len"]),
+    (b"qstr", &[b"name"]),
+    // The latter from Linux 6.14 on.
+    (b"dentry", &[b"d_iname", b"d_shortname"]),
+];
+
 /// The offsets that a blob tells; nothing where it is none.
 fn find(btf: &[u8]) -> Option<Offsets> {
     let sections = Sections::of(btf)?;
-    let mut offsets = Offsets::default();
-    let Offsets {
-        sk_uid,
-        task_flags,
-        task_cred,
-        cred_uid,
-    } = &mut offsets;
-    let mut wanted: [(&[u8], &[u8], &mut Option<u32>); 4] = [
-        (b"sock", b"sk_uid", sk_uid),
-        (b"task_struct", b"flags", task_flags),
-        (b"task_struct", b"cred", task_cred),
-        (b"cred", b"uid", cred_uid),
-    ];
-    // Where to look for which: in structures without a name inside, by their type, and how far into the whole these
-    // begin.
-    let mut inside: Vec<(u32, usize, u32)> = Vec::new();
-    sections.structures(|_, name, members| {
-        for (number, (structure, member, offset)) in wanted.iter_mut().enumerate() {
-            if name == *structure && offset.is_none() {
-                **offset = sections.member(members, member);
-                if offset.is_none() {
-                    let unnamed = sections.unnamed(members);
-                    inside.extend(unnamed.map(|(kind, start)| (kind, number, start)));
-                }
+    let mut named: [Option<&[u8]>; WANTED.len()] = [None; WANTED.len()];
+    // Sorted by number, as they come.
+    let mut unnamed: Vec<(u32, &[u8])> = Vec::new();
+    sections.structures(|kind, name, members| {
+        if name.is_empty() {
+            unnamed.push((kind, members));
+        }
+        for ((wanted, _), found) in WANTED.iter().zip(&mut named) {
+            if *wanted == name && found.is_none() {
+                *found = Some(members);
             }
         }
     })?;
-    // As the kernel's own layout randomization leaves them (RANDSTRUCT); each pass goes one deeper.
-    for _ in 0..DEPTH {
-        let (mut found, mut deeper) = (Vec::new(), Vec::new());
-        inside.retain(|(_, number, _)| wanted.get(*number).is_some_and(|(.., offset)| offset.is_none()));
-        if inside.is_empty() {
-            break;
-        }
-        sections.structures(|kind, _, members| {
-            for (_, number, start) in inside.iter().filter(|(wanted, ..)| *wanted == kind) {
-                let Some((_, member, _)) = wanted.get(*number) else {
-                    continue;
-                };
-                match sections.member(members, member) {
-                    Some(offset) => found.push((*number, start + offset)),
-                    None => deeper.extend(
-                        sections
-                            .unnamed(members)
-                            .map(|(kind, offset)| (kind, *number, start + offset)),
-                    ),
-                }
-            }
-        })?;
-        for (number, offset) in found {
-            if let Some((.., into)) = wanted.get_mut(number) {
-                **into = Some(offset);
-            }
-        }
-        inside = deeper;
+    let mut found = WANTED.iter().zip(named).map(|((_, names), members)| {
+        let at = sections.member(members?, names);
+        at.or_else(|| sections.member_within(members?, names, &unnamed, DEPTH))
+    });
+    let mut next = || found.next().flatten();
+    let mut offsets = Offsets {
+        sk_uid: next(),
+        task_flags: next(),
+        task_cred: next(),
+        cred_uid: next(),
+        program: None,
+    };
+    // Each is taken, also where one before it is missing.
+    let mut rest = [None; 9];
+    rest.fill_with(next);
+    if let [
+        Some(task_mm),
+        Some(mm_exe),
+        Some(file),
+        Some(path),
+        Some(dentry_parent),
+        Some(name),
+        Some(length),
+        Some(text),
+        Some(dentry_inline),
+    ] = rest
+    {
+        offsets.program = Some(ProgramOffsets {
+            task_mm,
+            mm_exe,
+            file_dentry: file + path,
+            dentry_parent,
+            dentry_length: name + length,
+            dentry_name: name + text,
+            dentry_inline,
+        });
     }
     Some(offsets)
 }
@@ -117,7 +150,7 @@ impl<'a> Sections<'a> {
 
     /// Calls `each` with the type's number, the name and the members of every structure and union; nothing where the
     /// blob is not well formed.
-    fn structures(&self, mut each: impl FnMut(u32, &[u8], &[u8])) -> Option<()> {
+    fn structures(&self, mut each: impl FnMut(u32, &[u8], &'a [u8])) -> Option<()> {
         let mut rest = self.types;
         let mut number = 0;
         while !rest.is_empty() {
@@ -143,20 +176,29 @@ impl<'a> Sections<'a> {
         Some(())
     }
 
-    /// Offset in bytes of the named one of a structure's members.
-    fn member(&self, members: &[u8], wanted: &[u8]) -> Option<u32> {
+    /// Offset in bytes of the member that has one of the names.
+    fn member(&self, members: &[u8], names: &[&[u8]]) -> Option<u32> {
         members.chunks_exact(12).find_map(|member| {
             // The upper byte is the size of a bit field where the structure has any, and 0 for plain members.
             let (name, bits) = (u32_at(member, 0)?, u32_at(member, 8)? & 0x00ff_ffff);
-            (self.string(name)? == wanted).then_some(bits / 8)
+            names.contains(&self.string(name)?).then_some(bits / 8)
         })
     }
 
-    /// Type and offset in bytes of those without a name.
-    fn unnamed(&self, members: &[u8]) -> impl Iterator<Item = (u32, u32)> {
-        members.chunks_exact(12).filter_map(|member| {
+    /// The same of a member in structures without a name inside, as the kernel's own layout randomization (RANDSTRUCT)
+    /// makes them, and others.
+    fn member_within(&self, members: &[u8], names: &[&[u8]], unnamed: &[(u32, &[u8])], depth: usize) -> Option<u32> {
+        let depth = depth.checked_sub(1)?;
+        members.chunks_exact(12).find_map(|member| {
             let (name, kind, bits) = (u32_at(member, 0)?, u32_at(member, 4)?, u32_at(member, 8)? & 0x00ff_ffff);
-            self.string(name)?.is_empty().then_some((kind, bits / 8))
+            if !self.string(name)?.is_empty() {
+                return None;
+            }
+            let at = unnamed.binary_search_by_key(&kind, |(kind, _)| *kind).ok()?;
+            let (_, members) = unnamed.get(at)?;
+            let within = self.member(members, names);
+            let within = within.or_else(|| self.member_within(members, names, unnamed, depth))?;
+            Some(bits / 8 + within)
         })
     }
 
@@ -186,6 +228,7 @@ mod tests {
             );
             assert!(found.task_flags.is_some_and(|at| at > 0 && at < 4000), "{found:?}");
             assert!(found.task_cred.is_some() && found.cred_uid.is_some(), "{found:?}");
+            assert!(found.program.is_some(), "{found:?}");
         } else {
             assert_eq!(found, Offsets::default());
         }
@@ -234,6 +277,7 @@ mod tests {
                 task_flags,
                 task_cred,
                 cred_uid,
+                program: None,
             };
             assert_eq!(find(&blob(structures)), Some(expected), "{structures:?}");
         };
@@ -255,6 +299,40 @@ mod tests {
         check(&[("cred", &[("", 1, 4)]), SOCK], [100, NONE, NONE, NONE]);
         // A number that no type has.
         check(&[("cred", &[("", 77, 4)]), SOCK], [100, NONE, NONE, NONE]);
+    }
+
+    #[test]
+    fn the_way_to_a_programs_path_is_known_whole_or_not_at_all() {
+        // Names as from Linux 6.14 on; some members lie in structures and unions without a name.
+        let structures: [Structure; 9] = [
+            ("task_struct", &[("flags", 9, 8), ("mm", 9, 24)]),
+            ("mm_struct", &[("", 3, 0)]),
+            ("", &[("mm_users", 9, 0), ("exe_file", 9, 320)]),
+            ("file", &[("f_mode", 9, 0), ("f_path", 5, 64)]),
+            ("path", &[("mnt", 9, 0), ("dentry", 9, 8)]),
+            ("dentry", &[("d_parent", 9, 16), ("", 7, 32), ("d_shortname", 9, 56)]),
+            ("", &[("d_name", 8, 0)]),
+            ("qstr", &[("", 9, 0), ("name", 9, 8)]),
+            ("", &[("hash", 9, 0), ("len", 9, 4)]),
+        ];
+        let program = |structures: &[Structure]| find(&blob(structures)).and_then(|found| found.program);
+        let whole = ProgramOffsets {
+            task_mm: 24,
+            mm_exe: 320,
+            file_dentry: 72,
+            dentry_parent: 16,
+            dentry_length: 36,
+            dentry_name: 40,
+            dentry_inline: 56,
+        };
+        assert_eq!(program(&structures), Some(whole));
+        for left_out in 0..structures.len() {
+            let mut fewer = structures;
+            if let Some(structure) = fewer.get_mut(left_out) {
+                structure.1 = &[];
+            }
+            assert_eq!(program(&fewer), None, "without structure {left_out}");
+        }
     }
 
     #[test]

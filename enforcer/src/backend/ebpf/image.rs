@@ -6,8 +6,8 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    EndpointKey, Few, KEY_BITS, MAX_NAT64, MAX_TARGET_NAME, MAX_TARGETS, Nat64, Owners, PrefixKey, PrincipalKey, TCP,
-    TargetName, UDP, canonical4, canonical6, flag, kind, scope,
+    Bucket, EndpointKey, Few, KEY_BITS, MAX_NAT64, MAX_TARGET_NAME, MAX_TARGETS, Nat64, Owners, PrefixKey,
+    PrincipalKey, Spot, TCP, TargetName, UDP, canonical4, canonical6, flag, is_unspecified, kind, port, scope,
 };
 use ipnet::IpNet;
 
@@ -32,8 +32,10 @@ pub(crate) struct Image {
     pub few: Few,
     /// NAT64 prefixes besides the well-known one.
     pub nat64: [Nat64; MAX_NAT64 as usize],
-    /// Ports in network byte order.
-    pub ports: BTreeSet<u16>,
+    /// What there is on each port, in network byte order: bits of [`port`].
+    pub ports: BTreeMap<u16, u8>,
+    /// What the exact endpoints come to, by bucket.
+    pub buckets: Vec<(u32, Bucket)>,
     /// Exact endpoints.
     pub endpoints: Vec<(EndpointKey, Owners)>,
     /// Prefixes.
@@ -57,7 +59,8 @@ impl Image {
             netns: 0,
             few: Few::default(),
             nat64: NO_NAT64,
-            ports: BTreeSet::new(),
+            ports: BTreeMap::new(),
+            buckets: Vec::new(),
             endpoints: Vec::new(),
             prefixes: Vec::new(),
             principals: Vec::new(),
@@ -118,10 +121,12 @@ pub(crate) fn lower(rules: &RuleSet, previous: &TargetNames, loader: Loader) -> 
     for (place, own) in &rules.places {
         let owners = permute(own | covers.above(place), &bits);
         let key = endpoint_key(place);
-        image.ports.insert(key.port);
+        let listed = image.ports.entry(key.port).or_default();
+        *listed |= port::LISTED;
         if is_single(&place.net) {
             image.endpoints.push((key, owners));
         } else {
+            *listed |= port::WIDE;
             let length = u32::from(place.net.prefix_len()) + if place.net.addr().is_ipv4() { 96 } else { 0 };
             image.prefixes.push((
                 PrefixKey {
@@ -141,10 +146,13 @@ pub(crate) fn lower(rules: &RuleSet, previous: &TargetNames, loader: Loader) -> 
         *kept = [a, b, c];
     }
     // A name that has no address yet has no place (N8).
-    image.ports.extend(rules.named_ports.iter().map(|port| port.to_be()));
+    for named in &rules.named_ports {
+        *image.ports.entry(named.to_be()).or_default() |= port::LISTED | port::NAMED;
+    }
     push_unspecified(rules, &bits, &mut image.endpoints);
     (image.principals, image.levels) = principals(rules, &bits);
     image.endpoints.sort_unstable();
+    image.buckets = buckets(&image.endpoints);
     image.prefixes.sort_unstable();
     let mut anywhere = image
         .principals
@@ -157,7 +165,6 @@ pub(crate) fn lower(rules: &RuleSet, previous: &TargetNames, loader: Loader) -> 
     let few = anywhere.next().is_none();
     image.flags = [
         (rules.mode == Mode::Audit, flag::AUDIT),
-        (!image.prefixes.is_empty(), flag::PREFIXES),
         (loader.daemon, flag::DAEMON),
         (loader.sees.tcp_owner, flag::SOCKET_USER),
         (!loader.sees.other_owner, flag::TCP_SOCKET_USER_ALONE),
@@ -278,6 +285,35 @@ fn push_unspecified(rules: &RuleSet, bits: &[Owners], endpoints: &mut Vec<(Endpo
             ));
         }
     }
+}
+
+/// The buckets of endpoints, sorted by key as these are.
+fn buckets(endpoints: &[(EndpointKey, Owners)]) -> Vec<(u32, Bucket)> {
+    let mut placed: Vec<(u32, u64, EndpointKey, Owners)> = endpoints
+        .iter()
+        .filter(|(key, _)| !is_unspecified(key.address))
+        .map(|(key, owners)| {
+            let Spot { bucket, bit } = Spot::of(key.protocol, key.port, key.address);
+            (bucket, bit, *key, *owners)
+        })
+        .collect();
+    // Stable, so that the first of a bucket is the first by key.
+    placed.sort_by_key(|(bucket, ..)| *bucket);
+    placed
+        .chunk_by(|(one, ..), (other, ..)| one == other)
+        .filter_map(|all| {
+            let (bucket, _, key, owners) = *all.first()?;
+            Some((
+                bucket,
+                Bucket {
+                    filter: all.iter().fold(0, |filter, (_, bit, ..)| filter | bit),
+                    owners,
+                    key,
+                    zero: 0,
+                },
+            ))
+        })
+        .collect()
 }
 
 /// The principals, and the depths of the cgroups among them as [`enforcer_ebpf::Generation::levels`] has them.

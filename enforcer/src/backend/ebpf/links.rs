@@ -6,11 +6,12 @@ use std::{
     path::PathBuf,
 };
 
-use aya::programs::CgroupSockAddr;
+use aya::{Ebpf, programs::CgroupSockAddr};
+use tracing::warn;
 
 use super::{
     BackendError, EbpfBackend, MAPS,
-    load::short,
+    load::{load, short},
     maps_name, open_cgroup,
     pins::Pins,
     sys::{self, LinkInfo},
@@ -336,39 +337,39 @@ impl EbpfBackend {
     }
 
     /// The program of a hook, loaded when first asked for.
+    /// A hook's program, loaded.
     fn program(&mut self, hook: &Hook) -> Result<&mut CgroupSockAddr, BackendError> {
-        let failed = |source| BackendError::Load {
-            program: hook.name,
-            source,
-        };
-        let program = self
-            .programs
-            .program_mut(hook.name)
-            .ok_or_else(|| failed("not in the object".into()))?;
-        let program: &mut CgroupSockAddr = program.try_into().map_err(|error| failed(Box::from(error)))?;
-        if program.fd().is_err() {
-            program.load().map_err(|error| failed(Box::from(short(&error))))?;
+        if let Err(error) = self.load_program(hook) {
+            // A kernel whose verifier does not go the way to a program's path loses that alone (D3).
+            if !self.sight.forget_paths() {
+                return Err(error);
+            }
+            warn!("{error}; loading it again without the paths of programs, which denials then do not show");
+            self.programs = load(&self.pins.path(&maps_name()), &self.sight, self.log_level)?;
+            self.load_program(hook)?;
         }
-        Ok(program)
+        of_hook(&mut self.programs, hook)
+    }
+
+    fn load_program(&mut self, hook: &Hook) -> Result<(), BackendError> {
+        let program = of_hook(&mut self.programs, hook)?;
+        if program.fd().is_ok() {
+            return Ok(());
+        }
+        program
+            .load()
+            .map_err(|error| load_error(hook, Box::from(short(&error))))
     }
 
     fn program_fd(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
         let program = self.program(hook)?;
         let fd = program.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?));
-        fd.map_err(|error| BackendError::Load {
-            program: hook.name,
-            source: Box::from(error),
-        })
+        fd.map_err(|error| load_error(hook, Box::from(error)))
     }
 
     fn program_id(&mut self, hook: &Hook) -> Result<u32, BackendError> {
         let info = self.program(hook)?.info();
-        Ok(info
-            .map_err(|error| BackendError::Load {
-                program: hook.name,
-                source: Box::from(error),
-            })?
-            .id())
+        Ok(info.map_err(|error| load_error(hook, Box::from(error)))?.id())
     }
 
     fn attach_error(&self, hook: &Hook, error: io::Error) -> BackendError {
@@ -387,5 +388,20 @@ impl EbpfBackend {
             }
         }
         Ok(())
+    }
+}
+
+/// A hook's program in the object.
+fn of_hook<'a>(programs: &'a mut Ebpf, hook: &Hook) -> Result<&'a mut CgroupSockAddr, BackendError> {
+    let program = programs
+        .program_mut(hook.name)
+        .ok_or_else(|| load_error(hook, "not in the object".into()))?;
+    program.try_into().map_err(|error| load_error(hook, Box::from(error)))
+}
+
+fn load_error(hook: &Hook, source: Box<dyn std::error::Error + Send + Sync>) -> BackendError {
+    BackendError::Load {
+        program: hook.name,
+        source,
     }
 }

@@ -10,7 +10,7 @@ use aya::{
 
 use super::{
     BackendError,
-    btf::{self, Offsets},
+    btf::{self, Offsets, ProgramOffsets},
     image::KernelVisibility,
 };
 
@@ -20,7 +20,7 @@ pub(super) static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OU
 /// What this kernel lets the programs see. What it withholds costs only itself (D3).
 #[derive(Debug)]
 pub(super) struct Sight {
-    /// `task_cred` is none where a task can only be read with [`Sight::reads`].
+    /// `task_cred` and `program` are none where a task can only be read with [`Sight::reads`].
     offsets: Offsets,
     /// Whether `bpf_probe_read_kernel` is to be had: not under `lockdown=confidentiality`.
     reads: bool,
@@ -39,10 +39,18 @@ impl Sight {
         if !typed || offsets.task_flags.is_none() || offsets.cred_uid.is_none() {
             offsets.task_cred = None;
         }
+        if !typed {
+            offsets.program = None;
+        }
         Ok(Self {
             offsets,
             reads: reads_kernel().unwrap_or(true),
         })
+    }
+
+    /// Has the programs not read the paths of tasks' programs; false where they do not anyway.
+    pub(super) fn forget_paths(&mut self) -> bool {
+        self.offsets.program.take().is_some()
     }
 
     pub(super) fn sees(&self) -> KernelVisibility {
@@ -75,19 +83,41 @@ pub(super) fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf
         task_flags,
         task_cred,
         cred_uid,
+        program,
     } = sight.offsets;
     // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are
     // known.
     let [sk_uid, task_flags, task_cred, cred_uid] =
         [sk_uid, task_flags, task_cred, cred_uid].map(Option::unwrap_or_default);
-    EbpfLoader::new()
-        .btf(None)
-        .default_map_pin_directory(maps_dir)
-        .override_global("SK_UID_OFFSET", &sk_uid, true)
-        .override_global("TASK_FLAGS_OFFSET", &task_flags, true)
-        .override_global("TASK_CRED_OFFSET", &task_cred, true)
-        .override_global("CRED_UID_OFFSET", &cred_uid, true)
-        .override_global("READS_KERNEL", &u32::from(sight.reads), true)
+    let ProgramOffsets {
+        task_mm,
+        mm_exe,
+        file_dentry,
+        dentry_parent,
+        dentry_length,
+        dentry_name,
+        dentry_inline,
+    } = program.unwrap_or_default();
+    let reads = u32::from(sight.reads);
+    let mut loader = EbpfLoader::new();
+    loader.btf(None).default_map_pin_directory(maps_dir);
+    for (name, value) in [
+        ("SK_UID_OFFSET", &sk_uid),
+        ("TASK_FLAGS_OFFSET", &task_flags),
+        ("TASK_CRED_OFFSET", &task_cred),
+        ("CRED_UID_OFFSET", &cred_uid),
+        ("TASK_MM_OFFSET", &task_mm),
+        ("MM_EXE_OFFSET", &mm_exe),
+        ("FILE_DENTRY_OFFSET", &file_dentry),
+        ("DENTRY_PARENT_OFFSET", &dentry_parent),
+        ("DENTRY_LENGTH_OFFSET", &dentry_length),
+        ("DENTRY_NAME_OFFSET", &dentry_name),
+        ("DENTRY_INLINE_OFFSET", &dentry_inline),
+        ("READS_KERNEL", &reads),
+    ] {
+        loader.override_global(name, value, true);
+    }
+    loader
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(PROGRAMS)
         .map_err(|error| BackendError::Load {

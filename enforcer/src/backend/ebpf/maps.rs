@@ -3,12 +3,12 @@
 mod outside;
 mod table;
 
-use std::{collections::BTreeSet, io, path::Path};
+use std::{collections::BTreeMap, io, path::Path};
 
 use aya::maps::MapType;
 use enforcer_ebpf::{
-    AllCounters, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, MAX_NAT64, MAX_TARGETS, Nat64, Owners,
-    PrefixKey, PrincipalKey, TargetName, entries, gate, scope,
+    AllCounters, BUCKETS, Bucket, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, MAX_NAT64, MAX_TARGETS,
+    Nat64, Owners, PrefixKey, PrincipalKey, TargetName, entries, gate, port, scope,
 };
 
 pub(crate) use self::outside::Outside;
@@ -34,6 +34,7 @@ pub(crate) struct Maps {
     active: Table<u32, u8>,
     generations: Table<u32, Generation>,
     ports: Table<u32, u8>,
+    buckets: Table<u32, Bucket>,
     endpoints: Table<EndpointKey, Owners>,
     prefixes: Table<PrefixKey, Owners>,
     principals: Table<PrincipalKey, Owners>,
@@ -67,6 +68,7 @@ impl Maps {
             active: Table::open(dir, "active", MapType::Array, entries::ACTIVE)?,
             generations: Table::open(dir, "generations", MapType::Array, entries::GENERATIONS)?,
             ports: Table::open(dir, "ports", MapType::Array, entries::PORTS)?,
+            buckets: Table::open(dir, "buckets", MapType::Array, entries::BUCKETS)?,
             endpoints: Table::open(dir, "endpoints", MapType::Hash, entries::ENDPOINTS)?,
             prefixes: Table::open(dir, "prefixes", MapType::LpmTrie, entries::PREFIXES)?,
             principals: Table::open(dir, "principals", MapType::Hash, entries::PRINCIPALS)?,
@@ -99,11 +101,12 @@ impl Maps {
 
     /// Ids of the maps that every program's verdict rests on.
     #[must_use]
-    pub(crate) fn ids(&self) -> [u32; 6] {
+    pub(crate) fn ids(&self) -> [u32; 7] {
         [
             self.active.id(),
             self.generations.id(),
             self.ports.id(),
+            self.buckets.id(),
             self.endpoints.id(),
             self.prefixes.id(),
             self.principals.id(),
@@ -111,11 +114,12 @@ impl Maps {
     }
 
     /// All of them, by the names of their pins: the next start takes over what is pinned.
-    pub(crate) fn all(&self) -> [(&'static str, &Map); 13] {
+    pub(crate) fn all(&self) -> [(&'static str, &Map); 14] {
         [
             self.active.named(),
             self.generations.named(),
             self.ports.named(),
+            self.buckets.named(),
             self.endpoints.named(),
             self.prefixes.named(),
             self.principals.named(),
@@ -153,6 +157,7 @@ impl Maps {
             few: generation.few,
             nat64: self.read_nat64(slot)?,
             ports: self.read_ports(slot)?,
+            buckets: self.read_buckets(slot)?,
             endpoints: self.read_endpoints(slot)?,
             prefixes: self.read_prefixes(slot)?,
             principals: self.read_principals(slot)?,
@@ -160,13 +165,12 @@ impl Maps {
         })
     }
 
-    /// Whether a slot holds a part of an image. The filter of ports may hold more: it is never narrower than what it
-    /// stands before.
+    /// Whether a slot holds a part of an image. The filter of ports may hold more: such ports cost time alone.
     pub(crate) fn holds(&self, slot: u8, image: &Image, part: Part) -> Result<bool, BackendError> {
         match part {
-            Part::Endpoints => {
-                Ok(self.read_endpoints(slot)? == image.endpoints && self.read_prefixes(slot)? == image.prefixes)
-            }
+            Part::Endpoints => Ok(self.read_endpoints(slot)? == image.endpoints
+                && self.read_prefixes(slot)? == image.prefixes
+                && self.read_buckets(slot)? == image.buckets),
             Part::Rest => {
                 let Generation {
                     number: _,
@@ -189,11 +193,15 @@ impl Maps {
     fn lets_through(&self, slot: u8, image: &Image) -> Result<bool, BackendError> {
         /// Up to here ports are read one by one, beyond it all of them at once.
         const FEW_PORTS: usize = 1024;
+        let within = |want: u8, found: u8| want & !found == 0;
         if image.ports.len() > FEW_PORTS {
-            return Ok(image.ports.is_subset(&self.read_ports(slot)?));
+            let found = self.read_ports(slot)?;
+            let mut ports = image.ports.iter();
+            return Ok(ports.all(|(port, want)| within(*want, found.get(port).copied().unwrap_or(0))));
         }
-        for port in &image.ports {
-            if self.ports.get(&u32::from(*port))?.unwrap_or(0) >> slot & 1 == 0 {
+        for (port, want) in &image.ports {
+            let found = self.ports.get(&u32::from(*port))?.unwrap_or(0);
+            if !within(*want, port::of(found, slot)) {
                 return Ok(false);
             }
         }
@@ -208,16 +216,29 @@ impl Maps {
         Ok(prefixes)
     }
 
-    fn read_ports(&self, slot: u8) -> Result<BTreeSet<u16>, BackendError> {
-        let mut ports = BTreeSet::new();
-        self.ports.for_each_batch(|port, slots| {
-            if slots >> slot & 1 == 1
-                && let Ok(port) = u16::try_from(port)
+    fn read_ports(&self, slot: u8) -> Result<BTreeMap<u16, u8>, BackendError> {
+        let mut ports = BTreeMap::new();
+        self.ports.for_each_batch(|number, slots| {
+            let listed = port::of(slots, slot);
+            if listed != 0
+                && let Ok(number) = u16::try_from(number)
             {
-                ports.insert(port);
+                ports.insert(number, listed);
             }
         })?;
         Ok(ports)
+    }
+
+    fn read_buckets(&self, slot: u8) -> Result<Vec<(u32, Bucket)>, BackendError> {
+        let mut buckets = Vec::new();
+        self.buckets.for_each_batch(|index, mut bucket| {
+            let empty = bucket == Bucket::default();
+            if index / BUCKETS == u32::from(slot) && !empty {
+                bucket.key.scope ^= slot;
+                buckets.push((index % BUCKETS, bucket));
+            }
+        })?;
+        Ok(buckets)
     }
 
     fn read_endpoints(&self, slot: u8) -> Result<Vec<(EndpointKey, Owners)>, BackendError> {
@@ -262,10 +283,12 @@ impl Maps {
 
     /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).
     pub(crate) fn write_slot(&self, slot: u8, have: &Image, want: &Image, number: u64) -> Result<(), BackendError> {
-        let bit = 1_u8 << slot;
-        // The filter first on the way in and last on the way out: it is never narrower than what it stands before.
-        for port in want.ports.difference(&have.ports) {
-            self.set_port(*port, |slots| slots | bit)?;
+        // No program reads these bits of a port while it is written, as none reads the slot.
+        let listed = |image: &Image, port: &u16| image.ports.get(port).copied().unwrap_or(0);
+        for port in have.ports.keys().chain(want.ports.keys()) {
+            if listed(have, port) != listed(want, port) {
+                self.set_port(*port, slot, listed(want, port))?;
+            }
         }
         let in_slot = |mut key: EndpointKey| {
             key.scope = key.scope & !scope::SLOT | slot;
@@ -279,9 +302,7 @@ impl Maps {
             })?;
         self.principals
             .replace(&have.principals, &want.principals, |key| PrincipalKey { slot, ..key })?;
-        for port in have.ports.difference(&want.ports) {
-            self.set_port(*port, |slots| slots & !bit)?;
-        }
+        self.write_buckets(slot, &have.buckets, &want.buckets)?;
         for ((index, name), have) in (name_index(slot, 0)..).zip(&want.names).zip(&have.names) {
             if name != have {
                 self.targets.put_read_back(&index, *name)?;
@@ -347,10 +368,28 @@ impl Maps {
         Ok(knocked)
     }
 
-    fn set_port(&self, port: u16, change: impl Fn(u8) -> u8) -> Result<(), BackendError> {
-        let key = u32::from(port);
+    fn set_port(&self, number: u16, slot: u8, listed: u8) -> Result<(), BackendError> {
+        let key = u32::from(number);
         let slots = self.ports.get(&key)?.unwrap_or(0);
-        self.ports.put_read_back(&key, change(slots))
+        let others = slots & !(port::of(u8::MAX, slot) << port::shift(slot));
+        self.ports.put_read_back(&key, others | listed << port::shift(slot))
+    }
+
+    fn write_buckets(&self, slot: u8, have: &[(u32, Bucket)], want: &[(u32, Bucket)]) -> Result<(), BackendError> {
+        let mut changed: BTreeMap<u32, Bucket> = have.iter().map(|(index, _)| (*index, Bucket::default())).collect();
+        changed.extend(want.iter().copied());
+        for (index, held) in have {
+            if changed.get(index) == Some(held) {
+                changed.remove(index);
+            }
+        }
+        let entries = changed.into_iter().map(|(index, mut bucket)| {
+            if bucket != Bucket::default() {
+                bucket.key.scope |= slot;
+            }
+            (u32::from(slot) * BUCKETS + index, bucket)
+        });
+        self.buckets.overwrite(&entries.collect::<Vec<_>>())
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    EndpointKey, Generation, KEY_BITS, Owners, PrefixKey, PrincipalKey, TargetName, Verdict,
+    BUCKETS, Bucket, EndpointKey, Generation, KEY_BITS, Owners, PrefixKey, PrincipalKey, Spot, TargetName, Verdict,
     decide::{self, Destination as Dialled, Tables},
     is_v4, scope,
 };
@@ -27,8 +27,17 @@ use crate::{
 struct Plain<'a>(&'a Image);
 
 impl Tables for Plain<'_> {
-    fn port(&self, port: u16) -> bool {
-        self.0.ports.contains(&port)
+    type Generation<'a>
+        = Generation
+    where
+        Self: 'a;
+    type Bucket<'a>
+        = Bucket
+    where
+        Self: 'a;
+
+    fn port(&self, port: u16) -> u8 {
+        self.0.ports.get(&port).copied().unwrap_or(0)
     }
 
     fn active(&self) -> Option<u8> {
@@ -39,8 +48,10 @@ impl Tables for Plain<'_> {
         Some(generation(self.0))
     }
 
-    fn few(&self, _: u8, user: u32) -> Option<Owners> {
-        self.0.few.find(user)
+    fn bucket(&self, _: u8, bucket: u32) -> Option<Bucket> {
+        let at = self.0.buckets.binary_search_by_key(&bucket, |(index, _)| *index);
+        let found = at.ok().and_then(|at| self.0.buckets.get(at));
+        Some(found.map_or_else(Bucket::default, |(_, bucket)| *bucket))
     }
 
     fn nat64(&self, _: u8, number: u32) -> Option<[u32; 3]> {
@@ -355,6 +366,37 @@ proptest! {
             prop_assert_eq!(bit(&first), bit(&second));
         }
     }
+}
+
+/// A hundred thousand neighbours, as a rule set may have: few buckets hold many, and few addresses beside them pass.
+#[test]
+fn p2_buckets_rule_most_addresses_out() {
+    let spot = |host: u32| {
+        Spot::of(
+            enforcer_ebpf::TCP,
+            4222_u16.to_be(),
+            canonical_words(Ipv4Addr::from(host).into()),
+        )
+    };
+    let passes = |count: u32| {
+        let mut filters = vec![0_u64; BUCKETS as usize];
+        for host in 0x0a00_0000..0x0a00_0000 + count {
+            let Spot { bucket, bit } = spot(host);
+            if let Some(filter) = filters.get_mut(bucket as usize) {
+                *filter |= bit;
+            }
+        }
+        let misses = 0x0b00_0000..0x0b00_0000 + 10_000;
+        misses
+            .filter(|host| {
+                let Spot { bucket, bit } = spot(*host);
+                filters.get(bucket as usize).is_some_and(|filter| filter & bit != 0)
+            })
+            .count()
+    };
+    assert!(passes(10) < 20, "{}", passes(10));
+    assert!(passes(1_000) < 60, "{}", passes(1_000));
+    assert!(passes(100_000) < 2_000, "{}", passes(100_000));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{fmt, fs, io, os::unix::fs::MetadataExt as _};
 
 use aya::maps::MapInfo;
-use enforcer_ebpf::{Generation, Owners, TargetName, flag};
+use enforcer_ebpf::{Bucket, Generation, Owners, TargetName, flag, port};
 
 use super::{
     BackendError, EbpfBackend,
@@ -137,8 +137,10 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
             &format!("{found:#x}"),
         );
     }
-    let ports =
-        |image: &Image| -> Vec<(u16, ())> { image.ports.iter().map(|port| (u16::from_be(*port), ())).collect() };
+    let ports = |image: &Image| -> Vec<(u16, Listed)> {
+        let all = image.ports.iter();
+        all.map(|(port, bits)| (u16::from_be(*port), Listed(*bits))).collect()
+    };
     comparison.entries(&Object::PortsMap, ports(want), ports(found));
     comparison.words(
         &Object::Nat64Map,
@@ -154,6 +156,12 @@ fn entries(want: &Image, found: &Image, comparison: &mut Comparison) {
         };
         Owning(named.map(name).collect())
     };
+    let buckets = |image: &Image| -> Vec<(u32, Held)> {
+        let all = image.buckets.iter();
+        all.map(|(number, bucket)| (*number, Held(*bucket, targets(bucket.owners, want))))
+            .collect()
+    };
+    comparison.entries(&Object::BucketsMap, buckets(want), buckets(found));
     let endpoints = |image: &Image| -> Vec<(Endpoint, Owning)> {
         let exact = image
             .endpoints
@@ -249,6 +257,37 @@ impl fmt::Debug for Owning {
             [] => f.write_str("no target"),
             [one] => write!(f, "target {one}"),
             several => write!(f, "targets {}", several.join(", ")),
+        }
+    }
+}
+
+/// What there is on a port as a person reads it.
+#[derive(PartialEq, Eq)]
+struct Listed(u8);
+
+impl fmt::Debug for Listed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [
+            (port::LISTED, "listed"),
+            (port::WIDE, "prefixes"),
+            (port::NAMED, "names"),
+        ];
+        let set = parts.iter().filter(|(bit, _)| self.0 & bit != 0);
+        f.write_str(&set.map(|(_, name)| *name).collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// A bucket as a person reads it.
+#[derive(PartialEq, Eq)]
+struct Held(Bucket, Owning);
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(Bucket { filter, key, zero, .. }, owning) = self;
+        write!(f, "filter {filter:#x}, {:?}, {owning:?}", Endpoint::of(key, None))?;
+        match zero {
+            0 => Ok(()),
+            odd => write!(f, " (bytes {odd:#x} that are to be zero)"),
         }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 
-use enforcer_ebpf::{EndpointKey, Generation, KEY_BITS, Nat64, Owners, PrefixKey, PrincipalKey, decide::Tables};
+use enforcer_ebpf::{
+    BUCKETS, Bucket, EndpointKey, Generation, KEY_BITS, Nat64, Owners, PrefixKey, PrincipalKey, decide::Tables,
+};
 
 use super::{Maps, nat64_index};
 use crate::backend::ebpf::BackendError;
@@ -38,9 +40,17 @@ impl<'a> Outside<'a> {
 }
 
 impl Tables for Outside<'_> {
-    fn port(&self, port: u16) -> bool {
-        self.note_error(self.maps.ports.get(&u32::from(port)))
-            .is_some_and(|slots| slots != 0)
+    type Generation<'a>
+        = Generation
+    where
+        Self: 'a;
+    type Bucket<'a>
+        = Bucket
+    where
+        Self: 'a;
+
+    fn port(&self, port: u16) -> u8 {
+        self.note_error(self.maps.ports.get(&u32::from(port))).unwrap_or(0)
     }
 
     fn active(&self) -> Option<u8> {
@@ -51,8 +61,8 @@ impl Tables for Outside<'_> {
         self.note_error(self.maps.generation_of(slot).map(Some))
     }
 
-    fn few(&self, slot: u8, user: u32) -> Option<Owners> {
-        self.generation(slot)?.few.find(user)
+    fn bucket(&self, slot: u8, bucket: u32) -> Option<Bucket> {
+        self.note_error(self.maps.buckets.get(&(u32::from(slot) * BUCKETS + bucket)))
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {

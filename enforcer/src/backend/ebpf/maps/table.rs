@@ -180,6 +180,30 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         Ok(())
     }
 
+    /// Writes elements of an array, and reads them back: one by one while they are few, in batches beyond.
+    pub(super) fn overwrite(&self, entries: &[(K, V)]) -> Result<(), BackendError> {
+        if entries.len() <= FEW {
+            return entries
+                .iter()
+                .try_for_each(|(key, value)| self.put_read_back(key, *value));
+        }
+        let (keys, values): (Vec<K>, Vec<V>) = entries.iter().copied().unzip();
+        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
+            let put = Batch::Put(keys.as_bytes(), values.as_bytes());
+            self.map.batch(put).map_err(self.failed("write"))?;
+        }
+        let mut met = 0;
+        self.for_each_batch(|key, value| {
+            let wanted = entries.binary_search_by_key(&key, |(key, _)| *key).ok();
+            met += usize::from(wanted.and_then(|at| entries.get(at)) == Some(&(key, value)));
+        })?;
+        if met == entries.len() {
+            Ok(())
+        } else {
+            Err(BackendError::ReadBack { map: self.name })
+        }
+    }
+
     fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> BackendError {
         let map = self.name;
         move |error| BackendError::Map { action, map, error }
