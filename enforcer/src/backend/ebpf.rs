@@ -12,6 +12,7 @@ mod loops;
 pub(crate) mod maps;
 mod observe;
 pub(crate) mod pins;
+mod ring;
 pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
@@ -20,29 +21,22 @@ mod verify;
 use std::{
     fs::File,
     io,
-    marker::PhantomData,
-    os::{
-        fd::{AsRawFd, RawFd},
-        unix::fs::MetadataExt,
-    },
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use aya::{
-    Ebpf,
-    maps::{MapData, RingBuf},
-};
+use aya::Ebpf;
 use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
 use tracing::warn;
-use zerocopy::FromBytes;
 
 pub(crate) use self::{
     error::BackendError,
     links::{LinkLook, LinksSeen},
     load::reads_kernel,
     observe::{Checked, Lacking, Observed, ObservedTarget, Pinned, SocketUsers},
+    ring::Ring,
 };
 use self::{
     image::{Image, Loader, TargetNames},
@@ -382,18 +376,7 @@ impl EbpfBackend {
     }
 
     fn ring<R>(&self, name: &str) -> Result<Ring<R>, BackendError> {
-        let path = self.pins.path(&maps_name()).join(name);
-        let failed = |error| BackendError::Io {
-            action: "open",
-            object: path.clone(),
-            error: sys::cause(error),
-        };
-        let map = MapData::from_pin(&path).map_err(failed)?;
-        let ring = RingBuf::try_from(aya::maps::Map::RingBuf(map)).map_err(failed)?;
-        Ok(Ring {
-            ring,
-            records: PhantomData,
-        })
+        Ring::open(self.pins.path(&maps_name()).join(name))
     }
 
     /// Gives back what loading has left behind.
@@ -433,25 +416,6 @@ impl EbpfBackend {
             return Ok(());
         }
         self.maps.clear_counters(reused)
-    }
-}
-
-/// The consumer of a ring buffer of records of one kind.
-pub(crate) struct Ring<R> {
-    ring: RingBuf<MapData>,
-    records: PhantomData<R>,
-}
-
-impl<R: FromBytes> Ring<R> {
-    /// The next record, if one is there.
-    pub(crate) fn take(&mut self) -> Option<R> {
-        self.ring.next().and_then(|bytes| R::read_from_bytes(&bytes).ok())
-    }
-}
-
-impl<R> AsRawFd for Ring<R> {
-    fn as_raw_fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
     }
 }
 

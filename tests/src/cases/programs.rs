@@ -50,7 +50,7 @@ fn events_show_the_path_of_the_program() -> Result<()> {
     world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
     let _daemon = world.daemon()?;
     let (n31, n32, n40, n41) = ("a".repeat(31), "b".repeat(32), "c".repeat(40), "d".repeat(41));
-    // What does not lie in the directory's entry itself, which has room for 31 bytes at least, is read if that is allowed.
+    // What does not lie in the directory's entry itself, with room for 31 bytes at least, is read if that is allowed.
     let read = |name: &str| match name.get(..40) {
         _ if lacks(Feature::KernelReads) => "…".to_owned(),
         Some(start) if start != name => format!("{start}…"),

@@ -52,8 +52,8 @@ const SCHEMAS: [(&str, &str); 13] = [
     ),
     (
         "enforcer/event/1",
-        "time verdict backend source pid tid comm exe kernel_thread task_uid task_user socket_uid socket_user cgroup_id \
-         cgroup netns_cookie protocol dialled judged target generation",
+        "time verdict backend source pid tid comm exe kernel_thread task_uid task_user socket_uid socket_user \
+         cgroup_id cgroup netns_cookie protocol dialled judged target generation",
     ),
     (
         "enforcer/existing/1",
@@ -66,8 +66,8 @@ const SCHEMAS: [(&str, &str); 13] = [
     ("enforcer/lost/1", "lost"),
     (
         "enforcer/summary/1",
-        "of verdict target protocol endpoint uid user kernel_thread socket_uid socket_user comm exe cgroup count at_least \
-         first last",
+        "of verdict target protocol endpoint uid user kernel_thread socket_uid socket_user comm exe cgroup \
+         count at_least first last",
     ),
     (
         "enforcer/verify/1",
