@@ -42,7 +42,7 @@ use self::{
     image::{Image, Loader, TargetNames},
     links::Astray,
     load::{Sight, load},
-    maps::{Maps, Part},
+    maps::{Look, Maps},
     observe::observe,
     pins::{Lock, Pins},
 };
@@ -74,16 +74,18 @@ pub(crate) struct EbpfBackend {
     settling: Option<JoinHandle<io::Result<()>>>,
     /// The slot and number of the rule set that was made active.
     made_active: Option<(u8, u64)>,
-    /// When each part of the maps is read again, to see whether others have changed it.
-    look_again: [(Part, Instant); 2],
+    /// When the maps are looked at again, to see whether others have changed them.
+    look_again: [(Look, Instant); 2],
     /// Links made, programs of links put back, and rule sets written anew so far: more of them than at first means that
     /// others took or changed what is ours (F5).
     repaired: u64,
 }
 
-/// The maps are read again no sooner than this after the time before, and so much later that it takes a hundredth of
-/// one processor.
+/// What the maps are known to hold is read again no sooner than this after the time before, and so much later that it
+/// takes a hundredth of one processor at most.
 const LOOK_AGAIN: Duration = Duration::from_millis(900);
+/// The same of all that lies in them.
+const LOOK_AT_ALL_AGAIN: Duration = Duration::from_millis(1900);
 const SHARE: u32 = 100;
 
 impl EbpfBackend {
@@ -134,7 +136,7 @@ impl EbpfBackend {
             flipped: !fresh,
             settling: None,
             made_active: None,
-            look_again: [Part::Rest, Part::Endpoints].map(|part| (part, Instant::now())),
+            look_again: [Look::Known, Look::Whole].map(|look| (look, Instant::now())),
             repaired: 0,
         })
     }
@@ -283,13 +285,17 @@ impl EbpfBackend {
         let Some(Some(held)) = self.slots.get(usize::from(slot)) else {
             return Ok(true);
         };
-        for (part, due) in &mut self.look_again {
+        for (look, due) in &mut self.look_again {
             let started = Instant::now();
             if started < *due {
                 continue;
             }
-            let whole = self.maps.holds(slot, held, *part)?;
-            *due = started + LOOK_AGAIN.max(started.elapsed() * SHARE);
+            let whole = self.maps.holds(slot, held, *look)?;
+            let pause = match look {
+                Look::Known => LOOK_AGAIN,
+                Look::Whole => LOOK_AT_ALL_AGAIN,
+            };
+            *due = started + pause.max(started.elapsed() * SHARE);
             if !whole {
                 return Ok(false);
             }

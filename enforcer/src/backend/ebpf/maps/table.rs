@@ -6,7 +6,7 @@ use std::{io, marker::PhantomData, path::Path};
 use aya::maps::MapType;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::open_checked;
+use super::{FEW_KNOWN, open_checked};
 use crate::backend::ebpf::{
     BackendError,
     sys::{Batch, ElementOp, Map, found},
@@ -77,6 +77,19 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         found(self.map.element(ElementOp::Get(key.as_bytes(), value))).map_err(self.failed("read"))
     }
 
+    /// Whether it has such entries; true where they are more than few, which is for others to see.
+    pub(super) fn has(&self, wanted: &[(K, V)], place: impl Fn(K) -> K) -> Result<bool, BackendError> {
+        if wanted.len() > FEW_KNOWN {
+            return Ok(true);
+        }
+        for (key, value) in wanted {
+            if self.get(&place(*key))? != Some(*value) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     pub(super) fn put(&self, key: &K, value: V) -> Result<(), BackendError> {
         self.put_all(key, &[value])
     }
@@ -109,8 +122,10 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
     }
 
     pub(super) fn for_each_batch(&self, mut each: impl FnMut(K, V)) -> Result<(), BackendError> {
-        let mut keys = vec![K::new_zeroed(); BATCH].into_boxed_slice();
-        let mut values = vec![V::new_zeroed(); BATCH].into_boxed_slice();
+        let (.., entries) = self.map.shape();
+        let batch = BATCH.min(entries.try_into().unwrap_or(BATCH));
+        let mut keys = vec![K::new_zeroed(); batch].into_boxed_slice();
+        let mut values = vec![V::new_zeroed(); batch].into_boxed_slice();
         let mut cursor = None;
         loop {
             let next = Batch::Get(&mut cursor, keys.as_mut_bytes(), values.as_mut_bytes());
