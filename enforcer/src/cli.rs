@@ -366,11 +366,25 @@ fn where_it_runs(settings: Settings) -> Settings {
     if control::is_served(&settings.socket) {
         return settings;
     }
-    let Some(elsewhere) = Elsewhere::find(&settings) else {
-        return settings;
-    };
-    complain("warning", &elsewhere.to_string());
-    elsewhere.settings
+    elsewhere(Elsewhere::find(&settings)).unwrap_or(settings)
+}
+
+/// Other places than the file names, with a warning.
+fn elsewhere(found: Option<Elsewhere>) -> Option<Settings> {
+    let found = found?;
+    complain("warning", &found.to_string());
+    Some(found.settings)
+}
+
+/// What the daemon knows, if one answers.
+fn asked_status(settings: &Settings) -> Option<Status> {
+    match runtime()
+        .ok()?
+        .block_on(control::ask(&settings.socket, &Request::Status, PATIENCE))
+    {
+        Ok(Reply::Status(status)) => Some(*status),
+        Ok(_) | Err(_) => None,
+    }
 }
 
 fn named_place(path: &Path, lenient: bool) -> Result<Settings> {

@@ -190,6 +190,7 @@ fn statuses(made: &mut Made) -> Result {
         cgroup: "/c".to_owned(),
         pin_dir: "/p".to_owned(),
         nft_table: "t".to_owned(),
+        state_dir: "/s".to_owned(),
         backend,
         ..Context::default()
     };
