@@ -37,6 +37,7 @@ pub(crate) use files::modified;
 pub(crate) use files::unread_beside;
 pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
 pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
+pub(crate) use salvage::key_line;
 pub use salvage::{place, state_dir};
 
 /// Where the configuration is unless told otherwise.

@@ -12,7 +12,10 @@ use crate::{
 };
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![case!(doctor_finds_rules_that_earlier_places_have_kept).on(EBPF)]
+    vec![
+        case!(doctor_finds_rules_that_earlier_places_have_kept).on(EBPF),
+        case!(config_check_tries_the_places_that_a_start_would_use).on(EBPF),
+    ]
 }
 
 /// A pin directory besides the world's own; gone with it.
@@ -93,4 +96,74 @@ fn doctor_finds_rules_that_earlier_places_have_kept() -> Result<()> {
     world.attack(NOBODY).reaches()?;
     misses(&["other-instance"])?;
     daemon.kill()
+}
+
+fn config_check_tries_the_places_that_a_start_would_use() -> Result<()> {
+    let world = World::new()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    world.enforcer(&["config", "check"])?.demand(0)?;
+    let file = world.path("enforcer.toml");
+    let good = fs::read_to_string(&file)?;
+    let path = |name: &str| world.path(name).display().to_string();
+    for (key, value, cause, remedy) in [
+        (
+            "cgroup",
+            path("run"),
+            "not a cgroup v2 directory",
+            "name a directory of the cgroup v2 hierarchy",
+        ),
+        ("pin_dir", path("pins"), "is not on a bpffs", "mount one there"),
+        (
+            "socket",
+            path("no/such/control.sock"),
+            "No such file",
+            "make the directory that it is to lie in",
+        ),
+        (
+            "socket",
+            path("enforcer.toml/control.sock"),
+            "ot a directory",
+            "or name another socket",
+        ),
+        (
+            "state_dir",
+            path("enforcer.toml/state"),
+            "ot a directory",
+            "set another state_dir",
+        ),
+    ] {
+        fs::create_dir_all(world.path("run"))?;
+        let wrong = |line: &str| line.starts_with(key);
+        let number = 1 + good.lines().position(wrong).with_context(|| format!("no {key}"))?;
+        let line = |line: &str| {
+            if wrong(line) {
+                format!("{key} = {value:?}\n")
+            } else {
+                format!("{line}\n")
+            }
+        };
+        fs::write(&file, good.lines().map(line).collect::<String>())?;
+        let said = world.enforcer(&["config", "check"])?.demand(1)?.stdout;
+        let place = format!("enforcer.toml:{number}: {key} cannot be used: ");
+        ensure!(
+            [place.as_str(), cause, remedy].iter().all(|part| said.contains(part)),
+            "{key}: {said}"
+        );
+        let offline = world.enforcer(&["config", "check", "--offline"])?.demand(0)?.stdout;
+        ensure!(
+            !offline.contains(&place) && offline.contains("whether a start can use cgroup"),
+            "{offline}"
+        );
+        // As a start finds it; without saved rules it goes on.
+        if key != "state_dir" {
+            let start = world.enforcer(&["run"])?.demand(2)?;
+            ensure!(start.stderr.contains(cause), "{key}: {start:?}");
+        }
+        if key == "pin_dir" {
+            let text = fs::read_to_string(&file)?.replace("backend = \"ebpf\"", "backend = \"nftables\"");
+            fs::write(&file, text)?;
+            world.enforcer(&["config", "check"])?.demand(0)?;
+        }
+    }
+    Ok(())
 }

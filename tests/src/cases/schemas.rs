@@ -105,7 +105,7 @@ const SCHEMAS: [(&str, &str); 13] = [
     (
         "enforcer/config-check/1",
         "absent defaults errors errors.path errors.line errors.target errors.key errors.message exists more_errors \
-         not_checked path targets unprotected untrusted warnings",
+         not_checked path places targets unprotected untrusted warnings",
     ),
 ];
 
