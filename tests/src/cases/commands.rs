@@ -25,6 +25,7 @@ use crate::{
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(commands_find_a_daemon_whose_file_was_edited),
+        case!(what_is_wrong_with_a_file_is_said_once),
         case!(status_of_a_daemon_that_hangs_is_the_kernels),
         case!(a_daemon_that_cannot_be_reached_is_not_said_to_be_away),
         case!(why_a_start_went_on_with_the_last_rules_stays_to_be_read).on(EBPF),
@@ -164,6 +165,43 @@ fn following_events_ends_with_the_daemon_and_says_so() -> Result<()> {
     drop(lines);
     let said = String::from_utf8_lossy(&ended.stderr);
     ensure!(ended.status.code() == Some(2) && said.contains("hung up"), "{ended:?}");
+    Ok(())
+}
+
+/// By whoever reads the file, the command or the daemon, with a mistake or several.
+fn what_is_wrong_with_a_file_is_said_once() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    edit(&world, "grants = true", "grants = 5")?;
+    let file = world.path("enforcer.toml").display().to_string();
+    let once = |words: &[&str]| {
+        let said = world.enforcer(words)?.demand(2)?.stderr;
+        ensure!(
+            said.matches(&file).count() == 1 && said.contains("error: "),
+            "{words:?}: {said}"
+        );
+        Ok(())
+    };
+    once(&["reload"])?;
+    once(&["reload", "--dry-run"])?;
+    once(&["config", "diff"])?;
+    // Who needs no more of it than the place is warned.
+    let status = world.enforcer(&["status"])?.demand(1)?.stderr;
+    ensure!(
+        status.matches(&file).count() == 1 && status.contains("warning: "),
+        "{status}"
+    );
+    daemon.kill()?;
+    once(&["verify"])?;
+    once(&["grants"])?;
+    edit(&world, "grants = 5", "grants = 5\nalow = []")?;
+    for words in [["verify"], ["grants"]] {
+        let said = world.enforcer(&words)?.demand(2)?.stderr;
+        ensure!(
+            said.matches(&file).count() == 2 && !said.contains("warning: "),
+            "{words:?}: {said}"
+        );
+    }
     Ok(())
 }
 
