@@ -244,7 +244,36 @@ fn grants_are_listed_without_a_daemon() -> Result<()> {
     let without = world.enforcer(&["grants", "--json"])?.demand(0)?;
     ensure!(without.stdout == with, "{without:?}, not {with}");
     ensure!(without.stderr.contains("saved last"), "{without:?}");
-    Ok(())
+    // What cannot be read is not listed as if it were.
+    let file = world.path("state/grants.json");
+    let good = fs::read(&file)?;
+    for bytes in [
+        &b""[..],
+        b"{}",
+        &good[..good.len() / 2],
+        br#"{"schema":"enforcer/grants-file/9"}"#,
+    ] {
+        fs::write(&file, bytes)?;
+        let said = world.enforcer(&["grants"])?.demand(2)?;
+        let parts = [
+            &*file.display().to_string(),
+            "what the kernel holds stays",
+            "grant again",
+        ];
+        ensure!(parts.iter().all(|part| said.stderr.contains(part)), "{said:?}");
+        ensure!(
+            said.stdout.is_empty() && !said.stderr.contains("saved last"),
+            "{said:?}"
+        );
+    }
+    world.attack(NOBODY).reaches()?;
+    // As it says.
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    world.enforcer(&["grant", "main", "--user", "nobody"])?.demand(0)?;
+    let listed = world.enforcer(&["grants"])?.demand(0)?.stdout;
+    ensure!(listed.contains("(nobody)"), "{listed}");
+    world.attack(NOBODY).reaches()
 }
 
 fn f1_grants_that_were_deleted_are_written_again() -> Result<()> {
