@@ -8,6 +8,7 @@ use super::{PATIENCE, complain, lines_of, runtime};
 use crate::{
     config::{self, Config, ConfigError, Mistakes, Settings},
     control,
+    host::service_starts,
     status::Elsewhere,
     wire::{Reply, Request, Status},
 };
@@ -21,7 +22,11 @@ pub(super) fn place(path: &Path) -> Result<Settings> {
 /// As [`place`], for what reads the file itself, or has the daemon read it: where that fails by what the warning says,
 /// it is said once.
 pub(super) fn with_place<T>(path: &Path, work: impl FnOnce(Settings) -> Result<T>) -> Result<T> {
-    let (settings, warning) = located(path, path == Path::new(config::DEFAULT_PATH))?;
+    let is_default = path == Path::new(config::DEFAULT_PATH);
+    let (settings, warning) = located(path, is_default)?;
+    if is_default && !service_starts() && !control::is_served(&settings.socket) {
+        complain("warning", SERVICE_WAITS);
+    }
     let done = work(where_it_runs(settings));
     let is_said = |warning: &ConfigError| {
         let mistakes = warning.mistakes().map(Mistakes::lines).unwrap_or_default();
@@ -34,6 +39,10 @@ pub(super) fn with_place<T>(path: &Path, work: impl FnOnce(Settings) -> Result<T
     }
     done
 }
+
+/// For whoever is told to start it, and would see nothing happen.
+const SERVICE_WAITS: &str = "the packaged service does not start on this host yet: there is no configuration, and this is no BOSH VM; write \
+     /etc/enforcer/enforcer.toml first (enforcer config show prints every key)";
 
 /// Where the file alone says that the instance is.
 pub(super) fn named_place(path: &Path) -> Result<Settings> {

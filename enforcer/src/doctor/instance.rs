@@ -42,6 +42,8 @@ pub(super) struct Instance {
     pub(super) start: StartWithout,
     /// That what is active is at other places than the configuration names.
     pub(super) runs_elsewhere: Option<String>,
+    /// That the packaged service would not start with it.
+    pub(super) service_waits: bool,
     /// Principals whose users do not exist.
     pub(super) absent: Vec<String>,
     /// The mount of cgroup v2.
@@ -159,6 +161,7 @@ impl Instance {
         let active = status.as_ref().map(|status| status.backend);
         let mut this = Self {
             config: path.into(),
+            service_waits: path == Path::new(config::DEFAULT_PATH) && !host::service_starts(),
             cgroup: settings.cgroup.clone().or_else(|| mount.clone()),
             status,
             active: active.filter(|backend| *backend != ActiveBackend::None),
@@ -231,7 +234,7 @@ impl Instance {
             findings.one("restart-needed", Medium, where_it_is, remedy);
         }
         if let Some(status) = &self.status {
-            of_status(status, findings);
+            of_status(status, self.service_waits, findings);
         }
         let is_audit = |status: &Status| status.generation != 0 && status.mode == Mode::Audit;
         let audits = self.rules.as_ref().is_some_and(|rules| rules.mode == Mode::Audit);
@@ -281,7 +284,12 @@ impl Instance {
 }
 
 /// What is wrong by `status`, weighed as it weighs.
-fn of_status(status: &Status, findings: &mut Findings) {
+fn of_status(status: &Status, service_waits: bool, findings: &mut Findings) {
+    let start = if service_waits {
+        format!("write /etc/enforcer/enforcer.toml, without which the packaged service does not start; then {START}")
+    } else {
+        START.to_owned()
+    };
     if status.state == State::Off {
         findings.one(
             "nothing-active",
@@ -291,14 +299,14 @@ fn of_status(status: &Status, findings: &mut Findings) {
                  endpoint",
                 status.pin_dir, status.nft_table
             ),
-            &format!("{START}, or run enforcer apply"),
+            &format!("{start}, or run enforcer apply"),
         );
     }
     if !status.daemon.running {
         let stays = ": active rules stay, but they do not follow changes of names, addresses and cgroups, grants do \
                      not end, and what another process removes is not repaired";
         let what = if status.state == State::Off { "" } else { stays };
-        findings.one("no-daemon", Medium, &format!("the daemon is not running{what}"), START);
+        findings.one("no-daemon", Medium, &format!("the daemon is not running{what}"), &start);
     }
     let wrong = status.conditions.iter().filter(|one| match one.id {
         // Each has its own finding.
