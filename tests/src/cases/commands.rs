@@ -26,6 +26,8 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(commands_find_a_daemon_whose_file_was_edited),
         case!(what_is_wrong_with_a_file_is_said_once),
+        case!(events_of_what_does_not_exist_say_so),
+        case!(who_is_told_to_start_it_is_told_what_that_needs).on(EBPF),
         case!(status_of_a_daemon_that_hangs_is_the_kernels),
         case!(a_daemon_that_cannot_be_reached_is_not_said_to_be_away),
         case!(why_a_start_went_on_with_the_last_rules_stays_to_be_read).on(EBPF),
@@ -165,6 +167,75 @@ fn following_events_ends_with_the_daemon_and_says_so() -> Result<()> {
     drop(lines);
     let said = String::from_utf8_lossy(&ended.stderr);
     ensure!(ended.status.code() == Some(2) && said.contains("hung up"), "{ended:?}");
+    Ok(())
+}
+
+fn events_of_what_does_not_exist_say_so() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    let says = |words: &[&str], part: Option<&str>| {
+        let said = world.enforcer(words)?.demand(0)?.stderr;
+        let is_right = part.map_or(said.is_empty(), |part| said.contains(part));
+        ensure!(is_right, "{words:?}: {said}, not {part:?}");
+        Ok(())
+    };
+    until("the denial is recorded", || {
+        Ok(world.enforcer(&["events", "--summary"])?.stdout.contains("main"))
+    })?;
+    for more in [&[][..], &["--summary"]] {
+        let says = |words: &[&str], part| says(&[&["events"], more, words].concat(), part);
+        says(&["--target", "nope"], Some("there is no target nope"))?;
+        says(&["--target", "nope"], Some("active targets: main"))?;
+        says(&["--target", "main"], None)?;
+        says(
+            &["--user", "3999999999"],
+            Some("no user of this host has uid 3999999999"),
+        )?;
+        says(&["--user", "nobody"], None)?;
+        // Nothing was denied to it, and it exists.
+        says(&["--user", "daemon"], None)?;
+    }
+    // What was one is in the record.
+    edit(&world, "[target.main]", "[target.other]")?;
+    world.enforcer(&["reload"])?.demand(0)?;
+    says(&["events", "--target", "main"], None)?;
+    daemon.kill()?;
+    let alone = world
+        .enforcer(&["events", "--summary", "--target", "nope"])?
+        .demand(0)?
+        .stderr;
+    ensure!(alone.contains("there is no target nope"), "{alone}");
+    Ok(())
+}
+
+/// On a host without anything that the packaged service waits for.
+fn who_is_told_to_start_it_is_told_what_that_needs() -> Result<()> {
+    let run = |preparation: &str, words: &str| {
+        let script = format!(
+            "mount -t tmpfs none /var && if [ -d /etc/enforcer ]; then mount -t tmpfs none /etc/enforcer; fi && \
+             {preparation} exec \"$0\" {words}"
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]).arg(binary("enforcer")?);
+        ran(&mut command)
+    };
+    let waits = "the packaged service does not start on this host yet";
+    for words in ["status", "verify", "events"] {
+        let said = run("", words)?;
+        ensure!(said.stderr.contains(waits) && said.code != 0, "{words}: {said:?}");
+    }
+    let doctor = run("", "doctor")?.stdout;
+    ensure!(doctor.contains("do: write /etc/enforcer/enforcer.toml"), "{doctor}");
+    for there in [
+        "mkdir -p /var/vcap/bosh &&",
+        "mkdir -p /var/lib/enforcer && echo >/var/lib/enforcer/last-good.json &&",
+    ] {
+        let said = run(there, "status")?;
+        ensure!(!said.stderr.contains(waits), "{there}: {said:?}");
+        let doctor = run(there, "doctor")?.stdout;
+        ensure!(!doctor.contains("do: write"), "{there}: {doctor}");
+    }
     Ok(())
 }
 
