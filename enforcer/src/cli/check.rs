@@ -151,6 +151,11 @@ fn judge(active: &ActiveRules, attempt: &Attempt, covered: Option<u64>) -> Resul
         .map(|target| target.name.as_str())
         .collect();
     let reason = match (checked.verdict, checked.without) {
+        // What is connected has been evaluated by then.
+        (Verdict::Unjudged, Some(Lacking::Program(hook @ ("sendmsg4" | "sendmsg6")))) => format!(
+            "a datagram sent without connect is not evaluated, as eBPF program {hook} is not attached where it should \
+             be, while connect is; {START}, or run enforcer apply"
+        ),
         (Verdict::Unjudged, Some(Lacking::Program(hook))) => format!(
             "nothing is evaluated, as eBPF program {hook} is not attached where it should be; {START}, or run enforcer \
              apply"
