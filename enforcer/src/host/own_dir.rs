@@ -47,6 +47,9 @@ pub fn make_all(dir: &Path) -> io::Result<()> {
 
 /// Whether [`make`], or [`make_all`], would leave a directory that can be written. Makes nothing.
 pub fn check(dir: &Path, with_parents: bool) -> io::Result<()> {
+    if let Some(uid) = is_mounted(dir).filter(|_| mounted_by(dir).is_none()) {
+        return Err(mounted_for(dir, uid));
+    }
     let is_there = |path: &Path| fs::symlink_metadata(path).is_ok();
     let above = || {
         let above = dir.ancestors().skip(1);
@@ -89,7 +92,25 @@ pub fn reclaim(dir: &Path) -> io::Result<()> {
             return last;
         }
     }
-    last
+    match is_mounted(dir) {
+        Some(uid) if last.is_err() => Err(mounted_for(dir, uid)),
+        Some(_) | None => last,
+    }
+}
+
+/// Whose the root of a file system is that is mounted there, by root or before we look: it cannot be moved away.
+fn is_mounted(dir: &Path) -> Option<u32> {
+    let (meta, above) = (fs::symlink_metadata(dir).ok()?, fs::metadata(dir.parent()?).ok()?);
+    (meta.uid() != ROOT && meta.dev() != above.dev()).then(|| meta.uid())
+}
+
+fn mounted_for(dir: &Path, uid: u32) -> io::Error {
+    let dir = dir.display();
+    let text = format!(
+        "the file system that is mounted there belongs to user {uid}, and cannot be moved aside; give it to root (chown \
+         root {dir} && chmod 0700 {dir}), or unmount it (umount {dir})"
+    );
+    io::Error::new(io::ErrorKind::ResourceBusy, text)
 }
 
 /// What lies at a path that is ours: none where there is nothing, or something of another user's. A link is followed

@@ -1,19 +1,26 @@
 //! Where an instance is: places that a configuration gives up, that are none, or that another one has.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
 
 use super::Case;
 use crate::{
     backend::EBPF,
-    world::{NOBODY, World},
+    world::{NOBODY, World, until},
 };
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(doctor_finds_rules_that_earlier_places_have_kept).on(EBPF),
+        case!(f6_a_users_file_system_for_our_state_is_named_with_a_remedy).on(EBPF),
+        case!(check_says_which_datagrams_are_not_evaluated).on(EBPF),
         case!(config_check_tries_the_places_that_a_start_would_use).on(EBPF),
     ]
 }
@@ -165,5 +172,73 @@ fn config_check_tries_the_places_that_a_start_would_use() -> Result<()> {
             world.enforcer(&["config", "check"])?.demand(0)?;
         }
     }
+    Ok(())
+}
+
+/// Unmounted when dropped.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn of(uid: u32, dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let options = format!("uid={uid},size=1m");
+        mount(
+            Some("tmpfs"),
+            dir,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )?;
+        Ok(Self(dir.into()))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// It cannot be moved aside as a directory can.
+fn f6_a_users_file_system_for_our_state_is_named_with_a_remedy() -> Result<()> {
+    let world = World::new()?;
+    let _listener = world.listen()?;
+    world.configure_one(&[format!("tcp://{}", world.here())], r#"["root"]"#)?;
+    let state = world.path("state");
+    let _disk = Disk::of(NOBODY, &state)?;
+    let named = format!("belongs to user {NOBODY}, and cannot be moved aside; give it to root (chown root ");
+    let checked = world.enforcer(&["config", "check"])?.demand(1)?.stdout;
+    ensure!(
+        checked.contains("state_dir cannot be used") && checked.contains(&named),
+        "{checked}"
+    );
+    // It enforces all the same, and says what is not kept.
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    let status = world.status()?.to_string();
+    ensure!(status.contains("saved-rules") && status.contains(&named), "{status}");
+    // As it says.
+    chown(&state, Some(0), Some(0))?;
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
+    world.enforcer(&["config", "check"])?.demand(0)?;
+    until("the rules are saved", || Ok(state.join("last-good.json").exists()))?;
+    daemon.kill()
+}
+
+/// With and without `connect`, on the way of each a program of its own.
+fn check_says_which_datagrams_are_not_evaluated() -> Result<()> {
+    let world = World::new()?;
+    world.configure_one(&[format!("udp://{}", world.here())], r#"["root"]"#)?;
+    world.apply()?;
+    let to = format!("udp://{}", world.here());
+    let said = || -> Result<String> { Ok(world.enforcer(&["check", "nobody", &to])?.stdout) };
+    ensure!(said()?.starts_with("deny "), "{}", said()?);
+    let number = if world.here().is_ipv4() { 4 } else { 6 };
+    fs::remove_file(world.pins().join(format!("sendmsg{number}")))?;
+    let part = format!("a datagram sent without connect is not evaluated, as eBPF program sendmsg{number}");
+    ensure!(said()?.contains(&part), "{}", said()?);
+    fs::remove_file(world.pins().join(format!("connect{number}")))?;
+    let whole = format!("nothing is evaluated, as eBPF program connect{number}");
+    ensure!(said()?.contains(&whole), "{}", said()?);
     Ok(())
 }
