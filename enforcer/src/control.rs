@@ -128,13 +128,13 @@ fn directory_of(socket: &Path) -> &Path {
 
 fn not_made(dir: &Path, error: io::Error) -> ControlError {
     let path = dir.into();
-    match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ControlError::NoPlace { path, error },
-        _ => ControlError::Io {
-            action: "make",
-            path,
-            error,
-        },
+    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) {
+        return ControlError::NoPlace { path, error };
+    }
+    ControlError::Io {
+        action: "make",
+        path,
+        error,
     }
 }
 

@@ -31,8 +31,8 @@ use crate::{
 pub(super) enum ConfigCommand {
     /// Report everything that is wrong with the configuration
     ///
-    /// Exit codes: 0 valid; 1 valid, but users, groups or cgroups do not exist, names will not be protected, or cgroup,
-    /// pin_dir, state_dir or socket cannot be used; 2 invalid.
+    /// Exit codes: 0 valid; 1 valid, but users, groups or cgroups do not exist, names will not be protected, or a
+    /// start could not use the places that it names; 2 invalid.
     Check(Check),
     /// Print what a reload would change, compared with what the daemon has; exit code 1 if anything
     ///
