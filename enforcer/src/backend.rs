@@ -453,6 +453,24 @@ pub(crate) fn daemon_of(state_dir: &Path) -> Option<impl std::fmt::Display> {
     writer::daemon(state_dir)
 }
 
+/// The keys whose places a start could not use for eBPF, and why; nothing where it would do without. Changes nothing.
+pub(crate) fn unusable_places(settings: &Settings) -> Vec<(&'static str, BackendError)> {
+    if settings.backend == Backend::Nftables {
+        return Vec::new();
+    }
+    let cgroup = settings
+        .cgroup
+        .as_deref()
+        .map_or(Ok(()), |cgroup| ebpf::open_cgroup(cgroup).map(drop));
+    let tried = [
+        ("cgroup", cgroup),
+        ("pin_dir", ebpf::pins::Pins::check_usable(&settings.pin_dir)),
+    ];
+    let failed = tried.into_iter().filter_map(|(key, tried)| Some((key, tried.err()?)));
+    let evades = |error: &BackendError| settings.backend == Backend::Auto && error.is_inability(ebpf::has_bpf);
+    failed.filter(|(_, error)| !evades(error)).collect()
+}
+
 /// Removes all of ours from the kernel; false where there was nothing.
 pub(crate) fn unload(settings: &Settings) -> Result<bool, BackendError> {
     let _writer = Writer::of(&settings.state_dir, false)?; // F11

@@ -6,6 +6,7 @@ mod doctor;
 mod events;
 pub(crate) mod grants;
 mod monit_access;
+mod place;
 mod reload;
 mod unload;
 mod verify;
@@ -27,14 +28,16 @@ use serde::Serialize;
 use tracing_subscriber::{filter::LevelFilter, fmt::format, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
-    config::{self, Config, ConfigError, Mistakes, Settings},
+    config::{self, ConfigError, Mistakes},
     control::{self, AskError},
     daemon::{self, DaemonError},
     inputs::InputError,
-    status::{Elsewhere, from_outside},
+    status::from_outside,
     text::{self, Journal, Log},
     wire::{Reply, Request, Severity, State, Status},
 };
+
+use place::{asked_status, elsewhere, named_place, place, with_place};
 
 /// Options that every command has.
 const COMMON: &str = "Common options";
@@ -354,57 +357,13 @@ fn answer_of(status: &Status) -> ExitStatus {
     }
 }
 
-/// Where the instance is: of a file that is wrong somewhere, by the lines that say it alone, and a warning. To be
-/// asked, a daemon needs no good configuration, and who is called at three in the morning may have just a bad one (F4).
-fn place(path: &Path) -> Result<Settings> {
-    named_place(path, path == Path::new(config::DEFAULT_PATH)).map(where_it_runs)
-}
-
-/// The places of what is active, which the file may no longer name.
-fn where_it_runs(settings: Settings) -> Settings {
-    // Who is answered reads nothing: the disk may hang (F10).
-    if control::is_served(&settings.socket) {
-        return settings;
-    }
-    let Some(elsewhere) = Elsewhere::find(&settings) else {
-        return settings;
-    };
-    complain("warning", &elsewhere.to_string());
-    elsewhere.settings
-}
-
-fn named_place(path: &Path, lenient: bool) -> Result<Settings> {
-    let error = match Config::load(path) {
-        Ok(config) => return Ok(config.settings),
-        Err(error) => error,
-    };
-    let settings = match &error {
-        ConfigError::Missing { .. } | ConfigError::Gone { .. } => None,
-        // It may be a file beside it that is wrong, and none itself.
-        ConfigError::File(_) | ConfigError::Invalid(_) => {
-            config::place(path, lenient).or_else(|| lenient.then(Settings::default))
-        }
-    };
-    match (settings, &error) {
-        (Some(settings), _) => {
-            complain("warning", &error.to_string());
-            Ok(settings)
-        }
-        (None, ConfigError::Missing { .. }) => bail!(
-            "{error}; only the file says where its instance is: restore it, or name one with the same socket, \
-             pin_dir, state_dir and nft_table"
-        ),
-        (None, ConfigError::Gone { .. } | ConfigError::File(_) | ConfigError::Invalid(_)) => Err(error.into()),
-    }
-}
-
 fn show_status(config: &Path, StatusArgs { exit_on, json }: &StatusArgs) -> Result<ExitStatus> {
     let settings = &place(config)?;
     let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
     let status = match asked {
         Ok(Reply::Status(status)) => *status,
         Ok(_) => return unexpected(),
-        Err(error) if is_nobody(&error) => from_outside(settings, None)?,
+        Err(error) if heard_nobody(&error) => from_outside(settings, None)?,
         // The kernel has most of what it would say.
         Err(error @ AskError::TimedOut { .. }) => from_outside(settings, Some(&error))?,
         Err(error) => return Err(error.into()),
@@ -429,13 +388,17 @@ fn unexpected<T>() -> Result<T> {
     bail!("the daemon gave an unexpected answer; is it another version?")
 }
 
-/// Whether no daemon was asked: then only the kernel can answer. Another user's socket is worth a warning.
+/// Whether no daemon was asked: then only the kernel can answer, or what was saved.
 fn is_nobody(error: &AskError) -> bool {
-    let is_impostor = matches!(error, AskError::Impostor { .. });
-    if is_impostor {
+    matches!(error, AskError::Impostor { .. } | AskError::NoDaemon { .. })
+}
+
+/// As [`is_nobody`], for whoever says no more of it: another user's socket is worth a warning.
+fn heard_nobody(error: &AskError) -> bool {
+    if matches!(error, AskError::Impostor { .. }) {
         complain("warning", &error.to_string());
     }
-    is_impostor || matches!(error, AskError::NoDaemon { .. })
+    is_nobody(error)
 }
 
 fn run_refresh(config: &Path, refresh: &Refresh) -> Result<ExitStatus> {

@@ -33,10 +33,10 @@ pub use crate::wire::{Backend, Existing};
 pub use error::{ConfigError, ConfigFault, FileFault};
 use files::Trust;
 pub use files::beside;
-pub(crate) use files::modified;
-pub(crate) use files::unread_beside;
+pub(crate) use files::{modified, unread_beside};
 pub use meaning::{Absent, Nobody, PolicyFault, Remark, Understood, Warning, WarningKind};
 pub use mistakes::{MAX_LISTED, Mistake, Mistakes};
+pub(crate) use salvage::key_line;
 pub use salvage::{place, state_dir};
 
 /// Where the configuration is unless told otherwise.
@@ -68,8 +68,8 @@ pub(crate) fn ensure_trusted(path: &Path) -> Result<(), FileFault> {
 /// Why a file of the configuration, or the way there, is another user's to write (F6); the first that is.
 #[must_use]
 pub fn untrusted(path: &Path) -> Option<FileFault> {
-    let files = [path.to_path_buf()].into_iter().chain(beside(path));
-    files.into_iter().find_map(|file| trust::ensure(&file).err())
+    let mut files = [path.to_path_buf()].into_iter().chain(beside(path));
+    files.find_map(|file| trust::ensure(&file).err())
 }
 
 /// A configuration file as read, defaults filled in.

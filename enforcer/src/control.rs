@@ -65,6 +65,9 @@ pub(crate) enum ControlError {
     #[error("{} is owned by uid {uid} with mode {mode:04o}; the socket's directory must be owned by root and writable \
              by root only", path.display())]
     Untrusted { path: PathBuf, uid: u32, mode: u32 },
+    /// There is nothing that its directory could lie in.
+    #[error("make {}: {error}; make the directory that it is to lie in, or name another socket", path.display())]
+    NoPlace { path: PathBuf, error: io::Error },
     /// Another daemon answers there.
     #[error("{} is in use by another enforcer; reload that one (SIGHUP), stop it, or name another \
         socket", path.display())]
@@ -118,6 +121,57 @@ fn id_of(path: &Path) -> Option<(u64, u64)> {
     Some((meta.dev(), meta.ino()))
 }
 
+/// Where the socket lies.
+fn directory_of(socket: &Path) -> &Path {
+    socket.parent().unwrap_or(Path::new("/"))
+}
+
+fn not_made(dir: &Path, error: io::Error) -> ControlError {
+    let path = dir.into();
+    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) {
+        return ControlError::NoPlace { path, error };
+    }
+    ControlError::Io {
+        action: "make",
+        path,
+        error,
+    }
+}
+
+/// The socket's directory is root's alone (F6).
+fn trust(dir: &Path) -> Result<(), ControlError> {
+    let meta = fs::metadata(dir).map_err(|error| ControlError::Io {
+        action: "look at",
+        path: dir.into(),
+        error,
+    })?;
+    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
+        return Err(ControlError::Untrusted {
+            path: dir.into(),
+            uid: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        });
+    }
+    Ok(())
+}
+
+/// Whether [`listen`] would find a place that it can use. Makes nothing.
+pub(crate) fn check_usable(path: &Path) -> Result<(), ControlError> {
+    let dir = directory_of(path);
+    own_dir::check(dir, false).map_err(|error| not_made(dir, error))?;
+    if own_dir::metadata(dir).is_ok_and(|found| found.is_some()) {
+        trust(dir)?;
+    }
+    if fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir()) {
+        return Err(ControlError::Io {
+            action: "remove the old",
+            path: path.into(),
+            error: io::ErrorKind::IsADirectory.into(),
+        });
+    }
+    Ok(())
+}
+
 /// Binds the socket, 0600 in a directory that nobody else can write (F6).
 pub(crate) fn listen(path: &Path) -> Result<ControlSocket, ControlError> {
     let failed = |action| {
@@ -127,20 +181,9 @@ pub(crate) fn listen(path: &Path) -> Result<ControlSocket, ControlError> {
             error,
         }
     };
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    own_dir::make(dir).map_err(|error| ControlError::Io {
-        action: "make",
-        path: dir.into(),
-        error,
-    })?;
-    let meta = fs::metadata(dir).map_err(failed("look at the directory of"))?;
-    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
-        return Err(ControlError::Untrusted {
-            path: dir.into(),
-            uid: meta.uid(),
-            mode: meta.mode() & 0o7777,
-        });
-    }
+    let dir = directory_of(path);
+    own_dir::make(dir).map_err(|error| not_made(dir, error))?;
+    trust(dir)?;
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(ControlError::Busy { path: path.into() });
     }

@@ -30,6 +30,23 @@ pub use self::{
 };
 use crate::{policy::CgroupPath, ruleset::Host};
 
+/// Whether the packaged service would start: as its unit's conditions and runit's script ask (packaging/systemd).
+pub(crate) fn service_starts() -> bool {
+    let is_there = |path: &str| Path::new(path).exists();
+    let more = || {
+        let mut entries = fs::read_dir("/etc/enforcer/conf.d").into_iter().flatten().flatten();
+        entries.any(|entry| entry.path().extension().is_some_and(|end| end == "toml"))
+    };
+    [
+        "/var/vcap/bosh",
+        "/etc/enforcer/enforcer.toml",
+        "/var/lib/enforcer/last-good.json",
+    ]
+    .into_iter()
+    .any(is_there)
+        || more()
+}
+
 /// A file of which others chose a part: bytes that are no text neither hide the rest nor fail it.
 pub(crate) fn read_lossy(path: impl AsRef<Path>) -> io::Result<String> {
     fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())

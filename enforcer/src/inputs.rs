@@ -215,10 +215,7 @@ impl Inputs {
 }
 
 fn load_grants(dir: &Path) -> Result<Grants, InputError> {
-    grants::load(dir).map_err(|error| InputError::Io {
-        action: "read the grants",
-        error: io::Error::other(error),
-    })
+    grants::load(dir).map_err(|error| InputError::Grants { error })
 }
 
 /// Puts the message bus into a policy, where the configuration leaves it to the agent's settings (B2). True if that

@@ -151,6 +151,7 @@ pub(crate) fn remedy(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => "; free space there",
         Some(libc::EROFS) => "; mount it writable",
+        Some(libc::ENOTDIR | libc::ENAMETOOLONG | libc::ELOOP) => "; set another state_dir",
         Some(_) | None => crate::host::remedy(error),
     }
 }
@@ -171,6 +172,15 @@ fn made(dir: &Path) -> impl Fn(io::Error) -> StateError {
 /// Makes the directory, where it is missing.
 pub(crate) fn make(dir: &Path) -> Result<(), StateError> {
     own_dir::make_all(dir).map_err(made(dir))
+}
+
+/// Whether [`save`] would find a place that it can use. Makes nothing.
+pub(crate) fn check_usable(dir: &Path) -> Result<(), StateError> {
+    own_dir::check(dir, true).map_err(made(dir))?;
+    match own_dir::metadata(dir) {
+        Ok(Some(meta)) => trusted(ROOT, dir, &meta),
+        Ok(None) | Err(_) => Ok(()),
+    }
 }
 
 /// Keeps a rule set, whole or not at all.

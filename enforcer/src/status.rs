@@ -27,6 +27,7 @@ pub(crate) struct Context {
     pub cgroup: String,
     pub pin_dir: String,
     pub nft_table: String,
+    pub state_dir: String,
     /// Where a daemon was asked that does not answer.
     pub socket: String,
     /// What enforces.
@@ -138,6 +139,7 @@ pub(crate) fn status(observed: Option<&Observed>, context: Context) -> Status {
         cgroup: context.cgroup,
         pin_dir: context.pin_dir,
         nft_table: context.nft_table,
+        state_dir: context.state_dir,
         restored: context.restored,
         endpoints: on.map_or(0, |observed| observed.endpoints),
         targets,

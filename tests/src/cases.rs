@@ -46,6 +46,7 @@ mod neighbours;
 mod nftables;
 mod parity;
 mod past_hooks;
+mod places;
 mod programs;
 mod retention;
 mod routes;
@@ -136,7 +137,7 @@ files! {
     absent, boot, bosh, bpm, callers, commands, containers, damage, decision, delegated, detours, dials, doctor,
     endurance, escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs,
     jobs_chain, kernel, kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables,
-    parity, past_hooks, programs, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching,
+    parity, past_hooks, places, programs, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching,
     takeover, translated, units, verify, visibility, whole_host, writers
 }
 

@@ -143,7 +143,7 @@ pub(super) fn lock(mut file: File, path: &Path, patience: Duration) -> Result<Fl
 }
 
 /// Who holds a lock on a file (man 5 `proc_locks`); none where that is a process that cannot be seen from here.
-fn holder_of(file: &File) -> Option<Holder> {
+pub(super) fn holder_of(file: &File) -> Option<Holder> {
     let meta = file.metadata().ok()?;
     let device = (major(meta.dev()), minor(meta.dev()));
     let Locks(locks) = Locks::from_file("/proc/locks").ok()?;

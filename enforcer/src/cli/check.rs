@@ -6,11 +6,10 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use enforcer_ebpf::Verdict;
 
-use super::{ExitStatus, Json, PATIENCE, complain, place, print_one, runtime};
+use super::{ExitStatus, Json, asked_status, complain, elsewhere, place, print_one, runtime};
 use crate::{
     backend::{ActiveRules, BackendError, Lacking},
     config::Settings,
-    control,
     host::{self, Identities, START},
     policy::{CgroupPath, Destination, Endpoint, HostUsers, Name, Protocol, Uid, shown},
     resolve::{LOOKUP_TIMEOUT, lookup},
@@ -18,7 +17,7 @@ use crate::{
     status::{Elsewhere, saved_names},
     text::{self, Page},
     wire::{
-        self, Reply, Request, Schema,
+        self, Schema,
         check::{CheckReport, CheckTarget},
     },
 };
@@ -51,11 +50,11 @@ pub(super) fn run(config: &Path, check: &Check) -> Result<ExitStatus> {
     let mut settings = place(config)?;
     let open = |settings: &Settings| Ok::<_, BackendError>(ActiveRules::open(settings)?.filter(ActiveRules::decide));
     let mut active = open(&settings)?;
+    let by_daemon = || Elsewhere::of_daemon(&settings, &asked_status(&settings)?);
     if active.is_none()
-        && let Some(elsewhere) = Elsewhere::find(&settings)
+        && let Some(places) = elsewhere(Elsewhere::find(&settings).or_else(by_daemon))
     {
-        complain("warning", &elsewhere.to_string());
-        settings = elsewhere.settings;
+        settings = places;
         active = open(&settings)?;
     }
     let settings = &settings;
@@ -152,6 +151,11 @@ fn judge(active: &ActiveRules, attempt: &Attempt, covered: Option<u64>) -> Resul
         .map(|target| target.name.as_str())
         .collect();
     let reason = match (checked.verdict, checked.without) {
+        // What is connected has been evaluated by then.
+        (Verdict::Unjudged, Some(Lacking::Program(hook @ ("sendmsg4" | "sendmsg6")))) => format!(
+            "a datagram sent without connect is not evaluated, as eBPF program {hook} is not attached where it should \
+             be, while connect is; {START}, or run enforcer apply"
+        ),
         (Verdict::Unjudged, Some(Lacking::Program(hook))) => format!(
             "nothing is evaluated, as eBPF program {hook} is not attached where it should be; {START}, or run enforcer \
              apply"
@@ -213,7 +217,7 @@ fn destination(text: &str, settings: &Settings) -> Result<(Protocol, Vec<IpAddr>
     if !addresses.is_empty() {
         return Ok((protocol, addresses.into_iter().collect(), port));
     }
-    let known = known(name, settings)?;
+    let known = known(name, settings);
     if known.is_empty() {
         bail!("look up {name}: {why}");
     }
@@ -225,13 +229,10 @@ fn destination(text: &str, settings: &Settings) -> Result<(Protocol, Vec<IpAddr>
 }
 
 /// The addresses that the daemon knows of a name, or without one those of the last known good rules.
-fn known(name: &Name, settings: &Settings) -> Result<Vec<IpAddr>> {
-    let asked = runtime()?.block_on(control::ask(&settings.socket, &Request::Status, PATIENCE));
-    let names = match asked {
-        Ok(Reply::Status(status)) => status.names,
-        Ok(_) | Err(_) => saved_names(settings).unwrap_or_default(),
-    };
+fn known(name: &Name, settings: &Settings) -> Vec<IpAddr> {
+    let names = asked_status(settings).map(|status| status.names);
+    let names = names.or_else(|| saved_names(settings)).unwrap_or_default();
     let named = names.into_iter().find(|known| known.name == name.to_string());
     let addresses = named.map(|known| known.addresses).unwrap_or_default();
-    Ok(addresses.iter().filter_map(|address| address.parse().ok()).collect())
+    addresses.iter().filter_map(|address| address.parse().ok()).collect()
 }

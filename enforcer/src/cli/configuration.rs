@@ -13,7 +13,9 @@ use tokio::task::JoinSet;
 
 use super::{ExitStatus, Json, print_one, reload, runtime};
 use crate::{
-    config::{self, Config, Mistake, Mistakes, Understood},
+    backend,
+    config::{self, Config, Mistake, Mistakes, Settings, Understood},
+    control,
     inputs::{HostConfig, InputError},
     policy::{AcceptedAnswers, BUS, MONIT, Name, Policy, Unresolved},
     resolve::{LookupAnswer, Names, lookup},
@@ -29,8 +31,8 @@ use crate::{
 pub(super) enum ConfigCommand {
     /// Report everything that is wrong with the configuration
     ///
-    /// Exit codes: 0 valid; 1 valid, but users, groups or cgroups do not exist or names will not be protected; 2
-    /// invalid.
+    /// Exit codes: 0 valid; 1 valid, but users, groups or cgroups do not exist, names will not be protected, or a
+    /// start could not use the places that it names; 2 invalid.
     Check(Check),
     /// Print what a reload would change, compared with what the daemon has; exit code 1 if anything
     ///
@@ -140,7 +142,26 @@ fn not_read(path: &Path) -> Vec<String> {
 }
 
 /// What depends on the host and its surroundings, by its ids in JSON.
-const NOT_CHECKED: [&str; 6] = ["owners", "users", "groups", "cgroups", "names", "bosh"];
+const NOT_CHECKED: [&str; 7] = ["owners", "users", "groups", "cgroups", "names", "bosh", "places"];
+/// What root alone can tell.
+const PLACES: [&str; 1] = ["places"];
+
+/// What a start could not use of where the instance is to be.
+fn unusable(path: &Path, settings: &Settings) -> Vec<String> {
+    let mut faults = backend::unusable_places(settings);
+    let mut found: Vec<(&str, String)> = faults.drain(..).map(|(key, fault)| (key, fault.to_string())).collect();
+    let state = state::check_usable(&settings.state_dir).err();
+    found.extend(state.map(|fault| ("state_dir", fault.to_string())));
+    let socket = control::check_usable(&settings.socket).err();
+    found.extend(socket.map(|fault| ("socket", fault.to_string())));
+    let line = |(key, fault): (&str, String)| {
+        let line = config::key_line(path, key)
+            .map(|line| format!(":{line}"))
+            .unwrap_or_default();
+        format!("{}{line}: {key} cannot be used: {fault}", path.display())
+    };
+    found.into_iter().map(line).collect()
+}
 
 fn check(path: &Path, Check { offline, json }: &Check) -> Result<ExitStatus> {
     let checked = if *offline { by_text(path) } else { on_this_host(path) };
@@ -165,6 +186,7 @@ fn on_this_host(path: &Path) -> Result<ConfigCheck> {
     let saved = state::load(&wanted.settings().state_dir).ok().flatten();
     wanted.ensure_present(saved.as_ref().map(|(good, _)| good))?;
     let names = runtime()?.block_on(remarks(path, wanted.policy()));
+    let is_root = nix::unistd::geteuid().is_root();
     Ok(ConfigCheck {
         exists: wanted.from_file,
         untrusted: config::untrusted(path).map(|fault| fault.to_string()),
@@ -173,6 +195,12 @@ fn on_this_host(path: &Path) -> Result<ConfigCheck> {
         warnings: [wanted.warnings(), &names.unknown, &not_read(path)].concat(),
         absent: wanted.absent().into_iter().chain(names.absent).collect(),
         unprotected: names.unprotected,
+        places: if is_root {
+            unusable(path, wanted.settings())
+        } else {
+            Vec::new()
+        },
+        not_checked: if is_root { Vec::new() } else { PLACES.to_vec() },
         ..ConfigCheck::of(path)
     })
 }
@@ -200,6 +228,7 @@ impl ConfigCheck {
             defaults: false,
             warnings: Vec::new(),
             absent: Vec::new(),
+            places: Vec::new(),
             unprotected: Vec::new(),
             errors: Vec::new(),
             more_errors: 0,
@@ -234,7 +263,7 @@ impl ConfigCheck {
     fn exceptions(&self) -> impl Iterator<Item = String> {
         let untrusted = self.untrusted.as_ref();
         let untrusted = untrusted.map(|fault| format!("{fault}; until then the daemon rejects the configuration"));
-        let parts = self.absent.iter().chain(&self.unprotected).cloned();
+        let parts = self.absent.iter().chain(&self.unprotected).chain(&self.places).cloned();
         untrusted.into_iter().chain(parts)
     }
 
@@ -269,11 +298,15 @@ impl ConfigCheck {
         } else {
             page.line(format_args!("{path}: valid, with the exceptions above; {targets}"));
         }
-        if !not_checked.is_empty() {
-            page.line(
+        match not_checked.as_slice() {
+            [] => {}
+            [_] => page.line(
+                "not checked, as only root can tell: whether a start can use cgroup, pin_dir, state_dir and socket",
+            ),
+            [..] => page.line(
                 "not checked: who can write the files, whether users, groups and cgroups exist, what names resolve \
-                 to, and the settings of a BOSH agent",
-            );
+                 to, the settings of a BOSH agent, and whether a start can use cgroup, pin_dir, state_dir and socket",
+            ),
         }
         page.into_text()
     }

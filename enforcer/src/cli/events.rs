@@ -11,12 +11,15 @@ use std::{
 use anyhow::Result;
 use clap::Args;
 use jiff::Timestamp;
+use nix::unistd::User;
 
-use super::{ExitStatus, Json, as_line, complain, is_nobody, place, print, runtime};
+use super::{ExitStatus, Json, as_line, asked_status, complain, is_nobody, place, print, runtime};
 use crate::{
-    control,
+    config::Settings,
+    control::{self, AskError},
     events::{Filter, kept},
     policy::{HostUsers, Uid},
+    status::from_outside,
     text::{self, Page, user},
     wire::{DenialSum, EventFilter, Reply, Request, SumOf, rfc3339},
 };
@@ -94,12 +97,13 @@ pub(super) fn run(config: &Path, events: &Events) -> Result<ExitStatus> {
     if events.summary {
         return summary(config, filter, &events.json);
     }
-    let socket = place(config)?.socket;
+    let settings = place(config)?;
+    warn_of_unknown(&settings, &filter);
     let request = Request::Events {
         follow: events.follow,
         filter,
     };
-    runtime()?.block_on(control::ask_many(&socket, &request, |reply| {
+    runtime()?.block_on(control::ask_many(&settings.socket, &request, |reply| {
         let Reply::Event(line) = reply else { return Ok(()) };
         let line = if events.json.json {
             text::json(&line)? + "\n"
@@ -113,9 +117,44 @@ pub(super) fn run(config: &Path, events: &Events) -> Result<ExitStatus> {
     Ok(ExitStatus::Yes)
 }
 
-/// As the daemon has it; without one, as it was kept last.
-fn summary(config: &Path, filter: EventFilter, json: &Json) -> Result<ExitStatus> {
-    let settings = place(config)?;
+/// Nothing of what does not exist may be mistaken for nothing that happened.
+fn warn_of_unknown(settings: &Settings, filter: &EventFilter) {
+    let recorded = |filter| sums(settings, filter).is_ok_and(|(sums, _)| !sums.is_empty());
+    if let Some(target) = &filter.target
+        && let Some(status) = asked_status(settings).or_else(|| from_outside(settings, None).ok())
+        && !status.targets.iter().any(|known| known.name == *target)
+        && !recorded(EventFilter {
+            target: Some(target.clone()),
+            ..EventFilter::default()
+        })
+    {
+        let known: Vec<&str> = status.targets.iter().map(|known| known.name.as_str()).collect();
+        let known = if known.is_empty() {
+            "none".to_owned()
+        } else {
+            known.join(", ")
+        };
+        complain(
+            "warning",
+            &format!("there is no target {target}, and no denial of one is recorded; active targets: {known}"),
+        );
+    }
+    if let Some(uid) = filter.user
+        && matches!(User::from_uid(uid.into()), Ok(None))
+        && !recorded(EventFilter {
+            user: Some(uid),
+            ..EventFilter::default()
+        })
+    {
+        complain(
+            "warning",
+            &format!("no user of this host has uid {uid}, and no denial of one is recorded"),
+        );
+    }
+}
+
+/// As the daemon has them; without one, as they were kept last, and why nobody answered.
+fn sums(settings: &Settings, filter: EventFilter) -> Result<(Vec<DenialSum>, Option<AskError>)> {
     let request = Request::Summary { filter: filter.clone() };
     let mut sums = Vec::new();
     let asked = runtime()?.block_on(control::ask_many(&settings.socket, &request, |reply| {
@@ -125,13 +164,22 @@ fn summary(config: &Path, filter: EventFilter, json: &Json) -> Result<ExitStatus
         Ok(())
     }));
     match asked {
-        Ok(()) => {}
+        Ok(()) => Ok((sums, None)),
         Err(error) if is_nobody(&error) => {
-            complain("warning", &format!("{error}; these are the denials that it saved last"));
             let now = Timestamp::now();
-            sums = kept::load(&settings.state_dir, now)?.sums(&Filter::new(filter)?, now);
+            let kept = kept::load(&settings.state_dir, now)?.sums(&Filter::new(filter)?, now);
+            Ok((kept, Some(error)))
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn summary(config: &Path, filter: EventFilter, json: &Json) -> Result<ExitStatus> {
+    let settings = place(config)?;
+    warn_of_unknown(&settings, &filter);
+    let (sums, unheard) = sums(&settings, filter)?;
+    if let Some(error) = unheard {
+        complain("warning", &format!("{error}; these are the denials that it saved last"));
     }
     if json.json {
         let lines: serde_json::Result<Vec<String>> = sums.iter().map(text::json).collect();

@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use anyhow::Result;
 use clap::Args;
 
-use super::{ExitStatus, Json, as_line, complain, is_nobody, place, print, print_one, runtime, unexpected};
+use super::{ExitStatus, Json, as_line, complain, is_nobody, place, print, print_one, runtime, unexpected, with_place};
 use crate::{
     control, daemon,
     host::Identities,
@@ -95,20 +95,22 @@ pub(super) fn revoke(config: &Path, revoke: &Revoke) -> Result<ExitStatus> {
 }
 
 pub(super) fn list(config: &Path, json: &Json) -> Result<ExitStatus> {
-    let report = match runtime()?.block_on(control::ask(&place(config)?.socket, &Request::Grants, PATIENCE)) {
-        Ok(Reply::Grants(report)) => report,
-        Ok(_) => return unexpected(),
-        Err(error) if is_nobody(&error) => {
-            complain(
-                "warning",
-                &format!("{error}; these are the grants that were saved last"),
-            );
-            let inputs = Inputs::from_disk(HostConfig::load(config)?)?;
-            let identities = Identities::new(&inputs.config.mount, &inputs.config.users);
-            daemon::report_grants(&inputs, &identities)
+    let report = with_place(config, |settings| {
+        match runtime()?.block_on(control::ask(&settings.socket, &Request::Grants, PATIENCE)) {
+            Ok(Reply::Grants(report)) => Ok(report),
+            Ok(_) => unexpected(),
+            Err(error) if is_nobody(&error) => {
+                let inputs = Inputs::from_disk(HostConfig::load(config)?)?;
+                complain(
+                    "warning",
+                    &format!("{error}; these are the grants that were saved last"),
+                );
+                let identities = Identities::new(&inputs.config.mount, &inputs.config.users);
+                Ok(daemon::report_grants(&inputs, &identities))
+            }
+            Err(error) => Err(error.into()),
         }
-        Err(error) => return Err(error.into()),
-    };
+    })?;
     print_one(&report, json, render)
 }
 

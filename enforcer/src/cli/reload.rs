@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use super::{
-    ExitStatus, Json, PATIENCE_FOR_WORK, Rejected, answer_of, place, print_one, refreshed, runtime, unexpected,
+    ExitStatus, Json, PATIENCE_FOR_WORK, Rejected, answer_of, print_one, refreshed, runtime, unexpected, with_place,
 };
 use crate::{
     config,
@@ -30,22 +30,25 @@ pub(super) struct Reload {
 }
 
 pub(super) fn run(config: &Path, reload: &Reload) -> Result<ExitStatus> {
-    let socket = place(config)?.socket;
+    with_place(config, |settings| run_at(&settings.socket, config, reload))
+}
+
+fn run_at(socket: &Path, config: &Path, reload: &Reload) -> Result<ExitStatus> {
     let is_named = config != Path::new(config::DEFAULT_PATH);
     if reload.dry_run {
-        let report = ask(&socket, true)?;
+        let report = ask(socket, true)?;
         if is_named {
             ensure_same_file(&report, config)?;
         }
         return print_one(&report, &reload.json, ReloadReport::render);
     }
     // Which file it takes is known before it does; one that is wrong it names itself.
-    if is_named && let Ok(report) = ask(&socket, true) {
+    if is_named && let Ok(report) = ask(socket, true) {
         ensure_same_file(&report, config)?;
     }
-    let mut report = ask(&socket, false)?;
+    let mut report = ask(socket, false)?;
     // What names mean is part of what was asked for. Whatever comes of that, the configuration was taken.
-    let answer = match refreshed(&socket, reload.timeout.into()) {
+    let answer = match refreshed(socket, reload.timeout.into()) {
         Ok(status) => {
             report.generation = status.generation;
             report.state = Some(status.state);
@@ -66,8 +69,11 @@ pub(super) fn run(config: &Path, reload: &Reload) -> Result<ExitStatus> {
 
 /// As `diff`: whether a reload would change anything.
 pub(super) fn diff(config: &Path, json: &Json) -> Result<ExitStatus> {
-    let report = ask(&place(config)?.socket, true)?;
-    ensure_same_file(&report, config)?;
+    let report = with_place(config, |settings| {
+        let report = ask(&settings.socket, true)?;
+        ensure_same_file(&report, config)?;
+        Ok(report)
+    })?;
     print_one(&report, json, ReloadReport::render)?;
     Ok(if report.is_same() {
         ExitStatus::Yes

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use super::{ExitStatus, PATIENCE_FOR_WORK, is_nobody, named_place, print, runtime};
+use super::{ExitStatus, PATIENCE_FOR_WORK, heard_nobody, named_place, print, runtime};
 use crate::{
     backend::{self, jobs},
     config::Settings,
@@ -37,7 +37,7 @@ fn is_meant() -> Result<bool> {
 
 pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
     // Nothing may be said to be gone that lies elsewhere.
-    let settings = &named_place(config, false)?;
+    let settings = &named_place(config)?;
     if !unload.yes && io::stdin().is_terminal() && !is_meant()? {
         print("nothing was changed\n")?;
         return Ok(ExitStatus::No);
@@ -47,7 +47,7 @@ pub(super) fn run(config: &Path, unload: &Unload) -> Result<ExitStatus> {
             print("unloaded: nothing is active any more; the daemon has ended\n")?;
             tell_what_stays(settings)
         }
-        Err(error) if is_nobody(&error) => {
+        Err(error) if heard_nobody(&error) => {
             // Rules that were made by an earlier configuration go with those of this one.
             let earlier = state::settings(&settings.state_dir).ok().flatten();
             let earlier = earlier.filter(|earlier| !earlier.is_at_same_place(settings));

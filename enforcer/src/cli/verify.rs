@@ -4,7 +4,7 @@ use std::{path::Path, time::Instant};
 
 use anyhow::Result;
 
-use super::{ExitStatus, Json, PATIENCE_FOR_WORK, is_nobody, place, print_one, runtime, unexpected};
+use super::{ExitStatus, Json, PATIENCE_FOR_WORK, heard_nobody, print_one, runtime, unexpected, with_place};
 use crate::{
     backend::ActiveRules,
     control,
@@ -16,13 +16,14 @@ use crate::{
 };
 
 pub(super) fn run(config: &Path, json: &Json) -> Result<ExitStatus> {
-    let socket = place(config)?.socket;
-    let verification = match runtime()?.block_on(control::ask(&socket, &Request::Verify, PATIENCE_FOR_WORK)) {
-        Ok(Reply::Verification(verification)) => *verification,
-        Ok(_) => return unexpected(),
-        Err(error) if is_nobody(&error) => from_outside(config)?,
-        Err(error) => return Err(error.into()),
-    };
+    let verification = with_place(config, |settings| {
+        match runtime()?.block_on(control::ask(&settings.socket, &Request::Verify, PATIENCE_FOR_WORK)) {
+            Ok(Reply::Verification(verification)) => Ok(*verification),
+            Ok(_) => unexpected(),
+            Err(error) if heard_nobody(&error) => from_outside(config),
+            Err(error) => Err(error.into()),
+        }
+    })?;
     print_one(&verification, json, Verification::render)?;
     Ok(if verification.identical {
         ExitStatus::Yes

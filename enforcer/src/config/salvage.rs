@@ -52,6 +52,14 @@ pub fn place(path: &Path, lenient: bool) -> Option<Settings> {
     })
 }
 
+/// The line of a key at the top of the file, from 1; none where it is not there.
+pub(crate) fn key_line(path: &Path, key: &str) -> Option<usize> {
+    let text = top_lines(path)?;
+    let root = DeTable::parse(&text).ok()?;
+    let (key, _) = root.get_ref().get_key_value(key)?;
+    Some(Lines::new(&text).of(key.span().start))
+}
+
 /// The lines before the first section.
 fn top_lines(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();

@@ -197,7 +197,7 @@ fn saved(path: &Path) -> (SavedRun, Option<LastGood>) {
     let is_default = path == Path::new(config::DEFAULT_PATH);
     let is_in_use = || {
         let settings = config::place(path, is_default).unwrap_or_default();
-        control::ensure_socket_free(&settings.socket).is_err()
+        control::is_served(&settings.socket)
     };
     match config::ensure_trusted(path) {
         Err(_) if is_default => SavedRun::load(&Settings::default().state_dir),

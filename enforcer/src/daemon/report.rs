@@ -102,6 +102,7 @@ impl Daemon {
             cgroup: self.inputs.config.cgroup_shown(),
             pin_dir: settings.pin_dir.display().to_string(),
             nft_table: settings.nft_table.clone(),
+            state_dir: settings.state_dir.display().to_string(),
             socket: settings.socket.display().to_string(),
             backend: self.enforcement.backend(),
             backend_reason: self.enforcement.reason().map(str::to_owned),

@@ -42,6 +42,8 @@ pub(super) struct Instance {
     pub(super) start: StartWithout,
     /// That what is active is at other places than the configuration names.
     pub(super) runs_elsewhere: Option<String>,
+    /// That the packaged service would not start with it.
+    pub(super) service_waits: bool,
     /// Principals whose users do not exist.
     pub(super) absent: Vec<String>,
     /// The mount of cgroup v2.
@@ -121,36 +123,52 @@ impl Instance {
             absent,
             policy,
         } = Read::of(Config::load(path), path, &HostUsers);
-        let elsewhere = settings.as_ref().and_then(Elsewhere::find);
-        let runs_elsewhere = elsewhere.as_ref().map(ToString::to_string);
-        let settings = elsewhere.map(|elsewhere| elsewhere.settings).or(settings);
+        let mut elsewhere = settings.as_ref().and_then(Elsewhere::find);
+        // Where a start would look.
+        let starts_at = settings.as_ref().map(|settings| settings.state_dir.clone());
+        let mut settings = elsewhere.as_ref().map(|found| found.settings.clone()).or(settings);
         let hierarchy = gaps.saw("cgroup v2 mounts", Hierarchy::find()).flatten();
         let mount = hierarchy.as_ref().map(|found| found.mount.clone());
-        let (status, saved) = if let Some(settings) = &settings {
-            let saved = gaps.saw("the last known good rules", state::load(&settings.state_dir));
-            (ask_status(settings, gaps).await, saved.flatten().map(|(good, _)| good))
+        let (status, saved) = if let Some(settings) = &mut settings {
+            let status = ask_status(settings, gaps).await;
+            if let Some(found) = status
+                .as_ref()
+                .and_then(|status| Elsewhere::of_daemon(settings, status))
+            {
+                settings.clone_from(&found.settings);
+                elsewhere.get_or_insert(found);
+            }
+            (status, saved_in(&settings.state_dir, gaps))
         } else {
             gaps.add("what is active", "the configuration does not say where it would be");
             (None, None)
         };
         let gone = || policy.as_ref().is_ok_and(|(_, policy)| is_gone(policy, saved.as_ref()));
         let gone = (!path.exists() && gone()).then(|| ConfigError::Gone { path: path.into() }.to_string());
-        let start = match (&settings, &saved) {
-            (None, _) => StartWithout::NoPlace,
-            (Some(_), Some(_)) => StartWithout::GoesOn,
-            (Some(_), None) => StartWithout::NothingSaved,
+        let start = match (starts_at, &settings) {
+            (None, _) | (_, None) => StartWithout::NoPlace,
+            (Some(dir), Some(settings)) => {
+                let is_same = dir == settings.state_dir;
+                let goes_on = saved.is_some() && is_same || !is_same && saved_in(&dir, gaps).is_some();
+                if goes_on {
+                    StartWithout::GoesOn
+                } else {
+                    StartWithout::NothingSaved
+                }
+            }
         };
         let settings = settings.unwrap_or_default();
         let active = status.as_ref().map(|status| status.backend);
         let mut this = Self {
             config: path.into(),
+            service_waits: path == Path::new(config::DEFAULT_PATH) && !host::service_starts(),
             cgroup: settings.cgroup.clone().or_else(|| mount.clone()),
             status,
             active: active.filter(|backend| *backend != ActiveBackend::None),
             fault: policy.as_ref().err().cloned().or(gone),
             start,
             settings,
-            runs_elsewhere,
+            runs_elsewhere: elsewhere.as_ref().map(ToString::to_string),
             absent,
             hierarchy,
             ..Self::default()
@@ -216,7 +234,7 @@ impl Instance {
             findings.one("restart-needed", Medium, where_it_is, remedy);
         }
         if let Some(status) = &self.status {
-            of_status(status, findings);
+            of_status(status, self.service_waits, findings);
         }
         let is_audit = |status: &Status| status.generation != 0 && status.mode == Mode::Audit;
         let audits = self.rules.as_ref().is_some_and(|rules| rules.mode == Mode::Audit);
@@ -266,7 +284,12 @@ impl Instance {
 }
 
 /// What is wrong by `status`, weighed as it weighs.
-fn of_status(status: &Status, findings: &mut Findings) {
+fn of_status(status: &Status, service_waits: bool, findings: &mut Findings) {
+    let start = if service_waits {
+        format!("write /etc/enforcer/enforcer.toml, without which the packaged service does not start; then {START}")
+    } else {
+        START.to_owned()
+    };
     if status.state == State::Off {
         findings.one(
             "nothing-active",
@@ -276,14 +299,14 @@ fn of_status(status: &Status, findings: &mut Findings) {
                  endpoint",
                 status.pin_dir, status.nft_table
             ),
-            &format!("{START}, or run enforcer apply"),
+            &format!("{start}, or run enforcer apply"),
         );
     }
     if !status.daemon.running {
         let stays = ": active rules stay, but they do not follow changes of names, addresses and cgroups, grants do \
                      not end, and what another process removes is not repaired";
         let what = if status.state == State::Off { "" } else { stays };
-        findings.one("no-daemon", Medium, &format!("the daemon is not running{what}"), START);
+        findings.one("no-daemon", Medium, &format!("the daemon is not running{what}"), &start);
     }
     let wrong = status.conditions.iter().filter(|one| match one.id {
         // Each has its own finding.
@@ -368,6 +391,12 @@ pub(super) fn of_configuration(fault: Option<&str>, start: StartWithout, absent:
         absent.iter().cloned(),
         "create them, or correct the names; the daemon notices within a minute",
     );
+}
+
+/// The last known good rules.
+fn saved_in(state_dir: &Path, gaps: &mut Gaps) -> Option<LastGood> {
+    let saved = gaps.saw("the last known good rules", state::load(state_dir));
+    saved.flatten().map(|(good, _)| good)
 }
 
 /// The message bus that an agent's settings name, else the last one known.

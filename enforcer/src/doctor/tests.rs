@@ -11,7 +11,7 @@ use super::{
     image::{self, Image},
     instance::{Instance, StartWithout, Unknown},
     old_rules,
-    programs::Program,
+    programs::{Owner, Program},
 };
 use crate::{
     backend::{
@@ -120,6 +120,7 @@ fn program(after: bool) -> Program {
             preorder: false,
             name: "theirs".to_owned(),
         },
+        owner: Owner::ThirdParty,
     }
 }
 
@@ -215,6 +216,17 @@ fn programs_are_weighed_by_their_order() {
     check(|seen| seen.programs.push(program(true)), &["program-after"]);
     check(|seen| seen.programs.push(program(false)), &["program-before"]);
     check_with(ActiveBackend::Nftables, |seen| seen.programs.push(program(true)), &[]);
+    // Of enforcer itself: of a place that was given up, or of an instance beside this one.
+    let ours = |owner: Owner| move |seen: &mut Observations| seen.programs.push(Program { owner, ..program(true) });
+    for backend in [ActiveBackend::Ebpf, ActiveBackend::Nftables] {
+        check_with(
+            backend,
+            ours(Owner::Left(Some("/sys/fs/bpf/old".into()))),
+            &["other-instance"],
+        );
+        check_with(backend, ours(Owner::Left(None)), &["other-instance"]);
+        check_with(backend, ours(Owner::Instance), &[]);
+    }
 }
 
 #[test]

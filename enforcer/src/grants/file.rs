@@ -78,7 +78,7 @@ pub enum FileError {
         mode: u32,
     },
     /// What another version wrote.
-    #[error("{} is of another version ({schema:?}), so no grant in it is active; start the version that wrote it, or \
+    #[error("{} is of another version ({schema:?}), so no grant in it can be used; start the version that wrote it, or \
         remove it and grant again", path.display())]
     Version {
         /// The file.
@@ -87,7 +87,8 @@ pub enum FileError {
         schema: String,
     },
     /// Not what we write.
-    #[error("{} is damaged ({what}), so no grant in it is active; grant again, which replaces it", path.display())]
+    #[error("{} is damaged ({what}), so no grant in it can be used; grant again, which replaces it, or \
+        restore the file and restart the daemon", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

@@ -14,6 +14,7 @@ use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, RenameFlags, renameat2},
     mount::{MntFlags, umount2},
+    unistd::{AccessFlags, access},
 };
 use tracing::warn;
 
@@ -44,6 +45,29 @@ pub fn make_all(dir: &Path) -> io::Result<()> {
     make(dir)
 }
 
+/// Whether [`make`], or [`make_all`], would leave a directory that can be written. Makes nothing.
+pub fn check(dir: &Path, with_parents: bool) -> io::Result<()> {
+    if let Some(uid) = is_mounted(dir).filter(|_| mounted_by(dir).is_none()) {
+        return Err(mounted_for(dir, uid));
+    }
+    let is_there = |path: &Path| fs::symlink_metadata(path).is_ok();
+    let above = || {
+        let above = dir.ancestors().skip(1);
+        above
+            .take(if with_parents { usize::MAX } else { 1 })
+            .find(|path| !with_parents || is_there(path))
+    };
+    let written = if metadata(dir)?.is_some() {
+        dir
+    } else {
+        above().unwrap_or(Path::new("/"))
+    };
+    if !fs::metadata(written)?.is_dir() {
+        return Err(Errno::ENOTDIR.into());
+    }
+    Ok(access(written, AccessFlags::W_OK)?)
+}
+
 /// As [`make`], but where nothing is at the path nothing is made.
 pub fn reclaim(dir: &Path) -> io::Result<()> {
     let mut last = Ok(());
@@ -68,7 +92,25 @@ pub fn reclaim(dir: &Path) -> io::Result<()> {
             return last;
         }
     }
-    last
+    match is_mounted(dir) {
+        Some(uid) if last.is_err() => Err(mounted_for(dir, uid)),
+        Some(_) | None => last,
+    }
+}
+
+/// Whose the root of a file system is that is mounted there, by root or before we look: it cannot be moved away.
+fn is_mounted(dir: &Path) -> Option<u32> {
+    let (meta, above) = (fs::symlink_metadata(dir).ok()?, fs::metadata(dir.parent()?).ok()?);
+    (meta.uid() != ROOT && meta.dev() != above.dev()).then(|| meta.uid())
+}
+
+fn mounted_for(dir: &Path, uid: u32) -> io::Error {
+    let dir = dir.display();
+    let text = format!(
+        "the file system that is mounted there belongs to user {uid}, and cannot be moved aside; give it to root (chown \
+         root {dir} && chmod 0700 {dir}), or unmount it (umount {dir})"
+    );
+    io::Error::new(io::ErrorKind::ResourceBusy, text)
 }
 
 /// What lies at a path that is ours: none where there is nothing, or something of another user's. A link is followed
@@ -171,6 +213,23 @@ mod tests {
     #![allow(clippy::expect_used, reason = "a test that cannot go on fails")]
 
     use super::*;
+
+    #[test]
+    fn whether_it_can_be_made_is_known_before() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| parent.path().join(name);
+        let kind = |name: &str, with_parents| check(&path(name), with_parents).map_err(|error| error.kind());
+        assert_eq!(kind("", false), Ok(()));
+        assert_eq!(kind("ours", false), Ok(()));
+        assert_eq!(kind("a/b/ours", true), Ok(()));
+        assert_eq!(kind("a/ours", false), Err(io::ErrorKind::NotFound));
+        fs::write(path("file"), "").expect("written");
+        for with_parents in [false, true] {
+            assert_eq!(kind("file", with_parents), Err(io::ErrorKind::NotADirectory));
+            assert_eq!(kind("file/ours", with_parents), Err(io::ErrorKind::NotADirectory));
+        }
+        assert!(!path("ours").exists() && !path("a").exists());
+    }
 
     #[test]
     fn what_is_missing_is_made_closed_to_others() {

@@ -5,6 +5,7 @@ use std::{io, path::PathBuf};
 use crate::{
     backend::BackendError,
     config::{ConfigError, Mistakes},
+    grants::FileError,
     host,
     ruleset::CompileError,
 };
@@ -26,6 +27,15 @@ pub(crate) enum InputError {
     /// Rules of jobs, in the kernel.
     #[error(transparent)]
     Jobs(#[from] BackendError),
+    /// The grants on disk, where no daemon has them.
+    #[error(
+        "{error}; no daemon runs now: what the kernel holds stays as it is, grants among it, until it starts \
+         (systemctl start enforcer, or sv start enforcer), which takes no grant from this file"
+    )]
+    Grants {
+        /// What is wrong with the file, and what to do.
+        error: FileError,
+    },
     /// No cgroup v2 at all.
     #[error(
         "no cgroup v2 hierarchy is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), or name its directory \
@@ -47,7 +57,7 @@ impl InputError {
     pub(crate) fn mistakes(&self) -> Option<&Mistakes> {
         match self {
             Self::Config(error) => error.mistakes(),
-            Self::Compile { .. } | Self::Jobs(_) | Self::NoCgroup2 | Self::Io { .. } => None,
+            Self::Compile { .. } | Self::Jobs(_) | Self::Grants { .. } | Self::NoCgroup2 | Self::Io { .. } => None,
         }
     }
 }

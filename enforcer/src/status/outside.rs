@@ -1,6 +1,6 @@
 //! The status where no daemon answers: what the kernel holds and what was saved, for those who only read.
 
-use std::{collections::BTreeMap, fmt, time::Instant};
+use std::{collections::BTreeMap, fmt, path::Path, time::Instant};
 
 use enforcer_client::{AskError, ask};
 
@@ -46,6 +46,7 @@ pub(crate) fn from_outside(settings: &Settings, silent: Option<&AskError>) -> Re
         cgroup: cgroup.display().to_string(),
         pin_dir: settings.pin_dir.display().to_string(),
         nft_table: settings.nft_table.clone(),
+        state_dir: settings.state_dir.display().to_string(),
         socket: settings.socket.display().to_string(),
         backend: backend.unwrap_or(ActiveBackend::Ebpf),
         unread: unread.is_some(),
@@ -90,6 +91,22 @@ impl Elsewhere {
             has_daemon,
         })
     }
+
+    /// By the answer of a daemon: of what was saved nothing is found at another `state_dir`.
+    pub(crate) fn of_daemon(settings: &Settings, status: &Status) -> Option<Self> {
+        // Empty where it did not answer, or is of a version that does not tell.
+        let told = |text: &str, ours: &Path| if text.is_empty() { ours.into() } else { text.into() };
+        let its_own = Settings {
+            pin_dir: told(&status.pin_dir, &settings.pin_dir),
+            state_dir: told(&status.state_dir, &settings.state_dir),
+            nft_table: status.nft_table.clone(),
+            ..settings.clone()
+        };
+        (status.daemon.running && its_own != *settings).then_some(Self {
+            settings: its_own,
+            has_daemon: true,
+        })
+    }
 }
 
 impl fmt::Display for Elsewhere {
@@ -97,14 +114,15 @@ impl fmt::Display for Elsewhere {
         let Self { settings, has_daemon } = self;
         write!(
             f,
-            "the active rules are in {} or nftables table inet {}",
+            "the active rules are in {} or nftables table inet {}, and saved in {}",
             settings.pin_dir.display(),
-            settings.nft_table
+            settings.nft_table,
+            settings.state_dir.display()
         )?;
         if *has_daemon {
             write!(
                 f,
-                ", and their daemon answers on {}: the configuration names other places, which count once the daemon \
+                "; their daemon answers on {}: the configuration names other places, which count once the daemon \
                  is restarted",
                 settings.socket.display()
             )

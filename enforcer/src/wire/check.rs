@@ -53,6 +53,8 @@ pub struct ConfigCheck {
     pub warnings: Vec<String>,
     /// What does not exist yet: users and cgroups, which match nobody until then, and names whose port is closed.
     pub absent: Vec<String>,
+    /// Which of `cgroup`, `pin_dir`, `state_dir` and `socket` a start could not use, and why.
+    pub places: Vec<String>,
     /// Names that will not be protected as it is.
     pub unprotected: Vec<String>,
     /// Why it is not valid, in the order of files and lines; empty where it is.

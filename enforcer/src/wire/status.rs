@@ -37,6 +37,9 @@ pub struct Status {
     pub pin_dir: String,
     /// The nftables table, of family inet.
     pub nft_table: String,
+    /// Where saved rules and grants lie; empty in the answer of a version that does not tell.
+    #[serde(default)]
+    pub state_dir: String,
     /// How often something that others removed or changed was put back (F5).
     pub restored: u64,
     /// Endpoints active.

@@ -198,6 +198,7 @@ fn statuses(made: &mut Made) -> Result {
         cgroup: "/c".to_owned(),
         pin_dir: "/p".to_owned(),
         nft_table: "t".to_owned(),
+        state_dir: "/s".to_owned(),
         backend,
         ..Context::default()
     };
@@ -412,6 +413,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
         defaults: false,
         warnings: vec!["W".to_owned()],
         absent: vec!["A".to_owned()],
+        places: vec!["L".to_owned()],
         unprotected: vec!["U".to_owned()],
         errors: vec![ConfigMistake {
             path: "P".to_owned(),
@@ -425,7 +427,7 @@ fn the_json_of_check_is_as_it_was() -> Result {
     };
     assert_eq!(
         serde_json::to_string(&checked)?,
-        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"untrusted":"B","targets":1,"defaults":false,"warnings":["W"],"absent":["A"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
+        r#"{"schema":"enforcer/config-check/1","path":"P","exists":true,"untrusted":"B","targets":1,"defaults":false,"warnings":["W"],"absent":["A"],"places":["L"],"unprotected":["U"],"errors":[{"path":"P","line":1,"target":"T","key":null,"message":"M"}],"more_errors":2,"not_checked":["users"]}"#
     );
     Ok(())
 }

@@ -25,6 +25,9 @@ use crate::{
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(commands_find_a_daemon_whose_file_was_edited),
+        case!(what_is_wrong_with_a_file_is_said_once),
+        case!(events_of_what_does_not_exist_say_so),
+        case!(who_is_told_to_start_it_is_told_what_that_needs).on(EBPF),
         case!(status_of_a_daemon_that_hangs_is_the_kernels),
         case!(a_daemon_that_cannot_be_reached_is_not_said_to_be_away),
         case!(why_a_start_went_on_with_the_last_rules_stays_to_be_read).on(EBPF),
@@ -167,6 +170,112 @@ fn following_events_ends_with_the_daemon_and_says_so() -> Result<()> {
     Ok(())
 }
 
+fn events_of_what_does_not_exist_say_so() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    let says = |words: &[&str], part: Option<&str>| {
+        let said = world.enforcer(words)?.demand(0)?.stderr;
+        let is_right = part.map_or(said.is_empty(), |part| said.contains(part));
+        ensure!(is_right, "{words:?}: {said}, not {part:?}");
+        Ok(())
+    };
+    until("the denial is recorded", || {
+        Ok(world.enforcer(&["events", "--summary"])?.stdout.contains("main"))
+    })?;
+    for more in [&[][..], &["--summary"]] {
+        let says = |words: &[&str], part| says(&[&["events"], more, words].concat(), part);
+        says(&["--target", "nope"], Some("there is no target nope"))?;
+        says(&["--target", "nope"], Some("active targets: main"))?;
+        says(&["--target", "main"], None)?;
+        says(
+            &["--user", "3999999999"],
+            Some("no user of this host has uid 3999999999"),
+        )?;
+        says(&["--user", "nobody"], None)?;
+        // Nothing was denied to it, and it exists.
+        says(&["--user", "daemon"], None)?;
+    }
+    // What was one is in the record.
+    edit(&world, "[target.main]", "[target.other]")?;
+    world.enforcer(&["reload"])?.demand(0)?;
+    says(&["events", "--target", "main"], None)?;
+    daemon.kill()?;
+    let alone = world
+        .enforcer(&["events", "--summary", "--target", "nope"])?
+        .demand(0)?
+        .stderr;
+    ensure!(alone.contains("there is no target nope"), "{alone}");
+    Ok(())
+}
+
+/// On a host without anything that the packaged service waits for.
+fn who_is_told_to_start_it_is_told_what_that_needs() -> Result<()> {
+    let run = |preparation: &str, words: &str| {
+        let script = format!(
+            "mount -t tmpfs none /var && if [ -d /etc/enforcer ]; then mount -t tmpfs none /etc/enforcer; fi && \
+             {preparation} exec \"$0\" {words}"
+        );
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]).arg(binary("enforcer")?);
+        ran(&mut command)
+    };
+    let waits = "the packaged service does not start on this host yet";
+    for words in ["status", "verify", "events"] {
+        let said = run("", words)?;
+        ensure!(said.stderr.contains(waits) && said.code != 0, "{words}: {said:?}");
+    }
+    let doctor = run("", "doctor")?.stdout;
+    ensure!(doctor.contains("do: write /etc/enforcer/enforcer.toml"), "{doctor}");
+    for there in [
+        "mkdir -p /var/vcap/bosh &&",
+        "mkdir -p /var/lib/enforcer && echo >/var/lib/enforcer/last-good.json &&",
+    ] {
+        let said = run(there, "status")?;
+        ensure!(!said.stderr.contains(waits), "{there}: {said:?}");
+        let doctor = run(there, "doctor")?.stdout;
+        ensure!(!doctor.contains("do: write"), "{there}: {doctor}");
+    }
+    Ok(())
+}
+
+/// By whoever reads the file, the command or the daemon, with a mistake or several.
+fn what_is_wrong_with_a_file_is_said_once() -> Result<()> {
+    let (world, _listener) = grantable()?;
+    let daemon = world.daemon()?;
+    edit(&world, "grants = true", "grants = 5")?;
+    let file = world.path("enforcer.toml").display().to_string();
+    let once = |words: &[&str]| {
+        let said = world.enforcer(words)?.demand(2)?.stderr;
+        ensure!(
+            said.matches(&file).count() == 1 && said.contains("error: "),
+            "{words:?}: {said}"
+        );
+        Ok(())
+    };
+    once(&["reload"])?;
+    once(&["reload", "--dry-run"])?;
+    once(&["config", "diff"])?;
+    // Who needs no more of it than the place is warned.
+    let status = world.enforcer(&["status"])?.demand(1)?.stderr;
+    ensure!(
+        status.matches(&file).count() == 1 && status.contains("warning: "),
+        "{status}"
+    );
+    daemon.kill()?;
+    once(&["verify"])?;
+    once(&["grants"])?;
+    edit(&world, "grants = 5", "grants = 5\nalow = []")?;
+    for words in [["verify"], ["grants"]] {
+        let said = world.enforcer(&words)?.demand(2)?.stderr;
+        ensure!(
+            said.matches(&file).count() == 2 && !said.contains("warning: "),
+            "{words:?}: {said}"
+        );
+    }
+    Ok(())
+}
+
 fn status_of_a_daemon_that_hangs_is_the_kernels() -> Result<()> {
     let (world, _listener) = grantable()?;
     let daemon = world.daemon()?;
@@ -206,7 +315,36 @@ fn grants_are_listed_without_a_daemon() -> Result<()> {
     let without = world.enforcer(&["grants", "--json"])?.demand(0)?;
     ensure!(without.stdout == with, "{without:?}, not {with}");
     ensure!(without.stderr.contains("saved last"), "{without:?}");
-    Ok(())
+    // What cannot be read is not listed as if it were.
+    let file = world.path("state/grants.json");
+    let good = fs::read(&file)?;
+    for bytes in [
+        &b""[..],
+        b"{}",
+        &good[..good.len() / 2],
+        br#"{"schema":"enforcer/grants-file/9"}"#,
+    ] {
+        fs::write(&file, bytes)?;
+        let said = world.enforcer(&["grants"])?.demand(2)?;
+        let parts = [
+            &*file.display().to_string(),
+            "what the kernel holds stays",
+            "grant again",
+        ];
+        ensure!(parts.iter().all(|part| said.stderr.contains(part)), "{said:?}");
+        ensure!(
+            said.stdout.is_empty() && !said.stderr.contains("saved last"),
+            "{said:?}"
+        );
+    }
+    world.attack(NOBODY).reaches()?;
+    // As it says.
+    let _daemon = world.daemon()?;
+    world.attack(NOBODY).is_refused()?;
+    world.enforcer(&["grant", "main", "--user", "nobody"])?.demand(0)?;
+    let listed = world.enforcer(&["grants"])?.demand(0)?.stdout;
+    ensure!(listed.contains("(nobody)"), "{listed}");
+    world.attack(NOBODY).reaches()
 }
 
 fn f1_grants_that_were_deleted_are_written_again() -> Result<()> {

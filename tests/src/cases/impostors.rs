@@ -132,6 +132,10 @@ fn f6_who_answers_on_a_users_socket_is_asked_nothing() -> Result<()> {
         let refused = world.enforcer(&[command])?.demand(2)?;
         ensure!(refused.stderr.contains(&named), "{command}: {refused:?}");
     }
+    for words in [&["grants"][..], &["events", "--summary"]] {
+        let said = world.enforcer(words)?.demand(0)?.stderr;
+        ensure!(said.matches(&named).count() == 1, "{words:?}: {said}");
+    }
     let unloaded = world.enforcer(&["unload"])?.demand(0)?;
     ensure!(unloaded.stderr.contains(&named), "{unloaded:?}");
     world.attack(NOBODY).reaches()?;

@@ -31,7 +31,7 @@ const SCHEMAS: [(&str, &str); 13] = [
     (
         "enforcer/status/1",
         "state causes conditions conditions.id conditions.severity conditions.text backend subject \
-         mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table \
+         mode generation daemon daemon.running daemon.pid cgroup pin_dir nft_table state_dir \
          backend_reason restored endpoints targets targets.name targets.endpoints targets.allow targets.allowed \
          targets.denied targets.would_deny targets.principals targets.principals.kernel \
          targets.principals.uid targets.principals.user targets.principals.cgroup_id targets.principals.cgroup \
@@ -105,7 +105,7 @@ const SCHEMAS: [(&str, &str); 13] = [
     (
         "enforcer/config-check/1",
         "absent defaults errors errors.path errors.line errors.target errors.key errors.message exists more_errors \
-         not_checked path targets unprotected untrusted warnings",
+         not_checked path places targets unprotected untrusted warnings",
     ),
 ];
 

@@ -121,6 +121,8 @@ const STATES: &[State] = &[
         "high configuration", "root"),
     ("file names another socket", ALL, |scene| then(scene, Scene::start, name_another_socket), "enforcing", DENIES,
         "identical", "medium restart-needed", "root"),
+    ("file names places where nothing is", ALL, |scene| then(scene, Scene::start, name_new_places), "enforcing", DENIES,
+        "identical", "medium restart-needed", "root"),
     ("file names other places, daemon killed", ALL, |scene| then(scene, die, name_other_places), DEAD, DENIES,
         "nothing", "medium no-daemon, medium restart-needed", "root"),
 ];
@@ -460,6 +462,12 @@ fn name_other_places(scene: &mut Scene) -> Result<()> {
         text.replace("nft_table = \"", "nft_table = \"other_")
             .replace("pin_dir = \"/sys/fs/bpf/", "pin_dir = \"/sys/fs/bpf/other_")
     })
+}
+
+/// With nothing there that says where the daemon is.
+fn name_new_places(scene: &mut Scene) -> Result<()> {
+    name_other_places(scene)?;
+    scene.file(|text| text.replace("/state\"", "/other_state\""))
 }
 
 fn name_another_socket(scene: &mut Scene) -> Result<()> {

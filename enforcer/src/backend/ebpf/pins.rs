@@ -93,14 +93,6 @@ impl Pins {
         &self.dir
     }
 
-    /// Whether the directory is still there.
-    pub(crate) fn is_there(&self) -> bool {
-        !self
-            .dir
-            .symlink_metadata()
-            .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
-    }
-
     /// Path of a pin.
     #[must_use]
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -166,18 +158,18 @@ impl Pins {
 
     /// Names of all that lies in the directory; none where another process has removed it.
     pub(crate) fn list(&self) -> Result<Vec<String>, BackendError> {
-        if !self.is_there() {
-            return Ok(Vec::new());
-        }
         let failed = |error| BackendError::Io {
             action: "list",
             object: self.dir.clone(),
             error,
         };
-        fs::read_dir(&self.dir)
-            .map_err(failed)?
-            .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
-            .collect()
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed)?,
+        };
+        let name =
+            |entry: io::Result<fs::DirEntry>| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned());
+        entries.map(name).collect()
     }
 
     /// Removes the directory itself, which must be empty.
