@@ -12,6 +12,7 @@ mod loops;
 pub(crate) mod maps;
 mod observe;
 pub(crate) mod pins;
+pub mod programs;
 pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
