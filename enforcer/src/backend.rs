@@ -25,7 +25,7 @@ use crate::{
     wire::{ActiveBackend, Against, ConditionId, Verification},
 };
 
-pub use ebpf::programs;
+pub use ebpf::image::programs;
 
 pub(crate) use active_rules::ActiveRules;
 pub(crate) use ebpf::{

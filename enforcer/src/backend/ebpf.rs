@@ -12,7 +12,6 @@ mod loops;
 pub(crate) mod maps;
 mod observe;
 pub(crate) mod pins;
-pub mod programs;
 pub(crate) mod sys;
 #[cfg(test)]
 mod tests;

@@ -4,10 +4,7 @@
 use enforcer_ebpf::{Generation, gate};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{
-    image::{Image, KernelVisibility, Loader, lower},
-    load::PROGRAMS,
-};
+use super::{super::load::PROGRAMS, Image, KernelVisibility, Loader, lower};
 use crate::ruleset::RuleSet;
 
 /// An entry of a map.
