@@ -15,7 +15,7 @@ use enforcer::{
     programs::{Entry, entries, object, open_gate},
     ruleset::{Cgroup, Host, Resolved, compile},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use self::{
     kernel::{Tally, Task},
@@ -181,10 +181,10 @@ const WAYS: [Way; 16] = [
 ];
 
 /// What a way costs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Count {
     /// Which.
-    pub path: &'static str,
+    pub path: String,
     /// Instructions executed; a call of a helper is one.
     pub instructions: u64,
     /// Of them calls that look a map up.
@@ -225,7 +225,7 @@ fn count(way: &Way) -> Result<Count> {
         way.expect
     );
     Ok(Count {
-        path: way.what,
+        path: way.what.to_owned(),
         instructions: tally.instructions,
         map_lookups: tally.lookups,
         other_helpers: tally.calls,
