@@ -39,11 +39,14 @@ use self::{
 #[derive(Clone, Debug, Parser)]
 #[command(name = "bench")]
 pub struct Options {
-    /// Only these parts: traffic, forwarded, programs, life, idle, instructions
+    /// Only these parts: instructions, programs, traffic, forwarded, start, last-good, reload, update, idle
     part: Vec<String>,
     /// Few rounds, to try it out
     #[arg(long)]
     quick: bool,
+    /// Numbers of endpoints at which traffic is measured, instead of 1 to 100,000
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    endpoints: Vec<u32>,
     /// Write the figures to this file
     #[arg(long)]
     json: Option<PathBuf>,
@@ -67,7 +70,7 @@ struct Scenario {
 }
 
 /// All parts, in this order.
-const SCENARIOS: [Scenario; 6] = [
+const SCENARIOS: [Scenario; 9] = [
     Scenario {
         name: "instructions",
         share: 1,
@@ -89,9 +92,24 @@ const SCENARIOS: [Scenario; 6] = [
         run: forwarded::measure,
     },
     Scenario {
-        name: "life",
-        share: 10,
-        run: life::measure,
+        name: "start",
+        share: 3,
+        run: life::starts,
+    },
+    Scenario {
+        name: "last-good",
+        share: 3,
+        run: life::last_good,
+    },
+    Scenario {
+        name: "reload",
+        share: 2,
+        run: life::reloads,
+    },
+    Scenario {
+        name: "update",
+        share: 3,
+        run: life::updates,
     },
     Scenario {
         name: "idle",
@@ -105,6 +123,8 @@ const TICKS: u64 = 1000;
 /// A run as it goes.
 struct Bench {
     quick: bool,
+    /// Numbers of endpoints that were asked for; none for the usual ones.
+    endpoints: Vec<u32>,
     bar: ProgressBar,
     /// Ticks of the bar when the part began, and those that it has.
     part: (u64, u64),
@@ -157,6 +177,7 @@ fn measure(options: &Options) -> Result<Report> {
         eprintln!("warning: {warning}");
     }
     let mut bench = Bench::new(options.quick, chosen.iter().map(|scenario| scenario.share).sum());
+    bench.endpoints.clone_from(&options.endpoints);
     for scenario in chosen {
         bench.begin(scenario);
         // What fails costs only itself.
@@ -193,6 +214,7 @@ impl Bench {
         bar.enable_steady_tick(Duration::from_secs(1));
         Self {
             quick,
+            endpoints: Vec::new(),
             bar,
             part: (0, 0),
             figures: Vec::new(),
@@ -229,6 +251,9 @@ impl Bench {
 
     fn miss(&mut self, what: &str, why: &str) {
         let why = why.lines().next().unwrap_or_default().to_owned();
+        if self.missing.iter().any(|one| one.what == what && one.why == why) {
+            return;
+        }
         self.bar.suspend(|| eprintln!("not measured: {what}: {why}"));
         self.missing.push(Missing {
             what: what.to_owned(),

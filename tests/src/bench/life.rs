@@ -18,23 +18,6 @@ const SOME: u32 = 1_000;
 /// And of the largest rule set.
 const MANY: u32 = 100_000;
 
-pub(super) fn measure(bench: &mut Bench) -> Result<()> {
-    let parts: [(&str, fn(&mut Bench) -> Result<()>); 4] = [
-        ("start of the daemon", starts),
-        ("apply --last-good", last_good),
-        ("reload", reloads),
-        ("100,000 endpoints", updates),
-    ];
-    for (done, (what, part)) in parts.iter().enumerate() {
-        bench.done(done, parts.len());
-        bench.say(what);
-        if let Err(error) = part(bench) {
-            bench.miss(what, &format!("{error:#}"));
-        }
-    }
-    Ok(())
-}
-
 /// A configuration of so many endpoints from an address on.
 fn configure(world: &World, backend: &str, first: u32, count: u32) -> Result<()> {
     let endpoints: Vec<String> = (0..count)
@@ -59,7 +42,7 @@ fn command(world: &World, words: &[&str]) -> Result<Command> {
 }
 
 /// P7: from the start of the process to the first refusal, and the memory that it has and had.
-fn starts(bench: &mut Bench) -> Result<()> {
+pub(super) fn starts(bench: &mut Bench) -> Result<()> {
     let (mut times, mut resident, mut peak) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds(41) {
         let world = World::new()?;
@@ -93,7 +76,7 @@ fn kilobytes(status: &str, field: &str) -> Option<f64> {
 }
 
 /// What a boot does before all else: the last rules, from what is cached and, as after a boot, from the disk alone.
-fn last_good(bench: &mut Bench) -> Result<()> {
+pub(super) fn last_good(bench: &mut Bench) -> Result<()> {
     const DROP: &str = "/proc/sys/vm/drop_caches";
     let (mut warm, mut cold) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds(41) {
@@ -125,7 +108,7 @@ fn last_good(bench: &mut Bench) -> Result<()> {
 }
 
 /// P6, as far as it is seen from outside: what the kernel's maps take of it is not.
-fn reloads(bench: &mut Bench) -> Result<()> {
+pub(super) fn reloads(bench: &mut Bench) -> Result<()> {
     for (what, step) in [("one endpoint is another", 1), ("1,000 endpoints are others", SOME)] {
         let world = World::new()?;
         configure(&world, "ebpf", FIRST, SOME)?;
@@ -149,7 +132,7 @@ fn reloads(bench: &mut Bench) -> Result<()> {
 }
 
 /// P8, by the command: read, compiled, loaded, read back.
-fn updates(bench: &mut Bench) -> Result<()> {
+pub(super) fn updates(bench: &mut Bench) -> Result<()> {
     for backend in ["ebpf", "nftables"] {
         let world = World::new()?;
         let mut times = Vec::new();

@@ -10,9 +10,9 @@ use plotters::{
 use super::report::{Figure, Report};
 
 /// Bounds of the picture.
-const SIZE: (u32, u32) = (1000, 860);
+const SIZE: (u32, u32) = (1000, 888);
 /// Of that the list of who is who, below.
-const LEGEND: u32 = 90;
+const LEGEND: u32 = 118;
 /// What the text is set in: whatever the reader has.
 const FONT: &str = "sans-serif";
 
@@ -81,17 +81,17 @@ const PANELS: [Panel; 4] = [
         unit: "ratio",
     },
     Panel {
-        title: "denial, as its caller sees it, µs",
+        title: "denial, as the caller sees it, µs",
         what: "denial, as its caller sees it",
         unit: "µs",
     },
     Panel {
-        title: "installed, by its command, ms",
+        title: "install all: time of the command, ms",
         what: "installed, by its command",
         unit: "ms",
     },
     Panel {
-        title: "one endpoint more, by its command, ms",
+        title: "protect one more: time of the command, ms",
         what: "one endpoint more, by its command",
         unit: "ms",
     },
@@ -119,7 +119,7 @@ fn draw(report: &Report, theme: &Theme, svg: &mut String) -> Drawn {
     for (area, panel) in plots.split_evenly((2, 2)).iter().zip(&PANELS) {
         draw_panel(report, theme, (&whole, area), panel)?;
     }
-    draw_legend(theme, &legend)?;
+    draw_legend(report, theme, &legend)?;
     whole.present()?;
     Ok(())
 }
@@ -150,6 +150,7 @@ fn draw_panel(report: &Report, theme: &Theme, (whole, area): (&Area<'_>, &Area<'
     let mut chart = ChartBuilder::on(area)
         .caption(panel.title, title)
         .margin(12)
+        .margin_right(34)
         .x_label_area_size(44)
         .y_label_area_size(58)
         .build_cartesian_2d((0.8_f64..130_000.0).log_scale(), (bottom..top).log_scale())?;
@@ -199,6 +200,20 @@ fn thousands(value: f64) -> String {
     with_commas.collect()
 }
 
+/// On what it was measured, and how far it can be trusted.
+fn source(report: &Report) -> String {
+    let trial = if report.quick { "; a trial of few rounds" } else { "" };
+    let doubtful = if report.warnings.is_empty() {
+        ""
+    } else {
+        "; the run warned that figures are doubtful"
+    };
+    format!(
+        "Linux {}, {} × {}{trial}{doubtful}",
+        report.machine.kernel, report.machine.processors, report.machine.processor
+    )
+}
+
 /// A mark of a line's own.
 fn mark<'a, DB: DrawingBackend + 'a>(
     number: usize,
@@ -215,7 +230,8 @@ fn mark<'a, DB: DrawingBackend + 'a>(
     }
 }
 
-fn draw_legend(theme: &Theme, area: &Area<'_>) -> Drawn {
+/// Who is who, and what the figures are of.
+fn draw_legend(report: &Report, theme: &Theme, area: &Area<'_>) -> Drawn {
     let text = (FONT, 15)
         .into_font()
         .color(&theme.text)
@@ -228,5 +244,17 @@ fn draw_legend(theme: &Theme, area: &Area<'_>) -> Drawn {
         area.draw(&mark(number, (x + 18, y), *colour))?;
         area.draw(&Text::new(*who, (x + 46, y), text.clone()))?;
     }
+    area.draw(&Text::new(source(report), (60, 92), text))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_are_apart() {
+        let all = [0.5, 1.0, 100.0, 1000.0, 10_000.0, 100_000.0, 1_000_000.0].map(thousands);
+        assert_eq!(all.join(" "), "0.5 1 100 1,000 10,000 100,000 1,000,000");
+    }
 }

@@ -83,8 +83,16 @@ fn number(value: f64, unit: &str) -> String {
 #[must_use]
 pub(super) fn table(report: &Report, old: Option<&Report>) -> String {
     let mut text = String::new();
-    let mut before = None;
+    let mut kinds: Vec<&str> = Vec::new();
     for figure in &report.figures {
+        if !kinds.contains(&figure.what.as_str()) {
+            kinds.push(&figure.what);
+        }
+    }
+    let mut before = None;
+    let mut figures: Vec<&Figure> = report.figures.iter().collect();
+    figures.sort_by_key(|figure| kinds.iter().position(|kind| figure.what == *kind));
+    for figure in figures {
         if before != Some(&figure.what) {
             let budget = if figure.budget.is_empty() {
                 String::new()

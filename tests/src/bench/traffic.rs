@@ -15,7 +15,11 @@ const COUNTS: [u32; 5] = [1, 100, 1_000, 10_000, 100_000];
 const QUICK: [u32; 3] = [1, 100, 10_000];
 
 pub(super) fn measure(bench: &mut Bench) -> Result<()> {
-    let counts: &[u32] = if bench.quick { &QUICK } else { &COUNTS };
+    let counts = match (bench.endpoints.is_empty(), bench.quick) {
+        (false, _) => bench.endpoints.clone(),
+        (true, true) => QUICK.to_vec(),
+        (true, false) => COUNTS.to_vec(),
+    };
     for (done, count) in counts.iter().enumerate() {
         bench.done(done, counts.len());
         at(bench, *count)?;
@@ -129,7 +133,7 @@ fn denials(bench: &mut Bench, all: &mut [Installed], count: u32) -> Result<()> {
     const WHAT: &str = "denial, as its caller sees it";
     for one in all.iter().filter(|one| one.rival.protects() && one.nobody.is_none()) {
         let why = "its rules drop the packet: the caller hangs for two minutes";
-        bench.miss(&format!("{WHAT}, {}, {count} endpoints", one.rival.name()), why);
+        bench.miss(&format!("{WHAT}, {}", one.rival.name()), why);
     }
     let slice: Slice = |one| {
         let to = one.endpoint();

@@ -2,7 +2,7 @@
 //! took. It is told what to do a line at a time, so that slices of several can follow each other at once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     process::{Child, ChildStdin, ChildStdout, Stdio},
@@ -141,10 +141,10 @@ fn answer(what: &str, to: SocketAddr, listeners: &[TcpListener], ends: &mut Ends
         "connect" => connects(to, false),
         "refused" => connects(to, true),
         "trips" => {
-            if !ends.contains_key(&to) {
-                ends.insert(to, connected(to, listeners)?);
-            }
-            let (near, far) = ends.get_mut(&to).context("no connection")?;
+            let (near, far) = match ends.entry(to) {
+                Entry::Occupied(made) => made.into_mut(),
+                Entry::Vacant(none) => none.insert(connected(to, listeners)?),
+            };
             trips(near, far)
         }
         other => bail!("what is {other:?}"),
