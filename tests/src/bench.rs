@@ -25,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -278,9 +278,9 @@ impl Bench {
     /// Takes a slice of each by turns, round by round, each round beginning with another one; of each the ratio to the
     /// first in the same round, and of the first how long its slices took.
     fn compare(&mut self, budget: &str, what: &str, rounds: usize, contenders: &mut [Contender<'_>]) -> Result<()> {
-        let times = in_turn(rounds, contenders)?;
-        let Some((control, others)) = times.split_first() else {
-            return Ok(());
+        let times = self.in_turn(what, rounds, contenders);
+        let Some((control, others)) = times.split_first().filter(|(control, _)| !control.is_empty()) else {
+            bail!("{what}: there is nothing to compare with");
         };
         let micros = control.iter().map(|time| time / 1000.0).collect();
         let name = format!("{what}, without rules");
@@ -289,7 +289,7 @@ impl Bench {
         if let Some((who, endpoints)) = whos.first() {
             self.figure("", &name, (who, *endpoints), "µs", micros);
         }
-        for ((who, endpoints), times) in whos.iter().skip(1).zip(others) {
+        for ((who, endpoints), times) in whos.iter().skip(1).zip(others).filter(|(_, times)| !times.is_empty()) {
             let ratios = times
                 .iter()
                 .zip(control)
@@ -299,22 +299,29 @@ impl Bench {
         }
         Ok(())
     }
-}
 
-/// Times by contender and round.
-fn in_turn(rounds: usize, contenders: &mut [Contender<'_>]) -> Result<Vec<Vec<f64>>> {
-    let count = contenders.len();
-    let mut times = vec![Vec::with_capacity(rounds); count];
-    for round in 0..rounds {
-        for turn in 0..count {
-            let at = (round + turn) % count;
-            if let (Some(contender), Some(times)) = (contenders.get_mut(at), times.get_mut(at)) {
-                let time = (contender.slice)();
-                times.push(time.with_context(|| contender.who.clone())?);
+    /// Times by contender and round. One that fails costs only itself, and has none then.
+    fn in_turn(&mut self, what: &str, rounds: usize, contenders: &mut [Contender<'_>]) -> Vec<Vec<f64>> {
+        let count = contenders.len();
+        let mut times = vec![Some(Vec::with_capacity(rounds)); count];
+        for round in 0..rounds {
+            for turn in 0..count {
+                let at = (round + turn) % count;
+                let (Some(contender), Some(place)) = (contenders.get_mut(at), times.get_mut(at)) else {
+                    continue;
+                };
+                let Some(times) = place else { continue };
+                match (contender.slice)() {
+                    Ok(time) => times.push(time),
+                    Err(error) => {
+                        self.miss(&format!("{what}, {}", contender.who), &format!("{error:#}"));
+                        *place = None;
+                    }
+                }
             }
         }
+        times.into_iter().map(Option::unwrap_or_default).collect()
     }
-    Ok(times)
 }
 
 fn instructions(bench: &mut Bench) -> Result<()> {
@@ -355,7 +362,7 @@ mod tests {
     #[test]
     fn each_has_its_turn_and_is_compared_in_its_round() -> Result<()> {
         let order = std::cell::RefCell::new(String::new());
-        let contender = |who: char, time: f64| Contender {
+        let contender = |who: char, time: f64, fails: bool| Contender {
             who: who.to_string(),
             endpoints: None,
             slice: Box::new({
@@ -364,15 +371,24 @@ mod tests {
                 move || {
                     order.borrow_mut().push(who);
                     time *= 2.0;
+                    ensure!(!fails, "no");
                     Ok(time)
                 }
             }),
         };
         let mut bench = Bench::new(true, 1);
-        let mut all = [contender('a', 1000.0), contender('b', 1500.0)];
+        let mut all = [
+            contender('a', 1000.0, false),
+            contender('b', 1500.0, false),
+            contender('c', 1.0, true),
+        ];
         bench.compare("P1", "connect", 3, &mut all)?;
         drop(all);
-        assert_eq!(order.into_inner(), "abbaab");
+        assert_eq!(order.into_inner(), "abcbaab");
+        assert_eq!(
+            bench.missing.iter().map(|one| one.what.as_str()).collect::<Vec<_>>(),
+            ["connect, c"]
+        );
         let [control, ratio] = bench.figures.as_slice() else {
             anyhow::bail!("{} figures", bench.figures.len());
         };

@@ -61,6 +61,9 @@ impl Machine {
     #[must_use]
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
+        if cfg!(debug_assertions) {
+            warnings.push("this is a debug build: all that runs outside the kernel is slower than it is".to_owned());
+        }
         if self.processors < 2 {
             warnings.push(
                 "there is one processor: what is measured shares it with the bench and with the other end of each \

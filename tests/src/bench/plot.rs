@@ -35,8 +35,8 @@ const LINES: [&str; 6] = [
     "no rules, again",
 ];
 
-/// For a page in light colours and one in dark ones; neither has a background of its own. The colours are those of Okabe
-/// and Ito, lighter on dark.
+/// For a page in light colours and one in dark ones; neither has a background of its own. The colours are those of
+/// Okabe and Ito, lighter on dark.
 const THEMES: [Theme; 2] = [
     Theme {
         name: "light",

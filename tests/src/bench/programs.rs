@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Bench, Contender, in_turn};
+use super::{Bench, Contender};
 use crate::{
     attack::Way,
     foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
@@ -73,21 +73,23 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
         contender("allowed, both users checked", "ours", world.attack(0)),
         contender("denied, with its event", "ours", world.attack(NOBODY)),
     ];
-    let times = in_turn(bench.rounds(ROUNDS), &mut all)?;
+    let what = "program time above an empty one";
+    let times = bench.in_turn(what, bench.rounds(ROUNDS), &mut all);
     let Some((control, others)) = times.split_first() else {
         return Ok(());
     };
+    ensure!(!control.is_empty(), "there is nothing to compare with");
     let whos: Vec<String> = all.iter().map(|one| one.who.clone()).collect();
     drop(all);
-    let what = "an empty program, statistics and all";
-    bench.figure("", what, ("empty program", None), "ns", control.clone());
-    for (who, times) in whos.iter().skip(1).zip(others) {
+    let alone = "an empty program, statistics and all";
+    bench.figure("", alone, ("empty program", None), "ns", control.clone());
+    for (who, times) in whos.iter().skip(1).zip(others).filter(|(_, times)| !times.is_empty()) {
         let above = times
             .iter()
             .zip(control)
             .map(|(time, control)| time - control)
             .collect();
-        bench.figure("P2", "program time above an empty one", (who, Some(1_001)), "ns", above);
+        bench.figure("P2", what, (who, Some(1_001)), "ns", above);
     }
     Ok(())
 }

@@ -100,11 +100,11 @@ impl Rival {
             }
             Self::NftSet | Self::NftLinear => {
                 write(&world, &nft(self, &world, count))?;
-                run(&netns, &world, "nft", &["-f"])?;
+                feed(&netns, &world, "nft", &["-f"])?;
             }
             Self::Iptables => {
                 write(&world, &iptables(&world, count))?;
-                run(&netns, &world, "iptables-restore", &[])?;
+                feed(&netns, &world, "iptables-restore", &[])?;
             }
         }
         let took = started.elapsed();
@@ -213,8 +213,8 @@ fn nft(rival: Rival, world: &World, count: u32) -> String {
         }
         let _ = writeln!(
             text,
-            "}}\n}}\n{chain}tcp flags & (syn | ack) == syn ip daddr . tcp dport @guarded meta skuid != 0 reject with tcp \
-             reset"
+            "}}\n}}\n{chain}tcp flags & (syn | ack) == syn ip daddr . tcp dport @guarded meta skuid != 0 reject with \
+             tcp reset"
         );
     } else {
         let _ = writeln!(text, "{chain}ct state established,related accept");
@@ -243,7 +243,7 @@ fn write(world: &World, text: &str) -> Result<()> {
 }
 
 /// Runs a program that reads the rules from their file, for as long as is allowed.
-fn run(netns: &Netns, world: &World, program: &str, words: &[&str]) -> Result<()> {
+fn feed(netns: &Netns, world: &World, program: &str, words: &[&str]) -> Result<()> {
     if !has(program) {
         bail!("{program} is not here");
     }

@@ -39,7 +39,7 @@ fn at(bench: &mut Bench, count: u32) -> Result<()> {
     }
     bench.say(&format!("traffic, {count} endpoints: connect, denial, established"));
     connects(bench, &mut all, count)?;
-    denials(bench, &mut all, count)?;
+    denials(bench, &mut all, count);
     bench.say(&format!("traffic, {count} endpoints: update"));
     for installed in all.iter_mut().filter(|installed| installed.rival.protects()) {
         let who = installed.rival.name();
@@ -128,7 +128,7 @@ fn contenders(all: &mut [Installed], count: u32, slice: Slice) -> Vec<Contender<
 }
 
 /// P5.
-fn denials(bench: &mut Bench, all: &mut [Installed], count: u32) -> Result<()> {
+fn denials(bench: &mut Bench, all: &mut [Installed], count: u32) {
     const ROUNDS: usize = 401;
     const WHAT: &str = "denial, as its caller sees it";
     for one in all.iter().filter(|one| one.rival.protects() && one.nobody.is_none()) {
@@ -142,12 +142,11 @@ fn denials(bench: &mut Bench, all: &mut [Installed], count: u32) -> Result<()> {
     };
     let mut contenders = contenders(all, count, slice);
     contenders.retain(|one| RIVALS.iter().any(|rival| rival.name() == one.who && rival.protects()));
-    let times = super::in_turn(bench.rounds(ROUNDS), &mut contenders)?;
+    let times = bench.in_turn(WHAT, bench.rounds(ROUNDS), &mut contenders);
     for (one, times) in contenders.iter().zip(times) {
-        if times.iter().all(|time| time.is_finite()) {
+        if !times.is_empty() && times.iter().all(|time| time.is_finite()) {
             let micros = times.iter().map(|time| time / 1000.0).collect();
             bench.figure("P5", WHAT, (&one.who, one.endpoints), "µs", micros);
         }
     }
-    Ok(())
 }

@@ -51,26 +51,26 @@ impl Worker {
         let (to, from) = (child.stdin.take(), child.stdout.take());
         let (to, from) = (to.context("no stdin")?, BufReader::new(from.context("no stdout")?));
         let mut worker = Self { child, to, from };
-        worker.ask("ready")?;
+        worker.request("ready")?;
         Ok(worker)
     }
 
     /// What a connect takes, in nanoseconds: the median of a slice.
     pub(super) fn connect(&mut self, to: SocketAddr) -> Result<f64> {
-        self.ask(&format!("connect {to}"))
+        self.request(&format!("connect {to}"))
     }
 
     /// What a connect takes that is refused.
     pub(super) fn refused(&mut self, to: SocketAddr) -> Result<f64> {
-        self.ask(&format!("refused {to}"))
+        self.request(&format!("refused {to}"))
     }
 
     /// What a byte there and back takes, on a connection that is made the first time.
     pub(super) fn trips(&mut self, to: SocketAddr) -> Result<f64> {
-        self.ask(&format!("trips {to}"))
+        self.request(&format!("trips {to}"))
     }
 
-    fn ask(&mut self, what: &str) -> Result<f64> {
+    fn request(&mut self, what: &str) -> Result<f64> {
         writeln!(self.to, "{what}")?;
         let mut answer = String::new();
         self.from.read_line(&mut answer)?;
