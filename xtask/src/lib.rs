@@ -54,7 +54,7 @@ enum Task {
     /// Measure against the budgets, and what a user would pick instead, in one interleaved run (as root, or through
     /// sudo)
     ///
-    /// Takes most of an hour on a machine that must be quiet; `--quick` takes minutes, and shows whether all can be
+    /// Takes about half an hour on a machine that must be quiet; `--quick` takes minutes, and shows whether all can be
     /// measured. Options are those of the bench: parts by name (instructions, programs, traffic, forwarded, start,
     /// last-good, reload, update, idle), --quick, --json FILE, --plots DIR, --compare OLD.json, --from OLD.json.
     Bench {
