@@ -25,6 +25,8 @@ use crate::{
     wire::{ActiveBackend, Against, ConditionId, Verification},
 };
 
+pub use ebpf::image::programs;
+
 pub(crate) use active_rules::ActiveRules;
 pub(crate) use ebpf::{
     BackendError, Checked, EbpfBackend, Lacking, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,

@@ -22,6 +22,7 @@ pub mod grants;
 mod verify;
 
 mod backend;
+pub use backend::programs;
 mod jobs;
 
 mod inputs;

@@ -7,6 +7,7 @@
 
 pub mod attack;
 pub mod backend;
+pub mod bench;
 pub mod cases;
 pub mod dns;
 pub mod foreign;

@@ -51,8 +51,17 @@ enum Task {
         /// Run only privileged cases whose name contains this
         filter: Option<String>,
     },
-    /// Measure against the budgets, in one interleaved run
-    Bench,
+    /// Measure against the budgets, and what a user would pick instead, in one interleaved run (as root, or through
+    /// sudo)
+    ///
+    /// Takes about half an hour on a machine that must be quiet; `--quick` takes minutes, and shows whether all can be
+    /// measured. Options are those of the bench: parts by name (instructions, programs, traffic, forwarded, start,
+    /// last-good, reload, update, idle), --quick, --json FILE, --plots DIR, --compare OLD.json, --from OLD.json.
+    Bench {
+        /// Options of the bench; `--help` after `--` explains them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Run the privileged suite on other kernels, in virtual machines
     ///
     /// Fetches kernels from Debian's archive (xtask/kernels.toml; 150 MB, kept in ~/.cache/enforcer-vm) and builds one
@@ -99,7 +108,7 @@ pub fn run() -> ExitCode {
         Task::Setup { dry_run } => setup::run(dry_run),
         Task::Demo { backend } => suites::demo(&backend),
         Task::Test { backend, filter } => suites::test(backend.as_deref(), filter.as_deref()),
-        Task::Bench => suites::bench(),
+        Task::Bench { options } => suites::bench(&options),
         Task::Vm(options) => vm::run(&options),
         Task::Ci => ci::run(),
         Task::Tidy { ceilings: true } => tidy::ceilings(),

@@ -54,9 +54,13 @@ pub(crate) fn test(backend: Option<&str>, filter: Option<&str>) -> Result<()> {
 }
 
 /// Measures.
-pub(crate) fn bench() -> Result<()> {
+pub(crate) fn bench(options: &[String]) -> Result<()> {
     build()?;
-    shown(as_root(&built("bench"))?.env("ENFORCER_BIN", built("enforcer")))
+    shown(
+        as_root(&built("bench"))?
+            .args(options)
+            .env("ENFORCER_BIN", built("enforcer")),
+    )
 }
 
 /// Builds the binary and all suites.

@@ -49,7 +49,7 @@ pub(super) fn missing(list: &[Package]) -> Vec<&'static str> {
 pub(crate) const BASE: &[Package] = &[
     runs("gcc", &["cc", "gcc"]),
     runs("iproute2", &["ip"]),
-    runs("iptables", &["iptables"]),
+    runs("iptables", &["iptables", "iptables-restore"]),
     has_file("libc6-dev", &["/usr/include/stdlib.h"]),
     has_file("libmnl-dev", &["/usr/include/libmnl/libmnl.h"]),
     has_file("libnftnl-dev", &["/usr/include/libnftnl/rule.h"]),

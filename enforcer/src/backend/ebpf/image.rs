@@ -1,5 +1,7 @@
 //! Lowers a rule set to the map entries of one slot. Pure.
 
+pub mod programs;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},

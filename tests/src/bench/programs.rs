@@ -1,0 +1,95 @@
+//! P2: what a program adds to an empty one, by the kernel's own statistics.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Bench, Contender};
+use crate::{
+    attack::Way,
+    foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
+    world::{Attack, NOBODY, World},
+};
+
+/// Where statistics are switched on (Linux 5.1).
+const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+const ROUNDS: usize = 81;
+/// Connects of a slice.
+const CALLS: usize = 5_000;
+
+pub(super) fn measure(bench: &mut Bench) -> Result<()> {
+    let before = fs::read_to_string(STATS).context("this kernel counts no program's time")?;
+    fs::write(STATS, "1").with_context(|| format!("write {STATS}"))?;
+    let result = with_statistics(bench);
+    fs::write(STATS, before)?;
+    result
+}
+
+/// Nanoseconds a run, over those that an attack makes.
+fn per_run(runs: &dyn Fn() -> Result<Runs>, attack: &Attack) -> Result<f64> {
+    let before = runs()?;
+    attack.clone().way(Way::UdpConnect).measure(CALLS)?;
+    let after = runs()?;
+    ensure!(after.count > before.count, "the program did not run");
+    #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+    Ok((after.time - before.time) as f64 / (after.count - before.count) as f64)
+}
+
+fn with_statistics(bench: &mut Bench) -> Result<()> {
+    let (empty, world) = (World::new()?, World::new()?);
+    let (_first, _second) = (empty.listen()?, world.listen()?);
+    let program = ForeignProgram::passing(&empty.cgroup, Sharing::None)?;
+    let mut endpoints: Vec<String> = (0..1_000)
+        .map(|host| format!("udp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
+        .collect();
+    endpoints.push(format!("udp://{}", world.here()));
+    world.configure(&format!(
+        "backend = \"ebpf\"\n[target.main]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n"
+    ))?;
+    world.apply()?;
+    let pin = world.pins().join("connect4");
+    let other_port = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), empty.port);
+    let other_address = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), world.port);
+    let (of_empty, of_ours) = (|| Ok(program.runs()?), || Ok(runs_of_link(&pin)?));
+    let contender = |who: &str, runs: &'static str, attack: Attack| Contender {
+        who: who.to_owned(),
+        endpoints: Some(1_001),
+        slice: Box::new({
+            let (of_empty, of_ours) = (&of_empty, &of_ours);
+            move || {
+                let runs: &dyn Fn() -> Result<Runs> = if runs == "empty" { of_empty } else { of_ours };
+                per_run(runs, &attack)
+            }
+        }),
+    };
+    let mut all = [
+        contender("empty program", "empty", empty.attack(0)),
+        contender("empty program, again", "empty", empty.attack(0)),
+        contender("port of no target", "ours", world.attack(0).to(other_port)),
+        contender("address that is no endpoint", "ours", world.attack(0).to(other_address)),
+        contender("allowed, both users checked", "ours", world.attack(0)),
+        contender("denied, with its event", "ours", world.attack(NOBODY)),
+    ];
+    let what = "program time above an empty one";
+    let times = bench.in_turn(what, bench.rounds(ROUNDS), &mut all);
+    let Some((control, others)) = times.split_first() else {
+        return Ok(());
+    };
+    ensure!(!control.is_empty(), "there is nothing to compare with");
+    let whos: Vec<String> = all.iter().map(|one| one.who.clone()).collect();
+    drop(all);
+    let alone = "an empty program, statistics and all";
+    bench.figure("", alone, ("empty program", None), "ns", control.clone());
+    for (who, times) in whos.iter().skip(1).zip(others).filter(|(_, times)| !times.is_empty()) {
+        let above = times
+            .iter()
+            .zip(control)
+            .map(|(time, control)| time - control)
+            .collect();
+        bench.figure("P2", what, (who, Some(1_001)), "ns", above);
+    }
+    Ok(())
+}
