@@ -41,8 +41,8 @@ pub(super) fn with_place<T>(path: &Path, work: impl FnOnce(Settings) -> Result<T
 }
 
 /// For whoever is told to start it, and would see nothing happen.
-const SERVICE_WAITS: &str = "the packaged service does not start on this host yet: there is no configuration, and this is no BOSH VM; write \
-     /etc/enforcer/enforcer.toml first (enforcer config show prints every key)";
+const SERVICE_WAITS: &str = "the packaged service does not start on this host yet: there is no configuration, and \
+     this is no BOSH VM; write /etc/enforcer/enforcer.toml first (enforcer config show prints every key)";
 
 /// Where the file alone says that the instance is.
 pub(super) fn named_place(path: &Path) -> Result<Settings> {

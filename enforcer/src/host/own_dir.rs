@@ -107,8 +107,8 @@ fn is_mounted(dir: &Path) -> Option<u32> {
 fn mounted_for(dir: &Path, uid: u32) -> io::Error {
     let dir = dir.display();
     let text = format!(
-        "the file system that is mounted there belongs to user {uid}, and cannot be moved aside; give it to root (chown \
-         root {dir} && chmod 0700 {dir}), or unmount it (umount {dir})"
+        "the file system that is mounted there belongs to user {uid}, and cannot be moved aside; give it to root \
+         (chown root {dir} && chmod 0700 {dir}), or unmount it (umount {dir})"
     );
     io::Error::new(io::ErrorKind::ResourceBusy, text)
 }
