@@ -115,7 +115,8 @@ impl NftablesBackend {
             unlogged,
             found: 0,
         };
-        let found = this.read()?;
+        let found = this.netlink.read_without_elements(table);
+        let found = this.ours(found.map_err(|error| failed(table, "read the table", error))?)?;
         this.found = number_of(found.as_ref()).unwrap_or_default();
         Ok(this)
     }
@@ -171,7 +172,7 @@ impl NftablesBackend {
 
     /// What the table is to become for a rule set; none where it is that already.
     fn plan(&mut self, rules: &RuleSet, above: u64) -> Result<Option<Plan>, NftablesError> {
-        let before = self.read()?;
+        let before = self.known()?;
         let number = number_of(before.as_ref()).unwrap_or_default();
         let unchanged = self.lower(rules, number);
         let same = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none());
@@ -188,7 +189,7 @@ impl NftablesBackend {
     /// What the table holds, to be given to [`NftablesBackend::put_back`].
     pub(crate) fn save(&mut self) -> Result<TableBackup, NftablesError> {
         Ok(TableBackup {
-            before: self.read()?,
+            before: self.known()?,
             rules: self.rules.clone(),
         })
     }
@@ -234,20 +235,25 @@ impl NftablesBackend {
 
     /// Whether the table still is as it was put; a look at one number, unless somebody changed some table (F5).
     pub(crate) fn is_whole(&mut self) -> Result<bool, NftablesError> {
+        if self.is_untouched()? {
+            return Ok(true);
+        }
+        let Some((image, seen)) = &mut self.held else {
+            return Ok(false);
+        };
+        let found = dump(&mut self.netlink, &self.table)?.unwrap_or_default();
+        let is_whole = difference(image, &found).is_none();
+        if is_whole {
+            *seen = found.genid;
+        }
+        Ok(is_whole)
+    }
+
+    /// Whether nobody has changed any table since this one was last checked: the kernel numbers its transactions.
+    fn is_untouched(&mut self) -> Result<bool, NftablesError> {
         let genid = self.netlink.genid();
         let genid = genid.map_err(|error| failed(&self.table, "read the generation", error))?;
-        match &self.held {
-            Some((_, seen)) if *seen == genid => Ok(true),
-            Some(_) => {
-                let found = dump(&mut self.netlink, &self.table)?.unwrap_or_default();
-                let held = self
-                    .held
-                    .as_mut()
-                    .filter(|(image, _)| difference(image, &found).is_none());
-                Ok(held.map(|(_, seen)| *seen = found.genid).is_some())
-            }
-            None => Ok(false),
-        }
+        Ok(self.held.as_ref().is_some_and(|(_, seen)| *seen == genid))
     }
 
     /// Makes back what was active, whatever has become of the table, as a new generation: its number.
@@ -276,7 +282,7 @@ impl NftablesBackend {
 
     /// What the kernel holds now, read from it.
     pub(crate) fn observe(&mut self) -> Result<Observed, NftablesError> {
-        let found = self.read()?.unwrap_or_default();
+        let found = self.known()?.unwrap_or_default();
         let mut observed = observe(&found);
         let changed = self.held.as_ref().and_then(|(image, _)| difference(image, &found));
         if let Some(what) = changed {
@@ -290,10 +296,14 @@ impl NftablesBackend {
 
     /// What the counters have counted.
     pub(crate) fn counters(&mut self) -> Result<BTreeMap<String, u64>, NftablesError> {
+        self.counters_at().map(|(counts, _)| counts)
+    }
+
+    /// With the generation of all of `nf_tables` at which they were read.
+    fn counters_at(&mut self) -> Result<(BTreeMap<String, u64>, u32), NftablesError> {
         let table = &self.table;
         let found = self.netlink.at_one_generation(|netlink| netlink.counters(table));
-        let (found, _) = found.map_err(|error| failed(table, "read the counters", error))?;
-        Ok(found)
+        found.map_err(|error| failed(table, "read the counters", error))
     }
 
     /// Removes the table.
@@ -314,8 +324,31 @@ impl NftablesBackend {
         dump(&mut self.netlink, &self.table)
     }
 
+    /// As [`NftablesBackend::read`], but what was read back and nobody can have changed since is not read again: that
+    /// takes long for large sets, as for each message the kernel walks a set from its beginning.
+    fn known(&mut self) -> Result<Option<Dump>, NftablesError> {
+        if !self.is_untouched()? {
+            return self.read();
+        }
+        let (counts, genid) = self.counters_at()?;
+        match &self.held {
+            Some((image, seen)) if *seen == genid => Ok(Some(Dump {
+                image: image.clone(),
+                counts,
+                dormant: false,
+                genid,
+            })),
+            Some(_) | None => self.read(),
+        }
+    }
+
     fn read(&mut self) -> Result<Option<Dump>, NftablesError> {
         let found = self.dump()?;
+        self.ours(found)
+    }
+
+    /// What was found, unless that is another process's.
+    fn ours(&self, found: Option<Dump>) -> Result<Option<Dump>, NftablesError> {
         if self.held.is_none() && found.as_ref().is_some_and(|dump| !is_ours(dump)) {
             return Err(NftablesError::Foreign {
                 table: self.table.clone(),

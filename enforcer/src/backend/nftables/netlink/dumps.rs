@@ -38,7 +38,16 @@ impl Netlink {
 
     /// Reads a table back; none if there is none.
     pub(crate) fn read(&mut self, table: &str) -> io::Result<Option<Dump>> {
-        let (mut found, genid) = self.at_one_generation(|netlink| netlink.read_once(table))?;
+        self.read_with(table, true)
+    }
+
+    /// As [`Netlink::read`], but for elements of sets: reading large ones takes long.
+    pub(crate) fn read_without_elements(&mut self, table: &str) -> io::Result<Option<Dump>> {
+        self.read_with(table, false)
+    }
+
+    fn read_with(&mut self, table: &str, elements: bool) -> io::Result<Option<Dump>> {
+        let (mut found, genid) = self.at_one_generation(|netlink| netlink.read_once(table, elements))?;
         if let Some(dump) = &mut found {
             dump.genid = genid;
         }
@@ -64,7 +73,7 @@ impl Netlink {
         Err(io::Error::other("nf_tables changed again and again while it was read"))
     }
 
-    fn read_once(&mut self, table: &str) -> io::Result<Option<Dump>> {
+    fn read_once(&mut self, table: &str, with_elements: bool) -> io::Result<Option<Dump>> {
         let Some(dormant) = self.table(table)? else {
             return Ok(None);
         };
@@ -77,8 +86,11 @@ impl Netlink {
             dump.image.chains.entry(chain).or_default().rules.push(rule);
         }
         for (name, kind) in self.sets(table)? {
-            let mut elements = self.elements(table, &name, kind)?;
-            elements.sort_unstable();
+            let mut elements = Vec::new();
+            if with_elements {
+                elements = self.elements(table, &name, kind)?;
+                elements.sort_unstable();
+            }
             dump.image.sets.insert(name, Set { kind, elements });
         }
         dump.counts = self.counters(table)?;
