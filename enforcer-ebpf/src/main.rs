@@ -186,15 +186,24 @@ fn count(decision: &Decision) {
         // CPU's own.
         unsafe { &mut *all.cast::<Counters>().add(target as usize) }
     };
-    match (decision.refused, decision.owners) {
-        (0, owners) if owners & (owners - 1) == 0 => counters(lowest(owners)).allowed += 1,
-        // Without a branch: the verifier follows each way through each pass.
-        (0, owners) => (0..MAX_TARGETS).for_each(|target| counters(target).allowed += owners >> target & 1),
-        (refused, _) => match decision.verdict {
-            Verdict::WouldDeny => counters(lowest(refused)).would_deny += 1,
-            _ => counters(lowest(refused)).denied += 1,
-        },
+    if decision.refused != 0 {
+        let counters = counters(lowest(decision.refused));
+        match decision.verdict {
+            Verdict::WouldDeny => counters.would_deny += 1,
+            Verdict::Unjudged | Verdict::Allow | Verdict::Deny => counters.denied += 1,
+        }
+        return;
     }
+    let second = decision.owners & decision.owners.wrapping_sub(1);
+    if second & second.wrapping_sub(1) == 0 {
+        counters(lowest(decision.owners)).allowed += 1;
+        if second != 0 {
+            counters(lowest(second)).allowed += 1;
+        }
+        return;
+    }
+    // More than two, which is rare. Without a branch: the verifier follows each way through each pass.
+    (0..MAX_TARGETS).for_each(|target| counters(target).allowed += decision.owners >> target & 1);
 }
 
 /// Number of the lowest bit.

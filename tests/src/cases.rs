@@ -137,8 +137,8 @@ files! {
     absent, boot, bosh, bpm, callers, commands, containers, damage, decision, delegated, detours, dials, doctor,
     endurance, escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs,
     jobs_chain, kernel, kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables,
-    parity, past_hooks, places, programs, retention, routes, schemas, squatting, states, subjects, surfaces, sweep, switching,
-    takeover, translated, units, verify, visibility, whole_host, writers
+    parity, past_hooks, places, programs, retention, routes, schemas, squatting, states, subjects, surfaces, sweep,
+    switching, takeover, translated, units, verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

@@ -57,6 +57,22 @@ allow = [0, 1000]
 endpoints = ["tcp://10.0.0.0/8:4222"]
 allow = [0, 1000]
 "#;
+const THREE_OWNERS: &str = r#"
+[target.bus]
+endpoints = ["tcp://10.0.0.5:4222"]
+allow = [0, 1000]
+[target.net]
+endpoints = ["tcp://10.0.0.0/16:4222"]
+allow = [0, 1000]
+[target.all]
+endpoints = ["tcp://10.0.0.0/8:4222"]
+allow = [0, 1000]
+"#;
+const NAME: &str = r#"
+[target.bus]
+endpoints = ["tcp://10.0.0.5:4222", "tcp://bus.test:4222"]
+allow = [0, 1000]
+"#;
 const AUDIT: &str = r#"
 mode = "audit"
 [target.bus]
@@ -91,7 +107,7 @@ const ALLOWED: Way = Way {
     expect: (1, 0),
 };
 
-const WAYS: [Way; 16] = [
+const WAYS: [Way; 17] = [
     Way {
         what: "port of no target",
         to: ("10.0.0.5", 80),
@@ -123,6 +139,7 @@ const WAYS: [Way; 16] = [
     Way {
         what: "address that is no endpoint, reported",
         to: ("10.0.0.6", 4222),
+        rules: NAME,
         open_gate: true,
         expect: (1, 1),
         ..ALLOWED
@@ -170,6 +187,11 @@ const WAYS: [Way; 16] = [
     Way {
         what: "allowed by two targets",
         rules: TWO_OWNERS,
+        ..ALLOWED
+    },
+    Way {
+        what: "allowed by three targets",
+        rules: THREE_OWNERS,
         ..ALLOWED
     },
     Way {

@@ -18,12 +18,22 @@ const RECORD: usize = 4096;
 const STRUCTURE: usize = 1024;
 
 /// Members of the kernel's structures, by the globals that tell the programs where they are.
-pub(super) const OFFSETS: [(&str, u32); 4] = [
+pub(super) const OFFSETS: [(&str, u32); 11] = [
     ("SK_UID_OFFSET", 528),
     ("TASK_FLAGS_OFFSET", 44),
     ("TASK_CRED_OFFSET", 912),
     ("CRED_UID_OFFSET", 8),
+    ("TASK_MM_OFFSET", 920),
+    ("MM_EXE_OFFSET", 64),
+    ("FILE_DENTRY_OFFSET", 72),
+    ("DENTRY_PARENT_OFFSET", 24),
+    ("DENTRY_LENGTH_OFFSET", 36),
+    ("DENTRY_NAME_OFFSET", 40),
+    ("DENTRY_INLINE_OFFSET", 56),
 ];
+
+/// The path of the task's program, from its last component to the root.
+const PROGRAM: [&str; 4] = ["curl", "bin", "usr", "/"];
 
 /// Memory at an address that stays.
 #[derive(Debug)]
@@ -206,6 +216,8 @@ pub(super) struct Kernel {
     socket: Memory,
     structure: Memory,
     credentials: Memory,
+    /// What leads from the task to the path of its program.
+    program: Vec<Memory>,
     who: Task,
     tally: Tally,
     fault: Option<String>,
@@ -213,13 +225,38 @@ pub(super) struct Kernel {
 
 impl Kernel {
     pub(super) fn new(who: Task) -> Result<Self> {
-        let [sk_uid, flags, cred, uid] = OFFSETS.map(|(_, offset)| offset as usize);
+        let [
+            sk_uid,
+            flags,
+            cred,
+            uid,
+            mm,
+            exe,
+            file_dentry,
+            parent,
+            length,
+            name,
+            inline,
+        ] = OFFSETS.map(|(_, offset)| offset as usize);
         let new = || Memory::new(STRUCTURE);
         let (socket, structure, credentials) = (new(), new(), new());
         socket.put(sk_uid, &who.owner.to_ne_bytes())?;
         structure.put(flags, &0_u32.to_ne_bytes())?;
         structure.put(cred, &credentials.address().to_ne_bytes())?;
         credentials.put(uid, &who.uid.to_ne_bytes())?;
+        let (memory, file, dentries) = (new(), new(), PROGRAM.map(|_| new()));
+        let point = |from: &Memory, offset, to: u64| from.put(offset, &to.to_ne_bytes());
+        let [last, .., root] = &dentries;
+        point(&structure, mm, memory.address())?;
+        point(&memory, exe, file.address())?;
+        point(&file, file_dentry, last.address())?;
+        let parents = dentries.iter().skip(1).chain([root]);
+        for ((dentry, parent_of_it), component) in dentries.iter().zip(parents).zip(PROGRAM) {
+            point(dentry, parent, parent_of_it.address())?;
+            dentry.put(length, &u32::try_from(component.len())?.to_ne_bytes())?;
+            point(dentry, name, dentry.address() + inline as u64)?;
+            dentry.put(inline, component.as_bytes())?;
+        }
         Ok(Self {
             maps: Vec::new(),
             stack: Memory::new(2 * STRUCTURE),
@@ -227,6 +264,7 @@ impl Kernel {
             socket,
             structure,
             credentials,
+            program: dentries.into_iter().chain([memory, file]).collect(),
             who,
             tally: Tally::default(),
             fault: None,
@@ -264,7 +302,9 @@ impl Kernel {
             &self.structure,
             &self.credentials,
         ];
-        own.into_iter().chain(self.maps.iter().map(|map| &map.values))
+        own.into_iter()
+            .chain(&self.program)
+            .chain(self.maps.iter().map(|map| &map.values))
     }
 
     /// All that programs may read and write.

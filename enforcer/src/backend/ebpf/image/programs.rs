@@ -62,7 +62,9 @@ pub fn entries(rules: &RuleSet, netns: u64) -> Vec<Entry> {
         Entry::new("generations", &0_u32, &generation),
     ];
     let ports = image.ports.iter();
-    entries.extend(ports.map(|port| Entry::new("ports", &u32::from(*port), &1_u8)));
+    entries.extend(ports.map(|(port, listed)| Entry::new("ports", &u32::from(*port), listed)));
+    let buckets = image.buckets.iter();
+    entries.extend(buckets.map(|(number, bucket)| Entry::new("buckets", number, bucket)));
     let endpoints = image.endpoints.iter();
     entries.extend(endpoints.map(|(key, owners)| Entry::new("endpoints", key, owners)));
     let prefixes = image.prefixes.iter();
