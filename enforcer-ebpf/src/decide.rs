@@ -95,6 +95,8 @@ pub struct Decision {
     pub generation: u64,
     /// The address that the owners have as an endpoint.
     pub judged: Address,
+    /// Whether the kernel itself asks, where that was looked at.
+    pub kernel: bool,
     /// The port is one of a name's, and the address no endpoint (N8).
     pub missed: bool,
 }
@@ -106,6 +108,7 @@ const UNJUDGED: Decision = Decision {
     slot: 0,
     generation: 0,
     judged: [0; 4],
+    kernel: false,
     missed: false,
 };
 
@@ -133,7 +136,8 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
             ..UNJUDGED
         };
     };
-    let refused = owners & !admitted(tables, subject, owners, slot, generation); // D2
+    let task = subject.task();
+    let refused = owners & !admitted(tables, subject, task, owners, slot, generation); // D2
     let verdict = match refused {
         0 => Verdict::Allow,
         _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
@@ -146,6 +150,7 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
         slot,
         generation: generation.number,
         judged,
+        kernel: matches!(task, Task::Kernel),
         missed: false,
     }
 }
@@ -271,11 +276,12 @@ const _: () = assert!(MAX_CGROUP_LEVELS == 8, "a pass for each level");
 fn admitted<T: Tables, S: Subject>(
     tables: &T,
     subject: &S,
+    task: Task,
     owners: Owners,
     slot: u8,
     generation: &Generation,
 ) -> Owners {
-    let (task, owner) = (subject.task(), subject.socket_user());
+    let owner = subject.socket_user();
     let Task::User(uid) = task else {
         // D3: a thread of the kernel's may carry a user's call, as RxRPC's do and io_uring's did before Linux 5.12.
         // Then the socket is the user's.

@@ -48,14 +48,10 @@ static SK_UID_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `flags` in `struct task_struct`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
 static TASK_FLAGS_OFFSET: Global<u32> = Global::new(0);
-/// Offset of `cred` in `struct task_struct`, from the kernel's BTF; 0 where the kernel has no
-/// `bpf_get_current_task_btf` (Linux 5.11, for this type of program 5.15), which lets a task be read without a helper's
-/// call for each word.
+/// 0 where the kernel has no `bpf_get_current_task_btf` (Linux 5.11, for this type of program 5.15), which lets a task be
+/// read without a helper's call for each word.
 #[unsafe(no_mangle)]
-static TASK_CRED_OFFSET: Global<u32> = Global::new(0);
-/// Offset of `uid` in `struct cred`, from the kernel's BTF.
-#[unsafe(no_mangle)]
-static CRED_UID_OFFSET: Global<u32> = Global::new(0);
+static TYPED_TASK: Global<u32> = Global::new(0);
 /// 0 where `bpf_probe_read_kernel` is withheld (`lockdown=confidentiality`): the verifier then leaves out what calls
 /// it, and the programs load.
 #[unsafe(no_mangle)]
@@ -164,7 +160,7 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
     match decision.verdict {
         Verdict::Unjudged => {
             if decision.missed {
-                tell_dial(&attempt, &destination);
+                tell_dial(&destination);
             }
             return 1;
         }
@@ -226,10 +222,6 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         return;
     };
     let name = u32::from(decision.slot) * MAX_TARGETS + lowest(decision.refused);
-    let (task_uid, kernel_thread) = match attempt.task() {
-        Task::User(uid) => (uid, 0),
-        Task::Kernel => (0, 1),
-    };
     let socket_uid = match attempt.socket_user() {
         SocketUser::Uid(uid) => uid,
         SocketUser::Unsupported | SocketUser::Unreadable => NO_UID,
@@ -250,14 +242,14 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         (*record).judged = decision.judged;
         (*record).pid = pid;
         (*record).tid = tid;
-        (*record).task_uid = task_uid;
+        (*record).task_uid = current_user();
         (*record).socket_uid = socket_uid;
         bpf_get_current_comm((&raw mut (*record).task).cast(), 16);
         (*record).port = destination.port;
         (*record).protocol = destination.protocol;
         (*record).verdict = decision.verdict as u8;
         (*record).family = family;
-        (*record).kernel_thread = kernel_thread;
+        (*record).kernel_thread = u8::from(decision.kernel);
         (*record).components = 0;
         (*record).rooted = 0;
         path::write(record);
@@ -268,7 +260,7 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
 /// Tells of a dial at an address that is no endpoint, where the daemon asks for that (N8). Two that come at once may
 /// both be told.
 #[inline(always)]
-fn tell_dial(attempt: &Attempt<'_>, destination: &Destination) {
+fn tell_dial(destination: &Destination) {
     let Some(gate) = GATES.get_ptr_mut(u32::from(destination.port)) else {
         return;
     };
@@ -290,10 +282,7 @@ fn tell_dial(attempt: &Attempt<'_>, destination: &Destination) {
     unsafe { gate.write_volatile(gate::CLOSED) };
     entry.write(DialRecord {
         address: destination.address,
-        task_uid: match attempt.task() {
-            Task::User(uid) => uid,
-            Task::Kernel => 0,
-        },
+        task_uid: current_user(),
         port: destination.port,
         protocol: destination.protocol,
         zero: 0,
@@ -375,28 +364,28 @@ impl Subject for Attempt<'_> {
 
     #[inline(always)]
     fn task(&self) -> Task {
-        let flags_offset = TASK_FLAGS_OFFSET.load();
-        let (cred, uid) = (TASK_CRED_OFFSET.load(), CRED_UID_OFFSET.load());
-        if cred != 0 {
-            // SAFETY: the running task and its credentials are there while it runs, and the verifier knows their types.
-            return unsafe {
-                let task = bpf_get_current_task_btf().cast::<u8>();
-                let flags = task.add(flags_offset as usize).cast::<u32>().read_volatile();
-                let cred = task.add(cred as usize).cast::<*const u8>().read_volatile();
-                task_of(flags, cred.add(uid as usize).cast::<u32>().read_volatile())
-            };
+        let user = current_user();
+        let offset = TASK_FLAGS_OFFSET.load();
+        // D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before
+        // Linux 5.12).
+        if user != 0 || offset == 0 {
+            return Task::User(user);
         }
-        // SAFETY: a helper without arguments; the lower half is the real UID.
-        #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
-        let user = unsafe { bpf_get_current_uid_gid() } as u32;
-        if flags_offset == 0 || READS_KERNEL.load() == 0 {
+        let flags = if TYPED_TASK.load() != 0 {
+            // SAFETY: the running task is there while it runs, and the verifier knows its type.
+            let task = unsafe { bpf_get_current_task_btf() }.cast::<u8>();
+            // SAFETY: as above; the offset is the kernel's own.
+            Some(unsafe { task.add(offset as usize).cast::<u32>().read_volatile() })
+        } else if READS_KERNEL.load() != 0 {
+            // SAFETY: a helper without arguments.
+            let task = unsafe { bpf_get_current_task() };
+            read_kernel::<u32>((task + u64::from(offset)) as *const c_void)
+        } else {
             return Task::User(user); // D3
-        }
-        // SAFETY: a helper without arguments.
-        let task = unsafe { bpf_get_current_task() };
-        match read_kernel::<u32>((task + u64::from(flags_offset)) as *const c_void) {
-            Some(flags) => task_of(flags, user),
-            None => Task::Kernel,
+        };
+        match flags {
+            Some(flags) if flags & PF_KTHREAD == 0 => Task::User(user),
+            Some(_) | None => Task::Kernel,
         }
     }
 
@@ -441,14 +430,14 @@ impl Subject for Attempt<'_> {
     }
 }
 
-/// D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before Linux
-/// 5.12).
+/// The real UID of the task. By a helper: for each typed load of a pointer, as the task's credentials are, the verifier
+/// looks through all of the kernel's types several times, which a start waits for.
 #[inline(always)]
-const fn task_of(flags: u32, user: u32) -> Task {
-    if flags & PF_KTHREAD == 0 || user != 0 {
-        Task::User(user)
-    } else {
-        Task::Kernel
+fn current_user() -> u32 {
+    // SAFETY: a helper without arguments; the lower half is the real UID.
+    #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
+    unsafe {
+        bpf_get_current_uid_gid() as u32
     }
 }
 

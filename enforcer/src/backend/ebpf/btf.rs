@@ -14,10 +14,6 @@ pub(crate) struct Offsets {
     pub sk_uid: Option<u32>,
     /// `flags` in `struct task_struct`.
     pub task_flags: Option<u32>,
-    /// `cred` in `struct task_struct`.
-    pub task_cred: Option<u32>,
-    /// `uid` in `struct cred`.
-    pub cred_uid: Option<u32>,
     /// The way from a task to the path of its program, if the whole of it is known.
     pub program: Option<ProgramOffsets>,
 }
@@ -51,11 +47,9 @@ pub(crate) fn offsets() -> io::Result<Offsets> {
 }
 
 /// Structures that are looked into, and the names that the member has on one kernel or another.
-const WANTED: [(&[u8], &[&[u8]]); 13] = [
+const WANTED: [(&[u8], &[&[u8]]); 11] = [
     (b"sock", &[b"sk_uid"]),
     (b"task_struct", &[b"flags"]),
-    (b"task_struct", &[b"cred"]),
-    (b"cred", &[b"uid"]),
     (b"task_struct", &[b"mm"]),
     (b"mm_struct", &[b"exe_file"]),
     (b"file", &[b"f_path"]),
@@ -92,8 +86,6 @@ fn find(btf: &[u8]) -> Option<Offsets> {
     let mut offsets = Offsets {
         sk_uid: next(),
         task_flags: next(),
-        task_cred: next(),
-        cred_uid: next(),
         program: None,
     };
     // Each is taken, also where one before it is missing.
@@ -227,7 +219,6 @@ mod tests {
                 "{found:?}"
             );
             assert!(found.task_flags.is_some_and(|at| at > 0 && at < 4000), "{found:?}");
-            assert!(found.task_cred.is_some() && found.cred_uid.is_some(), "{found:?}");
             assert!(found.program.is_some(), "{found:?}");
         } else {
             assert_eq!(found, Offsets::default());
@@ -268,24 +259,20 @@ mod tests {
         const NONE: u32 = u32::MAX;
         const SOCK: Structure = ("sock", &[("sk_other", 9, 0), ("sk_uid", 9, 100)]);
         const TASK: Structure = ("task_struct", &[("flags", 9, 8), ("cred", 9, 16)]);
-        const CRED: Structure = ("cred", &[("uid", 9, 4)]);
-        let check = |structures: &[Structure], [sk_uid, task_flags, task_cred, cred_uid]: [u32; 4]| {
-            let [sk_uid, task_flags, task_cred, cred_uid] =
-                [sk_uid, task_flags, task_cred, cred_uid].map(|at| (at != NONE).then_some(at));
+        let check = |structures: &[Structure], [sk_uid, task_flags]: [u32; 2]| {
+            let [sk_uid, task_flags] = [sk_uid, task_flags].map(|at| (at != NONE).then_some(at));
             let expected = Offsets {
                 sk_uid,
                 task_flags,
-                task_cred,
-                cred_uid,
                 program: None,
             };
             assert_eq!(find(&blob(structures)), Some(expected), "{structures:?}");
         };
-        check(&[SOCK, TASK, CRED], [100, 8, 16, 4]);
-        check(&[CRED, TASK, SOCK], [100, 8, 16, 4]);
-        check(&[SOCK], [100, NONE, NONE, NONE]);
-        check(&[TASK, ("cred", &[])], [NONE, 8, 16, NONE]);
-        check(&[TASK, ("cred", &[("uid", 9, 0)])], [NONE, 8, 16, 0]);
+        check(&[SOCK, TASK], [100, 8]);
+        check(&[TASK, SOCK], [100, 8]);
+        check(&[SOCK], [100, NONE]);
+        check(&[TASK, ("sock", &[])], [NONE, 8]);
+        check(&[TASK, ("sock", &[("sk_uid", 9, 0)])], [0, 8]);
         // RANDSTRUCT puts members into a structure without a name, here the second type, and one within it, the fourth.
         let random: [Structure; 5] = [
             ("task_struct", &[("thread_info", 9, 0), ("", 2, 24), ("stack", 9, 900)]),
@@ -294,11 +281,11 @@ mod tests {
             ("", &[("other", 9, 0), ("flags", 9, 12)]),
             ("cred", &[("", 4, 8), ("uid", 9, 48)]),
         ];
-        check(&random, [100, 24 + 64 + 12, 24 + 40, 48]);
+        check(&random, [100, 24 + 64 + 12]);
         // One that contains itself, as no compiler makes, ends.
-        check(&[("cred", &[("", 1, 4)]), SOCK], [100, NONE, NONE, NONE]);
+        check(&[("task_struct", &[("", 1, 4)]), SOCK], [100, NONE]);
         // A number that no type has.
-        check(&[("cred", &[("", 77, 4)]), SOCK], [100, NONE, NONE, NONE]);
+        check(&[("task_struct", &[("", 77, 4)]), SOCK], [100, NONE]);
     }
 
     #[test]

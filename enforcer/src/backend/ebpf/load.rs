@@ -20,8 +20,10 @@ pub(super) static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OU
 /// What this kernel lets the programs see. What it withholds costs only itself (D3).
 #[derive(Debug)]
 pub(super) struct Sight {
-    /// `task_cred` and `program` are none where a task can only be read with [`Sight::reads`].
+    /// `program` is none where a task can only be read with [`Sight::reads`].
     offsets: Offsets,
+    /// Whether `bpf_get_current_task_btf` is to be had.
+    typed: bool,
     /// Whether `bpf_probe_read_kernel` is to be had: not under `lockdown=confidentiality`.
     reads: bool,
 }
@@ -36,14 +38,12 @@ impl Sight {
         let has = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper);
         // Where the kernel cannot tell whether it has the helper, the slower way does.
         let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
-        if !typed || offsets.task_flags.is_none() || offsets.cred_uid.is_none() {
-            offsets.task_cred = None;
-        }
         if !typed {
             offsets.program = None;
         }
         Ok(Self {
             offsets,
+            typed,
             reads: reads_kernel().unwrap_or(true),
         })
     }
@@ -54,16 +54,11 @@ impl Sight {
     }
 
     pub(super) fn sees(&self) -> KernelVisibility {
-        let Offsets {
-            sk_uid,
-            task_flags,
-            task_cred,
-            ..
-        } = self.offsets;
+        let Offsets { sk_uid, task_flags, .. } = self.offsets;
         KernelVisibility {
             tcp_owner: sk_uid.is_some(),
             other_owner: sk_uid.is_some() && self.reads,
-            threads: task_cred.is_some() || task_flags.is_some() && self.reads,
+            threads: task_flags.is_some() && (self.typed || self.reads),
         }
     }
 }
@@ -81,14 +76,10 @@ pub(super) fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf
     let Offsets {
         sk_uid,
         task_flags,
-        task_cred,
-        cred_uid,
         program,
     } = sight.offsets;
-    // No structure begins with what is 0 here and looked for, but for credentials, which are read where the task's are
-    // known.
-    let [sk_uid, task_flags, task_cred, cred_uid] =
-        [sk_uid, task_flags, task_cred, cred_uid].map(Option::unwrap_or_default);
+    // No structure begins with what is looked for.
+    let [sk_uid, task_flags] = [sk_uid, task_flags].map(Option::unwrap_or_default);
     let ProgramOffsets {
         task_mm,
         mm_exe,
@@ -98,14 +89,13 @@ pub(super) fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf
         dentry_name,
         dentry_inline,
     } = program.unwrap_or_default();
-    let reads = u32::from(sight.reads);
+    let [typed, reads] = [sight.typed, sight.reads].map(u32::from);
     let mut loader = EbpfLoader::new();
     loader.btf(None).default_map_pin_directory(maps_dir);
     for (name, value) in [
         ("SK_UID_OFFSET", &sk_uid),
         ("TASK_FLAGS_OFFSET", &task_flags),
-        ("TASK_CRED_OFFSET", &task_cred),
-        ("CRED_UID_OFFSET", &cred_uid),
+        ("TYPED_TASK", &typed),
         ("TASK_MM_OFFSET", &task_mm),
         ("MM_EXE_OFFSET", &mm_exe),
         ("FILE_DENTRY_OFFSET", &file_dentry),

@@ -18,11 +18,9 @@ const RECORD: usize = 4096;
 const STRUCTURE: usize = 1024;
 
 /// Members of the kernel's structures, by the globals that tell the programs where they are.
-pub(super) const OFFSETS: [(&str, u32); 11] = [
+pub(super) const OFFSETS: [(&str, u32); 9] = [
     ("SK_UID_OFFSET", 528),
     ("TASK_FLAGS_OFFSET", 44),
-    ("TASK_CRED_OFFSET", 912),
-    ("CRED_UID_OFFSET", 8),
     ("TASK_MM_OFFSET", 920),
     ("MM_EXE_OFFSET", 64),
     ("FILE_DENTRY_OFFSET", 72),
@@ -215,7 +213,6 @@ pub(super) struct Kernel {
     pub(super) context: Memory,
     socket: Memory,
     structure: Memory,
-    credentials: Memory,
     /// What leads from the task to the path of its program.
     program: Vec<Memory>,
     who: Task,
@@ -225,25 +222,12 @@ pub(super) struct Kernel {
 
 impl Kernel {
     pub(super) fn new(who: Task) -> Result<Self> {
-        let [
-            sk_uid,
-            flags,
-            cred,
-            uid,
-            mm,
-            exe,
-            file_dentry,
-            parent,
-            length,
-            name,
-            inline,
-        ] = OFFSETS.map(|(_, offset)| offset as usize);
+        let [sk_uid, flags, mm, exe, file_dentry, parent, length, name, inline] =
+            OFFSETS.map(|(_, offset)| offset as usize);
         let new = || Memory::new(STRUCTURE);
-        let (socket, structure, credentials) = (new(), new(), new());
+        let (socket, structure) = (new(), new());
         socket.put(sk_uid, &who.owner.to_ne_bytes())?;
         structure.put(flags, &0_u32.to_ne_bytes())?;
-        structure.put(cred, &credentials.address().to_ne_bytes())?;
-        credentials.put(uid, &who.uid.to_ne_bytes())?;
         let (memory, file, dentries) = (new(), new(), PROGRAM.map(|_| new()));
         let point = |from: &Memory, offset, to: u64| from.put(offset, &to.to_ne_bytes());
         let [last, .., root] = &dentries;
@@ -263,7 +247,6 @@ impl Kernel {
             context: new(),
             socket,
             structure,
-            credentials,
             program: dentries.into_iter().chain([memory, file]).collect(),
             who,
             tally: Tally::default(),
@@ -295,13 +278,7 @@ impl Kernel {
     }
 
     fn memories(&self) -> impl Iterator<Item = &Memory> {
-        let own = [
-            &self.stack,
-            &self.context,
-            &self.socket,
-            &self.structure,
-            &self.credentials,
-        ];
+        let own = [&self.stack, &self.context, &self.socket, &self.structure];
         own.into_iter()
             .chain(&self.program)
             .chain(self.maps.iter().map(|map| &map.values))

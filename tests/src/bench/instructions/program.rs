@@ -50,7 +50,8 @@ pub(super) fn run(object: &[u8], name: &str, entries: Entries<'_>, who: Task, ca
         .iter()
         .map(|(name, offset)| (*name, (offset.as_slice(), true)))
         .collect();
-    // Nothing is traced.
+    // The task is read by its type, and nothing is traced.
+    globals.insert("TYPED_TASK", (&[1, 0, 0, 0], true));
     globals.insert("AYA_LOG_LEVEL", (&[0], true));
     object.patch_map_data(globals)?;
 
