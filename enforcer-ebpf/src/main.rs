@@ -48,8 +48,8 @@ static SK_UID_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `flags` in `struct task_struct`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
 static TASK_FLAGS_OFFSET: Global<u32> = Global::new(0);
-/// 0 where the kernel has no `bpf_get_current_task_btf` (Linux 5.11, for this type of program 5.15), which lets a task be
-/// read without a helper's call for each word.
+/// 0 where the kernel has no `bpf_get_current_task_btf` (Linux 5.11, for this type of program 5.15), which lets a task
+/// be read without a helper's call for each word.
 #[unsafe(no_mangle)]
 static TYPED_TASK: Global<u32> = Global::new(0);
 /// 0 where `bpf_probe_read_kernel` is withheld (`lockdown=confidentiality`): the verifier then leaves out what calls

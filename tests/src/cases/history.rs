@@ -15,6 +15,7 @@ use crate::{
 pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(denials_are_added_up_over_restarts),
+        case!(every_target_that_allows_counts),
         case!(events_are_filtered),
         case!(f6_a_summary_of_others_is_not_read),
         case!(the_log_in_json_has_fields),
@@ -268,4 +269,29 @@ fn status_has_names() -> Result<()> {
     has_names()?;
     daemon.kill()?;
     has_names()
+}
+
+/// An attempt that several targets allow counts for each of them, one that several deny for the first.
+fn every_target_that_allows_counts() -> Result<()> {
+    let (world, _listener) = guarded("enforce")?;
+    let _daemon = world.daemon()?;
+    for targets in 1..=4 {
+        let names = ["a", "b", "c", "d"].into_iter().take(targets);
+        let target = |name: &str| {
+            let place = world.here();
+            format!("[target.{name}{targets}]\nendpoints = [\"tcp://{place}\"]\nallow = [\"root\"]\n")
+        };
+        world.configure(&names.map(target).collect::<String>())?;
+        world.enforcer(&["reload"])?.demand(0)?;
+        world.attack(0).reaches()?;
+        world.attack(0).reaches()?;
+        world.attack(NOBODY).run()?;
+        let status = world.status()?;
+        let all = status["targets"].as_array().context("no targets")?;
+        ensure!(all.len() == targets, "{status}");
+        let sum = |what: &str| all.iter().filter_map(|target| target[what].as_u64()).sum::<u64>();
+        ensure!(all.iter().all(|target| target["allowed"] == 2), "{status}");
+        ensure!(sum("denied") == 1, "{status}");
+    }
+    Ok(())
 }

@@ -41,7 +41,13 @@ pub(super) struct Host {
 }
 
 impl Drop for Host {
+    /// The namespace's own first process is gone only when all others in it are: a daemon that still ran would make
+    /// again what the world removes. `unshare` ends after it.
     fn drop(&mut self) {
+        if let Ok(pid) = self.pid.parse() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let _ = until("the host is gone", || Ok(self.init.try_wait()?.is_some()));
         let _ = self.init.kill();
         let _ = self.init.wait();
     }
@@ -58,6 +64,8 @@ impl Host {
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"])
             .args(["sh", "-c", &without])
             .stdin(Stdio::null())
+            // It has a word on how its child ended.
+            .stderr(Stdio::null())
             .spawn()?;
         let mut pid = String::new();
         until("the host's init runs", || {
