@@ -21,23 +21,15 @@ pub struct Destination {
 
 /// The active rule set, lookup by lookup.
 pub trait Tables {
-    /// A generation, or a reference to one: the kernel does not copy what it can look at.
-    type Generation<'a>: Borrow<Generation>
-    where
-        Self: 'a;
-    /// A bucket, or a reference to one.
-    type Bucket<'a>: Borrow<Bucket>
-    where
-        Self: 'a;
-
-    /// What each slot has on a port, as [`port::of`] takes it apart; never narrower than what the slot holds.
-    fn port(&self, port: u16) -> u8;
+    /// What each slot has on a port, as [`port::of`] takes it apart, to be read as often as it is asked for; never
+    /// narrower than what the slot holds.
+    fn port(&self, port: u16) -> Option<impl Fn() -> u8>;
     /// The active slot.
     fn active(&self) -> Option<u8>;
-    /// What holds for all of a slot.
-    fn generation(&self, slot: u8) -> Option<Self::Generation<'_>>;
+    /// What holds for all of a slot; a reference where it can be looked at without a copy.
+    fn generation(&self, slot: u8) -> Option<impl Borrow<Generation>>;
     /// What a bucket of a slot holds.
-    fn bucket(&self, slot: u8, bucket: u32) -> Option<Self::Bucket<'_>>;
+    fn bucket(&self, slot: u8, bucket: u32) -> Option<impl Borrow<Bucket>>;
     /// Owners of an exact endpoint, those of prefixes and `local` that cover it included.
     fn exact(&self, key: &EndpointKey) -> Option<Owners>;
     /// Owners of the longest prefix, those of shorter ones that cover it included.
@@ -115,13 +107,16 @@ const UNJUDGED: Decision = Decision {
 /// Judges one attempt.
 #[inline(always)]
 pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Destination) -> Decision {
-    if tables.port(destination.port) == 0 {
+    let Some(slots) = tables.port(destination.port) else {
+        return UNJUDGED;
+    };
+    if slots() == 0 {
         return UNJUDGED; // D1
     }
     // Read once: all that follows comes from one slot, so no attempt sees half of two generations (F2).
     let Some(slot) = tables.active() else { return UNJUDGED };
     // Read again: what was read before the slot may be from before the slot's bits were set.
-    let listed = port::of(tables.port(destination.port), slot);
+    let listed = port::of(slots(), slot);
     let Some(generation) = tables.generation(slot) else {
         return UNJUDGED;
     };
@@ -255,12 +250,12 @@ fn owners_at<T: Tables, S: Subject>(
     tables.prefix(&key)
 }
 
-/// A pass for each level, written out: kernels before 6.8 take a loop only where it closes by a jump, and the compiler
-/// closes this one by whatever instruction comes last (`check_cfg` in the verifier; `loops_close_by_jumps` looks for
-/// it).
-macro_rules! each_level {
+/// Eight passes, written out: kernels before 6.8 take a loop only where it closes by a jump, and the compiler closes
+/// some by whatever instruction comes last (`check_cfg` in the verifier; `loops_close_by_jumps` looks for it).
+#[macro_export]
+macro_rules! eight_passes {
     ($number:ident => $pass:block) => {
-        each_level!($number $pass 0 1 2 3 4 5 6 7)
+        $crate::eight_passes!($number $pass 0 1 2 3 4 5 6 7)
     };
     ($number:ident $pass:block $($at:literal)+) => {
         $({
@@ -321,7 +316,7 @@ fn admitted<T: Tables, S: Subject>(
     }
     // Each pass costs the verifier, and so every start, dearly: few depths, and no short cut for equal users.
     'levels: {
-        each_level! { number => {
+        eight_passes! { number => {
             #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
             let level = (generation.levels >> (8 * number)) as u32 & 0xff;
             if level == 0 {
@@ -347,7 +342,7 @@ fn admitted<T: Tables, S: Subject>(
     task.uid = 0;
     task.kind = kind::ANYBODY;
     'levels: {
-        each_level! { number => {
+        eight_passes! { number => {
             #[allow(clippy::cast_possible_truncation, reason = "one byte of eight")]
             let level = (generation.levels >> (8 * number)) as u32 & 0xff;
             if level == 0 {

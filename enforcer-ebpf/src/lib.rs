@@ -16,7 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never
 /// reused.
-pub const ABI: u32 = 4;
+pub const ABI: u32 = 5;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
 pub const MAX_ENDPOINTS: u32 = 131_072;
@@ -254,8 +254,8 @@ pub mod flag {
     pub const NO_THREADS: u64 = 256;
 }
 
-/// A target's name, padded with zeros.
-#[repr(C)]
+/// A target's name, padded with zeros. Aligned, so that it is copied by words.
+#[repr(C, align(8))]
 #[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TargetName(pub [u8; MAX_TARGET_NAME]);
@@ -398,24 +398,24 @@ pub const fn canonical4(address: u32) -> Address {
 #[inline(always)]
 #[must_use]
 pub const fn canonical6(address: Address) -> Address {
-    match address {
-        [0, 0, MAPPED, v4] => canonical4(v4),
-        _ => address,
-    }
+    let [_, _, _, v4] = address;
+    if is_v4(address) { canonical4(v4) } else { address }
 }
 
 /// Whether a canonical address is IPv4.
 #[inline(always)]
 #[must_use]
 pub const fn is_v4(address: Address) -> bool {
-    matches!(address, [0, 0, MAPPED, _])
+    let [a, b, c, _] = address;
+    a | b | (c ^ MAPPED) == 0
 }
 
 /// Whether a canonical address is the unspecified one.
 #[inline(always)]
 #[must_use]
 pub const fn is_unspecified(address: Address) -> bool {
-    matches!(address, [0, 0, 0, 0])
+    let [a, b, c, d] = address;
+    a | b | c | d == 0
 }
 
 /// Whether a canonical address is in 127.0.0.0/8 or is `::1`.
@@ -423,11 +423,8 @@ pub const fn is_unspecified(address: Address) -> bool {
 #[must_use]
 pub const fn is_loopback(address: Address) -> bool {
     const ONE: u32 = 1_u32.to_be();
-    match address {
-        [0, 0, MAPPED, v4] => u32::from_be(v4) >> 24 == 127,
-        [0, 0, 0, ONE] => true,
-        _ => false,
-    }
+    let [a, b, c, d] = address;
+    is_v4(address) && u32::from_be(d) >> 24 == 127 || a | b | c | (d ^ ONE) == 0
 }
 
 impl TargetName {

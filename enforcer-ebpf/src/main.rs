@@ -10,7 +10,7 @@
 
 mod path;
 
-use core::mem::offset_of;
+use core::{borrow::Borrow, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext as _, Global,
@@ -41,6 +41,8 @@ const MPTCP: u32 = 262;
 /// `PF_KTHREAD` of linux/sched.h.
 const PF_KTHREAD: u32 = 0x0020_0000;
 const BPF_F_NO_PREALLOC: u32 = 1;
+/// Of what the loader reads whole.
+const BPF_F_MMAPABLE: u32 = 1 << 10;
 
 /// Offset of `sk_uid` in `struct sock`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
@@ -64,22 +66,22 @@ static ACTIVE: Array<u8> = Array::pinned(entries::ACTIVE, 0);
 static GENERATIONS: Array<Generation> = Array::pinned(entries::GENERATIONS, 0);
 /// By port: what each slot has on it ([`enforcer_ebpf::port`]).
 #[map(name = "ports")]
-static PORTS: Array<u8> = Array::pinned(entries::PORTS, 0);
+static PORTS: Array<u8> = Array::pinned(entries::PORTS, BPF_F_MMAPABLE);
 /// Slot by slot, what its exact endpoints come to.
 #[map(name = "buckets")]
-static BUCKETS: Array<Bucket> = Array::pinned(entries::BUCKETS, 0);
+static BUCKETS: Array<Bucket> = Array::pinned(entries::BUCKETS, BPF_F_MMAPABLE);
 #[map(name = "endpoints")]
 static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(entries::ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map(name = "prefixes")]
 static PREFIXES: LpmTrie<EndpointKey, Owners> = LpmTrie::pinned(entries::PREFIXES, BPF_F_NO_PREALLOC);
 /// Slot by slot, NAT64 prefixes.
 #[map(name = "nat64")]
-static NAT64: Array<Nat64> = Array::pinned(entries::NAT64, 0);
+static NAT64: Array<Nat64> = Array::pinned(entries::NAT64, BPF_F_MMAPABLE);
 #[map(name = "principals")]
 static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(entries::PRINCIPALS, BPF_F_NO_PREALLOC);
 /// Slot by slot, the names of its targets.
 #[map(name = "targets")]
-static TARGETS: Array<TargetName> = Array::pinned(entries::TARGETS, 0);
+static TARGETS: Array<TargetName> = Array::pinned(entries::TARGETS, BPF_F_MMAPABLE);
 #[map(name = "counters")]
 static COUNTERS: PerCpuArray<AllCounters> = PerCpuArray::pinned(entries::COUNTERS, 0);
 #[map(name = "events")]
@@ -168,7 +170,9 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
         Verdict::Deny | Verdict::WouldDeny => report(&attempt, family, dialled, &destination, &decision),
     }
     count(&decision);
-    trace!(context, "owners {:x} refused {:x}", decision.owners, decision.refused);
+    // Copies: what is logged is named by its place, and the decision would have to lie in memory for all.
+    let (owners, refused) = (decision.owners, decision.refused);
+    trace!(context, "owners {:x} refused {:x}", owners, refused);
     i32::from(!matches!(decision.verdict, Verdict::Deny))
 }
 
@@ -214,6 +218,8 @@ fn lowest(owners: Owners) -> u32 {
 /// Sends a denial to the ring buffer, or counts it as lost.
 #[inline(always)]
 fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Destination, decision: &Decision) {
+    let name = u32::from(decision.slot) * MAX_TARGETS + lowest(decision.refused);
+    let Some(target) = TARGETS.get(name) else { return };
     let Some(mut entry) = EVENTS.reserve::<EventRecord>(0) else {
         if let Some(lost) = LOST.get_ptr_mut(0) {
             // SAFETY: the verifier proved the pointer; the element is this CPU's own.
@@ -221,7 +227,6 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         }
         return;
     };
-    let name = u32::from(decision.slot) * MAX_TARGETS + lowest(decision.refused);
     let socket_uid = match attempt.socket_user() {
         SocketUser::Uid(uid) => uid,
         SocketUser::Unsupported | SocketUser::Unreadable => NO_UID,
@@ -237,7 +242,8 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         (*record).generation = decision.generation;
         (*record).cgroup = bpf_get_current_cgroup_id();
         (*record).netns = attempt.netns();
-        (*record).target = TARGETS.get(name).copied().unwrap_or(TargetName::NONE);
+        // By words; what may overlap would be moved byte by byte.
+        (&raw mut (*record).target).copy_from_nonoverlapping(target, 1);
         (*record).dialled = dialled;
         (*record).judged = decision.judged;
         (*record).pid = pid;
@@ -294,15 +300,11 @@ fn tell_dial(destination: &Destination) {
 struct Maps;
 
 impl Tables for Maps {
-    type Generation<'a> = &'a Generation;
-    type Bucket<'a> = &'a Bucket;
-
     #[inline(always)]
-    fn port(&self, port: u16) -> u8 {
+    fn port(&self, port: u16) -> Option<impl Fn() -> u8> {
+        let slots = PORTS.get_ptr(u32::from(port))?;
         // SAFETY: the verifier proved the pointer; volatile, because the loader writes it at any time.
-        PORTS
-            .get_ptr(u32::from(port))
-            .map_or(0, |slots| unsafe { slots.read_volatile() })
+        Some(move || unsafe { slots.read_volatile() })
     }
 
     #[inline(always)]
@@ -318,12 +320,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn generation(&self, slot: u8) -> Option<&Generation> {
+    fn generation(&self, slot: u8) -> Option<impl Borrow<Generation>> {
         GENERATIONS.get(u32::from(slot))
     }
 
     #[inline(always)]
-    fn bucket(&self, slot: u8, bucket: u32) -> Option<&Bucket> {
+    fn bucket(&self, slot: u8, bucket: u32) -> Option<impl Borrow<Bucket>> {
         BUCKETS.get(u32::from(slot) * SLOT_BUCKETS + bucket)
     }
 

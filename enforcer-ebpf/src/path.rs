@@ -5,7 +5,7 @@ use aya_ebpf::{
     cty::c_void,
     helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel},
 };
-use enforcer_ebpf::{COMPONENT_BYTES, EventRecord, MAX_COMPONENTS};
+use enforcer_ebpf::{COMPONENT_BYTES, EventRecord, MAX_COMPONENTS, eight_passes};
 
 use crate::READS_KERNEL;
 
@@ -36,18 +36,6 @@ static DENTRY_NAME_OFFSET: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static DENTRY_INLINE_OFFSET: Global<u32> = Global::new(0);
 
-/// A pass for each component, written out for old verifiers, as in `decide`.
-macro_rules! each_component {
-    ($number:ident => $pass:block) => {
-        each_component!($number $pass 0 1 2 3 4 5 6 7)
-    };
-    ($number:ident $pass:block $($at:literal)+) => {
-        $({
-            let $number: u8 = $at;
-            $pass
-        })+
-    };
-}
 const _: () = assert!(MAX_COMPONENTS == 8, "a pass for each component");
 
 /// Writes the path of the task's program within its file system, from its last component on. Names change under it at
@@ -75,7 +63,7 @@ pub(crate) unsafe fn write(record: *mut EventRecord) {
         };
         let lengths = (&raw mut (*record).lengths).cast::<u8>();
         let path = (&raw mut (*record).path).cast::<[u8; COMPONENT_BYTES]>();
-        each_component! { number => {
+        eight_passes! { number => {
             let Some(parent) = follow(dentry, DENTRY_PARENT_OFFSET.load() as usize) else {
                 return;
             };
@@ -85,7 +73,7 @@ pub(crate) unsafe fn write(record: *mut EventRecord) {
                 return;
             }
             write_component(dentry, path.add(number as usize).cast(), lengths.add(number as usize));
-            (*record).components = number + 1;
+            (*record).components = number as u8 + 1;
             dentry = parent;
         }}
         if follow(dentry, DENTRY_PARENT_OFFSET.load() as usize) == Some(dentry) {

@@ -1,6 +1,7 @@
 //! The kernel's decision over lowered rule sets, against the oracle.
 
 use std::{
+    borrow::Borrow,
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
@@ -27,28 +28,19 @@ use crate::{
 struct Plain<'a>(&'a Image);
 
 impl Tables for Plain<'_> {
-    type Generation<'a>
-        = Generation
-    where
-        Self: 'a;
-    type Bucket<'a>
-        = Bucket
-    where
-        Self: 'a;
-
-    fn port(&self, port: u16) -> u8 {
-        self.0.ports.get(&port).copied().unwrap_or(0)
+    fn port(&self, port: u16) -> Option<impl Fn() -> u8> {
+        Some(move || self.0.ports.get(&port).copied().unwrap_or(0))
     }
 
     fn active(&self) -> Option<u8> {
         Some(0)
     }
 
-    fn generation(&self, _: u8) -> Option<Generation> {
-        Some(generation(self.0))
+    fn generation(&self, _: u8) -> Option<impl Borrow<Generation>> {
+        Some(self.0.generation(1))
     }
 
-    fn bucket(&self, _: u8, bucket: u32) -> Option<Bucket> {
+    fn bucket(&self, _: u8, bucket: u32) -> Option<impl Borrow<Bucket>> {
         let at = self.0.buckets.binary_search_by_key(&bucket, |(index, _)| *index);
         let found = at.ok().and_then(|at| self.0.buckets.get(at));
         Some(found.map_or_else(Bucket::default, |(_, bucket)| *bucket))
@@ -96,16 +88,6 @@ impl Tables for Plain<'_> {
     }
 }
 
-fn generation(image: &Image) -> Generation {
-    Generation {
-        number: 1,
-        netns: image.netns,
-        levels: image.levels,
-        flags: image.flags,
-        few: image.few,
-    }
-}
-
 const NETNS: u64 = 7;
 const LOADER: Loader = Loader {
     netns: NETNS,
@@ -128,7 +110,7 @@ fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>
     };
     let decision = decide::decide(
         &Plain(image),
-        &SimulatedSubject::new(attempt, &generation(image)),
+        &SimulatedSubject::new(attempt, &image.generation(1)),
         &dialled,
     );
     let owners = (0..)

@@ -1,6 +1,6 @@
 //! The maps as the kernel's own decision sees them, read from outside.
 
-use std::cell::RefCell;
+use std::{borrow::Borrow, cell::RefCell};
 
 use enforcer_ebpf::{
     BUCKETS, Bucket, EndpointKey, Generation, KEY_BITS, Nat64, Owners, PrefixKey, PrincipalKey, decide::Tables,
@@ -40,28 +40,19 @@ impl<'a> Outside<'a> {
 }
 
 impl Tables for Outside<'_> {
-    type Generation<'a>
-        = Generation
-    where
-        Self: 'a;
-    type Bucket<'a>
-        = Bucket
-    where
-        Self: 'a;
-
-    fn port(&self, port: u16) -> u8 {
-        self.note_error(self.maps.ports.get(&u32::from(port))).unwrap_or(0)
+    fn port(&self, port: u16) -> Option<impl Fn() -> u8> {
+        Some(move || self.note_error(self.maps.ports.get(&u32::from(port))).unwrap_or(0))
     }
 
     fn active(&self) -> Option<u8> {
         self.note_error(self.maps.active_slot())
     }
 
-    fn generation(&self, slot: u8) -> Option<Generation> {
+    fn generation(&self, slot: u8) -> Option<impl Borrow<Generation>> {
         self.note_error(self.maps.generation_of(slot).map(Some))
     }
 
-    fn bucket(&self, slot: u8, bucket: u32) -> Option<Bucket> {
+    fn bucket(&self, slot: u8, bucket: u32) -> Option<impl Borrow<Bucket>> {
         self.note_error(self.maps.buckets.get(&(u32::from(slot) * BUCKETS + bucket)))
     }
 
