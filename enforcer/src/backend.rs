@@ -393,8 +393,8 @@ impl Store for Enforcement {
         self.ebpf.as_ref().map_or(Ok(false), |kernel| kernel.take_knock(port))
     }
 
-    fn programs(&mut self) -> Option<&mut aya::Ebpf> {
-        self.ebpf.as_mut().map(EbpfBackend::programs)
+    fn program_id(&self) -> Option<u32> {
+        self.ebpf.as_ref().and_then(EbpfBackend::program_id)
     }
 
     fn trim_memory(&self) {

@@ -27,7 +27,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::Ebpf;
 use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
 use tracing::warn;
 
@@ -41,7 +40,7 @@ pub(crate) use self::{
 use self::{
     image::{Image, Loader, TargetNames},
     links::Astray,
-    load::{Sight, load},
+    load::{Programs, Sight},
     maps::{Look, Maps},
     observe::observe,
     pins::{Lock, Pins},
@@ -51,7 +50,7 @@ use crate::{backend::HIGHEST_GENERATION, ruleset::RuleSet};
 /// What we hold in the kernel, for the process that writes it.
 #[derive(Debug)]
 pub(crate) struct EbpfBackend {
-    programs: Ebpf,
+    programs: Programs,
     maps: Maps,
     pins: Pins,
     lock: Lock,
@@ -95,7 +94,7 @@ impl EbpfBackend {
         let pins = Pins::create(pin_dir)?;
         let lock = pins.lock()?;
         let maps_dir = pins.subdir(&maps_name())?;
-        // Each pin is the map it should be, or there is none: aya may reuse what it finds.
+        // Each pin is the map it should be, or there is none: what is found is used.
         let fresh = match Maps::open(&maps_dir) {
             Ok(maps) => maps.is_none(),
             // Left by a start that was killed, or damaged since. Programs active may read these maps, so they are
@@ -109,7 +108,7 @@ impl EbpfBackend {
             Err(error) => return Err(error),
         };
         let sight = Sight::here()?;
-        let programs = load(&maps_dir, &sight, log_level)?;
+        let programs = Programs::bind(&maps_dir, &sight, log_level)?;
         let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Damaged { path: maps_dir })?;
         Ok(Self {
             programs,
@@ -391,9 +390,11 @@ impl EbpfBackend {
         sys::trim_memory();
     }
 
-    /// The programs, for aya-log.
-    pub(crate) fn programs(&mut self) -> &mut Ebpf {
-        &mut self.programs
+    /// The id of a program, by which aya-log finds what all of them log.
+    pub(crate) fn program_id(&self) -> Option<u32> {
+        links::HOOKS
+            .iter()
+            .find_map(|hook| Some(self.programs.loaded(hook)?.id))
     }
 
     /// Removes all of ours from the kernel: links first, so that no program reads maps that are going.

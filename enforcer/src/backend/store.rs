@@ -62,8 +62,8 @@ pub(crate) trait Store {
     fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError>;
     /// Whether others dialled a port after the one that was told.
     fn take_knock(&self, port: u16) -> Result<bool, BackendError>;
-    /// The programs, for their log.
-    fn programs(&mut self) -> Option<&mut aya::Ebpf>;
+    /// The id of a kernel program, by which aya-log finds what all of them log.
+    fn program_id(&self) -> Option<u32>;
     /// Gives back what loading has left behind.
     fn trim_memory(&self);
     /// Removes all of ours from the kernel.

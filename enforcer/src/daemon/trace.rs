@@ -17,12 +17,12 @@ pub(super) fn level() -> u8 {
     }
 }
 
-/// Shows what the programs log, if they were loaded to.
-pub(super) fn start(programs: &mut aya::Ebpf) {
+/// Shows what the programs log, of which this is one, if they were loaded to.
+pub(super) fn start(program: u32) {
     if level() == 0 {
         return;
     }
-    let logger = EbpfLogger::init(programs).map_err(|error| error.to_string());
+    let logger = EbpfLogger::init_from_id(program).map_err(|error| error.to_string());
     match logger.and_then(|logger| readable(logger).map_err(|error| error.to_string())) {
         Ok(mut logger) => drop(tokio::spawn(async move {
             while let Ok(mut guard) = logger.readable_mut().await {

@@ -130,8 +130,13 @@ fn tamperings() -> Vec<Tampering> {
     let delete: Act = |map, key, _| map.delete(&key);
     let clear: Act = |map, key, value| map.write(&key, &vec![0; value.len()]);
     let add: Act = |map, mut key, value| {
-        // The last byte of an address; of a principal (cgroup, user, kind, slot, zero) the user's lowest.
-        let at = if key.len() == 16 { 8 } else { key.len() - 1 };
+        // The last byte of an address; of a principal (cgroup, user, kind, slot, zero) the user's lowest, and the lowest
+        // of an index.
+        let at = match key.len() {
+            4 => 0,
+            16 => 8,
+            all => all - 1,
+        };
         if let Some(byte) = key.get_mut(at) {
             *byte = 0x63;
         }
@@ -150,6 +155,7 @@ fn tamperings() -> Vec<Tampering> {
         one("targets", "map targets", "changed", clear),
         one("ports", "map ports", "missing", clear),
         one("buckets", "map buckets", "missing", clear),
+        one("buckets", "map buckets", "extra", add),
         one("generations", "map generations", "changed", clear),
         one("active", "map active", "changed", clear),
     ]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use enforcer_ebpf::{
-    Bucket, EndpointKey, Few, KEY_BITS, MAX_NAT64, MAX_TARGET_NAME, MAX_TARGETS, Nat64, Owners, PrefixKey,
+    Bucket, EndpointKey, Few, Generation, KEY_BITS, MAX_NAT64, MAX_TARGET_NAME, MAX_TARGETS, Nat64, Owners, PrefixKey,
     PrincipalKey, Spot, TCP, TargetName, UDP, canonical4, canonical6, flag, is_unspecified, kind, port, scope,
 };
 use ipnet::IpNet;
@@ -67,6 +67,18 @@ impl Image {
             prefixes: Vec::new(),
             principals: Vec::new(),
             names: [TargetName::NONE; MAX_TARGETS as usize],
+        }
+    }
+
+    /// What holds for all of it, under a number.
+    #[must_use]
+    pub(crate) fn generation(&self, number: u64) -> Generation {
+        Generation {
+            number,
+            netns: self.netns,
+            levels: self.levels,
+            flags: self.flags,
+            few: self.few,
         }
     }
 

@@ -6,12 +6,11 @@ use std::{
     path::PathBuf,
 };
 
-use aya::{Ebpf, programs::CgroupSockAddr};
 use tracing::warn;
 
 use super::{
     BackendError, EbpfBackend, MAPS,
-    load::{load, short},
+    load::{LoadedProgram, Programs},
     maps_name, open_cgroup,
     pins::Pins,
     sys::{self, LinkInfo},
@@ -205,8 +204,8 @@ impl EbpfBackend {
     pub(crate) fn link_look(&self) -> Option<LinkLook> {
         self.astray.as_ref()?;
         let programs = HOOKS.iter().filter_map(|hook| {
-            let info = self.programs.program(hook.name)?.info().ok()?;
-            Some((hook.name, info.id()))
+            let program = self.programs.loaded(hook)?;
+            Some((hook.name, program.id))
         });
         Some(LinkLook {
             pins: self.pins.clone(),
@@ -246,6 +245,8 @@ impl EbpfBackend {
     /// Finds out whether a program loads and attaches here; what it attaches is gone at once, and judges nothing.
     pub(crate) fn try_out(&mut self) -> Result<(), BackendError> {
         let [hook, ..] = &HOOKS;
+        // Those that are wanted in any case.
+        self.load_programs(|hook| !hook.udp_only)?;
         if !self.pins.path(hook.name).exists() {
             self.create_link(hook)?;
             self.repaired = 0;
@@ -256,6 +257,8 @@ impl EbpfBackend {
     /// Attaches the hooks that have no link yet. Before the flip: they judge by what is active.
     pub(super) fn attach_missing(&mut self, udp: bool) -> Result<(), BackendError> {
         self.restore_directory()?;
+        // All at once: verifying is most of a start.
+        self.load_programs(|hook| udp || !hook.udp_only)?;
         for hook in HOOKS.iter().filter(|hook| udp || !hook.udp_only) {
             if !self.pins.path(hook.name).exists() {
                 let link = self.create_link(hook)?;
@@ -283,7 +286,7 @@ impl EbpfBackend {
                 error,
             };
             let link = sys::open_pin(&path).map_err(failed)?;
-            let wanted = self.program_id(hook)?;
+            let wanted = self.program(hook)?.id;
             let info = sys::link_info(link.as_fd()).map_err(failed)?;
             match LinkState::of(&info, hook, Some(self.cgroup_id), |program| Ok(program == wanted)) {
                 LinkState::Ours => {}
@@ -300,8 +303,8 @@ impl EbpfBackend {
                     })?;
                 }
                 LinkState::OtherProgram(_) => {
-                    let program = self.program_fd(hook)?;
-                    sys::link_update(link.as_fd(), program.as_fd()).map_err(|error| self.attach_error(hook, error))?;
+                    let updated = sys::link_update(link.as_fd(), self.program(hook)?.fd.as_fd());
+                    updated.map_err(|error| self.attach_error(hook, error))?;
                     if sys::link_info(link.as_fd()).map_err(failed)?.program != wanted {
                         return Err(self.attach_error(hook, io::Error::other("the link kept its old program"))); // F3
                     }
@@ -321,9 +324,9 @@ impl EbpfBackend {
     }
 
     fn create_link(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
-        let program = self.program_fd(hook)?;
         self.repaired += 1;
-        sys::link_create(program.as_fd(), self.cgroup_fd.as_fd(), hook.attach_type)
+        let program = self.program(hook)?.fd.as_fd();
+        sys::link_create(program, self.cgroup_fd.as_fd(), hook.attach_type)
             .map_err(|error| self.attach_error(hook, error))
     }
 
@@ -336,40 +339,25 @@ impl EbpfBackend {
         })
     }
 
-    /// The program of a hook, loaded when first asked for.
-    /// A hook's program, loaded.
-    fn program(&mut self, hook: &Hook) -> Result<&mut CgroupSockAddr, BackendError> {
-        if let Err(error) = self.load_program(hook) {
-            // A kernel whose verifier does not go the way to a program's path loses that alone (D3).
-            if !self.sight.forget_paths() {
-                return Err(error);
-            }
-            warn!("{error}; loading it again without the paths of programs, which denials then do not show");
-            self.programs = load(&self.pins.path(&maps_name()), &self.sight, self.log_level)?;
-            self.load_program(hook)?;
-        }
-        of_hook(&mut self.programs, hook)
-    }
-
-    fn load_program(&mut self, hook: &Hook) -> Result<(), BackendError> {
-        let program = of_hook(&mut self.programs, hook)?;
-        if program.fd().is_ok() {
+    /// Loads the programs of some hooks, as far as they are not.
+    fn load_programs(&mut self, hooks: impl Fn(&Hook) -> bool) -> Result<(), BackendError> {
+        let Err(error) = self.programs.load(&hooks) else {
             return Ok(());
+        };
+        // A kernel whose verifier does not go the way to a program's path loses that alone (D3).
+        if !self.sight.forget_paths() {
+            return Err(error);
         }
-        program
-            .load()
-            .map_err(|error| load_error(hook, Box::from(short(&error))))
+        warn!("{error}; loading it again without the paths of programs, which denials then do not show");
+        self.programs = Programs::bind(&self.pins.path(&maps_name()), &self.sight, self.log_level)?;
+        self.programs.load(hooks)
     }
 
-    fn program_fd(&mut self, hook: &Hook) -> Result<OwnedFd, BackendError> {
-        let program = self.program(hook)?;
-        let fd = program.fd().and_then(|fd| Ok(fd.as_fd().try_clone_to_owned()?));
-        fd.map_err(|error| load_error(hook, Box::from(error)))
-    }
-
-    fn program_id(&mut self, hook: &Hook) -> Result<u32, BackendError> {
-        let info = self.program(hook)?.info();
-        Ok(info.map_err(|error| load_error(hook, Box::from(error)))?.id())
+    /// A hook's program, which is to be loaded before it is attached.
+    fn program(&self, hook: &Hook) -> Result<&LoadedProgram, BackendError> {
+        self.programs
+            .loaded(hook)
+            .ok_or_else(|| load_error(hook, "it is not in the object".into()))
     }
 
     fn attach_error(&self, hook: &Hook, error: io::Error) -> BackendError {
@@ -391,15 +379,7 @@ impl EbpfBackend {
     }
 }
 
-/// A hook's program in the object.
-fn of_hook<'a>(programs: &'a mut Ebpf, hook: &Hook) -> Result<&'a mut CgroupSockAddr, BackendError> {
-    let program = programs
-        .program_mut(hook.name)
-        .ok_or_else(|| load_error(hook, "not in the object".into()))?;
-    program.try_into().map_err(|error| load_error(hook, Box::from(error)))
-}
-
-fn load_error(hook: &Hook, source: Box<dyn std::error::Error + Send + Sync>) -> BackendError {
+pub(super) fn load_error(hook: &Hook, source: Box<dyn std::error::Error + Send + Sync>) -> BackendError {
     BackendError::Load {
         program: hook.name,
         source,

@@ -1,17 +1,27 @@
 //! The programs loaded, as this kernel lets them see.
 
-use std::path::Path;
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    ffi::{CStr, CString},
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::Path,
+    thread,
+};
 
 use aya::{
-    Ebpf, EbpfLoader,
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
+use aya_obj::{Object, generated::bpf_insn, maps::PinningType};
 
 use super::{
     BackendError,
     btf::{self, Offsets, ProgramOffsets},
     image::KernelVisibility,
+    links::{HOOKS, Hook, load_error},
+    sys,
 };
 
 /// The programs as built for the BPF target.
@@ -61,6 +71,42 @@ impl Sight {
             threads: task_flags.is_some() && (self.typed || self.reads),
         }
     }
+
+    /// What the programs are told of it, by the names of their constants.
+    fn globals(&self, log_level: u8) -> [(&'static str, Vec<u8>); 12] {
+        let Offsets {
+            sk_uid,
+            task_flags,
+            program,
+        } = self.offsets;
+        // No structure begins with what is looked for.
+        let [sk_uid, task_flags] = [sk_uid, task_flags].map(Option::unwrap_or_default);
+        let ProgramOffsets {
+            task_mm,
+            mm_exe,
+            file_dentry,
+            dentry_parent,
+            dentry_length,
+            dentry_name,
+            dentry_inline,
+        } = program.unwrap_or_default();
+        let [typed, reads] = [self.typed, self.reads].map(u32::from);
+        let word = |value: u32| value.to_ne_bytes().to_vec();
+        [
+            ("SK_UID_OFFSET", word(sk_uid)),
+            ("TASK_FLAGS_OFFSET", word(task_flags)),
+            ("TYPED_TASK", word(typed)),
+            ("TASK_MM_OFFSET", word(task_mm)),
+            ("MM_EXE_OFFSET", word(mm_exe)),
+            ("FILE_DENTRY_OFFSET", word(file_dentry)),
+            ("DENTRY_PARENT_OFFSET", word(dentry_parent)),
+            ("DENTRY_LENGTH_OFFSET", word(dentry_length)),
+            ("DENTRY_NAME_OFFSET", word(dentry_name)),
+            ("DENTRY_INLINE_OFFSET", word(dentry_inline)),
+            ("READS_KERNEL", word(reads)),
+            (aya_log::LEVEL, vec![log_level]),
+        ]
+    }
 }
 
 /// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too,
@@ -72,48 +118,133 @@ pub(crate) fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
     has.map(|has| has && !locked)
 }
 
-pub(super) fn load(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Ebpf, BackendError> {
-    let Offsets {
-        sk_uid,
-        task_flags,
-        program,
-    } = sight.offsets;
-    // No structure begins with what is looked for.
-    let [sk_uid, task_flags] = [sk_uid, task_flags].map(Option::unwrap_or_default);
-    let ProgramOffsets {
-        task_mm,
-        mm_exe,
-        file_dentry,
-        dentry_parent,
-        dentry_length,
-        dentry_name,
-        dentry_inline,
-    } = program.unwrap_or_default();
-    let [typed, reads] = [sight.typed, sight.reads].map(u32::from);
-    let mut loader = EbpfLoader::new();
-    loader.btf(None).default_map_pin_directory(maps_dir);
-    for (name, value) in [
-        ("SK_UID_OFFSET", &sk_uid),
-        ("TASK_FLAGS_OFFSET", &task_flags),
-        ("TYPED_TASK", &typed),
-        ("TASK_MM_OFFSET", &task_mm),
-        ("MM_EXE_OFFSET", &mm_exe),
-        ("FILE_DENTRY_OFFSET", &file_dentry),
-        ("DENTRY_PARENT_OFFSET", &dentry_parent),
-        ("DENTRY_LENGTH_OFFSET", &dentry_length),
-        ("DENTRY_NAME_OFFSET", &dentry_name),
-        ("DENTRY_INLINE_OFFSET", &dentry_inline),
-        ("READS_KERNEL", &reads),
-    ] {
-        loader.override_global(name, value, true);
-    }
-    loader
-        .override_global(aya_log::LEVEL, &log_level, true)
-        .load(PROGRAMS)
-        .map_err(|error| BackendError::Load {
+/// The programs, bound to the maps. The kernel verifies each when it is first asked for.
+#[derive(Debug)]
+pub(super) struct Programs {
+    by_name: BTreeMap<String, Program>,
+    license: CString,
+    /// The instructions name their descriptors.
+    _maps: Vec<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Program {
+    instructions: Vec<bpf_insn>,
+    loaded: Option<LoadedProgram>,
+}
+
+/// A program in the kernel.
+#[derive(Debug)]
+pub(super) struct LoadedProgram {
+    pub(super) fd: OwnedFd,
+    pub(super) id: u32,
+}
+
+impl Programs {
+    /// Makes the maps that are not pinned in a directory yet, and writes into the programs where each map is and what
+    /// this kernel lets them see.
+    ///
+    /// aya's own loader would do, but it parses all types of the kernel first, which takes longer than all else
+    /// (P7).
+    pub(super) fn bind(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Self, BackendError> {
+        let broken = |error: &dyn Error| BackendError::Load {
             program: "the programs",
-            source: Box::from(short(&error)),
+            source: short(error).into(),
+        };
+        let mut object = Object::parse(PROGRAMS).map_err(|error| broken(&error))?;
+        let globals = sight.globals(log_level);
+        let globals = globals.iter().map(|(name, value)| (*name, (value.as_slice(), true)));
+        object
+            .patch_map_data(globals.collect())
+            .map_err(|error| broken(&error))?;
+        let mut maps = Vec::new();
+        for (name, map) in &object.maps {
+            maps.push((name.clone(), make_map(maps_dir, name, map)?, map.clone()));
+        }
+        let sections = object.functions.keys().map(|(section, _)| *section).collect();
+        let places = maps.iter().map(|(name, fd, map)| (name.as_str(), fd.as_raw_fd(), map));
+        object
+            .relocate_maps(places, &sections)
+            .map_err(|error| broken(&error))?;
+        object.relocate_calls(&sections).map_err(|error| broken(&error))?;
+        let programs = object.programs.iter().filter_map(|(name, program)| {
+            let function = object.functions.get(&program.function_key())?;
+            let program = Program {
+                instructions: function.instructions.clone(),
+                loaded: None,
+            };
+            Some((name.clone(), program))
+        });
+        Ok(Self {
+            by_name: programs.collect(),
+            license: object.license,
+            _maps: maps.into_iter().map(|(_, fd, _)| fd).collect(),
         })
+    }
+
+    /// A hook's program, if it is loaded.
+    pub(super) fn loaded(&self, hook: &Hook) -> Option<&LoadedProgram> {
+        self.by_name.get(hook.name)?.loaded.as_ref()
+    }
+
+    /// Loads those that are not loaded yet, side by side: verifying is most of a start (P7).
+    pub(super) fn load(&mut self, hooks: impl Fn(&Hook) -> bool) -> Result<(), BackendError> {
+        let license = &self.license;
+        let missing: Vec<_> = HOOKS
+            .iter()
+            .filter(|hook| hooks(hook))
+            .filter_map(|hook| {
+                let program = self.by_name.get(hook.name)?;
+                program
+                    .loaded
+                    .is_none()
+                    .then_some((hook, program.instructions.as_slice()))
+            })
+            .collect();
+        let results: Vec<_> = thread::scope(|scope| {
+            let load = move |(hook, code): (&'static Hook, &[bpf_insn])| (hook, load_program(hook, code, license));
+            // The first is for this thread.
+            let others = missing.iter().skip(1).map(|one| scope.spawn(move || load(*one)));
+            let others: Vec<_> = others.collect();
+            let first = missing.first().map(|one| load(*one));
+            let others = others.into_iter().filter_map(|thread| thread.join().ok());
+            first.into_iter().chain(others).collect()
+        });
+        for (hook, result) in results {
+            let loaded = result.map_err(|error| load_error(hook, error.into()))?;
+            if let Some(program) = self.by_name.get_mut(hook.name) {
+                program.loaded = Some(loaded);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens a map's pin, or makes it. What no other process is to find is not pinned: constants and the programs' log.
+fn make_map(dir: &Path, name: &str, map: &aya_obj::Map) -> Result<OwnedFd, BackendError> {
+    let failed = |action: &str, error: io::Error| BackendError::Load {
+        program: "the programs",
+        source: format!("{action} map {name}: {error}").into(),
+    };
+    let path = dir.join(name);
+    let pinned = map.pinning() == PinningType::ByName;
+    if pinned {
+        match sys::open_pin(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            found => return found.map_err(|error| failed("open", error)),
+        }
+    }
+    let made = sys::create_map(name, map).map_err(|error| failed("make", error))?;
+    if pinned {
+        sys::pin(made.as_fd(), &path).map_err(|error| failed("pin", error))?;
+    }
+    Ok(made)
+}
+
+fn load_program(hook: &Hook, instructions: &[bpf_insn], license: &CStr) -> io::Result<LoadedProgram> {
+    let fd = sys::load_program(hook.name, hook.attach_type, instructions, license)?;
+    let id = sys::program_id(fd.as_fd())?;
+    Ok(LoadedProgram { fd, id })
 }
 
 /// An error and its causes on one line, without the verifier's log.

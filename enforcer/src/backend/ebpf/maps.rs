@@ -144,7 +144,7 @@ impl Maps {
     /// Names of a slot's targets.
     pub(crate) fn names(&self, slot: u8) -> Result<TargetNames, BackendError> {
         let mut names = [TargetName::NONE; MAX_TARGETS as usize];
-        self.targets.for_each_batch(|index, name| {
+        self.targets.for_each(|index, name| {
             let bit = index.checked_sub(name_index(slot, 0));
             if let Some(into) = bit.and_then(|bit| names.get_mut(bit as usize)) {
                 *into = name;
@@ -177,37 +177,26 @@ impl Maps {
             Look::Whole => Ok(self.read_endpoints(slot)? == image.endpoints
                 && self.read_prefixes(slot)? == image.prefixes
                 && self.read_principals(slot)? == image.principals
-                // Of few each is known; what was added to others is no endpoint, and for `verify` to see.
-                && (image.buckets.len() <= FEW_KNOWN || self.read_buckets(slot)? == image.buckets)),
+                && self.read_buckets(slot)? == image.buckets),
             Look::Known => {
-                let Generation {
-                    number: _,
-                    netns,
-                    levels,
-                    flags,
-                    few,
-                } = self.generation_of(slot)?;
-                Ok(
-                    (netns, levels, flags, few) == (image.netns, image.levels, image.flags, image.few)
-                        && self.endpoints.has(&image.endpoints, |key| in_slot(key, slot))?
-                        && self.prefixes.has(&image.prefixes, |key| prefix_in_slot(key, slot))?
-                        && self
-                            .principals
-                            .has(&image.principals, |key| PrincipalKey { slot, ..key })?
-                        && self.has_buckets(slot, &image.buckets)?
-                        && self.names(slot)? == image.names
-                        && self.read_nat64(slot)? == image.nat64
-                        && self.lets_through(slot, image)?,
-                )
+                let generation = self.generation_of(slot)?;
+                Ok(generation == image.generation(generation.number)
+                    && self.endpoints.has(&image.endpoints, |key| in_slot(key, slot))?
+                    && self.prefixes.has(&image.prefixes, |key| prefix_in_slot(key, slot))?
+                    && self
+                        .principals
+                        .has(&image.principals, |key| PrincipalKey { slot, ..key })?
+                    && self.has_buckets(slot, &image.buckets)?
+                    && self.names(slot)? == image.names
+                    && self.read_nat64(slot)? == image.nat64
+                    && self.lets_through(slot, image)?)
             }
         }
     }
 
     fn lets_through(&self, slot: u8, image: &Image) -> Result<bool, BackendError> {
-        /// Up to here ports are read one by one, beyond it all of them at once.
-        const FEW_PORTS: usize = 1024;
         let within = |want: u8, found: u8| want & !found == 0;
-        if image.ports.len() > FEW_PORTS {
+        if image.ports.len() > FEW_KNOWN {
             let found = self.read_ports(slot)?;
             let mut ports = image.ports.iter();
             return Ok(ports.all(|(port, want)| within(*want, found.get(port).copied().unwrap_or(0))));
@@ -223,7 +212,7 @@ impl Maps {
 
     fn read_nat64(&self, slot: u8) -> Result<[Nat64; MAX_NAT64 as usize], BackendError> {
         let mut prefixes = [Nat64::default(); MAX_NAT64 as usize];
-        self.nat64.for_each_batch(|index, prefix| {
+        self.nat64.for_each(|index, prefix| {
             let number = index.checked_sub(nat64_index(slot));
             if let Some(into) = number.and_then(|number| prefixes.get_mut(number as usize)) {
                 *into = prefix;
@@ -234,7 +223,7 @@ impl Maps {
 
     fn read_ports(&self, slot: u8) -> Result<BTreeMap<u16, u8>, BackendError> {
         let mut ports = BTreeMap::new();
-        self.ports.for_each_batch(|number, slots| {
+        self.ports.for_each(|number, slots| {
             let listed = port::of(slots, slot);
             if listed != 0
                 && let Ok(number) = u16::try_from(number)
@@ -247,7 +236,7 @@ impl Maps {
 
     fn read_buckets(&self, slot: u8) -> Result<Vec<(u32, Bucket)>, BackendError> {
         let mut buckets = Vec::new();
-        self.buckets.for_each_batch(|index, mut bucket| {
+        self.buckets.for_each(|index, mut bucket| {
             let empty = bucket == Bucket::default();
             if index / BUCKETS == u32::from(slot) && !empty {
                 bucket.key.scope ^= slot;
@@ -259,7 +248,7 @@ impl Maps {
 
     fn read_endpoints(&self, slot: u8) -> Result<Vec<(EndpointKey, Owners)>, BackendError> {
         let mut endpoints = Vec::new();
-        self.endpoints.for_each_batch(|mut key, owners| {
+        self.endpoints.for_each(|mut key, owners| {
             if key.scope & scope::SLOT == slot {
                 key.scope &= !scope::SLOT;
                 endpoints.push((key, owners));
@@ -287,7 +276,7 @@ impl Maps {
 
     fn read_principals(&self, slot: u8) -> Result<Vec<(PrincipalKey, Owners)>, BackendError> {
         let mut principals = Vec::new();
-        self.principals.for_each_batch(|mut key, owners| {
+        self.principals.for_each(|mut key, owners| {
             if key.slot == slot {
                 key.slot = 0;
                 principals.push((key, owners));
@@ -323,14 +312,8 @@ impl Maps {
                 self.nat64.put_read_back(&index, *prefix)?;
             }
         }
-        let generation = Generation {
-            number,
-            netns: want.netns,
-            levels: want.levels,
-            flags: want.flags,
-            few: want.few,
-        };
-        self.generations.put_read_back(&u32::from(slot), generation)
+        self.generations
+            .put_read_back(&u32::from(slot), want.generation(number))
     }
 
     /// Sets the counters of some targets to zero. What others count at this very moment may be lost.

@@ -15,6 +15,7 @@ mod programs;
 mod trial;
 
 use std::{
+    cell::Cell,
     error::Error,
     ffi::{CStr, CString},
     io,
@@ -25,25 +26,29 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{
-    bpf_attr,
-    bpf_cmd::{
-        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_CREATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
-        BPF_OBJ_PIN, BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD,
+use aya_obj::{
+    EbpfSectionKind,
+    generated::{
+        bpf_attr,
+        bpf_cmd::{
+            self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_CREATE, BPF_MAP_FREEZE, BPF_OBJ_GET,
+            BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD,
+        },
+        bpf_insn, bpf_link_info,
+        bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_ARRAY_OF_MAPS},
+        bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
     },
-    bpf_link_info,
-    bpf_map_type::{self, BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_ARRAY_OF_MAPS},
-    bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
 };
 use nix::{
     errno::Errno,
     getsockopt_impl, sockopt_impl,
+    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
     sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt::GetStruct},
 };
 
 pub(crate) use self::{
     map::{Batch, ElementOp, Map},
-    programs::{Attached, attached, program_maps},
+    programs::{Attached, attached, load_program, program_id, program_maps},
     trial::{CONNECT4, MapKind, load_passing, try_batch, try_map},
 };
 
@@ -99,13 +104,32 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     }
 }
 
+/// Makes a map of the object, with the values that it has there (names since Linux 4.15, constants since 5.2).
+pub(crate) fn create_map(name: &str, map: &aya_obj::Map) -> io::Result<OwnedFd> {
+    let made = make(Make::Map(&NewMap {
+        flags: map.map_flags(),
+        name,
+        ..NewMap::of(map.map_type(), [map.key_size(), map.value_size(), map.max_entries()])
+    }))?;
+    if !map.data().is_empty() {
+        Map::new(made.try_clone()?)?.element(ElementOp::Put(&[0; 4], map.data()))?;
+    }
+    if map.section_kind() == EbpfSectionKind::Rodata {
+        change(ObjectOp::Freeze(made.as_fd()))?;
+    }
+    Ok(made)
+}
+
 /// Returns when every program that was running at the call has ended.
 ///
 /// An update of a map of maps waits for just that (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c, since Linux
 /// 4.18); `membarrier` would too, but not on kernels booted with `nohz_full`.
 pub(crate) fn wait_for_programs() -> io::Result<()> {
-    let inner = make(Make::Map(BPF_MAP_TYPE_ARRAY, [4, 4, 1], None))?;
-    let outer = make(Make::Map(BPF_MAP_TYPE_ARRAY_OF_MAPS, [4, 4, 1], Some(inner.as_fd())))?;
+    let inner = make(Make::Map(&NewMap::of(BPF_MAP_TYPE_ARRAY as u32, [4, 4, 1])))?;
+    let outer = make(Make::Map(&NewMap {
+        holds: Some(inner.as_fd()),
+        ..NewMap::of(BPF_MAP_TYPE_ARRAY_OF_MAPS as u32, [4, 4, 1])
+    }))?;
     let outer = Map::new(outer)?;
     outer.element(ElementOp::Put(&[0; 4], &inner.as_raw_fd().to_ne_bytes()))
 }
@@ -152,14 +176,51 @@ pub(crate) fn cause(error: impl Error + Send + Sync + 'static) -> io::Error {
     io::Error::other(error)
 }
 
+/// A map to be made.
+#[derive(Clone, Copy)]
+struct NewMap<'a> {
+    /// `enum bpf_map_type`.
+    map_type: u32,
+    /// How large its keys and values are, and how many it has room for.
+    sizes: [u32; 3],
+    /// `BPF_F_…`.
+    flags: u32,
+    name: &'a str,
+    /// What a map of maps is to hold.
+    holds: Option<BorrowedFd<'a>>,
+}
+
+impl NewMap<'_> {
+    /// One that nobody is to find.
+    fn of(map_type: u32, sizes: [u32; 3]) -> Self {
+        Self {
+            map_type,
+            sizes,
+            flags: 0,
+            name: "",
+            holds: None,
+        }
+    }
+}
+
+/// A program to be verified.
+#[derive(Clone, Copy)]
+struct NewProgram<'a> {
+    name: &'a str,
+    /// `enum bpf_attach_type`.
+    attach_type: u32,
+    instructions: &'a [bpf_insn],
+    license: &'a CStr,
+    /// Where the verifier says what it looks at, which takes it longer; empty for nowhere.
+    log: &'a [Cell<u8>],
+}
+
 /// What the kernel hands out a descriptor of.
 #[derive(Clone, Copy)]
 enum Make<'a> {
-    /// A map of a type; how large its keys and values are, and how many it has room for; and what a map of maps is to
-    /// hold.
-    Map(bpf_map_type, [u32; 3], Option<BorrowedFd<'a>>),
-    /// A program for `connect4` that lets everything pass: `r0 = 1; exit`.
-    Passing,
+    Map(&'a NewMap<'a>),
+    /// A program for addresses of sockets.
+    Load(&'a NewProgram<'a>),
     /// A link of a program to a cgroup, for a type of attachment.
     Link(BorrowedFd<'a>, BorrowedFd<'a>, u32),
     /// What a path names.
@@ -168,23 +229,44 @@ enum Make<'a> {
     Program(u32),
 }
 
+/// Before Linux 5.11 the memory of maps and programs counts as locked, of which few processes may have much.
 fn make(what: Make<'_>) -> io::Result<OwnedFd> {
-    static PASSING: [u64; 2] = [0x0000_0001_0000_00b7, 0x0000_0000_0000_0095];
+    match make_once(what) {
+        Err(error)
+            if error.raw_os_error() == Some(libc::EPERM)
+                && setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok() =>
+        {
+            make_once(what)
+        }
+        made => made,
+    }
+}
+
+fn make_once(what: Make<'_>) -> io::Result<OwnedFd> {
     let set = |attr: &mut bpf_attr| match what {
-        Make::Map(map_type, [key, value, entries], inner) => {
-            attr.__bindgen_anon_1.map_type = map_type as u32;
+        Make::Map(map) => {
+            let [key, value, entries] = map.sizes;
+            attr.__bindgen_anon_1.map_type = map.map_type;
             attr.__bindgen_anon_1.key_size = key;
             attr.__bindgen_anon_1.value_size = value;
             attr.__bindgen_anon_1.max_entries = entries;
-            attr.__bindgen_anon_1.inner_map_fd = inner.map_or(0, raw);
+            attr.__bindgen_anon_1.map_flags = map.flags;
+            attr.__bindgen_anon_1.map_name = object_name(map.name);
+            attr.__bindgen_anon_1.inner_map_fd = map.holds.map_or(0, raw);
             BPF_MAP_CREATE
         }
-        Make::Passing => {
+        Make::Load(program) => {
             attr.__bindgen_anon_3.prog_type = BPF_PROG_TYPE_CGROUP_SOCK_ADDR as u32;
-            attr.__bindgen_anon_3.insn_cnt = 2;
-            attr.__bindgen_anon_3.insns = PASSING.as_ptr() as u64;
-            attr.__bindgen_anon_3.license = c"GPL".as_ptr() as u64;
-            attr.__bindgen_anon_3.expected_attach_type = CONNECT4;
+            attr.__bindgen_anon_3.insn_cnt = u32::try_from(program.instructions.len()).unwrap_or(u32::MAX);
+            attr.__bindgen_anon_3.insns = program.instructions.as_ptr() as u64;
+            attr.__bindgen_anon_3.license = program.license.as_ptr() as u64;
+            attr.__bindgen_anon_3.prog_name = object_name(program.name);
+            attr.__bindgen_anon_3.expected_attach_type = program.attach_type;
+            if !program.log.is_empty() {
+                attr.__bindgen_anon_3.log_level = 1;
+                attr.__bindgen_anon_3.log_size = u32::try_from(program.log.len()).unwrap_or(u32::MAX);
+                attr.__bindgen_anon_3.log_buf = program.log.as_ptr() as u64;
+            }
             BPF_PROG_LOAD
         }
         Make::Link(program, cgroup, attach_type) => {
@@ -202,9 +284,18 @@ fn make(what: Make<'_>) -> io::Result<OwnedFd> {
             BPF_PROG_GET_FD_BY_ID
         }
     };
-    // SAFETY: the kernel reads the path and the licence to their ends, and as many instructions as there are. What each
-    // of these commands returns is a new descriptor.
+    // SAFETY: the kernel reads the path and the licence to their ends, and as many instructions as there are, and
+    // writes as much of the log as there is room for. What each of these commands returns is a new descriptor.
     unsafe { Ok(OwnedFd::from_raw_fd(bpf(set).0?)) }
+}
+
+/// As much of a name as the kernel keeps, with the zero that ends it.
+fn object_name(name: &str) -> [libc::c_char; 16] {
+    let mut into = [0; 16];
+    for (into, byte) in into.iter_mut().take(15).zip(name.bytes()) {
+        *into = byte.cast_signed();
+    }
+    into
 }
 
 /// What is done with an object.
@@ -214,6 +305,8 @@ enum ObjectOp<'a> {
     /// Makes a link run a program.
     Program(BorrowedFd<'a>, BorrowedFd<'a>),
     Detach(BorrowedFd<'a>),
+    /// Has nobody write a map by bpf(2) again, and the verifier take its values for constants.
+    Freeze(BorrowedFd<'a>),
 }
 
 fn change(what: ObjectOp<'_>) -> io::Result<()> {
@@ -227,6 +320,10 @@ fn change(what: ObjectOp<'_>) -> io::Result<()> {
             attr.link_update.link_fd = raw(link);
             attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
             BPF_LINK_UPDATE
+        }
+        ObjectOp::Freeze(map) => {
+            attr.__bindgen_anon_2.map_fd = raw(map);
+            BPF_MAP_FREEZE
         }
         ObjectOp::Detach(link) => {
             attr.link_detach.link_fd = raw(link);

@@ -35,10 +35,7 @@ impl EbpfBackend {
                 number: None,
             },
         };
-        let ours = |hook: &Hook, program: u32| {
-            let info = self.programs.program(hook.name).map(aya::programs::Program::info);
-            Ok(info.and_then(Result::ok).is_some_and(|info| info.id() == program))
-        };
+        let ours = |hook: &Hook, program: u32| Ok(self.programs.loaded(hook).is_some_and(|ours| ours.id == program));
         pinned_maps(&self.pins, &self.maps, comparison);
         compare(&self.maps, &self.pins, &wanted, self.cgroup_id, ours, comparison)
     }

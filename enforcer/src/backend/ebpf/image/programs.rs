@@ -1,7 +1,7 @@
 //! The kernel programs as compiled, and what their maps hold for a rule set, both as bytes: for those who run the
 //! programs outside the kernel.
 
-use enforcer_ebpf::{Generation, gate};
+use enforcer_ebpf::gate;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::{super::load::PROGRAMS, Image, KernelVisibility, Loader, lower};
@@ -50,16 +50,9 @@ pub fn entries(rules: &RuleSet, netns: u64) -> Vec<Entry> {
     };
     let empty = Image::empty();
     let image = lower(rules, &empty.names, loader);
-    let generation = Generation {
-        number: 1,
-        netns: image.netns,
-        levels: image.levels,
-        flags: image.flags,
-        few: image.few,
-    };
     let mut entries = vec![
         Entry::new("active", &0_u32, &1_u8),
-        Entry::new("generations", &0_u32, &generation),
+        Entry::new("generations", &0_u32, &image.generation(1)),
     ];
     let ports = image.ports.iter();
     entries.extend(ports.map(|(port, listed)| Entry::new("ports", &u32::from(*port), listed)));

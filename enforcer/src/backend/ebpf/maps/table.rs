@@ -121,8 +121,22 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         }
     }
 
-    pub(super) fn for_each_batch(&self, mut each: impl FnMut(K, V)) -> Result<(), BackendError> {
-        let (.., entries) = self.map.shape();
+    /// All entries: of an array from memory, of others in batches.
+    pub(super) fn for_each(&self, mut each: impl FnMut(K, V)) -> Result<(), BackendError> {
+        let (map_type, .., entries) = self.map.shape();
+        if map_type == MapType::Array {
+            let mut indices = 0_u32..;
+            let read = self.map.for_each_value(|words| {
+                let index = indices
+                    .next()
+                    .and_then(|index| K::read_from_bytes(index.as_bytes()).ok());
+                let value = V::read_from_prefix(words.as_bytes()).ok();
+                if let (Some(index), Some((value, _))) = (index, value) {
+                    each(index, value);
+                }
+            });
+            return read.map_err(self.failed("read all of"));
+        }
         let batch = BATCH.min(entries.try_into().unwrap_or(BATCH));
         let mut keys = vec![K::new_zeroed(); batch].into_boxed_slice();
         let mut values = vec![V::new_zeroed(); batch].into_boxed_slice();
@@ -160,7 +174,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         let mut expected: Vec<(K, V)> = want.iter().map(|(key, value)| (place(*key), *value)).collect();
         expected.sort_unstable_by_key(|(key, _)| *key);
         let (mut met, mut wrong) = (0_usize, false);
-        self.for_each_batch(|key, value| {
+        self.for_each(|key, value| {
             if place(key) == key {
                 met += 1;
                 let found = expected
@@ -208,7 +222,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
             self.map.batch(put).map_err(self.failed("write"))?;
         }
         let mut met = 0;
-        self.for_each_batch(|key, value| {
+        self.for_each(|key, value| {
             let wanted = entries.binary_search_by_key(&key, |(key, _)| *key).ok();
             met += usize::from(wanted.and_then(|at| entries.get(at)) == Some(&(key, value)));
         })?;

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    num::NonZeroUsize,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
 };
@@ -14,6 +15,7 @@ use aya_obj::generated::{
         BPF_MAP_UPDATE_BATCH, BPF_MAP_UPDATE_ELEM,
     },
 };
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::{bpf, cause, found, open_pin, pin, raw};
 
@@ -31,6 +33,9 @@ pub(crate) struct Map {
     /// kernel/bpf/syscall.c).
     value: usize,
 }
+
+/// Bytes to which the kernel fills up the values of an array.
+const WORD: usize = 8;
 
 /// What is done with one element.
 pub(crate) enum ElementOp<'a> {
@@ -71,7 +76,7 @@ impl Map {
         let (key_size, value_size) = (info.key_size(), info.value_size());
         let (key, value) = (key_size as usize, value_size as usize);
         let (map_type, value) = match info.map_type() {
-            Ok(of @ MapType::PerCpuArray) => (of, value.next_multiple_of(8) * cpus()?),
+            Ok(of @ MapType::PerCpuArray) => (of, value.next_multiple_of(WORD) * cpus()?),
             Ok(of @ (MapType::Array | MapType::ArrayOfMaps | MapType::Hash | MapType::LpmTrie | MapType::RingBuf)) => {
                 (of, value)
             }
@@ -99,6 +104,39 @@ impl Map {
     /// Bytes of a value, of all CPUs together.
     pub(crate) fn value_bytes(&self) -> usize {
         self.value
+    }
+
+    /// Calls `each` with every value of an array that lets itself be mapped (Linux 5.5), in the order of their indices
+    /// and filled up to whole words: many times faster than calls, which copy element by element.
+    pub(crate) fn for_each_value(&self, mut each: impl FnMut(&[u64])) -> io::Result<()> {
+        let (MapType::Array, _, _, entries) = self.shape else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let mut value = vec![0_u64; self.value.div_ceil(WORD)];
+        let words = value.len() * entries as usize;
+        let length = NonZeroUsize::new(words * WORD).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the kernel maps all of the array or nothing, at a place of its own that nothing else names. Others
+        // write it meanwhile, so each word is read by a volatile read.
+        unsafe {
+            let start = mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ,
+                MapFlags::MAP_SHARED,
+                self.data.fd(),
+                0,
+            )?;
+            let mut next = start.cast::<u64>();
+            for _ in 0..entries {
+                for word in &mut value {
+                    *word = next.read_volatile();
+                    next = next.add(1);
+                }
+                each(&value);
+            }
+            munmap(start, length.get())?;
+        }
+        Ok(())
     }
 
     /// Reads, writes, removes or looks for one element. `ENOENT` where there is none.

@@ -1,19 +1,27 @@
-//! Programs by their ids, and those that others have attached.
+//! Programs loaded, programs by their ids, and those that others have attached.
 
 use std::{
+    cell::Cell,
+    ffi::CStr,
     io,
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
 };
 
-use aya_obj::generated::{bpf_cmd::BPF_PROG_QUERY, bpf_prog_info};
+use aya_obj::generated::{bpf_cmd::BPF_PROG_QUERY, bpf_insn, bpf_prog_info};
 
-use super::{Make, ask, bpf, make, raw};
+use super::{Make, NewProgram, ask, bpf, make, raw};
 
 /// Most programs of one hook of a cgroup (`BPF_CGROUP_MAX_PROGS`).
 const MAX_ATTACHED: u32 = 64;
 
 /// Most maps of a program that are asked for: ours have ten.
 const MAX_MAPS: u32 = 64;
+
+/// How often a program is given to the verifier, which gives up where a signal comes meanwhile.
+const ATTEMPTS: usize = 5;
+
+/// Room for what the verifier says of all paths through a program.
+const LOG: usize = 8 << 20;
 
 /// A program on a cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +72,58 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
             })
         })
         .collect()
+}
+
+/// Has the kernel verify a program for a hook, and keeps it. The error ends with what the verifier minds.
+pub(crate) fn load_program(
+    name: &str,
+    attach_type: u32,
+    instructions: &[bpf_insn],
+    license: &CStr,
+) -> io::Result<OwnedFd> {
+    let program = NewProgram {
+        name,
+        attach_type,
+        instructions,
+        license,
+        log: &[],
+    };
+    for _ in 0..ATTEMPTS {
+        match make(Make::Load(&program)) {
+            Ok(loaded) => return Ok(loaded),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+            Err(error) => return Err(explained(error, &program)),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EAGAIN))
+}
+
+/// With what the verifier minds, where it was that: its last words, before those on its work.
+fn explained(error: io::Error, program: &NewProgram<'_>) -> io::Error {
+    let mut log = vec![0; LOG];
+    let again = make(Make::Load(&NewProgram {
+        log: Cell::from_mut(log.as_mut_slice()).as_slice_of_cells(),
+        ..*program
+    }));
+    let end = log.iter().position(|byte| *byte == 0).unwrap_or(LOG);
+    let text = String::from_utf8_lossy(log.get(..end).unwrap_or_default());
+    let words = text
+        .lines()
+        .rfind(|line| !line.is_empty() && !line.starts_with("processed "));
+    match words.filter(|_| again.is_err()) {
+        Some(words) => io::Error::new(error.kind(), format!("{error}: {words}")),
+        None => error,
+    }
+}
+
+/// A program's id.
+pub(crate) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: zeros are such a structure, and name no memory. The kernel writes it up to its length.
+    unsafe {
+        let mut info: bpf_prog_info = std::mem::zeroed();
+        bpf(ask(program, &raw mut info)).0?;
+        Ok(info.id)
+    }
 }
 
 /// Ids of the maps that a program uses.
