@@ -130,8 +130,8 @@ fn tamperings() -> Vec<Tampering> {
     let delete: Act = |map, key, _| map.delete(&key);
     let clear: Act = |map, key, value| map.write(&key, &vec![0; value.len()]);
     let add: Act = |map, mut key, value| {
-        // The last byte of an address; of a principal (cgroup, user, kind, slot, zero) the user's lowest, and the lowest
-        // of an index.
+        // The last byte of an address; of a principal (cgroup, user, kind, slot, zero) the user's lowest, and an
+        // index's.
         let at = match key.len() {
             4 => 0,
             16 => 8,
