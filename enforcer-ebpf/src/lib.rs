@@ -254,6 +254,10 @@ pub mod flag {
     pub const NO_THREADS: u64 = 256;
 }
 
+/// Number of a helper that no kernel has: where the kernel has `bpf_rdonly_cast`, the loader makes each call of the one a
+/// call of the other, which takes a pointer and the number of a type and does nothing but tell the verifier.
+pub const CAST: u32 = 0x7ffe;
+
 /// A target's name, padded with zeros. Aligned, so that it is copied by words.
 #[repr(C, align(8))]
 #[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]

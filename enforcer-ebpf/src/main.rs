@@ -50,6 +50,18 @@ static SK_UID_OFFSET: Global<u32> = Global::new(0);
 /// Offset of `flags` in `struct task_struct`, from the kernel's BTF; 0 where it has none.
 #[unsafe(no_mangle)]
 static TASK_FLAGS_OFFSET: Global<u32> = Global::new(0);
+/// Number of `struct sock` in the kernel's BTF; 0 where pointers cannot be cast.
+#[unsafe(no_mangle)]
+static SOCK_TYPE: Global<u32> = Global::new(0);
+/// The same of `struct task_struct`.
+#[unsafe(no_mangle)]
+static TASK_TYPE: Global<u32> = Global::new(0);
+/// Offset of `cred` in `struct task_struct`, where pointers can be cast.
+#[unsafe(no_mangle)]
+static TASK_CRED_OFFSET: Global<u32> = Global::new(0);
+/// Offset of `uid` in `struct cred`, where pointers can be cast.
+#[unsafe(no_mangle)]
+static CRED_UID_OFFSET: Global<u32> = Global::new(0);
 /// 0 where the kernel has no `bpf_get_current_task_btf` (Linux 5.11, for this type of program 5.15), which lets a task
 /// be read without a helper's call for each word.
 #[unsafe(no_mangle)]
@@ -366,8 +378,19 @@ impl Subject for Attempt<'_> {
 
     #[inline(always)]
     fn task(&self) -> Task {
-        let user = current_user();
         let offset = TASK_FLAGS_OFFSET.load();
+        if TASK_TYPE.load() != 0 {
+            let task = cast_task();
+            let user = user_of(task);
+            // SAFETY: the running task is there while it runs; the offset is the kernel's own.
+            let is_kernels = || unsafe { task.add(offset as usize).cast::<u32>().read_volatile() } & PF_KTHREAD != 0;
+            return if user == 0 && offset != 0 && is_kernels() {
+                Task::Kernel
+            } else {
+                Task::User(user)
+            };
+        }
+        let user = current_user();
         // D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before
         // Linux 5.12).
         if user != 0 || offset == 0 {
@@ -399,6 +422,12 @@ impl Subject for Attempt<'_> {
         }
         // SAFETY: the context's socket is never null, and the verifier knows its type.
         let socket = unsafe { (&raw const (*self.context.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+        if SOCK_TYPE.load() != 0 {
+            // Of whatever protocol: each begins with a `struct sock`.
+            let sock = cast(socket.cast(), SOCK_TYPE.load());
+            // SAFETY: the socket is there during its call; the offset is the kernel's own.
+            return SocketUser::Uid(unsafe { sock.add(offset as usize).cast::<u32>().read_volatile() });
+        }
         // SAFETY: the helper takes a socket; its result is checked before use, and the offset is the kernel's own.
         let tcp = unsafe { bpf_skc_to_tcp_sock(socket.cast()) };
         if !tcp.is_null() {
@@ -432,14 +461,53 @@ impl Subject for Attempt<'_> {
     }
 }
 
-/// The real UID of the task. By a helper: for each typed load of a pointer, as the task's credentials are, the verifier
-/// looks through all of the kernel's types several times, which a start waits for.
+/// The real UID of the task.
 #[inline(always)]
 fn current_user() -> u32 {
+    if TASK_TYPE.load() != 0 {
+        return user_of(cast_task());
+    }
+    // By a helper: for each pointer loaded from a task that it trusts, the verifier looks through all of the kernel's
+    // types several times, which a start waits for.
     // SAFETY: a helper without arguments; the lower half is the real UID.
     #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
     unsafe {
         bpf_get_current_uid_gid() as u32
+    }
+}
+
+/// The running task, to be read where [`TASK_TYPE`] is known.
+#[inline(always)]
+fn cast_task() -> *const u8 {
+    // SAFETY: a helper without arguments.
+    cast(unsafe { bpf_get_current_task() } as *const c_void, TASK_TYPE.load())
+}
+
+/// The real UID of the running task: no other changes its credentials, which are there as long as it has them.
+#[inline(always)]
+fn user_of(task: *const u8) -> u32 {
+    // SAFETY: as above; the offsets are the kernel's own.
+    unsafe {
+        let credentials = task
+            .add(TASK_CRED_OFFSET.load() as usize)
+            .cast::<*const u8>()
+            .read_volatile();
+        credentials
+            .add(CRED_UID_OFFSET.load() as usize)
+            .cast::<u32>()
+            .read_volatile()
+    }
+}
+
+/// A pointer into the kernel's memory, which the verifier then takes for one to a structure of that number. Loads of
+/// what is not mapped give zeros, as all typed loads do.
+#[inline(always)]
+fn cast(object: *const c_void, structure: u32) -> *const u8 {
+    // SAFETY: a call to a number is how helpers are called; the loader has replaced this one where it is reached.
+    unsafe {
+        let cast: unsafe extern "C" fn(*const c_void, u32) -> *const u8 =
+            core::mem::transmute(enforcer_ebpf::CAST as usize);
+        cast(object, structure)
     }
 }
 

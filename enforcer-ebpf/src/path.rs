@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use enforcer_ebpf::{COMPONENT_BYTES, EventRecord, MAX_COMPONENTS, eight_passes};
 
-use crate::READS_KERNEL;
+use crate::{READS_KERNEL, TASK_TYPE, cast_task};
 
 /// Bytes that names in a `struct dentry` itself have room for, on every kernel; one of them ends the name
 /// (`DNAME_INLINE_LEN`).
@@ -53,7 +53,11 @@ pub(crate) unsafe fn write(record: *mut EventRecord) {
     // SAFETY: the verifier knows the types of all that is loaded here, and a load from what is gone reads zeros; each
     // pointer is checked before it is followed.
     unsafe {
-        let task = bpf_get_current_task_btf().cast::<u8>();
+        let task = if TASK_TYPE.load() != 0 {
+            cast_task()
+        } else {
+            bpf_get_current_task_btf().cast::<u8>()
+        };
         let Some(mm) = follow(task, mm) else { return };
         let Some(file) = follow(mm, MM_EXE_OFFSET.load() as usize) else {
             return;

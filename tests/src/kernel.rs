@@ -23,8 +23,9 @@ pub enum Feature {
     Btf,
     /// A cgroup v2 hierarchy, mounted.
     Cgroup2,
-    /// Kernel memory read by programs, which `lockdown=confidentiality` forbids: of UDP and MPTCP sockets the task's
-    /// user then decides alone (D3).
+    /// Pointers that programs cast (Linux 6.2).
+    Casts,
+    /// Kernel memory read by programs, which `lockdown=confidentiality` forbids.
     KernelReads,
     /// Multipath TCP (Linux 5.6, where the distribution builds it).
     Mptcp,
@@ -45,6 +46,12 @@ pub const CGROUP_NEEDS: &[Feature] = &[Feature::Cgroup2, Feature::SocketCgroup];
 #[must_use]
 pub fn lacks_ebpf() -> bool {
     EBPF_NEEDS.iter().any(|feature| lacks(*feature))
+}
+
+/// Whether of UDP and MPTCP sockets the task's user decides alone (D3).
+#[must_use]
+pub fn hides_owners() -> bool {
+    lacks(Feature::Casts) && lacks(Feature::KernelReads)
 }
 
 /// Whether it is said that the kernel lacks this.
@@ -75,6 +82,10 @@ pub fn cannot(way: Way) -> Option<i32> {
 pub fn has(feature: Feature) -> Result<bool> {
     match feature {
         Feature::Bpf => Ok(bpf_answers()),
+        Feature::Casts => {
+            let symbols = fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+            Ok(symbols.contains(" bpf_rdonly_cast\n"))
+        }
         Feature::KernelReads => {
             let parameters = fs::read_to_string("/proc/cmdline")?;
             Ok(!parameters

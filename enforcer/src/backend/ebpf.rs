@@ -33,7 +33,7 @@ use tracing::warn;
 pub(crate) use self::{
     error::BackendError,
     links::{LinkLook, LinksSeen},
-    load::reads_kernel,
+    load::sees_other_owners,
     observe::{Checked, Lacking, Observed, ObservedTarget, Pinned, SocketUsers},
     ring::Ring,
 };

@@ -216,7 +216,8 @@ words! {
     SubjectKind {
         /// Both the connecting task's and the socket's owner.
         TaskAndSocket = "task+socket",
-        /// Both, where the socket is of TCP: of others the kernel shows no owner (`lockdown=confidentiality`).
+        /// Both, where the socket is of TCP: of others the kernel shows no owner (`lockdown=confidentiality`
+        /// before Linux 6.2).
         TaskAndTcpSocket = "task+tcp-socket",
         /// The connecting task's alone, as the kernel has no BTF.
         Task = "task",

@@ -90,6 +90,8 @@ struct Way {
     to: (&'static str, u16),
     /// The real UID of the task, and the owner of the socket.
     users: (u32, u32),
+    /// Whether the kernel has casts (Linux 6.2).
+    casts: bool,
     /// Whether the next dial of the port is reported.
     open_gate: bool,
     /// What the program must return, and the records that it must send.
@@ -103,6 +105,7 @@ const ALLOWED: Way = Way {
     rules: FEW,
     to: ("10.0.0.5", 4222),
     users: (0, 0),
+    casts: true,
     open_gate: false,
     expect: (1, 0),
 };
@@ -227,6 +230,24 @@ pub fn counts() -> Result<Vec<Count>> {
             ..ALLOWED
         },
         Way {
+            what: "allowed, before Linux 6.2",
+            casts: false,
+            ..ALLOWED
+        },
+        Way {
+            what: "allowed, UDP, sendmsg, before Linux 6.2",
+            program: "sendmsg4",
+            casts: false,
+            ..ALLOWED
+        },
+        Way {
+            what: "denied, before Linux 6.2",
+            users: (65534, 65534),
+            casts: false,
+            expect: (0, 1),
+            ..ALLOWED
+        },
+        Way {
             what: "denied in audit mode",
             rules: AUDIT,
             users: (65534, 65534),
@@ -274,6 +295,7 @@ fn walk(way: &Way) -> Result<(u64, Tally)> {
         cgroups: &CGROUPS,
         netns: HERE,
         tcp: !udp,
+        casts: way.casts,
     };
     let (family, address) = match way.to.0.parse()? {
         IpAddr::V4(v4) => (2, (u32::from_ne_bytes(v4.octets()), [0; 16])),

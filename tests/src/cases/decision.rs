@@ -13,7 +13,7 @@ use super::{Case, case};
 use crate::{
     attack::{Way, Who},
     backend::{ALL, Backend, EBPF},
-    kernel::{CGROUP_NEEDS, Feature, cannot, lacks},
+    kernel::{CGROUP_NEEDS, Feature, cannot, hides_owners, lacks},
     world::{Attack, Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary},
 };
 
@@ -196,7 +196,7 @@ fn passes(who: Who, way: Way, nftables: bool) -> bool {
         return nftables;
     }
     // Of these sockets the kernel tells no owner there: the task's real user decides (D3).
-    let unseen = (way.is_udp() || matches!(way, Way::Mptcp | Way::MptcpMapped)) && lacks(Feature::KernelReads);
+    let unseen = (way.is_udp() || matches!(way, Way::Mptcp | Way::MptcpMapped)) && hides_owners();
     let by_nftables = nftables || Backend::current() != Backend::Both;
     unseen
         && by_nftables

@@ -16,7 +16,7 @@ use crate::{
     backend::WITH_BPF,
     dns::Zone,
     foreign::{ForeignProgram, Sharing, attached},
-    kernel::{EBPF_NEEDS, Feature, lacks, lacks_ebpf},
+    kernel::{EBPF_NEEDS, Feature, hides_owners, lacks, lacks_ebpf},
     world::{NOBODY, Netns, World, binary, ran, until},
 };
 
@@ -149,7 +149,7 @@ fn is_lacking(id: &str) -> bool {
         }
         "attach" | "cgroup-link" => lacks_ebpf(),
         "socket-owner" => lacks(Feature::Bpf) || lacks(Feature::Btf),
-        "kernel-reads" => lacks(Feature::Bpf) || lacks(Feature::KernelReads),
+        "other-owners" => lacks(Feature::Bpf) || hides_owners(),
         "netns-cookie" => lacks(Feature::NetnsCookie),
         "nft-socket-cgroup" => lacks(Feature::SocketCgroup),
         _ => false,

@@ -8,7 +8,7 @@ use super::Case;
 use crate::{
     attack::Way,
     backend::WITH_BPF,
-    kernel::{Feature, has, lacking, lacks, lacks_ebpf},
+    kernel::{Feature, has, hides_owners, lacking, lacks, lacks_ebpf},
     world::{NOBODY, World},
 };
 
@@ -57,7 +57,7 @@ fn s5_auto_takes_what_the_kernel_has() -> Result<()> {
         ensure!(status["backend"] == "ebpf", "{status}");
         let subject = match () {
             () if lacks(Feature::Btf) => "task",
-            () if lacks(Feature::KernelReads) => "task+tcp-socket",
+            () if hides_owners() => "task+tcp-socket",
             () => "task+socket",
         };
         ensure!(status["subject"] == subject, "not {subject}: {status}");

@@ -239,6 +239,7 @@ fn reduced(entry: &Entry, layout: &str) -> Vec<&'static str> {
             .filter(|(name, _)| *name == layout)
             .flat_map(|(_, lacks)| *lacks),
     );
+    let hides_owners = ["casts", "kernel-reads"].iter().all(|lack| missing.contains(lack));
     missing
         .into_iter()
         .filter_map(|lack| match lack {
@@ -247,7 +248,8 @@ fn reduced(entry: &Entry, layout: &str) -> Vec<&'static str> {
             "netns-cookie" => Some("loopback is evaluated in every network namespace"),
             "socket-cgroup" => Some("with nftables, principals with a cgroup match nobody"),
             "mptcp" => Some("no MPTCP"),
-            "kernel-reads" => Some("for UDP and MPTCP sockets only the task's user is checked"),
+            "kernel-reads" if hides_owners => Some("for UDP and MPTCP sockets only the task's user is checked"),
+            "kernel-reads" => Some("denials do not show long names in a program's path"),
             // Without BPF nobody asks for types.
             _ => None,
         })

@@ -16,6 +16,23 @@ pub(crate) struct Offsets {
     pub task_flags: Option<u32>,
     /// The way from a task to the path of its program, if the whole of it is known.
     pub program: Option<ProgramOffsets>,
+    /// What a cast needs, where the kernel has the function.
+    pub casts: Option<Casts>,
+}
+
+/// What programs need to have pointers taken for what they are: `bpf_rdonly_cast` (Linux 6.2), and numbers of types.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Casts {
+    /// The function.
+    pub function: u32,
+    /// `struct sock`.
+    pub sock: u32,
+    /// `struct task_struct`.
+    pub task: u32,
+    /// Offset in bytes of `cred` in `struct task_struct`.
+    pub task_cred: u32,
+    /// Offset in bytes of `uid` in `struct cred`.
+    pub cred_uid: u32,
 }
 
 /// Offsets in bytes on the way from a task to the path of its program.
@@ -47,9 +64,11 @@ pub(crate) fn offsets() -> io::Result<Offsets> {
 }
 
 /// Structures that are looked into, and the names that the member has on one kernel or another.
-const WANTED: [(&[u8], &[&[u8]]); 11] = [
+const WANTED: [(&[u8], &[&[u8]]); 13] = [
     (b"sock", &[b"sk_uid"]),
     (b"task_struct", &[b"flags"]),
+    (b"task_struct", &[b"cred"]),
+    (b"cred", &[b"uid"]),
     (b"task_struct", &[b"mm"]),
     (b"mm_struct", &[b"exe_file"]),
     (b"file", &[b"f_path"]),
@@ -65,29 +84,50 @@ const WANTED: [(&[u8], &[&[u8]]); 11] = [
 /// The offsets that a blob tells; nothing where it is none.
 fn find(btf: &[u8]) -> Option<Offsets> {
     let sections = Sections::of(btf)?;
-    let mut named: [Option<&[u8]>; WANTED.len()] = [None; WANTED.len()];
+    let mut named: [Option<(u32, &[u8])>; WANTED.len()] = [None; WANTED.len()];
     // Sorted by number, as they come.
     let mut unnamed: Vec<(u32, &[u8])> = Vec::new();
-    sections.structures(|kind, name, members| {
-        if name.is_empty() {
-            unnamed.push((kind, members));
+    let mut function = None;
+    sections.each(|number, kind, name, members| {
+        if kind == KIND_FUNC {
+            if sections.is(name, CAST) {
+                function = Some(number);
+            }
+            return;
+        }
+        if name == 0 {
+            unnamed.push((number, members));
         }
         for ((wanted, _), found) in WANTED.iter().zip(&mut named) {
-            if *wanted == name && found.is_none() {
-                *found = Some(members);
+            if found.is_none() && sections.is(name, wanted) {
+                *found = Some((number, members));
             }
         }
     })?;
-    let mut found = WANTED.iter().zip(named).map(|((_, names), members)| {
-        let at = sections.member(members?, names);
-        at.or_else(|| sections.member_within(members?, names, &unnamed, DEPTH))
+    let [sock, task, ..] = named.map(|found| found.map(|(number, _)| number));
+    let mut found = WANTED.iter().zip(named).map(|((_, names), found)| {
+        let (_, members) = found?;
+        let at = sections.member(members, names);
+        at.or_else(|| sections.member_within(members, names, &unnamed, DEPTH))
     });
     let mut next = || found.next().flatten();
     let mut offsets = Offsets {
         sk_uid: next(),
         task_flags: next(),
         program: None,
+        casts: None,
     };
+    if let (Some(function), Some(sock), Some(task), Some(task_cred), Some(cred_uid)) =
+        (function, sock, task, next(), next())
+    {
+        offsets.casts = Some(Casts {
+            function,
+            sock,
+            task,
+            task_cred,
+            cred_uid,
+        });
+    }
     // Each is taken, also where one before it is missing.
     let mut rest = [None; 9];
     rest.fill_with(next);
@@ -125,6 +165,9 @@ struct Sections<'a> {
 const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
+const KIND_FUNC: u32 = 12;
+/// The function that only tells the verifier of what type a pointer is.
+const CAST: &[u8] = b"bpf_rdonly_cast";
 /// How deep structures without a name are looked into.
 const DEPTH: usize = 4;
 
@@ -140,9 +183,9 @@ impl<'a> Sections<'a> {
         })
     }
 
-    /// Calls `each` with the type's number, the name and the members of every structure and union; nothing where the
-    /// blob is not well formed.
-    fn structures(&self, mut each: impl FnMut(u32, &[u8], &'a [u8])) -> Option<()> {
+    /// Calls `each` with the type's number, kind, the place of its name and the members of every structure, union and
+    /// function; nothing where the blob is not well formed.
+    fn each(&self, mut each: impl FnMut(u32, u32, u32, &'a [u8])) -> Option<()> {
         let mut rest = self.types;
         let mut number = 0;
         while !rest.is_empty() {
@@ -160,8 +203,8 @@ impl<'a> Sections<'a> {
             let members = rest.get(12..12 + extra)?;
             // The first is number 1, as 0 is void.
             number += 1;
-            if matches!(kind, KIND_STRUCT | KIND_UNION) {
-                each(number, self.string(name)?, members);
+            if matches!(kind, KIND_STRUCT | KIND_UNION | KIND_FUNC) {
+                each(number, kind, name, members);
             }
             rest = rest.get(12 + extra..)?;
         }
@@ -194,6 +237,14 @@ impl<'a> Sections<'a> {
         })
     }
 
+    /// Whether that is the string at an offset.
+    fn is(&self, offset: u32, string: &[u8]) -> bool {
+        let from = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.strings.get(offset..));
+        from.is_some_and(|from| from.strip_prefix(string).is_some_and(|rest| rest.first() == Some(&0)))
+    }
+
     fn string(&self, offset: u32) -> Option<&'a [u8]> {
         let from = self.strings.get(usize::try_from(offset).ok()?..)?;
         from.split(|byte| *byte == 0).next()
@@ -220,6 +271,9 @@ mod tests {
             );
             assert!(found.task_flags.is_some_and(|at| at > 0 && at < 4000), "{found:?}");
             assert!(found.program.is_some(), "{found:?}");
+            // Linux 6.2.
+            let has_cast = fs::read_to_string("/proc/kallsyms").is_ok_and(|all| all.contains(" bpf_rdonly_cast\n"));
+            assert_eq!(found.casts.is_some(), has_cast, "{found:?}");
         } else {
             assert_eq!(found, Offsets::default());
         }
@@ -265,6 +319,7 @@ mod tests {
                 sk_uid,
                 task_flags,
                 program: None,
+                casts: None,
             };
             assert_eq!(find(&blob(structures)), Some(expected), "{structures:?}");
         };

@@ -18,7 +18,7 @@ use aya_obj::{Object, generated::bpf_insn, maps::PinningType};
 
 use super::{
     BackendError,
-    btf::{self, Offsets, ProgramOffsets},
+    btf::{self, Casts, Offsets, ProgramOffsets},
     image::KernelVisibility,
     links::{HOOKS, Hook, load_error},
     sys,
@@ -30,7 +30,8 @@ pub(super) static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OU
 /// What this kernel lets the programs see. What it withholds costs only itself (D3).
 #[derive(Debug)]
 pub(super) struct Sight {
-    /// `program` is none where a task can only be read with [`Sight::reads`].
+    /// `program` is none where a task can only be read with [`Sight::reads`], and `casts` where the verifier does not
+    /// take them.
     offsets: Offsets,
     /// Whether `bpf_get_current_task_btf` is to be had.
     typed: bool,
@@ -48,7 +49,8 @@ impl Sight {
         let has = |helper| is_helper_supported(ProgramType::CgroupSockAddr, helper);
         // Where the kernel cannot tell whether it has the helper, the slower way does.
         let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
-        if !typed {
+        offsets.casts = casts(&offsets);
+        if !typed && offsets.casts.is_none() {
             offsets.program = None;
         }
         Ok(Self {
@@ -64,20 +66,26 @@ impl Sight {
     }
 
     pub(super) fn sees(&self) -> KernelVisibility {
-        let Offsets { sk_uid, task_flags, .. } = self.offsets;
+        let Offsets {
+            sk_uid,
+            task_flags,
+            casts,
+            ..
+        } = self.offsets;
         KernelVisibility {
             tcp_owner: sk_uid.is_some(),
-            other_owner: sk_uid.is_some() && self.reads,
-            threads: task_flags.is_some() && (self.typed || self.reads),
+            other_owner: sk_uid.is_some() && (casts.is_some() || self.reads),
+            threads: task_flags.is_some() && (casts.is_some() || self.typed || self.reads),
         }
     }
 
     /// What the programs are told of it, by the names of their constants.
-    fn globals(&self, log_level: u8) -> [(&'static str, Vec<u8>); 12] {
+    fn globals(&self, log_level: u8) -> [(&'static str, Vec<u8>); 16] {
         let Offsets {
             sk_uid,
             task_flags,
             program,
+            casts,
         } = self.offsets;
         // No structure begins with what is looked for.
         let [sk_uid, task_flags] = [sk_uid, task_flags].map(Option::unwrap_or_default);
@@ -90,6 +98,7 @@ impl Sight {
             dentry_name,
             dentry_inline,
         } = program.unwrap_or_default();
+        let casts = casts.unwrap_or_default();
         let [typed, reads] = [self.typed, self.reads].map(u32::from);
         let word = |value: u32| value.to_ne_bytes().to_vec();
         [
@@ -104,14 +113,28 @@ impl Sight {
             ("DENTRY_NAME_OFFSET", word(dentry_name)),
             ("DENTRY_INLINE_OFFSET", word(dentry_inline)),
             ("READS_KERNEL", word(reads)),
+            ("SOCK_TYPE", word(casts.sock)),
+            ("TASK_TYPE", word(casts.task)),
+            ("TASK_CRED_OFFSET", word(casts.task_cred)),
+            ("CRED_UID_OFFSET", word(casts.cred_uid)),
             (aya_log::LEVEL, vec![log_level]),
         ]
     }
 }
 
+/// The casts that the verifier takes here.
+fn casts(offsets: &Offsets) -> Option<Casts> {
+    offsets.casts.filter(|casts| sys::try_cast(casts).is_ok())
+}
+
+/// Whether programs see the owners of sockets that are not TCP's, where they see any.
+pub(crate) fn sees_other_owners() -> Result<bool, aya::programs::ProgramError> {
+    Ok(reads_kernel()? || btf::offsets().is_ok_and(|offsets| casts(&offsets).is_some()))
+}
+
 /// Whether programs may read the kernel's memory. Old kernels hand out the helper under `lockdown=confidentiality` too,
 /// and have each call fail.
-pub(crate) fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
+fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
     let locked =
         std::fs::read_to_string("/sys/kernel/security/lockdown").is_ok_and(|text| text.contains("[confidentiality]"));
     let has = is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_probe_read_kernel);
@@ -169,8 +192,12 @@ impl Programs {
         object.relocate_calls(&sections).map_err(|error| broken(&error))?;
         let programs = object.programs.iter().filter_map(|(name, program)| {
             let function = object.functions.get(&program.function_key())?;
+            let mut instructions = function.instructions.clone();
+            if let Some(casts) = sight.offsets.casts {
+                sys::insert_casts(&mut instructions, casts.function);
+            }
             let program = Program {
-                instructions: function.instructions.clone(),
+                instructions,
                 loaded: None,
             };
             Some((name.clone(), program))

@@ -52,7 +52,7 @@ pub(crate) enum SocketUsers {
     /// None: the kernel has no BTF.
     #[default]
     None,
-    /// Those of TCP (`lockdown=confidentiality`).
+    /// Those of TCP (`lockdown=confidentiality` before Linux 6.2).
     Tcp,
     /// All.
     All,

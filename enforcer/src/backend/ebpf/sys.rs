@@ -49,7 +49,7 @@ use nix::{
 pub(crate) use self::{
     map::{Batch, ElementOp, Map},
     programs::{Attached, attached, load_program, program_id, program_maps},
-    trial::{CONNECT4, MapKind, load_passing, try_batch, try_map},
+    trial::{CONNECT4, MapKind, insert_casts, load_passing, try_batch, try_cast, try_map},
 };
 
 /// What a link is attached to.

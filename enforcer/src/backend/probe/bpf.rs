@@ -27,7 +27,7 @@ pub(super) fn probe(place: TrialSite<'_>, facts: &mut Facts) {
     facts.set(Feature::BatchOperations, Fact::from_errno(sys::try_batch()));
     facts.set(Feature::CgroupSockAddr, Fact::from_errno(sys::load_passing().map(drop)));
     facts.set(Feature::SocketOwner, socket_owner());
-    facts.set(Feature::KernelReads, kernel_reads());
+    facts.set(Feature::OtherOwners, other_owners());
     facts.set(
         Feature::NetnsCookie,
         match sys::netns_cookie() {
@@ -51,11 +51,11 @@ fn socket_owner() -> Fact {
     }
 }
 
-fn kernel_reads() -> Fact {
-    match ebpf::reads_kernel() {
+fn other_owners() -> Fact {
+    match ebpf::sees_other_owners() {
         Ok(true) => Fact::Supported,
         Ok(false) => Fact::Missing {
-            why: "the kernel refuses it (/sys/kernel/security/lockdown)".to_owned(),
+            why: "the kernel does not let programs read its memory (/sys/kernel/security/lockdown)".to_owned(),
         },
         Err(error) => Fact::Inconclusive(error.to_string()),
     }

@@ -18,7 +18,9 @@ const RECORD: usize = 4096;
 const STRUCTURE: usize = 1024;
 
 /// Members of the kernel's structures, by the globals that tell the programs where they are.
-pub(super) const OFFSETS: [(&str, u32); 9] = [
+pub(super) const OFFSETS: [(&str, u32); 11] = [
+    ("TASK_CRED_OFFSET", 888),
+    ("CRED_UID_OFFSET", 8),
     ("SK_UID_OFFSET", 528),
     ("TASK_FLAGS_OFFSET", 44),
     ("TASK_MM_OFFSET", 920),
@@ -202,6 +204,8 @@ pub(super) struct Task {
     pub(super) netns: u64,
     /// Whether the socket is TCP's.
     pub(super) tcp: bool,
+    /// Whether the kernel has casts.
+    pub(super) casts: bool,
 }
 
 /// Maps, memory and who connects.
@@ -222,15 +226,28 @@ pub(super) struct Kernel {
 
 impl Kernel {
     pub(super) fn new(who: Task) -> Result<Self> {
-        let [sk_uid, flags, mm, exe, file_dentry, parent, length, name, inline] =
-            OFFSETS.map(|(_, offset)| offset as usize);
+        let [
+            cred,
+            cred_uid,
+            sk_uid,
+            flags,
+            mm,
+            exe,
+            file_dentry,
+            parent,
+            length,
+            name,
+            inline,
+        ] = OFFSETS.map(|(_, offset)| offset as usize);
         let new = || Memory::new(STRUCTURE);
         let (socket, structure) = (new(), new());
         socket.put(sk_uid, &who.owner.to_ne_bytes())?;
         structure.put(flags, &0_u32.to_ne_bytes())?;
-        let (memory, file, dentries) = (new(), new(), PROGRAM.map(|_| new()));
+        let (credentials, memory, file, dentries) = (new(), new(), new(), PROGRAM.map(|_| new()));
+        credentials.put(cred_uid, &who.uid.to_ne_bytes())?;
         let point = |from: &Memory, offset, to: u64| from.put(offset, &to.to_ne_bytes());
         let [last, .., root] = &dentries;
+        point(&structure, cred, credentials.address())?;
         point(&structure, mm, memory.address())?;
         point(&memory, exe, file.address())?;
         point(&file, file_dentry, last.address())?;
@@ -247,7 +264,7 @@ impl Kernel {
             context: new(),
             socket,
             structure,
-            program: dentries.into_iter().chain([memory, file]).collect(),
+            program: dentries.into_iter().chain([credentials, memory, file]).collect(),
             who,
             tally: Tally::default(),
             fault: None,

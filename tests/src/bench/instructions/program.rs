@@ -8,6 +8,7 @@ use aya_obj::{
     Object,
     generated::{BPF_PSEUDO_MAP_FD, BPF_PSEUDO_MAP_VALUE, bpf_insn},
 };
+use enforcer_ebpf::CAST;
 use rbpf::{EbpfVmRaw, ebpf::INSN_SIZE};
 
 use super::kernel::{self, HELPERS, Kernel, OFFSETS, Tally, Task};
@@ -52,6 +53,10 @@ pub(super) fn run(object: &[u8], name: &str, entries: Entries<'_>, who: Task, ca
         .collect();
     // The task is read by its type, and nothing is traced.
     globals.insert("TYPED_TASK", (&[1, 0, 0, 0], true));
+    if who.casts {
+        globals.insert("SOCK_TYPE", (&[1, 0, 0, 0], true));
+        globals.insert("TASK_TYPE", (&[1, 0, 0, 0], true));
+    }
     globals.insert("AYA_LOG_LEVEL", (&[0], true));
     object.patch_map_data(globals)?;
 
@@ -136,6 +141,11 @@ fn load_wide(register: u8, value: u64) -> [bpf_insn; 2] {
 /// Maps by their numbers, and their values by address, as the kernel makes it when it loads a program.
 fn addressed(instructions: &[bpf_insn], kernel: &Kernel) -> Result<Vec<bpf_insn>> {
     let mut all = instructions.to_vec();
+    // Of a cast the kernel makes `r0 = r1`.
+    let is_cast = |one: &&mut bpf_insn| one.code == (JUMP | CALL) && one.imm == CAST.cast_signed();
+    for cast in all.iter_mut().filter(is_cast) {
+        *cast = instruction(0xbf, (0, 1), 0, 0);
+    }
     let mut at = 0;
     while let Some([first, second]) = all.get_mut(at..at + 2) {
         if first.code == LOAD_WIDE {
@@ -250,6 +260,7 @@ mod tests {
             cgroups: &[1],
             netns: 1,
             tcp: true,
+            casts: true,
         };
         let kernel = Kernel::new(who)?;
         let instructions = counting(&program, kernel.stack.range().end)?;
