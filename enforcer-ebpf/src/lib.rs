@@ -254,8 +254,8 @@ pub mod flag {
     pub const NO_THREADS: u64 = 256;
 }
 
-/// Number of a helper that no kernel has: where the kernel has `bpf_rdonly_cast`, the loader makes each call of the one a
-/// call of the other, which takes a pointer and the number of a type and does nothing but tell the verifier.
+/// Number of a helper that no kernel has: where the kernel has `bpf_rdonly_cast`, the loader makes each call of the one
+/// a call of the other, which takes a pointer and the number of a type and does nothing but tell the verifier.
 pub const CAST: u32 = 0x7ffe;
 
 /// A target's name, padded with zeros. Aligned, so that it is copied by words.

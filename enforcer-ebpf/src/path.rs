@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use enforcer_ebpf::{COMPONENT_BYTES, EventRecord, MAX_COMPONENTS, eight_passes};
 
-use crate::{READS_KERNEL, TASK_TYPE, cast_task};
+use crate::structures::{READS_KERNEL, TASK_TYPE, cast_task};
 
 /// Bytes that names in a `struct dentry` itself have room for, on every kernel; one of them ends the name
 /// (`DNAME_INLINE_LEN`).

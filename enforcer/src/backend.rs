@@ -30,6 +30,7 @@ pub use ebpf::image::programs;
 pub(crate) use active_rules::ActiveRules;
 pub(crate) use ebpf::{
     BackendError, Checked, EbpfBackend, Lacking, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
+    Trace,
 };
 pub(crate) use nftables::{Logged, LoggedDenial, NflogListener, NftChanges, NftablesBackend, NftablesError, jobs};
 
@@ -393,8 +394,8 @@ impl Store for Enforcement {
         self.ebpf.as_ref().map_or(Ok(false), |kernel| kernel.take_knock(port))
     }
 
-    fn program_id(&self) -> Option<u32> {
-        self.ebpf.as_ref().and_then(EbpfBackend::program_id)
+    fn trace(&mut self) -> Option<Trace> {
+        self.ebpf.as_mut().and_then(EbpfBackend::trace)
     }
 
     fn trim_memory(&self) {

@@ -146,8 +146,8 @@ pub(crate) async fn run(path: &Path) -> Result<End, DaemonError> {
 async fn turn(mut daemon: Daemon, socket: ControlSocket) -> Result<End, DaemonError> {
     let (mut door, calls) = Door::open(socket);
     let mut sources = Sources::open(&mut daemon, calls)?;
-    if let Some(program) = daemon.enforcement.program_id() {
-        trace::start(program);
+    if let Some(trace) = daemon.enforcement.trace() {
+        trace::follow(trace);
     }
     daemon.enforcement.retire(daemon.inputs.settings());
     daemon.look_up_due(Instant::now());

@@ -33,7 +33,7 @@ use tracing::warn;
 pub(crate) use self::{
     error::BackendError,
     links::{LinkLook, LinksSeen},
-    load::sees_other_owners,
+    load::{Trace, sees_other_owners},
     observe::{Checked, Lacking, Observed, ObservedTarget, Pinned, SocketUsers},
     ring::Ring,
 };
@@ -390,11 +390,9 @@ impl EbpfBackend {
         sys::trim_memory();
     }
 
-    /// The id of a program, by which aya-log finds what all of them log.
-    pub(crate) fn program_id(&self) -> Option<u32> {
-        links::HOOKS
-            .iter()
-            .find_map(|hook| Some(self.programs.loaded(hook)?.id))
+    /// What the programs log. Returned once.
+    pub(crate) fn trace(&mut self) -> Option<Trace> {
+        self.programs.trace.take()
     }
 
     /// Removes all of ours from the kernel: links first, so that no program reads maps that are going.

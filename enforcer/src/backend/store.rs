@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use enforcer_ebpf::{DialRecord, EventRecord};
 
-use super::{BackendError, LinkLook, LinksSeen, NflogListener, Observed, Ring, Start};
+use super::{BackendError, LinkLook, LinksSeen, NflogListener, Observed, Ring, Start, Trace};
 use crate::{
     config::Settings,
     ruleset::RuleSet,
@@ -62,8 +62,8 @@ pub(crate) trait Store {
     fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError>;
     /// Whether others dialled a port after the one that was told.
     fn take_knock(&self, port: u16) -> Result<bool, BackendError>;
-    /// The id of a kernel program, by which aya-log finds what all of them log.
-    fn program_id(&self) -> Option<u32>;
+    /// What the kernel programs log, where they were loaded to. Returned once.
+    fn trace(&mut self) -> Option<Trace>;
     /// Gives back what loading has left behind.
     fn trim_memory(&self);
     /// Removes all of ours from the kernel.

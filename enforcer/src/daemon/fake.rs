@@ -10,7 +10,7 @@ use std::{
 
 use super::machine::Machine;
 use crate::{
-    backend::{BackendError, LinkLook, LinksSeen, NflogListener, Observed, ObservedTarget, Ring, Start, Store},
+    backend::{BackendError, LinkLook, LinksSeen, NflogListener, Observed, ObservedTarget, Ring, Start, Store, Trace},
     config::Settings,
     policy::Mode,
     ruleset::RuleSet,
@@ -226,7 +226,7 @@ impl Store for Fake {
         Ok(self.ready()?.knocks.remove(&port))
     }
 
-    fn program_id(&self) -> Option<u32> {
+    fn trace(&mut self) -> Option<Trace> {
         None
     }
 

@@ -4,8 +4,8 @@ use std::{
     collections::BTreeMap,
     error::Error,
     ffi::{CStr, CString},
-    io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    fmt, io, mem,
+    os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd},
     path::Path,
     thread,
 };
@@ -14,7 +14,9 @@ use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
+use aya_log::EbpfLogger;
 use aya_obj::{Object, generated::bpf_insn, maps::PinningType};
+use tracing::warn;
 
 use super::{
     BackendError,
@@ -148,6 +150,32 @@ pub(super) struct Programs {
     license: CString,
     /// The instructions name their descriptors.
     _maps: Vec<OwnedFd>,
+    /// Whether they are to log, and nobody has looked for that yet.
+    logs: bool,
+    /// What they log, until it is taken: found by the id of one of them, which a confined daemon may not do.
+    pub(super) trace: Option<Trace>,
+}
+
+/// What the programs log, to be flushed whenever it is readable.
+pub(crate) struct Trace(EbpfLogger<&'static dyn log::Log>);
+
+impl Trace {
+    /// Hands on what has been logged.
+    pub(crate) fn flush(&mut self) {
+        self.0.flush();
+    }
+}
+
+impl AsRawFd for Trace {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl fmt::Debug for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Trace").field(&self.as_raw_fd()).finish()
+    }
 }
 
 #[derive(Debug)]
@@ -206,6 +234,8 @@ impl Programs {
             by_name: programs.collect(),
             license: object.license,
             _maps: maps.into_iter().map(|(_, fd, _)| fd).collect(),
+            logs: log_level > 0,
+            trace: None,
         })
     }
 
@@ -239,6 +269,13 @@ impl Programs {
         });
         for (hook, result) in results {
             let loaded = result.map_err(|error| load_error(hook, error.into()))?;
+            if mem::take(&mut self.logs) {
+                let trace = EbpfLogger::init_from_id(loaded.id);
+                self.trace = trace
+                    .inspect_err(|error| warn!("the programs' trace cannot be shown: {error}"))
+                    .ok()
+                    .map(Trace);
+            }
             if let Some(program) = self.by_name.get_mut(hook.name) {
                 program.loaded = Some(loaded);
             }
