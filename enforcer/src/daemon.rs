@@ -20,6 +20,7 @@ mod guard;
 mod history;
 mod jobs;
 mod journal;
+mod links;
 mod lookups;
 mod machine;
 mod recent;
@@ -29,6 +30,7 @@ mod rounds;
 mod save;
 mod sources;
 mod tally;
+mod ticks;
 mod trace;
 mod users;
 
@@ -102,8 +104,6 @@ struct Daemon {
     listed: Instant,
     lookups: JoinSet<PartialAnswer>,
     user_lookups: UserLookups,
-    /// At most one: it waits as long as the kernel makes it.
-    link_looks: JoinSet<LinksSeen>,
     /// The name and round of each lookup under way.
     under_way: HashMap<task::Id, (Name, u64)>,
     /// Whose answers count, and who waits for them.
@@ -247,7 +247,6 @@ impl Daemon {
             listed: Instant::now(),
             lookups: JoinSet::new(),
             user_lookups: UserLookups::new(),
-            link_looks: JoinSet::new(),
             under_way: HashMap::new(),
             feed: Feed::default(),
             history: History::new(),
@@ -304,6 +303,10 @@ impl Daemon {
             Wakeup::Swept(report) => self.swept(report),
             Wakeup::Tick => {
                 feed_watchdog();
+                // First: mostly the answer is there once the rest is done, and need not wake the loop.
+                if let Some(look) = self.enforcement.link_look() {
+                    sources.look_at_links(look);
+                }
                 if self.tick(sources.settings()) || sources.misses_some() {
                     return Step::Follow;
                 }
@@ -397,7 +400,6 @@ impl Daemon {
         } else {
             self.look_at_host();
         }
-        self.look_at_links();
         self.look_at_users();
         self.look_at_kept();
         self.look_at_kept_grants();
@@ -405,13 +407,6 @@ impl Daemon {
         self.identities.look_at_users();
         self.keep_denials();
         self.retry()
-    }
-
-    /// Has a thread look whether others have taken links away.
-    fn look_at_links(&mut self) {
-        if let Some(look) = self.enforcement.link_look().filter(|_| self.link_looks.is_empty()) {
-            self.link_looks.spawn_blocking(|| look.take());
-        }
     }
 
     fn links_seen(&mut self, seen: LinksSeen) {

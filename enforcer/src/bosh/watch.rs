@@ -21,7 +21,7 @@ const BUFFER: usize = 4096;
 /// Most events that are read at once: more than the kernel queues (`/proc/sys/fs/inotify/max_queued_events`).
 const MOST: usize = 1 << 15;
 
-/// How long nothing is heard after a look: anybody can make files in a directory like `/tmp`, as often as he likes
+/// How long nothing is heard after an event: anybody can make files in a directory like `/tmp`, as often as he likes
 /// (F10).
 const REST: Duration = Duration::from_millis(50);
 
@@ -32,7 +32,7 @@ pub struct Watch {
     mounts: Option<AsyncFd<File>>,
     watched: BTreeMap<PathBuf, WatchDescriptor>,
     seen: Option<Vec<Option<[i128; 7]>>>,
-    looked: Option<Instant>,
+    rest: Option<Instant>,
     due: Option<Instant>,
 }
 
@@ -50,7 +50,7 @@ impl Watch {
             mounts,
             watched: BTreeMap::new(),
             seen: None,
-            looked: None,
+            rest: None,
             due: None,
         };
         (watch, errors)
@@ -77,8 +77,9 @@ impl Watch {
     }
 
     async fn told(&mut self) {
-        if let Some(looked) = self.looked {
-            sleep_until(Some(looked + REST)).await;
+        if self.rest.is_some() {
+            sleep_until(self.rest).await;
+            self.rest = None;
         }
         tokio::select! {
             is_open = heard(self.events.as_mut()) => if !is_open {
@@ -86,6 +87,7 @@ impl Watch {
             },
             () = mounted(self.mounts.as_ref()) => {}
         }
+        self.rest = Some(Instant::now() + REST);
     }
 
     /// Whether the files may be others than at the last look. Follows directories that have come or gone.
@@ -95,7 +97,6 @@ impl Watch {
         let now = fingerprint(&self.dir);
         let changed = self.seen.as_ref() != Some(&now);
         self.seen = Some(now);
-        self.looked = Some(Instant::now());
         changed
     }
 

@@ -14,12 +14,12 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     task,
-    time::{Interval, MissedTickBehavior, interval, sleep, sleep_until},
+    time::{sleep, sleep_until},
 };
 
-use super::{About, Daemon, DaemonError, TICK, save::SaveResult, users::UserAnswers};
+use super::{About, Daemon, DaemonError, TICK, links::LinkLooks, save::SaveResult, ticks::Ticks, users::UserAnswers};
 use crate::{
-    backend::{LinksSeen, NflogListener, NftChanges, Ring},
+    backend::{LinkLook, LinksSeen, NflogListener, NftChanges, Ring},
     bosh::Watch,
     control::Call,
     host::LocalChanges,
@@ -90,7 +90,8 @@ pub(super) struct Sources {
     settings: Option<Watch>,
     calls: mpsc::Receiver<Call>,
     swept: mpsc::Receiver<SweepReport>,
-    tick: Interval,
+    ticks: Source<Ticks>,
+    links: LinkLooks,
     /// Some could not be opened.
     misses_some: bool,
 }
@@ -98,21 +99,18 @@ pub(super) struct Sources {
 impl Sources {
     /// Opens all of them but for the calls, and has sweeps made.
     pub(super) fn open(daemon: &mut Daemon, calls: mpsc::Receiver<Call>) -> Result<Self, DaemonError> {
-        let failed = |error| DaemonError::Io {
-            action: "watch local routes",
-            error,
-        };
+        let failed = |action| move |error| DaemonError::Io { action, error };
         let hangup = waited("SIGHUP", SignalKind::hangup())?;
         let ends = [
             waited("SIGTERM", SignalKind::terminate())?,
             waited("SIGINT", SignalKind::interrupt())?,
         ];
-        let routes = LocalChanges::subscribe().and_then(Source::of).map_err(failed)?;
+        let routes = LocalChanges::subscribe().and_then(Source::of);
+        let routes = routes.map_err(failed("watch local routes"))?;
         // Some may have changed before.
         daemon.look_at_routes();
         let (report, swept) = mpsc::channel(1);
-        let mut tick = interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let ticks = Ticks::every(TICK).and_then(Source::of);
         let sources = Self {
             hangup,
             ends,
@@ -127,7 +125,8 @@ impl Sources {
             settings: daemon.watch(None),
             calls,
             swept,
-            tick,
+            ticks: ticks.map_err(failed("start a timer"))?,
+            links: LinkLooks::default(),
             misses_some: false,
         };
         tokio::spawn(sweep::run(daemon.sweeps.clone(), report));
@@ -136,7 +135,7 @@ impl Sources {
 
     /// Waits until something happens.
     pub(super) async fn next(&mut self, daemon: &mut Daemon) -> Wakeup {
-        let due = daemon.next_due().unwrap_or_else(|| Instant::now() + TICK);
+        let due = daemon.next_due();
         let until_expiry = daemon.until_expiry();
         let keep = daemon.kept.due();
         let [terminate, interrupt] = &mut self.ends;
@@ -147,8 +146,8 @@ impl Sources {
                 _ = interrupt.recv() => return Wakeup::Stop,
                 Some(joined) = daemon.lookups.join_next_with_id() => return Wakeup::Answer(joined),
                 Some(Ok(found)) = daemon.user_lookups.under_way.join_next() => return Wakeup::Users(found),
-                Some(Ok(seen)) = daemon.link_looks.join_next() => return Wakeup::Links(seen),
-                () = sleep_until(due.into()) => return Wakeup::Due,
+                seen = self.links.next() => return Wakeup::Links(seen),
+                () = until(due) => return Wakeup::Due,
                 () = self.gather.over() => {}
                 () = self.routes.ready(), if !self.gather.is_on() => {
                     self.routes.take_all(|routes| routes.drain());
@@ -164,11 +163,14 @@ impl Sources {
                 () = self.logged.ready(), if !self.rest.is_on() => return Wakeup::Logged,
                 () = self.dials.ready() => return Wakeup::Dials,
                 () = changed(self.settings.as_mut()) => return Wakeup::Settings,
-                () = sleep_until(keep.unwrap_or(due).into()), if keep.is_some() => return Wakeup::Save,
+                () = until(keep) => return Wakeup::Save,
                 saved = daemon.kept.saved() => return Wakeup::Saved(saved),
                 () = sleep(until_expiry) => return Wakeup::Expiry,
                 Some(report) = self.swept.recv() => return Wakeup::Swept(report),
-                _ = self.tick.tick() => return Wakeup::Tick,
+                () = self.ticks.ready() => {
+                    self.ticks.take_all(Ticks::take);
+                    return Wakeup::Tick;
+                }
                 Some(call) = self.calls.recv() => return Wakeup::Call(call),
             }
         }
@@ -201,6 +203,11 @@ impl Sources {
     /// Has all dials taken.
     pub(super) fn take_dials(&mut self, take: impl FnOnce(&mut Ring<DialRecord>)) {
         self.dials.take_all(take);
+    }
+
+    /// Has a look at the links taken, unless one still is.
+    pub(super) fn look_at_links(&mut self, look: LinkLook) {
+        self.links.begin(look);
     }
 
     /// The watched settings of a BOSH agent.
@@ -306,10 +313,7 @@ impl Pause {
 
     /// Waits until it is over; for ever where there is none.
     async fn over(&mut self) {
-        match self.0 {
-            Some(until) => sleep_until(until.into()).await,
-            None => std::future::pending().await,
-        }
+        until(self.0).await;
         self.0 = None;
     }
 }
@@ -319,6 +323,14 @@ fn waited(name: &str, kind: SignalKind) -> Result<Signal, DaemonError> {
         action: "wait for signals",
         error: io::Error::new(error.kind(), format!("{name}: {error}")),
     })
+}
+
+/// Waits until then; for ever where that is never.
+async fn until(then: Option<Instant>) {
+    match then {
+        Some(then) => sleep_until(then.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits until settings may have changed; for ever where none are watched.
