@@ -57,6 +57,7 @@ mod subjects;
 mod surfaces;
 mod sweep;
 mod switching;
+mod table;
 mod takeover;
 mod translated;
 mod units;
@@ -138,7 +139,7 @@ files! {
     endurance, escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs,
     jobs_chain, kernel, kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables,
     parity, past_hooks, places, programs, retention, routes, schemas, squatting, states, subjects, surfaces, sweep,
-    switching, takeover, translated, units, verify, visibility, whole_host, writers
+    switching, table, takeover, translated, units, verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

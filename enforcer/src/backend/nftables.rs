@@ -5,15 +5,19 @@
 //! an established TCP connection is not touched.
 
 pub(crate) mod check;
+mod endpoints;
 mod error;
 pub(crate) mod expression;
 mod foreign;
+mod found;
 pub(crate) mod image;
+mod in_place;
 pub(crate) mod jobs;
 pub(crate) mod netlink;
 pub(crate) mod nflog;
 mod observe;
 pub(crate) mod others;
+mod reading;
 mod slot;
 #[cfg(test)]
 mod tests;
@@ -28,6 +32,7 @@ use tracing::warn;
 
 use self::{
     image::{Image, Loader},
+    in_place::{amendment, next_in_place},
     netlink::{Dump, Netlink, TableUpdate, TransactionError},
     observe::observe,
     slot::next_generation,
@@ -44,6 +49,7 @@ use crate::{
 pub(crate) use error::NftablesError;
 pub(crate) use netlink::NftChanges;
 pub(crate) use nflog::{Logged, LoggedDenial, NflogListener};
+pub(crate) use reading::{Reading, open, unload};
 
 /// The table, for the process that writes it.
 #[derive(Debug)]
@@ -145,18 +151,61 @@ impl NftablesBackend {
     /// Makes a rule set active, whole or not at all (F2). Returns its number: that of the active one if it is the same,
     /// else one greater than `above`.
     pub(crate) fn apply(&mut self, rules: &RuleSet, above: u64) -> Result<u64, NftablesError> {
-        let Some(Plan { image, before }) = self.plan(rules, above)? else {
-            return Ok(self.generation());
-        };
-        self.held = None;
-        let result = self.put(image, before.as_ref());
-        if matches!(result, Err(NftablesError::ReadBack { .. })) {
-            self.restore(before)?;
-        }
-        result.map(|()| {
+        let before = self.known()?;
+        if self.is_already(rules, before.as_ref()) {
             self.rules = Some(rules.clone());
-            self.generation()
-        })
+            return Ok(self.generation());
+        }
+        self.held = None;
+        let changed = match self.amend(rules, above, before.as_ref()) {
+            InPlace::Done => None,
+            InPlace::Failed => Some(self.read()?),
+            InPlace::Unsuitable => Some(None),
+        };
+        if let Some(changed) = changed {
+            let found = changed.as_ref().or(before.as_ref());
+            let active = found.map(|dump| number_of(Some(dump)).unwrap_or_default());
+            let image = self.lower(rules, next_generation(active, above));
+            let result = self.put(image, found);
+            if matches!(result, Err(NftablesError::ReadBack { .. })) {
+                self.restore(before)?;
+            }
+            result?;
+        }
+        self.rules = Some(rules.clone());
+        Ok(self.generation())
+    }
+
+    /// Whether the table is what a rule set asks for; if so, that is held.
+    fn is_already(&mut self, rules: &RuleSet, found: Option<&Dump>) -> bool {
+        let image = self.lower(rules, number_of(found).unwrap_or_default());
+        let same = found.filter(|dump| difference(&image, dump).is_none());
+        if let Some(dump) = same {
+            self.held = Some((image, dump.genid));
+        }
+        same.is_some()
+    }
+
+    /// Makes a rule set active by a small change in place, if that is all it takes.
+    fn amend(&mut self, rules: &RuleSet, above: u64, found: Option<&Dump>) -> InPlace {
+        let number = next_in_place(number_of(found).unwrap_or_default(), above);
+        let (Some(found), Some(number)) = (found.filter(|dump| !dump.dormant), number) else {
+            return InPlace::Unsuitable;
+        };
+        let image = self.lower(rules, number);
+        let Some(amendment) = amendment(&found.image, &image, &rules.nat64) else {
+            return InPlace::Unsuitable;
+        };
+        let sent = self.netlink.amend(&self.table, &image, &amendment, found.genid);
+        if sent.is_err() {
+            return InPlace::Failed;
+        }
+        // F3: what was written is read back, and nothing else has changed since all was.
+        let seen = self.netlink.is_amended(&self.table, &image, &amendment);
+        let genid = found.genid.wrapping_add(1);
+        let is_done = seen.is_ok_and(|seen| seen == (true, genid));
+        self.held = is_done.then_some((image, genid));
+        if is_done { InPlace::Done } else { InPlace::Failed }
     }
 
     /// Gives the active rules a number of at least this: beside eBPF it was eBPF's that counted.
@@ -168,22 +217,6 @@ impl NftablesBackend {
         let number = next_generation(number_of(before.as_ref()), least.saturating_sub(1));
         let image = self.lower(&rules, number);
         self.put(image, before.as_ref())
-    }
-
-    /// What the table is to become for a rule set; none where it is that already.
-    fn plan(&mut self, rules: &RuleSet, above: u64) -> Result<Option<Plan>, NftablesError> {
-        let before = self.known()?;
-        let number = number_of(before.as_ref()).unwrap_or_default();
-        let unchanged = self.lower(rules, number);
-        let same = before.as_ref().filter(|dump| difference(&unchanged, dump).is_none());
-        if let Some(dump) = same {
-            self.held = Some((unchanged, dump.genid));
-            self.rules = Some(rules.clone());
-            return Ok(None);
-        }
-        let active = before.as_ref().map(|_| number);
-        let image = self.lower(rules, next_generation(active, above));
-        Ok(Some(Plan { image, before }))
     }
 
     /// What the table holds, to be given to [`NftablesBackend::put_back`].
@@ -358,11 +391,13 @@ impl NftablesBackend {
     }
 }
 
-/// What a table is to become, and what it is.
-#[derive(Debug)]
-struct Plan {
-    image: Image,
-    before: Option<Dump>,
+/// What became of a small change.
+enum InPlace {
+    Done,
+    /// Whatever the table is now, it is to be replaced.
+    Failed,
+    /// It takes more than that, and nothing has been tried.
+    Unsuitable,
 }
 
 /// What a table held, and what that was made from.
@@ -370,73 +405,6 @@ struct Plan {
 pub(crate) struct TableBackup {
     before: Option<Dump>,
     rules: Option<RuleSet>,
-}
-
-/// The table for those who only read it; none where nothing of ours is there.
-pub(crate) fn open(table: &str) -> Result<Option<Reading>, NftablesError> {
-    let Some(mut netlink) = reach(table)? else {
-        return Ok(None);
-    };
-    Ok(dump(&mut netlink, table)?.filter(is_ours).map(Reading))
-}
-
-/// A way to ask `nf_tables`; none where the kernel has none, and so no table. That it may not be asked is an error:
-/// nothing is known then.
-fn reach(table: &str) -> Result<Option<Netlink>, NftablesError> {
-    match Netlink::open().and_then(|mut netlink| netlink.genid().map(|_| netlink)) {
-        Ok(netlink) => Ok(Some(netlink)),
-        Err(error) if is_missing(&error) => Ok(None),
-        Err(error) => Err(failed(table, "look for the table", error)),
-    }
-}
-
-/// What a kernel without netfilter says to the socket, and one without `nf_tables` to a question.
-fn is_missing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT | libc::EINVAL | libc::EOPNOTSUPP)
-    )
-}
-
-/// A table as read.
-#[derive(Debug)]
-pub(crate) struct Reading(Dump);
-
-impl Reading {
-    /// What is active.
-    #[must_use]
-    pub(crate) fn observe(&self) -> Observed {
-        observe(&self.0)
-    }
-
-    /// Whether no packet meets it.
-    pub(crate) fn is_dormant(&self) -> bool {
-        self.0.dormant
-    }
-
-    /// Leaves out what belongs to the slot that is not active.
-    pub(crate) fn forget_the_other_slot(&mut self) {
-        self.0.image.forget_the_other_slot();
-    }
-
-    /// The rules as read.
-    #[must_use]
-    pub(crate) fn image(&self) -> &Image {
-        &self.0.image
-    }
-}
-
-/// Removes the table if it is ours; false where there was none.
-pub(crate) fn unload(table: &str) -> Result<bool, NftablesError> {
-    let Some(mut netlink) = reach(table)? else {
-        return Ok(false);
-    };
-    if !dump(&mut netlink, table)?.as_ref().is_some_and(is_ours) {
-        return Ok(false);
-    }
-    let removed = netlink.remove(table);
-    removed.map_err(|TransactionError { step, error }| failed(table, &step, error))?;
-    Ok(true)
 }
 
 /// By its own account, or by chains that nobody else names so.

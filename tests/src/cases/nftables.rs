@@ -273,7 +273,7 @@ fn s5_nftables_denials_are_told() -> Result<()> {
 }
 
 /// Hammers while `work` goes on, more often than `attempts` each; nobody gets in, root is never refused.
-fn hammered(guarded: &Guarded, attempts: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
+pub(super) fn hammered(guarded: &Guarded, attempts: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let fire = guarded.world.path("fire");
     fs::write(&fire, "")?;
     let denied = guarded.attack(NOBODY)?.hammer(&fire)?;

@@ -274,7 +274,11 @@ fn verify_tells_a_table_that_was_changed() -> Result<()> {
             "nft set users",
             "extra",
         ),
-        ("flush map {table} endpoints4_{slot}", "nft set endpoints4", "missing"),
+        (
+            "flush set {table} hosts4_tcp_{port}_1_{slot}",
+            "nft set hosts4",
+            "missing",
+        ),
         ("flush chain {table} output", "nft chain output", "missing"),
         ("insert rule {table} output accept", "nft chain output", "changed"),
         ("add chain {table} theirs", "nft chains", "extra"),
@@ -291,6 +295,7 @@ fn verify_tells_a_table_that_was_changed() -> Result<()> {
             let command = what
                 .replace("{table}", &table(&ward.world))
                 .replace("{slot}", &slot(&ward)?.to_string())
+                .replace("{port}", &ward.world.port.to_string())
                 .replace("{{", "{")
                 .replace("}}", "}");
             ward.netns.nft(&command)?;
@@ -319,8 +324,14 @@ fn verify_asks_the_daemon_what_it_wants_now() -> Result<()> {
         .world
         .configure_one(&["tcp://10.1.2.3:4".to_owned()], r#"["root"]"#)?;
     let answer = verify(&named.world, 1)?;
-    tells(&answer, "endpoints", "missing")?;
-    tells(&answer, "endpoints", "extra")
+    // Each port has sets of its own.
+    let endpoints = if answer["backend"] == "nftables" {
+        "nft sets"
+    } else {
+        "endpoints"
+    };
+    tells(&answer, endpoints, "missing")?;
+    tells(&answer, endpoints, "extra")
 }
 
 fn verify_says_what_is_missing_and_what_it_cannot() -> Result<()> {

@@ -6,12 +6,14 @@ use enforcer_ebpf::Verdict as Outcome;
 
 use super::{
     Reading,
-    expression::{Expression, IPV4, IPV6, meta, prefix_of},
-    image::{Image, Value, chain, endpoint_key},
+    endpoints::{Service, family_of, octets, service_key},
+    expression::{Expression, meta},
+    image::{Element, Image, chain},
+    slot::Side,
 };
 use crate::{
     backend::{Checked, Lacking},
-    policy::{Nat64, translated},
+    policy::translated,
     ruleset::{Attempt, Subject},
     wire::PrincipalStatus,
 };
@@ -99,40 +101,28 @@ fn class_of<'i>(image: &'i Image, attempt: &Attempt) -> Option<&'i str> {
     if attempt.foreign_netns && (address.is_loopback() || !image.chains.contains_key(chain::FORWARD)) {
         return None; // D6, and forward = "allow"
     }
-    let judge = image.chains.get(&image.slot().judge());
-    let rules = judge.map_or(&[][..], |judge| &judge.rules);
-    let prefixes: Vec<Nat64> = rules
-        .iter()
-        .filter_map(|rule| prefix_of(&rule.expressions))
-        .map(Nat64::from_bytes)
-        .collect();
-    let translated = translated(&prefixes, address).and_then(|v4| class_at(image, attempt, v4.into()));
-    translated.or_else(|| class_at(image, attempt, address)) // D4
+    let key = service_key(Service {
+        protocol: attempt.protocol,
+        port: attempt.port,
+    });
+    let services = image.elements(&image.slot().services(Side::Local));
+    let service = services.iter().find(|service| service.key == key)?;
+    let mut lookups = image.lookups(service);
+    let hit = lookups.find(|lookup| {
+        let address = match lookup.prefix {
+            Some(prefix) => translated(&[prefix], address).map(IpAddr::V4), // D4
+            None => Some(address).filter(|address| family_of(*address) == lookup.family),
+        };
+        address.is_some_and(|address| holds(lookup.addresses, &octets(address)))
+    });
+    Some(hit?.class)
 }
 
-fn class_at<'i>(image: &'i Image, attempt: &Attempt, address: IpAddr) -> Option<&'i str> {
-    let key = endpoint_key(address, attempt.protocol, attempt.port);
-    let [single, ranges] = image.slot().endpoints(if address.is_ipv4() { IPV4 } else { IPV6 });
-    let elements = |name: &String| image.sets.get(name).map_or(&[][..], |set| &set.elements);
-    let found = elements(&single)
-        .binary_search_by(|element| element.key.cmp(&key))
-        .ok()
-        .and_then(|index| elements(&single).get(index));
-    let length = key.len() - 8;
-    let within = |element: &&super::image::Element| {
-        let (Some((first, rest)), Some((last, _)), Some((at, of))) = (
-            element.key.split_at_checked(length),
-            element.last.split_at_checked(length),
-            key.split_at_checked(length),
-        ) else {
-            return false;
-        };
-        rest == of && (first..=last).contains(&at)
-    };
-    match &found.or_else(|| elements(&ranges).iter().find(within))?.value {
-        Value::Goto(class) => Some(class),
-        Value::None => None,
-    }
+/// Whether sorted addresses, single ones or ranges, hold one.
+fn holds(addresses: &[Element], address: &[u8]) -> bool {
+    let after = addresses.partition_point(|element| element.key.as_slice() <= address);
+    let before = after.checked_sub(1).and_then(|index| addresses.get(index));
+    before.is_some_and(|element| element.key == address || element.last.as_slice() >= address)
 }
 
 /// Whom a target's chain returns for, as its rules say.

@@ -125,9 +125,8 @@ pub(crate) const UDP: u8 = 17;
 pub(crate) const VERDICT: u32 = 0;
 /// First register.
 pub(crate) const REGISTER: u32 = 1;
-/// Registers of the protocol and the port behind an IPv4 and an IPv6 address in register 1.
-const BEHIND4: (u32, u32) = (9, 10);
-const BEHIND6: (u32, u32) = (2, 13);
+/// The register behind the first four bytes of that.
+const BEHIND: u32 = 9;
 
 /// Only packets of a transport protocol.
 #[must_use]
@@ -294,12 +293,7 @@ pub(crate) fn address_in(family: u8, set: &str) -> Vec<Expression> {
     let (offset, length) = if family == IPV4 { (16, 4) } else { (24, 16) };
     let mut all = equal(meta::NFPROTO, vec![family]);
     all.extend([
-        Expression::Payload {
-            base: base::NETWORK,
-            offset,
-            length,
-            register: REGISTER,
-        },
+        payload(base::NETWORK, offset, length, REGISTER),
         Expression::Lookup {
             set: set.to_owned(),
             value: None,
@@ -308,23 +302,9 @@ pub(crate) fn address_in(family: u8, set: &str) -> Vec<Expression> {
     all
 }
 
-/// Looks the destination up in a map of endpoints to verdicts.
+/// Only packets to a NAT64 prefix and, in that, to an IPv4 address in a set (D4).
 #[must_use]
-pub(crate) fn destination(family: u8, endpoints: &str) -> Vec<Expression> {
-    let (offset, length, behind) = if family == IPV4 {
-        (16, 4, BEHIND4)
-    } else {
-        (24, 16, BEHIND6)
-    };
-    let mut all = equal(meta::NFPROTO, vec![family]);
-    all.push(payload(base::NETWORK, offset, length, REGISTER));
-    all.extend(endpoint_behind(behind, endpoints));
-    all
-}
-
-/// Looks the IPv4 address in a destination of a NAT64 prefix up in a map of IPv4 endpoints to verdicts (D4).
-#[must_use]
-pub(crate) fn translated_destination(prefix: [u8; 12], endpoints: &str) -> Vec<Expression> {
+pub(crate) fn translated_in(prefix: [u8; 12], set: &str) -> Vec<Expression> {
     let mut all = equal(meta::NFPROTO, vec![IPV6]);
     all.extend([
         payload(base::NETWORK, 24, 12, REGISTER),
@@ -333,20 +313,24 @@ pub(crate) fn translated_destination(prefix: [u8; 12], endpoints: &str) -> Vec<E
             value: prefix.to_vec(),
         },
         payload(base::NETWORK, 36, 4, REGISTER),
+        Expression::Lookup {
+            set: set.to_owned(),
+            value: None,
+        },
     ]);
-    all.extend(endpoint_behind(BEHIND4, endpoints));
     all
 }
 
-/// Looks an endpoint up, the address of which is read already: protocol and port go to the registers behind it.
-fn endpoint_behind((protocol, port): (u32, u32), endpoints: &str) -> [Expression; 3] {
-    [
+/// Looks protocol and port up in a map of services to verdicts.
+#[must_use]
+pub(crate) fn service_in(services: &str) -> Vec<Expression> {
+    vec![
         Expression::Meta {
             key: meta::L4PROTO,
-            register: protocol,
+            register: REGISTER,
         },
-        payload(base::TRANSPORT, 2, 2, port),
-        to_verdict(endpoints),
+        payload(base::TRANSPORT, 2, 2, BEHIND),
+        to_verdict(services),
     ]
 }
 
@@ -366,24 +350,31 @@ fn to_verdict(map: &str) -> Expression {
     }
 }
 
-/// The prefix of a rule that [`translated_destination`] made.
+/// The set, the NAT64 prefix if there is one, and the chain of a rule that looks an address up.
 #[must_use]
-pub(crate) fn prefix_of(rule: &[Expression]) -> Option<[u8; 12]> {
-    match rule {
-        [
-            _,
-            _,
-            Expression::Payload {
-                base: base::NETWORK,
-                offset: 24,
-                length: 12,
-                ..
-            },
-            Expression::Compare { equal: true, value },
-            ..,
-        ] => value.as_slice().try_into().ok(),
-        _ => None,
-    }
+pub(crate) fn lookup_of(rule: &[Expression]) -> Option<(u8, Option<[u8; 12]>, &str, &str)> {
+    let [
+        ..,
+        Expression::Lookup { set, value: None },
+        Expression::Verdict(NftVerdict::Goto(chain)),
+    ] = rule
+    else {
+        return None;
+    };
+    let prefix = rule.iter().find_map(|expression| {
+        let Expression::Compare { value, .. } = expression else {
+            return None;
+        };
+        value.as_slice().try_into().ok()
+    });
+    let is_made = |there: Vec<Expression>| rule.strip_suffix(&[goto(chain)]).is_some_and(|rule| rule == there);
+    let family = match prefix {
+        Some(prefix) => is_made(translated_in(prefix, set)).then_some(IPV6),
+        None => [IPV4, IPV6]
+            .into_iter()
+            .find(|family| is_made(address_in(*family, set))),
+    };
+    Some((family?, prefix, set, chain))
 }
 
 /// Looks the destination's port up in a map of ports to verdicts.
@@ -510,6 +501,12 @@ pub(crate) fn below_the_root() -> Vec<Expression> {
 #[must_use]
 pub(crate) fn goto(chain: &str) -> Expression {
     Expression::Verdict(NftVerdict::Goto(chain.to_owned()))
+}
+
+/// Only packets of a family.
+#[must_use]
+pub(crate) fn of_family(family: u8) -> Vec<Expression> {
+    equal(meta::NFPROTO, vec![family])
 }
 
 /// Only packets of which a property is this.

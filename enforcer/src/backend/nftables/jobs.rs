@@ -18,7 +18,7 @@ use super::{
     expression::{self as is, Expression, IPV4, IPV6, NftVerdict, REGISTER, TCP, base, meta},
     failed,
     netlink::{DumpedRule, Netlink, Steps, TransactionError, chain_message, inet, rule_message},
-    reach,
+    reading::reach,
 };
 use crate::{config::Settings, ruleset::Cgroup};
 

@@ -4,6 +4,7 @@
 //! A netlink request is answered before the call that sends it returns, so every answer is there to be read without
 //! waiting.
 
+mod amendment;
 mod attributes;
 mod dumps;
 mod expressions;
@@ -26,7 +27,10 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Rule as NlRule, set::Set as NlSet};
 use nix::sys::socket::{MsgFlags, NetlinkAddr, recv, sendmsg, setsockopt, sockopt};
 
-use self::messages::{AnyKey, Counter, build, make_chains, make_rules, make_sets};
+use self::{
+    amendment::begin_at,
+    messages::{AnyKey, Counter, build, make_chains, make_rules, make_sets},
+};
 use super::image::{Chain, Image, chain::ABOUT};
 
 pub(super) use self::{
@@ -215,13 +219,24 @@ impl Netlink {
 
     /// Sends a batch, which the kernel carries out whole or not at all.
     pub(super) fn commit(&mut self, steps: Steps) -> Result<(), TransactionError> {
+        self.commit_at(steps, None)
+    }
+
+    /// As [`Netlink::commit`], only if no table has changed since a generation of all of `nf_tables`.
+    fn commit_at(&mut self, steps: Steps, genid: Option<u32>) -> Result<(), TransactionError> {
         let failed = |error| TransactionError {
             step: String::new(),
             error,
         };
         let Steps { batch, names } = steps;
         let batch: FinalizedBatch = batch.finalize();
-        let pages: Vec<IoSlice<'_>> = batch.iter().map(IoSlice::new).collect();
+        let mut pages: Vec<&[u8]> = batch.iter().collect();
+        let begin = genid.and_then(|genid| begin_at(pages.first()?, genid));
+        if let (Some((begin, rest)), Some(first)) = (&begin, pages.first_mut()) {
+            *first = rest;
+            pages.insert(0, begin);
+        }
+        let pages: Vec<IoSlice<'_>> = pages.into_iter().map(IoSlice::new).collect();
         let length: usize = pages.iter().map(|page| page.len()).sum();
         let room = |bytes: usize| bytes.min(i32::MAX as usize / 2);
         // Beyond the host's limits (`net.core.wmem_max`) only for root of the host: root of a user namespace, such as a
@@ -301,14 +316,27 @@ impl Netlink {
         kind: i32,
         flags: u16,
         within: &[(u16, &str)],
+        each: impl FnMut(u8, Attributes<'_>),
+    ) -> io::Result<()> {
+        let name = |(number, name): &(u16, &str)| DefaultNla::new(*number, text(name).into_bytes_with_nul());
+        let attributes = within.iter().map(name).collect();
+        self.ask_of(family, kind, flags, attributes, each)
+    }
+
+    /// As [`Netlink::ask`], within attributes of any kind.
+    pub(super) fn ask_of(
+        &mut self,
+        family: u8,
+        kind: i32,
+        flags: u16,
+        attributes: Vec<DefaultNla>,
         mut each: impl FnMut(u8, Attributes<'_>),
     ) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
         let sequence = self.sequence;
-        let name = |(number, name): &(u16, &str)| DefaultNla::new(*number, text(name).into_bytes_with_nul());
         let request = NfTablesMessage::Other {
             message_type: u8::try_from(kind).unwrap_or_default(),
-            attributes: within.iter().map(name).collect(),
+            attributes,
         };
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | flags;

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use enforcer_ebpf::Counters;
 
 use super::{
-    Observed, ObservedTarget, SocketUsers, check, expression,
+    Observed, ObservedTarget, SocketUsers, check,
     image::{self, Header},
     netlink::Dump,
+    slot::Side,
 };
 use crate::wire::ConditionId;
 
@@ -21,13 +22,11 @@ pub(super) fn observe(dump: &Dump) -> Observed {
         log: None,
     });
     let mut per_class: BTreeMap<&str, u64> = BTreeMap::new();
-    let slot = image.slot();
-    let maps = [expression::IPV4, expression::IPV6].map(|family| slot.endpoints(family));
-    let endpoints = maps.iter().flatten().filter_map(|name| image.sets.get(name));
-    for element in endpoints.flat_map(|set| &set.elements) {
-        if let image::Value::Goto(class) = &element.value {
-            *per_class.entry(class).or_default() += 1;
-        }
+    let services = image.elements(&image.slot().services(Side::Local));
+    let lookups = services.iter().flat_map(|service| image.lookups(service));
+    // Sets of IPv4 addresses are looked up once more for each NAT64.
+    for lookup in lookups.filter(|lookup| lookup.prefix.is_none()) {
+        *per_class.entry(lookup.class).or_default() += lookup.addresses.len() as u64;
     }
     let count = |name: &String| dump.counts.get(name).copied().unwrap_or_default();
     let targets = image.targets().into_iter().map(|target| {

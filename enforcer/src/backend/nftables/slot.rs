@@ -3,8 +3,12 @@
 
 use std::fmt;
 
-use super::{expression::IPV4, image::UNREADABLE};
-use crate::backend::HIGHEST_GENERATION;
+use super::{
+    endpoints::{AddressSet, Service},
+    expression::IPV4,
+    image::UNREADABLE,
+};
+use crate::{backend::HIGHEST_GENERATION, policy::Protocol};
 
 /// The number of a generation that is built beside the active one, in the slot that this does not use: greater than its
 /// number, and than `above`.
@@ -104,7 +108,7 @@ impl Slot {
         format!("strays_{self}")
     }
 
-    /// The addresses of all endpoints of a family.
+    /// Finds out whether a packet of a family goes to an endpoint's address.
     #[must_use]
     pub(crate) fn addresses(self, family: u8) -> String {
         format!("addresses{}_{self}", version(family))
@@ -122,18 +126,51 @@ impl Slot {
         format!("{UNREADABLE}_{self}")
     }
 
-    /// The map of single endpoints, and that of ranges that do not overlap, to classes.
+    /// The map of services to their chains.
     #[must_use]
-    pub(crate) fn endpoints(self, family: u8) -> [String; 2] {
-        ["endpoints", "ranges"].map(|what| format!("{what}{}_{self}", version(family)))
+    pub(crate) fn services(self, side: Side) -> String {
+        format!("{side}services_{self}")
     }
 
-    /// The same to refusals: the kernel does not let a forwarded packet come near a rule that asks for a socket's
-    /// cgroup.
+    /// Looks the address up, of a packet for a service.
     #[must_use]
-    pub(crate) fn forwarded(self, family: u8) -> [String; 2] {
-        self.endpoints(family).map(|name| format!("forwarded_{name}"))
+    pub(crate) fn service(self, side: Side, service: Service) -> String {
+        format!("{side}service_{}_{self}", named(service))
     }
+
+    /// A set of addresses of a class with a number.
+    #[must_use]
+    pub(crate) fn set(self, set: &AddressSet, class: u32) -> String {
+        let what = if set.ranges { "ranges" } else { "hosts" };
+        format!("{what}{}_{}_{class}_{self}", version(set.family), named(set.service))
+    }
+}
+
+/// Which packets a chain is for. The kernel does not let a forwarded packet come near a rule that asks for a socket's
+/// cgroup, so that its chains lead to refusals, and not to classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Those of sockets of this network namespace.
+    Local,
+    /// Those of others.
+    Forwarded,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "",
+            Self::Forwarded => "forwarded_",
+        })
+    }
+}
+
+fn named(service: Service) -> String {
+    let protocol = match service.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    format!("{protocol}_{}", service.port)
 }
 
 fn version(family: u8) -> u8 {

@@ -187,22 +187,20 @@ impl fmt::Debug for Key<'_> {
                 key.first_chunk().map_or(0, |port| u16::from_be_bytes(*port))
             ),
             SetKind::Addresses { .. } => range(f),
-            SetKind::Endpoints { .. } => {
-                // As `endpoint_key` has it: the address, four bytes with the protocol, four with the port.
-                let [protocol, _, _, _, high, low, _, _] = key.last_chunk().copied().unwrap_or_default();
-                f.write_str(if protocol == TCP { "tcp " } else { "udp " })?;
-                range(f)?;
+            SetKind::Services => {
+                let [protocol, _, _, _, high, low, _, _] = key.first_chunk().copied().unwrap_or_default();
+                f.write_str(if protocol == TCP { "tcp" } else { "udp" })?;
                 write!(f, " port {}", u16::from_be_bytes([high, low]))
             }
         }
     }
 }
 
-/// The address that a key begins with.
+/// The address that a key is.
 fn address(key: &[u8]) -> Option<String> {
     match key.len() {
-        4 | 12 => key.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets).to_string()),
-        16 | 24 => key
+        4 => key.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets).to_string()),
+        16 => key
             .first_chunk::<16>()
             .map(|octets| Ipv6Addr::from(*octets).to_string()),
         _ => None,
@@ -221,7 +219,7 @@ impl PartialEq for Entry<'_> {
 impl fmt::Debug for Entry<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0.element.value {
-            Value::Goto(chain) => write!(f, "to chain {chain}"),
+            Value::Goto(chain) | Value::Jump(chain) => write!(f, "to chain {chain}"),
             Value::None => fmt::Debug::fmt(&self.0, f),
         }
     }

@@ -117,22 +117,28 @@ fn table(counters: &[&str], rules: Vec<Vec<Expression>>, hooks: &[u32]) -> Image
     image
 }
 
-/// A map of endpoints, and a rule that looks a destination up in it.
+/// A map of services or a set of ranges of addresses, and a rule that looks a destination up in it.
 fn map(ranges: bool) -> Image {
     const SET: &str = "endpoints";
-    let mut image = table(&[], vec![is::destination(IPV4, SET)], &[]);
-    image.chains.insert("class".to_owned(), Chain::default());
-    // Address, protocol and port, each filled up to four bytes.
-    let key = |last: u8| vec![192, 0, 2, last, 6, 0, 0, 0, 0, 1, 0, 0];
-    let element = Element {
-        key: key(1),
-        last: if ranges { key(9) } else { Vec::new() },
-        value: Value::Goto("class".to_owned()),
+    const CLASS: &str = "class";
+    let (kind, rule, element) = if ranges {
+        let kind = SetKind::Addresses { family: IPV4, ranges };
+        let range = ([192, 0, 2, 1], [192, 0, 2, 9]);
+        let element = (range.0.to_vec(), range.1.to_vec(), Value::None);
+        (kind, is::address_in(IPV4, SET), element)
+    } else {
+        // Protocol and port, each filled up to four bytes.
+        let element = (
+            vec![TCP, 0, 0, 0, 0, 1, 0, 0],
+            Vec::new(),
+            Value::Jump(CLASS.to_owned()),
+        );
+        (SetKind::Services, is::service_in(SET), element)
     };
-    let set = Set {
-        kind: SetKind::Endpoints { family: IPV4, ranges },
-        elements: vec![element],
-    };
-    image.sets.insert(SET.to_owned(), set);
+    let mut image = table(&[], vec![rule], &[]);
+    image.chains.insert(CLASS.to_owned(), Chain::default());
+    let (key, last, value) = element;
+    let elements = vec![Element { key, last, value }];
+    image.sets.insert(SET.to_owned(), Set { kind, elements });
     image
 }

@@ -87,6 +87,7 @@ pub(crate) mod nfta {
     pub(crate) const SET_TABLE: u16 = 1;
     pub(crate) const SET_NAME: u16 = 2;
     pub(crate) const SET_FLAGS: u16 = 3;
+    pub(crate) const SET_KEY_TYPE: u16 = 4;
     pub(crate) const SET_KEY_LEN: u16 = 5;
     pub(crate) const SET_ELEM_LIST_TABLE: u16 = 1;
     pub(crate) const SET_ELEM_LIST_SET: u16 = 2;
@@ -94,7 +95,6 @@ pub(crate) mod nfta {
     pub(crate) const SET_ELEM_KEY: u16 = 1;
     pub(crate) const SET_ELEM_DATA: u16 = 2;
     pub(crate) const SET_ELEM_FLAGS: u16 = 3;
-    pub(crate) const SET_ELEM_KEY_END: u16 = 10;
     pub(crate) const OBJ_TABLE: u16 = 1;
     pub(crate) const OBJ_NAME: u16 = 2;
     pub(crate) const OBJ_TYPE: u16 = 3;

@@ -8,7 +8,7 @@ use super::{
     Dump, INET, NFT_OBJECT_COUNTER, Netlink,
     attributes::{Attributes, nfta},
     expressions::expressions,
-    messages::INTERVAL_END,
+    messages::{INTERVAL_END, IPV4_ADDR},
 };
 use crate::backend::nftables::{
     expression::{IPV4, IPV6},
@@ -157,16 +157,14 @@ impl Netlink {
         self.dump(libc::NFT_MSG_GETSET, &[(nfta::SET_TABLE, table)], |set| {
             if set.text(nfta::SET_TABLE) == table {
                 let ranges = set.number(nfta::SET_FLAGS) & libc::NFT_SET_INTERVAL.unsigned_abs() != 0;
-                let kind = match (set.number(nfta::SET_KEY_LEN), ranges) {
-                    (4, true) => SetKind::Addresses { family: IPV4 },
-                    (16, true) => SetKind::Addresses { family: IPV6 },
+                let is_map = set.number(nfta::SET_FLAGS) & libc::NFT_SET_MAP.unsigned_abs() != 0;
+                let kind = match (set.number(nfta::SET_KEY_LEN), set.number(nfta::SET_KEY_TYPE)) {
                     (2, _) => SetKind::Ports,
-                    (4, false) => SetKind::Users,
+                    (4, IPV4_ADDR) => SetKind::Addresses { family: IPV4, ranges },
+                    (4, _) => SetKind::Users,
+                    (8, _) if is_map => SetKind::Services,
                     (8, _) => SetKind::Cgroups,
-                    (length, ranges) => SetKind::Endpoints {
-                        family: if length == 12 { IPV4 } else { IPV6 },
-                        ranges,
-                    },
+                    (..) => SetKind::Addresses { family: IPV6, ranges },
                 };
                 found.push((set.text(nfta::SET_NAME), kind));
             }
@@ -179,7 +177,7 @@ impl Netlink {
         let within = [(nfta::SET_ELEM_LIST_TABLE, table), (nfta::SET_ELEM_LIST_SET, set)];
         self.dump(libc::NFT_MSG_GETSETELEM, &within, |message| {
             for object in message.list(nfta::SET_ELEM_LIST_ELEMENTS) {
-                if let SetKind::Addresses { .. } = kind {
+                if let SetKind::Addresses { ranges: true, .. } = kind {
                     let ends = object.number(nfta::SET_ELEM_FLAGS) & INTERVAL_END != 0;
                     bounds.push((object.data(nfta::SET_ELEM_KEY), ends));
                 } else {
@@ -209,22 +207,23 @@ impl Netlink {
     }
 }
 
-fn element(object: Attributes<'_>, kind: SetKind) -> Element {
+pub(super) fn element(object: Attributes<'_>, kind: SetKind) -> Element {
     let value = match kind {
         SetKind::Addresses { .. } | SetKind::Users | SetKind::Cgroups => Value::None,
-        SetKind::Endpoints { .. } | SetKind::Ports => {
+        SetKind::Services | SetKind::Ports => {
             let verdict = object.inside(nfta::SET_ELEM_DATA).inside(nfta::DATA_VERDICT);
             let chain = verdict.text(nfta::VERDICT_CHAIN);
-            // Ours never come back from there. Any other verdict is none of ours.
+            // Any other verdict is none of ours.
             match verdict.number(nfta::VERDICT_CODE).cast_signed() {
                 libc::NFT_GOTO => Value::Goto(chain),
+                libc::NFT_JUMP => Value::Jump(chain),
                 code => Value::Goto(format!("verdict {code} {chain}")),
             }
         }
     };
     Element {
         key: object.data(nfta::SET_ELEM_KEY),
-        last: object.data(nfta::SET_ELEM_KEY_END),
+        last: Vec::new(),
         value,
     }
 }

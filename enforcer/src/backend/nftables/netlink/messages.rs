@@ -30,6 +30,13 @@ use crate::backend::nftables::{
 /// `NFT_SET_ELEM_INTERVAL_END`.
 pub(super) const INTERVAL_END: u32 = 1;
 
+/// Numbers of nft's datatypes.
+pub(super) const IPV4_ADDR: u32 = 7;
+const IPV6_ADDR: u32 = 8;
+/// Addresses for which a set of single ones has room, beside an eighth of those that it is made with: with its size
+/// given, the kernel takes its fastest hash, which does not grow.
+const TO_COME: usize = 64;
+
 /// A batch whose steps have names, for messages.
 pub(crate) struct Steps {
     pub(super) batch: Batch,
@@ -179,36 +186,27 @@ impl SetKey for AnyKey {
 }
 
 pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) -> NlSet<'t, AnyKey> {
-    const IPV4_ADDR: u32 = 7;
-    const IPV6_ADDR: u32 = 8;
     const PROTOCOL: u32 = 12;
     const SERVICE: u32 = 13;
     const UID: u32 = 24;
     const CGROUP: u32 = 46;
     let mut message = NlSet::<AnyKey>::new_named(&text(name), id, table, ProtoFamily::Inet);
     let object = message.as_ptr().as_ptr();
-    let concatenation = |address: u32| address << 12 | PROTOCOL << 6 | SERVICE;
     let (mut flags, mut key, mut length) = (0, UID, 4);
     match set.kind {
-        SetKind::Endpoints { family, ranges } => {
-            (key, length) = if family == IPV4 {
-                (concatenation(IPV4_ADDR), 12)
-            } else {
-                (concatenation(IPV6_ADDR), 24)
-            };
+        SetKind::Services => {
+            (key, length) = (PROTOCOL << 6 | SERVICE, 8);
             flags |= libc::NFT_SET_MAP;
-            if ranges {
-                // NFT_SET_CONCAT
-                flags |= libc::NFT_SET_INTERVAL | 0x80;
-            }
         }
-        SetKind::Addresses { family } => {
+        SetKind::Addresses { family, ranges } => {
             (key, length) = if family == IPV4 {
                 (IPV4_ADDR, 4)
             } else {
                 (IPV6_ADDR, 16)
             };
-            flags |= libc::NFT_SET_INTERVAL;
+            if ranges {
+                flags |= libc::NFT_SET_INTERVAL;
+            }
         }
         SetKind::Ports => {
             (key, length) = (SERVICE, 2);
@@ -217,10 +215,11 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
         SetKind::Users => {}
         SetKind::Cgroups => (key, length) = (CGROUP, 8),
     }
-    // A range of addresses is two elements to the kernel.
     let elements = match set.kind {
-        SetKind::Addresses { .. } => set.elements.len() * 2,
-        SetKind::Endpoints { .. } | SetKind::Ports | SetKind::Users | SetKind::Cgroups => set.elements.len(),
+        // A range of addresses is two elements to the kernel.
+        SetKind::Addresses { ranges: true, .. } => set.elements.len() * 2,
+        SetKind::Addresses { ranges: false, .. } => set.elements.len() + set.elements.len() / 8 + TO_COME,
+        SetKind::Services | SetKind::Ports | SetKind::Users | SetKind::Cgroups => set.elements.len(),
     };
     let size = u32::try_from(elements.max(16)).unwrap_or(u32::MAX);
     let number = |value: u32| value.to_ne_bytes().to_vec();
@@ -234,10 +233,6 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
         attributes.push((sys::NFTNL_SET_DATA_TYPE, number(libc::NFT_DATA_VERDICT)));
         attributes.push((sys::NFTNL_SET_DATA_LEN, number(16)));
     }
-    if let SetKind::Endpoints { family, ranges: true } = set.kind {
-        let address = if family == IPV4 { 4 } else { 16 };
-        attributes.push((sys::NFTNL_SET_DESC_CONCAT, vec![address, 1, 2]));
-    }
     if matches!(set.kind, SetKind::Users | SetKind::Cgroups) {
         // Keys in host byte order, so that `nft list` prints them right (NFTNL_UDATA_SET_KEYBYTEORDER).
         let order = [&[0, 4][..], &1_u32.to_ne_bytes()].concat();
@@ -250,36 +245,32 @@ pub(super) fn set_message<'t>(table: &'t Table, name: &str, id: u32, set: &Set) 
         }
     }
     for element in &set.elements {
-        if let SetKind::Addresses { .. } = set.kind {
-            // As sets without a concatenation take a range: its first key, and where there is one, the key behind its
-            // last.
-            add_element(&mut message, &element.key, &[], &Value::None, false);
+        if let SetKind::Addresses { ranges: true, .. } = set.kind {
+            // As sets take a range: its first key, and where there is one, the key behind its last.
+            add_element(&mut message, &element.key, &Value::None, false);
             if let Some(behind) = key_behind(&element.last) {
-                add_element(&mut message, &behind, &[], &Value::None, true);
+                add_element(&mut message, &behind, &Value::None, true);
             }
         } else {
-            add_element(&mut message, &element.key, &element.last, &element.value, false);
+            add_element(&mut message, &element.key, &element.value, false);
         }
     }
     message
 }
 
 /// Adds an element, or the end of a range.
-fn add_element(set: &mut NlSet<'_, AnyKey>, key: &[u8], last: &[u8], value: &Value, ends: bool) {
-    let (flags, goto) = (INTERVAL_END.to_ne_bytes(), libc::NFT_GOTO.to_ne_bytes());
-    let chain = match value {
-        Value::None => None,
-        Value::Goto(chain) => Some(text(chain)),
+fn add_element(set: &mut NlSet<'_, AnyKey>, key: &[u8], value: &Value, ends: bool) {
+    let (chain, code) = match value {
+        Value::None => (None, None),
+        Value::Goto(chain) => (Some(text(chain)), Some(libc::NFT_GOTO.to_ne_bytes())),
+        Value::Jump(chain) => (Some(text(chain)), Some(libc::NFT_JUMP.to_ne_bytes())),
     };
     let chain = chain.as_deref().map(CStr::to_bytes_with_nul);
+    let flags = INTERVAL_END.to_ne_bytes();
     let attributes = [
         (sys::NFTNL_SET_ELEM_KEY, Some(within_registers(key))),
-        (
-            sys::NFTNL_SET_ELEM_KEY_END,
-            (!last.is_empty()).then(|| within_registers(last)),
-        ),
         (sys::NFTNL_SET_ELEM_FLAGS, ends.then_some(&flags[..])),
-        (sys::NFTNL_SET_ELEM_VERDICT, chain.and(Some(&goto[..]))),
+        (sys::NFTNL_SET_ELEM_VERDICT, code.as_ref().map(|code| &code[..])),
         (sys::NFTNL_SET_ELEM_CHAIN, chain),
     ];
     // SAFETY: each value is of the type that libnftnl reads there, or no longer than its room for bytes; it copies
