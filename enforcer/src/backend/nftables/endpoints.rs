@@ -27,6 +27,7 @@ pub(crate) struct Service {
 /// A set of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct AddressSet {
+    /// The first of the services whose addresses are these: a range of ports has one set.
     pub(super) service: Service,
     /// `IPV4` or `IPV6`.
     pub(super) family: u8,
@@ -40,7 +41,12 @@ pub(crate) struct AddressSet {
 pub(super) struct Endpoints {
     /// First and last of each range, and twice the same for a single address.
     sets: BTreeMap<AddressSet, Vec<(IpAddr, IpAddr)>>,
+    /// By each service the one that its sets are named for.
+    services: BTreeMap<Service, Service>,
 }
+
+/// Addresses by family, whether they are ranges, and class.
+type Content = BTreeMap<(u8, bool, u64), Vec<(IpAddr, IpAddr)>>;
 
 impl Endpoints {
     pub(super) fn of(rules: &RuleSet) -> Self {
@@ -54,35 +60,44 @@ impl Endpoints {
             .into_iter()
             .map(|(group, all)| (group, disjoint(&all)))
             .collect();
-        let mut sets: BTreeMap<AddressSet, Vec<(IpAddr, IpAddr)>> = BTreeMap::new();
+        let mut contents: BTreeMap<Service, Content> = BTreeMap::new();
+        let mut add = |service, family, ranges, class, bounds| {
+            let content = contents.entry(service).or_default();
+            content.entry((family, ranges, class)).or_default().push(bounds);
+        };
         for (place, owners) in rules.places.iter().filter(|(place, _)| is_single(&place.net)) {
             let address = place.net.addr();
             let (service, family) = (service(place.protocol, place.port), family_of(address));
             let ranges = groups.get(&(service, family));
-            let set = AddressSet {
-                service,
-                family,
-                ranges: false,
-                class: owners | ranges.map_or(0, |ranges| covering(ranges, address)),
-            };
-            sets.entry(set).or_default().push((address, address));
+            let class = owners | ranges.map_or(0, |ranges| covering(ranges, address));
+            add(service, family, false, class, (address, address));
         }
         for ((service, family), range) in groups
             .iter()
             .flat_map(|(group, all)| all.iter().map(move |one| (group, one)))
         {
-            let set = AddressSet {
-                service: *service,
-                family: *family,
-                ranges: true,
-                class: range.owners,
-            };
             let bound = |number| address(number, *family == IPV4);
-            sets.entry(set)
-                .or_default()
-                .push((bound(range.first), bound(range.last)));
+            let bounds = (bound(range.first), bound(range.last));
+            add(*service, *family, true, range.owners, bounds);
         }
-        Self { sets }
+        let mut first: BTreeMap<Content, Service> = BTreeMap::new();
+        let named = |(service, content)| (service, *first.entry(content).or_insert(service));
+        let services = contents.into_iter().map(named).collect();
+        let sets = first.into_iter().flat_map(|(content, service)| {
+            content.into_iter().map(move |((family, ranges, class), addresses)| {
+                let set = AddressSet {
+                    service,
+                    family,
+                    ranges,
+                    class,
+                };
+                (set, addresses)
+            })
+        });
+        Self {
+            sets: sets.collect(),
+            services,
+        }
     }
 
     /// The owners of all classes.
@@ -123,8 +138,8 @@ impl Endpoints {
         }
     }
 
-    /// Adds the chain of each service, which leads from its sets to a chain that depends on the owners, and the map
-    /// that leads to these chains.
+    /// Adds the chains that lead from the sets of a service to a chain that depends on the owners, and the map that
+    /// leads to these chains.
     pub(super) fn add_services(
         &self,
         image: &mut Image,
@@ -133,7 +148,6 @@ impl Endpoints {
         name: &impl Fn(&AddressSet) -> String,
         chain: impl Fn(u64) -> String,
     ) {
-        let mut services = Vec::new();
         let sets: Vec<&AddressSet> = self.sets.keys().collect();
         for sets in sets.chunk_by(|one, next| one.service == next.service) {
             let Some(AddressSet { service, .. }) = sets.first() else {
@@ -156,16 +170,15 @@ impl Endpoints {
                     .collect()
             };
             let rules = [as_is(IPV4), nat64.iter().flat_map(translated).collect(), as_is(IPV6)].concat();
-            let chain = slot.service(side, *service);
-            services.push(Element {
-                key: service_key(*service),
-                last: Vec::new(),
-                value: Value::Jump(chain.clone()),
-            });
-            image.chains.insert(chain, chain_of(None, rules));
+            image.chains.insert(slot.service(side, *service), chain_of(None, rules));
         }
-        if !services.is_empty() {
-            let set = sorted(SetKind::Services, services);
+        let services = self.services.iter().map(|(service, named)| Element {
+            key: service_key(*service),
+            last: Vec::new(),
+            value: Value::Jump(slot.service(side, *named)),
+        });
+        if !self.services.is_empty() {
+            let set = sorted(SetKind::Services, services.collect());
             image.sets.insert(slot.services(side), set);
         }
     }
@@ -270,6 +283,32 @@ mod tests {
 
     use super::*;
     use crate::{policy::Mode, ruleset::Place};
+
+    #[test]
+    fn ports_with_the_same_addresses_share_their_sets() {
+        let place = |port, net: &str| {
+            let net = net.parse().expect("a prefix");
+            let protocol = Protocol::Tcp;
+            (Place { protocol, port, net }, 1)
+        };
+        let mut places: Vec<_> = (1..=1000).map(|port| place(port, "10.0.0.1/32")).collect();
+        places.extend([place(7, "10.0.0.2/32"), place(9, "10.1.0.0/16")]);
+        places.sort_unstable();
+        let endpoints = Endpoints::of(&RuleSet {
+            mode: Mode::Enforce,
+            targets: Vec::new(),
+            places,
+            nat64: Vec::new(),
+            named_ports: BTreeSet::new(),
+        });
+        let ports = |of: u16| {
+            let named = endpoints.services.iter().filter(move |(_, named)| named.port == of);
+            named.count()
+        };
+        assert_eq!([ports(1), ports(7), ports(9)], [998, 1, 1]);
+        let sets: Vec<_> = endpoints.sets().map(|set| (set.service.port, set.ranges)).collect();
+        assert_eq!(sets, [(1, false), (7, false), (9, false), (9, true)]);
+    }
 
     #[test]
     fn loopback_is_found_in_ranges_too() {
