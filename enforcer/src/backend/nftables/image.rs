@@ -1,9 +1,9 @@
 //! Rule set → the table as it should stand: chains, rules, sets, counters. Pure.
 //!
 //! Protocol and port of a destination are looked up first, in a map that leads to the chain of the service, or of the
-//! first one that has the same addresses: most are no endpoint's. That looks the address up in the sets of the service, one for each class, a class being a distinct set
-//! of owning targets, and goes to the chain of the class, which jumps to the chain of each of its targets; that returns
-//! if it admits the user and ends in a refusal if not (D2).
+//! first one that has the same addresses: most are no endpoint's. That looks the address up in the sets of the service,
+//! one for each class, a class being a distinct set of owning targets, and goes to the chain of the class, which jumps
+//! to the chain of each of its targets; that returns if it admits the user and ends in a refusal if not (D2).
 //!
 //! Names of all but the base chains, the chain `about` and the counters end in the slot of their generation, so that a
 //! rule set is built beside the active one: a packet that is under way finds every set and chain that it began with
