@@ -80,11 +80,12 @@ pub(crate) struct EbpfBackend {
     repaired: u64,
 }
 
-/// What the maps are known to hold is read again no sooner than this after the time before, and so much later that it
-/// takes a hundredth of one processor at most.
-const LOOK_AGAIN: Duration = Duration::from_millis(900);
+/// What the maps are known to hold is read again at the first tick that comes no sooner than this after the time
+/// before, and so much later that it takes a hundredth of one processor at most. Half a tick less than the wanted time,
+/// as ticks are answered late on a busy host.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// The same of all that lies in them.
-const LOOK_AT_ALL_AGAIN: Duration = Duration::from_millis(1900);
+const LOOK_AT_ALL_AGAIN: Duration = Duration::from_millis(1500);
 const SHARE: u32 = 100;
 
 impl EbpfBackend {
