@@ -122,7 +122,8 @@ fn handed(attempt: &Attempt, maker: u32, dialler: u32) -> io::Result<Duration> {
                 None,
             )?)
         });
-        std::process::exit(i32::from(sent.is_err()));
+        let failed = sent.err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
+        std::process::exit(failed.unwrap_or(0));
     }
     check(pid)?;
     drop(there);
@@ -137,9 +138,10 @@ fn handed(attempt: &Attempt, maker: u32, dialler: u32) -> io::Result<Duration> {
         };
         fds.first().copied()
     });
+    let mut status = 0;
     // SAFETY: our own child.
-    unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
-    let fd = received.ok_or_else(|| io::Error::other("no socket was handed over"))?;
+    unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    let fd = received.ok_or_else(|| io::Error::from_raw_os_error(libc::WEXITSTATUS(status)))?;
     // SAFETY: the kernel has just made it for us.
     timed(attempt, &unsafe { Socket::from_raw_fd(fd) })
 }

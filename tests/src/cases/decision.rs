@@ -195,8 +195,8 @@ fn passes(who: Who, way: Way, nftables: bool) -> bool {
     if Backend::current().is_nftables() {
         return nftables;
     }
-    // Of these sockets the kernel tells no owner there: the task's real user decides (D3).
-    let unseen = (way.is_udp() || matches!(way, Way::Mptcp | Way::MptcpMapped)) && hides_owners();
+    // The kernel tells no owner there (D3); of MPTCP it lets the subflow's socket, which is TCP's, come to the hook.
+    let unseen = way.is_udp() && hides_owners();
     let by_nftables = nftables || Backend::current() != Backend::Both;
     unseen
         && by_nftables

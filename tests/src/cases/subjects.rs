@@ -23,7 +23,7 @@ use super::Case;
 use crate::{
     attack::{GREETING, Way},
     backend::{Backend, EBPF},
-    kernel::{CGROUP_NEEDS, cannot},
+    kernel::{CGROUP_NEEDS, Feature, cannot},
     world::{Listener, NOBODY, Netns, World, binary, cgroup_mount, copy_binary, ran, until},
 };
 
@@ -33,7 +33,7 @@ pub(super) fn cases() -> Vec<Case> {
         case!(d3_the_tasks_cgroup_decides_whom_a_principal_is).needs(CGROUP_NEEDS),
         case!(d3_cgroup_v1_is_no_way_out),
         case!(d3_root_of_a_user_and_network_namespace),
-        case!(d3_a_kernel_thread_is_no_user).on(EBPF),
+        case!(d3_a_kernel_thread_is_no_user).on(EBPF).needs(&[Feature::Mptcp]),
         case!(d7_link_local_addresses),
     ]
 }
