@@ -2,7 +2,9 @@
 //!
 //! A walk over the type section only: whole parsers hold every type in memory, which costs more than all else at start.
 
-use std::{fs, io, path::Path};
+use std::{io, path::Path};
+
+use super::sys;
 
 /// Where the kernel shows its BTF (Linux 5.4, `CONFIG_DEBUG_INFO_BTF`).
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
@@ -56,8 +58,8 @@ pub(crate) struct ProgramOffsets {
 
 /// Reads the offsets of the running kernel; none where it has no BTF.
 pub(crate) fn offsets() -> io::Result<Offsets> {
-    match fs::read(Path::new(VMLINUX)) {
-        Ok(btf) => Ok(find(&btf).unwrap_or_default()),
+    match sys::with_constant_file(Path::new(VMLINUX), find) {
+        Ok(found) => Ok(found.unwrap_or_default()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Offsets::default()),
         Err(error) => Err(error),
     }
@@ -257,6 +259,8 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

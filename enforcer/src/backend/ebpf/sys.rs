@@ -11,6 +11,7 @@
 )]
 
 mod map;
+mod mapped;
 mod programs;
 mod trial;
 
@@ -48,6 +49,7 @@ use nix::{
 
 pub(crate) use self::{
     map::{Batch, ElementOp, Map},
+    mapped::with_constant_file,
     programs::{Attached, attached, load_program, program_id, program_maps},
     trial::{CONNECT4, MapKind, insert_casts, load_passing, try_batch, try_cast, try_map},
 };

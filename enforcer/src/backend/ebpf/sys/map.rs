@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    num::NonZeroUsize,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
 };
@@ -15,9 +14,9 @@ use aya_obj::generated::{
         BPF_MAP_UPDATE_BATCH, BPF_MAP_UPDATE_ELEM,
     },
 };
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::MapFlags;
 
-use super::{bpf, cause, found, open_pin, pin, raw};
+use super::{bpf, cause, found, mapped::Mapped, open_pin, pin, raw};
 
 /// What a map is: its type, bytes of a key, bytes of a value, and most entries.
 pub(crate) type Shape = (MapType, u32, u32, u32);
@@ -114,27 +113,17 @@ impl Map {
         };
         let mut value = vec![0_u64; self.value.div_ceil(WORD)];
         let words = value.len() * entries as usize;
-        let length = NonZeroUsize::new(words * WORD).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: the kernel maps all of the array or nothing, at a place of its own that nothing else names. Others
-        // write it meanwhile, so each word is read by a volatile read.
-        unsafe {
-            let start = mmap(
-                None,
-                length,
-                ProtFlags::PROT_READ,
-                MapFlags::MAP_SHARED,
-                self.data.fd(),
-                0,
-            )?;
-            let mut next = start.cast::<u64>();
-            for _ in 0..entries {
-                for word in &mut value {
+        let mapped = Mapped::of(self.data.fd(), words * WORD, MapFlags::MAP_SHARED)?;
+        let mut next = mapped.start().cast::<u64>();
+        for _ in 0..entries {
+            for word in &mut value {
+                // SAFETY: within what is mapped. Others write it meanwhile, so each word is read by a volatile read.
+                unsafe {
                     *word = next.read_volatile();
                     next = next.add(1);
                 }
-                each(&value);
             }
-            munmap(start, length.get())?;
+            each(&value);
         }
         Ok(())
     }
