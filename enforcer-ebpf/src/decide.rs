@@ -72,12 +72,10 @@ pub trait Subject {
     fn cgroup(&self, level: u32) -> u64;
 }
 
-/// The verdict and what it rests on.
+/// What an attempt comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
-    /// What becomes of the attempt.
-    pub verdict: Verdict,
-    /// Targets that own the endpoint.
+    /// Targets that own the endpoint; none where it is not judged.
     pub owners: Owners,
     /// Those of them that do not admit the subject.
     pub refused: Owners,
@@ -85,6 +83,8 @@ pub struct Decision {
     pub slot: u8,
     /// Generation that decided.
     pub generation: u64,
+    /// Its bits of [`flag`].
+    pub flags: u64,
     /// The address that the owners have as an endpoint.
     pub judged: Address,
     /// Whether the kernel itself asks, where that was looked at.
@@ -93,12 +93,34 @@ pub struct Decision {
     pub missed: bool,
 }
 
+impl Decision {
+    /// What becomes of the attempt.
+    #[must_use]
+    pub const fn verdict(&self) -> Verdict {
+        match (self.owners, self.refused) {
+            (0, _) => Verdict::Unjudged,
+            (_, 0) => Verdict::Allow,
+            _ if self.audit() != 0 => Verdict::WouldDeny,
+            _ => Verdict::Deny,
+        }
+    }
+
+    /// 1 where nothing is refused, else 0. A number, because the verifier follows each way of a branch through all that
+    /// comes after it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn audit(&self) -> u8 {
+        const { assert!(flag::AUDIT == 1) };
+        (self.flags & flag::AUDIT) as u8
+    }
+}
+
 const UNJUDGED: Decision = Decision {
-    verdict: Verdict::Unjudged,
     owners: 0,
     refused: 0,
     slot: 0,
     generation: 0,
+    flags: 0,
     judged: [0; 4],
     kernel: false,
     missed: false,
@@ -133,17 +155,12 @@ pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Dest
     };
     let task = subject.task();
     let refused = owners & !admitted(tables, subject, task, owners, slot, generation); // D2
-    let verdict = match refused {
-        0 => Verdict::Allow,
-        _ if generation.flags & flag::AUDIT != 0 => Verdict::WouldDeny,
-        _ => Verdict::Deny,
-    };
     Decision {
-        verdict,
         owners,
         refused,
         slot,
         generation: generation.number,
+        flags: generation.flags,
         judged,
         kernel: matches!(task, Task::Kernel),
         missed: false,
@@ -161,17 +178,25 @@ fn owners<T: Tables, S: Subject>(
     listed: u8,
     generation: &Generation,
 ) -> Option<(Owners, Address)> {
-    if let Some(address) = translated(tables, destination.address, slot, generation.flags) {
-        let there = Destination {
-            address,
-            ..*destination
-        };
-        let found = owners_at(tables, subject, &there, slot, listed, generation);
-        if let Some(owners) = found {
-            return Some((owners, address));
-        }
+    let translated = translated(tables, destination.address, slot, generation.flags);
+    let there = Destination {
+        address: translated.unwrap_or(destination.address),
+        ..*destination
+    };
+    match owners_at(tables, subject, &there, slot, listed, generation) {
+        Some(owners) => return Some((owners, there.address)),
+        None if translated.is_none() => return None,
+        None => {}
     }
-    let owners = owners_at(tables, subject, destination, slot, listed, generation)?;
+    // Behind a NAT64 prefix there is neither an IPv4 address nor an unspecified or loopback one. Such attempts are few,
+    // so buckets, which cost each start their time with the verifier, may be passed over.
+    let key = EndpointKey {
+        scope: slot | scope::V6,
+        protocol: destination.protocol,
+        port: destination.port,
+        address: destination.address,
+    };
+    let owners = tables.exact(&key).or_else(|| covering(tables, &key, listed))?;
     Some((owners, destination.address))
 }
 
@@ -183,12 +208,8 @@ fn translated<T: Tables>(tables: &T, address: Address, slot: u8, flags: u64) -> 
         return None;
     }
     let within = |prefix: Nat64| prefix == [a, b, c];
-    let mut inside = within(WELL_KNOWN_NAT64);
-    if flags & flag::NAT64 != 0 && a != 0 {
-        for number in 0..MAX_NAT64 {
-            inside |= tables.nat64(slot, number).is_some_and(within);
-        }
-    }
+    let own = || (0..MAX_NAT64).any(|number| tables.nat64(slot, number).is_some_and(within));
+    let inside = within(WELL_KNOWN_NAT64) || flags & flag::NAT64 != 0 && a != 0 && own();
     inside.then(|| canonical4(v4))
 }
 
@@ -207,47 +228,49 @@ fn owners_at<T: Tables, S: Subject>(
         port,
         address,
     } = *destination;
-    let unspecified = is_unspecified(address);
     let mut key = EndpointKey {
         scope: if is_v4(address) { slot } else { slot | scope::V6 },
         protocol,
         port,
         address,
     };
-    // Numbers and no references: of these the compiler makes what the verifier forbids.
-    let (mut maybe, mut known) = (true, 0);
-    // An unspecified destination has an entry of its own for every port of the rule set (D5), which no bucket has.
-    if !unspecified {
-        let spot = Spot::of(protocol, port, address);
-        let bucket = tables.bucket(slot, spot.bucket)?;
-        let bucket = bucket.borrow();
-        maybe = bucket.filter & spot.bit != 0;
-        if maybe && bucket.key.is(&key) {
-            known = bucket.owners;
+    // Those that mean this host mean that of a network namespace (D6).
+    let foreign = || generation.netns != 0 && subject.netns() != generation.netns;
+    if is_unspecified(address) {
+        // It has an entry of its own for every port of the rule set (D5), which no bucket has.
+        if foreign() {
+            key.scope |= scope::FOREIGN; // D5
         }
-        if !maybe && listed & port::WIDE == 0 {
+        return tables.exact(&key);
+    }
+    // Each question is asked once: where the verifier knows an answer already, it holds all that the answer comes from
+    // for exact, back to the address, and then follows each kind of address by itself.
+    let spot = Spot::of(protocol, port, address);
+    let bucket = tables.bucket(slot, spot.bucket)?;
+    let bucket = bucket.borrow();
+    if bucket.filter & spot.bit == 0 {
+        if listed & port::WIDE == 0 || is_loopback(address) && foreign() {
             return None;
         }
+        return tables.prefix(&key);
     }
-    if (unspecified || is_loopback(address)) && generation.netns != 0 && subject.netns() != generation.netns {
-        if !unspecified {
-            return None; // D6
-        }
-        key.scope |= scope::FOREIGN; // D5
+    if is_loopback(address) && foreign() {
+        return None; // D6
     }
+    let known = if bucket.key.is(&key) { bucket.owners } else { 0 };
     if known != 0 {
         return Some(known);
     }
-    if maybe {
-        let found = tables.exact(&key);
-        if found.is_some() || unspecified {
-            return found;
-        }
-    }
+    tables.exact(&key).or_else(|| covering(tables, &key, listed))
+}
+
+/// The targets that own a prefix around an address on a port.
+#[inline(always)]
+fn covering<T: Tables>(tables: &T, key: &EndpointKey, listed: u8) -> Option<Owners> {
     if listed & port::WIDE == 0 {
         return None;
     }
-    tables.prefix(&key)
+    tables.prefix(key)
 }
 
 /// Eight passes, written out: kernels before 6.8 take a loop only where it closes by a jump, and the compiler closes

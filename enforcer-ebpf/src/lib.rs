@@ -16,7 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never
 /// reused.
-pub const ABI: u32 = 5;
+pub const ABI: u32 = 6;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
 pub const MAX_ENDPOINTS: u32 = 131_072;
@@ -95,7 +95,7 @@ pub mod scope {
     pub const FOREIGN: u8 = 4;
 }
 
-/// What a slot has on a port: three bits of a byte for each slot.
+/// What a slot has on a port: half a byte for each slot.
 pub mod port {
     /// Some endpoint, or a name.
     pub const LISTED: u8 = 1;
@@ -115,7 +115,7 @@ pub mod port {
     #[inline(always)]
     #[must_use]
     pub const fn shift(slot: u8) -> u8 {
-        3 * (slot & 1)
+        4 * (slot & 1)
     }
 }
 
@@ -402,8 +402,9 @@ pub const fn canonical4(address: u32) -> Address {
 #[inline(always)]
 #[must_use]
 pub const fn canonical6(address: Address) -> Address {
-    let [_, _, _, v4] = address;
-    if is_v4(address) { canonical4(v4) } else { address }
+    let [a, b, c, v4] = address;
+    let unspecified = is_v4(address) && v4 == 0;
+    [a, b, if unspecified { 0 } else { c }, v4]
 }
 
 /// Whether a canonical address is IPv4.

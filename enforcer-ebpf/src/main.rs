@@ -27,10 +27,10 @@ use aya_ebpf::{
 use aya_log_ebpf::trace;
 use enforcer_ebpf::{
     Address, AllCounters, BUCKETS as SLOT_BUCKETS, Bucket, Counters, DIAL_BYTES, DialRecord, EVENT_BYTES, EndpointKey,
-    EventRecord, Generation, KEY_BITS, MAX_NAT64, MAX_TARGETS, NO_UID, Nat64, Owners, PrefixKey, PrincipalKey, TCP,
-    TargetName, UDP, Verdict, canonical4, canonical6,
+    EventRecord, Generation, KEY_BITS, MAX_NAT64, MAX_TARGETS, NO_UID, Nat64, Owners, PrefixKey, PrincipalKey, SLOTS,
+    TCP, TargetName, UDP, Verdict, canonical4, canonical6,
     decide::{self, Decision, Destination, SocketUser, Subject, Tables, Task},
-    entries, gate,
+    eight_passes, entries, gate,
 };
 
 use self::structures::current_user;
@@ -143,51 +143,64 @@ fn judge(context: &SockAddrContext, family: u8, dialled: Address, address: Addre
     };
     let attempt = Attempt { context };
     let decision = decide::decide(&Maps, &attempt, &destination);
-    match decision.verdict {
-        Verdict::Unjudged => {
-            if decision.missed {
-                tell_dial(&destination);
-            }
-            return 1;
+    if decision.owners == 0 {
+        if decision.missed {
+            tell_dial(&destination);
         }
-        Verdict::Allow => {}
-        Verdict::Deny | Verdict::WouldDeny => report(&attempt, family, dialled, &destination, &decision),
+        return 1;
     }
-    count(&decision);
     // Copies: what is logged is named by its place, and the decision would have to lie in memory for all.
     let (owners, refused) = (decision.owners, decision.refused);
     trace!(context, "owners {:x} refused {:x}", owners, refused);
-    i32::from(!matches!(decision.verdict, Verdict::Deny))
+    if refused == 0 {
+        count_allowed(owners);
+        return 1;
+    }
+    count_refused(&decision);
+    report(&attempt, family, dialled, &destination, &decision);
+    i32::from(decision.audit())
 }
 
-/// Adds an attempt to the counters: of the first target that refuses it, which its event names too, or of all that
-/// admit it.
+/// The counters of a target, on this CPU.
 #[inline(always)]
-fn count(decision: &Decision) {
-    let Some(all) = COUNTERS.get_ptr_mut(0) else { return };
-    let counters = |target: u32| {
-        // SAFETY: the verifier proved the pointer, and the index is below the number of targets; the element is this
-        // CPU's own.
-        unsafe { &mut *all.cast::<Counters>().add(target as usize) }
-    };
-    if decision.refused != 0 {
-        let counters = counters(lowest(decision.refused));
-        match decision.verdict {
-            Verdict::WouldDeny => counters.would_deny += 1,
-            Verdict::Unjudged | Verdict::Allow | Verdict::Deny => counters.denied += 1,
-        }
-        return;
-    }
-    let second = decision.owners & decision.owners.wrapping_sub(1);
+fn counters() -> Option<impl Fn(u32) -> *mut Counters> {
+    let all = COUNTERS.get_ptr_mut(0)?;
+    // SAFETY: the verifier proved the pointer, and a target is below their number.
+    Some(move |target: u32| unsafe { all.cast::<Counters>().add(target as usize) })
+}
+
+/// Counts an attempt for the first target that refuses it, which its event names too.
+#[inline(always)]
+fn count_refused(decision: &Decision) {
+    let Some(counters) = counters() else { return };
+    let refusing = counters(lowest(decision.refused));
+    // Without a branch: in audit mode the field after it.
+    const { assert!(offset_of!(Counters, would_deny) == offset_of!(Counters, denied) + size_of::<u64>()) };
+    // SAFETY: fields of a structure that is this CPU's own.
+    unsafe { *(&raw mut (*refusing).denied).add(decision.audit().into()) += 1 };
+}
+
+/// Counts an attempt for all targets that own its endpoint.
+#[inline(always)]
+fn count_allowed(owners: Owners) {
+    let Some(counters) = counters() else { return };
+    // SAFETY: as above.
+    let add = |target, attempts| unsafe { (*counters(target)).allowed += attempts };
+    let second = owners & owners.wrapping_sub(1);
     if second & second.wrapping_sub(1) == 0 {
-        counters(lowest(decision.owners)).allowed += 1;
+        add(lowest(owners), 1);
         if second != 0 {
-            counters(lowest(second)).allowed += 1;
+            add(lowest(second), 1);
         }
         return;
     }
     // More than two, which is rare. Without a branch: the verifier follows each way through each pass.
-    (0..MAX_TARGETS).for_each(|target| counters(target).allowed += decision.owners >> target & 1);
+    eight_passes! { octave => {
+        eight_passes! { step => {
+            let target = 8 * octave + step;
+            add(target, owners >> target & 1);
+        }}
+    }}
 }
 
 /// Number of the lowest bit.
@@ -198,6 +211,8 @@ fn lowest(owners: Owners) -> u32 {
     // SAFETY: a stack word of our own.
     unsafe { (&raw const found).read_volatile() & (MAX_TARGETS - 1) }
 }
+
+const _: () = assert!(Verdict::WouldDeny as u8 == Verdict::Deny as u8 + 1);
 
 /// Sends a denial to the ring buffer, or counts it as lost.
 #[inline(always)]
@@ -237,7 +252,7 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         bpf_get_current_comm((&raw mut (*record).task).cast(), 16);
         (*record).port = destination.port;
         (*record).protocol = destination.protocol;
-        (*record).verdict = decision.verdict as u8;
+        (*record).verdict = Verdict::Deny as u8 + decision.audit();
         (*record).family = family;
         (*record).kernel_thread = u8::from(decision.kernel);
         (*record).components = 0;
@@ -293,14 +308,10 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn active(&self) -> Option<u8> {
-        ACTIVE.get_ptr(0).and_then(|active| {
-            // SAFETY: the verifier proved the pointer; volatile, because the loader flips it at any time.
-            match unsafe { active.read_volatile() } {
-                1 => Some(0),
-                2 => Some(1),
-                _ => None,
-            }
-        })
+        let active = ACTIVE.get_ptr(0)?;
+        // SAFETY: the verifier proved the pointer; volatile, because the loader flips it at any time.
+        let slot = unsafe { active.read_volatile() }.wrapping_sub(1);
+        (u32::from(slot) < SLOTS).then_some(slot)
     }
 
     #[inline(always)]

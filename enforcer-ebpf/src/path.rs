@@ -99,9 +99,10 @@ unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8)
             .add(DENTRY_LENGTH_OFFSET.load() as usize)
             .cast::<u32>()
             .read_volatile();
-        #[allow(clippy::cast_possible_truncation, reason = "capped")]
-        length_at.write(if length > 255 { 255 } else { length as u8 });
+        #[allow(clippy::cast_possible_truncation, reason = "below 256, or capped")]
+        let (short, capped) = (length as u8, length.min(255) as u8);
         if length < INLINE_NAME {
+            length_at.write(short);
             let from = dentry.add(DENTRY_INLINE_OFFSET.load() as usize).cast::<u64>();
             name.write(from.read_volatile());
             name.add(1).write(from.add(1).read_volatile());
@@ -109,6 +110,7 @@ unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8)
             name.add(3).write(from.add(3).read_volatile());
             return;
         }
+        length_at.write(capped);
         // A byte that no name has, where nothing can be read.
         name.cast::<u8>().write(0);
         if READS_KERNEL.load() != 0 {

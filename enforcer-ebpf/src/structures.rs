@@ -48,31 +48,23 @@ pub(crate) static READS_KERNEL: Global<u32> = Global::new(1);
 /// The running task.
 #[inline(always)]
 pub(crate) fn task() -> Task {
+    let cast = (TASK_TYPE.load() != 0).then(cast_task);
+    let user = cast.map_or_else(told_user, user_of);
     let offset = TASK_FLAGS_OFFSET.load();
-    if TASK_TYPE.load() != 0 {
-        let task = cast_task();
-        let user = user_of(task);
-        // SAFETY: the running task is there while it runs; the offset is the kernel's own.
-        let is_kernels = || unsafe { task.add(offset as usize).cast::<u32>().read_volatile() } & PF_KTHREAD != 0;
-        return if user == 0 && offset != 0 && is_kernels() {
-            Task::Kernel
-        } else {
-            Task::User(user)
-        };
-    }
-    let user = current_user();
     // D3: a kernel thread that has taken a user's credentials makes that user's call (`io_wq_switch_creds`, before
     // Linux 5.12).
     if user != 0 || offset == 0 {
         return Task::User(user);
     }
-    let flags = if TYPED_TASK.load() != 0 {
-        // SAFETY: the running task is there while it runs, and the verifier knows its type.
-        let task = unsafe { bpf_get_current_task_btf() }.cast::<u8>();
-        // SAFETY: as above; the offset is the kernel's own.
-        Some(unsafe { task.add(offset as usize).cast::<u32>().read_volatile() })
-    } else if READS_KERNEL.load() != 0 {
+    // SAFETY: the running task is there while it runs, and the verifier knows its type; the offset is the kernel's own.
+    let read = |task: *const u8| unsafe { task.add(offset as usize).cast::<u32>().read_volatile() };
+    let flags = if let Some(task) = cast {
+        Some(read(task))
+    } else if TYPED_TASK.load() != 0 {
         // SAFETY: a helper without arguments.
+        Some(read(unsafe { bpf_get_current_task_btf() }.cast()))
+    } else if READS_KERNEL.load() != 0 {
+        // SAFETY: as above.
         let task = unsafe { bpf_get_current_task() };
         read_kernel::<u32>((task + u64::from(offset)) as *const c_void)
     } else {
@@ -125,11 +117,14 @@ pub(crate) fn socket_user(context: &SockAddrContext) -> SocketUser {
 /// The real UID of the task.
 #[inline(always)]
 pub(crate) fn current_user() -> u32 {
-    if TASK_TYPE.load() != 0 {
-        return user_of(cast_task());
-    }
-    // By a helper: for each pointer loaded from a task that it trusts, the verifier looks through all of the kernel's
-    // types several times, which a start waits for.
+    let cast = (TASK_TYPE.load() != 0).then(cast_task);
+    cast.map_or_else(told_user, user_of)
+}
+
+/// The same by a helper: for each pointer loaded from a task that it trusts, the verifier looks through all of the
+/// kernel's types several times, which a start waits for.
+#[inline(always)]
+fn told_user() -> u32 {
     // SAFETY: a helper without arguments; the lower half is the real UID.
     #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
     unsafe {

@@ -178,7 +178,7 @@ impl Pinned {
         let decision = decide::decide(&tables, &asker, &destination);
         tables.finish()?;
         // Whatever the maps hold, where no program reads them the kernel lets everything pass.
-        let astray = match decision.verdict {
+        let astray = match decision.verdict() {
             Verdict::Unjudged => Vec::new(),
             Verdict::Allow | Verdict::Deny | Verdict::WouldDeny => {
                 self.astray(attempt.protocol == Protocol::Udp, cgroup)
@@ -200,7 +200,7 @@ impl Pinned {
             .map(|(bit, name)| (name.as_str().to_owned(), decision.refused >> bit & 1 == 0))
             .collect();
         Ok(Checked {
-            verdict: decision.verdict,
+            verdict: decision.verdict(),
             generation: decision.generation,
             owners,
             subject: asker.subject,

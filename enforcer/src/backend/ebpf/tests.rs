@@ -117,7 +117,7 @@ fn verdict(image: &Image, attempt: &Attempt) -> (Verdict, BTreeMap<String, bool>
         .zip(&image.names)
         .filter(|(bit, _)| decision.owners >> bit & 1 == 1)
         .map(|(bit, name)| (name.as_str().to_owned(), decision.refused >> bit & 1 == 0));
-    (decision.verdict, owners.collect())
+    (decision.verdict(), owners.collect())
 }
 
 fn address() -> impl Strategy<Value = IpAddr> {
