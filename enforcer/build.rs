@@ -11,6 +11,7 @@ use std::{
 };
 
 use aya_build::{Package, Toolchain, build_ebpf};
+use object::build::elf;
 
 /// The distribution's compiler under the name that `cargo xtask setup` gives it.
 const DISTRIBUTION: &str = "debian";
@@ -49,6 +50,41 @@ fn main() {
     if let Err(error) = build_ebpf([programs], Toolchain::Custom(&toolchain)) {
         fail(&format!("{error:#}"));
     }
+    let programs = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("enforcer-programs");
+    if let Err(error) = strip(&programs) {
+        fail(&format!("strip {}: {error:#}", programs.display()));
+    }
+}
+
+/// Takes out of the copy that goes into `enforcer` what tells of the source alone: most of it, whose relocations each
+/// start would parse. The compiler's name stays, where compilers put it.
+fn strip(programs: &Path) -> anyhow::Result<()> {
+    const COMPILER: &[u8] = b"rustc version ";
+    let data = fs::read(programs)?;
+    let named = data.windows(COMPILER.len()).position(|window| window == COMPILER);
+    let compiler = named.and_then(|at| data.get(at..)?.split(|byte| *byte == 0).next());
+    let mut object = elf::Builder::read(data.as_slice())?;
+    for section in &mut object.sections {
+        let name = section.name.as_slice();
+        let name = name.strip_prefix(b".rel").unwrap_or(name);
+        section.delete = name.starts_with(b".debug") || name.starts_with(b".BTF");
+        // LLVM has one table for the names of symbols and of sections.
+        if section.name.as_slice() == b".strtab" {
+            section.data = elf::SectionData::String;
+        }
+    }
+    let names = object.sections.add();
+    names.name = ".shstrtab".into();
+    names.sh_type = object::elf::SHT_STRTAB;
+    names.data = elf::SectionData::SectionString;
+    let comment = object.sections.add();
+    comment.name = ".comment".into();
+    comment.sh_type = object::elf::SHT_PROGBITS;
+    comment.data = elf::SectionData::Data(compiler.unwrap_or_default().into());
+    object.delete_orphans();
+    let mut stripped = Vec::new();
+    object.write(&mut stripped)?;
+    Ok(fs::write(programs, stripped)?)
 }
 
 /// One line, and what to do.
