@@ -108,8 +108,7 @@ impl EbpfBackend {
             }
             Err(error) => return Err(error),
         };
-        let sight = Sight::here()?;
-        let programs = Programs::bind(&maps_dir, &sight, log_level)?;
+        let (programs, sight) = Programs::here(&maps_dir, log_level)?;
         let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Damaged { path: maps_dir })?;
         Ok(Self {
             programs,

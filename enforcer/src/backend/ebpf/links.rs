@@ -10,7 +10,7 @@ use tracing::warn;
 
 use super::{
     BackendError, EbpfBackend, MAPS,
-    load::{LoadedProgram, Programs},
+    load::{LoadedProgram, Unbound},
     maps_name, open_cgroup,
     pins::Pins,
     sys::{self, LinkInfo},
@@ -349,7 +349,8 @@ impl EbpfBackend {
             return Err(error);
         }
         warn!("{error}; loading it again without the paths of programs, which denials then do not show");
-        self.programs = Programs::bind(&self.pins.path(&maps_name()), &self.sight, self.log_level)?;
+        let unbound = Unbound::open(&self.pins.path(&maps_name()))?;
+        self.programs = unbound.bind(&self.sight, self.log_level)?;
         self.programs.load(hooks)
     }
 

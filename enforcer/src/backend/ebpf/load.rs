@@ -7,7 +7,7 @@ use std::{
     fmt, io, mem,
     os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd},
     path::Path,
-    thread,
+    thread::{self, ScopedJoinHandle},
 };
 
 use aya::{
@@ -191,26 +191,38 @@ pub(super) struct LoadedProgram {
     pub(super) id: u32,
 }
 
-impl Programs {
-    /// Makes the maps that are not pinned in a directory yet, and writes into the programs where each map is and what
-    /// this kernel lets them see.
+/// The programs as built, and the maps that are pinned for them.
+pub(super) struct Unbound {
+    object: Object,
+    maps: Vec<(String, OwnedFd, aya_obj::Map)>,
+}
+
+impl Unbound {
+    /// Makes the maps that are not pinned in a directory yet.
     ///
     /// aya's own loader would do, but it parses all types of the kernel first, which takes longer than all else
     /// (P7).
-    pub(super) fn bind(maps_dir: &Path, sight: &Sight, log_level: u8) -> Result<Self, BackendError> {
-        let broken = |error: &dyn Error| BackendError::Load {
-            program: "the programs",
-            source: short(error).into(),
-        };
-        let mut object = Object::parse(PROGRAMS).map_err(|error| broken(&error))?;
+    pub(super) fn open(maps_dir: &Path) -> Result<Self, BackendError> {
+        let object = Object::parse(PROGRAMS).map_err(|error| broken(&error))?;
+        let pinned = object.maps.iter().filter(|(_, map)| is_pinned(map));
+        let maps = pinned.map(|(name, map)| Ok((name.clone(), pinned_map(maps_dir, name, map)?, map.clone())));
+        Ok(Self {
+            maps: maps.collect::<Result<_, BackendError>>()?,
+            object,
+        })
+    }
+
+    /// Writes into the programs where each map is and what this kernel lets them see. What no other process is to find
+    /// is not pinned: constants and the programs' log.
+    pub(super) fn bind(self, sight: &Sight, log_level: u8) -> Result<Programs, BackendError> {
+        let Self { mut object, mut maps } = self;
         let globals = sight.globals(log_level);
         let globals = globals.iter().map(|(name, value)| (*name, (value.as_slice(), true)));
         object
             .patch_map_data(globals.collect())
             .map_err(|error| broken(&error))?;
-        let mut maps = Vec::new();
-        for (name, map) in &object.maps {
-            maps.push((name.clone(), make_map(maps_dir, name, map)?, map.clone()));
+        for (name, map) in object.maps.iter().filter(|(_, map)| !is_pinned(map)) {
+            maps.push((name.clone(), made_map(name, map)?, map.clone()));
         }
         let sections = object.functions.keys().map(|(section, _)| *section).collect();
         let places = maps.iter().map(|(name, fd, map)| (name.as_str(), fd.as_raw_fd(), map));
@@ -230,13 +242,37 @@ impl Programs {
             };
             Some((name.clone(), program))
         });
-        Ok(Self {
+        Ok(Programs {
             by_name: programs.collect(),
             license: object.license,
             _maps: maps.into_iter().map(|(_, fd, _)| fd).collect(),
             logs: log_level > 0,
             trace: None,
         })
+    }
+}
+
+fn broken(error: &dyn Error) -> BackendError {
+    BackendError::Load {
+        program: "the programs",
+        source: short(error).into(),
+    }
+}
+
+impl Programs {
+    /// The maps, and beside them what this kernel lets the programs see: both take their time (P7).
+    pub(super) fn here(maps_dir: &Path, log_level: u8) -> Result<(Self, Sight), BackendError> {
+        let (unbound, sight) = thread::scope(|scope| {
+            let sight = thread::Builder::new().spawn_scoped(scope, Sight::here);
+            let unbound = Unbound::open(maps_dir);
+            let sight = match sight.map(ScopedJoinHandle::join) {
+                Ok(Ok(sight)) => sight,
+                Ok(Err(_)) | Err(_) => Sight::here(),
+            };
+            (unbound, sight)
+        });
+        let sight = sight?;
+        Ok((unbound?.bind(&sight, log_level)?, sight))
     }
 
     /// A hook's program, if it is loaded.
@@ -260,11 +296,18 @@ impl Programs {
             .collect();
         let results: Vec<_> = thread::scope(|scope| {
             let load = move |(hook, code): (&'static Hook, &[bpf_insn])| (hook, load_program(hook, code, license));
-            // The first is for this thread.
-            let others = missing.iter().skip(1).map(|one| scope.spawn(move || load(*one)));
-            let others: Vec<_> = others.collect();
+            // The first is for this thread, and all for which there is no other.
+            let spawn = |one| {
+                thread::Builder::new()
+                    .spawn_scoped(scope, move || load(one))
+                    .map_err(|_| one)
+            };
+            let others: Vec<_> = missing.iter().skip(1).copied().map(spawn).collect();
             let first = missing.first().map(|one| load(*one));
-            let others = others.into_iter().filter_map(|thread| thread.join().ok());
+            let others = others.into_iter().filter_map(|other| match other {
+                Ok(thread) => thread.join().ok(),
+                Err(one) => Some(load(one)),
+            });
             first.into_iter().chain(others).collect()
         });
         for (hook, result) in results {
@@ -284,25 +327,31 @@ impl Programs {
     }
 }
 
-/// Opens a map's pin, or makes it. What no other process is to find is not pinned: constants and the programs' log.
-fn make_map(dir: &Path, name: &str, map: &aya_obj::Map) -> Result<OwnedFd, BackendError> {
-    let failed = |action: &str, error: io::Error| BackendError::Load {
+fn is_pinned(map: &aya_obj::Map) -> bool {
+    map.pinning() == PinningType::ByName
+}
+
+/// Opens a map's pin, or makes it.
+fn pinned_map(dir: &Path, name: &str, map: &aya_obj::Map) -> Result<OwnedFd, BackendError> {
+    let path = dir.join(name);
+    match sys::open_pin(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        found => return found.map_err(|error| map_error("open", name, &error)),
+    }
+    let made = made_map(name, map)?;
+    sys::pin(made.as_fd(), &path).map_err(|error| map_error("pin", name, &error))?;
+    Ok(made)
+}
+
+fn made_map(name: &str, map: &aya_obj::Map) -> Result<OwnedFd, BackendError> {
+    sys::create_map(name, map).map_err(|error| map_error("make", name, &error))
+}
+
+fn map_error(action: &str, name: &str, error: &io::Error) -> BackendError {
+    BackendError::Load {
         program: "the programs",
         source: format!("{action} map {name}: {error}").into(),
-    };
-    let path = dir.join(name);
-    let pinned = map.pinning() == PinningType::ByName;
-    if pinned {
-        match sys::open_pin(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            found => return found.map_err(|error| failed("open", error)),
-        }
     }
-    let made = sys::create_map(name, map).map_err(|error| failed("make", error))?;
-    if pinned {
-        sys::pin(made.as_fd(), &path).map_err(|error| failed("pin", error))?;
-    }
-    Ok(made)
 }
 
 fn load_program(hook: &Hook, instructions: &[bpf_insn], license: &CStr) -> io::Result<LoadedProgram> {
