@@ -376,7 +376,8 @@ impl Daemon {
     fn ready(&mut self) -> Result<(), DaemonError> {
         self.sync_chain();
         self.look_at_visibility();
-        let observed = self.enforcement.observe()?;
+        // Just written, and read back.
+        let observed = self.enforcement.observe_quickly()?;
         self.enforcement.trim_memory();
         info!(
             "{} generation {}: {} of {} on {}",

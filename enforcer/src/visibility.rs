@@ -10,7 +10,7 @@ use crate::{
     config::Settings,
     host::{
         hierarchy,
-        mounts::{HostView, seen_by_host},
+        mounts::{HostView, Views},
     },
 };
 
@@ -66,8 +66,9 @@ impl Visibility {
             part: part.map(Path::to_path_buf),
             ..Self::default()
         };
+        let views = Views::read();
         for (kept, path) in all {
-            match seen_by_host(path) {
+            match views.seen_by_host(path) {
                 HostView::Same => {}
                 HostView::Other => found.hidden.push(Hidden {
                     kept,

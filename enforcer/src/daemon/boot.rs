@@ -240,7 +240,7 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
         daemon.swept(report);
     }
     daemon.save_now().await;
-    let mut status = daemon.status();
+    let mut status = daemon.status_after_apply();
     status.daemon = NO_DAEMON;
     Ok(status)
 }
@@ -257,7 +257,7 @@ pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError
     let wanted = HostConfig::of(path, &good)?;
     let mut daemon = Daemon::start(&ThisMachine, wanted, false, SavedRun::of(&good, mark))?;
     daemon.resume()?;
-    let mut status = daemon.status();
+    let mut status = daemon.status_after_apply();
     status.daemon = NO_DAEMON;
     Ok(Some(status))
 }

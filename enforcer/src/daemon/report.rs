@@ -35,6 +35,12 @@ impl Daemon {
         self.status_of(observed)
     }
 
+    /// For those who have just applied a rule set: what was written was read back then.
+    pub(super) fn status_after_apply(&mut self) -> Status {
+        self.look_at_visibility();
+        self.quick_status()
+    }
+
     /// For those who wait to connect (B3).
     pub(super) fn quick_status(&mut self) -> Status {
         let observed = self.enforcement.observe_quickly();

@@ -144,16 +144,36 @@ fn unescape(text: &str) -> PathBuf {
     plain.into()
 }
 
-/// Whether the host finds at a path what this process finds there.
-#[must_use]
-pub fn seen_by_host(path: &Path) -> HostView {
-    compare(path, same)
-}
+/// What this process sees and what the host sees, as they were at one time.
+#[derive(Debug)]
+pub struct Views(io::Result<(Mounts, Mounts)>);
 
-/// Whether the host would see a file system that this process mounts at a path.
-#[must_use]
-pub fn host_would_see_mount(path: &Path) -> HostView {
-    compare(path, reaches)
+impl Views {
+    /// Reads both.
+    #[must_use]
+    pub fn read() -> Self {
+        Self(Mounts::own().and_then(|own| Ok((own, Mounts::host()?))))
+    }
+
+    /// Whether the host finds at a path what this process finds there.
+    #[must_use]
+    pub fn seen_by_host(&self, path: &Path) -> HostView {
+        self.compare(path, same)
+    }
+
+    /// Whether the host would see a file system that this process mounts at a path.
+    #[must_use]
+    pub fn host_would_see_mount(&self, path: &Path) -> HostView {
+        self.compare(path, reaches)
+    }
+
+    fn compare(&self, path: &Path, is_so: fn(&Mounts, &Mounts, &Path) -> bool) -> HostView {
+        match &self.0 {
+            Ok((own, host)) if is_so(own, host, &resolved(path)) => HostView::Same,
+            Ok(_) => HostView::Other,
+            Err(error) => HostView::Unknown(error.to_string()),
+        }
+    }
 }
 
 /// Whether a path is the same directory in both tables.
@@ -168,15 +188,6 @@ fn reaches(own: &Mounts, host: &Mounts, path: &Path) -> bool {
     match (own.reached(path), host.reached(path)) {
         (Some(own), Some(host)) => own.id == host.id || (own.peers.is_some() && own.peers == host.peers),
         (None, _) | (_, None) => false,
-    }
-}
-
-fn compare(path: &Path, is_so: fn(&Mounts, &Mounts, &Path) -> bool) -> HostView {
-    let tables = Mounts::own().and_then(|own| Ok((own, Mounts::host()?)));
-    match tables {
-        Ok((own, host)) if is_so(&own, &host, &resolved(path)) => HostView::Same,
-        Ok(_) => HostView::Other,
-        Err(error) => HostView::Unknown(error.to_string()),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     backend::writer,
     host::{
         is_bpffs,
-        mounts::{HostView, host_would_see_mount},
+        mounts::{HostView, Views},
         own_dir,
     },
 };
@@ -193,7 +193,7 @@ fn misses_bpffs(parent: &Path) -> bool {
 /// F1: a bpffs that the host does not see ends with this mount namespace, and with it the pins, the links and
 /// enforcement.
 fn may_mount() -> Result<(), BackendError> {
-    match host_would_see_mount(Path::new(BPFFS)) {
+    match Views::read().host_would_see_mount(Path::new(BPFFS)) {
         HostView::Same => Ok(()),
         HostView::Other => Err(BackendError::PrivateMounts {
             why: "one mounted here would end with this mount namespace, which is not the host's".to_owned(),
