@@ -19,6 +19,13 @@ const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const ROUNDS: usize = 81;
 /// Connects of a slice.
 const CALLS: usize = 5_000;
+/// Programs that show what of a time is the machine's: by additions, about as many as an allowed attempt has
+/// instructions, and by calls.
+const FLOORS: [(&str, usize, usize); 3] = [
+    ("280 additions", 280, 0),
+    ("one call of a helper", 0, 1),
+    ("ten calls of a helper", 0, 10),
+];
 
 pub(super) fn measure(bench: &mut Bench) -> Result<()> {
     let before = fs::read_to_string(STATS).context("this kernel counts no program's time")?;
@@ -38,10 +45,25 @@ fn per_run(runs: &dyn Fn() -> Result<Runs>, attack: &Attack) -> Result<f64> {
     Ok((after.time - before.time) as f64 / (after.count - before.count) as f64)
 }
 
+fn contender<'a>(who: &str, runs: &'a dyn Fn() -> Result<Runs>, attack: Attack) -> Contender<'a> {
+    Contender {
+        who: who.to_owned(),
+        endpoints: Some(1_001),
+        slice: Box::new(move || per_run(runs, &attack)),
+    }
+}
+
 fn with_statistics(bench: &mut Bench) -> Result<()> {
     let (empty, world) = (World::new()?, World::new()?);
     let (_first, _second) = (empty.listen()?, world.listen()?);
     let program = ForeignProgram::passing(&empty.cgroup, Sharing::None)?;
+    let mut floors = Vec::new();
+    for (who, additions, calls) in FLOORS {
+        let world = World::new()?;
+        let listener = world.listen()?;
+        let program = ForeignProgram::working(&world.cgroup, additions, calls)?;
+        floors.push((who, world, program, listener));
+    }
     let mut endpoints: Vec<String> = (0..1_000)
         .map(|host| format!("udp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
         .collect();
@@ -54,25 +76,24 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
     let other_port = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), empty.port);
     let other_address = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), world.port);
     let (of_empty, of_ours) = (|| Ok(program.runs()?), || Ok(runs_of_link(&pin)?));
-    let contender = |who: &str, runs: &'static str, attack: Attack| Contender {
-        who: who.to_owned(),
-        endpoints: Some(1_001),
-        slice: Box::new({
-            let (of_empty, of_ours) = (&of_empty, &of_ours);
-            move || {
-                let runs: &dyn Fn() -> Result<Runs> = if runs == "empty" { of_empty } else { of_ours };
-                per_run(runs, &attack)
-            }
-        }),
-    };
-    let mut all = [
-        contender("empty program", "empty", empty.attack(0)),
-        contender("empty program, again", "empty", empty.attack(0)),
-        contender("port of no target", "ours", world.attack(0).to(other_port)),
-        contender("address that is no endpoint", "ours", world.attack(0).to(other_address)),
-        contender("allowed, both users checked", "ours", world.attack(0)),
-        contender("denied, with its event", "ours", world.attack(NOBODY)),
+    let of_floors: Vec<_> = floors
+        .iter()
+        .map(|(_, _, program, _)| move || Ok(program.runs()?))
+        .collect();
+    let mut all = vec![
+        contender("empty program", &of_empty, empty.attack(0)),
+        contender("empty program, again", &of_empty, empty.attack(0)),
+        contender("port of no target", &of_ours, world.attack(0).to(other_port)),
+        contender(
+            "address that is no endpoint",
+            &of_ours,
+            world.attack(0).to(other_address),
+        ),
+        contender("allowed, both users checked", &of_ours, world.attack(0)),
+        contender("denied, with its event", &of_ours, world.attack(NOBODY)),
     ];
+    let floors = floors.iter().zip(&of_floors);
+    all.extend(floors.map(|((who, world, ..), runs)| contender(who, runs, world.attack(0))));
     let what = "program time above an empty one";
     let times = bench.in_turn(what, bench.rounds(ROUNDS), &mut all);
     let Some((control, others)) = times.split_first() else {
@@ -89,7 +110,9 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
             .zip(control)
             .map(|(time, control)| time - control)
             .collect();
-        bench.figure("P2", what, (who, Some(1_001)), "ns", above);
+        let is_floor = FLOORS.iter().any(|(floor, ..)| floor == who);
+        let (id, endpoints) = if is_floor { ("", None) } else { ("P2", Some(1_001)) };
+        bench.figure(id, what, (who, endpoints), "ns", above);
     }
     Ok(())
 }
