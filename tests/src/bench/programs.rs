@@ -19,6 +19,8 @@ const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const ROUNDS: usize = 81;
 /// Connects of a slice.
 const CALLS: usize = 5_000;
+/// Allowed attempts that another program refuses: what a connect takes out of the caches stays there.
+const HOT: &str = "allowed, refused by another program";
 /// Programs that show what of a time is the machine's: by additions, about as many as an allowed attempt has
 /// instructions, and by calls.
 const FLOORS: [(&str, usize, usize); 3] = [
@@ -45,6 +47,20 @@ fn per_run(runs: &dyn Fn() -> Result<Runs>, attack: &Attack) -> Result<f64> {
     Ok((after.time - before.time) as f64 / (after.count - before.count) as f64)
 }
 
+/// A world that root alone may reach, among a thousand endpoints.
+fn guarded() -> Result<World> {
+    let world = World::new()?;
+    let mut endpoints: Vec<String> = (0..1_000)
+        .map(|host| format!("udp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
+        .collect();
+    endpoints.push(format!("udp://{}", world.here()));
+    world.configure(&format!(
+        "backend = \"ebpf\"\n[target.main]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n"
+    ))?;
+    world.apply()?;
+    Ok(world)
+}
+
 fn contender<'a>(who: &str, runs: &'a dyn Fn() -> Result<Runs>, attack: Attack) -> Contender<'a> {
     Contender {
         who: who.to_owned(),
@@ -54,9 +70,10 @@ fn contender<'a>(who: &str, runs: &'a dyn Fn() -> Result<Runs>, attack: Attack) 
 }
 
 fn with_statistics(bench: &mut Bench) -> Result<()> {
-    let (empty, world) = (World::new()?, World::new()?);
-    let (_first, _second) = (empty.listen()?, world.listen()?);
+    let (empty, world, hot) = (World::new()?, guarded()?, guarded()?);
+    let _listeners = [empty.listen()?, world.listen()?, hot.listen()?];
     let program = ForeignProgram::passing(&empty.cgroup, Sharing::None)?;
+    let _refusing = ForeignProgram::refusing(&hot.cgroup, Sharing::Multi)?;
     let mut floors = Vec::new();
     for (who, additions, calls) in FLOORS {
         let world = World::new()?;
@@ -64,18 +81,11 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
         let program = ForeignProgram::working(&world.cgroup, additions, calls)?;
         floors.push((who, world, program, listener));
     }
-    let mut endpoints: Vec<String> = (0..1_000)
-        .map(|host| format!("udp://{}:{}", Ipv4Addr::from(0x0a00_0000 + host), world.port))
-        .collect();
-    endpoints.push(format!("udp://{}", world.here()));
-    world.configure(&format!(
-        "backend = \"ebpf\"\n[target.main]\nendpoints = {endpoints:?}\nallow = [\"root\"]\n"
-    ))?;
-    world.apply()?;
-    let pin = world.pins().join("connect4");
+    let [pin, hot_pin] = [&world, &hot].map(|world| world.pins().join("connect4"));
     let other_port = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), empty.port);
     let other_address = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), world.port);
-    let (of_empty, of_ours) = (|| Ok(program.runs()?), || Ok(runs_of_link(&pin)?));
+    let of_empty = || Ok(program.runs()?);
+    let (of_ours, of_hot) = (|| Ok(runs_of_link(&pin)?), || Ok(runs_of_link(&hot_pin)?));
     let of_floors: Vec<_> = floors
         .iter()
         .map(|(_, _, program, _)| move || Ok(program.runs()?))
@@ -91,6 +101,7 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
         ),
         contender("allowed, both users checked", &of_ours, world.attack(0)),
         contender("denied, with its event", &of_ours, world.attack(NOBODY)),
+        contender(HOT, &of_hot, hot.attack(0)),
     ];
     let floors = floors.iter().zip(&of_floors);
     all.extend(floors.map(|((who, world, ..), runs)| contender(who, runs, world.attack(0))));
@@ -111,7 +122,8 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
             .map(|(time, control)| time - control)
             .collect();
         let is_floor = FLOORS.iter().any(|(floor, ..)| floor == who);
-        let (id, endpoints) = if is_floor { ("", None) } else { ("P2", Some(1_001)) };
+        let id = if is_floor || who == HOT { "" } else { "P2" };
+        let endpoints = (!is_floor).then_some(1_001);
         bench.figure(id, what, (who, endpoints), "ns", above);
     }
     Ok(())
