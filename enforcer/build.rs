@@ -10,6 +10,7 @@ use std::{
     process::{Command, exit},
 };
 
+use anyhow::Context as _;
 use aya_build::{Package, Toolchain, build_ebpf};
 use object::build::elf;
 
@@ -62,7 +63,9 @@ fn strip(programs: &Path) -> anyhow::Result<()> {
     const COMPILER: &[u8] = b"rustc version ";
     let data = fs::read(programs)?;
     let named = data.windows(COMPILER.len()).position(|window| window == COMPILER);
-    let compiler = named.and_then(|at| data.get(at..)?.split(|byte| *byte == 0).next());
+    // With the zero that ends it.
+    let compiler = named.and_then(|at| data.get(at..)?.split_inclusive(|byte| *byte == 0).next());
+    let compiler = compiler.context("they do not name their compiler")?;
     let mut object = elf::Builder::read(data.as_slice())?;
     for section in &mut object.sections {
         let name = section.name.as_slice();
@@ -80,7 +83,7 @@ fn strip(programs: &Path) -> anyhow::Result<()> {
     let comment = object.sections.add();
     comment.name = ".comment".into();
     comment.sh_type = object::elf::SHT_PROGBITS;
-    comment.data = elf::SectionData::Data(compiler.unwrap_or_default().into());
+    comment.data = elf::SectionData::Data(compiler.into());
     object.delete_orphans();
     let mut stripped = Vec::new();
     object.write(&mut stripped)?;

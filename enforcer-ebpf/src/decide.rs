@@ -188,8 +188,8 @@ fn owners<T: Tables, S: Subject>(
         None if translated.is_none() => return None,
         None => {}
     }
-    // Behind a NAT64 prefix there is neither an IPv4 address nor an unspecified or loopback one. Such attempts are few,
-    // so buckets, which cost each start their time with the verifier, may be passed over.
+    // Behind a NAT64 prefix there is neither an IPv4 address nor an unspecified or loopback one. Such attempts are
+    // rare, so the buckets are skipped: checking them here would cost verifier time at every start.
     let key = EndpointKey {
         scope: slot | scope::V6,
         protocol: destination.protocol,

@@ -194,6 +194,7 @@ fn count_allowed(owners: Owners) {
         }
         return;
     }
+    const { assert!(MAX_TARGETS == 64, "a pass for each target") };
     // More than two, which is rare. Without a branch: the verifier follows each way through each pass.
     eight_passes! { octave => {
         eight_passes! { step => {

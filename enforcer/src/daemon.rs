@@ -376,7 +376,7 @@ impl Daemon {
     fn ready(&mut self) -> Result<(), DaemonError> {
         self.sync_chain();
         self.look_at_visibility();
-        // Just written, and read back.
+        // This process has read back or read what is active; what it has not is read now.
         let observed = self.enforcement.observe_quickly()?;
         self.enforcement.trim_memory();
         info!(

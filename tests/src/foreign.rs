@@ -44,15 +44,15 @@ impl ForeignProgram {
         Self::attach(cgroup, sharing, &[PASS, EXIT])
     }
 
-    /// Lets everything pass at `connect4` after so many additions, which wait for each other four by four, and calls of
-    /// a helper that reads one word (`bpf_get_current_task`).
+    /// Lets everything pass at `connect4` after so many additions, in four independent chains, and calls of a helper
+    /// that only reads two words (`bpf_get_current_pid_tgid`).
     pub fn working(cgroup: &Path, additions: usize, calls: usize) -> io::Result<Self> {
         // r2 to r5 = 0, and += 1.
         let registers = [0x0200, 0x0300, 0x0400, 0x0500];
         let zeros = registers.map(|register| 0xb7 | register);
         let adds = registers.map(|register| 0x0000_0001_0000_0007 | register);
         let adds = adds.iter().cycle().take(additions).copied();
-        let calls = std::iter::repeat_n(0x0000_0023_0000_0085, calls);
+        let calls = std::iter::repeat_n(0x0000_000e_0000_0085, calls);
         let all = zeros.into_iter().chain(adds).chain(calls).chain([PASS, EXIT]);
         Self::attach(cgroup, Sharing::None, &all.collect::<Vec<u64>>())
     }

@@ -35,7 +35,7 @@ impl Daemon {
         self.status_of(observed)
     }
 
-    /// For those who have just applied a rule set: what was written was read back then.
+    /// For those who have just applied a rule set: entries that were read back or read then are not read again.
     pub(super) fn status_after_apply(&mut self) -> Status {
         self.look_at_visibility();
         self.quick_status()

@@ -19,8 +19,12 @@ const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const ROUNDS: usize = 81;
 /// Connects of a slice.
 const CALLS: usize = 5_000;
-/// Allowed attempts that another program refuses: what a connect takes out of the caches stays there.
-const HOT: &str = "allowed, refused by another program";
+/// What all times are compared with.
+const EMPTY: &str = "empty program";
+/// Attempts that our program allows and another one refuses: they do not go on to connect, so the caches keep what a
+/// connect would evict.
+const HOT_EMPTY: &str = "empty program, with warm caches";
+const HOT: &str = "allowed, with warm caches";
 /// Programs that show what of a time is the machine's: by additions, about as many as an allowed attempt has
 /// instructions, and by calls.
 const FLOORS: [(&str, usize, usize); 3] = [
@@ -70,10 +74,15 @@ fn contender<'a>(who: &str, runs: &'a dyn Fn() -> Result<Runs>, attack: Attack) 
 }
 
 fn with_statistics(bench: &mut Bench) -> Result<()> {
-    let (empty, world, hot) = (World::new()?, guarded()?, guarded()?);
-    let _listeners = [empty.listen()?, world.listen()?, hot.listen()?];
+    let (empty, world, hot_empty, hot) = (World::new()?, guarded()?, World::new()?, guarded()?);
+    let listeners = [&empty, &world, &hot_empty, &hot].map(World::listen);
+    let _listeners: Vec<_> = listeners.into_iter().collect::<Result<_>>()?;
     let program = ForeignProgram::passing(&empty.cgroup, Sharing::None)?;
-    let _refusing = ForeignProgram::refusing(&hot.cgroup, Sharing::Multi)?;
+    let hot_program = ForeignProgram::passing(&hot_empty.cgroup, Sharing::Multi)?;
+    let _refusing = [
+        ForeignProgram::refusing(&hot_empty.cgroup, Sharing::Multi)?,
+        ForeignProgram::refusing(&hot.cgroup, Sharing::Multi)?,
+    ];
     let mut floors = Vec::new();
     for (who, additions, calls) in FLOORS {
         let world = World::new()?;
@@ -84,14 +93,14 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
     let [pin, hot_pin] = [&world, &hot].map(|world| world.pins().join("connect4"));
     let other_port = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), empty.port);
     let other_address = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), world.port);
-    let of_empty = || Ok(program.runs()?);
+    let (of_empty, of_hot_empty) = (|| Ok(program.runs()?), || Ok(hot_program.runs()?));
     let (of_ours, of_hot) = (|| Ok(runs_of_link(&pin)?), || Ok(runs_of_link(&hot_pin)?));
     let of_floors: Vec<_> = floors
         .iter()
         .map(|(_, _, program, _)| move || Ok(program.runs()?))
         .collect();
     let mut all = vec![
-        contender("empty program", &of_empty, empty.attack(0)),
+        contender(EMPTY, &of_empty, empty.attack(0)),
         contender("empty program, again", &of_empty, empty.attack(0)),
         contender("port of no target", &of_ours, world.attack(0).to(other_port)),
         contender(
@@ -101,30 +110,32 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
         ),
         contender("allowed, both users checked", &of_ours, world.attack(0)),
         contender("denied, with its event", &of_ours, world.attack(NOBODY)),
+        contender(HOT_EMPTY, &of_hot_empty, hot_empty.attack(0)),
         contender(HOT, &of_hot, hot.attack(0)),
     ];
     let floors = floors.iter().zip(&of_floors);
     all.extend(floors.map(|((who, world, ..), runs)| contender(who, runs, world.attack(0))));
     let what = "program time above an empty one";
     let times = bench.in_turn(what, bench.rounds(ROUNDS), &mut all);
-    let Some((control, others)) = times.split_first() else {
-        return Ok(());
-    };
-    ensure!(!control.is_empty(), "there is nothing to compare with");
     let whos: Vec<String> = all.iter().map(|one| one.who.clone()).collect();
     drop(all);
+    let of = |who: &str| {
+        let at = whos.iter().position(|one| one == who);
+        let times = at.and_then(|at| times.get(at)).filter(|times| !times.is_empty());
+        times.with_context(|| format!("{who}: there is nothing to compare with"))
+    };
     let alone = "an empty program, statistics and all";
-    bench.figure("", alone, ("empty program", None), "ns", control.clone());
-    for (who, times) in whos.iter().skip(1).zip(others).filter(|(_, times)| !times.is_empty()) {
-        let above = times
-            .iter()
-            .zip(control)
-            .map(|(time, control)| time - control)
-            .collect();
-        let is_floor = FLOORS.iter().any(|(floor, ..)| floor == who);
-        let id = if is_floor || who == HOT { "" } else { "P2" };
-        let endpoints = (!is_floor).then_some(1_001);
-        bench.figure(id, what, (who, endpoints), "ns", above);
+    bench.figure("", alone, (EMPTY, None), "ns", of(EMPTY)?.clone());
+    let machine = "what of that any program takes, above an empty one";
+    for (who, times) in whos.iter().zip(&times) {
+        let (id, what, endpoints, control) = match who.as_str() {
+            EMPTY | HOT_EMPTY => continue,
+            HOT => ("", machine, Some(1_001), of(HOT_EMPTY)?),
+            who if FLOORS.iter().any(|(floor, ..)| *floor == who) => ("", machine, None, of(EMPTY)?),
+            _ => ("P2", what, Some(1_001), of(EMPTY)?),
+        };
+        let above = times.iter().zip(control).map(|(time, control)| time - control);
+        bench.figure(id, what, (who, endpoints), "ns", above.collect());
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::{
     ffi::{CStr, CString},
     fmt, io, mem,
     os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd},
+    panic::resume_unwind,
     path::Path,
     thread::{self, ScopedJoinHandle},
 };
@@ -260,14 +261,15 @@ fn broken(error: &dyn Error) -> BackendError {
 }
 
 impl Programs {
-    /// The maps, and beside them what this kernel lets the programs see: both take their time (P7).
+    /// The maps, and beside them what this kernel lets the programs see: both take their time (P7). Where the latter
+    /// fails, the next start finds the maps, which nothing uses.
     pub(super) fn here(maps_dir: &Path, log_level: u8) -> Result<(Self, Sight), BackendError> {
         let (unbound, sight) = thread::scope(|scope| {
             let sight = thread::Builder::new().spawn_scoped(scope, Sight::here);
             let unbound = Unbound::open(maps_dir);
             let sight = match sight.map(ScopedJoinHandle::join) {
-                Ok(Ok(sight)) => sight,
-                Ok(Err(_)) | Err(_) => Sight::here(),
+                Ok(sight) => sight.unwrap_or_else(|panic| resume_unwind(panic)),
+                Err(_) => Sight::here(),
             };
             (unbound, sight)
         });
@@ -304,9 +306,9 @@ impl Programs {
             };
             let others: Vec<_> = missing.iter().skip(1).copied().map(spawn).collect();
             let first = missing.first().map(|one| load(*one));
-            let others = others.into_iter().filter_map(|other| match other {
-                Ok(thread) => thread.join().ok(),
-                Err(one) => Some(load(one)),
+            let others = others.into_iter().map(|other| match other {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                Err(one) => load(one),
             });
             first.into_iter().chain(others).collect()
         });

@@ -11,7 +11,10 @@ use std::{
     slice,
 };
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::{
+    mman::{MapFlags, ProtFlags, mmap, munmap},
+    statfs::{SYSFS_MAGIC, fstatfs},
+};
 
 /// Memory to be read, until it is dropped.
 pub(super) struct Mapped {
@@ -46,8 +49,10 @@ impl Drop for Mapped {
 pub(crate) fn with_constant_file<R>(path: &Path, look: impl FnOnce(&[u8]) -> R) -> io::Result<R> {
     let mut file = File::open(path)?;
     let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
-    if let Ok(mapped) = Mapped::of(&file, length, MapFlags::MAP_PRIVATE) {
-        // SAFETY: as long as the file, which nobody writes.
+    // Of another file system, mounted over it, nobody knows who writes.
+    let is_kernels = fstatfs(&file).is_ok_and(|system| system.filesystem_type() == SYSFS_MAGIC);
+    if is_kernels && let Ok(mapped) = Mapped::of(&file, length, MapFlags::MAP_PRIVATE) {
+        // SAFETY: as long as the file, which the kernel made when it booted and nobody can write.
         return Ok(look(unsafe {
             slice::from_raw_parts(mapped.start().cast().as_ptr(), length)
         }));
