@@ -3,15 +3,17 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Map, MapData, RingBuf};
 
 use super::{Bench, Contender};
 use crate::{
     attack::Way,
     foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
-    world::{Attack, NOBODY, World},
+    world::{Attack, NOBODY, World, maps_name},
 };
 
 /// Where statistics are switched on (Linux 5.1).
@@ -19,6 +21,8 @@ const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const ROUNDS: usize = 81;
 /// Connects of a slice.
 const CALLS: usize = 5_000;
+/// Denied ones: no more than the ring buffer has room for, as a denial without an event costs less.
+const DENIED_CALLS: usize = 2_000;
 /// What all times are compared with.
 const EMPTY: &str = "empty program";
 /// Attempts that our program allows and another one refuses: they do not go on to connect, so the caches keep what a
@@ -42,9 +46,9 @@ pub(super) fn measure(bench: &mut Bench) -> Result<()> {
 }
 
 /// Nanoseconds a run, over those that an attack makes.
-fn per_run(runs: &dyn Fn() -> Result<Runs>, attack: &Attack) -> Result<f64> {
+fn per_run(runs: &dyn Fn() -> Result<Runs>, attack: &Attack, calls: usize) -> Result<f64> {
     let before = runs()?;
-    attack.clone().way(Way::UdpConnect).measure(CALLS)?;
+    attack.clone().way(Way::UdpConnect).measure(calls)?;
     let after = runs()?;
     ensure!(after.count > before.count, "the program did not run");
     #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
@@ -69,8 +73,25 @@ fn contender<'a>(who: &str, runs: &'a dyn Fn() -> Result<Runs>, attack: Attack) 
     Contender {
         who: who.to_owned(),
         endpoints: Some(1_001),
-        slice: Box::new(move || per_run(runs, &attack)),
+        slice: Box::new(move || per_run(runs, &attack, CALLS)),
     }
+}
+
+/// Each slice finds the ring buffer empty, and leaves the events of all its attempts there.
+fn denied<'a>(runs: &'a dyn Fn() -> Result<Runs>, attack: Attack, events: &Path) -> Result<Contender<'a>> {
+    let mut ring = RingBuf::try_from(Map::RingBuf(MapData::from_pin(events)?))?;
+    let mut drained = move || std::iter::from_fn(|| ring.next().map(drop)).count();
+    Ok(Contender {
+        who: "denied, with its event".to_owned(),
+        endpoints: Some(1_001),
+        slice: Box::new(move || {
+            drained();
+            let time = per_run(runs, &attack, DENIED_CALLS)?;
+            let events = drained();
+            ensure!(events >= DENIED_CALLS, "{events} events of {DENIED_CALLS} denials");
+            Ok(time)
+        }),
+    })
 }
 
 fn with_statistics(bench: &mut Bench) -> Result<()> {
@@ -91,6 +112,7 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
         floors.push((who, world, program, listener));
     }
     let [pin, hot_pin] = [&world, &hot].map(|world| world.pins().join("connect4"));
+    let events = world.pins().join(maps_name()).join("events");
     let other_port = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), empty.port);
     let other_address = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), world.port);
     let (of_empty, of_hot_empty) = (|| Ok(program.runs()?), || Ok(hot_program.runs()?));
@@ -109,7 +131,7 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
             world.attack(0).to(other_address),
         ),
         contender("allowed, both users checked", &of_ours, world.attack(0)),
-        contender("denied, with its event", &of_ours, world.attack(NOBODY)),
+        denied(&of_ours, world.attack(NOBODY), &events)?,
         contender(HOT_EMPTY, &of_hot_empty, hot_empty.attack(0)),
         contender(HOT, &of_hot, hot.attack(0)),
     ];
