@@ -5,6 +5,7 @@
 //! is what such a comparison can tell here. What cannot be measured is a line of the report, and the rest goes on.
 
 mod conditions;
+mod events;
 mod forwarded;
 mod idle;
 pub mod instructions;

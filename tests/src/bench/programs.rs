@@ -3,17 +3,15 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::Path,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::{Map, MapData, RingBuf};
 
-use super::{Bench, Contender};
+use super::{Bench, Contender, events::Events};
 use crate::{
     attack::Way,
     foreign::{ForeignProgram, Runs, Sharing, runs_of_link},
-    world::{Attack, NOBODY, World, maps_name},
+    world::{Attack, NOBODY, World},
 };
 
 /// Where statistics are switched on (Linux 5.1).
@@ -78,16 +76,15 @@ fn contender<'a>(who: &str, runs: &'a dyn Fn() -> Result<Runs>, attack: Attack) 
 }
 
 /// Each slice finds the ring buffer empty, and leaves the events of all its attempts there.
-fn denied<'a>(runs: &'a dyn Fn() -> Result<Runs>, attack: Attack, events: &Path) -> Result<Contender<'a>> {
-    let mut ring = RingBuf::try_from(Map::RingBuf(MapData::from_pin(events)?))?;
-    let mut drained = move || std::iter::from_fn(|| ring.next().map(drop)).count();
+fn denied<'a>(runs: &'a dyn Fn() -> Result<Runs>, world: &World) -> Result<Contender<'a>> {
+    let (attack, mut ring) = (world.attack(NOBODY), Events::open(world)?);
     Ok(Contender {
         who: "denied, with its event".to_owned(),
         endpoints: Some(1_001),
         slice: Box::new(move || {
-            drained();
+            ring.drain();
             let time = per_run(runs, &attack, DENIED_CALLS)?;
-            let events = drained();
+            let events = ring.drain();
             ensure!(events >= DENIED_CALLS, "{events} events of {DENIED_CALLS} denials");
             Ok(time)
         }),
@@ -112,7 +109,6 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
         floors.push((who, world, program, listener));
     }
     let [pin, hot_pin] = [&world, &hot].map(|world| world.pins().join("connect4"));
-    let events = world.pins().join(maps_name()).join("events");
     let other_port = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), empty.port);
     let other_address = SocketAddr::new(IpAddr::from(Ipv4Addr::LOCALHOST), world.port);
     let (of_empty, of_hot_empty) = (|| Ok(program.runs()?), || Ok(hot_program.runs()?));
@@ -131,7 +127,7 @@ fn with_statistics(bench: &mut Bench) -> Result<()> {
             world.attack(0).to(other_address),
         ),
         contender("allowed, both users checked", &of_ours, world.attack(0)),
-        denied(&of_ours, world.attack(NOBODY), &events)?,
+        denied(&of_ours, &world)?,
         contender(HOT_EMPTY, &of_hot_empty, hot_empty.attack(0)),
         contender(HOT, &of_hot, hot.attack(0)),
     ];

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use super::worker::Worker;
+use super::{events::Events, worker::Worker};
 use crate::{
     foreign::{ForeignProgram, Sharing},
     world::{NOBODY, Netns, Ran, World, ran},
@@ -58,6 +58,8 @@ pub(super) struct Installed {
     pub(super) root: Worker,
     /// Where a denial is immediate.
     pub(super) nobody: Option<Worker>,
+    /// Where a denial has an event.
+    pub(super) events: Option<Events>,
     pub(super) took: Duration,
     count: u32,
     updates: u32,
@@ -110,8 +112,10 @@ impl Rival {
         let took = started.elapsed();
         // The agent's rules drop: whoever is denied waits for two minutes.
         let refuses = self.protects() && self != Self::NftLinear;
+        let events = (self == Self::Ebpf).then(|| Events::open(&world)).transpose()?;
         Ok(Installed {
             rival: self,
+            events,
             root: Worker::start(&netns, &world, world.port, 0)?,
             nobody: refuses
                 .then(|| Worker::start(&netns, &world, world.port, NOBODY))

@@ -137,6 +137,9 @@ fn denials(bench: &mut Bench, all: &mut [Installed], count: u32) {
     }
     let slice: Slice = |one| {
         let to = one.endpoint();
+        if let Some(events) = &mut one.events {
+            events.drain();
+        }
         let nobody = one.nobody.as_mut();
         nobody.map_or(Ok(f64::NAN), |nobody| nobody.refused(to))
     };
