@@ -51,14 +51,14 @@ fn main() {
     if let Err(error) = build_ebpf([programs], Toolchain::Custom(&toolchain)) {
         fail(&format!("{error:#}"));
     }
-    let programs = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("enforcer-programs");
+    let programs = out_dir().join("enforcer-programs");
     if let Err(error) = strip(&programs) {
         fail(&format!("strip {}: {error:#}", programs.display()));
     }
 }
 
-/// Takes out of the copy that goes into `enforcer` what tells of the source alone: most of it, whose relocations each
-/// start would parse. The compiler's name stays, where compilers put it.
+/// Removes the debug information from the copy that goes into `enforcer`: most of the file, and each start would parse
+/// its relocations. The compiler's name stays, where compilers put it.
 fn strip(programs: &Path) -> anyhow::Result<()> {
     const COMPILER: &[u8] = b"rustc version ";
     let data = fs::read(programs)?;
@@ -125,10 +125,15 @@ fn has_linker() -> bool {
     env::split_paths(&path).any(|dir| dir.join("bpf-linker").exists())
 }
 
+/// Where cargo has this script write.
+fn out_dir() -> PathBuf {
+    PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default())
+}
+
 /// Lets every profile, clippy and editors use one build: aya-build's own place is below `OUT_DIR`, one for each of
 /// them.
 fn share_target_dir() -> std::io::Result<()> {
-    let out_dir = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
+    let out_dir = out_dir();
     // target/PROFILE/build/enforcer-HASH/out
     let shared = out_dir.ancestors().nth(4).unwrap_or(&out_dir).join("ebpf");
     fs::create_dir_all(&shared)?;

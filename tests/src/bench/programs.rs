@@ -25,8 +25,9 @@ const DENIED_CALLS: usize = 2_000;
 const EMPTY: &str = "empty program";
 /// Attempts that our program allows and another one refuses: they do not go on to connect, so the caches keep what a
 /// connect would evict.
-const HOT_EMPTY: &str = "empty program, with warm caches";
 const HOT: &str = "allowed, with warm caches";
+/// What those are compared with: they are refused too.
+const HOT_EMPTY: &str = "empty program, with warm caches";
 /// Programs that show what of a time is the machine's: by additions, about as many as an allowed attempt has
 /// instructions, and by calls.
 const FLOORS: [(&str, usize, usize); 3] = [
