@@ -23,7 +23,7 @@ pub struct Destination {
 pub trait Tables {
     /// What each slot has on a port, as [`port::of`] takes it apart, to be read as often as it is asked for; never
     /// narrower than what the slot holds.
-    fn port(&self, port: u16) -> Option<impl Fn() -> u8>;
+    fn port(&self, port: u16) -> impl Fn() -> u8;
     /// The active slot.
     fn active(&self) -> Option<u8>;
     /// What holds for all of a slot; a reference where it can be looked at without a copy.
@@ -35,7 +35,7 @@ pub trait Tables {
     /// Owners of the longest prefix, those of shorter ones that cover it included.
     fn prefix(&self, key: &EndpointKey) -> Option<Owners>;
     /// A NAT64 prefix of a slot besides the well-known one, all zeros for none; looked up only under [`flag::NAT64`].
-    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64>;
+    fn nat64(&self, slot: u8, number: u32) -> Nat64;
     /// Targets that admit a principal.
     fn principal(&self, key: &PrincipalKey) -> Option<Owners>;
 }
@@ -129,9 +129,7 @@ const UNJUDGED: Decision = Decision {
 /// Judges one attempt.
 #[inline(always)]
 pub fn decide<T: Tables, S: Subject>(tables: &T, subject: &S, destination: &Destination) -> Decision {
-    let Some(slots) = tables.port(destination.port) else {
-        return UNJUDGED;
-    };
+    let slots = tables.port(destination.port);
     if slots() == 0 {
         return UNJUDGED; // D1
     }
@@ -208,7 +206,7 @@ fn translated<T: Tables>(tables: &T, address: Address, slot: u8, flags: u64) -> 
         return None;
     }
     let within = |prefix: Nat64| prefix == [a, b, c];
-    let own = || (0..MAX_NAT64).any(|number| tables.nat64(slot, number).is_some_and(within));
+    let own = || (0..MAX_NAT64).any(|number| within(tables.nat64(slot, number)));
     let inside = within(WELL_KNOWN_NAT64) || flags & flag::NAT64 != 0 && a != 0 && own();
     inside.then(|| canonical4(v4))
 }

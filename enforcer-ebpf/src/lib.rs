@@ -16,10 +16,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Version of everything in this file, and of the maps' names and types in `main.rs`; maps of another version are never
 /// reused.
-pub const ABI: u32 = 6;
+pub const ABI: u32 = 7;
 
 /// Exact endpoints of one rule set, and with them an entry or two for the unspecified address of every port (D5).
 pub const MAX_ENDPOINTS: u32 = 131_072;
+/// Exact endpoints of a rule set that the map `endpoints` has room for; where there are more, all lie in another one,
+/// which is made when it is first needed. The kernel prepares each bucket of a hash that it makes, and goes through all
+/// of them to read it.
+pub const FEW_ENDPOINTS: u32 = 4_096;
 /// Endpoints of one rule set that name a prefix.
 pub const MAX_PREFIXES: u32 = 16_384;
 /// Principal keys (user, user in a cgroup, anybody in a cgroup, kernel) of one rule set, over all targets.
@@ -47,20 +51,27 @@ pub const COMPONENT_BYTES: usize = 40;
 /// Every rule set in the kernel lies in one of two slots; readers use the active one, the loader writes the other.
 pub const SLOTS: u32 = 2;
 
-/// Most entries of each map.
+/// Most entries of each map; of an array that is one value, its elements.
 pub mod entries {
-    use super::{BUCKETS as SLOT_BUCKETS, MAX_ENDPOINTS, MAX_NAT64, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS, SLOTS};
+    use super::{
+        BUCKETS as SLOT_BUCKETS, FEW_ENDPOINTS, MAX_ENDPOINTS, MAX_NAT64, MAX_PREFIXES, MAX_PRINCIPALS, MAX_TARGETS,
+        SLOTS,
+    };
 
     /// Of `active`.
     pub const ACTIVE: u32 = 1;
-    /// Of `generations`, one a slot.
-    pub const GENERATIONS: u32 = SLOTS;
     /// Of `ports`, one a port.
     pub const PORTS: u32 = 1 << 16;
+    /// Of `generations`, one a slot.
+    pub const GENERATIONS: u32 = SLOTS;
     /// Of `buckets`, slot by slot.
     pub const BUCKETS: u32 = SLOTS * SLOT_BUCKETS;
     /// Of `endpoints`.
-    pub const ENDPOINTS: u32 = SLOTS * MAX_ENDPOINTS;
+    pub const ENDPOINTS: u32 = SLOTS * FEW_ENDPOINTS;
+    /// Of `many`.
+    pub const MANY: u32 = 1;
+    /// Of what `many` holds.
+    pub const MANY_ENDPOINTS: u32 = SLOTS * MAX_ENDPOINTS;
     /// Of `prefixes`.
     pub const PREFIXES: u32 = SLOTS * MAX_PREFIXES;
     /// Of `principals`.

@@ -8,18 +8,20 @@
 )]
 #![allow(missing_docs, reason = "a program has no API")]
 
+mod of_maps;
 mod path;
 mod structures;
 
-use core::{borrow::Borrow, mem::offset_of};
+use core::{
+    borrow::Borrow,
+    cell::UnsafeCell,
+    mem::{MaybeUninit, offset_of},
+};
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock_addr,
-    helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
-        bpf_get_netns_cookie, bpf_ktime_get_boot_ns,
-    },
+    helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_ktime_get_boot_ns},
     macros::{cgroup_sock_addr, map},
     maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie},
     programs::SockAddrContext,
@@ -33,34 +35,45 @@ use enforcer_ebpf::{
     eight_passes, entries, gate,
 };
 
-use self::structures::current_user;
+use self::{of_maps::ArrayOfMaps, structures::Running};
 
 const _: () = assert!(size_of::<lpm_trie::Key<EndpointKey>>() == size_of::<PrefixKey>());
 
 /// `IPPROTO_MPTCP`, of which some kernels show the low byte only, which is TCP's number.
 const MPTCP: u32 = 262;
 const BPF_F_NO_PREALLOC: u32 = 1;
-/// Of what the loader reads whole.
+/// Of what the loader reads and writes as memory.
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 
 /// 0: no rule set active; else its slot plus 1. One byte, so that it is read and written whole.
-#[map(name = "active")]
-static ACTIVE: Array<u8> = Array::pinned(entries::ACTIVE, 0);
+///
+/// All that is `.bss.…` here is the only value of a pinned array of that name, which programs address without a lookup.
+/// Named without mangling, or the compiler takes what no program writes for the zeros that it begins with.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.active")]
+static ACTIVE: Shared<u8, { entries::ACTIVE as usize }> = Shared::ZERO;
+/// This one and others are looked up, as the verifier holds a number that an address comes from for exact, and what it
+/// comes from with it.
 #[map(name = "generations")]
-static GENERATIONS: Array<Generation> = Array::pinned(entries::GENERATIONS, 0);
+static GENERATIONS: Array<Generation> = Array::pinned(entries::GENERATIONS, BPF_F_MMAPABLE);
 /// By port: what each slot has on it ([`enforcer_ebpf::port`]).
-#[map(name = "ports")]
-static PORTS: Array<u8> = Array::pinned(entries::PORTS, BPF_F_MMAPABLE);
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.ports")]
+static PORTS: Shared<u8, { entries::PORTS as usize }> = Shared::ZERO;
 /// Slot by slot, what its exact endpoints come to.
 #[map(name = "buckets")]
 static BUCKETS: Array<Bucket> = Array::pinned(entries::BUCKETS, BPF_F_MMAPABLE);
 #[map(name = "endpoints")]
 static ENDPOINTS: HashMap<EndpointKey, Owners> = HashMap::pinned(entries::ENDPOINTS, BPF_F_NO_PREALLOC);
+/// Of more than few endpoints, the map that they lie in.
+#[map(name = "many")]
+static MANY: ArrayOfMaps = ArrayOfMaps::pinned(entries::MANY);
 #[map(name = "prefixes")]
 static PREFIXES: LpmTrie<EndpointKey, Owners> = LpmTrie::pinned(entries::PREFIXES, BPF_F_NO_PREALLOC);
 /// Slot by slot, NAT64 prefixes.
-#[map(name = "nat64")]
-static NAT64: Array<Nat64> = Array::pinned(entries::NAT64, BPF_F_MMAPABLE);
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.nat64")]
+static NAT64: Shared<Nat64, { entries::NAT64 as usize }> = Shared::ZERO;
 #[map(name = "principals")]
 static PRINCIPALS: HashMap<PrincipalKey, Owners> = HashMap::pinned(entries::PRINCIPALS, BPF_F_NO_PREALLOC);
 /// Slot by slot, the names of its targets.
@@ -74,8 +87,9 @@ static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 #[map(name = "lost")]
 static LOST: PerCpuArray<u64> = PerCpuArray::pinned(entries::LOST, 0);
 /// By port: one of [`gate`].
-#[map(name = "gates")]
-static GATES: Array<u8> = Array::pinned(entries::GATES, 0);
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.gates")]
+static GATES: Shared<u8, { entries::GATES as usize }> = Shared::ZERO;
 #[map(name = "dials")]
 static DIALS: RingBuf = RingBuf::pinned(DIAL_BYTES, 0);
 
@@ -207,10 +221,15 @@ fn count_allowed(owners: Owners) {
 /// Number of the lowest bit.
 #[inline(always)]
 fn lowest(owners: Owners) -> u32 {
-    let found = owners.trailing_zeros();
-    // The compiler knows that this is below 64 and would leave the mask out; the verifier wants to see it.
+    bounded::<MAX_TARGETS>(owners.trailing_zeros())
+}
+
+/// What is below a power of two anyway, which the compiler knows; the verifier wants to see it.
+#[inline(always)]
+fn bounded<const END: u32>(number: u32) -> u32 {
+    const { assert!(END.is_power_of_two()) };
     // SAFETY: a stack word of our own.
-    unsafe { (&raw const found).read_volatile() & (MAX_TARGETS - 1) }
+    unsafe { (&raw const number).read_volatile() & (END - 1) }
 }
 
 const _: () = assert!(Verdict::WouldDeny as u8 == Verdict::Deny as u8 + 1);
@@ -235,22 +254,14 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
     // SAFETY: the buffer's own memory, as large as a record, written field by field: a whole record is more than the
     // stack holds. What the path does not need stays as it was, which only root can read.
     unsafe {
-        let pid_tgid = bpf_get_current_pid_tgid();
-        #[allow(clippy::cast_possible_truncation, reason = "two 32-bit ids in one word")]
-        let (pid, tid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
         (*record).time = bpf_ktime_get_boot_ns();
         (*record).generation = decision.generation;
-        (*record).cgroup = bpf_get_current_cgroup_id();
         (*record).netns = attempt.netns();
         // By words; what may overlap would be moved byte by byte.
         (&raw mut (*record).target).copy_from_nonoverlapping(target, 1);
         (*record).dialled = dialled;
         (*record).judged = decision.judged;
-        (*record).pid = pid;
-        (*record).tid = tid;
-        (*record).task_uid = current_user();
         (*record).socket_uid = socket_uid;
-        bpf_get_current_comm((&raw mut (*record).task).cast(), 16);
         (*record).port = destination.port;
         (*record).protocol = destination.protocol;
         (*record).verdict = Verdict::Deny as u8 + decision.audit();
@@ -258,7 +269,9 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
         (*record).kernel_thread = u8::from(decision.kernel);
         (*record).components = 0;
         (*record).rooted = 0;
-        path::write(record);
+        let task = Running::now();
+        task.write(record);
+        path::write(record, task);
     }
     entry.submit(0);
 }
@@ -267,10 +280,8 @@ fn report(attempt: &Attempt<'_>, family: u8, dialled: Address, destination: &Des
 /// both be told.
 #[inline(always)]
 fn tell_dial(destination: &Destination) {
-    let Some(gate) = GATES.get_ptr_mut(u32::from(destination.port)) else {
-        return;
-    };
-    // SAFETY: the verifier proved the pointer; volatile, because others write it at any time.
+    let gate = GATES.at(destination.port.into());
+    // SAFETY: volatile, because others write it at any time.
     match unsafe { gate.read_volatile() } {
         gate::OPEN => {}
         gate::CLOSED => {
@@ -288,7 +299,7 @@ fn tell_dial(destination: &Destination) {
     unsafe { gate.write_volatile(gate::CLOSED) };
     entry.write(DialRecord {
         address: destination.address,
-        task_uid: current_user(),
+        task_uid: Running::now().user(),
         port: destination.port,
         protocol: destination.protocol,
         zero: 0,
@@ -296,22 +307,39 @@ fn tell_dial(destination: &Destination) {
     entry.submit(0);
 }
 
+/// What programs and the loader both read and write, element by element.
+#[repr(transparent)]
+struct Shared<T, const ELEMENTS: usize>(UnsafeCell<MaybeUninit<[T; ELEMENTS]>>);
+
+// SAFETY: what two may write at once are single bytes; of all else the loader writes what no program reads (F2).
+unsafe impl<T, const ELEMENTS: usize> Sync for Shared<T, ELEMENTS> {}
+
+impl<T, const ELEMENTS: usize> Shared<T, ELEMENTS> {
+    /// Zeros, which each of these types may be.
+    const ZERO: Self = Self(UnsafeCell::new(MaybeUninit::zeroed()));
+
+    /// Where an element is. The verifier proves that there are so many.
+    #[inline(always)]
+    const fn at(&self, element: u32) -> *mut T {
+        // SAFETY: as above.
+        unsafe { self.0.get().cast::<T>().add(element as usize) }
+    }
+}
+
 /// The maps as the decision sees them.
 struct Maps;
 
 impl Tables for Maps {
     #[inline(always)]
-    fn port(&self, port: u16) -> Option<impl Fn() -> u8> {
-        let slots = PORTS.get_ptr(u32::from(port))?;
-        // SAFETY: the verifier proved the pointer; volatile, because the loader writes it at any time.
-        Some(move || unsafe { slots.read_volatile() })
+    fn port(&self, port: u16) -> impl Fn() -> u8 {
+        // SAFETY: volatile, because the loader writes it at any time.
+        move || unsafe { PORTS.at(port.into()).read_volatile() }
     }
 
     #[inline(always)]
     fn active(&self) -> Option<u8> {
-        let active = ACTIVE.get_ptr(0)?;
-        // SAFETY: the verifier proved the pointer; volatile, because the loader flips it at any time.
-        let slot = unsafe { active.read_volatile() }.wrapping_sub(1);
+        // SAFETY: volatile, because the loader flips it at any time.
+        let slot = unsafe { ACTIVE.at(0).read_volatile() }.wrapping_sub(1);
         (u32::from(slot) < SLOTS).then_some(slot)
     }
 
@@ -328,7 +356,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {
         // SAFETY: elements of the slot in use are not removed before a grace period has passed.
-        unsafe { ENDPOINTS.get(key) }.copied()
+        if let Some(owners) = unsafe { ENDPOINTS.get(key) } {
+            return Some(*owners);
+        }
+        // SAFETY: as above; it is a map of such keys and values.
+        unsafe { MANY.get(0)?.get(key) }.copied()
     }
 
     #[inline(always)]
@@ -337,8 +369,9 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
-        NAT64.get(u32::from(slot) * MAX_NAT64 + number).copied()
+    fn nat64(&self, slot: u8, number: u32) -> Nat64 {
+        // SAFETY: as above.
+        unsafe { *NAT64.at(bounded::<SLOTS>(slot.into()) * MAX_NAT64 + number) }
     }
 
     #[inline(always)]
@@ -362,7 +395,7 @@ impl Subject for Attempt<'_> {
 
     #[inline(always)]
     fn task(&self) -> Task {
-        structures::task()
+        Running::now().counts()
     }
 
     #[inline(always)]

@@ -1,13 +1,9 @@
 //! The path of a task's program, for its denial's record: read from the kernel's structures by typed loads.
 
-use aya_ebpf::{
-    Global,
-    cty::c_void,
-    helpers::generated::{bpf_get_current_task_btf, bpf_probe_read_kernel},
-};
+use aya_ebpf::{Global, cty::c_void, helpers::generated::bpf_probe_read_kernel};
 use enforcer_ebpf::{COMPONENT_BYTES, EventRecord, MAX_COMPONENTS, eight_passes};
 
-use crate::structures::{READS_KERNEL, TASK_TYPE, cast_task};
+use crate::structures::{READS_KERNEL, Running, member};
 
 /// Bytes that names in a `struct dentry` itself have room for, on every kernel; one of them ends the name
 /// (`DNAME_INLINE_LEN`).
@@ -45,30 +41,28 @@ const _: () = assert!(MAX_COMPONENTS == 8, "a pass for each component");
 ///
 /// `record` is the memory of a record in the ring buffer.
 #[inline(always)]
-pub(crate) unsafe fn write(record: *mut EventRecord) {
-    let mm = TASK_MM_OFFSET.load() as usize;
+pub(crate) unsafe fn write(record: *mut EventRecord, task: Running) {
+    let mm = TASK_MM_OFFSET.load();
     if mm == 0 {
         return;
     }
     // SAFETY: the verifier knows the types of all that is loaded here, and a load from what is gone reads zeros; each
     // pointer is checked before it is followed.
     unsafe {
-        let task = if TASK_TYPE.load() != 0 {
-            cast_task()
-        } else {
-            bpf_get_current_task_btf().cast::<u8>()
-        };
-        let Some(mm) = follow(task, mm) else { return };
-        let Some(file) = follow(mm, MM_EXE_OFFSET.load() as usize) else {
+        let Some(task) = task.typed() else { return };
+        let Some(mm) = follow(task, mm) else {
             return;
         };
-        let Some(mut dentry) = follow(file, FILE_DENTRY_OFFSET.load() as usize) else {
+        let Some(file) = follow(mm, MM_EXE_OFFSET.load()) else {
+            return;
+        };
+        let Some(mut dentry) = follow(file, FILE_DENTRY_OFFSET.load()) else {
             return;
         };
         let lengths = (&raw mut (*record).lengths).cast::<u8>();
         let path = (&raw mut (*record).path).cast::<[u8; COMPONENT_BYTES]>();
         eight_passes! { number => {
-            let Some(parent) = follow(dentry, DENTRY_PARENT_OFFSET.load() as usize) else {
+            let Some(parent) = follow(dentry, DENTRY_PARENT_OFFSET.load()) else {
                 return;
             };
             // The root is its own parent, and so is a file without a directory.
@@ -80,7 +74,7 @@ pub(crate) unsafe fn write(record: *mut EventRecord) {
             (*record).components = number as u8 + 1;
             dentry = parent;
         }}
-        if follow(dentry, DENTRY_PARENT_OFFSET.load() as usize) == Some(dentry) {
+        if follow(dentry, DENTRY_PARENT_OFFSET.load()) == Some(dentry) {
             (*record).rooted = 1;
         }
     }
@@ -95,14 +89,11 @@ pub(crate) unsafe fn write(record: *mut EventRecord) {
 unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8) {
     // SAFETY: as in [`write`].
     unsafe {
-        let length = dentry
-            .add(DENTRY_LENGTH_OFFSET.load() as usize)
-            .cast::<u32>()
-            .read_volatile();
-        #[allow(clippy::cast_possible_truncation, reason = "below 256, or capped")]
-        let (short, capped) = (length as u8, length.min(255) as u8);
+        let length = member::<u32>(dentry, DENTRY_LENGTH_OFFSET.load());
+        // What a byte tells of it.
+        #[allow(clippy::cast_possible_truncation, reason = "capped")]
+        length_at.write(length.min(255) as u8);
         if length < INLINE_NAME {
-            length_at.write(short);
             let from = dentry.add(DENTRY_INLINE_OFFSET.load() as usize).cast::<u64>();
             name.write(from.read_volatile());
             name.add(1).write(from.add(1).read_volatile());
@@ -110,16 +101,12 @@ unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8)
             name.add(3).write(from.add(3).read_volatile());
             return;
         }
-        length_at.write(capped);
         // A byte that no name has, where nothing can be read.
         name.cast::<u8>().write(0);
         if READS_KERNEL.load() != 0 {
-            let from = dentry
-                .add(DENTRY_NAME_OFFSET.load() as usize)
-                .cast::<u64>()
-                .read_volatile();
+            let from = member::<*const c_void>(dentry, DENTRY_NAME_OFFSET.load());
             #[allow(clippy::cast_possible_truncation, reason = "40")]
-            bpf_probe_read_kernel(name.cast(), COMPONENT_BYTES as u32, from as *const c_void);
+            bpf_probe_read_kernel(name.cast(), COMPONENT_BYTES as u32, from);
         }
     }
 }
@@ -130,8 +117,8 @@ unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8)
 ///
 /// There is a pointer at the offset.
 #[inline(always)]
-unsafe fn follow(structure: *const u8, offset: usize) -> Option<*const u8> {
+unsafe fn follow(structure: *const u8, offset: u32) -> Option<*const u8> {
     // SAFETY: as in [`write`].
-    let found = unsafe { structure.add(offset).cast::<*const u8>().read_volatile() };
+    let found = unsafe { member::<*const u8>(structure, offset) };
     (!found.is_null()).then_some(found)
 }

@@ -30,7 +30,7 @@ pub use ebpf::image::programs;
 pub(crate) use active_rules::ActiveRules;
 pub(crate) use ebpf::{
     BackendError, Checked, EbpfBackend, Lacking, LinkLook, LinksSeen, Observed, ObservedTarget, Ring, SocketUsers,
-    Trace,
+    Trace, look_ahead,
 };
 pub(crate) use nftables::{Logged, LoggedDenial, NflogListener, NftChanges, NftablesBackend, NftablesError, jobs};
 
@@ -396,12 +396,6 @@ impl Store for Enforcement {
 
     fn trace(&mut self) -> Option<Trace> {
         self.ebpf.as_mut().and_then(EbpfBackend::trace)
-    }
-
-    fn trim_memory(&self) {
-        if let Some(kernel) = &self.ebpf {
-            kernel.trim_memory();
-        }
     }
 
     fn unload(self: Box<Self>) -> Result<(), BackendError> {

@@ -23,6 +23,7 @@ mod journal;
 mod links;
 mod lookups;
 mod machine;
+mod memory;
 mod recent;
 mod report;
 mod requests;
@@ -378,7 +379,7 @@ impl Daemon {
         self.look_at_visibility();
         // This process has read back or read what is active; what it has not is read now.
         let observed = self.enforcement.observe_quickly()?;
-        self.enforcement.trim_memory();
+        memory::trim();
         info!(
             "{} generation {}: {} of {} on {}",
             if observed.audit { "auditing" } else { "enforcing" },

@@ -38,6 +38,7 @@ mod kernel_sockets;
 mod later;
 mod lies;
 mod limits;
+mod many;
 mod migration;
 mod missing;
 mod monit;
@@ -137,9 +138,9 @@ macro_rules! files {
 files! {
     absent, boot, bosh, bpm, callers, commands, containers, damage, decision, delegated, detours, dials, doctor,
     endurance, escapes, failover, faults, flood, fragments, grants, hardship, history, impostors, input, jobs,
-    jobs_chain, kernel, kernel_sockets, later, lies, limits, migration, missing, monit, names, neighbours, nftables,
-    parity, past_hooks, places, programs, retention, routes, schemas, squatting, states, subjects, surfaces, sweep,
-    switching, table, takeover, translated, units, verify, visibility, whole_host, writers
+    jobs_chain, kernel, kernel_sockets, later, lies, limits, many, migration, missing, monit, names, neighbours,
+    nftables, parity, past_hooks, places, programs, retention, routes, schemas, squatting, states, subjects, surfaces,
+    sweep, switching, table, takeover, translated, units, verify, visibility, whole_host, writers
 }
 
 /// Of all cases those that some pattern names, the long ones first: a name, or the beginning of one and `*`. A pattern

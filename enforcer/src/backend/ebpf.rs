@@ -31,6 +31,7 @@ use enforcer_ebpf::{ABI, DialRecord, EventRecord, TargetName};
 use tracing::warn;
 
 pub(crate) use self::{
+    btf::look_ahead,
     error::BackendError,
     links::{LinkLook, LinksSeen},
     load::{Trace, sees_other_owners},
@@ -108,7 +109,8 @@ impl EbpfBackend {
             }
             Err(error) => return Err(error),
         };
-        let (programs, sight) = Programs::here(&maps_dir, log_level)?;
+        let (mut programs, sight) = Programs::here(&maps_dir, log_level)?;
+        programs.begin_to_load(|hook| !hook.udp_only);
         let maps = Maps::open(&maps_dir)?.ok_or(BackendError::Damaged { path: maps_dir })?;
         Ok(Self {
             programs,
@@ -382,12 +384,6 @@ impl EbpfBackend {
 
     fn ring<R>(&self, name: &str) -> Result<Ring<R>, BackendError> {
         Ring::open(self.pins.path(&maps_name()).join(name))
-    }
-
-    /// Gives back what loading has left behind.
-    #[allow(clippy::unused_self, reason = "who has loaded nothing has nothing to give back")]
-    pub(crate) fn trim_memory(&self) {
-        sys::trim_memory();
     }
 
     /// What the programs log. Returned once.

@@ -64,8 +64,6 @@ pub(crate) trait Store {
     fn take_knock(&self, port: u16) -> Result<bool, BackendError>;
     /// What the kernel programs log, where they were loaded to. Returned once.
     fn trace(&mut self) -> Option<Trace>;
-    /// Gives back what loading has left behind.
-    fn trim_memory(&self);
     /// Removes all of ours from the kernel.
     fn unload(self: Box<Self>) -> Result<(), BackendError>;
     /// Whether rules are active on some backend, by any process.

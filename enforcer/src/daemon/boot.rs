@@ -79,6 +79,7 @@ impl Pending {
 /// Starts a daemon that enforces: its first rule set is active when this returns, and it has no more rights than it
 /// needs.
 pub(super) fn start(path: &Path) -> Result<(Daemon, ControlSocket), DaemonError> {
+    backend::look_ahead();
     let (mut daemon, listener) = enforce(&ThisMachine, path)?;
     daemon.load_denials();
     // Nothing that follows, lookups above all, runs with more.
@@ -214,6 +215,7 @@ const NO_DAEMON: DaemonStatus = DaemonStatus {
 
 /// Makes a configuration active once, looking every name up, and returns what is then active.
 pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
+    backend::look_ahead();
     let wanted = HostConfig::load(path)?;
     control::ensure_socket_free(&wanted.config.settings.socket)?;
     let (left, good) = SavedRun::claim(&wanted.config.settings.state_dir);
@@ -248,6 +250,7 @@ pub(crate) async fn apply_once(path: &Path) -> Result<Status, DaemonError> {
 /// Makes the last known good rule set active: no configuration, no lookup. None where there is none yet; a generation
 /// that is active already stays.
 pub(crate) fn apply_last_good(path: &Path) -> Result<Option<Status>, DaemonError> {
+    backend::look_ahead();
     let (left, good) = saved(path);
     if let Some(fault) = left.fault {
         return Err(fault.into());

@@ -230,8 +230,6 @@ impl Store for Fake {
         None
     }
 
-    fn trim_memory(&self) {}
-
     fn unload(self: Box<Self>) -> Result<(), BackendError> {
         let mut kernel = self.ready()?;
         *kernel = Kernel::default();

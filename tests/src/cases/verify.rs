@@ -206,7 +206,7 @@ fn verify_tells_links_and_pins() -> Result<()> {
             );
         }
     }
-    ensure!(maps.len() == 14, "{maps:?}");
+    ensure!(maps.len() == 15, "{maps:?}");
     let daemon = world.daemon()?;
     for map in &maps {
         fs::remove_file(map)?;

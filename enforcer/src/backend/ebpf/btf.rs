@@ -2,7 +2,12 @@
 //!
 //! A walk over the type section only: whole parsers hold every type in memory, which costs more than all else at start.
 
-use std::{io, path::Path};
+use std::{
+    io,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
+};
 
 use super::sys;
 
@@ -20,6 +25,27 @@ pub(crate) struct Offsets {
     pub program: Option<ProgramOffsets>,
     /// What a cast needs, where the kernel has the function.
     pub casts: Option<Casts>,
+    /// What a denial tells of the task, if all of it is known. Read where pointers can be cast.
+    pub task: Option<TaskOffsets>,
+}
+
+/// Offsets in bytes of what a denial tells of a task.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TaskOffsets {
+    /// `pid` in `struct task_struct`.
+    pub pid: u32,
+    /// `tgid` in `struct task_struct`.
+    pub tgid: u32,
+    /// `comm` in `struct task_struct`.
+    pub name: u32,
+    /// `cgroups` in `struct task_struct`.
+    pub cgroups: u32,
+    /// `dfl_cgrp` in `struct css_set`.
+    pub cgroups_default: u32,
+    /// `kn` in `struct cgroup`.
+    pub cgroup_node: u32,
+    /// `id` in `struct kernfs_node`.
+    pub node_id: u32,
 }
 
 /// What programs need to have pointers taken for what they are: `bpf_rdonly_cast` (Linux 6.2), and numbers of types.
@@ -56,8 +82,24 @@ pub(crate) struct ProgramOffsets {
     pub dentry_inline: u32,
 }
 
-/// Reads the offsets of the running kernel; none where it has no BTF.
+/// The offsets of the running kernel, which stay what they are; none where it has no BTF.
 pub(crate) fn offsets() -> io::Result<Offsets> {
+    static FOUND: Mutex<Option<Offsets>> = Mutex::new(None);
+    // Who comes meanwhile waits.
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    match *found {
+        Some(offsets) => Ok(offsets),
+        None => Ok(*found.insert(read()?)),
+    }
+}
+
+/// Looks for the offsets in a thread of its own, so that who needs them has them sooner.
+pub(crate) fn look_ahead() {
+    // Without a thread they are looked for when they are needed.
+    let _thread = thread::Builder::new().spawn(|| drop(offsets()));
+}
+
+fn read() -> io::Result<Offsets> {
     match sys::with_constant_file(Path::new(VMLINUX), find) {
         Ok(found) => Ok(found.unwrap_or_default()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Offsets::default()),
@@ -66,7 +108,7 @@ pub(crate) fn offsets() -> io::Result<Offsets> {
 }
 
 /// Structures that are looked into, and the names that the member has on one kernel or another.
-const WANTED: [(&[u8], &[&[u8]]); 13] = [
+const WANTED: [(&[u8], &[&[u8]]); 20] = [
     (b"sock", &[b"sk_uid"]),
     (b"task_struct", &[b"flags"]),
     (b"task_struct", &[b"cred"]),
@@ -81,6 +123,13 @@ const WANTED: [(&[u8], &[&[u8]]); 13] = [
     (b"qstr", &[b"name"]),
     // The latter from Linux 6.14 on.
     (b"dentry", &[b"d_iname", b"d_shortname"]),
+    (b"task_struct", &[b"pid"]),
+    (b"task_struct", &[b"tgid"]),
+    (b"task_struct", &[b"comm"]),
+    (b"task_struct", &[b"cgroups"]),
+    (b"css_set", &[b"dfl_cgrp"]),
+    (b"cgroup", &[b"kn"]),
+    (b"kernfs_node", &[b"id"]),
 ];
 
 /// The offsets that a blob tells; nothing where it is none.
@@ -116,12 +165,10 @@ fn find(btf: &[u8]) -> Option<Offsets> {
     let mut offsets = Offsets {
         sk_uid: next(),
         task_flags: next(),
-        program: None,
-        casts: None,
+        ..Offsets::default()
     };
-    if let (Some(function), Some(sock), Some(task), Some(task_cred), Some(cred_uid)) =
-        (function, sock, task, next(), next())
-    {
+    let users = whole(&mut next);
+    if let (Some(function), Some(sock), Some(task), Some([task_cred, cred_uid])) = (function, sock, task, users) {
         offsets.casts = Some(Casts {
             function,
             sock,
@@ -130,22 +177,18 @@ fn find(btf: &[u8]) -> Option<Offsets> {
             cred_uid,
         });
     }
-    // Each is taken, also where one before it is missing.
-    let mut rest = [None; 9];
-    rest.fill_with(next);
-    if let [
-        Some(task_mm),
-        Some(mm_exe),
-        Some(file),
-        Some(path),
-        Some(dentry_parent),
-        Some(name),
-        Some(length),
-        Some(text),
-        Some(dentry_inline),
-    ] = rest
-    {
-        offsets.program = Some(ProgramOffsets {
+    offsets.program = whole(&mut next).map(
+        |[
+            task_mm,
+            mm_exe,
+            file,
+            path,
+            dentry_parent,
+            name,
+            length,
+            text,
+            dentry_inline,
+        ]| ProgramOffsets {
             task_mm,
             mm_exe,
             file_dentry: file + path,
@@ -153,9 +196,31 @@ fn find(btf: &[u8]) -> Option<Offsets> {
             dentry_length: name + length,
             dentry_name: name + text,
             dentry_inline,
-        });
-    }
+        },
+    );
+    offsets.task =
+        whole(&mut next).map(
+            |[pid, tgid, name, cgroups, cgroups_default, cgroup_node, node_id]| TaskOffsets {
+                pid,
+                tgid,
+                name,
+                cgroups,
+                cgroups_default,
+                cgroup_node,
+                node_id,
+            },
+        );
     Some(offsets)
+}
+
+/// The next offsets, unless one of them is missing; those after it are taken all the same.
+fn whole<const N: usize>(mut next: impl FnMut() -> Option<u32>) -> Option<[u32; N]> {
+    let mut found = [None; N];
+    found.fill_with(&mut next);
+    found
+        .iter()
+        .all(Option::is_some)
+        .then(|| found.map(Option::unwrap_or_default))
 }
 
 /// The two sections of a BTF blob.
@@ -168,6 +233,30 @@ const MAGIC: u16 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
 const KIND_FUNC: u32 = 12;
+/// Bytes that follow the twelve of every type, by kind: so many, and so many for each member or the like. None for a
+/// kind that is not known.
+const EXTRA: [Option<(usize, usize)>; 20] = [
+    None,
+    Some((4, 0)),  // INT
+    Some((0, 0)),  // PTR
+    Some((12, 0)), // ARRAY
+    Some((0, 12)), // STRUCT
+    Some((0, 12)), // UNION
+    Some((0, 8)),  // ENUM
+    Some((0, 0)),  // FWD
+    Some((0, 0)),  // TYPEDEF
+    Some((0, 0)),  // VOLATILE
+    Some((0, 0)),  // CONST
+    Some((0, 0)),  // RESTRICT
+    Some((0, 0)),  // FUNC
+    Some((0, 8)),  // FUNC_PROTO
+    Some((4, 0)),  // VAR
+    Some((0, 12)), // DATASEC
+    Some((0, 0)),  // FLOAT
+    Some((4, 0)),  // DECL_TAG
+    Some((0, 0)),  // TYPE_TAG
+    Some((0, 12)), // ENUM64
+];
 /// The function that only tells the verifier of what type a pointer is.
 const CAST: &[u8] = b"bpf_rdonly_cast";
 /// How deep structures without a name are looked into.
@@ -193,15 +282,8 @@ impl<'a> Sections<'a> {
         while !rest.is_empty() {
             let (name, info) = (u32_at(rest, 0)?, u32_at(rest, 4)?);
             let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
-            // Bytes that follow the twelve of every type, by kind: `struct btf_array` and its like.
-            let extra = match kind {
-                1 | 14 | 17 => 4,                                 // INT, VAR, DECL_TAG
-                3 => 12,                                          // ARRAY
-                KIND_STRUCT | KIND_UNION | 15 | 19 => count * 12, // and DATASEC, ENUM64
-                6 | 13 => count * 8,                              // ENUM, FUNC_PROTO
-                2 | 7..=12 | 16 | 18 => 0, // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
-                _ => return None,
-            };
+            let (fixed, each_one) = (*EXTRA.get(kind as usize)?)?;
+            let extra = fixed + each_one * count;
             let members = rest.get(12..12 + extra)?;
             // The first is number 1, as 0 is void.
             number += 1;
@@ -244,7 +326,10 @@ impl<'a> Sections<'a> {
         let from = usize::try_from(offset)
             .ok()
             .and_then(|offset| self.strings.get(offset..));
-        from.is_some_and(|from| from.strip_prefix(string).is_some_and(|rest| rest.first() == Some(&0)))
+        // Most differ in the first byte, and all of the kernel's functions are asked.
+        from.is_some_and(|from| {
+            from.first() == string.first() && from.strip_prefix(string).is_some_and(|rest| rest.first() == Some(&0))
+        })
     }
 
     fn string(&self, offset: u32) -> Option<&'a [u8]> {
@@ -274,7 +359,7 @@ mod tests {
                 "{found:?}"
             );
             assert!(found.task_flags.is_some_and(|at| at > 0 && at < 4000), "{found:?}");
-            assert!(found.program.is_some(), "{found:?}");
+            assert!(found.program.is_some() && found.task.is_some(), "{found:?}");
             // Linux 6.2.
             let has_cast = fs::read_to_string("/proc/kallsyms").is_ok_and(|all| all.contains(" bpf_rdonly_cast\n"));
             assert_eq!(found.casts.is_some(), has_cast, "{found:?}");
@@ -322,8 +407,7 @@ mod tests {
             let expected = Offsets {
                 sk_uid,
                 task_flags,
-                program: None,
-                casts: None,
+                ..Offsets::default()
             };
             assert_eq!(find(&blob(structures)), Some(expected), "{structures:?}");
         };

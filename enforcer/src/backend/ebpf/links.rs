@@ -344,8 +344,8 @@ impl EbpfBackend {
         let Err(error) = self.programs.load(&hooks) else {
             return Ok(());
         };
-        // A kernel whose verifier does not go the way to a program's path loses that alone (D3).
-        if !self.sight.forget_paths() {
+        // A kernel whose verifier does not take what denials tell of tasks loses that alone (D3).
+        if !self.sight.forget_tasks() {
             return Err(error);
         }
         warn!("{error}; loading it again without the paths of programs, which denials then do not show");

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     error::Error,
-    ffi::{CStr, CString},
+    ffi::CString,
     fmt, io, mem,
     os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd},
     panic::resume_unwind,
     path::Path,
-    thread::{self, ScopedJoinHandle},
+    sync::Arc,
+    thread::{self, JoinHandle},
 };
 
 use aya::{
@@ -16,15 +17,19 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use aya_log::EbpfLogger;
-use aya_obj::{Object, generated::bpf_insn, maps::PinningType};
+use aya_obj::{
+    Object,
+    generated::{bpf_insn, bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS},
+    maps::PinningType,
+};
 use tracing::warn;
 
 use super::{
     BackendError,
-    btf::{self, Casts, Offsets, ProgramOffsets},
+    btf::{self, Casts, Offsets, ProgramOffsets, TaskOffsets},
     image::KernelVisibility,
     links::{HOOKS, Hook, load_error},
-    sys,
+    maps, sys,
 };
 
 /// The programs as built for the BPF target.
@@ -33,8 +38,8 @@ pub(super) static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OU
 /// What this kernel lets the programs see. What it withholds costs only itself (D3).
 #[derive(Debug)]
 pub(super) struct Sight {
-    /// `program` is none where a task can only be read with [`Sight::reads`], and `casts` where the verifier does not
-    /// take them.
+    /// `program` is none where a task can only be read with [`Sight::reads`], `casts` where the verifier does not take
+    /// them, and `task` where there are none.
     offsets: Offsets,
     /// Whether `bpf_get_current_task_btf` is to be had.
     typed: bool,
@@ -53,6 +58,9 @@ impl Sight {
         // Where the kernel cannot tell whether it has the helper, the slower way does.
         let typed = has(BpfHelper::BPF_FUNC_get_current_task_btf).unwrap_or(false);
         offsets.casts = casts(&offsets);
+        if offsets.casts.is_none() {
+            offsets.task = None;
+        }
         if !typed && offsets.casts.is_none() {
             offsets.program = None;
         }
@@ -63,9 +71,11 @@ impl Sight {
         })
     }
 
-    /// Has the programs not read the paths of tasks' programs; false where they do not anyway.
-    pub(super) fn forget_paths(&mut self) -> bool {
-        self.offsets.program.take().is_some()
+    /// Has the programs read less of tasks for denials: not the paths of their programs, and the rest by helpers; false
+    /// where they do so anyway.
+    pub(super) fn forget_tasks(&mut self) -> bool {
+        let paths = self.offsets.program.take().is_some();
+        self.offsets.task.take().is_some() || paths
     }
 
     pub(super) fn sees(&self) -> KernelVisibility {
@@ -83,12 +93,13 @@ impl Sight {
     }
 
     /// What the programs are told of it, by the names of their constants.
-    fn globals(&self, log_level: u8) -> [(&'static str, Vec<u8>); 16] {
+    fn globals(&self, log_level: u8) -> [(&'static str, Vec<u8>); 23] {
         let Offsets {
             sk_uid,
             task_flags,
             program,
             casts,
+            task,
         } = self.offsets;
         // No structure begins with what is looked for.
         let [sk_uid, task_flags] = [sk_uid, task_flags].map(Option::unwrap_or_default);
@@ -101,6 +112,15 @@ impl Sight {
             dentry_name,
             dentry_inline,
         } = program.unwrap_or_default();
+        let TaskOffsets {
+            pid,
+            tgid,
+            name,
+            cgroups,
+            cgroups_default,
+            cgroup_node,
+            node_id,
+        } = task.unwrap_or_default();
         let casts = casts.unwrap_or_default();
         let [typed, reads] = [self.typed, self.reads].map(u32::from);
         let word = |value: u32| value.to_ne_bytes().to_vec();
@@ -120,6 +140,13 @@ impl Sight {
             ("TASK_TYPE", word(casts.task)),
             ("TASK_CRED_OFFSET", word(casts.task_cred)),
             ("CRED_UID_OFFSET", word(casts.cred_uid)),
+            ("TASK_PID_OFFSET", word(pid)),
+            ("TASK_TGID_OFFSET", word(tgid)),
+            ("TASK_NAME_OFFSET", word(name)),
+            ("TASK_CGROUPS_OFFSET", word(cgroups)),
+            ("CGROUPS_DEFAULT_OFFSET", word(cgroups_default)),
+            ("CGROUP_NODE_OFFSET", word(cgroup_node)),
+            ("NODE_ID_OFFSET", word(node_id)),
             (aya_log::LEVEL, vec![log_level]),
         ]
     }
@@ -144,13 +171,13 @@ fn reads_kernel() -> Result<bool, aya::programs::ProgramError> {
     has.map(|has| has && !locked)
 }
 
-/// The programs, bound to the maps. The kernel verifies each when it is first asked for.
+/// The programs, bound to the maps.
 #[derive(Debug)]
 pub(super) struct Programs {
-    by_name: BTreeMap<String, Program>,
-    license: CString,
-    /// The instructions name their descriptors.
-    _maps: Vec<OwnedFd>,
+    bound: Arc<Bound>,
+    /// Those that the kernel is verifying.
+    loading: Vec<(&'static Hook, JoinHandle<io::Result<LoadedProgram>>)>,
+    loaded: BTreeMap<&'static str, LoadedProgram>,
     /// Whether they are to log, and nobody has looked for that yet.
     logs: bool,
     /// What they log, until it is taken: found by the id of one of them, which a confined daemon may not do.
@@ -179,10 +206,14 @@ impl fmt::Debug for Trace {
     }
 }
 
+/// What is given to the kernel.
 #[derive(Debug)]
-struct Program {
-    instructions: Vec<bpf_insn>,
-    loaded: Option<LoadedProgram>,
+struct Bound {
+    /// By the names of hooks.
+    instructions: BTreeMap<String, Vec<bpf_insn>>,
+    license: CString,
+    /// The instructions name their descriptors.
+    _maps: Vec<OwnedFd>,
 }
 
 /// A program in the kernel.
@@ -205,12 +236,13 @@ impl Unbound {
     /// (P7).
     pub(super) fn open(maps_dir: &Path) -> Result<Self, BackendError> {
         let object = Object::parse(PROGRAMS).map_err(|error| broken(&error))?;
-        let pinned = object.maps.iter().filter(|(_, map)| is_pinned(map));
-        let maps = pinned.map(|(name, map)| Ok((name.clone(), pinned_map(maps_dir, name, map)?, map.clone())));
-        Ok(Self {
-            maps: maps.collect::<Result<_, BackendError>>()?,
-            object,
-        })
+        let pinned = object
+            .maps
+            .iter()
+            .filter_map(|(name, map)| Some((pin_name(name, map)?, map)));
+        let maps = pinned.map(|(name, map)| Ok((name.to_owned(), pinned_map(maps_dir, name, map)?, map.clone())));
+        let maps = maps.collect::<Result<_, BackendError>>()?;
+        Ok(Self { object, maps })
     }
 
     /// Writes into the programs where each map is and what this kernel lets them see. What no other process is to find
@@ -222,7 +254,7 @@ impl Unbound {
         object
             .patch_map_data(globals.collect())
             .map_err(|error| broken(&error))?;
-        for (name, map) in object.maps.iter().filter(|(_, map)| !is_pinned(map)) {
+        for (name, map) in object.maps.iter().filter(|(name, map)| pin_name(name, map).is_none()) {
             maps.push((name.clone(), made_map(name, map)?, map.clone()));
         }
         let sections = object.functions.keys().map(|(section, _)| *section).collect();
@@ -237,16 +269,17 @@ impl Unbound {
             if let Some(casts) = sight.offsets.casts {
                 sys::insert_casts(&mut instructions, casts.function);
             }
-            let program = Program {
-                instructions,
-                loaded: None,
-            };
-            Some((name.clone(), program))
+            Some((name.clone(), instructions))
         });
-        Ok(Programs {
-            by_name: programs.collect(),
+        let bound = Bound {
+            instructions: programs.collect(),
             license: object.license,
             _maps: maps.into_iter().map(|(_, fd, _)| fd).collect(),
+        };
+        Ok(Programs {
+            bound: Arc::new(bound),
+            loading: Vec::new(),
+            loaded: BTreeMap::new(),
             logs: log_level > 0,
             trace: None,
         })
@@ -264,73 +297,88 @@ impl Programs {
     /// The maps, and beside them what this kernel lets the programs see: both take their time (P7). Where the latter
     /// fails, the next start finds the maps, which nothing uses.
     pub(super) fn here(maps_dir: &Path, log_level: u8) -> Result<(Self, Sight), BackendError> {
-        let (unbound, sight) = thread::scope(|scope| {
-            let sight = thread::Builder::new().spawn_scoped(scope, Sight::here);
-            let unbound = Unbound::open(maps_dir);
-            let sight = match sight.map(ScopedJoinHandle::join) {
-                Ok(sight) => sight.unwrap_or_else(|panic| resume_unwind(panic)),
-                Err(_) => Sight::here(),
-            };
-            (unbound, sight)
-        });
+        let (sight, unbound) = side_by_side(Sight::here, || Unbound::open(maps_dir));
         let sight = sight?;
         Ok((unbound?.bind(&sight, log_level)?, sight))
     }
 
     /// A hook's program, if it is loaded.
     pub(super) fn loaded(&self, hook: &Hook) -> Option<&LoadedProgram> {
-        self.by_name.get(hook.name)?.loaded.as_ref()
+        self.loaded.get(hook.name)
     }
 
-    /// Loads those that are not loaded yet, side by side: verifying is most of a start (P7).
-    pub(super) fn load(&mut self, hooks: impl Fn(&Hook) -> bool) -> Result<(), BackendError> {
-        let license = &self.license;
-        let missing: Vec<_> = HOOKS
-            .iter()
-            .filter(|hook| hooks(hook))
-            .filter_map(|hook| {
-                let program = self.by_name.get(hook.name)?;
-                program
-                    .loaded
-                    .is_none()
-                    .then_some((hook, program.instructions.as_slice()))
-            })
-            .collect();
-        let results: Vec<_> = thread::scope(|scope| {
-            let load = move |(hook, code): (&'static Hook, &[bpf_insn])| (hook, load_program(hook, code, license));
-            // The first is for this thread, and all for which there is no other.
-            let spawn = |one| {
-                thread::Builder::new()
-                    .spawn_scoped(scope, move || load(one))
-                    .map_err(|_| one)
-            };
-            let others: Vec<_> = missing.iter().skip(1).copied().map(spawn).collect();
-            let first = missing.first().map(|one| load(*one));
-            let others = others.into_iter().map(|other| match other {
-                Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
-                Err(one) => load(one),
-            });
-            first.into_iter().chain(others).collect()
-        });
-        for (hook, result) in results {
-            let loaded = result.map_err(|error| load_error(hook, error.into()))?;
-            if mem::take(&mut self.logs) {
-                let trace = EbpfLogger::init_from_id(loaded.id);
-                self.trace = trace
-                    .inspect_err(|error| warn!("the programs' trace cannot be shown: {error}"))
-                    .ok()
-                    .map(Trace);
+    /// Has the kernel begin to verify those that are not loaded yet, side by side: it is most of a start (P7).
+    pub(super) fn begin_to_load(&mut self, hooks: impl Fn(&Hook) -> bool) {
+        for hook in HOOKS.iter().filter(|hook| hooks(hook)) {
+            if self.loaded(hook).is_some() || self.loading.iter().any(|(loading, _)| loading.name == hook.name) {
+                continue;
             }
-            if let Some(program) = self.by_name.get_mut(hook.name) {
-                program.loaded = Some(loaded);
+            let bound = Arc::clone(&self.bound);
+            // Without a thread it is loaded when it is waited for.
+            if let Ok(thread) = thread::Builder::new().spawn(move || bound.load(hook)) {
+                self.loading.push((hook, thread));
+            }
+        }
+    }
+
+    /// Loads those that are not loaded yet.
+    pub(super) fn load(&mut self, hooks: impl Fn(&Hook) -> bool) -> Result<(), BackendError> {
+        self.begin_to_load(&hooks);
+        for (hook, thread) in mem::take(&mut self.loading) {
+            let program = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            self.keep(hook, program)?;
+        }
+        for hook in HOOKS.iter().filter(|hook| hooks(hook)) {
+            if self.loaded(hook).is_none() {
+                self.keep(hook, self.bound.load(hook))?;
             }
         }
         Ok(())
     }
+
+    fn keep(&mut self, hook: &'static Hook, program: io::Result<LoadedProgram>) -> Result<(), BackendError> {
+        let program = program.map_err(|error| load_error(hook, error.into()))?;
+        if mem::take(&mut self.logs) {
+            let trace = EbpfLogger::init_from_id(program.id);
+            self.trace = trace
+                .inspect_err(|error| warn!("the programs' trace cannot be shown: {error}"))
+                .ok()
+                .map(Trace);
+        }
+        self.loaded.insert(hook.name, program);
+        Ok(())
+    }
 }
 
-fn is_pinned(map: &aya_obj::Map) -> bool {
-    map.pinning() == PinningType::ByName
+impl Bound {
+    /// Has the kernel verify a program, and keeps it.
+    fn load(&self, hook: &Hook) -> io::Result<LoadedProgram> {
+        let instructions = self.instructions.get(hook.name).ok_or(io::ErrorKind::NotFound)?;
+        let fd = sys::load_program(hook.name, hook.attach_type, instructions, &self.license)?;
+        let id = sys::program_id(fd.as_fd())?;
+        Ok(LoadedProgram { fd, id })
+    }
+}
+
+/// Does one thing in a thread of its own, and the other meanwhile; without a thread one after the other.
+fn side_by_side<A: Send, B>(one: impl Fn() -> A + Sync, other: impl FnOnce() -> B) -> (A, B) {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, &one);
+        let other = other();
+        let one = match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_) => one(),
+        };
+        (one, other)
+    })
+}
+
+/// The name of a map that is pinned: of its own, or of a section of zeros, which programs address without a lookup.
+fn pin_name<'a>(name: &'a str, map: &aya_obj::Map) -> Option<&'a str> {
+    match map.pinning() {
+        PinningType::ByName => Some(name),
+        PinningType::None => name.strip_prefix(".bss."),
+    }
 }
 
 /// Opens a map's pin, or makes it.
@@ -346,7 +394,12 @@ fn pinned_map(dir: &Path, name: &str, map: &aya_obj::Map) -> Result<OwnedFd, Bac
 }
 
 fn made_map(name: &str, map: &aya_obj::Map) -> Result<OwnedFd, BackendError> {
-    sys::create_map(name, map).map_err(|error| map_error("make", name, &error))
+    let made = if map.map_type() == BPF_MAP_TYPE_ARRAY_OF_MAPS as u32 {
+        maps::one_of_many(1).and_then(|like| sys::create_map(name, map, Some(like.as_fd())))
+    } else {
+        sys::create_map(name, map, None)
+    };
+    made.map_err(|error| map_error("make", name, &error))
 }
 
 fn map_error(action: &str, name: &str, error: &io::Error) -> BackendError {
@@ -354,12 +407,6 @@ fn map_error(action: &str, name: &str, error: &io::Error) -> BackendError {
         program: "the programs",
         source: format!("{action} map {name}: {error}").into(),
     }
-}
-
-fn load_program(hook: &Hook, instructions: &[bpf_insn], license: &CStr) -> io::Result<LoadedProgram> {
-    let fd = sys::load_program(hook.name, hook.attach_type, instructions, license)?;
-    let id = sys::program_id(fd.as_fd())?;
-    Ok(LoadedProgram { fd, id })
 }
 
 /// An error and its causes on one line, without the verifier's log.

@@ -1,6 +1,9 @@
 //! The pinned maps as typed tables: written slot by slot, read back, judged by from outside.
 
+mod array;
+mod endpoints;
 mod outside;
+mod ports;
 mod table;
 
 use std::{collections::BTreeMap, io, path::Path};
@@ -8,11 +11,11 @@ use std::{collections::BTreeMap, io, path::Path};
 use aya::maps::MapType;
 use enforcer_ebpf::{
     AllCounters, BUCKETS, Bucket, Counters, DIAL_BYTES, EVENT_BYTES, EndpointKey, Generation, MAX_NAT64, MAX_TARGETS,
-    Nat64, Owners, PrefixKey, PrincipalKey, TargetName, entries, gate, port, scope,
+    Nat64, Owners, PrefixKey, PrincipalKey, TargetName, entries, gate, scope,
 };
 
-pub(crate) use self::outside::Outside;
-use self::table::Table;
+use self::{array::Array, endpoints::Endpoints, ports::Ports, table::Table};
+pub(crate) use self::{endpoints::one_of_many, outside::Outside};
 use super::{
     BackendError,
     image::{Image, TargetNames},
@@ -34,18 +37,18 @@ const FEW_KNOWN: usize = 64;
 /// All maps of one ABI.
 #[derive(Debug)]
 pub(crate) struct Maps {
-    active: Table<u32, u8>,
-    generations: Table<u32, Generation>,
-    ports: Table<u32, u8>,
-    buckets: Table<u32, Bucket>,
-    endpoints: Table<EndpointKey, Owners>,
+    active: Array<u8>,
+    generations: Array<Generation>,
+    ports: Ports,
+    buckets: Array<Bucket>,
+    endpoints: Endpoints,
     prefixes: Table<PrefixKey, Owners>,
     principals: Table<PrincipalKey, Owners>,
-    nat64: Table<u32, Nat64>,
-    targets: Table<u32, TargetName>,
+    nat64: Array<Nat64>,
+    targets: Array<TargetName>,
     counters: Table<u32, AllCounters>,
     lost: Table<u32, u64>,
-    gates: Table<u32, u8>,
+    gates: Array<u8>,
     events: Map,
     dials: Map,
 }
@@ -68,26 +71,26 @@ impl Maps {
         Ok(Some(Self {
             events: open_checked(dir, "events", (MapType::RingBuf, 0, 0, EVENT_BYTES))?,
             dials: open_checked(dir, "dials", (MapType::RingBuf, 0, 0, DIAL_BYTES))?,
-            active: Table::open(dir, "active", MapType::Array, entries::ACTIVE)?,
-            generations: Table::open(dir, "generations", MapType::Array, entries::GENERATIONS)?,
-            ports: Table::open(dir, "ports", MapType::Array, entries::PORTS)?,
-            buckets: Table::open(dir, "buckets", MapType::Array, entries::BUCKETS)?,
-            endpoints: Table::open(dir, "endpoints", MapType::Hash, entries::ENDPOINTS)?,
+            active: Array::whole(dir, "active", entries::ACTIVE)?,
+            generations: Array::keyed(dir, "generations", entries::GENERATIONS)?,
+            ports: Ports::open(dir)?,
+            buckets: Array::keyed(dir, "buckets", entries::BUCKETS)?,
+            endpoints: Endpoints::open(dir)?,
             prefixes: Table::open(dir, "prefixes", MapType::LpmTrie, entries::PREFIXES)?,
             principals: Table::open(dir, "principals", MapType::Hash, entries::PRINCIPALS)?,
-            nat64: Table::open(dir, "nat64", MapType::Array, entries::NAT64)?,
-            targets: Table::open(dir, "targets", MapType::Array, entries::TARGETS)?,
+            nat64: Array::whole(dir, "nat64", entries::NAT64)?,
+            targets: Array::keyed(dir, "targets", entries::TARGETS)?,
             counters: Table::open(dir, "counters", MapType::PerCpuArray, entries::COUNTERS)?,
             lost: Table::open(dir, "lost", MapType::PerCpuArray, entries::LOST)?,
-            gates: Table::open(dir, "gates", MapType::Array, entries::GATES)?,
+            gates: Array::whole(dir, "gates", entries::GATES)?,
         }))
     }
 
     /// The active slot.
     pub(crate) fn active_slot(&self) -> Result<Option<u8>, BackendError> {
-        Ok(match self.active.get(&0)? {
-            Some(active @ 1..=2) => Some(active - 1),
-            Some(_) | None => None,
+        Ok(match self.active.get(0)? {
+            active @ 1..=2 => Some(active - 1),
+            _ => None,
         })
     }
 
@@ -95,35 +98,32 @@ impl Maps {
     pub(crate) fn activate(&self, slot: u8) -> Result<(), BackendError> {
         // The entries must be visible to every CPU before the flip is.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-        self.active.put(&0, slot + 1)?;
-        match self.active_slot()? {
-            Some(read) if read == slot => Ok(()),
-            Some(_) | None => Err(BackendError::ReadBack { map: "active" }),
-        }
+        self.active.put([(0, slot + 1)])
     }
 
     /// Ids of the maps that every program's verdict rests on.
     #[must_use]
-    pub(crate) fn ids(&self) -> [u32; 7] {
+    pub(crate) fn ids(&self) -> [u32; 8] {
+        let [few, many] = self.endpoints.ids();
         [
             self.active.id(),
             self.generations.id(),
             self.ports.id(),
             self.buckets.id(),
-            self.endpoints.id(),
+            few,
+            many,
             self.prefixes.id(),
             self.principals.id(),
         ]
     }
 
     /// All of them, by the names of their pins: the next start takes over what is pinned.
-    pub(crate) fn all(&self) -> [(&'static str, &Map); 14] {
-        [
+    pub(crate) fn all(&self) -> Vec<(&'static str, &Map)> {
+        let others = [
             self.active.named(),
             self.generations.named(),
             self.ports.named(),
             self.buckets.named(),
-            self.endpoints.named(),
             self.prefixes.named(),
             self.principals.named(),
             self.nat64.named(),
@@ -133,24 +133,19 @@ impl Maps {
             self.gates.named(),
             ("events", &self.events),
             ("dials", &self.dials),
-        ]
+        ];
+        others.into_iter().chain(self.endpoints.named()).collect()
     }
 
     /// What holds for all of a slot.
     pub(crate) fn generation_of(&self, slot: u8) -> Result<Generation, BackendError> {
-        Ok(self.generations.get(&u32::from(slot))?.unwrap_or_default())
+        self.generations.get(slot.into())
     }
 
     /// Names of a slot's targets.
     pub(crate) fn names(&self, slot: u8) -> Result<TargetNames, BackendError> {
-        let mut names = [TargetName::NONE; MAX_TARGETS as usize];
-        self.targets.for_each(|index, name| {
-            let bit = index.checked_sub(name_index(slot, 0));
-            if let Some(into) = bit.and_then(|bit| names.get_mut(bit as usize)) {
-                *into = name;
-            }
-        })?;
-        Ok(names)
+        let names = self.targets.read(name_index(slot), MAX_TARGETS)?;
+        names.try_into().map_err(|_| BackendError::ReadBack { map: "targets" })
     }
 
     /// All that a slot holds.
@@ -162,9 +157,9 @@ impl Maps {
             netns: generation.netns,
             few: generation.few,
             nat64: self.read_nat64(slot)?,
-            ports: self.read_ports(slot)?,
+            ports: self.ports.read(slot)?,
             buckets: self.read_buckets(slot)?,
-            endpoints: self.read_endpoints(slot)?,
+            endpoints: self.endpoints.read(slot)?,
             prefixes: self.read_prefixes(slot)?,
             principals: self.read_principals(slot)?,
             names: self.names(slot)?,
@@ -174,14 +169,14 @@ impl Maps {
     /// Whether a slot holds an image. The filter of ports may hold more: such ports cost time alone.
     pub(crate) fn holds(&self, slot: u8, image: &Image, look: Look) -> Result<bool, BackendError> {
         match look {
-            Look::Whole => Ok(self.read_endpoints(slot)? == image.endpoints
+            Look::Whole => Ok(self.endpoints.read(slot)? == image.endpoints
                 && self.read_prefixes(slot)? == image.prefixes
                 && self.read_principals(slot)? == image.principals
                 && self.read_buckets(slot)? == image.buckets),
             Look::Known => {
                 let generation = self.generation_of(slot)?;
                 Ok(generation == image.generation(generation.number)
-                    && self.endpoints.has(&image.endpoints, |key| in_slot(key, slot))?
+                    && self.endpoints.has(slot, &image.endpoints)?
                     && self.prefixes.has(&image.prefixes, |key| prefix_in_slot(key, slot))?
                     && self
                         .principals
@@ -189,73 +184,24 @@ impl Maps {
                     && self.has_buckets(slot, &image.buckets)?
                     && self.names(slot)? == image.names
                     && self.read_nat64(slot)? == image.nat64
-                    && self.lets_through(slot, image)?)
+                    && self.ports.has(slot, &image.ports)?)
             }
         }
-    }
-
-    fn lets_through(&self, slot: u8, image: &Image) -> Result<bool, BackendError> {
-        let within = |want: u8, found: u8| want & !found == 0;
-        if image.ports.len() > FEW_KNOWN {
-            let found = self.read_ports(slot)?;
-            let mut ports = image.ports.iter();
-            return Ok(ports.all(|(port, want)| within(*want, found.get(port).copied().unwrap_or(0))));
-        }
-        for (port, want) in &image.ports {
-            let found = self.ports.get(&u32::from(*port))?.unwrap_or(0);
-            if !within(*want, port::of(found, slot)) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 
     fn read_nat64(&self, slot: u8) -> Result<[Nat64; MAX_NAT64 as usize], BackendError> {
-        let mut prefixes = [Nat64::default(); MAX_NAT64 as usize];
-        self.nat64.for_each(|index, prefix| {
-            let number = index.checked_sub(nat64_index(slot));
-            if let Some(into) = number.and_then(|number| prefixes.get_mut(number as usize)) {
-                *into = prefix;
-            }
-        })?;
-        Ok(prefixes)
-    }
-
-    fn read_ports(&self, slot: u8) -> Result<BTreeMap<u16, u8>, BackendError> {
-        let mut ports = BTreeMap::new();
-        self.ports.for_each(|number, slots| {
-            let listed = port::of(slots, slot);
-            if listed != 0
-                && let Ok(number) = u16::try_from(number)
-            {
-                ports.insert(number, listed);
-            }
-        })?;
-        Ok(ports)
+        let prefixes = self.nat64.read(nat64_index(slot), MAX_NAT64)?;
+        prefixes.try_into().map_err(|_| BackendError::ReadBack { map: "nat64" })
     }
 
     fn read_buckets(&self, slot: u8) -> Result<Vec<(u32, Bucket)>, BackendError> {
-        let mut buckets = Vec::new();
-        self.buckets.for_each(|index, mut bucket| {
-            let empty = bucket == Bucket::default();
-            if index / BUCKETS == u32::from(slot) && !empty {
-                bucket.key.scope ^= slot;
-                buckets.push((index % BUCKETS, bucket));
-            }
-        })?;
-        Ok(buckets)
-    }
-
-    fn read_endpoints(&self, slot: u8) -> Result<Vec<(EndpointKey, Owners)>, BackendError> {
-        let mut endpoints = Vec::new();
-        self.endpoints.for_each(|mut key, owners| {
-            if key.scope & scope::SLOT == slot {
-                key.scope &= !scope::SLOT;
-                endpoints.push((key, owners));
-            }
-        })?;
-        endpoints.sort_unstable();
-        Ok(endpoints)
+        let all = self.buckets.read(u32::from(slot) * BUCKETS, BUCKETS)?;
+        let held = (0..).zip(all).filter(|(_, bucket)| *bucket != Bucket::default());
+        let in_any = |(index, mut bucket): (u32, Bucket)| {
+            bucket.key.scope ^= slot;
+            (index, bucket)
+        };
+        Ok(held.map(in_any).collect())
     }
 
     fn read_prefixes(&self, slot: u8) -> Result<Vec<(PrefixKey, Owners)>, BackendError> {
@@ -287,33 +233,19 @@ impl Maps {
     }
 
     /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).
-    pub(crate) fn write_slot(&self, slot: u8, have: &Image, want: &Image, number: u64) -> Result<(), BackendError> {
+    pub(crate) fn write_slot(&mut self, slot: u8, have: &Image, want: &Image, number: u64) -> Result<(), BackendError> {
         // No program reads these bits of a port while it is written, as none reads the slot.
-        let listed = |image: &Image, port: &u16| image.ports.get(port).copied().unwrap_or(0);
-        for port in have.ports.keys().chain(want.ports.keys()) {
-            if listed(have, port) != listed(want, port) {
-                self.set_port(*port, slot, listed(want, port))?;
-            }
-        }
-        self.endpoints
-            .replace(&have.endpoints, &want.endpoints, |key| in_slot(key, slot))?;
+        self.ports.replace(slot, &have.ports, &want.ports)?;
+        self.endpoints.replace(slot, &have.endpoints, &want.endpoints)?;
         self.prefixes
             .replace_each(&have.prefixes, &want.prefixes, |key| prefix_in_slot(key, slot))?;
         self.principals
             .replace(&have.principals, &want.principals, |key| PrincipalKey { slot, ..key })?;
         self.write_buckets(slot, &have.buckets, &want.buckets)?;
-        for ((index, name), have) in (name_index(slot, 0)..).zip(&want.names).zip(&have.names) {
-            if name != have {
-                self.targets.put_read_back(&index, *name)?;
-            }
-        }
-        for ((index, prefix), have) in (nat64_index(slot)..).zip(&want.nat64).zip(&have.nat64) {
-            if prefix != have {
-                self.nat64.put_read_back(&index, *prefix)?;
-            }
-        }
-        self.generations
-            .put_read_back(&u32::from(slot), want.generation(number))
+        let names = (name_index(slot)..).zip(want.names);
+        self.targets.put(names)?;
+        self.nat64.put((nat64_index(slot)..).zip(want.nat64))?;
+        self.generations.put([(slot.into(), want.generation(number))])
     }
 
     /// Sets the counters of some targets to zero. What others count at this very moment may be lost.
@@ -348,29 +280,22 @@ impl Maps {
     /// Has the next dial of a port told, or none (N8).
     pub(crate) fn set_gate(&self, port: u16, open: bool) -> Result<(), BackendError> {
         let gate = if open { gate::OPEN } else { gate::NONE };
-        self.gates.put(&u32::from(port.to_be()), gate)
+        self.gates.set(port.to_be().into(), gate)
     }
 
     /// Whether a port was dialled again after a dial was told. What comes from now on counts anew.
     pub(crate) fn take_knock(&self, port: u16) -> Result<bool, BackendError> {
-        let key = u32::from(port.to_be());
-        let knocked = self.gates.get(&key)? == Some(gate::KNOCKED);
+        let port = u32::from(port.to_be());
+        let knocked = self.gates.get(port)? == gate::KNOCKED;
         if knocked {
-            self.gates.put(&key, gate::CLOSED)?;
+            self.gates.set(port, gate::CLOSED)?;
         }
         Ok(knocked)
     }
 
-    fn set_port(&self, number: u16, slot: u8, listed: u8) -> Result<(), BackendError> {
-        let key = u32::from(number);
-        let slots = self.ports.get(&key)?.unwrap_or(0);
-        let others = slots & !(port::of(u8::MAX, slot) << port::shift(slot));
-        self.ports.put_read_back(&key, others | listed << port::shift(slot))
-    }
-
     fn has_buckets(&self, slot: u8, wanted: &[(u32, Bucket)]) -> Result<bool, BackendError> {
-        let wanted = wanted.iter().map(|entry| bucket_in_slot(*entry, slot));
-        self.buckets.has(&wanted.collect::<Vec<_>>(), |index| index)
+        self.buckets
+            .has(wanted.iter().map(|entry| bucket_in_slot(*entry, slot)))
     }
 
     fn write_buckets(&self, slot: u8, have: &[(u32, Bucket)], want: &[(u32, Bucket)]) -> Result<(), BackendError> {
@@ -381,8 +306,8 @@ impl Maps {
                 changed.remove(index);
             }
         }
-        let entries = changed.into_iter().map(|entry| bucket_in_slot(entry, slot));
-        self.buckets.overwrite(&entries.collect::<Vec<_>>())
+        self.buckets
+            .put(changed.into_iter().map(|entry| bucket_in_slot(entry, slot)))
     }
 }
 
@@ -439,6 +364,6 @@ fn nat64_index(slot: u8) -> u32 {
     u32::from(slot) * MAX_NAT64
 }
 
-fn name_index(slot: u8, bit: u32) -> u32 {
-    u32::from(slot) * MAX_TARGETS + bit
+fn name_index(slot: u8) -> u32 {
+    u32::from(slot) * MAX_TARGETS
 }

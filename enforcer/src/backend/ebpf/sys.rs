@@ -36,7 +36,7 @@ use aya_obj::{
             BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD,
         },
         bpf_insn, bpf_link_info,
-        bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_ARRAY_OF_MAPS},
+        bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_ARRAY_OF_MAPS, BPF_MAP_TYPE_HASH},
         bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
     },
 };
@@ -106,14 +106,35 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     }
 }
 
-/// Makes a map of the object, with the values that it has there (names since Linux 4.15, constants since 5.2).
-pub(crate) fn create_map(name: &str, map: &aya_obj::Map) -> io::Result<OwnedFd> {
-    let made = make(Make::Map(&NewMap {
-        flags: map.map_flags(),
+/// Of an array, whose values can be mapped.
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+/// Of a hash, whose elements are made as they are needed.
+const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// Makes a hash, of keys and values of so many bytes (Linux 4.6).
+pub(crate) fn create_hash(name: &str, key: u32, value: u32, entries: u32) -> io::Result<OwnedFd> {
+    make(Make::Map(&NewMap {
+        flags: BPF_F_NO_PREALLOC,
         name,
+        ..NewMap::of(BPF_MAP_TYPE_HASH as u32, [key, value, entries])
+    }))
+}
+
+/// Makes a map of the object, with the values that it has there (names since Linux 4.15, constants since 5.2). One of
+/// maps holds such as `like`, with more entries or less (Linux 5.10).
+pub(crate) fn create_map(name: &str, map: &aya_obj::Map, like: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    let made = make(Make::Map(&NewMap {
+        flags: map.map_flags()
+            | if map.section_kind() == EbpfSectionKind::Bss {
+                BPF_F_MMAPABLE
+            } else {
+                0
+            },
+        name,
+        holds: like,
         ..NewMap::of(map.map_type(), [map.key_size(), map.value_size(), map.max_entries()])
     }))?;
-    if !map.data().is_empty() {
+    if !matches!(map.section_kind(), EbpfSectionKind::Maps | EbpfSectionKind::Bss) {
         Map::new(made.try_clone()?)?.element(ElementOp::Put(&[0; 4], map.data()))?;
     }
     if map.section_kind() == EbpfSectionKind::Rodata {
@@ -135,20 +156,6 @@ pub(crate) fn wait_for_programs() -> io::Result<()> {
     let outer = Map::new(outer)?;
     outer.element(ElementOp::Put(&[0; 4], &inner.as_raw_fd().to_ne_bytes()))
 }
-
-/// Gives freed memory back to the system: loading leaves tens of megabytes behind that are never wanted again.
-#[cfg(target_env = "gnu")]
-pub(crate) fn trim_memory() {
-    unsafe extern "C" {
-        // The allocator's own function, which takes any number (man 3 malloc_trim).
-        safe fn malloc_trim(pad: usize) -> std::ffi::c_int;
-    }
-    malloc_trim(0);
-}
-
-/// Other allocators see to it themselves.
-#[cfg(not(target_env = "gnu"))]
-pub(crate) fn trim_memory() {}
 
 sockopt_impl!(
     /// The cookie of a socket's network namespace (Linux 5.14).

@@ -28,8 +28,8 @@ use crate::{
 struct Plain<'a>(&'a Image);
 
 impl Tables for Plain<'_> {
-    fn port(&self, port: u16) -> Option<impl Fn() -> u8> {
-        Some(move || self.0.ports.get(&port).copied().unwrap_or(0))
+    fn port(&self, port: u16) -> impl Fn() -> u8 {
+        move || self.0.ports.get(&port).copied().unwrap_or(0)
     }
 
     fn active(&self) -> Option<u8> {
@@ -46,8 +46,8 @@ impl Tables for Plain<'_> {
         Some(found.map_or_else(Bucket::default, |(_, bucket)| *bucket))
     }
 
-    fn nat64(&self, _: u8, number: u32) -> Option<[u32; 3]> {
-        self.0.nat64.get(usize::try_from(number).ok()?).copied()
+    fn nat64(&self, _: u8, number: u32) -> [u32; 3] {
+        self.0.nat64.get(number as usize).copied().unwrap_or_default()
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {

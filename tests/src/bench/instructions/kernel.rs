@@ -18,7 +18,7 @@ const RECORD: usize = 4096;
 const STRUCTURE: usize = 1024;
 
 /// Members of the kernel's structures, by the globals that tell the programs where they are.
-pub(super) const OFFSETS: [(&str, u32); 11] = [
+pub(super) const OFFSETS: [(&str, u32); 18] = [
     ("TASK_CRED_OFFSET", 888),
     ("CRED_UID_OFFSET", 8),
     ("SK_UID_OFFSET", 528),
@@ -30,6 +30,13 @@ pub(super) const OFFSETS: [(&str, u32); 11] = [
     ("DENTRY_LENGTH_OFFSET", 36),
     ("DENTRY_NAME_OFFSET", 40),
     ("DENTRY_INLINE_OFFSET", 56),
+    ("TASK_PID_OFFSET", 600),
+    ("TASK_TGID_OFFSET", 604),
+    ("TASK_NAME_OFFSET", 608),
+    ("TASK_CGROUPS_OFFSET", 624),
+    ("CGROUPS_DEFAULT_OFFSET", 112),
+    ("CGROUP_NODE_OFFSET", 256),
+    ("NODE_ID_OFFSET", 96),
 ];
 
 /// The path of the task's program, from its last component to the root.
@@ -84,6 +91,8 @@ enum Shape {
     Prefix(Vec<Vec<u8>>),
     /// Records come, and are counted.
     Ring(u64),
+    /// Of maps, of which there are none.
+    Maps,
 }
 
 /// A map, its values one after the other.
@@ -110,6 +119,8 @@ impl Emulated {
             (Shape::Prefix(Vec::new()), value * entries)
         } else if is(kind::BPF_MAP_TYPE_RINGBUF) {
             (Shape::Ring(0), RECORD)
+        } else if is(kind::BPF_MAP_TYPE_ARRAY_OF_MAPS) {
+            (Shape::Maps, 0)
         } else {
             bail!("map {name} is of type {}, which is not emulated yet", map.map_type())
         };
@@ -118,7 +129,7 @@ impl Emulated {
             values.put(0, map.data())?;
         }
         Ok(Self {
-            name: name.to_owned(),
+            name: name.trim_start_matches(".bss.").to_owned(),
             shape,
             key,
             value,
@@ -127,6 +138,11 @@ impl Emulated {
     }
 
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        if value.len() < self.value && matches!(self.shape, Shape::Array) {
+            // One of the parts of an only value.
+            let at = u32::from_ne_bytes(key.try_into()?) as usize;
+            return self.values.put(at * value.len(), value);
+        }
         ensure!(
             (key.len(), value.len()) == (self.key, self.value),
             "an entry of {} has {} and {} bytes, not {} and {}",
@@ -142,7 +158,7 @@ impl Emulated {
                 keys.push(key.to_vec());
                 keys.len() - 1
             }
-            Shape::Ring(_) => bail!("a ring buffer has no entries"),
+            Shape::Ring(_) | Shape::Maps => bail!("map {} takes no entries here", self.name),
         };
         self.values.put(at * self.value, value)
     }
@@ -158,7 +174,7 @@ impl Emulated {
             Shape::Array => self.index(key),
             Shape::Hash(keys) => keys.iter().position(|one| one == key),
             Shape::Prefix(keys) => longest(keys, key),
-            Shape::Ring(_) => None,
+            Shape::Ring(_) | Shape::Maps => None,
         };
         at.map_or(0, |at| self.values.address() + (at * self.value) as u64)
     }
@@ -217,7 +233,7 @@ pub(super) struct Kernel {
     pub(super) context: Memory,
     socket: Memory,
     structure: Memory,
-    /// What leads from the task to the path of its program.
+    /// What leads from the task to its user, its cgroup and the path of its program.
     program: Vec<Memory>,
     who: Task,
     tally: Tally,
@@ -238,6 +254,13 @@ impl Kernel {
             length,
             name,
             inline,
+            pid,
+            tgid,
+            task_name,
+            cgroups,
+            default,
+            node,
+            id,
         ] = OFFSETS.map(|(_, offset)| offset as usize);
         let new = || Memory::new(STRUCTURE);
         let (socket, structure) = (new(), new());
@@ -246,6 +269,15 @@ impl Kernel {
         let (credentials, memory, file, dentries) = (new(), new(), new(), PROGRAM.map(|_| new()));
         credentials.put(cred_uid, &who.uid.to_ne_bytes())?;
         let point = |from: &Memory, offset, to: u64| from.put(offset, &to.to_ne_bytes());
+        let set = [new(), new(), new()];
+        let [groups, cgroup, its_node] = &set;
+        structure.put(pid, &7_u32.to_ne_bytes())?;
+        structure.put(tgid, &7_u32.to_ne_bytes())?;
+        structure.put(task_name, b"curl")?;
+        point(&structure, cgroups, groups.address())?;
+        point(groups, default, cgroup.address())?;
+        point(cgroup, node, its_node.address())?;
+        its_node.put(id, &who.cgroups.last().copied().unwrap_or_default().to_ne_bytes())?;
         let [last, .., root] = &dentries;
         point(&structure, cred, credentials.address())?;
         point(&structure, mm, memory.address())?;
@@ -264,7 +296,11 @@ impl Kernel {
             context: new(),
             socket,
             structure,
-            program: dentries.into_iter().chain([credentials, memory, file]).collect(),
+            program: dentries
+                .into_iter()
+                .chain(set)
+                .chain([credentials, memory, file])
+                .collect(),
             who,
             tally: Tally::default(),
             fault: None,

@@ -56,6 +56,9 @@ pub(super) fn run(object: &[u8], name: &str, entries: Entries<'_>, who: Task, ca
     if who.casts {
         globals.insert("SOCK_TYPE", (&[1, 0, 0, 0], true));
         globals.insert("TASK_TYPE", (&[1, 0, 0, 0], true));
+    } else {
+        // As the loader does: what a denial tells of the task is then asked of helpers.
+        globals.insert("TASK_PID_OFFSET", (&[0; 4], true));
     }
     globals.insert("AYA_LOG_LEVEL", (&[0], true));
     object.patch_map_data(globals)?;

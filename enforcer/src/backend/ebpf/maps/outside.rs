@@ -40,8 +40,8 @@ impl<'a> Outside<'a> {
 }
 
 impl Tables for Outside<'_> {
-    fn port(&self, port: u16) -> Option<impl Fn() -> u8> {
-        Some(move || self.note_error(self.maps.ports.get(&u32::from(port))).unwrap_or(0))
+    fn port(&self, port: u16) -> impl Fn() -> u8 {
+        move || self.note_error(self.maps.ports.get(port).map(Some)).unwrap_or(0)
     }
 
     fn active(&self) -> Option<u8> {
@@ -53,7 +53,7 @@ impl Tables for Outside<'_> {
     }
 
     fn bucket(&self, slot: u8, bucket: u32) -> Option<impl Borrow<Bucket>> {
-        self.note_error(self.maps.buckets.get(&(u32::from(slot) * BUCKETS + bucket)))
+        self.note_error(self.maps.buckets.get(u32::from(slot) * BUCKETS + bucket).map(Some))
     }
 
     fn exact(&self, key: &EndpointKey) -> Option<Owners> {
@@ -67,8 +67,9 @@ impl Tables for Outside<'_> {
         }))
     }
 
-    fn nat64(&self, slot: u8, number: u32) -> Option<Nat64> {
-        self.note_error(self.maps.nat64.get(&(nat64_index(slot) + number)))
+    fn nat64(&self, slot: u8, number: u32) -> Nat64 {
+        self.note_error(self.maps.nat64.get(nat64_index(slot) + number).map(Some))
+            .unwrap_or_default()
     }
 
     fn principal(&self, key: &PrincipalKey) -> Option<Owners> {

@@ -1,7 +1,7 @@
 //! A map whose keys and values are typed: opened if it is as it should be, changed from one list of entries to another,
 //! and read back.
 
-use std::{io, marker::PhantomData, path::Path};
+use std::{io, marker::PhantomData, os::fd::AsRawFd as _, path::Path};
 
 use aya::maps::MapType;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -48,6 +48,11 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
 
     pub(super) fn named(&self) -> (&'static str, &Map) {
         (self.name, &self.map)
+    }
+
+    /// The number of its descriptor, as an array of maps takes it.
+    pub(super) fn descriptor(&self) -> u32 {
+        self.map.as_fd().as_raw_fd().cast_unsigned()
     }
 
     pub(super) fn id(&self) -> u32 {
@@ -121,22 +126,9 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         }
     }
 
-    /// All entries: of an array from memory, of others in batches.
+    /// All entries, in batches.
     pub(super) fn for_each(&self, mut each: impl FnMut(K, V)) -> Result<(), BackendError> {
-        let (map_type, .., entries) = self.map.shape();
-        if map_type == MapType::Array {
-            let mut indices = 0_u32..;
-            let read = self.map.for_each_value(|words| {
-                let index = indices
-                    .next()
-                    .and_then(|index| K::read_from_bytes(index.as_bytes()).ok());
-                let value = V::read_from_prefix(words.as_bytes()).ok();
-                if let (Some(index), Some((value, _))) = (index, value) {
-                    each(index, value);
-                }
-            });
-            return read.map_err(self.failed("read all of"));
-        }
+        let (.., entries) = self.map.shape();
         let batch = BATCH.min(entries.try_into().unwrap_or(BATCH));
         let mut keys = vec![K::new_zeroed(); batch].into_boxed_slice();
         let mut values = vec![V::new_zeroed(); batch].into_boxed_slice();
@@ -161,10 +153,7 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
             return self.replace_each(have, want, place);
         }
         let gone: Vec<K> = gone.into_iter().map(&place).collect();
-        for keys in gone.chunks(BATCH) {
-            let delete = Batch::Delete(keys.as_bytes());
-            self.map.batch(delete).map_err(self.failed("delete from"))?;
-        }
+        self.delete_all(&gone)?;
         let (keys, values): (Vec<K>, Vec<V>) = new.into_iter().map(|(key, value)| (place(key), value)).unzip();
         for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
             let put = Batch::Put(keys.as_bytes(), values.as_bytes());
@@ -191,6 +180,28 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
         }
     }
 
+    /// Removes an entry, if it is there.
+    pub(super) fn delete(&self, key: &K) -> Result<(), BackendError> {
+        let delete = ElementOp::Delete(key.as_bytes());
+        found(self.map.element(delete)).map_err(self.failed("delete from"))?;
+        Ok(())
+    }
+
+    /// Removes the entries of some keys.
+    pub(super) fn clear(&self, of: impl Fn(&K) -> bool) -> Result<(), BackendError> {
+        let mut gone = Vec::new();
+        self.for_each(|key, _| gone.extend(of(&key).then_some(key)))?;
+        self.delete_all(&gone)
+    }
+
+    fn delete_all(&self, keys: &[K]) -> Result<(), BackendError> {
+        for keys in keys.chunks(BATCH) {
+            let delete = Batch::Delete(keys.as_bytes());
+            self.map.batch(delete).map_err(self.failed("delete from"))?;
+        }
+        Ok(())
+    }
+
     pub(super) fn replace_each(
         &self,
         have: &[(K, V)],
@@ -199,38 +210,12 @@ impl<K: Plain + Ord, V: Plain + PartialEq> Table<K, V> {
     ) -> Result<(), BackendError> {
         let Diff { gone, new } = change(have, want);
         for key in gone {
-            let key = place(key);
-            let delete = ElementOp::Delete(key.as_bytes());
-            found(self.map.element(delete)).map_err(self.failed("delete from"))?;
+            self.delete(&place(key))?;
         }
         for (key, value) in new {
             self.put_read_back(&place(key), value)?;
         }
         Ok(())
-    }
-
-    /// Writes elements of an array, and reads them back: one by one while they are few, in batches beyond.
-    pub(super) fn overwrite(&self, entries: &[(K, V)]) -> Result<(), BackendError> {
-        if entries.len() <= FEW {
-            return entries
-                .iter()
-                .try_for_each(|(key, value)| self.put_read_back(key, *value));
-        }
-        let (keys, values): (Vec<K>, Vec<V>) = entries.iter().copied().unzip();
-        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            let put = Batch::Put(keys.as_bytes(), values.as_bytes());
-            self.map.batch(put).map_err(self.failed("write"))?;
-        }
-        let mut met = 0;
-        self.for_each(|key, value| {
-            let wanted = entries.binary_search_by_key(&key, |(key, _)| *key).ok();
-            met += usize::from(wanted.and_then(|at| entries.get(at)) == Some(&(key, value)));
-        })?;
-        if met == entries.len() {
-            Ok(())
-        } else {
-            Err(BackendError::ReadBack { map: self.name })
-        }
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> BackendError {

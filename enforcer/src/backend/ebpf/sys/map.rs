@@ -2,8 +2,9 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
+    ptr::NonNull,
 };
 
 use aya::maps::{MapData, MapType};
@@ -14,7 +15,7 @@ use aya_obj::generated::{
         BPF_MAP_UPDATE_BATCH, BPF_MAP_UPDATE_ELEM,
     },
 };
-use nix::sys::mman::MapFlags;
+use nix::sys::mman::{MapFlags, ProtFlags};
 
 use super::{bpf, cause, found, mapped::Mapped, open_pin, pin, raw};
 
@@ -56,10 +57,70 @@ pub(crate) enum Batch<'a> {
     Delete(&'a [u8]),
 }
 
+/// Values as memory, byte by byte. Others read and write it meanwhile.
+pub(crate) struct Bytes {
+    mapped: Mapped,
+    length: usize,
+}
+
+impl Bytes {
+    /// Reads from a place on: nothing where there is less.
+    pub(crate) fn read(&self, from: usize, into: &mut [u8]) {
+        let Some(mut place) = self.place(from, into.len()) else {
+            return;
+        };
+        let words = if from.is_multiple_of(WORD) {
+            into.len() / WORD
+        } else {
+            0
+        };
+        let (whole, rest) = into.split_at_mut(words * WORD);
+        for word in whole.chunks_exact_mut(WORD) {
+            // SAFETY: within what is mapped, which begins with a page; volatile, as others write it.
+            let read = unsafe { place.cast::<u64>().read_volatile() };
+            word.copy_from_slice(&read.to_ne_bytes());
+            // SAFETY: as above.
+            place = unsafe { place.add(WORD) };
+        }
+        for byte in rest {
+            // SAFETY: within what is mapped; volatile, as others write it.
+            unsafe {
+                *byte = place.read_volatile();
+                place = place.add(1);
+            }
+        }
+    }
+
+    /// Writes from a place on: nothing where there is less.
+    pub(crate) fn write(&self, from: usize, bytes: &[u8]) {
+        let Some(mut place) = self.place(from, bytes.len()) else {
+            return;
+        };
+        for byte in bytes {
+            // SAFETY: within what is mapped to be written.
+            unsafe {
+                place.write_volatile(*byte);
+                place = place.add(1);
+            }
+        }
+    }
+
+    fn place(&self, from: usize, length: usize) -> Option<NonNull<u8>> {
+        let within = from.checked_add(length).is_some_and(|end| end <= self.length);
+        // SAFETY: as above.
+        within.then(|| unsafe { self.mapped.start().cast().add(from) })
+    }
+}
+
 impl Map {
+    /// Its descriptor.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.data.fd().as_fd()
+    }
+
     /// Pins it.
     pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
-        pin(self.data.fd().as_fd(), path)
+        pin(self.as_fd(), path)
     }
 
     /// Opens a pin.
@@ -105,27 +166,17 @@ impl Map {
         self.value
     }
 
-    /// Calls `each` with every value of an array that lets itself be mapped (Linux 5.5), in the order of their indices
-    /// and filled up to whole words: many times faster than calls, which copy element by element.
-    pub(crate) fn for_each_value(&self, mut each: impl FnMut(&[u64])) -> io::Result<()> {
+    /// The values of an array that lets itself be mapped (Linux 5.5), each filled up to whole words.
+    pub(crate) fn bytes(&self) -> io::Result<Bytes> {
         let (MapType::Array, _, _, entries) = self.shape else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mut value = vec![0_u64; self.value.div_ceil(WORD)];
-        let words = value.len() * entries as usize;
-        let mapped = Mapped::of(self.data.fd(), words * WORD, MapFlags::MAP_SHARED)?;
-        let mut next = mapped.start().cast::<u64>();
-        for _ in 0..entries {
-            for word in &mut value {
-                // SAFETY: within what is mapped. Others write it meanwhile, so each word is read by a volatile read.
-                unsafe {
-                    *word = next.read_volatile();
-                    next = next.add(1);
-                }
-            }
-            each(&value);
-        }
-        Ok(())
+        let length = self.value.next_multiple_of(WORD) * entries as usize;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Ok(Bytes {
+            mapped: Mapped::of(self.as_fd(), length, access, MapFlags::MAP_SHARED)?,
+            length,
+        })
     }
 
     /// Reads, writes, removes or looks for one element. `ENOENT` where there is none.

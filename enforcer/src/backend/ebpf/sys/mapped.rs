@@ -16,7 +16,7 @@ use nix::sys::{
     statfs::{SYSFS_MAGIC, fstatfs},
 };
 
-/// Memory to be read, until it is dropped.
+/// Memory of the kernel's, until it is dropped.
 pub(super) struct Mapped {
     start: NonNull<c_void>,
     length: NonZeroUsize,
@@ -24,10 +24,10 @@ pub(super) struct Mapped {
 
 impl Mapped {
     /// The first bytes of an object, with `MAP_SHARED` or `MAP_PRIVATE`: all of them or none.
-    pub(super) fn of(object: impl AsFd, length: usize, flags: MapFlags) -> io::Result<Self> {
+    pub(super) fn of(object: impl AsFd, length: usize, access: ProtFlags, flags: MapFlags) -> io::Result<Self> {
         let length = NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: at a place that the kernel chooses, so nothing else lies there.
-        let start = unsafe { mmap(None, length, ProtFlags::PROT_READ, flags, object, 0)? };
+        let start = unsafe { mmap(None, length, access, flags, object, 0)? };
         Ok(Self { start, length })
     }
 
@@ -51,7 +51,7 @@ pub(crate) fn with_constant_file<R>(path: &Path, look: impl FnOnce(&[u8]) -> R) 
     let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
     // Of another file system, mounted over it, nobody knows who writes.
     let is_kernels = fstatfs(&file).is_ok_and(|system| system.filesystem_type() == SYSFS_MAGIC);
-    if is_kernels && let Ok(mapped) = Mapped::of(&file, length, MapFlags::MAP_PRIVATE) {
+    if is_kernels && let Ok(mapped) = Mapped::of(&file, length, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE) {
         // SAFETY: as long as the file, which the kernel made when it booted and nobody can write.
         return Ok(look(unsafe {
             slice::from_raw_parts(mapped.start().cast().as_ptr(), length)
