@@ -37,7 +37,7 @@ impl Spot {
     }
 }
 
-/// What a slot's exact endpoints of one bucket come to, so that most attempts need no look at `endpoints`, which stays
+/// What a slot's exact endpoints of one bucket come to, so that most attempts need no look at the hash, which stays
 /// the whole truth. Those for unspecified destinations are in no bucket.
 #[repr(C)]
 #[cfg_attr(not(target_arch = "bpf"), derive(FromBytes, IntoBytes, Immutable))]

@@ -185,6 +185,10 @@ impl EbpfBackend {
     ) -> Result<u64, BackendError> {
         let slot = active.map_or(0, |slot| 1 - slot);
         self.wait_for_readers()?;
+        // A map may have to be made and pinned.
+        self.restore_directory()?;
+        self.pins.subdir(&maps_name())?;
+        let whole = self.slots.get(usize::from(slot)).is_some_and(Option::is_some);
         self.held(slot)?;
         // Not known again until it is written whole.
         let have = self
@@ -192,7 +196,7 @@ impl EbpfBackend {
             .get_mut(usize::from(slot))
             .and_then(Option::take)
             .unwrap_or_else(Image::empty);
-        self.maps.write_slot(slot, &have, &image, number)?;
+        self.maps.write_slot(slot, (&have, whole), &image, number)?;
         self.clear_reused_counters(previous, &image.names)?;
         self.attach_missing(image.has_udp())?;
         self.maps.activate(slot)?;

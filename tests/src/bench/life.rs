@@ -77,8 +77,8 @@ fn kilobytes(status: &str, field: &str) -> Option<f64> {
 
 /// What a boot does before all else: the last rules, from what is cached and, as after a boot, from the disk alone.
 pub(super) fn last_good(bench: &mut Bench) -> Result<()> {
-    const DROP: &str = "/proc/sys/vm/drop_caches";
     let (mut warm, mut cold) = (Vec::new(), Vec::new());
+    let (mut ours, mut other) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds(41) {
         for (times, cached) in [(&mut warm, true), (&mut cold, false)] {
             let world = World::new()?;
@@ -86,13 +86,17 @@ pub(super) fn last_good(bench: &mut Bench) -> Result<()> {
             world.apply()?;
             world.enforcer(&["unload"])?.demand(0)?;
             if !cached {
-                nix::unistd::sync();
-                fs::write(DROP, "3").with_context(|| format!("write {DROP}"))?;
+                drop_caches()?;
             }
-            let mut command = command(&world, &["apply", "--last-good"])?;
-            let started = Instant::now();
-            ensure!(command.status()?.success(), "it fails");
-            times.push(millis(started.elapsed()));
+            let command = command(&world, &["apply", "--last-good"])?;
+            times.push(whole(command)?);
+        }
+        // What reading a program takes that does nothing.
+        for (times, program) in [(&mut ours, binary("enforcer")?), (&mut other, "nft".into())] {
+            let mut command = Command::new(program);
+            command.arg("--version").stdout(Stdio::null());
+            drop_caches()?;
+            times.push(whole(command)?);
         }
     }
     let what = "apply --last-good, whole process";
@@ -104,7 +108,24 @@ pub(super) fn last_good(bench: &mut Bench) -> Result<()> {
         "ms",
         cold,
     );
+    let what = "--version, after drop_caches";
+    bench.figure("P7", what, ("enforcer", None), "ms", ours);
+    bench.figure("P7", what, ("nft", None), "ms", other);
     Ok(())
+}
+
+/// Has all that is read next come from the disk.
+fn drop_caches() -> Result<()> {
+    const DROP: &str = "/proc/sys/vm/drop_caches";
+    nix::unistd::sync();
+    fs::write(DROP, "3").with_context(|| format!("write {DROP}"))
+}
+
+/// How long a process takes that succeeds.
+fn whole(mut command: Command) -> Result<f64> {
+    let started = Instant::now();
+    ensure!(command.status()?.success(), "{command:?} fails");
+    Ok(millis(started.elapsed()))
 }
 
 /// P6, as far as it is seen from outside: what the kernel's maps take of it is not.

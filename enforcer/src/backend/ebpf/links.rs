@@ -348,7 +348,7 @@ impl EbpfBackend {
         if !self.sight.forget_tasks() {
             return Err(error);
         }
-        warn!("{error}; loading it again without the paths of programs, which denials then do not show");
+        warn!("{error}; loading it with less of tasks for denials to show, which then lack the paths of programs");
         let unbound = Unbound::open(&self.pins.path(&maps_name()))?;
         self.programs = unbound.bind(&self.sight, self.log_level)?;
         self.programs.load(hooks)

@@ -324,8 +324,10 @@ impl Programs {
     /// Loads those that are not loaded yet.
     pub(super) fn load(&mut self, hooks: impl Fn(&Hook) -> bool) -> Result<(), BackendError> {
         self.begin_to_load(&hooks);
-        for (hook, thread) in mem::take(&mut self.loading) {
-            let program = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        let ended = mem::take(&mut self.loading)
+            .into_iter()
+            .map(|(hook, thread)| (hook, thread.join().unwrap_or_else(|panic| resume_unwind(panic))));
+        for (hook, program) in ended.collect::<Vec<_>>() {
             self.keep(hook, program)?;
         }
         for hook in HOOKS.iter().filter(|hook| hooks(hook)) {

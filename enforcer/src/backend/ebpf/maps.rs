@@ -233,10 +233,17 @@ impl Maps {
     }
 
     /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).
-    pub(crate) fn write_slot(&mut self, slot: u8, have: &Image, want: &Image, number: u64) -> Result<(), BackendError> {
-        // No program reads these bits of a port while it is written, as none reads the slot.
+    /// Unless this process has written it whole, it may hold more than what is found in it.
+    pub(crate) fn write_slot(
+        &mut self,
+        slot: u8,
+        (have, whole): (&Image, bool),
+        want: &Image,
+        number: u64,
+    ) -> Result<(), BackendError> {
         self.ports.replace(slot, &have.ports, &want.ports)?;
-        self.endpoints.replace(slot, &have.endpoints, &want.endpoints)?;
+        let held = whole.then_some(have.endpoints.as_slice());
+        self.endpoints.replace(slot, held, &want.endpoints)?;
         self.prefixes
             .replace_each(&have.prefixes, &want.prefixes, |key| prefix_in_slot(key, slot))?;
         self.principals

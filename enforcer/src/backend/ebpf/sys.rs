@@ -1,5 +1,5 @@
 //! bpf(2) where aya has nothing: links by descriptor, elements of maps one by one and in batches, trials, programs of
-//! others. Besides it grace periods, a network namespace's cookie, and memory given back. All unsafe code of the eBPF
+//! others. Besides it grace periods and a network namespace's cookie. All unsafe code of the eBPF
 //! backend lies here and below.
 //!
 //! Links are made here too: aya chooses the way to attach by what the kernel calls itself, and hides a link's

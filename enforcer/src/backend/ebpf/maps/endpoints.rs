@@ -3,7 +3,7 @@
 //! Programs look a key up in both, one after the other.
 
 use std::{
-    io,
+    fs, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -44,21 +44,21 @@ pub(crate) fn one_of_many(entries: u32) -> io::Result<OwnedFd> {
 impl Endpoints {
     pub(super) fn open(dir: &Path) -> Result<Self, BackendError> {
         let path = dir.join(INNER);
-        let inner = path
-            .exists()
-            .then(|| Table::open(dir, INNER, MapType::Hash, entries::MANY_ENDPOINTS));
-        let endpoints = Self {
-            few: Table::open(dir, "endpoints", MapType::Hash, entries::ENDPOINTS)?,
-            many: Table::open(dir, "many", MapType::ArrayOfMaps, entries::MANY)?,
-            inner: inner.transpose()?,
-            dir: dir.into(),
-        };
-        // Programs find another map than the one that is pinned.
-        let astray = endpoints.many.get(&0)?.is_some() && !endpoints.is_linked()?;
-        if astray {
+        let few = Table::open(dir, "endpoints", MapType::Hash, entries::ENDPOINTS)?;
+        let many: Table<u32, u32> = Table::open(dir, "many", MapType::ArrayOfMaps, entries::MANY)?;
+        // First what programs find, as a map is pinned before they do.
+        let found = many.get(&0)?;
+        let inner = path.exists().then(|| open_inner(dir)).transpose()?;
+        if found.is_some() && found != inner.as_ref().map(Table::id) {
+            // Another map than the one that is pinned.
             return Err(BackendError::Damaged { path });
         }
-        Ok(endpoints)
+        Ok(Self {
+            few,
+            many,
+            inner,
+            dir: dir.into(),
+        })
     }
 
     /// Ids of the maps that programs name.
@@ -96,28 +96,44 @@ impl Endpoints {
 
     /// Whether programs find these, as far as that is seen by few calls.
     pub(super) fn has(&self, slot: u8, wanted: &[Entry]) -> Result<bool, BackendError> {
-        let table = self.inner.as_ref().filter(|_| are_many(wanted)).unwrap_or(&self.few);
-        Ok(self.is_linked()? && table.has(wanted, |key| in_slot(key, slot))?)
-    }
-
-    /// Makes a slot that no program reads hold `want` after `have`, both sorted, and reads it back.
-    pub(super) fn replace(&mut self, slot: u8, have: &[Entry], want: &[Entry]) -> Result<(), BackendError> {
-        if are_many(want) && self.inner.is_none() {
-            self.inner = Some(self.make_inner()?);
-        }
-        let (used, other) = match &self.inner {
-            Some(inner) if are_many(want) => (inner, Some(&self.few)),
-            inner => (&self.few, inner.as_ref()),
+        let linked = match self.many.get(&0)? {
+            None => !are_many(wanted),
+            found => found == self.inner.as_ref().map(Table::id),
         };
-        if let Some(other) = other {
-            other.clear(|key| key.scope & scope::SLOT == slot)?;
-        }
-        let have = if are_many(have) == are_many(want) { have } else { &[] };
-        used.replace(have, want, |key| in_slot(key, slot))?;
-        self.link()
+        // Of more than few known ones the table says nothing.
+        Ok(linked && self.few.has(wanted, |key| in_slot(key, slot))?)
     }
 
-    fn make_inner(&self) -> Result<Table<EndpointKey, Owners>, BackendError> {
+    /// Makes a slot that no program reads hold `want`, sorted, and reads it back: after `have`, sorted too, where this
+    /// process has written that whole, and else after whatever lies there.
+    pub(super) fn replace(&mut self, slot: u8, have: Option<&[Entry]>, want: &[Entry]) -> Result<(), BackendError> {
+        let place = |key| in_slot(key, slot);
+        if are_many(want) {
+            self.make_inner()?;
+        }
+        self.link(are_many(want))?;
+        if have.is_none() {
+            for table in [Some(&self.few), self.inner.as_ref()].into_iter().flatten() {
+                table.clear(|key| key.scope & scope::SLOT == slot)?;
+            }
+        }
+        let have = have.unwrap_or_default();
+        if are_many(have) == are_many(want) {
+            return self.table(want).replace(have, want, place);
+        }
+        self.table(have).replace(have, &[], place)?;
+        self.table(want).replace(&[], want, place)
+    }
+
+    /// Where so many lie.
+    fn table(&self, entries: &[Entry]) -> &Table<EndpointKey, Owners> {
+        self.inner.as_ref().filter(|_| are_many(entries)).unwrap_or(&self.few)
+    }
+
+    fn make_inner(&mut self) -> Result<(), BackendError> {
+        if self.inner.is_some() {
+            return Ok(());
+        }
         let failed = |action| {
             move |error| BackendError::Map {
                 action,
@@ -125,25 +141,31 @@ impl Endpoints {
                 error,
             }
         };
+        let path = self.dir.join(INNER);
         let made = one_of_many(entries::MANY_ENDPOINTS).map_err(failed("make"))?;
-        sys::pin(made.as_fd(), &self.dir.join(INNER)).map_err(failed("pin"))?;
-        Table::open(&self.dir, INNER, MapType::Hash, entries::MANY_ENDPOINTS)
+        // One that is there was left by a call that failed.
+        let _none = fs::remove_file(&path);
+        sys::pin(made.as_fd(), &path).map_err(failed("pin"))?;
+        self.inner = Some(open_inner(&self.dir)?);
+        self.link(true).inspect_err(|_| {
+            self.inner = None;
+            let _left = fs::remove_file(&path);
+        })
     }
 
     /// The map of many endpoints, where programs find it.
     fn found(&self) -> Result<Option<&Table<EndpointKey, Owners>>, BackendError> {
-        let linked = self.is_linked()?;
-        Ok(self.inner.as_ref().filter(|_| linked))
+        let found = self.many.get(&0)?;
+        Ok(self.inner.as_ref().filter(|inner| Some(inner.id()) == found))
     }
 
-    /// Whether programs find the map of many endpoints where there is one, and none where not.
-    fn is_linked(&self) -> Result<bool, BackendError> {
-        Ok(self.many.get(&0)? == self.inner.as_ref().map(Table::id))
-    }
-
-    fn link(&self) -> Result<(), BackendError> {
-        if self.is_linked()? {
-            return Ok(());
+    /// Has programs find the map of many endpoints, where it is needed, and no other one.
+    fn link(&self, needed: bool) -> Result<(), BackendError> {
+        let ours = self.inner.as_ref().map(Table::id);
+        match self.many.get(&0)? {
+            None if !needed => return Ok(()),
+            found if found.is_some() && found == ours => return Ok(()),
+            _ => {}
         }
         match &self.inner {
             // An element is written as a descriptor, and read as an id.
@@ -159,12 +181,16 @@ impl Endpoints {
             }
             None => self.many.delete(&0)?,
         }
-        if self.is_linked()? {
+        if self.many.get(&0)? == ours {
             Ok(())
         } else {
             Err(BackendError::ReadBack { map: "many" })
         }
     }
+}
+
+fn open_inner(dir: &Path) -> Result<Table<EndpointKey, Owners>, BackendError> {
+    Table::open(dir, INNER, MapType::Hash, entries::MANY_ENDPOINTS)
 }
 
 /// Whether these are more than `endpoints` has room for.

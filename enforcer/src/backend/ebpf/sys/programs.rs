@@ -14,7 +14,7 @@ use super::{Make, NewProgram, ask, bpf, make, raw};
 /// Most programs of one hook of a cgroup (`BPF_CGROUP_MAX_PROGS`).
 const MAX_ATTACHED: u32 = 64;
 
-/// Most maps of a program that are asked for: ours have ten.
+/// Most maps of a program that are asked for: ours have fewer than twenty.
 const MAX_MAPS: u32 = 64;
 
 /// How often a program is given to the verifier, which gives up where a signal comes meanwhile.
