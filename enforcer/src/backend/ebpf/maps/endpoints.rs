@@ -81,17 +81,7 @@ impl Endpoints {
 
     /// All of a slot, sorted.
     pub(super) fn read(&self, slot: u8) -> Result<Vec<Entry>, BackendError> {
-        let mut found = Vec::new();
-        for table in [Some(&self.few), self.found()?].into_iter().flatten() {
-            table.for_each(|mut key, owners| {
-                if key.scope & scope::SLOT == slot {
-                    key.scope &= !scope::SLOT;
-                    found.push((key, owners));
-                }
-            })?;
-        }
-        found.sort_unstable();
-        Ok(found)
+        entries_of([Some(&self.few), self.found()?].into_iter().flatten(), slot)
     }
 
     /// Whether programs find these, as far as that is seen by few calls.
@@ -112,17 +102,23 @@ impl Endpoints {
             self.make_inner()?;
         }
         self.link(are_many(want))?;
-        if have.is_none() {
-            for table in [Some(&self.few), self.inner.as_ref()].into_iter().flatten() {
-                table.clear(|key| key.scope & scope::SLOT == slot)?;
+        let Some(have) = have else {
+            let used = self.table(want);
+            for other in self.tables().filter(|other| other.id() != used.id()) {
+                other.clear(|key| key.scope & scope::SLOT == slot)?;
             }
-        }
-        let have = have.unwrap_or_default();
+            let have = entries_of([used], slot)?;
+            return used.replace(&have, want, place);
+        };
         if are_many(have) == are_many(want) {
             return self.table(want).replace(have, want, place);
         }
         self.table(have).replace(have, &[], place)?;
         self.table(want).replace(&[], want, place)
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &Table<EndpointKey, Owners>> {
+        [Some(&self.few), self.inner.as_ref()].into_iter().flatten()
     }
 
     /// Where so many lie.
@@ -191,6 +187,24 @@ impl Endpoints {
 
 fn open_inner(dir: &Path) -> Result<Table<EndpointKey, Owners>, BackendError> {
     Table::open(dir, INNER, MapType::Hash, entries::MANY_ENDPOINTS)
+}
+
+/// What some tables have of a slot, sorted.
+fn entries_of<'a>(
+    tables: impl IntoIterator<Item = &'a Table<EndpointKey, Owners>>,
+    slot: u8,
+) -> Result<Vec<Entry>, BackendError> {
+    let mut found = Vec::new();
+    for table in tables {
+        table.for_each(|mut key, owners| {
+            if key.scope & scope::SLOT == slot {
+                key.scope &= !scope::SLOT;
+                found.push((key, owners));
+            }
+        })?;
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 /// Whether these are more than `endpoints` has room for.
