@@ -98,7 +98,7 @@ impl Maps {
     pub(crate) fn activate(&self, slot: u8) -> Result<(), BackendError> {
         // The entries must be visible to every CPU before the flip is.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-        self.active.put([(0, slot + 1)])
+        self.active.put([(0, slot + 1)].into_iter())
     }
 
     /// Ids of the maps that every program's verdict rests on.
@@ -252,7 +252,8 @@ impl Maps {
         let names = (name_index(slot)..).zip(want.names);
         self.targets.put(names)?;
         self.nat64.put((nat64_index(slot)..).zip(want.nat64))?;
-        self.generations.put([(slot.into(), want.generation(number))])
+        self.generations
+            .put([(slot.into(), want.generation(number))].into_iter())
     }
 
     /// Sets the counters of some targets to zero. What others count at this very moment may be lost.
@@ -313,8 +314,11 @@ impl Maps {
                 changed.remove(index);
             }
         }
-        self.buckets
-            .put(changed.into_iter().map(|entry| bucket_in_slot(entry, slot)))
+        self.buckets.put(
+            changed
+                .iter()
+                .map(|(index, bucket)| bucket_in_slot((*index, *bucket), slot)),
+        )
     }
 }
 

@@ -48,7 +48,7 @@ use nix::{
 };
 
 pub(crate) use self::{
-    map::{Batch, ElementOp, Map},
+    map::{Batch, Bytes, ElementOp, Map},
     mapped::with_constant_file,
     programs::{Attached, attached, load_program, program_id, program_maps},
     trial::{CONNECT4, MapKind, insert_casts, load_passing, try_batch, try_cast, try_map},

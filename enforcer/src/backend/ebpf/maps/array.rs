@@ -1,12 +1,12 @@
 //! Elements one after another in an array, read and written in the kernel's own memory.
 
-use std::{io, marker::PhantomData, path::Path};
+use std::{marker::PhantomData, ops::Range, path::Path};
 
 use aya::maps::MapType;
 use zerocopy::IntoBytes as _;
 
 use super::{Map, open_checked, table::Plain};
-use crate::backend::ebpf::BackendError;
+use crate::backend::ebpf::{BackendError, sys::Bytes};
 
 /// Such a map, its elements typed.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl<V: Plain + PartialEq> Array<V> {
 
     pub(super) fn get(&self, element: u32) -> Result<V, BackendError> {
         let mut value = V::new_zeroed();
-        let bytes = self.map.bytes().map_err(self.failed("read"))?;
+        let bytes = self.bytes("read", element..element + 1)?;
         bytes.read(place::<V>(element), value.as_mut_bytes());
         Ok(value)
     }
@@ -57,16 +57,17 @@ impl<V: Plain + PartialEq> Array<V> {
     /// So many elements from one on.
     pub(super) fn read(&self, first: u32, count: u32) -> Result<Vec<V>, BackendError> {
         let mut values = vec![V::new_zeroed(); count as usize];
-        let bytes = self.map.bytes().map_err(self.failed("read"))?;
+        let bytes = self.bytes("read", first..first + count)?;
         bytes.read(place::<V>(first), values.as_mut_bytes());
         Ok(values)
     }
 
     /// Whether it has such elements.
-    pub(super) fn has(&self, wanted: impl IntoIterator<Item = (u32, V)>) -> Result<bool, BackendError> {
-        let bytes = self.map.bytes().map_err(self.failed("read"))?;
+    pub(super) fn has(&self, wanted: impl Iterator<Item = (u32, V)> + Clone) -> Result<bool, BackendError> {
+        let bytes = self.bytes("read", span(wanted.clone()))?;
         let mut value = V::new_zeroed();
-        Ok(wanted.into_iter().all(|(element, wanted)| {
+        let mut wanted = wanted;
+        Ok(wanted.all(|(element, wanted)| {
             bytes.read(place::<V>(element), value.as_mut_bytes());
             value == wanted
         }))
@@ -74,14 +75,14 @@ impl<V: Plain + PartialEq> Array<V> {
 
     /// Writes an element that others may write too.
     pub(super) fn set(&self, element: u32, value: V) -> Result<(), BackendError> {
-        let bytes = self.map.bytes().map_err(self.failed("write"))?;
+        let bytes = self.bytes("write", element..element + 1)?;
         bytes.write(place::<V>(element), value.as_bytes());
         Ok(())
     }
 
     /// Writes elements, and reads each back.
-    pub(super) fn put(&self, elements: impl IntoIterator<Item = (u32, V)>) -> Result<(), BackendError> {
-        let bytes = self.map.bytes().map_err(self.failed("write"))?;
+    pub(super) fn put(&self, elements: impl Iterator<Item = (u32, V)> + Clone) -> Result<(), BackendError> {
+        let bytes = self.bytes("write", span(elements.clone()))?;
         let mut value = V::new_zeroed();
         for (element, wanted) in elements {
             bytes.write(place::<V>(element), wanted.as_bytes());
@@ -93,10 +94,25 @@ impl<V: Plain + PartialEq> Array<V> {
         Ok(())
     }
 
-    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> BackendError {
-        let map = self.name;
-        move |error| BackendError::Map { action, map, error }
+    /// Elements as memory, one at least.
+    fn bytes(&self, action: &'static str, elements: Range<u32>) -> Result<Bytes, BackendError> {
+        let end = elements.end.max(elements.start + 1);
+        let bytes = self.map.bytes(place::<V>(elements.start)..place::<V>(end));
+        bytes.map_err(|error| BackendError::Map {
+            action,
+            map: self.name,
+            error,
+        })
     }
+}
+
+/// The elements from the first of some to the last.
+fn span<V>(elements: impl Iterator<Item = (u32, V)>) -> Range<u32> {
+    let ends = elements.fold(None, |ends: Option<(u32, u32)>, (element, _)| {
+        let (first, last) = ends.unwrap_or((element, element));
+        Some((first.min(element), last.max(element)))
+    });
+    ends.map_or(0..0, |(first, last)| first..last + 1)
 }
 
 /// Where an element begins.

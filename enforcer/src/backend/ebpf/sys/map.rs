@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     ptr::NonNull,
@@ -37,6 +38,9 @@ pub(crate) struct Map {
 /// Bytes to which the kernel fills up the values of an array.
 const WORD: usize = 8;
 
+/// Bytes of a page on the kernels that have the largest: mappings begin at a multiple of it.
+const LARGEST_PAGE: usize = 1 << 16;
+
 /// What is done with one element.
 pub(crate) enum ElementOp<'a> {
     Get(&'a [u8], &'a mut [u8]),
@@ -60,7 +64,7 @@ pub(crate) enum Batch<'a> {
 /// Values as memory, byte by byte. Others read and write it meanwhile.
 pub(crate) struct Bytes {
     mapped: Mapped,
-    length: usize,
+    range: Range<usize>,
 }
 
 impl Bytes {
@@ -106,9 +110,10 @@ impl Bytes {
     }
 
     fn place(&self, from: usize, length: usize) -> Option<NonNull<u8>> {
-        let within = from.checked_add(length).is_some_and(|end| end <= self.length);
+        let at = from.checked_sub(self.range.start)?;
+        let within = from.checked_add(length)? <= self.range.end;
         // SAFETY: as above.
-        within.then(|| unsafe { self.mapped.start().cast().add(from) })
+        within.then(|| unsafe { self.mapped.start().cast().add(at) })
     }
 }
 
@@ -166,16 +171,19 @@ impl Map {
         self.value
     }
 
-    /// The values of an array that lets itself be mapped (Linux 5.5), each filled up to whole words.
-    pub(crate) fn bytes(&self) -> io::Result<Bytes> {
+    /// A range of the values of an array that lets itself be mapped (Linux 5.5), each filled up to whole words.
+    pub(crate) fn bytes(&self, range: Range<usize>) -> io::Result<Bytes> {
         let (MapType::Array, _, _, entries) = self.shape else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let length = self.value.next_multiple_of(WORD) * entries as usize;
+        if range.end > self.value.next_multiple_of(WORD) * entries as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let first = range.start - range.start % LARGEST_PAGE;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         Ok(Bytes {
-            mapped: Mapped::of(self.as_fd(), length, access, MapFlags::MAP_SHARED)?,
-            length,
+            mapped: Mapped::of(self.as_fd(), first..range.end, access, MapFlags::MAP_SHARED)?,
+            range: first..range.end,
         })
     }
 

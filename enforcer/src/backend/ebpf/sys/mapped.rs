@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io::{self, Read as _},
     num::NonZeroUsize,
+    ops::Range,
     os::fd::AsFd,
     path::Path,
     ptr::NonNull,
@@ -23,11 +24,12 @@ pub(super) struct Mapped {
 }
 
 impl Mapped {
-    /// The first bytes of an object, with `MAP_SHARED` or `MAP_PRIVATE`: all of them or none.
-    pub(super) fn of(object: impl AsFd, length: usize, access: ProtFlags, flags: MapFlags) -> io::Result<Self> {
-        let length = NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
+    /// The bytes of an object from the beginning of a page on, with `MAP_SHARED` or `MAP_PRIVATE`: all of them or none.
+    pub(super) fn of(object: impl AsFd, range: Range<usize>, access: ProtFlags, flags: MapFlags) -> io::Result<Self> {
+        let length = NonZeroUsize::new(range.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        let first = range.start.try_into().map_err(io::Error::other)?;
         // SAFETY: at a place that the kernel chooses, so nothing else lies there.
-        let start = unsafe { mmap(None, length, access, flags, object, 0)? };
+        let start = unsafe { mmap(None, length, access, flags, object, first)? };
         Ok(Self { start, length })
     }
 
@@ -51,7 +53,7 @@ pub(crate) fn with_constant_file<R>(path: &Path, look: impl FnOnce(&[u8]) -> R) 
     let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
     // Of another file system, mounted over it, nobody knows who writes.
     let is_kernels = fstatfs(&file).is_ok_and(|system| system.filesystem_type() == SYSFS_MAGIC);
-    if is_kernels && let Ok(mapped) = Mapped::of(&file, length, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE) {
+    if is_kernels && let Ok(mapped) = Mapped::of(&file, 0..length, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE) {
         // SAFETY: as long as the file, which the kernel made when it booted and nobody can write.
         return Ok(look(unsafe {
             slice::from_raw_parts(mapped.start().cast().as_ptr(), length)
