@@ -42,6 +42,11 @@ fn main() {
         env::set_var("RUSTC_BOOTSTRAP", "1");
         env::set_var("CARGO_TERM_QUIET", "true");
     }
+    // It has the profile that the programs are built by.
+    println!(
+        "cargo:rerun-if-changed={}",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml")
+    );
     let programs = Package {
         name: "enforcer-ebpf",
         root_dir: concat!(env!("CARGO_MANIFEST_DIR"), "/../enforcer-ebpf"),
