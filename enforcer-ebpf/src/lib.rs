@@ -60,10 +60,10 @@ pub mod entries {
 
     /// Of `active`.
     pub const ACTIVE: u32 = 1;
-    /// Of `ports`, one a port.
-    pub const PORTS: u32 = 1 << 16;
     /// Of `generations`, one a slot.
     pub const GENERATIONS: u32 = SLOTS;
+    /// Of `ports`, one a port.
+    pub const PORTS: u32 = 1 << 16;
     /// Of `buckets`, slot by slot.
     pub const BUCKETS: u32 = SLOTS * SLOT_BUCKETS;
     /// Of `endpoints`.

@@ -90,7 +90,7 @@ unsafe fn write_component(dentry: *const u8, name: *mut u64, length_at: *mut u8)
     // SAFETY: as in [`write`].
     unsafe {
         let length = member::<u32>(dentry, DENTRY_LENGTH_OFFSET.load());
-        // What a byte tells of it.
+        // As far as a byte has room for it.
         #[allow(clippy::cast_possible_truncation, reason = "capped")]
         length_at.write(length.min(255) as u8);
         if length < INLINE_NAME {

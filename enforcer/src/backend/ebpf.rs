@@ -188,15 +188,9 @@ impl EbpfBackend {
         // A map may have to be made and pinned.
         self.restore_directory()?;
         self.pins.subdir(&maps_name())?;
-        let whole = self.slots.get(usize::from(slot)).is_some_and(Option::is_some);
-        self.held(slot)?;
         // Not known again until it is written whole.
-        let have = self
-            .slots
-            .get_mut(usize::from(slot))
-            .and_then(Option::take)
-            .unwrap_or_else(Image::empty);
-        self.maps.write_slot(slot, (&have, whole), &image, number)?;
+        let have = self.slots.get_mut(usize::from(slot)).and_then(Option::take);
+        self.maps.write_slot(slot, have.as_ref(), &image, number)?;
         self.clear_reused_counters(previous, &image.names)?;
         self.attach_missing(image.has_udp())?;
         self.maps.activate(slot)?;

@@ -25,27 +25,25 @@ pub(crate) struct Offsets {
     pub program: Option<ProgramOffsets>,
     /// What a cast needs, where the kernel has the function.
     pub casts: Option<Casts>,
-    /// What a denial tells of the task, if all of it is known. Read where pointers can be cast.
+    /// What the record of a denial has of the task, if all of it is known. Read where pointers can be cast.
     pub task: Option<TaskOffsets>,
 }
 
-/// Offsets in bytes of what a denial tells of a task.
+/// Offsets in bytes of what the record of a denial has of a task, in the order of [`TaskOffsets::CONSTANTS`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TaskOffsets {
-    /// `pid` in `struct task_struct`.
-    pub pid: u32,
-    /// `tgid` in `struct task_struct`.
-    pub tgid: u32,
-    /// `comm` in `struct task_struct`.
-    pub name: u32,
-    /// `cgroups` in `struct task_struct`.
-    pub cgroups: u32,
-    /// `dfl_cgrp` in `struct css_set`.
-    pub cgroups_default: u32,
-    /// `kn` in `struct cgroup`.
-    pub cgroup_node: u32,
-    /// `id` in `struct kernfs_node`.
-    pub node_id: u32,
+pub(crate) struct TaskOffsets(pub [u32; 7]);
+
+impl TaskOffsets {
+    /// The programs' constants for them, in the order of [`WANTED`].
+    pub(crate) const CONSTANTS: [&str; 7] = [
+        "TASK_PID_OFFSET",
+        "TASK_TGID_OFFSET",
+        "TASK_NAME_OFFSET",
+        "TASK_CGROUPS_OFFSET",
+        "CGROUPS_DEFAULT_OFFSET",
+        "CGROUP_NODE_OFFSET",
+        "NODE_ID_OFFSET",
+    ];
 }
 
 /// What programs need to have pointers taken for what they are: `bpf_rdonly_cast` (Linux 6.2), and numbers of types.
@@ -198,18 +196,7 @@ fn find(btf: &[u8]) -> Option<Offsets> {
             dentry_inline,
         },
     );
-    offsets.task =
-        whole(&mut next).map(
-            |[pid, tgid, name, cgroups, cgroups_default, cgroup_node, node_id]| TaskOffsets {
-                pid,
-                tgid,
-                name,
-                cgroups,
-                cgroups_default,
-                cgroup_node,
-                node_id,
-            },
-        );
+    offsets.task = whole(&mut next).map(TaskOffsets);
     Some(offsets)
 }
 

@@ -93,7 +93,7 @@ impl Sight {
     }
 
     /// What the programs are told of it, by the names of their constants.
-    fn globals(&self, log_level: u8) -> [(&'static str, Vec<u8>); 23] {
+    fn globals(&self, log_level: u8) -> Vec<(&'static str, Vec<u8>)> {
         let Offsets {
             sk_uid,
             task_flags,
@@ -112,19 +112,13 @@ impl Sight {
             dentry_name,
             dentry_inline,
         } = program.unwrap_or_default();
-        let TaskOffsets {
-            pid,
-            tgid,
-            name,
-            cgroups,
-            cgroups_default,
-            cgroup_node,
-            node_id,
-        } = task.unwrap_or_default();
         let casts = casts.unwrap_or_default();
         let [typed, reads] = [self.typed, self.reads].map(u32::from);
         let word = |value: u32| value.to_ne_bytes().to_vec();
-        [
+        let of_task = TaskOffsets::CONSTANTS
+            .into_iter()
+            .zip(task.unwrap_or_default().0.map(word));
+        let others = [
             ("SK_UID_OFFSET", word(sk_uid)),
             ("TASK_FLAGS_OFFSET", word(task_flags)),
             ("TYPED_TASK", word(typed)),
@@ -140,15 +134,9 @@ impl Sight {
             ("TASK_TYPE", word(casts.task)),
             ("TASK_CRED_OFFSET", word(casts.task_cred)),
             ("CRED_UID_OFFSET", word(casts.cred_uid)),
-            ("TASK_PID_OFFSET", word(pid)),
-            ("TASK_TGID_OFFSET", word(tgid)),
-            ("TASK_NAME_OFFSET", word(name)),
-            ("TASK_CGROUPS_OFFSET", word(cgroups)),
-            ("CGROUPS_DEFAULT_OFFSET", word(cgroups_default)),
-            ("CGROUP_NODE_OFFSET", word(cgroup_node)),
-            ("NODE_ID_OFFSET", word(node_id)),
             (aya_log::LEVEL, vec![log_level]),
-        ]
+        ];
+        others.into_iter().chain(of_task).collect()
     }
 }
 

@@ -150,6 +150,11 @@ impl Maps {
 
     /// All that a slot holds.
     pub(crate) fn read_slot(&self, slot: u8) -> Result<Image, BackendError> {
+        self.read_with(slot, self.endpoints.read(slot)?)
+    }
+
+    /// The same with exact endpoints that have been read.
+    fn read_with(&self, slot: u8, endpoints: Vec<(EndpointKey, Owners)>) -> Result<Image, BackendError> {
         let generation = self.generation_of(slot)?;
         Ok(Image {
             flags: generation.flags,
@@ -159,7 +164,7 @@ impl Maps {
             nat64: self.read_nat64(slot)?,
             ports: self.ports.read(slot)?,
             buckets: self.read_buckets(slot)?,
-            endpoints: self.endpoints.read(slot)?,
+            endpoints,
             prefixes: self.read_prefixes(slot)?,
             principals: self.read_principals(slot)?,
             names: self.names(slot)?,
@@ -232,18 +237,25 @@ impl Maps {
         Ok(principals)
     }
 
-    /// Makes a slot that no program reads hold `want`, given that it holds `have`, and reads the change back (F3).
-    /// Unless this process has written it whole, it may hold more than what is found in it.
+    /// Makes a slot that no program reads hold `want`, and reads the change back (F3): after `have`, where this process
+    /// has written that whole, and else after what is found in it.
     pub(crate) fn write_slot(
         &mut self,
         slot: u8,
-        (have, whole): (&Image, bool),
+        have: Option<&Image>,
         want: &Image,
         number: u64,
     ) -> Result<(), BackendError> {
+        let endpoints = have.map(|have| have.endpoints.as_slice());
+        let found;
+        let have = if let Some(have) = have {
+            have
+        } else {
+            found = self.read_with(slot, Vec::new())?;
+            &found
+        };
         self.ports.replace(slot, &have.ports, &want.ports)?;
-        let held = whole.then_some(have.endpoints.as_slice());
-        self.endpoints.replace(slot, held, &want.endpoints)?;
+        self.endpoints.replace(slot, endpoints, &want.endpoints)?;
         self.prefixes
             .replace_each(&have.prefixes, &want.prefixes, |key| prefix_in_slot(key, slot))?;
         self.principals

@@ -30,7 +30,7 @@ use std::{
 use aya_obj::{
     EbpfSectionKind,
     generated::{
-        bpf_attr,
+        BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_attr,
         bpf_cmd::{
             self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_CREATE, BPF_MAP_FREEZE, BPF_OBJ_GET,
             BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD,
@@ -106,12 +106,7 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     }
 }
 
-/// Of an array, whose values can be mapped.
-const BPF_F_MMAPABLE: u32 = 1 << 10;
-/// Of a hash, whose elements are made as they are needed.
-const BPF_F_NO_PREALLOC: u32 = 1;
-
-/// Makes a hash, of keys and values of so many bytes (Linux 4.6).
+/// Makes a hash, of keys and values of so many bytes, whose elements are made as they are needed (Linux 4.6).
 pub(crate) fn create_hash(name: &str, key: u32, value: u32, entries: u32) -> io::Result<OwnedFd> {
     make(Make::Map(&NewMap {
         flags: BPF_F_NO_PREALLOC,
@@ -123,13 +118,9 @@ pub(crate) fn create_hash(name: &str, key: u32, value: u32, entries: u32) -> io:
 /// Makes a map of the object, with the values that it has there (names since Linux 4.15, constants since 5.2). One of
 /// maps holds such as `like`, with more entries or less (Linux 5.10).
 pub(crate) fn create_map(name: &str, map: &aya_obj::Map, like: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    let is_bss = map.section_kind() == EbpfSectionKind::Bss;
     let made = make(Make::Map(&NewMap {
-        flags: map.map_flags()
-            | if map.section_kind() == EbpfSectionKind::Bss {
-                BPF_F_MMAPABLE
-            } else {
-                0
-            },
+        flags: map.map_flags() | if is_bss { BPF_F_MMAPABLE } else { 0 },
         name,
         holds: like,
         ..NewMap::of(map.map_type(), [map.key_size(), map.value_size(), map.max_entries()])

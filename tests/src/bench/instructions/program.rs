@@ -57,7 +57,7 @@ pub(super) fn run(object: &[u8], name: &str, entries: Entries<'_>, who: Task, ca
         globals.insert("SOCK_TYPE", (&[1, 0, 0, 0], true));
         globals.insert("TASK_TYPE", (&[1, 0, 0, 0], true));
     } else {
-        // As the loader does: what a denial tells of the task is then asked of helpers.
+        // As the loader does: helpers then fill in the task's part of a denial's record.
         globals.insert("TASK_PID_OFFSET", (&[0; 4], true));
     }
     globals.insert("AYA_LOG_LEVEL", (&[0], true));

@@ -86,12 +86,8 @@ impl Endpoints {
 
     /// Whether programs find these, as far as that is seen by few calls.
     pub(super) fn has(&self, slot: u8, wanted: &[Entry]) -> Result<bool, BackendError> {
-        let linked = match self.many.get(&0)? {
-            None => !are_many(wanted),
-            found => found == self.inner.as_ref().map(Table::id),
-        };
         // Of more than few known ones the table says nothing.
-        Ok(linked && self.few.has(wanted, |key| in_slot(key, slot))?)
+        Ok(self.is_linked(are_many(wanted))? && self.few.has(wanted, |key| in_slot(key, slot))?)
     }
 
     /// Makes a slot that no program reads hold `want`, sorted, and reads it back: after `have`, sorted too, where this
@@ -155,13 +151,18 @@ impl Endpoints {
         Ok(self.inner.as_ref().filter(|inner| Some(inner.id()) == found))
     }
 
-    /// Has programs find the map of many endpoints, where it is needed, and no other one.
+    /// Whether programs find the map of many endpoints, where it is needed, and no other one.
+    fn is_linked(&self, needed: bool) -> Result<bool, BackendError> {
+        Ok(match self.many.get(&0)? {
+            None => !needed,
+            found => found == self.inner.as_ref().map(Table::id),
+        })
+    }
+
+    /// Sees to that.
     fn link(&self, needed: bool) -> Result<(), BackendError> {
-        let ours = self.inner.as_ref().map(Table::id);
-        match self.many.get(&0)? {
-            None if !needed => return Ok(()),
-            found if found.is_some() && found == ours => return Ok(()),
-            _ => {}
+        if self.is_linked(needed)? {
+            return Ok(());
         }
         match &self.inner {
             // An element is written as a descriptor, and read as an id.
@@ -177,7 +178,7 @@ impl Endpoints {
             }
             None => self.many.delete(&0)?,
         }
-        if self.many.get(&0)? == ours {
+        if self.is_linked(self.inner.is_some())? {
             Ok(())
         } else {
             Err(BackendError::ReadBack { map: "many" })
